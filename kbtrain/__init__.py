@@ -1,1 +1,65 @@
-"""Placeholder."""
+"""kbtrain: the Hugging Face ``Trainer`` on Keras 3, over PyTorch, TensorFlow or JAX.
+
+    >>> from kbtrain import Trainer, TrainingArguments  # doctest: +SKIP
+
+Names are imported when they are first used, so ``import kbtrain`` loads no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbtrain.callbacks import EarlyStoppingCallback as EarlyStoppingCallback
+    from kbtrain.callbacks import ProgressCallback as ProgressCallback
+    from kbtrain.callbacks import TrainerCallback as TrainerCallback
+    from kbtrain.errors import CheckpointDamagedError as CheckpointDamagedError
+    from kbtrain.errors import CheckpointError as CheckpointError
+    from kbtrain.errors import CheckpointMismatchError as CheckpointMismatchError
+    from kbtrain.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from kbtrain.errors import ConfigurationError as ConfigurationError
+    from kbtrain.errors import DataError as DataError
+    from kbtrain.errors import KbtrainError as KbtrainError
+    from kbtrain.errors import NonFiniteError as NonFiniteError
+    from kbtrain.evaluation import EvalPrediction as EvalPrediction
+    from kbtrain.evaluation import PredictionOutput as PredictionOutput
+    from kbtrain.state import TrainerControl as TrainerControl
+    from kbtrain.state import TrainerState as TrainerState
+    from kbtrain.trainer import Trainer as Trainer
+    from kbtrain.trainer import TrainOutput as TrainOutput
+    from kbtrain.training_args import TrainingArguments as TrainingArguments
+
+_HOMES = {
+    "callbacks": ("EarlyStoppingCallback", "ProgressCallback", "TrainerCallback"),
+    "errors": (
+        "CheckpointDamagedError",
+        "CheckpointError",
+        "CheckpointMismatchError",
+        "CheckpointNotFoundError",
+        "ConfigurationError",
+        "DataError",
+        "KbtrainError",
+        "NonFiniteError",
+    ),
+    "evaluation": ("EvalPrediction", "PredictionOutput"),
+    "state": ("TrainerControl", "TrainerState"),
+    "trainer": ("TrainOutput", "Trainer"),
+    "training_args": ("TrainingArguments",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kbtrain.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,1 +1,43 @@
-"""Placeholder."""
+"""Optimizers and learning-rate schedules for Keras 3, one rule over PyTorch, TensorFlow and JAX.
+
+Every optimizer is a `keras.optimizers.Optimizer`, so it works in ``model.compile``, in a ``.keras``
+file, inside `keras.optimizers.LossScaleOptimizer` and in a training loop of your own. Its algorithm
+is one pure float32 rule; how the rule is executed (a fused kernel, or the rule as it is written) is
+the business of the running backend.
+
+Example:
+    >>> import numpy as np, keras, optim
+    >>> schedule = optim.CosineWithWarmup(1e-2, num_warmup_steps=2, num_training_steps=20)
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(optimizer=optim.AdamW(schedule, weight_decay=0.01), loss="mse")
+    >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), epochs=2, verbose=0)
+    >>> len(history.history["loss"])
+    2
+    >>> sorted(optim.scheduler_names())[:2]
+    ['constant', 'constant_with_warmup']
+"""
+
+from optim.adamw import AdamW
+from optim.optimizer import Optimizer
+from optim.registry import get, get_scheduler, names, scheduler_names
+from optim.schedules import (
+    Constant,
+    ConstantWithWarmup,
+    CosineWithWarmup,
+    LinearWithWarmup,
+    Schedule,
+)
+
+__all__ = [
+    "AdamW",
+    "Constant",
+    "ConstantWithWarmup",
+    "CosineWithWarmup",
+    "LinearWithWarmup",
+    "Optimizer",
+    "Schedule",
+    "get",
+    "get_scheduler",
+    "names",
+    "scheduler_names",
+]

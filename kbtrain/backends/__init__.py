@@ -1,1 +1,41 @@
-"""Placeholder."""
+"""What differs between the frameworks, and nothing else.
+
+``load()`` returns the module of the backend Keras runs on. Each module has the same functions:
+
+===========================  ==========================================================================
+``name``                     the backend's name
+``compile_step``             a Python function over Keras variables -> one compiled call
+``value_and_grad``           loss, gradients and the state the layers want to change
+``scan``                     a loop inside the step, over a leading axis
+``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
+``global_norm``, ``scale``   over a list of gradients, in one pass
+``to_device``, ``to_host``   batches in, numbers out
+``synchronize``              wait until everything that was started is done
+``rng_state``, ...           the framework's own random state, outside Keras' seed generators
+``place``, ``device_scope``  where variables and batches live
+``device_info``, ...         what the hardware is, how much memory is used, what ran out
+===========================  ==========================================================================
+"""
+
+import importlib
+from types import ModuleType
+
+import keras
+
+
+def load() -> ModuleType:
+    """Return the backend module of the framework Keras was imported with.
+
+    Raises:
+        ImportError: Keras runs on a backend that kbtrain has no module for.
+    """
+    name = keras.backend.backend()
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise ImportError(
+            f"kbtrain runs on torch, tensorflow and jax. Received: the Keras backend {name!r}. "
+            "Set KERAS_BACKEND to one of the three before importing keras."
+        ) from None

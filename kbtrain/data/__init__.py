@@ -1,1 +1,52 @@
-"""Placeholder."""
+"""Data: sources of samples, their order, collation, and loaders with a resumable position.
+
+Everything here is NumPy and the standard library; Keras is not imported, and every backend sees the
+same batches in the same order.
+"""
+
+from kbtrain.data.batch import (
+    Batch,
+    batch_size,
+    concatenate,
+    signature,
+    stack,
+    to_batch,
+    unpack,
+)
+from kbtrain.data.collate import Collate, default_collate
+from kbtrain.data.loader import BatchLoader, DataLoader, Loader, as_loader
+from kbtrain.data.sampling import epoch_order
+from kbtrain.data.sources import (
+    ArraySource,
+    IterableSource,
+    MapSource,
+    Source,
+    UnsizedDataError,
+    as_source,
+)
+from kbtrain.data.structure import map_structure, to_numpy
+
+__all__ = [
+    "ArraySource",
+    "Batch",
+    "BatchLoader",
+    "Collate",
+    "DataLoader",
+    "IterableSource",
+    "Loader",
+    "MapSource",
+    "Source",
+    "UnsizedDataError",
+    "as_loader",
+    "as_source",
+    "batch_size",
+    "concatenate",
+    "default_collate",
+    "epoch_order",
+    "map_structure",
+    "signature",
+    "stack",
+    "to_batch",
+    "to_numpy",
+    "unpack",
+]

@@ -1,1 +1,37 @@
-"""Placeholder."""
+"""How an update rule is executed on the running backend.
+
+One module per backend, the same names in each:
+
+- ``no_gradient()``: a context in which nothing is recorded for differentiation.
+- ``colocated(variable)``: a context that creates variables where ``variable`` lives.
+- ``float32_gradient(gradient, variable)``: the gradient as a dense float32 tensor.
+- ``execute(optimizer, gradients, variables, step, learning_rate)``: runs the optimizer's rule over
+  all variables and assigns the results.
+- ``FUSED``: name of a rule -> an equivalent that updates lists of tensors in place. Given
+  ``(optimizer, parameters, gradients, slots, step, learning_rate, weight_decay)``, all of them
+  float32 and the slots a dict of lists.
+
+This is the only file of the package that asks which backend is running, and it imports that one
+alone.
+"""
+
+import importlib
+from typing import Any
+
+import keras
+
+_BACKENDS = ("torch", "tensorflow", "jax")
+
+
+def _running_backend() -> Any:
+    name = keras.backend.backend()
+    if name not in _BACKENDS:
+        raise ValueError(
+            f"optim runs on the Keras backends {', '.join(_BACKENDS)}. Set KERAS_BACKEND to one of "
+            f"them before Keras is imported. Received: keras.backend.backend()={name!r}"
+        )
+    return importlib.import_module(f"optim.kernels.{name}")
+
+
+backend = _running_backend()
+"""The kernel module of the running backend."""

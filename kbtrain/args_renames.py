@@ -1,0 +1,204 @@
+"""Names that ``TrainingArguments`` does not have: what to write instead, or why there is nothing.
+
+Users bring the names of ``transformers`` 4.x and 5.x, and those of Keras. Each gets its own answer;
+``tests/test_training_args.py`` checks that no name of the 5.x reference is left without one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from kbtrain.args_kinds import shown
+
+# Old name -> what to write. "{value}" is the repr of the value that came with the old name.
+RENAMED: dict[str, str] = {
+    # transformers 4.x
+    "adafactor": "It is now a name of an optimizer: write optim='adafactor' if one of that name is "
+    "installed.",
+    "evaluate_during_training": "Write eval_strategy='steps' (for True) or eval_strategy='no'.",
+    "evaluation_strategy": "Write eval_strategy={value}.",
+    "fp16_backend": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
+    "fp16_opt_level": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
+    "group_by_length": "It became train_sampling_strategy='group_by_length', which is not "
+    "available in this version. Write train_sampling_strategy='random' (the default).",
+    "half_precision_backend": "Drop it; there is one implementation of mixed precision. "
+    "Write bf16=True.",
+    "include_inputs_for_metrics": "Write include_for_metrics=['inputs'] for True.",
+    "jit_mode_eval": "Write jit_compile=True, which covers training and evaluation.",
+    "no_cuda": "Write use_cpu={value}.",
+    "per_gpu_eval_batch_size": "Write per_device_eval_batch_size={value}.",
+    "per_gpu_train_batch_size": "Write per_device_train_batch_size={value}.",
+    "torch_compile": "Write jit_compile={value}, which holds for every backend.",
+    "torchdynamo": "Write jit_compile=True, which holds for every backend.",
+    "use_mps_device": "The backend chooses the device. Leave it out, or write use_cpu=True to stay "
+    "on the CPU.",
+    "warmup_ratio": "Write warmup_steps={value}: below 1 it is a ratio of all steps.",
+    # another meaning here
+    "logging_nan_inf_filter": "A NaN is never hidden in the logs. Choose with on_nonfinite what "
+    "happens instead: 'raise' (default) stops before the weights are touched, 'skip' leaves the "
+    "update out, 'ignore' applies it.",
+    # Keras
+    "batch_size": "Write per_device_train_batch_size={value} (and per_device_eval_batch_size).",
+    "beta_1": "Write adam_beta1={value}.",
+    "beta_2": "Write adam_beta2={value}.",
+    "epochs": "Write num_train_epochs={value}.",
+    "epsilon": "Write adam_epsilon={value}.",
+    "global_clipnorm": "Write max_grad_norm={value}.",
+    "lr": "Write learning_rate={value}.",
+    "optimizer": "Write optim='adamw' (a name), or give an optimizer object to the Trainer.",
+    "shuffle": "Write train_sampling_strategy='random' (for True) or 'sequential' (for False).",
+}
+
+_HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
+_DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Leave it out."
+_COMPILER = "It is a setting of torch.compile. Use jit_compile, which holds for every backend."
+_LAUNCHER = "It belongs to a launcher of PyTorch. Leave it out; one process drives one device."
+_LIGER = "It patches PyTorch classes of transformers models. Leave it out."
+_TRACKIO = "It belongs to Hugging Face Spaces. Leave it out; report_to chooses the trackers."
+_FSDP = "It belongs to torch's FSDP, which kbtrain does not use. Leave it out."
+_ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Leave it out; "
+
+# Fields of the reference (5.x, then 4.x) that have no place here -> why, and what to use.
+DROPPED: dict[str, str] = {
+    "accelerator_config": _ACCELERATE
+    + "gradient_accumulation_steps and dataloader_drop_last are fields of their own.",
+    "dataloader_in_order": "The order of the data is a function of the seed and the epoch, always. "
+    "Leave it out; train_sampling_strategy chooses the order.",
+    "ddp_backend": _DDP,
+    "ddp_broadcast_buffers": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "ddp_find_unused_parameters": _DDP,
+    "ddp_static_graph": _DDP,
+    "ddp_timeout": _DDP,
+    "deepspeed": "DeepSpeed exists for PyTorch models only. Leave it out; to save memory use "
+    "bf16=True and gradient_accumulation_steps.",
+    "eval_use_gather_object": "Predictions are arrays (or nests of arrays). Leave it out.",
+    "fsdp_config": _FSDP,
+    "hub_always_push": _HUB,
+    "hub_model_id": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_revision": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "liger_kernel_config": _LIGER,
+    "local_rank": _LAUNCHER,
+    "push_to_hub": _HUB,
+    "torch_compile_backend": _COMPILER,
+    "torch_compile_mode": _COMPILER,
+    "torch_empty_cache_steps": "It empties the cache of one backend's memory allocator. Leave it "
+    "out; a callback can do that on_step_end.",
+    "trackio_bucket_id": _TRACKIO,
+    "trackio_space_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO,
+    "use_cache": "It is a setting of transformers models. Leave it out, or set it on the model.",
+    "use_liger_kernel": _LIGER,
+    # gone since 4.x
+    "dispatch_batches": _ACCELERATE + "every process reads its own part of the data.",
+    "fsdp_min_num_params": _FSDP,
+    "fsdp_transformer_layer_cls_to_wrap": _FSDP,
+    "logging_dir": "There is no separate directory for logs. output_dir chooses where a run is "
+    "written, report_to the trackers.",
+    "mp_parameters": "It belongs to SageMaker. Leave it out.",
+    "overwrite_output_dir": "kbtrain never empties output_dir. Choose a new output_dir, or go on "
+    "with resume_from_checkpoint.",
+    "past_index": "It carried state between batches of models of 2019. Leave it out.",
+    "push_to_hub_model_id": _HUB,
+    "push_to_hub_organization": _HUB,
+    "push_to_hub_token": _HUB,
+    "ray_scope": "It belongs to hyperparameter search with Ray. Leave it out.",
+    "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Leave it out.",
+    "split_batches": _ACCELERATE + "per_device_train_batch_size is per device, always.",
+    "tpu_metrics_debug": "It belongs to PyTorch/XLA. Leave it out.",
+    "tpu_num_cores": "The backend finds its devices. Leave it out.",
+    "use_ipex": "It belongs to an extension of PyTorch. Leave it out.",
+    "use_legacy_prediction_loop": "There is one loop for evaluation and prediction. Leave it out.",
+    "xpu_backend": _DDP,
+}
+
+_REMAT = "Until then build the layers inside a keras.RematScope."
+_MEMORY = "Until then choose per_device_train_batch_size and gradient_accumulation_steps yourself."
+_SCRIPT = "Until then keep it as an option of your script; the Trainer does what you call."
+_ONE_DEVICE = "Until then there is one process on one device, so it would change nothing."
+_WORKERS = "Until then batches are made in the training process."
+_GENERATE = "Until then call the model's own `generate`."
+
+# Fields of the reference that are still to come -> what holds until then.
+NOT_YET: dict[str, str] = {
+    "activation_checkpointing": _REMAT,
+    "activation_checkpointing_kwargs": _REMAT,
+    "auto_find_batch_size": _MEMORY,
+    "average_tokens_across_devices": _ONE_DEVICE,
+    "batch_eval_metrics": "Until then give keras.metrics to the Trainer; these work per batch.",
+    "bf16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
+    "dataloader_multiprocessing_context": _WORKERS,
+    "dataloader_num_workers": _WORKERS,
+    "dataloader_persistent_workers": _WORKERS,
+    "dataloader_pin_memory": _WORKERS,
+    "dataloader_prefetch_factor": _WORKERS,
+    "debug": "Until then on_nonfinite='raise' stops at the first NaN.",
+    "do_eval": _SCRIPT,
+    "do_predict": _SCRIPT,
+    "do_train": _SCRIPT,
+    "enable_jit_checkpoint": "Until then save often enough with save_steps.",
+    "eval_accumulation_steps": "Until then see prediction_loss_only and per_device_eval_batch_size "
+    "for the memory of an evaluation.",
+    "eval_do_concat_batches": "Until then predictions are concatenated.",
+    "fp16": "Until then use bf16=True, which needs no loss scaling.",
+    "fp16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
+    "fsdp": _ONE_DEVICE,
+    "full_determinism": "Until then set the backend's own switch for deterministic kernels.",
+    "generation_config": _GENERATE,
+    "generation_max_length": _GENERATE,
+    "generation_num_beams": _GENERATE,
+    "gradient_checkpointing": _REMAT,
+    "gradient_checkpointing_kwargs": _REMAT,
+    "include_num_input_tokens_seen": "Until then count them in a callback.",
+    "include_tokens_per_second": "(Its name in 5.x is include_num_input_tokens_seen.) Until then "
+    "count them in a callback.",
+    "label_names": "Until then give the data as (inputs, labels).",
+    "label_smoothing_factor": "Until then use a loss with label smoothing, such as "
+    "keras.losses.CategoricalCrossentropy(label_smoothing=...).",
+    "length_column_name": "It serves train_sampling_strategy='group_by_length', also to come.",
+    "log_level": "Until then use Python's `logging` module.",
+    "log_level_replica": _ONE_DEVICE,
+    "log_on_each_node": _ONE_DEVICE,
+    "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",
+    "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
+    "parallelism_config": _ONE_DEVICE,
+    "predict_with_generate": _GENERATE,
+    "project": "Until then use run_name to tell runs apart.",
+    "remove_unused_columns": "Until then leave such columns out of the data set itself.",
+    "save_on_each_node": _ONE_DEVICE,
+    "skip_memory_metrics": "Until then no memory metrics are taken.",
+    "sortish_sampler": "Until then use train_sampling_strategy='random'.",
+    "tf32": "Until then set the backend's own switch for the precision of matrix products.",
+}
+
+
+def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
+    """What to tell a user who gave an argument that does not exist.
+
+    Args:
+        name: The unknown name.
+        value: What was given under that name.
+        known: The names that exist.
+
+    Returns:
+        One sentence or more: what happened and what to write instead.
+    """
+    # A secret must not end up in a log through an error message.
+    written = f"<{name.upper()}>" if name.endswith("token") else shown(value)
+    received = f"Received: {name}={written}."
+    if name in RENAMED:
+        return f"`{name}` has another name or form here. {received} " + RENAMED[name].format(
+            value=written
+        )
+    if name in DROPPED:
+        return f"`{name}` does not exist here. {received} {DROPPED[name]}"
+    if name in NOT_YET:
+        return f"`{name}` is not available in this version. {received} {NOT_YET[name]}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    meant = f"Did you mean {' or '.join(close)}?" if close else f"It has: {', '.join(known)}."
+    return f"TrainingArguments has no argument `{name}`. {received} {meant}"

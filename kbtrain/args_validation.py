@@ -1,0 +1,182 @@
+"""The checks of ``TrainingArguments``: each field by its kind, then all of them together.
+
+``check_consistency`` holds every rule that involves more than one field; there is no other place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.args_kinds import Unfit, shown, steps
+from kbtrain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+
+def normalise(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The form in which a field stores a value.
+
+    Args:
+        field: A field of ``TrainingArguments``; its metadata carries ``"kind"`` and ``"help"``.
+        value: What the user gave.
+
+    Returns:
+        The checked, converted and immutable value.
+
+    Raises:
+        ConfigurationError: If the field's kind refuses the value.
+    """
+    kind = field.metadata.get("kind")
+    if kind is None:  # a subclass may add plain dataclass fields
+        return value
+    try:
+        return kind(value)
+    except Unfit as refusal:
+        raise ConfigurationError(
+            f"`{field.name}` must be {refusal}. Received: {field.name}={shown(value)} "
+            f"(type {type(value).__name__}).{_hint(value, str(refusal))} "
+            f"Meaning: {field.metadata['help']}"
+        ) from None
+
+
+def _hint(value: Any, expected: str) -> str:
+    """A remark for those whose configuration file turned a number into text."""
+    if not isinstance(value, str) or "number" not in expected:
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return " A number was written as text: drop the quotes (YAML takes 3e-4 for text, 3.0e-4 not)."
+
+
+def derived_values(args: TrainingArguments) -> dict[str, Any]:
+    """The fields left at None whose value follows from other fields."""
+    derived: dict[str, Any] = {}
+    if args.eval_strategy == "steps" and args.eval_steps is None:
+        derived["eval_steps"] = args.logging_steps
+    metric = args.metric_for_best_model
+    if metric is None and (args.load_best_model_at_end or args.save_strategy == "best"):
+        derived["metric_for_best_model"] = metric = "loss"
+    if metric is not None and args.greater_is_better is None:
+        derived["greater_is_better"] = not metric.endswith("loss")
+    return derived
+
+
+def check_consistency(args: TrainingArguments) -> None:
+    """Refuse combinations of fields that cannot work. Every cross-field rule is in here.
+
+    Args:
+        args: Arguments whose fields have been normalised one by one and derived.
+
+    Raises:
+        ConfigurationError: If two or more fields contradict each other.
+    """
+    if args.max_steps == -1 and args.num_train_epochs <= 0:
+        raise ConfigurationError(
+            "`num_train_epochs` must be above 0 unless `max_steps` sets the length of the run. "
+            f"Received: num_train_epochs={args.num_train_epochs}, max_steps=-1. "
+            "Give num_train_epochs > 0 or max_steps > 0."
+        )
+    for event in ("logging", "eval", "save"):
+        strategy, every = getattr(args, f"{event}_strategy"), getattr(args, f"{event}_steps")
+        if strategy == "steps" and every == 0:
+            raise ConfigurationError(
+                f"`{event}_steps` must not be 0 when {event}_strategy='steps'. "
+                f"Received: {event}_steps=0. Give a number of steps, or set "
+                f"{event}_strategy='no' to turn it off."
+            )
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ConfigurationError(
+            "save_strategy='best' saves after an evaluation that improved "
+            f"`metric_for_best_model`={args.metric_for_best_model!r}, but nothing is evaluated. "
+            "Received: save_strategy='best', eval_strategy='no'. "
+            "Set eval_strategy='steps' or eval_strategy='epoch'."
+        )
+    if args.load_best_model_at_end and args.save_strategy != "best":
+        _check_best_model_is_saved(args)
+
+
+def _check_best_model_is_saved(args: TrainingArguments) -> None:
+    """Part of `check_consistency`: every saved step must be one that was evaluated."""
+    if args.eval_strategy == "no" or args.save_strategy != args.eval_strategy:
+        raise ConfigurationError(
+            "load_best_model_at_end=True needs checkpoints of evaluated steps. "
+            f"Received: save_strategy={args.save_strategy!r}, eval_strategy={args.eval_strategy!r}."
+            " Give both the same value ('steps' or 'epoch'), or set save_strategy='best' with "
+            "either of them as eval_strategy."
+        )
+    if args.save_strategy == "steps":
+        assert args.eval_steps is not None  # derived above
+        every = [args.save_steps, args.eval_steps]
+        if args.max_steps > 0:
+            every = [resolve_steps(value, args.max_steps) for value in every]
+        check_saves_follow_evaluations(*every)
+
+
+def check_saves_follow_evaluations(save_steps: float, eval_steps: float) -> None:
+    """Refuse a saving interval that is not a multiple of the evaluation interval.
+
+    Rounding can part two ratios that fit (0.2 and 0.1 of 24 steps are 5 and 3), so this is called
+    with the ratios when the number of steps is not known yet and again with the resolved steps.
+
+    Args:
+        save_steps: Steps, or ratio of all steps, between two checkpoints.
+        eval_steps: Steps, or ratio of all steps, between two evaluations.
+
+    Raises:
+        ConfigurationError: If a checkpoint would be written at a step without an evaluation.
+    """
+    if save_steps >= 1 and eval_steps >= 1:
+        fits = save_steps % eval_steps == 0
+    elif save_steps < 1 and eval_steps < 1:
+        times = save_steps / eval_steps
+        fits = math.isclose(times, round(times))
+    else:
+        fits = False
+    if not fits:
+        raise ConfigurationError(
+            "load_best_model_at_end=True needs `save_steps` to be a multiple of `eval_steps`, both "
+            "in steps or both as ratios, so that every checkpoint has an evaluation. "
+            f"Received: save_steps={save_steps}, eval_steps={eval_steps}. "
+            "Set save_steps to eval_steps times a whole number, or use save_strategy='best'."
+        )
+
+
+def resolve_steps(value: float, max_steps: int) -> int:
+    """The number of steps that a count or a ratio stands for.
+
+    Args:
+        value: Steps (0 or at least 1), or a ratio of `max_steps` (above 0 and below 1).
+        max_steps: All update steps of the run; only used for ratios.
+
+    Returns:
+        `value` itself as an int, or ``ceil(value * max_steps)``. A product that is whole but for
+        the rounding of floats counts as whole: 0.07 of 100 is 7, although ``0.07 * 100 > 7``.
+
+    Raises:
+        ConfigurationError: If `value` is neither, or if a ratio meets an unknown `max_steps`.
+
+    Example:
+        >>> resolve_steps(500, 24), resolve_steps(0.1, 24)
+        (500, 3)
+    """
+    try:
+        value = steps(value)
+    except Unfit as refusal:
+        raise ConfigurationError(f"`value` must be {refusal}. Received: value={value!r}") from None
+    if not 0 < value < 1:
+        return int(value)
+    if max_steps < 1:
+        raise ConfigurationError(
+            "A ratio of all steps needs the number of steps, which must be at least 1. "
+            f"Received: value={value}, max_steps={max_steps}. Give a number of steps instead."
+        )
+    product = value * max_steps
+    nearest = round(product)
+    if nearest > 0 and math.isclose(product, nearest, rel_tol=1e-12):
+        return nearest
+    return math.ceil(product)

@@ -1,0 +1,237 @@
+"""JAX: the step becomes a pure function of the variables' values, jitted with donated state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+name = "jax"
+
+# The variables of the step being traced. Keras' inner scopes do not see the outer scope's values,
+# so every nested scope has to carry all of them.
+_state: list[keras.Variable] = []
+
+
+@contextlib.contextmanager
+def _tracing(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    global _state
+    before, _state = _state, list(variables)
+    try:
+        yield
+    finally:
+        _state = before
+
+
+def _run_stateless(
+    fn: Callable[[], Any], values: Sequence[Any], collect_losses: bool = False
+) -> tuple[Any, dict[int, Any]]:
+    """Run ``fn`` with the state at ``values``; return its result and {index: new value}."""
+    mapping = list(zip(_state, values, strict=True))
+    with keras.StatelessScope(mapping, collect_losses=collect_losses) as scope:
+        before = [scope.get_current_value(v) for v in _state]
+        result = fn()
+        after = [scope.get_current_value(v) for v in _state]
+    pairs = enumerate(zip(before, after, strict=True))
+    return result, {i: new for i, (old, new) in pairs if new is not old}
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any], Any]:
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    After each call the variables hold the current values. The old buffers are donated: an array
+    taken from ``variable.value`` before a call must not be used after it.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: ``False`` runs eagerly, to debug; anything else jits.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+    variables = list(variables)
+
+    def eager(inputs: Any) -> Any:
+        with _tracing(variables):
+            return fn(inputs)
+
+    if jit_compile is False:
+        return eager
+
+    def pure(values: list[Any], inputs: Any) -> tuple[Any, list[Any]]:
+        with _tracing(variables):
+            outputs, changed = _run_stateless(lambda: fn(inputs), values)
+        return outputs, [changed.get(i, value) for i, value in enumerate(values)]
+
+    jitted = jax.jit(pure, donate_argnums=0)
+
+    def call(inputs: Any) -> Any:
+        values = [variable._value for variable in variables]
+        if len({id(value) for value in values}) != len(values):
+            values = _without_aliases(values)
+        outputs, values = jitted(values, inputs)
+        # `assign` would convert and check each value again: ten times the cost of the whole call.
+        for variable, value in zip(variables, values, strict=True):
+            variable._value = value
+        return outputs
+
+    return call
+
+
+def _without_aliases(values: list[Any]) -> list[Any]:
+    """Copy what appears twice: one buffer cannot be donated two times."""
+    seen: set[int] = set()
+    distinct = []
+    for value in values:
+        distinct.append(jnp.copy(value) if id(value) in seen else value)
+        seen.add(id(value))
+    return distinct
+
+
+def value_and_grad(
+    fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
+) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
+    """Differentiate ``fn(*args) -> (scalar, aux)`` with respect to ``variables``.
+
+    Returns:
+        ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
+        the layers asked for (moving statistics, seed states); nothing has been assigned yet.
+    """
+    positions = {id(v): i for i, v in enumerate(_state)}
+    indices = [positions[id(v)] for v in variables]
+    outside = [v.value for v in _state]
+    changed_indices: list[int] = []
+
+    def pure(values: list[Any]) -> tuple[Any, Any]:
+        inside = list(outside)
+        for index, value in zip(indices, values, strict=True):
+            inside[index] = value
+        (value, aux), changed = _run_stateless(lambda: fn(*args), inside, collect_losses=True)
+        changed_indices[:] = changed
+        return value, (aux, list(changed.values()))
+
+    (value, (aux, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
+        [outside[i] for i in indices]
+    )
+    updates = [(_state[i], v) for i, v in zip(changed_indices, new, strict=True)]
+    return value, aux, gradients, updates
+
+
+def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
+
+    ``fn`` may assign variables. Returns the last carry and the outputs along a new leading axis.
+    """
+
+    def body(loop: tuple[Any, list[Any]], x: Any) -> tuple[tuple[Any, list[Any]], Any]:
+        carry, values = loop
+        (carry, output), changed = _run_stateless(lambda: fn(carry, x), values)
+        return (carry, [changed.get(i, value) for i, value in enumerate(values)]), output
+
+    before = [v.value for v in _state]
+    (carry, after), outputs = jax.lax.scan(body, (carry, before), inputs)
+    for variable, value in zip(_state, after, strict=True):
+        variable.assign(value)
+    return carry, outputs
+
+
+def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
+    """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
+    for variable, value in updates:
+        variable.assign(jnp.where(condition, value, variable.value))
+
+
+def run_if(
+    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
+
+    A select rather than ``lax.cond``: XLA fuses it into the update, so no buffer is copied.
+    """
+    before = [v.value for v in variables]
+    fn()
+    for variable, old in zip(variables, before, strict=True):
+        if variable.value is not old:
+            variable.assign(jnp.where(condition, variable.value, old))
+
+
+def global_norm(gradients: Sequence[Any]) -> Any:
+    """Euclidean norm over all elements of all gradients, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype("float32"))) for g in gradients))
+
+
+def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+    """Multiply every gradient by one scalar, keeping dtypes."""
+    return [g * factor.astype(g.dtype) for g in gradients]
+
+
+def to_device(tree: Any) -> Any:
+    """Start copying a structure of NumPy arrays to the device; returns at once."""
+    return jax.device_put(tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Wait for a structure of tensors and return it as NumPy arrays."""
+    return jax.device_get(tree)
+
+
+def synchronize() -> None:
+    """Wait until all computations that were started are done."""
+    jax.block_until_ready(jnp.zeros(()) + 0)
+    for device in jax.local_devices():
+        device.synchronize_all_activity()
+
+
+def rng_state() -> dict[str, np.ndarray]:
+    """JAX has no random state of its own: all of it is in Keras' seed generators."""
+    return {}
+
+
+def set_rng_state(state: dict[str, np.ndarray]) -> None:
+    """Restore what ``rng_state`` returned (nothing on this backend)."""
+
+
+@contextlib.contextmanager
+def device_scope(use_cpu: bool) -> Iterator[None]:
+    """New arrays go to the default device, or to the CPU."""
+    if not use_cpu:
+        yield
+        return
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them where they are."""
+    if use_cpu:
+        cpu = jax.devices("cpu")[0]
+        for variable in variables:
+            variable._value = jax.device_put(variable._value, cpu)
+
+
+def device_info(use_cpu: bool = False) -> str:
+    """The device in use, as a person would name it."""
+    device = jax.devices("cpu")[0] if use_cpu else jax.devices()[0]
+    return f"{device.platform}:{device.id} ({device.device_kind})"
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes in use and at the peak on the default device; empty where the device does not count."""
+    stats = jax.devices()[0].memory_stats() or {}
+    keys = {"bytes_in_use": "in_use", "peak_bytes_in_use": "peak"}
+    return {new: int(stats[old]) for old, new in keys.items() if old in stats}
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether ``error`` says that the device ran out of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)

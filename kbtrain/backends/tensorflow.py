@@ -1,0 +1,208 @@
+"""TensorFlow: the step is one ``tf.function`` over the variables, which it assigns in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+name = "tensorflow"
+
+# The variables of the step being traced (to name the ones that layers ask to change).
+_state: list[keras.Variable] = []
+
+
+@contextlib.contextmanager
+def _tracing(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    global _state
+    before, _state = _state, list(variables)
+    try:
+        yield
+    finally:
+        _state = before
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any], Any]:
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    One graph is traced per structure, shapes and dtypes of the inputs.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: ``True`` compiles with XLA; ``"auto"`` and ``False`` run the graph.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+
+    def traced(inputs: Any) -> Any:
+        with _tracing(variables):
+            return fn(inputs)
+
+    return tf.function(traced, jit_compile=jit_compile is True, autograph=False)
+
+
+def value_and_grad(
+    fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
+) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
+    """Differentiate ``fn(*args) -> (scalar, aux)`` with respect to ``variables``.
+
+    Returns:
+        ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
+        the layers asked for (moving statistics, seed states); nothing has been assigned yet. A
+        variable the loss does not depend on has a zero gradient, as on JAX.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        values = [tf.convert_to_tensor(v.value) for v in variables]
+        tape.watch(values)
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            value, aux = fn(*args)
+    gradients = [
+        # An embedding's gradient comes as slices, whose norm is wrong where an index repeats.
+        tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
+        for g, v in zip(tape.gradient(value, values), values, strict=True)
+    ]
+    known = {id(v) for v in variables}
+    new = [(v, scope.get_current_value(v)) for v in _state if id(v) not in known]
+    return value, aux, gradients, [(v, n) for v, n in new if n is not None]
+
+
+def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
+
+    ``fn`` may assign variables. Returns the last carry and the outputs along a new leading axis.
+    """
+    length = tf.nest.flatten(inputs)[0].shape[0]
+
+    def row(i: Any) -> Any:
+        return tf.nest.map_structure(lambda t: t[i], inputs)
+
+    # The loop's arrays need dtypes and shapes beforehand: trace the body once to learn them.
+    traced = tf.function(fn, autograph=False).get_concrete_function(carry, row(0))
+    specs = traced.structured_outputs[1]
+    arrays = tf.nest.map_structure(
+        lambda s: tf.TensorArray(s.dtype, size=length, element_shape=s.shape), specs
+    )
+
+    def body(i: Any, carry: Any, arrays: Any) -> tuple[Any, Any, Any]:
+        carry, output = fn(carry, row(i))
+        arrays = tf.nest.map_structure(lambda a, o: a.write(i, o), arrays, output)
+        return i + 1, carry, arrays
+
+    _, carry, arrays = tf.while_loop(
+        lambda i, *_: i < length,
+        body,
+        (tf.constant(0), carry, arrays),
+        maximum_iterations=length,
+        parallel_iterations=1,
+    )
+    return carry, tf.nest.map_structure(lambda a: a.stack(), arrays)
+
+
+def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
+    """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
+    for variable, value in updates:
+        variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable.value))
+
+
+def run_if(
+    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Run ``fn``, which assigns ``variables``, only where ``condition`` holds."""
+
+    def yes() -> Any:
+        fn()
+        return tf.constant(True)
+
+    tf.cond(condition, yes, lambda: tf.constant(False))
+
+
+def global_norm(gradients: Sequence[Any]) -> Any:
+    """Euclidean norm over all elements of all gradients, in float32."""
+    squares = [tf.reduce_sum(tf.square(tf.cast(g, "float32"))) for g in gradients]
+    return tf.sqrt(tf.add_n(squares))
+
+
+def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+    """Multiply every gradient by one scalar, keeping dtypes."""
+    return [g * tf.cast(factor, g.dtype) for g in gradients]
+
+
+def to_device(tree: Any) -> Any:
+    """Copy a structure of NumPy arrays to the device."""
+    return tf.nest.map_structure(tf.convert_to_tensor, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Wait for a structure of tensors and return it as NumPy arrays."""
+    return tf.nest.map_structure(lambda t: t.numpy() if tf.is_tensor(t) else np.asarray(t), tree)
+
+
+def synchronize() -> None:
+    """Wait until all computations that were started are done."""
+    tf.test.experimental.sync_devices()
+
+
+def rng_state() -> dict[str, np.ndarray]:
+    """Keras draws from its seed generators only; TensorFlow's own generator is the global one."""
+    return {"generator": tf.random.get_global_generator().state.numpy()}
+
+
+def set_rng_state(state: dict[str, np.ndarray]) -> None:
+    """Restore what ``rng_state`` returned; a checkpoint of another backend has nothing for us."""
+    if "generator" in state:
+        tf.random.get_global_generator().reset(state["generator"])
+
+
+@contextlib.contextmanager
+def device_scope(use_cpu: bool) -> Iterator[None]:
+    """New tensors go to the default device, or to the CPU."""
+    if not use_cpu:
+        yield
+        return
+    with tf.device("/CPU:0"):
+        yield
+
+
+def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them where they are."""
+    if not use_cpu:
+        return
+    for variable in variables:
+        if "CPU" not in variable.value.device:
+            with tf.device("/CPU:0"):
+                variable._value = tf.Variable(
+                    variable.value, trainable=variable.trainable, name=variable.name
+                )
+
+
+def device_info(use_cpu: bool = False) -> str:
+    """The device in use, as a person would name it."""
+    gpus = [] if use_cpu else tf.config.list_logical_devices("GPU")
+    if not gpus:
+        return "cpu:0"
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    return f"gpu:0 ({details.get('device_name', 'unknown')})"
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes in use and at the peak on the GPU; empty on the CPU, which does not count."""
+    if not tf.config.list_logical_devices("GPU"):
+        return {}
+    info = tf.config.experimental.get_memory_info("GPU:0")
+    return {"in_use": int(info["current"]), "peak": int(info["peak"])}
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether ``error`` says that the device ran out of memory."""
+    return isinstance(error, tf.errors.ResourceExhaustedError)

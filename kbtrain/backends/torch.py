@@ -1,0 +1,224 @@
+"""PyTorch: the step runs eagerly on the variables' parameters, with multi-tensor kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+name = "torch"
+
+# The variables of the step being run (to name the ones that layers ask to change).
+_state: list[keras.Variable] = []
+
+
+@contextlib.contextmanager
+def _running(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    global _state
+    before, _state = _state, list(variables)
+    try:
+        yield
+    finally:
+        _state = before
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any], Any]:
+    """Wrap ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: Accepted for the sake of one signature; the step runs eagerly.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+
+    def call(inputs: Any) -> Any:
+        with torch.no_grad(), _running(variables):
+            return fn(inputs)
+
+    return call
+
+
+def value_and_grad(
+    fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
+) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
+    """Differentiate ``fn(*args) -> (scalar, aux)`` with respect to ``variables``.
+
+    Returns:
+        ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
+        the layers asked for (moving statistics, seed states); nothing has been assigned yet. A
+        variable the loss does not depend on has a zero gradient, as on JAX.
+    """
+    values = [v.value for v in variables]
+    mapping = list(zip(variables, values, strict=True))
+    with torch.enable_grad():
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            value, aux = fn(*args)
+        gradients = torch.autograd.grad(value, values, allow_unused=True)
+    gradients = [
+        torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
+    ]
+    known = {id(v) for v in variables}
+    new = [(v, scope.get_current_value(v)) for v in _state if id(v) not in known]
+    updates = [(v, n.detach()) for v, n in new if n is not None]
+    return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
+
+
+def _detach(x: Any) -> Any:
+    if not torch.is_tensor(x):
+        return x
+    detached = x.detach()
+    if (mask := getattr(x, "_keras_mask", None)) is not None:
+        detached._keras_mask = mask
+    return detached
+
+
+def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
+
+    ``fn`` may assign variables. Returns the last carry and the outputs along a new leading axis.
+    """
+    length = keras.tree.flatten(inputs)[0].shape[0]
+    outputs = []
+    for i in range(length):
+        carry, output = fn(carry, keras.tree.map_structure(lambda t, i=i: t[i], inputs))
+        outputs.append(output)
+    return carry, keras.tree.map_structure(lambda *t: torch.stack(t), *outputs)
+
+
+def _on_cpu(condition: Any) -> bool:
+    return condition.device.type == "cpu"
+
+
+def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
+    """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
+    for variable, value in updates:
+        variable.assign(torch.where(condition, value.to(variable.value.dtype), variable.value))
+
+
+def run_if(
+    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
+
+    On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue, so the
+    old values are kept and selected instead.
+    """
+    if _on_cpu(condition):
+        if condition:
+            fn()
+        return
+    values = [v.value for v in variables]
+    before = [value.clone() for value in values]
+    fn()
+    for value, old in zip(values, before, strict=True):
+        value.copy_(torch.where(condition, value, old))
+
+
+def global_norm(gradients: Sequence[Any]) -> Any:
+    """Euclidean norm over all elements of all gradients, in float32."""
+    norms = torch._foreach_norm(list(gradients), 2.0, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+    """Multiply every gradient by one scalar, in place, keeping dtypes."""
+    gradients = list(gradients)
+    torch._foreach_mul_(gradients, factor)
+    return gradients
+
+
+def to_device(tree: Any) -> Any:
+    """Copy a structure of NumPy arrays to the device."""
+    device = _device()
+
+    def to_tensor(x: Any) -> Any:
+        array = np.asarray(x)
+        if not array.flags.writeable:  # torch shares the memory, and has no read-only tensors
+            array = array.copy()
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return keras.tree.map_structure(to_tensor, tree)
+
+
+def _device() -> torch.device:
+    return torch.as_tensor(keras.ops.zeros(())).device
+
+
+def to_host(tree: Any) -> Any:
+    """Wait for a structure of tensors and return it as NumPy arrays."""
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, tree)
+
+
+def synchronize() -> None:
+    """Wait until all computations that were started are done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rng_state() -> dict[str, np.ndarray]:
+    """The state of torch's generators (a Keras layer without a seed draws from them)."""
+    state = {"cpu": torch.get_rng_state().numpy()}
+    if torch.cuda.is_available():
+        state |= {f"cuda_{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_rng_state(state: dict[str, np.ndarray]) -> None:
+    """Restore what ``rng_state`` returned; a checkpoint of another backend has nothing for us."""
+    if "cpu" in state:
+        torch.set_rng_state(torch.from_numpy(np.array(state["cpu"])))
+    for i in range(torch.cuda.device_count()):
+        if f"cuda_{i}" in state:
+            torch.cuda.set_rng_state(torch.from_numpy(np.array(state[f"cuda_{i}"])), i)
+
+
+@contextlib.contextmanager
+def device_scope(use_cpu: bool) -> Iterator[None]:
+    """New tensors go to the default device, or to the CPU."""
+    if not use_cpu:
+        yield
+        return
+    with keras.device("cpu"):
+        yield
+
+
+def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them where they are."""
+    if use_cpu:
+        for variable in variables:
+            if variable.value.device.type != "cpu":
+                variable.value.data = variable.value.data.to("cpu")
+
+
+def device_info(use_cpu: bool = False) -> str:
+    """The device in use, as a person would name it."""
+    device = torch.device("cpu") if use_cpu else _device()
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes in use and at the peak on the GPU; empty on the CPU, which does not count."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "in_use": int(torch.cuda.memory_allocated()),
+        "peak": int(torch.cuda.max_memory_allocated()),
+    }
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether ``error`` says that the device ran out of memory."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,0 +1,133 @@
+"""Getting a model ready: dtype policy, variables, and which parameters are decayed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from kbtrain.data import unpack
+from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.metrics import MetricSet
+
+NO_DECAY_LAYERS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+    keras.layers.UnitNormalization,
+    keras.layers.SpectralNormalization,
+)
+NO_DECAY_NAMES = re.compile(r"bias|gamma|beta$|layernorm|rmsnorm|(^|/)norm($|/)|_norm($|/)")
+
+
+def check_model(model: Any) -> keras.Model:
+    """Make sure that ``model`` is one.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if isinstance(model, keras.Model):
+        return model
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    hint = " Build it first: pass model_init=... for a function." if callable(model) else ""
+    raise ConfigurationError(f"model must be a keras.Model. Received: {kind}.{hint}")
+
+
+def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """The layer and everything below it, each once, in a stable order."""
+    yield from layer._flatten_layers()
+
+
+def use_bfloat16(model: keras.Model) -> None:
+    """Give every layer the policy ``mixed_bfloat16``: float32 variables, bfloat16 arithmetic.
+
+    A policy is captured when a layer is made, so the global one would come too late.
+    """
+    for layer in walk_layers(model):
+        if layer.dtype_policy.name == "float32":
+            layer.dtype_policy = "mixed_bfloat16"
+
+
+def build_model(model: keras.Model, batch: Any) -> None:
+    """Create the model's variables from the shapes of a batch, and check that the two fit.
+
+    Args:
+        model: A Keras model, built or not.
+        batch: A batch as the loader gives it (NumPy).
+
+    Raises:
+        DataError: The model does not accept such inputs.
+    """
+    x = unpack(batch).x
+    specs = keras.tree.map_structure(
+        lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), x
+    )
+    try:
+        model(specs)
+    except Exception as error:
+        if model.built and not isinstance(error, ValueError | TypeError):
+            raise
+        if not model.built and _builds_eagerly(model, x):
+            return
+        shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
+        raise DataError(
+            f"The model {model.name!r} does not accept the inputs of the data: {shapes}. "
+            f"Keras says: {_first_lines(error)}"
+        ) from error
+
+
+def _builds_eagerly(model: keras.Model, x: Any) -> bool:
+    """Some subclassed models cannot be run symbolically (Python control flow on values)."""
+    try:
+        model(x)
+    except Exception:
+        return False
+    return True
+
+
+def _dtype(array: Any) -> str:
+    return str(getattr(array, "dtype", np.asarray(array).dtype))
+
+
+def _first_lines(error: BaseException, lines: int = 4) -> str:
+    text = str(error).strip().splitlines()
+    return " ".join(line.strip() for line in text[:lines] if line.strip())
+
+
+def decay_parameter_names(model: keras.Model) -> list[str]:
+    """Paths of the trainable variables that weight decay applies to.
+
+    Not decayed: everything inside a normalization layer, biases, scales and offsets, and whatever
+    is named like a norm (``.../layernorm/...``, ``norm``, ``..._norm``), as in the reference.
+    """
+    inside_norm = {
+        id(variable)
+        for layer in walk_layers(model)
+        if isinstance(layer, NO_DECAY_LAYERS)
+        for variable in layer.trainable_variables
+    }
+    return [
+        variable.path
+        for variable in model.trainable_variables
+        if id(variable) not in inside_norm and not NO_DECAY_NAMES.search(variable.path.lower())
+    ]
+
+
+def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
+    """Tell the optimizer which variables of ``model`` are not decayed."""
+    decayed = set(decay_parameter_names(model))
+    excluded = [v for v in model.trainable_variables if v.path not in decayed]
+    if excluded:
+        optimizer.exclude_from_weight_decay(var_list=excluded)
+
+
+def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
+    """Create the metrics' variables by adding one batch, without a gradient, and forgetting it."""
+    tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+    _, _, inputs = forward(tensors, None, training=False)
+    if inputs is not None:
+        metrics.build(*inputs)

@@ -1,0 +1,393 @@
+"""Callbacks: the events of a run, and the ones that come with kbtrain."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from kbtrain.errors import ConfigurationError
+from kbtrain.state import TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
+
+EVENTS = (
+    "on_init_end",
+    "on_train_begin",
+    "on_train_end",
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_step_begin",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_substep_end",
+    "on_step_end",
+    "on_evaluate",
+    "on_predict",
+    "on_save",
+    "on_log",
+    "on_prediction_step",
+    "on_push_begin",
+)
+"""All events, by the reference's names."""
+
+
+class TrainerCallback:
+    """Base class: override the events you want.
+
+    Every event is called as ``event(args, state, control, **kwargs)`` with the keyword arguments
+    ``trainer, model, optimizer, lr_scheduler, train_dataloader, eval_dataloader``, and ``logs``
+    (``on_log``) or ``metrics`` (``on_evaluate``, ``on_predict``). It may change ``control`` in
+    place, or return another one.
+
+    A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); they are
+    saved in checkpoints and restored on resume.
+
+    Example:
+        >>> class StopAtThree(TrainerCallback):
+        ...     def on_step_end(self, args, state, control, **kwargs):
+        ...         control.should_training_stop = state.global_step >= 3
+    """
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """The Trainer has been made."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """``fit`` is about to run its first step (a resumed one has been restored)."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """``fit`` is done; the best model has been loaded if that was asked for."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A pass over the data begins."""
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A pass over the data has ended."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """An update begins."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """The variables still hold their values from before this update."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """The update has been started; the variables hold the new values."""
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """Once for every micro-batch of an update but the last."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """An update is complete; ``state.global_step`` counts it."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """An evaluation has ended, with its ``metrics``."""
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A prediction has ended, with its ``metrics``."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A checkpoint has been saved."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """Something has been logged: ``logs``."""
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A batch of an evaluation or prediction is done."""
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """Reserved, as in the reference, for uploads; kbtrain itself never uploads."""
+
+
+class CallbackHandler:
+    """Calls the callbacks of an event in their order, each with the control of the one before.
+
+    Args:
+        callbacks: Callback objects or classes.
+        context: Returns the keyword arguments every event gets.
+    """
+
+    def __init__(
+        self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.callbacks: list[TrainerCallback] = []
+        self._context = context
+        self._listeners: dict[str, list[TrainerCallback]] = {}
+        for callback in callbacks:
+            self.add(callback)
+
+    def add(self, callback: Any) -> None:
+        """Add a callback object, or a class, which is instantiated."""
+        instance = callback() if isinstance(callback, type) else callback
+        if not isinstance(instance, TrainerCallback):
+            raise ConfigurationError(
+                "A callback must be a TrainerCallback or a subclass of it. "
+                f"Received: {callback!r}. (Keras callbacks have other events.)"
+            )
+        if any(type(other) is type(instance) for other in self.callbacks):
+            logger.warning("A callback of class %s was there already.", type(instance).__name__)
+        self.callbacks.append(instance)
+        self._listeners.clear()
+
+    def pop(self, callback: Any) -> TrainerCallback | None:
+        """Remove and return a callback (by object, or the first of a class); None if absent."""
+        for other in self.callbacks:
+            if other is callback or (isinstance(callback, type) and type(other) is callback):
+                self.callbacks.remove(other)
+                self._listeners.clear()
+                return other
+        return None
+
+    def listeners(self, event: str) -> list[TrainerCallback]:
+        """The callbacks that override ``event``."""
+        if event not in self._listeners:
+            base = getattr(TrainerCallback, event)
+            self._listeners[event] = [
+                c for c in self.callbacks if getattr(type(c), event) is not base
+            ]
+        return self._listeners[event]
+
+    def fire(
+        self,
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Call ``event`` of everyone who listens; return the control that results."""
+        listeners = self.listeners(event)
+        if not listeners:
+            return control
+        kwargs = self._context() | kwargs
+        for callback in listeners:
+            try:
+                result = getattr(callback, event)(args, state, control, **kwargs)
+            except Exception as error:
+                error.add_note(f"Raised in {type(callback).__name__}.{event} at step "
+                               f"{state.global_step}.")
+                raise
+            control = control if result is None else result
+        return control
+
+    def close(self) -> None:
+        """Let go of what callbacks hold open, also after an error."""
+        for callback in self.callbacks:
+            if close := getattr(callback, "close", None):
+                close()
+
+    def state(self) -> dict[str, list[Any]]:
+        """The state of the callbacks that have one, by class name, in order."""
+        states: dict[str, list[Any]] = {}
+        for callback in self.callbacks:
+            if hasattr(callback, "state"):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        return states
+
+    def load_state(self, states: dict[str, list[Any]]) -> None:
+        """Inverse of ``state``; says which saved states found no callback."""
+        remaining = {name: list(values) for name, values in states.items()}
+        for callback in self.callbacks:
+            if hasattr(callback, "load_state") and remaining.get(type(callback).__name__):
+                callback.load_state(remaining[type(callback).__name__].pop(0))
+        for name in (name for name, values in remaining.items() if values):
+            logger.warning("The checkpoint has a state for the callback %s, which is not in use.",
+                           name)
+
+
+class EarlyStoppingCallback(TrainerCallback):
+    """Stop when ``metric_for_best_model`` has not improved for some evaluations.
+
+    An improvement is measured against the last accepted best, so steady small gains add up to one
+    (the reference measures against the previous best and stops in spite of them).
+
+    Args:
+        early_stopping_patience: Evaluations without improvement before stopping.
+        early_stopping_threshold: How much better than the best a value must be.
+
+    Raises:
+        ConfigurationError: The patience is below 1 or the threshold negative; at the start of
+            training: no ``metric_for_best_model`` or no evaluation strategy.
+    """
+
+    def __init__(
+        self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0
+    ) -> None:
+        if early_stopping_patience < 1 or early_stopping_threshold < 0:
+            raise ConfigurationError(
+                "EarlyStoppingCallback needs early_stopping_patience >= 1 and "
+                f"early_stopping_threshold >= 0. Received: {early_stopping_patience}, "
+                f"{early_stopping_threshold}."
+            )
+        self.early_stopping_patience = early_stopping_patience
+        self.early_stopping_threshold = early_stopping_threshold
+        self.best: float | None = None
+        self.early_stopping_patience_counter = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that there will be something to watch; a fresh run forgets the last one."""
+        if args.metric_for_best_model is None or args.eval_strategy == "no":
+            raise ConfigurationError(
+                "EarlyStoppingCallback needs metric_for_best_model and an eval_strategy other than "
+                f"'no'. Received: metric_for_best_model={args.metric_for_best_model!r}, "
+                f"eval_strategy={args.eval_strategy!r}."
+            )
+        if state.global_step == 0:
+            self.best, self.early_stopping_patience_counter = None, 0
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count evaluations without improvement."""
+        value = metric_value(kwargs["metrics"], args.metric_for_best_model)
+        sign = 1 if args.greater_is_better else -1
+        if self.best is None or sign * (value - self.best) > self.early_stopping_threshold:
+            self.best, self.early_stopping_patience_counter = value, 0
+        else:
+            self.early_stopping_patience_counter += 1
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            logger.info("Early stopping at step %d: no improvement in %d evaluations.",
+                        state.global_step, self.early_stopping_patience_counter)
+            control.should_training_stop = True
+
+    def state(self) -> dict[str, Any]:
+        """Best value and counter."""
+        return {"best": self.best, "counter": self.early_stopping_patience_counter}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self.best = state["best"]
+        self.early_stopping_patience_counter = state["counter"]
+
+
+def metric_value(metrics: dict[str, Any], name: str | None) -> float:
+    """The metric ``name`` (with or without ``eval_``) out of an evaluation's results.
+
+    Raises:
+        ConfigurationError: There is none of that name; the message lists those there are.
+    """
+    for key in (name, f"eval_{name}"):
+        if key in metrics:
+            return float(metrics[key])
+    known = ", ".join(sorted(k for k in metrics if k.startswith("eval_")))
+    raise ConfigurationError(
+        f"metric_for_best_model={name!r} is not among the results of the evaluation: {known}. "
+        "Set it to one of these (the prefix eval_ may be left out), or add the metric."
+    )
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar with loss, learning rate, steps per second and the time that is left.
+
+    Args:
+        disable: True never shows it, False always; None shows it on a terminal only.
+    """
+
+    def __init__(self, disable: bool | None = None) -> None:
+        self._disable = not sys.stderr.isatty() if disable is None else disable
+        self._bar: Any = None
+        self._evaluation: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if not self._disable:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar of the evaluation."""
+        if self._disable:
+            return
+        if self._evaluation is None:
+            self._evaluation = tqdm(leave=self._bar is None, dynamic_ncols=True, unit="batch")
+        self._evaluation.update()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar of the evaluation."""
+        self._close_evaluation()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar of the prediction."""
+        self._close_evaluation()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the newest loss, learning rate and evaluation loss beside the bar."""
+        if self._bar is not None:
+            logs = kwargs["logs"]
+            names = {"loss": "loss", "learning_rate": "lr", "eval_loss": "eval_loss"}
+            shown = {new: f"{logs[old]:.4g}" for old, new in names.items() if old in logs}
+            if shown:
+                self._bar.set_postfix(shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar on the screen."""
+        self.close()
+
+    def _close_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def close(self) -> None:
+        """Close both bars."""
+        self._close_evaluation()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,230 @@
+"""What a checkpoint asks of the disk: flushing, hidden folders, safe opening and removal.
+
+Nothing here knows what is inside a checkpoint. The functions raise ``OSError`` as the system does;
+the callers say in the user's words what it means.
+"""
+
+import io
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["tmp", "trash", "replaced"]
+
+MAX_STEP = 10**18 - 1  # what the names below have room for
+
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
+_HIDDEN = re.compile(
+    r"\.(tmp|trash|replaced)-checkpoint-(0|[1-9][0-9]{0,17})-([0-9]{1,10})-[0-9a-f]+", re.ASCII
+)
+
+
+class Hidden(NamedTuple):
+    """A folder beside the checkpoints that is being written, replaced or deleted.
+
+    Attributes:
+        path: The folder.
+        role: ``"tmp"`` (being written), ``"replaced"`` (the older of two checkpoints of one step,
+            still complete) or ``"trash"`` (being deleted).
+        step: The step of the checkpoint it is or was.
+        pid: The process that made it.
+    """
+
+    path: Path
+    role: str
+    step: int
+    pid: int
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of ``step``."""
+    return f"checkpoint-{step}"
+
+
+def parse_checkpoint_name(name: str) -> int | None:
+    """Return the step in a checkpoint's folder name, None if it is not such a name."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def hidden_path(directory: Path, role: Role, step: int) -> Path:
+    """Return a fresh path beside the checkpoints, invisible to whoever lists them."""
+    name = f".{role}-{checkpoint_name(step)}-{os.getpid()}-{secrets.token_hex(4)}"
+    return directory / name
+
+
+def parse_hidden(path: Path) -> Hidden | None:
+    """Return what a hidden folder's name says, None if the name is not one of ours."""
+    match = _HIDDEN.fullmatch(path.name)
+    return Hidden(path, match[1], int(match[2]), int(match[3])) if match else None
+
+
+def entries(directory: Path) -> list[str]:
+    """Return the sorted names in a folder, none if it is not there or not a folder."""
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def process_is_alive(pid: int) -> bool:
+    """Return whether a process with this id runs on this machine.
+
+    Where the system offers no harmless way to ask (Windows), the answer is True: nothing of another
+    process is touched there.
+    """
+    if pid <= 0:
+        return False
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def fsync_directory(path: Path) -> None:
+    """Flush a folder's entries, so that a rename or a new file outlives a power cut."""
+    if sys.platform == "win32":  # folders cannot be opened there, and entries are journalled
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open an existing regular file for reading, unbuffered; never through a symbolic link.
+
+    Raises:
+        OSError: If there is no such file, or it is a link, a folder, a pipe or a device.
+    """
+    # The look before the open is for pipes and devices, whose open may block for ever; O_NOFOLLOW
+    # and the second look close the gap in between.
+    _require_regular(path, os.lstat(path).st_mode)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    file = io.FileIO(descriptor, "rb")
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise OSError(f"{path.name} is {kind}")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with everything in it; a symbolic link is unlinked, not followed."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def describe_space(directory: Path) -> str:
+    """Return one sentence about the free space where a folder is, empty if that cannot be told."""
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:
+        return ""
+    return f"{free / 1e6:,.0f} MB are free on that disk."
+
+
+class DeferredErrorFile(io.RawIOBase):
+    """A new file whose failing writes are reported when asked for, not when they happen.
+
+    libhdf5 is written through this: after a write that failed it still wants to flush its metadata
+    when it closes the file, and on a full disk that has been seen to end the process with a
+    segmentation fault. Here the first failure is kept, later writes do nothing, libhdf5 never
+    learns of it, and ``raise_deferred`` raises it once libhdf5 is out of the way.
+
+    Args:
+        path: The file to create; it must not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb+", buffering=0)
+        self._deferred: BaseException | None = None
+
+    def raise_deferred(self) -> None:
+        """Raise the first error that a write met, if there was one."""
+        if self._deferred is not None:
+            raise self._deferred
+
+    def sync(self) -> None:
+        """Flush the file to the disk; raises what was deferred and what flushing raises."""
+        self.raise_deferred()
+        os.fsync(self._file.fileno())
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``; returns its length even after a failure (see the class)."""
+        view = memoryview(data).cast("B")
+        if self._deferred is None:
+            try:
+                done = 0
+                while done < len(view):
+                    done += self._file.write(view[done:])
+            except BaseException as error:  # KeyboardInterrupt too: it must not unwind through C
+                self._deferred = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or extend the file; a failure is deferred."""
+        if self._deferred is None:
+            try:
+                return self._file.truncate(size)
+            except BaseException as error:
+                self._deferred = error
+        return size or 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read into ``buffer``; libhdf5 reads back some of its own metadata."""
+        return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()

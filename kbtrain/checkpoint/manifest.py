@@ -1,0 +1,232 @@
+"""The list of a checkpoint's files, written last: what makes a folder a checkpoint.
+
+The manifest vouches for every other file (size and SHA-256) and for itself (a SHA-256 over its own
+bytes), so that any byte that changed in any file is noticed before a value of it is used.
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from kbtrain.checkpoint.disk import open_regular, write_bytes
+from kbtrain.checkpoint.format import dump_json, parse_json
+from kbtrain.errors import CheckpointDamagedError, CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "kbtrain-checkpoint"
+FORMAT_VERSION = 1
+ARRAYS_SUFFIX = ".h5"
+DOCUMENT_SUFFIX = ".json"
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+_NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says about one file.
+
+    Attributes:
+        size: Bytes.
+        sha256: Hexadecimal digest of the content.
+    """
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        step: Optimizer updates done when the checkpoint was taken.
+        files: File name -> size and checksum.
+        info: What the writer wanted to be known: backend, package versions, ...
+        format_version: Version of the checkpoint format.
+    """
+
+    step: int
+    files: Mapping[str, FileEntry]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
+    """Check the names of array groups and documents, which become file names.
+
+    Raises:
+        CheckpointError: If a name is no plain file name on every system, is reserved, or differs
+            from another only in upper and lower case.
+    """
+    names = [stem + ARRAYS_SUFFIX for stem in arrays]
+    names += [stem + DOCUMENT_SUFFIX for stem in documents]
+    for name in names:
+        if not is_file_name(name):
+            raise CheckpointError(
+                "The name of an array group or document must consist of letters, digits, '_', '-' "
+                "and '.', not begin with '.' or '-', have 100 characters at most and not be "
+                f"'manifest'. Received: {name.rpartition('.')[0]!r}"
+            )
+    folded = [name.casefold() for name in names]
+    if twice := sorted({name for name in names if folded.count(name.casefold()) > 1}):
+        raise CheckpointError(
+            "Names of array groups and documents must differ in more than upper and lower case. "
+            f"Received: {', '.join(twice)}"
+        )
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a checkpoint of this format may contain a file of this name."""
+    stem, dot, suffix = name.rpartition(".")
+    return (
+        dot + suffix in (ARRAYS_SUFFIX, DOCUMENT_SUFFIX)
+        and _STEM.fullmatch(stem) is not None
+        and name.casefold() != MANIFEST_NAME
+    )
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Return the size and checksum of a file.
+
+    Raises:
+        OSError: If it is no regular file or cannot be read.
+    """
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(size=os.fstat(file.fileno()).st_size, sha256=digest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` and flush it to the disk.
+
+    Raises:
+        CheckpointError: If ``info`` cannot be written as JSON.
+        OSError: If the disk refuses.
+    """
+    data = dump_json(
+        "manifest",
+        {
+            "checksum": "0" * 64,
+            "files": {
+                name: {"sha256": entry.sha256, "size": entry.size}
+                for name, entry in manifest.files.items()
+            },
+            "format": FORMAT,
+            "format_version": manifest.format_version,
+            "info": manifest.info,
+            "step": manifest.step,
+        },
+    )
+    # Keys are sorted, so the first occurrence is the manifest's own field whatever `info` holds.
+    own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
+    write_bytes(folder / MANIFEST_NAME, data.replace(_NO_CHECKSUM, own, 1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json`` and check all it says except the other files.
+
+    Raises:
+        CheckpointDamagedError: If it is missing, altered or says what it cannot say.
+        CheckpointError: If it is intact and of a newer format, or another program's.
+    """
+    data = _read_manifest_bytes(folder / MANIFEST_NAME)
+    # The checksum is over bytes, so it holds for manifests of any version and any JSON writer.
+    match = _OWN_CHECKSUM.search(data)
+    value = parse_json(MANIFEST_NAME, data)
+    if not isinstance(value, dict):
+        raise _damaged(f"it is a {type(value).__name__}, not a mapping")
+    if "checksum" not in value and value.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{MANIFEST_NAME} in {folder} is not one of kbtrain's: expected a field 'format' that "
+            f"says {FORMAT!r}. Received: fields {sorted(value)[:8]}"
+        )
+    blank = data[: match.start()] + _NO_CHECKSUM + data[match.end() :] if match else b""
+    if match is None or hashlib.sha256(blank).hexdigest().encode() != match[1]:
+        raise _damaged("its bytes are not those that were written (checksum)")
+    return _parse_manifest(value)
+
+
+@contextmanager
+def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
+    """Open a file of a checkpoint after checking its kind, size and checksum.
+
+    The one open file is hashed and then read, from its beginning, by the caller: nothing can come
+    in between, and the second reading finds it in the system's cache.
+
+    Raises:
+        CheckpointDamagedError: If it is missing, cannot be read or is not what the manifest says.
+    """
+    try:
+        file = open_regular(folder / name)
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or error
+        raise CheckpointDamagedError(f"{name}: {reason}") from error
+    with file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
+            file.seek(0)
+        except OSError as error:
+            raise CheckpointDamagedError(f"{name}: {error.strerror or error}") from error
+        if size != entry.size:
+            raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
+        if digest != entry.sha256:
+            raise CheckpointDamagedError(f"{name}: contents altered (SHA-256 differs)")
+        yield file
+
+
+def _read_manifest_bytes(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _MAX_MANIFEST_BYTES:
+                raise _damaged(f"{size} bytes are more than it can have")
+            return file.read()
+    except FileNotFoundError as error:
+        raise CheckpointDamagedError(
+            f"{MANIFEST_NAME}: missing. It is written last: without it the checkpoint is incomplete"
+        ) from error
+    except OSError as error:
+        raise _damaged(str(error.strerror or error)) from error
+
+
+def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
+    """Turn an unaltered manifest's value into a Manifest; strict, as its writer may be anybody."""
+    version = value.get("format_version")
+    if value.get("format") != FORMAT or not _is_count(version) or version == 0:
+        raise _damaged(f"format={value.get('format')!r}, format_version={version!r}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format version {version}; this kbtrain reads version "
+            f"{FORMAT_VERSION} and older. Update kbtrain to use it."
+        )
+    files, info, step = value.get("files"), value.get("info"), value.get("step")
+    if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
+        raise _damaged("'step', 'files' or 'info' is missing or of a wrong type")
+    entries: dict[str, FileEntry] = {}
+    for name, entry in files.items():
+        if not is_file_name(name):
+            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+        size = entry.get("size") if isinstance(entry, dict) else None
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise _damaged(f"the size or checksum of {name!r} is not one")
+        entries[name] = FileEntry(size=size, sha256=digest)
+    return Manifest(step=step, files=entries, info=info, format_version=version)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _damaged(problem: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(f"{MANIFEST_NAME}: {problem}")

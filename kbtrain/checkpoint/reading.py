@@ -1,0 +1,108 @@
+"""Reading one checkpoint folder: everything is verified before a value of it is used."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kbtrain.checkpoint import disk
+from kbtrain.checkpoint.format import parse_json, read_open_arrays
+from kbtrain.checkpoint.manifest import (
+    ARRAYS_SUFFIX,
+    MANIFEST_NAME,
+    Manifest,
+    open_verified,
+    read_manifest,
+)
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, verified.
+
+    Attributes:
+        path: The folder it came from.
+        step: Optimizer updates done when it was taken.
+        arrays: Group (``"model"``, ``"optimizer"``, ...) -> variable name -> array.
+        documents: Document (``"trainer_state"``, ...) -> its JSON value.
+        manifest: Format version, file sizes and checksums, and the writer's ``info``.
+    """
+
+    path: Path
+    step: int
+    arrays: dict[str, dict[str, np.ndarray]]
+    documents: dict[str, Any]
+    manifest: Manifest
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, verifying sizes and checksums of all its files on the way.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such folder.
+        CheckpointDamagedError: If a file is missing, truncated or altered.
+        CheckpointError: If it has a newer format, or is another program's.
+    """
+    manifest = _manifest_of(path)
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    documents: dict[str, Any] = {}
+    try:
+        for name, entry in manifest.files.items():
+            stem, _, _ = name.rpartition(".")
+            with open_verified(path, name, entry) as file:
+                if name.endswith(ARRAYS_SUFFIX):
+                    arrays[stem] = read_open_arrays(file, name)
+                else:
+                    documents[stem] = parse_json(name, file.read())
+    except (CheckpointDamagedError, OSError) as error:
+        raise _damaged_checkpoint(path, str(error)) from error
+    return Checkpoint(path, manifest.step, arrays, documents, manifest)
+
+
+def find_problems(path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, in words; an empty list says it is intact."""
+    try:
+        manifest = _manifest_of(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, entry in manifest.files.items():
+        try:
+            with open_verified(path, name, entry):
+                pass
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _manifest_of(path: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder; errors name the checkpoint."""
+    if not os.path.lexists(path):
+        raise CheckpointNotFoundError(f"There is no checkpoint {path}.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: expected a folder. Received: a file")
+    try:
+        manifest = read_manifest(path)
+    except CheckpointDamagedError as error:
+        raise _damaged_checkpoint(path, f"{error} (found: {_contents(path)})") from error
+    named = disk.parse_checkpoint_name(path.name)
+    if named is not None and named != manifest.step:
+        raise _damaged_checkpoint(path, f"{MANIFEST_NAME} says it is of step {manifest.step}")
+    return manifest
+
+
+def _contents(path: Path) -> str:
+    try:
+        return ", ".join(disk.entries(path)[:8]) or "nothing"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _damaged_checkpoint(path: Path, problem: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"The checkpoint {path} is damaged: {problem.rstrip('.')}. It cannot be used; resume from "
+        "another one (resume_from_checkpoint=True takes the newest intact one)."
+    )

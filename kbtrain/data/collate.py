@@ -1,0 +1,114 @@
+"""Joining samples into a batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.batch import LABEL_KEYS
+from kbtrain.data.structure import (
+    as_array,
+    cast,
+    is_list_of_numbers,
+    rebuild_sequence,
+)
+from kbtrain.errors import DataError
+
+Collate = Callable[[list[Any]], Any]
+"""A collator: takes a list of samples and returns a batch."""
+
+
+def default_collate(samples: Sequence[Any]) -> Any:
+    """Stack samples into a batch, field by field.
+
+    Args:
+        samples: At least one sample, all built alike: dicts, tuples such as ``(x, y)``, or single
+            arrays or numbers. Fields may be nested, and may be arrays, tensors, numbers or lists
+            of numbers.
+
+    Returns:
+        The structure of one sample with arrays of shape ``(len(samples), ...)``. The key
+        ``"label"`` or ``"label_ids"`` of a dict becomes ``"labels"``.
+
+    Raises:
+        DataError: Samples differ in their fields or shapes, or a field holds strings or ``None``.
+
+    Example:
+        >>> batch = default_collate([{"x": [1, 2], "label": 0}, {"x": [3, 4], "label": 1}])
+        >>> batch["x"].shape, batch["labels"]
+        ((2, 2), array([0, 1]))
+    """
+    if not samples:
+        raise DataError("Expected at least one sample to collate. Received: none")
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return _rename_labels(_collate(samples, "sample"))
+    if isinstance(first, tuple):  # also (1.0, 2): the parts of a sample, not one array
+        return _collate_parts(samples, "sample")
+    return _collate(samples, "sample")
+
+
+def _rename_labels(batch: dict[Any, Any]) -> dict[Any, Any]:
+    """Give the targets the key ``"labels"``, as the reference's default collator does."""
+    target, *aliases = LABEL_KEYS
+    found = [key for key in aliases if key in batch]
+    if not found or target in batch or len(found) > 1:
+        return batch  # several label keys are `unpack`'s error
+    return {target if key == found[0] else key: value for key, value in batch.items()}
+
+
+def _collate(values: Sequence[Any], path: str) -> Any:
+    """Stack the same field of all samples, walking into nested ones."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return _collate_dicts(values, path)
+    if isinstance(first, (tuple, list)) and not is_list_of_numbers(first, of_arrays=False):
+        return _collate_parts(values, path)
+    return _stack_field(values, path)
+
+
+def _collate_dicts(values: Sequence[Any], path: str) -> dict[Any, Any]:
+    keys = values[0].keys()
+    for position, value in enumerate(values):
+        if not isinstance(value, Mapping) or value.keys() != keys:
+            received = list(value) if isinstance(value, Mapping) else type(value).__name__
+            raise DataError(
+                f"All samples must have the same keys. Sample 0 of the batch has {list(keys)}, "
+                f"sample {position} differs. Received: {path}={received}"
+            )
+    return {key: _collate([value[key] for value in values], f"{path}[{key!r}]") for key in keys}
+
+
+def _collate_parts(values: Sequence[Any], path: str) -> Any:
+    first = values[0]
+    for position, value in enumerate(values):
+        is_sequence = isinstance(value, (tuple, list))
+        if not is_sequence or len(value) != len(first):
+            received = f"{len(value)} parts" if is_sequence else type(value).__name__
+            raise DataError(
+                "All samples must have the same number of parts. Sample 0 of the batch has "
+                f"{len(first)}, sample {position} differs. Received: {path} with {received}"
+            )
+    columns = enumerate(zip(*values, strict=True))
+    return rebuild_sequence(first, [_collate(column, f"{path}[{i}]") for i, column in columns])
+
+
+def _stack_field(values: Sequence[Any], path: str) -> np.ndarray:
+    """Stack the arrays of one field, which must agree in shape."""
+    if any(value is None for value in values):
+        position = next(i for i, value in enumerate(values) if value is None)
+        raise DataError(
+            f"{path} is None in sample {position} of the batch. Fill missing values or remove the "
+            "column."
+        )
+    arrays = [cast(as_array(value, path)) for value in values]
+    shape = arrays[0].shape
+    for position, array in enumerate(arrays):
+        if array.shape != shape:
+            raise DataError(
+                f"{path} differs in shape from sample to sample: {shape} in sample 0 of the batch, "
+                f"{array.shape} in sample {position}. Pad all to one length, or pass a "
+                "data_collator that pads each batch."
+            )
+    # int64 stacked with float32 promotes to float64, hence the second cast.
+    return cast(np.stack(arrays))

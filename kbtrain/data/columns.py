@@ -1,0 +1,69 @@
+"""One array of a data set, read a few rows at a time.
+
+A column is an ndarray in memory (a memory map counts: the operating system reads its pages when
+they are touched) or an array on disk that must be asked in sorted order.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.structure import as_array, cast, check_dtype, map_structure
+
+
+class DiskColumn:
+    """An HDF5 dataset (or one that behaves like it), which stays on disk.
+
+    Args:
+        dataset: Object with ``shape``, ``dtype`` and slicing; index lists must be increasing.
+        name: How error messages call it.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        check_dtype(dataset.dtype, name)
+        self._dataset = dataset
+        self.shape: tuple[int, ...] = tuple(dataset.shape)
+        self.dtype: np.dtype = dataset.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.asarray(self._dataset[rows])
+
+    def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Return the rows at ``indices`` in their order; repeated ones are read once."""
+        increasing, back = np.unique(indices, return_inverse=True)
+        return np.asarray(self._dataset[increasing]).take(back, axis=axis)
+
+
+Column = np.ndarray | DiskColumn
+
+
+def as_column(value: Any, name: str) -> Column:
+    """Make a column of an array, a tensor, an HDF5 dataset or a list of numbers.
+
+    Raises:
+        DataError: ``value`` is none of these, or its dtype is of no use to a model.
+    """
+    if hasattr(value, "read_direct"):  # what an h5py.Dataset has and arrays in memory have not
+        return DiskColumn(value, name)
+    return as_array(value, name)
+
+
+def take(column: Column, indices: np.ndarray | range) -> np.ndarray:
+    """Return the rows at ``indices``, float64 as float32.
+
+    A ``range`` gives a view where that is possible. What is returned is always contiguous and
+    writeable: torch warns about read-only memory and refuses negative strides.
+    """
+    if isinstance(indices, range):
+        block = cast(column[indices.start : indices.stop])
+        return block if block.flags.carray else block.copy()
+    return cast(column.take(indices, axis=0))
+
+
+def rows(batch: Any, count: int) -> list[Any]:
+    """Split a batch into its samples, each in the structure of the batch.
+
+    Every field is an array, 0-d if need be, so that ``default_collate`` can tell a list of scalar
+    fields from one field that is a list of numbers.
+    """
+    return [map_structure(lambda array, i=i: array[i, ...], batch) for i in range(count)]

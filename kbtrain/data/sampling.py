@@ -1,0 +1,84 @@
+"""The order in which samples are visited: a pure function of (length, seed, epoch).
+
+Nothing is drawn from a stream that moves on, so any epoch can be asked for at any time, in any
+process and on any backend, and a run resumes by asking again.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kbtrain.errors import ConfigurationError
+
+Order = np.ndarray | range
+"""Sample indices in the order they are visited; a ``range`` when that is the stored order."""
+
+
+def epoch_order(length: int, seed: int, epoch: int, strategy: str = "random") -> Order:
+    """Return the order in which an epoch visits ``length`` samples.
+
+    Args:
+        length: Number of samples.
+        seed: Any integer >= 0; the run's data seed.
+        epoch: Number of the epoch, from 0.
+        strategy: ``"random"`` for a fresh permutation each epoch, ``"sequential"`` for 0, 1, 2, ...
+
+    Returns:
+        An int64 array of shape ``(length,)``, or a ``range`` for ``"sequential"``.
+
+    Raises:
+        ConfigurationError: The strategy is unknown, or a number is negative.
+
+    Example:
+        >>> epoch_order(4, seed=0, epoch=0, strategy="sequential")
+        range(0, 4)
+        >>> sorted(epoch_order(4, seed=0, epoch=0).tolist())
+        [0, 1, 2, 3]
+    """
+    check_strategy(strategy)
+    if min(length, seed, epoch) < 0:
+        raise ConfigurationError(
+            "length, seed and epoch must be integers >= 0. "
+            f"Received: length={length}, seed={seed}, epoch={epoch}"
+        )
+    return STRATEGIES[strategy](length, seed, epoch)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise a ``ConfigurationError`` that lists the strategies unless this is one of them."""
+    if strategy not in STRATEGIES:
+        known = ", ".join(repr(name) for name in sorted(STRATEGIES))
+        raise ConfigurationError(
+            f"Unknown sampling strategy. Expected one of {known}. Received: strategy={strategy!r}"
+        )
+
+
+def _random(length: int, seed: int, epoch: int) -> np.ndarray:
+    """Permute by sorting random keys.
+
+    ``Generator.permutation`` would be as short, but NumPy keeps the right to change its stream
+    between versions; the raw words of a bit generator never change. Each key carries its index in
+    the low bits, so a plain sort of 64-bit integers is enough and ties cannot happen. The high bits
+    that stay random (40 for ten million samples) are far more than the order can show.
+    """
+    # spawn_key, not [seed, epoch]: a seed above 32 bits would run into the epoch's word.
+    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(length)
+    index_bits = np.uint64(max(length - 1, 0).bit_length())
+    keys = words.astype(np.uint64, copy=False)
+    keys >>= index_bits
+    keys <<= index_bits
+    keys |= np.arange(length, dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << index_bits) - np.uint64(1)
+    return keys.view(np.int64)
+
+
+def _sequential(length: int, seed: int, epoch: int) -> range:
+    return range(length)
+
+
+STRATEGIES: dict[str, Callable[[int, int, int], Order]] = {
+    "random": _random,
+    "sequential": _sequential,
+}
+"""Strategy name -> ``(length, seed, epoch) -> order``. Must stay pure functions of these."""

@@ -1,0 +1,346 @@
+"""Where samples come from: arrays, map-style datasets, and iterables, behind one door.
+
+``as_source`` recognises what the user passed. The loader then needs three questions only: is the
+length known, the batch of these indices, the samples of these indices (for a user's collator).
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.batch import common_length, named_leaves, unpack
+from kbtrain.data.collate import default_collate
+from kbtrain.data.columns import Column, as_column, rows, take
+from kbtrain.data.structure import has_array, map_raw, map_structure
+from kbtrain.errors import DataError
+
+Indices = np.ndarray | range
+"""Sample indices; a ``range`` (step 1) promises that they are consecutive."""
+
+
+class UnsizedDataError(DataError, TypeError):
+    """The length of data was asked for that has none.
+
+    It is a ``TypeError`` as well because that is what ``len`` raises by convention:
+    ``list(loader)`` asks for a length first and goes on without one only then.
+    """
+
+
+class Source:
+    """Samples with or without a known number.
+
+    Attributes:
+        name: How error messages call the data, for instance ``"train_dataset"``.
+        sized: Whether ``len`` works and samples can be read by index.
+    """
+
+    sized = True
+
+    def __init__(self, data: Any, name: str) -> None:
+        self._data = data
+        self.name = name
+
+    def __len__(self) -> int:
+        """Return the number of samples.
+
+        Raises:
+            UnsizedDataError: It is not known.
+        """
+        raise NotImplementedError
+
+    def gather(self, indices: Indices) -> Any:
+        """Return the batch of the samples at ``indices``."""
+        return default_collate(self.samples(indices))
+
+    def samples(self, indices: Indices) -> list[Any]:
+        """Return the samples at ``indices``, one by one, for a user's collator."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
+        hook = getattr(self._data, "set_epoch", None)
+        if callable(hook):
+            hook(epoch)
+
+
+class ArraySource(Source):
+    """Arrays with a common first dimension, read a batch at a time.
+
+    Consecutive samples are a view of the user's array where its dtype allows that; nothing is read
+    from a memory map or an HDF5 dataset before its turn.
+
+    Args:
+        data: A batch as long as the data set: ``(x, y)``, a dict of arrays, ...
+        name: How error messages call it.
+
+    Raises:
+        DataError: Something is no array, the lengths differ, or there is no sample.
+    """
+
+    def __init__(self, data: Any, name: str = "train_dataset") -> None:
+        super().__init__(data, name)
+        self._columns = _columns(data, name)
+        leaves = list(named_leaves(self._columns))
+        self._length = common_length(leaves, f"The arrays of {name}")
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._length
+
+    def gather(self, indices: Indices) -> Any:
+        """Return the batch of the samples at ``indices``: one read per array."""
+        return map_structure(lambda column: take(column, indices), self._columns)
+
+    def samples(self, indices: Indices) -> list[Any]:
+        """Return the rows at ``indices``, each in the structure of the data."""
+        # By index even when consecutive: a collator may write into its samples, and views would
+        # pass that on to the user's data.
+        return rows(self.gather(np.asarray(indices)), len(indices))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: arrays have no hooks."""
+
+
+class MapSource(Source):
+    """An object with ``__len__`` and ``__getitem__``, such as a torch ``Dataset`` or a list.
+
+    Args:
+        data: The object. Its ``__getitems__(indices)``, where it has one, reads a batch at once.
+        name: How error messages call it.
+    """
+
+    def __init__(self, data: Any, name: str = "train_dataset") -> None:
+        super().__init__(data, name)
+        self._get_many = getattr(data, "__getitems__", None)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self._data)
+
+    def samples(self, indices: Indices) -> list[Any]:
+        """Return the items at ``indices``.
+
+        Raises:
+            DataError: The object's own code failed; the message names the index.
+        """
+        numbers = list(indices) if isinstance(indices, range) else indices.tolist()
+        if self._get_many is not None:
+            return self._read_together(self._get_many, numbers)
+        items = []
+        for index in numbers:
+            try:
+                items.append(self._data[index])
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise failed(f"{self.name}[{index}]", error) from error
+        return items
+
+    def _read_together(
+        self, get_many: Callable[[list[int]], Iterable[Any]], numbers: list[int]
+    ) -> list[Any]:
+        where = f"{self.name}.__getitems__({numbers[:3]}...)"
+        try:
+            items = list(get_many(numbers))
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise failed(where, error) from error
+        if len(items) != len(numbers):
+            raise DataError(
+                f"{where} must return one sample for each of the {len(numbers)} indices. "
+                f"Received: {len(items)} samples"
+            )
+        return items
+
+
+class IterableSource(Source):
+    """Samples that can only be had in their own order: an iterable or a generator function.
+
+    Args:
+        data: An iterable, an iterator (which lasts for one epoch), or a callable that returns an
+            iterator and is called at the start of each epoch.
+        name: How error messages call it.
+
+    Attributes:
+        one_shot: Whether the data is an iterator, so that there is no second epoch.
+    """
+
+    sized = False
+
+    def __init__(self, data: Any, name: str = "train_dataset") -> None:
+        super().__init__(data, name)
+        self.one_shot = isinstance(data, Iterator)
+
+    def __len__(self) -> int:
+        """Raise an ``UnsizedDataError``: the number of samples is not known."""
+        raise UnsizedDataError(
+            f"{self.name} is iterable and has no length. Set max_steps, or pass data with "
+            "__len__ and __getitem__."
+        )
+
+    def gather(self, indices: Indices) -> Any:
+        """Raise an ``UnsizedDataError``: there are no indices."""
+        raise UnsizedDataError(f"{self.name} is iterable and cannot be read by index.")
+
+    samples = gather
+
+    def stream(self) -> Iterator[Any]:
+        """Yield the samples of one epoch.
+
+        Raises:
+            DataError: The user's iterable failed; the message says at which sample.
+        """
+        iterator = self._start()
+        for position in itertools.count():
+            try:
+                sample = next(iterator)
+            except StopIteration:
+                return
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise failed(f"{self.name}, sample {position} of the epoch", error) from error
+            yield sample
+
+    def _start(self) -> Iterator[Any]:
+        iterable = isinstance(self._data, Iterable)
+        try:
+            return iter(self._data if iterable else self._data())
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise failed(f"{self.name} could not be iterated", error) from error
+
+
+def failed(where: str, error: Exception) -> DataError:
+    """Return the DataError for an exception of user code; raise it ``from`` that exception."""
+    if isinstance(error, DataError):
+        return DataError(f"{where}: {error}")
+    return DataError(
+        f"{where}: the data's own code raised {type(error).__name__}: {error}. The traceback above "
+        "shows where."
+    )
+
+
+def as_source(data: Any, *, name: str = "train_dataset") -> Source:
+    """Recognise the kind of data a user passed.
+
+    ==============================================  ==================  ===================
+    data                                            source              a sample is
+    ==============================================  ==================  ===================
+    array, ``(x, y)``, ``(x, y, w)``, dict of them  ``ArraySource``     a row of all arrays
+    ``__len__`` and ``__getitem__``, a list         ``MapSource``       ``data[i]``
+    iterable, generator, generator function         ``IterableSource``  an item
+    ==============================================  ==================  ===================
+
+    A tuple is always the arrays, a list always the samples. An array is anything with
+    ``__array__``: NumPy, torch CPU tensors, TensorFlow and JAX arrays, pandas objects, memory maps,
+    HDF5 datasets; also a list of numbers inside a tuple or dict.
+
+    Args:
+        data: The data, or a ``Source``, which is returned as it is.
+        name: How error messages call it.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: The data is of no such kind, is empty, or its arrays differ in length.
+
+    Example:
+        >>> import numpy as np
+        >>> source = as_source((np.zeros((10, 3)), np.arange(10)))
+        >>> len(source), source.gather(range(4, 6))[1]
+        (10, array([4, 5]))
+    """
+    if isinstance(data, Source):
+        return data
+    _refuse(data, name)
+    source = _recognise(data, name)
+    if source.sized and _length(source) == 0:
+        raise DataError(f"{name} is empty: at least one sample is needed. Received: length 0")
+    return source
+
+
+def _recognise(data: Any, name: str) -> Source:
+    kind = type(data)
+    if isinstance(data, (tuple, Mapping)) or has_array(data):
+        return ArraySource(data, name)
+    if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
+        return IterableSource(data, name)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return MapSource(data, name)
+    if isinstance(data, Iterable) or callable(data):
+        return IterableSource(data, name)
+    missing = "" if not hasattr(data, "__getitem__") else " It has __getitem__ but no __len__."
+    raise DataError(
+        f"{name} is of no known kind. Expected arrays such as (x, y), a dict of arrays, an object "
+        f"with __len__ and __getitem__, an iterable, or a generator function.{missing} "
+        f"Received: a value of type {kind.__name__}"
+    )
+
+
+def _refuse(data: Any, name: str) -> None:
+    """Raise for the things that look like data and are not."""
+    if data is None:
+        raise DataError(
+            f"No data: {name} is None. Pass arrays such as (x, y), a dataset or a generator."
+        )
+    if isinstance(data, (str, bytes, os.PathLike)):
+        raise DataError(
+            f"{name} must be the data itself, not its place or a text. Load the file, and tokenize "
+            f"or encode text, first. Received: {data!r}"
+        )
+    if isinstance(data, type):
+        raise DataError(f"{name} is a class; pass an instance of it. Received: {data.__name__}")
+    if isinstance(data, (bool, int, float, complex)):
+        raise DataError(f"{name} must hold samples, not a single number. Received: {data!r}")
+    if _yields_batches(data):
+        raise DataError(
+            f"{name} yields batches, and samples were expected. Pass the samples (a torch "
+            "DataLoader has them as `.dataset`), or override get_train_dataloader or "
+            f"get_eval_dataloader to return the loader. Received: {type(data).__name__}"
+        )
+
+
+def _yields_batches(data: Any) -> bool:
+    """Recognise the loaders of torch, of Keras and of this package without importing them."""
+    knows_samples = hasattr(data, "dataset") or hasattr(data, "num_examples")
+    is_loader = hasattr(data, "batch_size") and knows_samples
+    return is_loader or derives_from(data, "PyDataset")
+
+
+def derives_from(value: Any, class_name: str) -> bool:
+    """Whether a class of that name is among the value's, for libraries that are not imported."""
+    return any(cls.__name__ == class_name for cls in type(value).__mro__)
+
+
+def _length(source: Source) -> int:
+    try:
+        return len(source)
+    except Exception as error:
+        raise failed(f"len({source.name})", error) from error
+
+
+def _columns(data: Any, name: str) -> Any:
+    """Turn ``(x, y)``, a dict or an array into the same structure of columns."""
+
+    def column(value: Any, path: str) -> Column:
+        return as_column(value, path)
+
+    if isinstance(data, tuple):
+        if not 1 <= len(data) <= 3:
+            raise DataError(
+                f"{name} is a tuple, which is read as (x,), (x, y) or (x, y, sample_weight). Nest "
+                "several inputs, as in ((x1, x2), y), and pass samples as a list. "
+                f"Received: a tuple of {len(data)}"
+            )
+        parts = zip(("x", "y", "sample_weight"), data, strict=False)
+        return tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
+    columns = map_raw(column, data, name)
+    unpack(columns)  # a dict of labels alone, or with two kinds of labels, is an error now
+    return columns

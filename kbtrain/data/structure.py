@@ -1,0 +1,236 @@
+"""Nested structures of NumPy arrays: walking them, and turning what users hand over into them.
+
+A *structure* is an array, ``None``, or a dict, list or tuple (named tuples included) of structures.
+This is the small part of ``keras.tree`` that data needs, without importing Keras: data can be
+prepared, and tested, before a backend is chosen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kbtrain.errors import DataError
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+_KIND_NAMES = {"M": "dates", "m": "time differences"}
+_STRING_KINDS = "USaT"  # unicode, bytes, and NumPy 2's variable-width strings
+
+
+def map_structure(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
+    """Apply ``function`` to the matching leaves of equally built structures.
+
+    Args:
+        function: Called with one leaf of each structure.
+        first: The structure whose form the result takes; a dict keeps its order of keys.
+        *rest: More structures of the same form.
+
+    Returns:
+        A structure like ``first`` that holds the results. ``None`` stays ``None``.
+    """
+    if isinstance(first, Mapping):
+        return {
+            key: map_structure(function, value, *[other[key] for other in rest])
+            for key, value in first.items()
+        }
+    if isinstance(first, (tuple, list)):
+        return rebuild_sequence(
+            first, [map_structure(function, *items) for items in zip(first, *rest, strict=True)]
+        )
+    return None if first is None else function(first, *rest)
+
+
+def rebuild_sequence(like: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
+    """Put ``items`` into a list, tuple or named tuple of the kind of ``like``."""
+    if isinstance(like, list):
+        return items
+    if is_named_tuple(like):
+        return type(like)(*items)
+    return tuple(items)
+
+
+def is_named_tuple(value: Any) -> bool:
+    """Whether ``value`` is an instance of a ``NamedTuple`` class."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def leaves_with_paths(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)`` for every leaf, the path written as Python indexing.
+
+    Args:
+        structure: The structure to walk.
+        path: What the paths begin with.
+
+    Yields:
+        Pairs such as ``("x['tokens'][0]", array)``.
+    """
+    if isinstance(structure, Mapping):
+        for key, value in structure.items():
+            yield from leaves_with_paths(value, f"{path}[{key!r}]")
+    elif isinstance(structure, (tuple, list)):
+        for position, value in enumerate(structure):
+            yield from leaves_with_paths(value, f"{path}[{position}]")
+    elif structure is not None:
+        yield path, structure
+
+
+def to_numpy(value: Any, name: str = "batch") -> Any:
+    """Convert everything in a structure to NumPy arrays of dtypes a model can take.
+
+    Python numbers, (nested) lists of numbers and whatever has ``__array__`` become arrays. float64
+    becomes float32, as everywhere in Keras; all other numeric dtypes stay.
+
+    Args:
+        value: A structure of arrays, tensors, numbers and lists of numbers.
+        name: How error messages call ``value``.
+
+    Returns:
+        The same structure with a ``numpy.ndarray`` at every leaf.
+
+    Raises:
+        DataError: A leaf holds strings, objects or ragged lists, or is no array at all.
+    """
+    return map_raw(lambda leaf, path: cast(as_array(leaf, path)), value, name)
+
+
+def map_raw(function: Callable[[Any, str], Any], value: Any, name: str) -> Any:
+    """Apply ``function(leaf, path)`` to raw data, in which a list of numbers is one leaf."""
+    if type(value) is np.ndarray:
+        return function(value, name)
+    if isinstance(value, Mapping):
+        return {key: map_raw(function, item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (tuple, list)) and not is_list_of_numbers(value):
+        items = [map_raw(function, item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return rebuild_sequence(value, items)
+    return None if value is None else function(value, name)
+
+
+def is_list_of_numbers(value: Any, *, of_arrays: bool = True) -> bool:
+    """Whether a list or tuple, nested or not, stands for one array rather than for several.
+
+    The first element decides, so the cost does not grow with the data. Strings count: they are
+    refused with a better message as an array than one by one.
+
+    Args:
+        value: Anything.
+        of_arrays: Whether 0-d ndarrays count as numbers. They do in what a collator returns, where
+            ``[y for _, y in samples]`` is a column; they do not within a sample, where they are
+            the fields cut out of several arrays (see ``columns.rows``).
+    """
+    while isinstance(value, (list, tuple)) and not is_named_tuple(value):
+        if not value:
+            return True
+        value = value[0]
+    if isinstance(value, (bool, int, float, complex, str, bytes)):
+        return True
+    is_scalar = getattr(value, "shape", None) == ()  # NumPy scalars and 0-d tensors
+    return is_scalar and (of_arrays or not isinstance(value, np.ndarray))
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """View ``value`` as a plain ndarray of a usable dtype, without copying where that is possible.
+
+    Args:
+        value: An array, tensor, number, or (nested) sequence of numbers.
+        name: How error messages call it.
+
+    Returns:
+        The array; float64 is left as it is (see ``cast``), so that a memory map stays on disk.
+
+    Raises:
+        DataError: ``value`` is no array, or one of strings or objects.
+    """
+    array = value if type(value) is np.ndarray else _convert(value, name)
+    check_dtype(array.dtype, name)
+    return array
+
+
+def cast(array: np.ndarray) -> np.ndarray:
+    """Return float64 (and wider) as float32, foreign byte order as native, the rest as it is."""
+    dtype = array.dtype
+    if dtype is _FLOAT32:
+        return array
+    if dtype.kind == "f" and dtype.itemsize >= _FLOAT64.itemsize:
+        return array.astype(np.float32)
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+
+
+def has_array(value: Any) -> bool:
+    """Whether NumPy can convert ``value``; looked up on the type, as NumPy itself does."""
+    return hasattr(type(value), "__array__")
+
+
+def check_dtype(dtype: np.dtype, name: str) -> None:
+    """Raise a ``DataError`` if a model cannot take values of ``dtype``."""
+    kind = dtype.kind
+    if kind in "fiubc":
+        return
+    if kind == "V" and dtype.type is not np.void:
+        return  # bfloat16 and the 8-bit floats of ml_dtypes call themselves void
+    if kind in _STRING_KINDS:
+        raise DataError(
+            f"{name} holds strings, and a model takes numbers. Tokenize or encode them first, or "
+            f"remove the column. Received: dtype={dtype}"
+        )
+    if kind == "O":
+        raise DataError(
+            f"{name} holds Python objects, not numbers: usually rows of different lengths, missing "
+            "values (None), or a pandas column of mixed types. Pad or convert them to one numeric "
+            f"dtype first. Received: dtype={dtype}"
+        )
+    what = _KIND_NAMES.get(kind, "structured records")
+    raise DataError(
+        f"{name} holds {what}, and a model takes numbers. Convert them to a numeric dtype first. "
+        f"Received: dtype={dtype}"
+    )
+
+
+def _convert(value: Any, name: str) -> np.ndarray:
+    """Make an ndarray of anything that is not exactly one."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise DataError(
+            f"{name} is a masked array, and the mask would be lost. Fill it (`.filled(...)`) and "
+            "pass the mask as an input or as sample_weight."
+        )
+    if isinstance(value, (str, bytes)):
+        raise DataError(
+            f"{name} is a string, and a model takes numbers. Tokenize or encode it first, or "
+            f"remove the column. Received: {_shorten(value)}"
+        )
+    if isinstance(value, bool):
+        return np.asarray(value)
+    if isinstance(value, int):
+        return _integer(value, name)
+    if not has_array(value) and not isinstance(value, (float, complex, Sequence)):
+        raise DataError(
+            f"{name} cannot be read as an array. Expected a NumPy array, a tensor, a number or a "
+            f"list of numbers. Received: a value of type {type(value).__name__}"
+        )
+    try:
+        return np.asarray(_to_host(value))
+    except MemoryError:
+        raise
+    except Exception as error:
+        ragged = "inhomogeneous" in str(error)
+        reason = "its rows have different lengths; pad them" if ragged else error
+        raise DataError(f"{name} cannot be converted to a NumPy array: {reason}.") from error
+
+
+def _integer(value: int, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=np.int64)
+    except OverflowError as error:
+        raise DataError(f"{name} does not fit into int64. Received: {value}") from error
+
+
+def _to_host(value: Any) -> Any:
+    """Free a tensor of its device and its gradient history, both of which forbid ``__array__``."""
+    if hasattr(value, "detach") and hasattr(value, "cpu"):
+        return value.detach().cpu()
+    return value
+
+
+def _shorten(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

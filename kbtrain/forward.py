@@ -1,0 +1,169 @@
+"""One pass of a batch through the model and the loss, for the train and the evaluation step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from kbtrain.data import unpack
+from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.loss import (
+    LossPair,
+    as_float,
+    as_pair,
+    call_loss_func,
+    count_items,
+    ignored_labels,
+    keras_loss_pair,
+    structured_loss_pair,
+)
+
+ComputeLoss = Callable[..., Any]
+
+
+class _TrainingScope(keras.layers.Layer):
+    """Calls a function with the layers' ``training`` flag set, as inside an outer layer.
+
+    So ``model(x)`` in a user's ``compute_loss`` runs dropout in training and not in evaluation,
+    without having to pass a flag on.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: keras.Model) -> None:
+        super().__init__(autocast=False, name="training_scope")
+        self._function = function
+        self.model = model  # tracked, so that the losses of add_loss are cleared for each call
+        self.built = True
+
+    def call(self, batch: Any, num_items: Any = None, training: bool | None = None) -> Any:
+        return self._function(batch, num_items)
+
+
+class ForwardPass:
+    """What a step runs on each batch.
+
+    Args:
+        model: A built model.
+        compute_loss: ``Trainer.compute_loss``, possibly overridden.
+        loss: The resolved loss, to know which labels are ignored.
+    """
+
+    def __init__(self, model: keras.Model, compute_loss: ComputeLoss, loss: Any) -> None:
+        self._model = model
+        self._loss = loss
+
+        def with_loss(batch: Any, num_items: Any) -> Any:
+            return compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items)
+
+        self._with_loss = _TrainingScope(with_loss, model)
+
+    def __call__(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[LossPair, Any, tuple[Any, ...] | None]:
+        """Loss, outputs and the metrics' arguments; see ``kbtrain.step.Forward``."""
+        x, y, sample_weight = unpack(batch)
+        result = self._with_loss(batch, num_items=num_items, training=training)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ConfigurationError(
+                "compute_loss(..., return_outputs=True) must return (loss, outputs). "
+                f"Received: {type(result).__name__}."
+            )
+        loss, outputs = result
+        size = keras.tree.flatten(x)[0].shape[0]
+        pair = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
+        added = self._model.losses  # add_loss and regularizers: means, weighted like the batch
+        if added:
+            total = sum(ops.mean(as_float(value)) for value in added)
+            pair = pair._replace(sum=pair.sum + total * pair.count)
+        if y is None:
+            return pair, outputs, None
+        return pair, outputs, self._metric_inputs(x, y, outputs, sample_weight)
+
+    def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
+        """Ignored labels weigh nothing, and become a label that every metric can take."""
+        keep = ignored_labels(self._loss, y)
+        if keep is None:
+            return x, y, outputs, weight
+        safe = ops.where(keep, y, ops.zeros_like(y))
+        mask = ops.cast(keep, "float32")
+        if weight is not None:
+            weight = as_float(weight)
+            while len(weight.shape) < len(mask.shape):
+                weight = ops.expand_dims(weight, -1)
+            mask = mask * weight
+        return x, safe, outputs, mask
+
+    def predict(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[None, Any, None]:
+        """Outputs only, for data without labels."""
+        return None, self._model(unpack(batch).x, training=training), None
+
+
+def default_loss(
+    model: keras.Model,
+    batch: Any,
+    num_items: Any,
+    loss: Any,
+    loss_weights: Any,
+    loss_func: Callable[..., Any] | None,
+) -> tuple[LossPair, Any]:
+    """What ``Trainer.compute_loss`` does unless it is overridden.
+
+    Raises:
+        ConfigurationError: There is nothing to compute a loss with.
+        DataError: The data has no labels, and the loss needs some.
+    """
+    x, y, sample_weight = unpack(batch)
+    outputs = model(x)
+    size = keras.tree.flatten(x)[0].shape[0]
+    if loss is None and loss_func is None:
+        return _own_loss(model, outputs, size), outputs
+    if y is None:
+        raise DataError(
+            "The data has no labels, but the loss needs them. Give (x, y) arrays, or a dict with "
+            f"the key 'labels'. Received: {_keys(batch)}."
+        )
+    if loss_func is not None:
+        return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
+    if isinstance(loss, Mapping | list):
+        pair = structured_loss_pair(loss, loss_weights, y, outputs, sample_weight, size)
+    else:
+        pair = keras_loss_pair(loss, y, outputs, sample_weight)
+    return pair, outputs
+
+
+def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
+    if isinstance(outputs, Mapping) and "loss" in outputs:
+        return as_pair(outputs["loss"], size)
+    if model.losses:
+        return LossPair(as_float(0.0), as_float(size))
+    raise ConfigurationError(
+        "There is no loss: pass loss=... or compute_loss_func=... to the Trainer, compile the "
+        "model with one, return a dict with the key 'loss' from it, or use add_loss in it."
+    )
+
+
+def _keys(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with the keys {sorted(map(str, batch))}"
+    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple) else "")
+
+
+def items_counter(loss_func: Callable[..., Any] | None) -> Callable[[Any, int], Any] | None:
+    """``count(batch, batch_axes)`` of labels, if the loss function asks for the total; else None.
+
+    ``batch_axes`` is 1 for a batch and 2 for micro-batches stacked along one more axis.
+    """
+    if loss_func is None or "num_items_in_batch" not in inspect.signature(loss_func).parameters:
+        return None
+
+    def count(batch: Any, batch_axes: int) -> Any:
+        x, y, _ = unpack(batch)
+        return count_items(y, math.prod(keras.tree.flatten(x)[0].shape[:batch_axes]))
+
+    return count

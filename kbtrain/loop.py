@@ -1,0 +1,88 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kbtrain.run import Run
+from kbtrain.state import decide_after_epoch, decide_after_step
+
+if TYPE_CHECKING:
+    from kbtrain.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+
+def train_loop(trainer: Trainer, run: Run) -> None:
+    """Run updates until the plan is done or somebody stops it.
+
+    ::
+
+        for each epoch:
+            <on_epoch_begin>
+            for each group of micro-batches:            # one group, one update
+                <on_step_begin>
+                <on_substep_end>                        # for every micro-batch but the last
+                <on_pre_optimizer_step>                 # variables are still the old ones
+                the step: loss, gradients, accumulate, clip, finite check, optimizer, metrics
+                <on_optimizer_step>                     # variables are the new ones
+                decide what is due
+                <on_step_end>
+                log      -> <on_log>
+                evaluate -> <on_prediction_step>... <on_log> <on_evaluate>
+                save     -> <on_save>
+            decide what is due
+            <on_epoch_end>
+            log, evaluate, save
+
+    A whole update is one call to the device, so the events between micro-batches come just before
+    it. The host waits for the device only where something is logged, evaluated or saved, and once
+    in ``run.MAX_PENDING`` updates.
+    """
+    args, state, progress = trainer.args, trainer.state, run.progress
+    if state.global_step >= run.plan.max_steps:
+        logger.warning("Nothing to do: step %d of %d.", state.global_step, run.plan.max_steps)
+        return
+    for epoch in range(progress.epoch, run.plan.num_epochs):
+        trainer.control.new_epoch()
+        trainer.fire("on_epoch_begin")
+        for group in run.batches.groups(epoch, progress.batch, run.accumulation):
+            trainer.control.new_step()
+            trainer.fire("on_step_begin")
+            for _ in group[1:]:
+                trainer.fire("on_substep_end")
+            trainer.fire("on_pre_optimizer_step")
+            run.update(group)
+            trainer.fire("on_optimizer_step")
+            decide_after_step(args, state, trainer.control)
+            trainer.fire("on_step_end")
+            log_evaluate_save(trainer, run)
+            if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
+                break
+        if progress.batch == 0:
+            logger.warning("No data in epoch %d: training ends at step %d of %d.",
+                           epoch, state.global_step, run.plan.max_steps)
+            trainer.control.should_training_stop = True
+        run.end_epoch(stopped=trainer.control.should_training_stop)
+        decide_after_epoch(args, state, trainer.control)
+        trainer.fire("on_epoch_end")
+        log_evaluate_save(trainer, run)
+        if trainer.control.should_training_stop:
+            break
+
+
+def log_evaluate_save(trainer: Trainer, run: Run) -> None:
+    """Do what is due, in this order."""
+    control = trainer.control
+    if control.should_log:
+        control.should_log = False
+        trainer.log_window(run)
+    if control.should_evaluate:
+        control.should_evaluate = False
+        run.read()
+        trainer.evaluate_in_training(run)
+    if control.should_save:
+        control.should_save = False
+        run.read()
+        trainer.save_checkpoint(run)

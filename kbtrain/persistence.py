@@ -1,0 +1,207 @@
+"""What a checkpoint of a run holds, and how a run is put back to it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+
+from kbtrain import rng
+from kbtrain.checkpoint import (
+    Checkpoint,
+    capture,
+    name_optimizer_variables,
+    name_variables,
+    restore,
+)
+from kbtrain.errors import CheckpointMismatchError
+
+logger = logging.getLogger("kbtrain")
+
+
+@dataclass
+class Progress:
+    """Where a run is in its data, and what it has added up since it began.
+
+    Attributes:
+        epoch: Number of the current epoch.
+        batch: Micro-batches of it that are done.
+        loss_sum: Sum of the losses of all updates.
+        window_sum: The same since the last log.
+        window_steps: Updates since the last log.
+        window_extras: Sums of the extra values since the last log.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    window_sum: float = 0.0
+    window_steps: int = 0
+    window_extras: dict[str, float] | None = None
+
+
+def environment(backend: ModuleType) -> dict[str, Any]:
+    """Backend and versions, for a checkpoint's manifest and for bug reports."""
+    versions = {"python": platform.python_version()}
+    for name in ("kbtrain", "keras", "numpy", "h5py", backend.name):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return {"backend": backend.name, "versions": versions}
+
+
+def model_variables(model: keras.Model) -> list[keras.Variable]:
+    """The model's own state: weights, moving statistics and seed states, without metrics."""
+    metrics = {id(v) for metric in model.metrics for v in metric.variables}
+    optimizer = getattr(model, "optimizer", None)
+    others = metrics | {id(v) for v in (optimizer.variables if optimizer else [])}
+    return [v for v in model.variables if id(v) not in others]
+
+
+def gather_model(model: keras.Model) -> dict[str, np.ndarray]:
+    """Host copies of the model's variables, by path."""
+    return capture(name_variables(model_variables(model)))
+
+
+def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
+    """Put the model's variables back.
+
+    Raises:
+        CheckpointMismatchError: The checkpoint is of another architecture; nothing was changed.
+    """
+    restore(name_variables(model_variables(model)), _group(checkpoint, "model"), what="model")
+
+
+def gather_training(
+    backend: ModuleType,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    metric_variables: Sequence[keras.Variable],
+    progress: Progress,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Everything besides the model that an exact resume needs: ``(arrays, documents)``."""
+    rng_arrays, rng_document = rng.capture(backend)
+    named = name_optimizer_variables(optimizer.variables, model_variables(model))
+    arrays = {
+        "optimizer": capture(named),
+        "metrics": {str(i): value for i, value in enumerate(copies(metric_variables))},
+        "rng": rng_arrays,
+    }
+    return arrays, {"progress": vars(progress), "rng": rng_document}
+
+
+def restore_training(
+    backend: ModuleType,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    metric_variables: Sequence[keras.Variable],
+    checkpoint: Checkpoint,
+) -> Progress:
+    """Inverse of ``gather_training``.
+
+    Raises:
+        CheckpointMismatchError: Another optimizer, or a checkpoint without training state.
+    """
+    if "optimizer" not in checkpoint.arrays:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} holds the model only (it was saved with save_only_model=True): "
+            "the run cannot be continued from it. Resume from a full checkpoint, or load the "
+            "weights and start a new run."
+        )
+    restore(
+        name_optimizer_variables(optimizer.variables, model_variables(model)),
+        checkpoint.arrays["optimizer"],
+        what="optimizer",
+    )
+    saved = checkpoint.arrays.get("metrics", {})
+    shapes = [saved[str(i)].shape for i in range(len(saved)) if str(i) in saved]
+    if shapes == [tuple(v.shape) for v in metric_variables]:
+        for i, variable in enumerate(metric_variables):
+            variable.assign(saved[str(i)])
+    else:
+        logger.warning("The metrics have changed since the checkpoint; their first value after the "
+                       "resume covers the steps from there on only.")
+    rng.restore(backend, _group(checkpoint, "rng"), checkpoint.documents["rng"])
+    return Progress(**checkpoint.documents["progress"])
+
+
+def restore_run(
+    backend: ModuleType,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    metric_variables: Sequence[keras.Variable],
+    checkpoint: Checkpoint,
+) -> Progress:
+    """Put model, optimizer, metrics and random state back; nothing is changed if one cannot be."""
+    restore_model(model, checkpoint)
+    return restore_training(backend, model, optimizer, metric_variables, checkpoint)
+
+
+def copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+    """Host copies of the values of ``variables``."""
+    return [np.array(keras.ops.convert_to_numpy(v.value)) for v in variables]
+
+
+def put_back(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    """Assign what ``copies`` returned."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def save_json(path: Path, document: Any) -> None:
+    """Write a JSON file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
+    try:
+        return checkpoint.arrays[name]
+    except KeyError:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} has no {name} arrays: it is not a checkpoint of a training run. "
+            f"It holds: {sorted(checkpoint.arrays)}."
+        ) from None
+
+
+def compare_arguments(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Say which changed arguments make the resumed run differ from the interrupted one."""
+    consequences = {
+        "per_device_train_batch_size": "the position in the data is converted by samples",
+        "gradient_accumulation_steps": "an epoch has another number of steps",
+        "seed": "the random numbers of the run are restored, but the data order may differ",
+        "data_seed": "the rest of the data comes in another order",
+        "train_sampling_strategy": "the rest of the data comes in another order",
+        "logging_steps": "logs come at other steps",
+        "eval_steps": "evaluations come at other steps",
+        "save_steps": "checkpoints come at other steps",
+    }
+    return [
+        f"{name} was {saved[name]!r} and is {current[name]!r} now: {what}."
+        for name, what in consequences.items()
+        if name in saved and saved[name] != current[name]
+    ]
+
+
+def save_keras_file(model: keras.Model, path: Path) -> None:
+    """Write ``model`` as a ``.keras`` file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        model.save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

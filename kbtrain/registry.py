@@ -1,0 +1,99 @@
+"""Optimizers and schedules by name, from the entry points of whatever is installed.
+
+kbtrain imports no optimizer package: ``optim`` is found here in the same way as a third party's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from kbtrain.errors import ConfigurationError
+
+OPTIMIZERS = "kbtrain.optimizers"
+SCHEDULES = "kbtrain.schedules"
+
+
+@functools.cache
+def _entries(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=group):
+        same = found.setdefault(entry.name, [])
+        # One package can be seen twice (an editable install and its build folder).
+        if all(other.value != entry.value for other in same):
+            same.append(entry)
+    return found
+
+
+def names(group: str) -> list[str]:
+    """The names that are registered in ``group``, sorted; nothing is imported."""
+    return sorted(_entries(group))
+
+
+def find(group: str, name: str, field: str) -> Any:
+    """Import what ``name`` stands for.
+
+    Args:
+        group: ``OPTIMIZERS`` or ``SCHEDULES``.
+        name: The name of the entry point.
+        field: The argument the name was given for, to say so in an error.
+
+    Raises:
+        ConfigurationError: Unknown name, two packages with the same name, or a package that
+            cannot be imported.
+    """
+    entries = _entries(group).get(name, [])
+    if not entries:
+        known = names(group)
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        listing = ", ".join(known) or (
+            "none: is the distribution kbtrain installed (pip install), not only on the path?"
+        )
+        raise ConfigurationError(
+            f"{field}={name!r} is not registered in the entry points {group!r}.{hint} "
+            f"Known: {listing}."
+        )
+    if len(entries) > 1:
+        owners = " and ".join(f"{e.value} ({e.dist.name if e.dist else '?'})" for e in entries)
+        raise ConfigurationError(
+            f"{field}={name!r} is registered twice in {group!r}: by {owners}. Uninstall one."
+        )
+    try:
+        return entries[0].load()
+    except Exception as error:
+        owner = entries[0].dist.name if entries[0].dist else "?"
+        raise ConfigurationError(
+            f"{field}={name!r} is registered by the package {owner!r} as {entries[0].value!r}, "
+            f"which cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], what: str) -> Any:
+    """Call ``factory`` with those of ``offered`` it takes, and with all of ``own``.
+
+    Args:
+        factory: A class or function.
+        offered: Arguments that make sense for some factories only.
+        own: Arguments a user gave for this one; they win over ``offered``.
+        what: How to name the factory's arguments in an error.
+
+    Raises:
+        ConfigurationError: The factory does not take one of ``own``, or refuses a value.
+    """
+    parameters = inspect.signature(factory).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not anything and (unknown := sorted(set(own) - set(parameters))):
+        takes = ", ".join(p for p in parameters if p not in ("self", "kwargs"))
+        raise ConfigurationError(
+            f"{what}: {getattr(factory, '__name__', factory)} has no argument {unknown[0]!r}. "
+            f"It takes: {takes}."
+        )
+    arguments = {k: v for k, v in offered.items() if k in parameters} | own
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{what}: {error}") from error

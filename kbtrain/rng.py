@@ -1,0 +1,62 @@
+"""Every source of randomness of a run, as arrays and JSON, to save and to put back."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+
+# Keras has no public door to the generator that unseeded operations draw from.
+from keras.src.random.seed_generator import global_seed_generator
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy, the backend and Keras' global generator."""
+    keras.utils.set_random_seed(seed)
+
+
+def global_seed_variable() -> keras.Variable:
+    """State of the generator that Keras draws from where a layer or operation has no seed."""
+    return global_seed_generator().state
+
+
+def capture(backend: ModuleType) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Random state outside the model: ``(arrays, JSON document)``."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    arrays = {f"backend/{name}": value for name, value in backend.rng_state().items()}
+    arrays["numpy"] = np.asarray(keys)
+    arrays["python"] = np.asarray(internal, dtype=np.uint64)
+    arrays["keras"] = keras.ops.convert_to_numpy(global_seed_variable().value)
+    document = {
+        "backend": backend.name,
+        "python": {"version": version, "gauss": gauss},
+        "numpy": {
+            "algorithm": algorithm,
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+    return arrays, document
+
+
+def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
+    """Inverse of ``capture``. Another backend's own generators are left as they are."""
+    internal = tuple(int(x) for x in arrays["python"])
+    random.setstate((document["python"]["version"], internal, document["python"]["gauss"]))
+    state = document["numpy"]
+    np.random.set_state(
+        (state["algorithm"], arrays["numpy"], state["position"], state["has_gauss"],
+         state["cached"])
+    )
+    variable = global_seed_variable()
+    variable.assign(arrays["keras"].astype(variable.dtype))
+    if document["backend"] == backend.name:
+        prefix = "backend/"
+        backend.set_rng_state(
+            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        )

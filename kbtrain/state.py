@@ -1,0 +1,177 @@
+"""What a run knows of itself: progress, decisions for the next moment, and when things are due."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass
+class TrainerControl:
+    """Switches that callbacks may set; the loop reads and clears them.
+
+    Attributes:
+        should_training_stop: Stop after this step; stays set.
+        should_epoch_stop: Go on with the next epoch; cleared at ``on_epoch_begin``.
+        should_save: Save now; cleared at ``on_step_begin`` and when it has been done.
+        should_evaluate: Evaluate now; cleared likewise.
+        should_log: Log now; cleared likewise.
+    """
+
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_log: bool = False
+
+    def new_training(self) -> None:
+        """Clear the switch that lasts for a whole run."""
+        self.should_training_stop = False
+
+    def new_epoch(self) -> None:
+        """Clear the switch that lasts for an epoch."""
+        self.should_epoch_stop = False
+
+    def new_step(self) -> None:
+        """Clear the switches that last for a step."""
+        self.should_save = self.should_evaluate = self.should_log = False
+
+
+@dataclass
+class TrainerState:
+    """Progress of a run; saved as ``trainer_state.json`` and readable by a person.
+
+    Attributes:
+        epoch: Epochs done, with the fraction of the current one.
+        global_step: Optimizer updates done.
+        max_steps: Updates this run will do in all.
+        num_train_epochs: Epochs this run will do in all.
+        logging_steps: Updates between two logs.
+        eval_steps: Updates between two evaluations.
+        save_steps: Updates between two checkpoints.
+        train_batch_size: Samples of one micro-batch.
+        log_history: Everything that was logged, each with its ``step``.
+        best_metric: Best value of ``metric_for_best_model`` so far.
+        best_global_step: The step it was measured at.
+        best_model_checkpoint: The checkpoint of that step, if one was saved.
+        is_local_process_zero: Whether this process is the first of its machine.
+        is_world_process_zero: Whether this process is the first of all.
+        stateful_callbacks: State of the callbacks that have one, by class name.
+    """
+
+    epoch: float = 0.0
+    global_step: int = 0
+    max_steps: int = 0
+    num_train_epochs: int = 0
+    logging_steps: int = 500
+    eval_steps: int = 500
+    save_steps: int = 500
+    train_batch_size: int | None = None
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    is_local_process_zero: bool = True
+    is_world_process_zero: bool = True
+    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainerState:
+        """Inverse of ``to_dict``; names this version does not know are left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+class _Arguments(Protocol):
+    """The fields of ``TrainingArguments`` that decide when something is due."""
+
+    logging_strategy: Any
+    logging_first_step: Any
+    eval_strategy: Any
+    eval_delay: Any
+    save_strategy: Any
+
+
+def decide_after_step(args: _Arguments, state: TrainerState, control: TrainerControl) -> None:
+    """Set the switches that are due after an update.
+
+    With a step strategy, the last update also evaluates and saves, whatever the interval.
+    """
+    step = state.global_step
+    last = step >= state.max_steps
+
+    def due(interval: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    if step == 1 and args.logging_first_step:
+        control.should_log = True
+    if args.logging_strategy == "steps" and due(state.logging_steps):
+        control.should_log = True
+    if args.eval_strategy == "steps" and args.eval_delay <= step:
+        control.should_evaluate |= due(state.eval_steps) or last
+    if args.save_strategy == "steps":
+        control.should_save |= due(state.save_steps) or last
+    if last:
+        control.should_training_stop = True
+
+
+def decide_after_epoch(args: _Arguments, state: TrainerState, control: TrainerControl) -> None:
+    """Set the switches that are due after an epoch."""
+    if args.logging_strategy == "epoch":
+        control.should_log = True
+    if args.eval_strategy == "epoch" and args.eval_delay <= state.epoch:
+        control.should_evaluate = True
+    if args.save_strategy == "epoch":
+        control.should_save = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many updates and epochs a run has.
+
+    Attributes:
+        max_steps: Updates in all.
+        num_epochs: Epochs in all, the last one possibly cut short.
+        steps_per_epoch: Updates in one epoch.
+        batches_per_epoch: Micro-batches in one epoch; None for data without a length.
+    """
+
+    max_steps: int
+    num_epochs: int
+    steps_per_epoch: int
+    batches_per_epoch: int | None
+
+    def epoch_at(self, epoch: int, batch: int, accumulation: int) -> float:
+        """Epochs done after ``batch`` micro-batches of ``epoch``.
+
+        Data without a length counts the whole run as one epoch.
+        """
+        total = self.batches_per_epoch or self.max_steps * accumulation
+        return epoch + batch / total
+
+
+def make_plan(
+    batches: int | None, accumulation: int, num_train_epochs: float, max_steps: int
+) -> Plan:
+    """Count updates as the reference does: a short last accumulation group is an update too.
+
+    Args:
+        batches: Micro-batches per epoch; None for data without a length (``max_steps`` is set).
+        accumulation: Micro-batches per update.
+        num_train_epochs: Epochs; a fraction is allowed.
+        max_steps: Updates; overrides the epochs if positive.
+    """
+    if batches is None:
+        return Plan(max_steps, 2**31, max_steps, None)
+    per_epoch = max(math.ceil(batches / accumulation), 1)
+    if max_steps > 0:
+        return Plan(max_steps, math.ceil(max_steps / per_epoch), per_epoch, batches)
+    steps = math.ceil(num_train_epochs * per_epoch)
+    return Plan(steps, math.ceil(num_train_epochs), per_epoch, batches)

@@ -1,0 +1,217 @@
+"""The train step and the evaluation step, written once over Keras variables.
+
+``loss -> gradients -> accumulate -> clip -> finite check -> optimizer -> metrics``. Nothing here
+waits for the device: what the host wants to know comes back as tensors, to be read when something
+is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import keras
+from keras import ops
+
+from kbtrain.loss import LossPair, as_float, mean
+from kbtrain.metrics import MetricSet
+
+
+class Forward(Protocol):
+    """One pass through the model.
+
+    Returns ``(pair, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
+    regularizers, the model's outputs, and the arguments for ``MetricSet.update``.
+    """
+
+    def __call__(self, batch: Any, num_items: Any, training: bool) -> tuple[LossPair, Any, Any]:
+        """Run the model on one batch."""
+
+
+class MicroResult(NamedTuple):
+    """What one micro-batch adds to the update."""
+
+    sum: Any
+    count: Any
+    extras: Any
+
+
+def make_train_step(
+    backend: ModuleType,
+    forward: Forward,
+    count_items: Callable[[Any, int], Any] | None,
+    optimizer: keras.optimizers.Optimizer,
+    trainable: Sequence[keras.Variable],
+    metrics: MetricSet | None,
+    max_grad_norm: float,
+    on_nonfinite: str,
+    halted: keras.Variable,
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Build the step of one optimizer update.
+
+    The step takes a list of chunks, each ``{"single": micro_batch}`` or ``{"stacked": batch}``
+    with micro-batches along a new leading axis (these run in one loop inside the step).
+
+    The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches.
+    It is clipped by its global norm as torch does: ``g * min(1, max_norm / (norm + 1e-6))``.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        forward: See ``Forward``.
+        count_items: Number of labels in a batch (see ``kbtrain.forward.items_counter``), where
+            the loss function wants the total of the whole update; else None.
+        optimizer: A built Keras optimizer.
+        trainable: The variables it was built with.
+        metrics: Metrics to update, if any.
+        max_grad_norm: Clip above this norm; 0 does not clip.
+        on_nonfinite: ``"raise"`` freezes the run at the first non-finite loss or gradient (the
+            host raises when it sees the flag), ``"skip"`` leaves out that update, ``"ignore"``
+            applies it.
+        halted: Integer variable, 1 from the first non-finite step on (``"raise"`` only).
+
+    Returns:
+        ``step(chunks) -> {"loss", "grad_norm", "learning_rate", "finite", "extras"}``, scalars on
+        the device. ``grad_norm`` is the norm before clipping, ``learning_rate`` the one used.
+    """
+    # Such an optimizer meets overflow with a smaller scale: only the loss itself is checked.
+    scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    state = [*trainable, *optimizer.variables]
+
+    def differentiate(batch: Any, num_items: Any) -> tuple[MicroResult, Any, list[Any], list[Any]]:
+        def objective(batch: Any) -> tuple[Any, Any]:
+            pair, _, metric_inputs = forward(batch, num_items, training=True)
+            return optimizer.scale_loss(pair.sum), (MicroResult(*pair), metric_inputs)
+
+        _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
+            objective, trainable, batch
+        )
+        return result, metric_inputs, gradients, updates
+
+    def is_running() -> Any:
+        return ops.equal(halted, 0)
+
+    def update_metrics(condition: Any, inputs: Any) -> None:
+        if metrics is not None:
+            backend.run_if(condition, lambda: metrics.update(*inputs), metrics.variables)
+
+    def accumulate(gradients: Any, batch: Any, num_items: Any) -> tuple[Any, MicroResult]:
+        result, metric_inputs, new, updates = differentiate(batch, num_items)
+        usable = ops.logical_and(ops.isfinite(result.sum), is_running())
+        if on_nonfinite == "ignore":
+            usable = ops.ones_like(usable)
+        backend.commit_if(usable, updates)
+        update_metrics(usable, metric_inputs)
+        return [total + as_float(g) for total, g in zip(gradients, new, strict=True)], result
+
+    def run_chunks(chunks: list[dict[str, Any]], num_items: Any) -> tuple[MicroResult, Any]:
+        gradients = [ops.zeros(v.shape, "float32") for v in trainable]
+        results = []
+        for chunk in chunks:
+            if "single" in chunk:
+                gradients, one = accumulate(gradients, chunk["single"], num_items)
+                results.append(keras.tree.map_structure(lambda t: ops.expand_dims(t, 0), one))
+            else:
+                gradients, many = backend.scan(
+                    lambda carry, batch: accumulate(carry, batch, num_items),
+                    gradients,
+                    chunk["stacked"],
+                )
+                results.append(many)
+        joined = [keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)]
+        counts = joined[0].count
+        extras = {
+            name: mean(ops.sum(values * counts), ops.sum(counts))
+            for name, values in joined[0].extras.items()
+        }
+        return MicroResult(ops.sum(joined[0].sum), ops.sum(counts), extras), gradients
+
+    def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        num_items = None
+        if count_items is not None:
+            num_items = sum(
+                count_items(batch, 1 if kind == "single" else 2)
+                for chunk in chunks
+                for kind, batch in chunk.items()
+            )
+        metric_inputs: Any = None
+        updates: list[Any] = []
+        if len(chunks) == 1 and "single" in chunks[0]:
+            result, metric_inputs, gradients, updates = differentiate(
+                chunks[0]["single"], num_items
+            )
+        else:
+            result, gradients = run_chunks(chunks, num_items)
+
+        loss = mean(result.sum, result.count)
+        # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
+        per_item = mean(1.0, as_float(result.count))
+        norm = backend.global_norm(gradients) * per_item / as_float(optimizer.scale_loss(1.0))
+        factor = per_item
+        if max_grad_norm > 0:
+            factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        learning_rate = as_float(optimizer.learning_rate)
+        finite = ops.isfinite(loss)
+        if not scales_itself:
+            finite = ops.logical_and(finite, ops.isfinite(norm))
+
+        def apply() -> None:
+            optimizer.apply(backend.scale(gradients, factor), trainable)
+
+        if on_nonfinite == "ignore":
+            good = ops.ones_like(finite)
+            apply()
+        else:
+            good = ops.logical_and(finite, is_running())
+            backend.run_if(good, apply, state)
+        backend.commit_if(good, updates)
+        if metric_inputs is not None:
+            update_metrics(good, metric_inputs)
+        if on_nonfinite == "raise":
+            bad = ops.cast(ops.logical_not(finite), halted.dtype)
+            halted.assign(ops.maximum(halted.value, bad))
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "finite": finite,
+            "extras": dict(result.extras),
+        }
+
+    return train_step
+
+
+def make_eval_step(
+    forward: Forward,
+    variables: Sequence[keras.Variable],
+    metrics: MetricSet | None,
+    select_outputs: Callable[[Any, Any], Any] | None,
+) -> Callable[[Any], dict[str, Any]]:
+    """Build the step of one evaluation batch; it changes nothing but the metrics.
+
+    Args:
+        forward: See ``Forward``.
+        variables: The model's variables.
+        metrics: Metrics to update, if any.
+        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
+
+    Returns:
+        ``step(batch) -> {"sum", "count", "extras", "outputs"}``, tensors on the device. A batch
+        without labels has only the outputs.
+    """
+
+    def eval_step(batch: Any) -> dict[str, Any]:
+        # The layers' own updates (seed states) are dropped with the scope.
+        with keras.StatelessScope([(v, v.value) for v in variables], collect_losses=True):
+            pair, outputs, metric_inputs = forward(batch, None, training=False)
+            kept = None if select_outputs is None else select_outputs(outputs, batch)
+        if metrics is not None and metric_inputs is not None:
+            metrics.update(*metric_inputs)
+        result: dict[str, Any] = {}
+        if pair is not None:
+            result |= {"sum": pair.sum, "count": pair.count, "extras": dict(pair.extras)}
+        if kept is not None:
+            result["outputs"] = kept
+        return result
+
+    return eval_step

@@ -1,0 +1,494 @@
+"""``TrainingArguments``: all that can be written down about a run, as one immutable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from kbtrain import args_kinds as kinds
+from kbtrain.args_renames import explain_unknown
+from kbtrain.args_validation import check_consistency, derived_values, normalise, resolve_steps
+from kbtrain.errors import ConfigurationError
+
+__all__ = ["TrainingArguments", "resolve_steps"]
+
+_ADAMW = dict.fromkeys(
+    ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"), "adamw"
+)
+_LATER_TRACKERS = (
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "csv", "dagshub", "dvclive", "flyte"),
+    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+_LATER_SAMPLING = {
+    "group_by_length": "use 'random', and sort or bucket the data set itself by length if needed",
+    "batch_rebalance": "use 'random'",
+}
+
+
+def _resume(value: Any) -> str | Literal[True] | None:
+    """True, a path ("auto" is one to this check) or None; False means None."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return True
+    try:
+        return kinds.path(value)
+    except kinds.Unfit:
+        raise kinds.Unfit("True, 'auto', a path that is not empty, or None") from None
+
+
+def _option(default: Any, kind: kinds.Kind, help: str) -> Any:
+    """A field with its default, what it accepts, and its meaning and unit."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
+
+
+class _KnownNamesOnly:
+    """Explains unknown keywords before ``__init__`` would fail on them with a bare TypeError.
+
+    A ``__new__`` in a base class leaves the generated ``__init__`` alone, so signatures, type
+    checkers, ``dataclasses.replace`` and subclasses with more fields work as for any dataclass.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if args:
+            raise ConfigurationError(
+                f"{cls.__name__} takes keyword arguments only. Received {len(args)} positional: "
+                f"{', '.join(kinds.shown(arg) for arg in args)}. "
+                f"Write {cls.__name__}(output_dir=...)."
+            )
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        problems = [explain_unknown(n, v, known) for n, v in kwargs.items() if n not in known]
+        if problems:
+            raise ConfigurationError("\n".join(problems))
+        return super().__new__(cls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments(_KnownNamesOnly):
+    """Everything about a run that can be written down: frozen, comparable, kept as JSON.
+
+    Building one touches no device, no file and no environment variable (a leading ``~`` in a path
+    is expanded to the home directory, nothing more). All arguments are keywords. Names, defaults
+    and meanings are those of ``transformers.TrainingArguments`` 5.x where the same thing exists;
+    names of 4.x raise an error that says the new one. Values are checked when the object is made
+    and stored in one normal form, so equal settings compare equal; ``replace`` makes a changed
+    copy. What a field means, and its unit, is the text ``"help"`` in the metadata of the dataclass
+    field.
+
+    A *step* is one update of the weights, never a micro-batch. Fields in steps also take a ratio
+    of all steps between 0 and 1.
+
+    Args, by group:
+
+    - Length and batches: `output_dir`, `num_train_epochs`, `max_steps`,
+      `per_device_train_batch_size`, `per_device_eval_batch_size`, `gradient_accumulation_steps`.
+    - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
+      `adam_beta2`, `adam_epsilon`, `max_grad_norm`.
+    - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
+    - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
+      `report_to`, `run_name`.
+    - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
+      `prediction_loss_only`, `include_for_metrics`.
+    - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
+      `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
+      `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
+    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`.
+    - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`, `use_cpu`.
+
+    Raises:
+        ConfigurationError: If a name is unknown, a value has the wrong type or range, or two
+            values contradict each other. The message names the field, the value and the remedy.
+
+    Example:
+        >>> args = TrainingArguments(learning_rate=3e-4, warmup_steps=0.1, max_steps=24)
+        >>> args.get_warmup_steps(24)
+        3
+        >>> args.replace(learning_rate=1e-3).learning_rate
+        0.001
+        >>> TrainingArguments.from_dict(args.to_dict()) == args
+        True
+
+    Reference:
+        `transformers.TrainingArguments
+        <https://huggingface.co/docs/transformers/main_classes/trainer>`_
+    """
+
+    # The annotations are the types that are stored and read; the constructor accepts more, as the
+    # help texts say (paths, JSON strings, NumPy scalars, None for "the default").
+
+    # Length and batches
+    output_dir: str = _option(
+        None,
+        lambda value: kinds.path("trainer_output" if value is None else value),
+        "Directory for checkpoints, state and metrics; created when first written to. A leading ~ "
+        "is expanded; None means 'trainer_output'.",
+    )
+    num_train_epochs: float = _option(
+        3.0,
+        kinds.real(),
+        "Passes over the training data, in epochs; a fraction ends within an epoch. Ignored when "
+        "max_steps is set.",
+    )
+    max_steps: int = _option(
+        -1,
+        kinds.whole(1, or_exactly=-1),
+        "Length of the run in update steps, instead of num_train_epochs; the data is repeated as "
+        "often as needed. -1 means not set.",
+    )
+    per_device_train_batch_size: int = _option(
+        8,
+        kinds.whole(1),
+        "Training examples per device and micro-batch. An update sees this times devices times "
+        "gradient_accumulation_steps examples.",
+    )
+    per_device_eval_batch_size: int = _option(
+        8, kinds.whole(1), "Examples per device and batch in evaluation and prediction."
+    )
+    gradient_accumulation_steps: int = _option(
+        1, kinds.whole(1), "Micro-batches whose gradients are combined into one update step."
+    )
+
+    # Optimizer
+    optim: str = _option(
+        "adamw",
+        kinds.alias(kinds.text, _ADAMW),
+        "Name of the optimizer, looked up among the installed ones. The reference's adamw_torch, "
+        "adamw_torch_fused, adamw_torch_xla and adamw_torch_npu_fused mean adamw.",
+    )
+    optim_args: Mapping[str, Any] = _option(
+        None,
+        kinds.key_values,
+        "More keyword arguments for the optimizer: a dict, a JSON object, or 'key=value,key=value' "
+        "whose values are read as bool, number or text.",
+    )
+    learning_rate: float = _option(
+        5e-5, kinds.real(0.0), "Peak learning rate, after warmup; per update step."
+    )
+    weight_decay: float = _option(
+        0.0,
+        kinds.real(0.0),
+        "Decoupled weight decay, multiplied by the learning rate at each step; not applied to "
+        "biases and normalisation layers.",
+    )
+    adam_beta1: float = _option(
+        0.9, kinds.real(0.0, below=1.0), "Adam's decay rate of the mean of the gradients."
+    )
+    adam_beta2: float = _option(
+        0.999, kinds.real(0.0, below=1.0), "Adam's decay rate of the mean of the squared gradients."
+    )
+    adam_epsilon: float = _option(
+        1e-8, kinds.real(above=0.0), "Adam's term added to the denominator, against division by 0."
+    )
+    max_grad_norm: float = _option(
+        1.0,
+        kinds.real(0.0),
+        "Largest global L2 norm of the gradients; longer ones are scaled down to it. 0 turns "
+        "clipping off, the norm is still logged.",
+    )
+
+    # Schedule
+    lr_scheduler_type: str = _option(
+        "linear",
+        kinds.text,
+        "Name of the learning rate schedule, looked up among the installed ones.",
+    )
+    lr_scheduler_kwargs: Mapping[str, Any] = _option(
+        None,
+        kinds.options,
+        "More keyword arguments for the schedule: a dict or a JSON object in a string.",
+    )
+    warmup_steps: float = _option(
+        0,
+        kinds.steps,
+        "Update steps of warmup from 0 to learning_rate; below 1 a ratio of all steps, rounded up.",
+    )
+
+    # Logging
+    logging_strategy: Literal["no", "steps", "epoch"] = _option(
+        "steps",
+        kinds.choice("no", "steps", "epoch"),
+        "When to log: never ('no'), every logging_steps ('steps') or after each epoch ('epoch').",
+    )
+    logging_steps: float = _option(
+        500, kinds.steps, "Update steps between two logs; below 1 a ratio of all steps, rounded up."
+    )
+    logging_first_step: bool = _option(False, kinds.flag, "Also log the first update step.")
+    disable_tqdm: bool | None = _option(
+        None, kinds.optional(kinds.flag), "Show no progress bar. None means automatic."
+    )
+    report_to: Sequence[str] = _option(
+        "none",
+        kinds.trackers("json", later=_LATER_TRACKERS),
+        "Trackers that receive the logs: 'json', a list of names, 'all' or 'none'.",
+    )
+    run_name: str | None = _option(
+        None, kinds.optional(kinds.text), "Name of the run for trackers. None means unnamed."
+    )
+
+    # Evaluation
+    eval_strategy: Literal["no", "steps", "epoch"] = _option(
+        "no",
+        kinds.choice("no", "steps", "epoch"),
+        "When to evaluate: never ('no'), every eval_steps ('steps') or after each epoch ('epoch').",
+    )
+    eval_steps: float | None = _option(
+        None,
+        kinds.optional(kinds.steps),
+        "Update steps between two evaluations; below 1 a ratio of all steps, rounded up. None "
+        "means logging_steps (filled in when eval_strategy='steps').",
+    )
+    eval_delay: float = _option(
+        0.0,
+        kinds.real(0.0),
+        "How long to wait before the first evaluation, in the unit of eval_strategy: update steps "
+        "or epochs.",
+    )
+    eval_on_start: bool = _option(
+        False, kinds.flag, "Evaluate before the first update step as well."
+    )
+    prediction_loss_only: bool = _option(
+        False, kinds.flag, "Evaluate the loss alone: keep no predictions, compute no metrics."
+    )
+    include_for_metrics: Sequence[str] = _option(
+        (),
+        kinds.names("inputs", "loss"),
+        "What compute_metrics receives besides predictions and labels: a list of 'inputs', 'loss'.",
+    )
+
+    # Checkpoints
+    save_strategy: Literal["no", "steps", "epoch", "best"] = _option(
+        "steps",
+        kinds.choice("no", "steps", "epoch", "best"),
+        "When to save a checkpoint: never ('no'), every save_steps ('steps'), after each epoch "
+        "('epoch') or when an evaluation improved metric_for_best_model ('best').",
+    )
+    save_steps: float = _option(
+        500,
+        kinds.steps,
+        "Update steps between two checkpoints; below 1 a ratio of all steps, rounded up.",
+    )
+    save_total_limit: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Most checkpoints to keep; older ones are deleted, the best one is not. None keeps all.",
+    )
+    save_only_model: bool = _option(
+        False,
+        kinds.flag,
+        "Save the weights without optimizer, data position and random state; such a checkpoint "
+        "cannot be resumed exactly.",
+    )
+    load_best_model_at_end: bool = _option(
+        False,
+        kinds.flag,
+        "Load the weights with the best metric_for_best_model when training ends.",
+    )
+    metric_for_best_model: str | None = _option(
+        None,
+        kinds.optional(kinds.text),
+        "Metric that decides which checkpoint is best, with or without the prefix 'eval_'. None "
+        "means 'loss' where one is needed.",
+    )
+    greater_is_better: bool | None = _option(
+        None,
+        kinds.optional(kinds.flag),
+        "Whether a higher metric_for_best_model is better. None means yes, unless the name ends "
+        "in 'loss'.",
+    )
+    resume_from_checkpoint: str | Literal[True] | None = _option(
+        None,
+        _resume,
+        "Where training goes on: True for the newest intact checkpoint of output_dir, 'auto' for "
+        "that or a fresh start if there is none, a path for that checkpoint, None for a fresh "
+        "start.",
+    )
+    ignore_data_skip: bool = _option(
+        False,
+        kinds.flag,
+        "On resuming, begin the data anew instead of at the position where the run had stopped.",
+    )
+    restore_callback_states_from_checkpoint: bool = _option(
+        True, kinds.flag, "On resuming, give callbacks the state they had at the checkpoint."
+    )
+
+    # Data and seeds
+    seed: int = _option(42, kinds.whole(0, kinds.MAX_SEED), "Seed of everything random in the run.")
+    data_seed: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(0, kinds.MAX_SEED)),
+        "Seed of the order of the training data. None means seed.",
+    )
+    dataloader_drop_last: bool = _option(
+        False, kinds.flag, "Leave out the last batch of an epoch when it is not full."
+    )
+    train_sampling_strategy: Literal["random", "sequential"] = _option(
+        "random",
+        kinds.choice("random", "sequential", later=_LATER_SAMPLING),
+        "Order of the training data: shuffled anew each epoch ('random') or as given "
+        "('sequential').",
+    )
+
+    # Numerics and execution
+    bf16: bool = _option(
+        False, kinds.flag, "Compute in bfloat16 and keep the weights in float32 (mixed precision)."
+    )
+    on_nonfinite: Literal["raise", "skip", "ignore"] = _option(
+        "raise",
+        kinds.choice("raise", "skip", "ignore"),
+        "What to do when loss or gradients are NaN or infinite: stop with an error before the "
+        "weights are touched ('raise'), leave that update out ('skip') or apply it ('ignore').",
+    )
+    jit_compile: bool | Literal["auto"] = _option(
+        "auto",
+        kinds.choice("auto", True, False),
+        "Compile the training step: True, False, or 'auto' for what suits the backend.",
+    )
+    use_cpu: bool = _option(
+        False, kinds.flag, "Use the CPU even where an accelerator is available."
+    )
+
+    def __post_init__(self) -> None:
+        """Store every field in its normal form, fill in what follows, refuse contradictions."""
+        # The one place that writes to the frozen object.
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, normalise(field, getattr(self, field.name)))
+        for name, value in derived_values(self).items():
+            object.__setattr__(self, name, value)
+        check_consistency(self)
+
+    @property
+    def train_batch_size(self) -> int:
+        """Training examples per micro-batch in this process, which drives one device."""
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Evaluation examples per batch in this process, which drives one device."""
+        return self.per_device_eval_batch_size
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Update steps of warmup in a run of the given length.
+
+        Args:
+            num_training_steps: All update steps of the run.
+
+        Returns:
+            `warmup_steps`, or as a ratio that part of `num_training_steps`, rounded up.
+
+        Raises:
+            ConfigurationError: If `warmup_steps` is a ratio and `num_training_steps` is below 1.
+        """
+        return resolve_steps(self.warmup_steps, num_training_steps)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked like a new object.
+
+        Values that were filled in (`eval_steps`, `metric_for_best_model`) stay as they are, except
+        that a new `metric_for_best_model` derives its `greater_is_better` anew.
+
+        Args:
+            **changes: Fields and their new values.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            ConfigurationError: As for a new object.
+        """
+        if "metric_for_best_model" in changes:
+            # The direction belongs to the metric: "loss" -> "accuracy" must not keep "lower".
+            changes.setdefault("greater_is_better", None)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a plain dict of what JSON can hold; changing it changes nothing here."""
+        return {f.name: kinds.thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
+        """`to_dict` for trackers: batch sizes added, everything but scalars written as text."""
+        values = self.to_dict()
+        values["train_batch_size"] = self.train_batch_size
+        values["eval_batch_size"] = self.eval_batch_size
+        return {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in values.items()
+        }
+
+    def to_json_string(self) -> str:
+        """All fields as an indented JSON object; floats are written so that they read back exactly.
+
+        Returns:
+            The text, without a newline at the end.
+        """
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json_string` to a file, replacing what was there.
+
+        Args:
+            path: The file; its directory must exist.
+        """
+        Path(path).write_text(self.to_json_string() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping of field names to values; fields left out take their defaults.
+
+        Args:
+            values: As `to_dict` gives them; anything the constructor accepts is fine.
+
+        Returns:
+            The arguments.
+
+        Raises:
+            ConfigurationError: As for a new object: unknown keys are explained, not ignored.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise ConfigurationError(
+                f"{cls.__name__} is built from a mapping of field names (str) to values. "
+                f"Received: {kinds.shown(values)} (type {type(values).__name__})."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json_string(cls, text: str) -> Self:
+        """Build from a JSON object, the inverse of `to_json_string`.
+
+        Args:
+            text: The JSON object.
+
+        Returns:
+            The arguments.
+
+        Raises:
+            ConfigurationError: If the text is not a JSON object, and as for a new object.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as problem:
+            raise ConfigurationError(
+                f"{cls.__name__} are read from a JSON object, but the text is not JSON: {problem}. "
+                f"Received: {kinds.shown(text)}"
+            ) from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Build from a JSON file as written by `to_json_file`.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The arguments.
+
+        Raises:
+            ConfigurationError: If the file holds no JSON object, and as for a new object.
+            FileNotFoundError: If there is no such file.
+        """
+        return cls.from_json_string(Path(path).read_text(encoding="utf-8"))

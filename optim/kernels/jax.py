@@ -1,0 +1,39 @@
+"""Execution on JAX: the rule is traced by the caller's ``jax.jit``, or runs eagerly, op by op.
+
+XLA fuses the whole rule into one pass over a tensor, so there is nothing left to gain from a
+hand-written kernel here.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from jax.experimental.sparse import JAXSparse
+from keras import ops
+
+FUSED: dict[str, Callable[..., None]] = {}
+
+
+def no_gradient() -> AbstractContextManager[Any]:
+    """JAX records nothing outside of its own transformations."""
+    return nullcontext()
+
+
+def colocated(variable: Any) -> AbstractContextManager[Any]:
+    """Placement on JAX is the variable's layout, which the slot receives by itself."""
+    return nullcontext()
+
+
+def float32_gradient(gradient: Any, variable: Any) -> Any:
+    """The gradient as a dense float32 array, of the shape it came in."""
+    if isinstance(gradient, JAXSparse):
+        gradient = gradient.todense()
+    return ops.cast(gradient, "float32")
+
+
+def execute(
+    optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
+) -> None:
+    """Run the rule once per variable; assignments go through a `keras.StatelessScope`, if any."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        optimizer.update_variable(gradient, variable, step, learning_rate)

@@ -1,0 +1,427 @@
+"""`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypedDict, TypeVar
+
+import keras
+from keras import ops
+
+from optim import precision
+from optim.kernels import backend as kernels
+
+Tensor = Any
+"""A tensor of the running backend."""
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+class CommonArguments(TypedDict, total=False):
+    """The arguments every optimizer takes, with Keras' names and meanings; see `Optimizer`."""
+
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    use_ema: bool
+    ema_momentum: float
+    ema_overwrite_frequency: int | None
+    loss_scale_factor: float | None
+    gradient_accumulation_steps: int | None
+    name: str | None
+    kernel: str | None
+
+
+@dataclass(frozen=True)
+class _State:
+    """The slots of all variables, by index.
+
+    A class of its own, because Keras wraps every bare list and dict that is set on an optimizer in
+    a container that tracks variables, and these are tracked already.
+    """
+
+    slots: list[dict[str, Any]]
+
+
+def fused(name: str) -> Callable[[Rule], Rule]:
+    """Mark an `Optimizer.update` as the rule that the kernels of this name also execute.
+
+    The mark sits on the function, so a subclass that overrides ``update`` is never given to the
+    kernel of its parent's rule.
+
+    Args:
+        name: key in the ``FUSED`` table of the backend's kernel module; a backend without the key
+            executes the rule itself.
+
+    Returns:
+        A decorator.
+    """
+
+    def mark(rule: Rule) -> Rule:
+        rule.fused = name  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
+def check_range(name: str, value: Any, low: float, high: float = float("inf")) -> float:
+    """Check a hyperparameter against a half-open range.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the user gave.
+        low: smallest allowed value.
+        high: the value has to be below this.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        ValueError: if it is not a number in ``[low, high)``.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and low <= value < high):
+        raise ValueError(
+            f"`{name}` must be a number in [{low}, {high}). Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+class Optimizer(keras.optimizers.Optimizer):
+    """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
+
+    A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
+    its hyperparameters are (``get_config``). Everything else sits here and is the same for all:
+    float32 arithmetic and float32 state whatever the dtype of the variable, low-precision variables
+    that follow their float32 trajectory (`optim.precision`), weight decay per variable, sparse
+    gradients, and the execution by the kernels of the running backend.
+
+    It differs from a stock Keras optimizer on purpose in three things. Clipping, accumulation and
+    the moving average are float32 too. With ``gradient_accumulation_steps`` the learning-rate
+    schedule and the moving average count updates, not micro-batches. The moving average is ordinary
+    state and does not change until there was an update.
+
+    Args:
+        learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
+            the number of updates so far) or a callable without arguments.
+        weight_decay: decoupled decay, as a fraction of ``learning_rate * variable`` per update.
+            `exclude_from_weight_decay` leaves variables out.
+        clipnorm: largest norm of the gradient of one variable.
+        clipvalue: largest absolute value of a gradient element.
+        global_clipnorm: largest norm of all gradients together.
+        use_ema: keep a moving average of the variables, put in their place by
+            ``finalize_variable_values``.
+        ema_momentum: share of the old average that an update keeps.
+        ema_overwrite_frequency: overwrite the variables by their average every that many updates.
+        loss_scale_factor: gradients are divided by it.
+        gradient_accumulation_steps: update once per that many calls, with the mean gradient.
+        name: prefix of the paths of the state variables.
+        kernel: ``None`` for the fastest execution on the running backend, ``"reference"`` to
+            execute the rule as it is written, variable by variable.
+
+    Raises:
+        ValueError: if an argument is out of range, or two ways of clipping are given.
+
+    Example:
+        >>> import keras, optim
+        >>> from keras import ops
+        >>> class SignDescent(optim.Optimizer):
+        ...     def slot_shapes(self, shape):
+        ...         return {}
+        ...     def update(self, parameter, gradient, slots, step, learning_rate, weight_decay):
+        ...         decayed = parameter - learning_rate * weight_decay * parameter
+        ...         return decayed - learning_rate * ops.sign(gradient), {}
+        >>> variable = keras.Variable([1.0, -1.0])
+        >>> SignDescent(0.25).apply([ops.array([3.0, 2.0])], [variable])
+        >>> [float(x) for x in keras.ops.convert_to_numpy(variable)]
+        [0.75, -1.25]
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 1e-3,
+        *,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        kernel: str | None = None,
+    ) -> None:
+        if isinstance(learning_rate, Real):
+            learning_rate = check_range("learning_rate", learning_rate, 0.0)
+        if weight_decay is not None:
+            weight_decay = check_range("weight_decay", weight_decay, 0.0)
+        if kernel not in (None, "reference"):
+            raise ValueError(
+                "`kernel` must be None (the fastest execution on this backend) or 'reference' "
+                f"(the rule as it is written). Received: kernel={kernel!r}"
+            )
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+        )
+        self.kernel = kernel
+
+    # ---- what a subclass provides ---------------------------------------------------------------
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The state the rule keeps for a variable; every slot is float32 and starts at zero.
+
+        Args:
+            shape: shape of the variable.
+
+        Returns:
+            Slot name -> shape. ``"residual"`` is taken by the base class.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `slot_shapes(self, shape)`; return {{}} for a rule "
+            "without state."
+        )
+
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        slots: dict[str, Tensor],
+        step: Tensor,
+        learning_rate: Tensor,
+        weight_decay: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rule: one update of one tensor, a pure function written in `keras.ops`.
+
+        Args:
+            parameter: float32 tensor.
+            gradient: float32 tensor of the same shape.
+            slots: slot name -> float32 tensor, as `slot_shapes` says.
+            step: float32 scalar, 1 at the first update.
+            learning_rate: float32 scalar.
+            weight_decay: the variable's decay, 0.0 if it is excluded. A Python number, known when
+                the rule is traced.
+
+        Returns:
+            The new parameter and the new slots, shapes and dtypes unchanged.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `update(self, parameter, gradient, slots, step, "
+            "learning_rate, weight_decay)`."
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as a serializable dictionary."""
+        return {**super().get_config(), "kernel": self.kernel}
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def build(self, variables: list[Any]) -> None:
+        """Create the state.
+
+        Args:
+            variables: the variables that will be updated, in the order of the gradients.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        slots = [
+            {} if self._overwrite_variable_with_gradient(variable) else self._new_slots(variable)
+            for variable in variables
+        ]
+        self._state = _State(slots)
+
+    def _new_slots(self, variable: Any) -> dict[str, Any]:
+        shapes = dict(self.slot_shapes(tuple(variable.shape)))
+        if precision.needs_residual(keras.utils.standardize_dtype(variable.dtype)):
+            shapes["residual"] = tuple(variable.shape)
+        return {name: self._add_slot(variable, name, shape) for name, shape in shapes.items()}
+
+    def _add_slot(
+        self, variable: Any, name: str, shape: tuple[int, ...], initializer: Any = "zeros"
+    ) -> Any:
+        prefix = getattr(variable, "path", None) or variable.name
+        same_shape = tuple(shape) == tuple(variable.shape)
+        with kernels.colocated(variable):
+            return self.add_variable(
+                shape=shape,
+                initializer=initializer,
+                dtype="float32",
+                name=f"{prefix}_{name}".replace("/", "_").replace(":", "_"),
+                layout=getattr(variable, "_layout", None) if same_shape else None,
+            )
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """As in Keras, but float32: also the moving average and the accumulated gradients.
+
+        Args:
+            reference_variable: the variable whose shape and place the new one takes.
+            name: last part of the new variable's name.
+            initializer: its initial value.
+
+        Returns:
+            A `keras.Variable`.
+        """
+        shape = tuple(reference_variable.shape)
+        return self._add_slot(reference_variable, name or "var", shape, initializer)
+
+    def slots_of(self, variable: Any) -> dict[str, Any]:
+        """The state kept for a variable.
+
+        Args:
+            variable: one of the variables the optimizer was built with.
+
+        Returns:
+            Slot name -> `keras.Variable`.
+        """
+        return self._state.slots[self._get_variable_index(variable)]
+
+    def weight_decay_of(self, variable: Any) -> float:
+        """The weight decay that applies to a variable, 0.0 if it is excluded.
+
+        Args:
+            variable: one of the variables the optimizer was built with.
+
+        Returns:
+            A Python number.
+        """
+        if not self.weight_decay or not self._use_weight_decay(variable):
+            return 0.0
+        return float(self.weight_decay)
+
+    # ---- applying gradients ---------------------------------------------------------------------
+
+    def apply(self, grads: list[Tensor], trainable_variables: list[Any] | None = None) -> None:
+        """Update the variables.
+
+        Args:
+            grads: one gradient per variable; ``None`` leaves the variable and its state alone.
+            trainable_variables: the variables; needed at the first call unless `build` was called.
+        """
+        with kernels.no_gradient():
+            super().apply(grads, trainable_variables)
+
+    def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Any]) -> None:
+        # Dense and float32 before Keras clips or accumulates them.
+        grads = [
+            kernels.float32_gradient(gradient, variable)
+            for gradient, variable in zip(grads, trainable_variables, strict=True)
+        ]
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _apply_weight_decay(self, variables: list[Any]) -> None:
+        """Nothing to do here: decay is part of the rule."""
+
+    def _backend_update_step(
+        self, grads: list[Tensor], trainable_variables: list[Any], learning_rate: Any
+    ) -> None:
+        kernels.execute(
+            self, grads, trainable_variables, self._step(), ops.cast(learning_rate, "float32")
+        )
+
+    def _step(self) -> Tensor:
+        return ops.cast(self.iterations + 1, "float32")
+
+    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
+        """Keras' entry for a single variable: execute the rule and assign the results.
+
+        Args:
+            gradient: gradient of the variable.
+            variable: the variable to update.
+            learning_rate: the learning rate of this update.
+        """
+        gradient = kernels.float32_gradient(gradient, variable)
+        self.update_variable(gradient, variable, self._step(), ops.cast(learning_rate, "float32"))
+
+    def update_variable(
+        self, gradient: Tensor, variable: Any, step: Tensor, learning_rate: Tensor
+    ) -> None:
+        """Execute the rule for one variable, as it is written, and assign the results.
+
+        Args:
+            gradient: float32 tensor of the shape of the variable.
+            variable: the variable to update.
+            step: float32 scalar, 1 at the first update.
+            learning_rate: float32 scalar.
+        """
+        slots = self.slots_of(variable)
+        value, new_slots = self._advance(
+            ops.convert_to_tensor(variable),
+            gradient,
+            {name: ops.convert_to_tensor(slot) for name, slot in slots.items()},
+            step,
+            learning_rate,
+            self.weight_decay_of(variable),
+        )
+        self.assign(variable, value)
+        for name, slot in slots.items():
+            self.assign(slot, new_slots[name])
+
+    def _advance(
+        self,
+        value: Tensor,
+        gradient: Tensor,
+        slots: dict[str, Tensor],
+        step: Tensor,
+        learning_rate: Tensor,
+        weight_decay: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rule on a value of any float dtype. Pure."""
+        dtype = keras.utils.standardize_dtype(value.dtype)
+        scalars = (step, learning_rate, weight_decay)
+        if dtype == "float32":
+            return self.update(value, gradient, slots, *scalars)
+        if precision.needs_residual(dtype):
+            rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
+            total = precision.join(value, slots["residual"], dtype)
+            total, rule_slots = self.update(total, gradient, rule_slots, *scalars)
+            value, residual = precision.split(total, dtype)
+            return value, {**rule_slots, "residual": residual}
+        # A wider variable keeps its digits: it is moved by the float32 difference.
+        narrow = ops.cast(value, "float32")
+        moved, slots = self.update(narrow, gradient, slots, *scalars)
+        return value + ops.cast(moved - narrow, dtype), slots
+
+    # ---- counting updates, averaging ------------------------------------------------------------
+
+    def _get_current_learning_rate(self) -> Any:
+        if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            return self._learning_rate(self.iterations)
+        return super()._get_current_learning_rate()
+
+    def _update_model_variables_moving_average(self, trainable_variables: list[Any]) -> None:
+        if not self.use_ema:
+            return
+        # The first update starts the average at the variable itself.
+        share = ops.where(ops.equal(self.iterations, 0), 1.0, 1.0 - self.ema_momentum)
+        if self.gradient_accumulation_steps:
+            updated = (self._iterations + 1) % self.gradient_accumulation_steps == 0
+            share = ops.where(updated, share, 0.0)
+        share = ops.cast(share, "float32")
+        for variable, average in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            if average is not None:
+                change = ops.cast(ops.convert_to_tensor(variable), "float32") - average
+                average.assign(average + share * change)
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: list[Any]) -> None:
+        # Here rather than in Keras, because the average has another dtype than the variable.
+        for variable, average in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            if average is not None:
+                self.assign(variable, ops.cast(average, variable.dtype))
