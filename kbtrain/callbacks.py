@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,15 @@ EVENTS = (
 )
 """All events, by the reference's names."""
 
+STEP_EVENTS = (
+    "on_step_begin",
+    "on_substep_end",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_step_end",
+)
+"""The events of every update."""
+
 
 class TrainerCallback:
     """Base class: override the events you want.
@@ -49,11 +59,18 @@ class TrainerCallback:
     A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); they are
     saved in checkpoints and restored on resume.
 
+    Attributes:
+        every_step: Whether the events of an update have to come for each one. A callback that
+            sets it to False lets many updates run in one call to the device; it then sees the
+            last of them only.
+
     Example:
         >>> class StopAtThree(TrainerCallback):
         ...     def on_step_end(self, args, state, control, **kwargs):
         ...         control.should_training_stop = state.global_step >= 3
     """
+
+    every_step: bool = True
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,6 +201,10 @@ class CallbackHandler:
             ]
         return self._listeners[event]
 
+    def need_every_step(self) -> bool:
+        """Whether somebody listens to the events of each update."""
+        return any(c.every_step for event in STEP_EVENTS for c in self.listeners(event))
+
     def fire(
         self,
         event: str,
@@ -216,20 +237,27 @@ class CallbackHandler:
     def state(self) -> dict[str, list[Any]]:
         """The state of the callbacks that have one, by class name, in order."""
         states: dict[str, list[Any]] = {}
+        callback: Any
         for callback in self.callbacks:
-            if hasattr(callback, "state"):
+            if _has_state(callback):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         return states
 
     def load_state(self, states: dict[str, list[Any]]) -> None:
         """Inverse of ``state``; says which saved states found no callback."""
         remaining = {name: list(values) for name, values in states.items()}
+        callback: Any
         for callback in self.callbacks:
-            if hasattr(callback, "load_state") and remaining.get(type(callback).__name__):
+            if _has_state(callback) and remaining.get(type(callback).__name__):
                 callback.load_state(remaining[type(callback).__name__].pop(0))
         for name in (name for name, values in remaining.items() if values):
             logger.warning("The checkpoint has a state for the callback %s, which is not in use.",
                            name)
+
+
+def _has_state(callback: Any) -> bool:
+    """Whether both methods are there; an attribute named ``state`` may be anything."""
+    return all(callable(getattr(callback, name, None)) for name in ("state", "load_state"))
 
 
 class EarlyStoppingCallback(TrainerCallback):
@@ -278,9 +306,16 @@ class EarlyStoppingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count evaluations without improvement."""
-        value = metric_value(kwargs["metrics"], args.metric_for_best_model)
+        metrics = kwargs["metrics"]
+        name = args.metric_for_best_model
+        # An evaluation of another data set (another prefix) has nothing to say about this one; the
+        # trainer itself refuses a name that is nowhere.
+        if not kwargs["trainer"].is_in_train or not {name, f"eval_{name}"} & metrics.keys():
+            return
+        value = metric_value(metrics, name)
         sign = 1 if args.greater_is_better else -1
-        if self.best is None or sign * (value - self.best) > self.early_stopping_threshold:
+        gain = math.inf if self.best is None else sign * (value - self.best)
+        if gain > self.early_stopping_threshold and not math.isnan(value):
             self.best, self.early_stopping_patience_counter = value, 0
         else:
             self.early_stopping_patience_counter += 1
@@ -321,6 +356,8 @@ class ProgressCallback(TrainerCallback):
     Args:
         disable: True never shows it, False always; None shows it on a terminal only.
     """
+
+    every_step = False
 
     def __init__(self, disable: bool | None = None) -> None:
         self._disable = not sys.stderr.isatty() if disable is None else disable

@@ -18,6 +18,7 @@ from kbtrain.loss import (
     as_pair,
     call_loss_func,
     count_items,
+    get_keras_mask,
     ignored_labels,
     keras_loss_pair,
     structured_loss_pair,
@@ -84,18 +85,17 @@ class ForwardPass:
         return pair, outputs, self._metric_inputs(x, y, outputs, sample_weight)
 
     def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
-        """Ignored labels weigh nothing, and become a label that every metric can take."""
-        keep = ignored_labels(self._loss, y)
-        if keep is None:
-            return x, y, outputs, weight
-        safe = ops.where(keep, y, ops.zeros_like(y))
-        mask = ops.cast(keep, "float32")
-        if weight is not None:
-            weight = as_float(weight)
-            while len(weight.shape) < len(mask.shape):
-                weight = ops.expand_dims(weight, -1)
-            mask = mask * weight
-        return x, safe, outputs, mask
+        """``(x, y, outputs, sample_weight, mask)``, the mask False at what does not count.
+
+        Ignored labels become a label that every metric can take.
+        """
+        mask = get_keras_mask(outputs) if ops.is_tensor(outputs) else None
+        if (keep := ignored_labels(self._loss, y)) is not None:
+            y = ops.where(keep, y, ops.zeros_like(y))
+            if len(keep.shape) == len(outputs.shape) and keep.shape[-1] == 1:
+                keep = ops.squeeze(keep, -1)
+            mask = keep if mask is None else ops.logical_and(ops.cast(mask, "bool"), keep)
+        return x, y, outputs, weight, mask
 
     def predict(
         self, batch: Any, num_items: Any, training: bool

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbtrain.data import Collate, DataLoader, Loader, as_source
+from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 
@@ -46,7 +47,7 @@ def make_loader(
 
 def is_named_datasets(data: Any) -> bool:
     """Whether ``data`` is a dict of several data sets rather than one data set of columns."""
-    if not isinstance(data, Mapping) or not data:
+    if not isinstance(data, Mapping) or not data or any(key in data for key in LABEL_KEYS):
         return False
     return not all(hasattr(value, "shape") or _is_plain_list(value) for value in data.values())
 

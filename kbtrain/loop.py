@@ -21,11 +21,11 @@ def train_loop(trainer: Trainer, run: Run) -> None:
 
         for each epoch:
             <on_epoch_begin>
-            for each group of micro-batches:            # one group, one update
+            for each block of updates:                  # one update, if anyone looks at each
                 <on_step_begin>
                 <on_substep_end>                        # for every micro-batch but the last
                 <on_pre_optimizer_step>                 # variables are still the old ones
-                the step: loss, gradients, accumulate, clip, finite check, optimizer, metrics
+                the steps: loss, gradients, accumulate, clip, finite check, optimizer, metrics
                 <on_optimizer_step>                     # variables are the new ones
                 decide what is due
                 <on_step_end>
@@ -36,9 +36,10 @@ def train_loop(trainer: Trainer, run: Run) -> None:
             <on_epoch_end>
             log, evaluate, save
 
-    A whole update is one call to the device, so the events between micro-batches come just before
-    it. The host waits for the device only where something is logged, evaluated or saved, and once
-    in ``run.MAX_PENDING`` updates.
+    A block is one call to the device and ends where something is due; it has one update if a
+    callback listens to the events of each. The events between micro-batches come just before it.
+    The host waits for the device where something is logged, evaluated or saved, and once in
+    ``run.MAX_PENDING`` calls.
     """
     args, state, progress = trainer.args, trainer.state, run.progress
     if state.global_step >= run.plan.max_steps:
@@ -47,13 +48,13 @@ def train_loop(trainer: Trainer, run: Run) -> None:
     for epoch in range(progress.epoch, run.plan.num_epochs):
         trainer.control.new_epoch()
         trainer.fire("on_epoch_begin")
-        for group in run.batches.groups(epoch, progress.batch, run.accumulation):
+        for block in run.blocks():
             trainer.control.new_step()
             trainer.fire("on_step_begin")
-            for _ in group[1:]:
+            for _ in block[0][1:]:
                 trainer.fire("on_substep_end")
             trainer.fire("on_pre_optimizer_step")
-            run.update(group)
+            run.update(block)
             trainer.fire("on_optimizer_step")
             decide_after_step(args, state, trainer.control)
             trainer.fire("on_step_end")
@@ -61,8 +62,12 @@ def train_loop(trainer: Trainer, run: Run) -> None:
             if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
                 break
         if progress.batch == 0:
-            logger.warning("No data in epoch %d: training ends at step %d of %d.",
-                           epoch, state.global_step, run.plan.max_steps)
+            logger.warning(
+                "No data in epoch %d: training ends at step %d of %d.",
+                epoch,
+                state.global_step,
+                run.plan.max_steps,
+            )
             trainer.control.should_training_stop = True
         run.end_epoch(stopped=trainer.control.should_training_stop)
         decide_after_epoch(args, state, trainer.control)

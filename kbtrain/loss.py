@@ -18,6 +18,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+# A mask is an attribute of the tensor, or, where tensors take none (JAX), in a table of Keras' own;
+# there is no public door to it.
+from keras.src.backend.common.masking import get_keras_mask
+
 from kbtrain.errors import ConfigurationError
 
 IGNORE_INDEX = -100
@@ -214,7 +218,7 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         if len(y.shape) == len(outputs.shape) and y.shape[-1] == 1:
             keep = ops.squeeze(keep, -1)
     is_object = isinstance(loss, keras.losses.Loss)
-    mask = getattr(outputs, "_keras_mask", None)
+    mask = get_keras_mask(outputs)
     if is_object:
         dtype = loss.dtype
         losses = loss.call(
@@ -222,7 +226,7 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         )
     else:
         losses = loss(y, outputs)
-    own_mask = getattr(losses, "_keras_mask", None)
+    own_mask = get_keras_mask(losses)
     losses = as_float(losses)
     if not len(losses.shape):
         return as_pair(losses, y.shape[0], sample_weight)
@@ -301,6 +305,9 @@ def call_loss_func(
         kwargs["sample_weight"], sample_weight = sample_weight, None
     if "num_items_in_batch" not in parameters:
         return as_pair(function(outputs, y, **kwargs), batch_size, sample_weight)
+    items = count_items(y, batch_size)
+    if num_items is None:  # an evaluation: each batch is on its own
+        num_items = items
     value = function(outputs, y, num_items_in_batch=num_items, **kwargs)
     extras: Mapping[str, Any] = {}
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
@@ -312,7 +319,6 @@ def call_loss_func(
             f"sum divided by num_items_in_batch. Received a tensor of shape {tuple(value.shape)}."
         )
     # Already divided by the update's total: undo it, so that the pair adds up like every other.
-    items = count_items(y, batch_size)
     return LossPair(value * num_items, items, {k: as_float(v) for k, v in extras.items()})
 
 

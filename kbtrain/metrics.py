@@ -8,18 +8,20 @@ from typing import Any, Protocol
 
 import keras
 from keras import ops
+from keras.src.backend.common.masking import set_keras_mask  # no public door, see kbtrain.loss
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.loss import as_float
 
 
 class MetricSet(Protocol):
     """What the step and the evaluation need of metrics."""
 
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Create all variables; called once, outside the compiled step."""
 
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
-        """Add one batch; traced into the step."""
+    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
+        """Add one batch; traced into the step. Where ``mask`` is False nothing counts."""
 
     def result(self) -> dict[str, float]:
         """Current values, read on the host."""
@@ -49,7 +51,7 @@ class ListedMetrics:
         for item in keras.tree.flatten(metrics):
             _check_metric(item)
 
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Resolve the names, which may depend on the shapes, and create the variables."""
         if self._flat is None:
             pairs = list(self._select(y, outputs))
@@ -64,7 +66,7 @@ class ListedMetrics:
                 raise ConfigurationError(
                     f"Two metrics have the same name {twice[0]!r}; give one another `name=`."
                 )
-        self.update(x, y, outputs, sample_weight)
+        self.update(x, y, outputs, sample_weight, mask)
         self.reset()
 
     def _select(self, y: Any, outputs: Any) -> Any:
@@ -90,8 +92,10 @@ class ListedMetrics:
     def _metrics(self) -> list[tuple[Any, keras.metrics.Metric]]:
         return self._flat or []
 
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Add one batch."""
+        if mask is not None:
+            sample_weight = _masked_weight(sample_weight, mask)
         for key, metric in self._metrics():
             labels, out, weight = y, outputs, sample_weight
             if key is not None:
@@ -130,13 +134,16 @@ class CompiledMetrics:
         # Keras' own running mean of the loss is among them; the trainer has an exact one.
         return [m for m in self._model.metrics if m.name != "loss"]
 
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Let Keras create the metrics from the shapes of the first batch."""
-        self.update(x, y, outputs, sample_weight)
+        self.update(x, y, outputs, sample_weight, mask)
         self.reset()
 
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Add one batch."""
+        if mask is not None:
+            # The metrics of compile(metrics=...) get no weights, but every mean honours a mask.
+            set_keras_mask(outputs, mask)
         self._model.compute_metrics(x, y, outputs, sample_weight)
 
     def result(self) -> dict[str, float]:
@@ -160,6 +167,19 @@ class CompiledMetrics:
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""
         return [v for metric in self._metrics() for v in metric.variables]
+
+
+def _masked_weight(sample_weight: Any, mask: Any) -> Any:
+    """Weights that are zero where ``mask`` is False."""
+    mask = as_float(mask)
+    if sample_weight is None:
+        return mask
+    weight = as_float(sample_weight)
+    while len(weight.shape) > len(mask.shape) and weight.shape[-1] == 1:
+        weight = ops.squeeze(weight, -1)
+    while len(weight.shape) < len(mask.shape):
+        weight = ops.expand_dims(weight, -1)
+    return mask * weight
 
 
 def _is_nested(value: Any) -> bool:

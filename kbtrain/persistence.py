@@ -22,6 +22,7 @@ from kbtrain.checkpoint import (
     capture,
     name_optimizer_variables,
     name_variables,
+    plan_restore,
     restore,
 )
 from kbtrain.errors import CheckpointMismatchError
@@ -40,6 +41,8 @@ class Progress:
         window_sum: The same since the last log.
         window_steps: Updates since the last log.
         window_extras: Sums of the extra values since the last log.
+        skipped: Updates left out because they were not finite.
+        batch_size: Samples of a micro-batch when this was saved.
     """
 
     epoch: int = 0
@@ -48,6 +51,15 @@ class Progress:
     window_sum: float = 0.0
     window_steps: int = 0
     window_extras: dict[str, float] | None = None
+    skipped: int = 0
+    batch_size: int | None = None
+
+    def move_to(self, batch_size: int | None) -> None:
+        """Convert the position in the data to another batch size, by samples."""
+        old = self.batch_size
+        if old and batch_size and old != batch_size:
+            self.batch = self.batch * old // batch_size
+        self.batch_size = batch_size
 
 
 def environment(backend: ModuleType) -> dict[str, Any]:
@@ -101,41 +113,6 @@ def gather_training(
     return arrays, {"progress": vars(progress), "rng": rng_document}
 
 
-def restore_training(
-    backend: ModuleType,
-    model: keras.Model,
-    optimizer: keras.optimizers.Optimizer,
-    metric_variables: Sequence[keras.Variable],
-    checkpoint: Checkpoint,
-) -> Progress:
-    """Inverse of ``gather_training``.
-
-    Raises:
-        CheckpointMismatchError: Another optimizer, or a checkpoint without training state.
-    """
-    if "optimizer" not in checkpoint.arrays:
-        raise CheckpointMismatchError(
-            f"{checkpoint.path} holds the model only (it was saved with save_only_model=True): "
-            "the run cannot be continued from it. Resume from a full checkpoint, or load the "
-            "weights and start a new run."
-        )
-    restore(
-        name_optimizer_variables(optimizer.variables, model_variables(model)),
-        checkpoint.arrays["optimizer"],
-        what="optimizer",
-    )
-    saved = checkpoint.arrays.get("metrics", {})
-    shapes = [saved[str(i)].shape for i in range(len(saved)) if str(i) in saved]
-    if shapes == [tuple(v.shape) for v in metric_variables]:
-        for i, variable in enumerate(metric_variables):
-            variable.assign(saved[str(i)])
-    else:
-        logger.warning("The metrics have changed since the checkpoint; their first value after the "
-                       "resume covers the steps from there on only.")
-    rng.restore(backend, _group(checkpoint, "rng"), checkpoint.documents["rng"])
-    return Progress(**checkpoint.documents["progress"])
-
-
 def restore_run(
     backend: ModuleType,
     model: keras.Model,
@@ -143,9 +120,40 @@ def restore_run(
     metric_variables: Sequence[keras.Variable],
     checkpoint: Checkpoint,
 ) -> Progress:
-    """Put model, optimizer, metrics and random state back; nothing is changed if one cannot be."""
-    restore_model(model, checkpoint)
-    return restore_training(backend, model, optimizer, metric_variables, checkpoint)
+    """Put model, optimizer, metrics and random state back to where the checkpoint was taken.
+
+    Raises:
+        CheckpointMismatchError: The checkpoint is of another model or optimizer, or holds the
+            model only. Nothing has been changed then.
+    """
+    if "optimizer" not in checkpoint.arrays:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} holds the model only (it was saved with save_only_model=True): "
+            "the run cannot be continued from it. Resume from a full checkpoint, or load the "
+            "weights and start a new run."
+        )
+    variables = model_variables(model)
+    model_plan = plan_restore(name_variables(variables), _group(checkpoint, "model"), what="model")
+    optimizer_plan = plan_restore(
+        name_optimizer_variables(optimizer.variables, variables),
+        checkpoint.arrays["optimizer"],
+        what="optimizer",
+        model_names=model_plan.names,
+    )
+    rng_arrays = _group(checkpoint, "rng")
+    model_plan.apply()
+    optimizer_plan.apply()
+    saved = checkpoint.arrays.get("metrics", {})
+    values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
+    if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
+        put_back(metric_variables, values)
+    else:
+        logger.warning(
+            "The metrics have changed since the checkpoint; their first value after the "
+            "resume covers the steps from there on only."
+        )
+    rng.restore(backend, dict(rng_arrays), checkpoint.documents["rng"])
+    return Progress(**checkpoint.documents["progress"])
 
 
 def copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:

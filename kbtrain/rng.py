@@ -50,8 +50,13 @@ def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[s
     random.setstate((document["python"]["version"], internal, document["python"]["gauss"]))
     state = document["numpy"]
     np.random.set_state(
-        (state["algorithm"], arrays["numpy"], state["position"], state["has_gauss"],
-         state["cached"])
+        (
+            state["algorithm"],
+            arrays["numpy"],
+            state["position"],
+            state["has_gauss"],
+            state["cached"],
+        )
     )
     variable = global_seed_variable()
     variable.assign(arrays["keras"].astype(variable.dtype))

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from kbtrain.data import Loader, batch_size, signature, stack
+import numpy as np
+
+from kbtrain.data import Loader, batch_size, map_structure, signature, stack
+from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import NonFiniteError
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
@@ -18,7 +21,16 @@ from kbtrain.state import Plan, TrainerState
 logger = logging.getLogger("kbtrain")
 
 MAX_PENDING = 64
-"""Updates the host may run ahead of what it has read; bounds memory and the age of an error."""
+"""Calls the host may run ahead of what it has read; bounds memory and the age of an error."""
+
+MAX_BLOCK = 64
+"""Updates in one call to the device, at most."""
+
+BLOCK_BYTES = 1 << 20
+"""Size of the batches of one call, at most, if it is to hold more than one update."""
+
+BLOCK_SECONDS = 0.1
+"""How long one call may take: the progress bar and an interrupt wait that long."""
 
 
 class Batches:
@@ -44,11 +56,33 @@ class Batches:
         """The batches of epoch 0."""
         return self._from(0, 0)
 
-    def groups(self, epoch: int, start: int, size: int) -> Iterator[list[Any]]:
-        """Lists of up to ``size`` micro-batches of ``epoch``, from number ``start`` on."""
+    def blocks(
+        self, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
+    ) -> Iterator[list[list[Any]]]:
+        """Blocks of updates of equal shapes, each update a list of micro-batches.
+
+        Args:
+            epoch: Number of the epoch.
+            start: Micro-batches of it to leave out.
+            accumulation: Micro-batches per update; the last update may have fewer.
+            limit: Asked before each block how many updates it may have.
+        """
         batches = self._from(epoch, start)
-        while group := list(itertools.islice(batches, size)):
-            yield group
+        waiting: list[Any] = []
+        while True:
+            block: list[list[Any]] = []
+            for _ in range(limit()):
+                group = waiting or list(itertools.islice(batches, accumulation))
+                waiting = []
+                if not group:
+                    break
+                if block and _outline(group) != _outline(block[0]):
+                    waiting = group
+                    break
+                block.append(group)
+            if not block:
+                return
+            yield block
 
     def _from(self, epoch: int, start: int) -> Iterator[Any]:
         first, self._first = self._first, None
@@ -57,13 +91,53 @@ class Batches:
         return iter(self._loader.epoch(epoch, start))
 
 
-def to_chunks(micro_batches: list[Any]) -> list[dict[str, Any]]:
-    """Stack neighbours of equal shape, so that the step can loop over them on the device."""
+def _outline(group: list[Any]) -> list[Any]:
+    return [signature(batch) for batch in group]
+
+
+def to_chunks(block: list[list[Any]], room: int) -> list[dict[str, Any]]:
+    """What the step takes, for all updates of a block along a new leading axis.
+
+    Neighbouring micro-batches of equal shape are stacked, so that the step can loop over them on
+    the device.
+
+    Args:
+        block: Updates of equal shapes, each a list of micro-batches.
+        room: Length of the leading axis; entries after the block's are not initialised.
+    """
     chunks = []
-    for _, group in itertools.groupby(micro_batches, key=signature):
-        same = list(group)
-        chunks.append({"single": same[0]} if len(same) == 1 else {"stacked": stack(same)})
+    position = 0
+    for _, same in itertools.groupby(block[0], key=signature):
+        count = len(list(same))
+        parts = [group[position : position + count] for group in block]
+        position += count
+        if count == 1:
+            chunks.append({"single": _stack_with_room([part[0] for part in parts], room)})
+        else:
+            chunks.append({"stacked": _stack_with_room([stack(part) for part in parts], room)})
     return chunks
+
+
+def _stack_with_room(batches: list[Any], room: int) -> Any:
+    if room == 1:
+        return map_structure(lambda x: x[None], batches[0])
+
+    def fill(*arrays: np.ndarray) -> np.ndarray:
+        result = np.empty((room, *arrays[0].shape), arrays[0].dtype)
+        np.stack(arrays, out=result[: len(arrays)])
+        return result
+
+    return map_structure(fill, *batches)
+
+
+def room_for(group: list[Any]) -> int:
+    """Length of the leading axis for blocks of updates like this one.
+
+    A function of the shapes alone: the compiled code, and so every number, is the same however
+    fast the machine is. Large batches get no room to spare, because it is copied to the device.
+    """
+    size = sum(leaf.nbytes for batch in group for _, leaf in leaves_with_paths(batch))
+    return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
 
 
 @dataclass
@@ -75,14 +149,14 @@ class Run:
         plan: How many updates and epochs there are.
         batches: The data.
         accumulation: Micro-batches per update.
-        step: The compiled train step.
+        step: The compiled train steps, ``step(block, count)``.
         state: The run's progress, for people.
         progress: The run's progress, for resuming.
         on_nonfinite: What to do about a non-finite loss or gradient.
         last_checkpoint: Returns the newest checkpoint, to name it in an error.
+        limit: Returns how many updates may run before something may be due.
         first_step: The step this call began at.
         samples: Samples of this call so far.
-        skipped: Updates left out because they were not finite.
         started: When the first update began, in seconds of ``time.perf_counter``.
     """
 
@@ -90,38 +164,59 @@ class Run:
     plan: Plan
     batches: Batches
     accumulation: int
-    step: Callable[[Any], dict[str, Any]]
+    step: Callable[[Any, int], dict[str, Any]]
     state: TrainerState
     progress: Progress
     on_nonfinite: str
     last_checkpoint: Callable[[], Any]
+    limit: Callable[[], int]
     first_step: int
     samples: int = 0
-    skipped: int = 0
     started: float = field(default_factory=time.perf_counter)
-    _pending: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    _affordable: int = 1
+    _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
-    def update(self, micro_batches: list[Any]) -> None:
-        """Start one update; nothing is waited for."""
-        chunks = self.backend.to_device(to_chunks(micro_batches))
+    def blocks(self) -> Iterator[list[list[Any]]]:
+        """The rest of the current epoch, as blocks that end where something may be due."""
+        progress = self.progress
+        return self.batches.blocks(
+            progress.epoch, progress.batch, self.accumulation, self._block_limit
+        )
+
+    def _block_limit(self) -> int:
+        return max(1, min(self.limit(), self._affordable))
+
+    def update(self, block: list[list[Any]]) -> None:
+        """Start the updates of a block; nothing is waited for."""
+        room = room_for(block[0])
+        start = time.perf_counter()
+        chunks = self.backend.to_device(to_chunks(block, room))
         try:
-            result = self.step(chunks)
+            result = self.step(chunks, len(block))
         except Exception as error:
             error.add_note(
                 f"Raised by update {self.state.global_step + 1} on micro-batches of shapes "
-                f"{[signature(b) for b in micro_batches[:1]]}."
+                f"{_outline(block[0][:1])}."
             )
             raise
-        self.state.global_step += 1
-        self.progress.batch += len(micro_batches)
+        first = self.state.global_step + 1
+        self.state.global_step += len(block)
+        self.progress.batch += sum(map(len, block))
         self.state.epoch = self.plan.epoch_at(
             self.progress.epoch, self.progress.batch, self.accumulation
         )
-        self.samples += sum(batch_size(batch) for batch in micro_batches)
-        self._pending.append((self.state.global_step, result))
-        if len(self._pending) >= MAX_PENDING:
+        self.samples += sum(batch_size(batch) for group in block for batch in group)
+        self._pending.append((first, len(block), result))
+        if self._affordable < room and room > 1 or len(self._pending) >= MAX_PENDING:
             self.read()
+            self._pace(room, len(block), time.perf_counter() - start)
+
+    def _pace(self, room: int, count: int, seconds: float) -> None:
+        """Grow the blocks while one takes less than ``BLOCK_SECONDS``."""
+        per_step = seconds / count
+        fits = int(BLOCK_SECONDS / max(per_step, 1e-9))
+        self._affordable = max(1, min(room, fits, 4 * self._affordable))
 
     def end_epoch(self, stopped: bool) -> None:
         """Move on to the next epoch, unless the run was stopped in the middle of this one."""
@@ -135,30 +230,40 @@ class Run:
         Raises:
             NonFiniteError: One of them was not finite and ``on_nonfinite`` is ``"raise"``.
         """
-        steps = [step for step, _ in self._pending]
-        results = self.backend.to_host([result for _, result in self._pending])
+        blocks = [(first, count) for first, count, _ in self._pending]
+        results = self.backend.to_host([result for *_, result in self._pending])
         self._pending.clear()
-        for step, result in zip(steps, results, strict=True):
-            if not bool(result["finite"]) and self.on_nonfinite != "ignore":
-                self._nonfinite(step, result)
-                continue
-            loss = float(result["loss"])
-            self.progress.loss_sum += loss
-            self.progress.window_sum += loss
-            self.progress.window_steps += 1
-            if result["extras"]:
-                sums = self.progress.window_extras or {}
-                for name, value in result["extras"].items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-                self.progress.window_extras = sums
-            self._newest = result
+        for (first, count), block in zip(blocks, results, strict=True):
+            for i in range(count):
+                self._add(first + i, map_structure(lambda x, i=i: x[i], block))
+
+    def _add(self, step: int, result: dict[str, Any]) -> None:
+        """Add one update's results to the sums."""
+        if not bool(result["finite"]) and self.on_nonfinite != "ignore":
+            self._nonfinite(step, result)
+            return
+        loss = float(result["loss"])
+        self.progress.loss_sum += loss
+        self.progress.window_sum += loss
+        self.progress.window_steps += 1
+        if result["extras"]:
+            sums = self.progress.window_extras or {}
+            for name, value in result["extras"].items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            self.progress.window_extras = sums
+        self._newest = result
 
     def _nonfinite(self, step: int, result: dict[str, Any]) -> None:
         loss, norm = float(result["loss"]), float(result["grad_norm"])
         if self.on_nonfinite == "skip":
-            self.skipped += 1
-            logger.warning("Update %d skipped: loss %s, gradient norm %s (%d skipped so far).",
-                           step, loss, norm, self.skipped)
+            self.progress.skipped += 1
+            logger.warning(
+                "Update %d skipped: loss %s, gradient norm %s (%d skipped so far).",
+                step,
+                loss,
+                norm,
+                self.progress.skipped,
+            )
             return
         # Every update after this one was a no-op on the device: the run stands before it.
         self.state.global_step = step - 1

@@ -122,6 +122,19 @@ def decide_after_step(args: _Arguments, state: TrainerState, control: TrainerCon
         control.should_training_stop = True
 
 
+def steps_until_due(args: _Arguments, state: TrainerState) -> int:
+    """Updates that can be run before something may be due: until then no one need look."""
+    step = state.global_step
+    intervals = [
+        state.logging_steps if args.logging_strategy == "steps" else 0,
+        state.eval_steps if args.eval_strategy == "steps" else 0,
+        state.save_steps if args.save_strategy == "steps" else 0,
+        1 if args.logging_first_step and step == 0 else 0,
+    ]
+    distances = [interval - step % interval for interval in intervals if interval > 0]
+    return min([state.max_steps - step, *distances])
+
+
 def decide_after_epoch(args: _Arguments, state: TrainerState, control: TrainerControl) -> None:
     """Set the switches that are due after an epoch."""
     if args.logging_strategy == "epoch":

@@ -135,13 +135,14 @@ def make_train_step(
                 for kind, batch in chunk.items()
             )
         metric_inputs: Any = None
+        undo_if: Callable[[Any], None] | None = None
         updates: list[Any] = []
         if len(chunks) == 1 and "single" in chunks[0]:
             result, metric_inputs, gradients, updates = differentiate(
                 chunks[0]["single"], num_items
             )
         else:
-            result, gradients = run_chunks(chunks, num_items)
+            (result, gradients), undo_if = backend.undoable(lambda: run_chunks(chunks, num_items))
 
         loss = mean(result.sum, result.count)
         # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
@@ -156,7 +157,7 @@ def make_train_step(
             finite = ops.logical_and(finite, ops.isfinite(norm))
 
         def apply() -> None:
-            optimizer.apply(backend.scale(gradients, factor), trainable)
+            backend.apply_optimizer(optimizer, backend.scale(gradients, factor), trainable)
 
         if on_nonfinite == "ignore":
             good = ops.ones_like(finite)
@@ -164,6 +165,8 @@ def make_train_step(
         else:
             good = ops.logical_and(finite, is_running())
             backend.run_if(good, apply, state)
+            if undo_if is not None:
+                undo_if(ops.logical_not(good))
         backend.commit_if(good, updates)
         if metric_inputs is not None:
             update_metrics(good, metric_inputs)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import keras
 
 from kbtrain import backends, building, persistence, registry, rng
+from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.callbacks import CallbackHandler, ProgressCallback, TrainerCallback, metric_value
 from kbtrain.checkpoint import Checkpoint, CheckpointStore
 from kbtrain.checkpoint.disk import checkpoint_name
@@ -30,7 +31,7 @@ from kbtrain.loop import train_loop
 from kbtrain.loss import resolve_loss
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.run import Batches, Run
-from kbtrain.state import TrainerControl, TrainerState, make_plan
+from kbtrain.state import TrainerControl, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_eval_step, make_train_step
 from kbtrain.trackers import make_trackers
 from kbtrain.training_args import TrainingArguments, resolve_steps
@@ -224,7 +225,11 @@ class Trainer:
             of these with a dict of values to log.
         """
         loss, outputs = default_loss(
-            model, inputs, num_items_in_batch, self.loss, self._loss_weights,
+            model,
+            inputs,
+            num_items_in_batch,
+            self.loss,
+            self._loss_weights,
             self.compute_loss_func,
         )
         return (loss, outputs) if return_outputs else loss
@@ -295,8 +300,10 @@ class Trainer:
             resume = self.args.resume_from_checkpoint
         self.is_in_train = True
         try:
+            self.store.clean_leftovers()
+            checkpoint = self.store.resolve(resume)
             with self.backend.device_scope(self.args.use_cpu):
-                return self._fit(self.store.resolve(resume))
+                return self._fit(checkpoint)
         finally:
             self.is_in_train = False
             self.callback_handler.close()
@@ -314,7 +321,7 @@ class Trainer:
         run.read()
         seconds = time.perf_counter() - run.started
         done = self.state.global_step - run.first_step
-        loss = run.progress.loss_sum / max(self.state.global_step - run.skipped, 1)
+        loss = run.progress.loss_sum / max(self.state.global_step - run.progress.skipped, 1)
         metrics = speed("train", seconds, run.samples, done) | {"train_loss": loss}
         self.log(metrics)
         if self.args.load_best_model_at_end:
@@ -336,7 +343,9 @@ class Trainer:
             )
         accumulation = args.gradient_accumulation_steps
         plan = make_plan(
-            len(loader) if loader.sized else None, accumulation, args.num_train_epochs,
+            len(loader) if loader.sized else None,
+            accumulation,
+            args.num_train_epochs,
             args.max_steps,
         )
         batches = Batches(loader)
@@ -344,6 +353,13 @@ class Trainer:
         if first is None:
             raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
         self._build(first)
+        if not self.model.trainable_variables:
+            raise ConfigurationError(
+                f"The model {self.model.name!r} has no trainable variables: there is nothing to "
+                "train. Set `trainable = True` on the layers that should learn."
+            )
+        if self.metrics is not None:
+            self.metrics.reset()
         optimizer = self._build_optimizer(plan.max_steps)
         self.state = TrainerState(
             max_steps=plan.max_steps,
@@ -353,9 +369,12 @@ class Trainer:
             save_steps=resolve_steps(args.save_steps, plan.max_steps),
             train_batch_size=loader.batch_size,
         )
-        progress = persistence.Progress()
+        if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps":
+            check_saves_follow_evaluations(self.state.save_steps, self.state.eval_steps)
+        progress = persistence.Progress(batch_size=loader.batch_size)
         if checkpoint is not None:
             progress = self._restore(checkpoint, optimizer)
+            progress.move_to(loader.batch_size)
         halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
         step = make_train_step(
             self.backend,
@@ -375,11 +394,12 @@ class Trainer:
             plan=plan,
             batches=batches,
             accumulation=accumulation,
-            step=self.backend.compile_step(step, _unique(variables), args.jit_compile),
+            step=self.backend.compile_steps(step, _unique(variables), args.jit_compile),
             state=self.state,
             progress=progress,
             on_nonfinite=args.on_nonfinite,
             last_checkpoint=lambda: self.store.list()[-1][1] if self.store.list() else None,
+            limit=self._steps_until_due,
             first_step=self.state.global_step,
         )
 
@@ -391,6 +411,11 @@ class Trainer:
         self._forward = ForwardPass(self.model, self.compute_loss, self.loss)
         if self.metrics is not None:
             building.build_metrics(self.metrics, self._forward, batch)
+
+    def _steps_until_due(self) -> int:
+        if self.callback_handler.need_every_step():
+            return 1
+        return steps_until_due(self.args, self.state)
 
     def _step_variables(self) -> list[keras.Variable]:
         metrics = [] if self.metrics is None else self.metrics.variables
@@ -417,21 +442,26 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint, optimizer: Any) -> persistence.Progress:
         """Put everything back to where the checkpoint was taken."""
         metrics = [] if self.metrics is None else self.metrics.variables
-        progress = persistence.restore_run(
-            self.backend, self.model, optimizer, metrics, checkpoint
-        )
+        progress = persistence.restore_run(self.backend, self.model, optimizer, metrics, checkpoint)
         for change in persistence.compare_arguments(
             checkpoint.documents["training_args"], self.args.to_dict()
         ):
             logger.warning("Resuming with another setting: %s", change)
         saved = TrainerState.from_dict(checkpoint.documents["trainer_state"])
-        for name in ("epoch", "global_step", "log_history", "best_metric", "best_global_step",
-                     "best_model_checkpoint", "stateful_callbacks"):
+        for name in (
+            "epoch",
+            "global_step",
+            "log_history",
+            "best_metric",
+            "best_global_step",
+            "best_model_checkpoint",
+            "stateful_callbacks",
+        ):
             setattr(self.state, name, getattr(saved, name))
         if self.args.restore_callback_states_from_checkpoint:
             self.callback_handler.load_state(saved.stateful_callbacks)
         if self.args.ignore_data_skip:
-            progress.epoch, progress.batch = progress.epoch, 0
+            progress.batch = 0
         logger.info("Resuming from %s at step %d.", checkpoint.path, self.state.global_step)
         return progress
 
@@ -539,13 +569,16 @@ class Trainer:
         name = self.args.metric_for_best_model
         if name is None:
             return
-        value, best = metric_value(metrics, name), self.state.best_metric
-        is_best = best is None or (value > best if self.args.greater_is_better else value < best)
-        if is_best:
+        value = metric_value(metrics, name)
+        best = self.state.best_metric
+        if best is None:
+            best = -math.inf if self.args.greater_is_better else math.inf
+        better = value > best if self.args.greater_is_better else value < best
+        if better:
             self.state.best_metric = value
             self.state.best_global_step = self.state.global_step
         if self.args.save_strategy == "best":
-            self.control.should_save = is_best
+            self.control.should_save = better
 
     # --- saving ---------------------------------------------------------------------------------
 
@@ -567,9 +600,7 @@ class Trainer:
             )
             arrays |= more
             documents |= documents_more
-        self.store.save(
-            state.global_step, arrays, documents, persistence.environment(self.backend)
-        )
+        self.store.save(state.global_step, arrays, documents, persistence.environment(self.backend))
         if args.save_total_limit is not None:
             best_path = state.best_model_checkpoint
             self.store.rotate(args.save_total_limit, [Path(best_path)] if best_path else [])
@@ -584,12 +615,17 @@ class Trainer:
         if path is None or not Path(path).exists():
             logger.warning(
                 "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its "
-                "last weights.", self.state.best_global_step,
+                "last weights.",
+                self.state.best_global_step,
             )
             return
         persistence.restore_model(self.model, self.store.load(Path(path)))
-        logger.info("Loaded the best model: %s (%s = %s).", path, self.args.metric_for_best_model,
-                    self.state.best_metric)
+        logger.info(
+            "Loaded the best model: %s (%s = %s).",
+            path,
+            self.args.metric_for_best_model,
+            self.state.best_metric,
+        )
         if self.args.save_total_limit == 1:
             self.store.delete([item for item in self.store.list() if item[1] != Path(path)])
 

@@ -87,18 +87,17 @@ class AdamW(Optimizer):
         weight_decay: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of one tensor, see `Optimizer.update`."""
-        momentum, velocity = slots["momentum"], slots["velocity"]
-        # `1 - beta` is exact to float32, `beta` near 1 is not: this form has the right fixed point.
-        momentum = momentum + (1.0 - self.beta_1) * (gradient - momentum)
-        velocity = velocity + (1.0 - self.beta_2) * (gradient * gradient - velocity)
+        momentum = moving_average(slots["momentum"], gradient, self.beta_1)
+        velocity = moving_average(slots["velocity"], gradient * gradient, self.beta_2)
         scale = 1.0 / bias_correction(self.beta_1, step)
         root_scale = ops.rsqrt(bias_correction(self.beta_2, step))
-        direction = (scale * momentum) / (root_scale * ops.sqrt(velocity) + self.epsilon)
+        denominator = root_scale * ops.sqrt(velocity) + self.epsilon
+        movement = (learning_rate * scale) * momentum / denominator
         if weight_decay:
             # Subtracted with the step: `1 - learning_rate * weight_decay` would round to a few
             # digits of the decay.
-            direction = direction + weight_decay * parameter
-        parameter = parameter - learning_rate * direction
+            movement = movement + (learning_rate * weight_decay) * parameter
+        parameter = parameter - movement
         return parameter, {"momentum": momentum, "velocity": velocity}
 
     def get_config(self) -> dict[str, Any]:
@@ -109,6 +108,26 @@ class AdamW(Optimizer):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
+
+
+def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
+    """``beta * average + (1 - beta) * value``, with the right fixed point in float32.
+
+    A ``beta`` near 1 rounds so that the factors no longer add up to 1 (0.999 by 1e-5 of their
+    difference); written as a step of size ``1 - beta`` nothing is lost. For a small ``beta`` that
+    form would cancel instead.
+
+    Args:
+        average: float32 tensor.
+        value: float32 tensor of the same shape.
+        beta: decay rate in [0, 1).
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    if beta < 0.5:
+        return beta * average + (1.0 - beta) * value
+    return average + (1.0 - beta) * (value - average)
 
 
 def bias_correction(beta: float, step: Tensor) -> Tensor:

@@ -96,10 +96,9 @@ class Optimizer(keras.optimizers.Optimizer):
     that follow their float32 trajectory (`optim.precision`), weight decay per variable, sparse
     gradients, and the execution by the kernels of the running backend.
 
-    It differs from a stock Keras optimizer on purpose in three things. Clipping, accumulation and
-    the moving average are float32 too. With ``gradient_accumulation_steps`` the learning-rate
-    schedule and the moving average count updates, not micro-batches. The moving average is ordinary
-    state and does not change until there was an update.
+    It differs from a stock Keras optimizer on purpose in two things. Clipping, accumulation and the
+    moving average are float32 too. With ``gradient_accumulation_steps`` the learning-rate schedule
+    and the moving average count updates, not micro-batches.
 
     Args:
         learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
@@ -405,12 +404,12 @@ class Optimizer(keras.optimizers.Optimizer):
     def _update_model_variables_moving_average(self, trainable_variables: list[Any]) -> None:
         if not self.use_ema:
             return
-        # The first update starts the average at the variable itself.
-        share = ops.where(ops.equal(self.iterations, 0), 1.0, 1.0 - self.ema_momentum)
+        share = 1.0 - self.ema_momentum
         if self.gradient_accumulation_steps:
             updated = (self._iterations + 1) % self.gradient_accumulation_steps == 0
             share = ops.where(updated, share, 0.0)
-        share = ops.cast(share, "float32")
+        # Up to the first update the average is the variable itself.
+        share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), "float32")
         for variable, average in zip(
             trainable_variables, self._model_variables_moving_average, strict=True
         ):

@@ -4,8 +4,8 @@ A bfloat16 weight of 1.0 cannot move by 0.001: the next value is 1.0078. So a bf
 variable is the rounded half of a float32 number, and a slot called ``"residual"`` keeps the rest:
 ``value + residual`` is that number exactly, and it is what the update rule sees.
 
-The rounding is done on the bits of the float32 number. A cast down and up again would do the same,
-but a compiler that may keep excess precision (XLA by default, PyTorch's inductor) removes such a
+The rounding is done on the bits of the float32 number. A cast down and up again does the same,
+but a compiler that may keep excess precision (XLA by default, PyTorch's inductor) may remove such a
 pair of casts, and then every residual is zero.
 """
 

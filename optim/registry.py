@@ -130,8 +130,16 @@ def get_scheduler(
 
 
 def _check_specific(name: str, parameters: Any, specific: dict[str, Any]) -> None:
-    usable = [key for key in parameters if key not in ("learning_rate", *_COUNTS)]
-    unusable = sorted(set(specific) - set(usable))
+    taken = ("learning_rate", *_COUNTS)
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    usable = [
+        key
+        for key, parameter in parameters.items()
+        if key not in taken and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    unusable = sorted(
+        key for key in specific if key in taken or (key not in usable and not any_name)
+    )
     if unusable:
         expected = ", ".join(usable) or "none"
         raise ValueError(

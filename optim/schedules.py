@@ -36,8 +36,8 @@ def check_count(name: str, value: Any, low: int) -> int:
     Raises:
         ValueError: if it is not a whole number of at least ``low``.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not value >= low or value != math.floor(value):
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < low or value != math.floor(value):
         raise ValueError(
             f"`{name}` must be a whole number of steps, at least {low}. Received: {name}={value!r}"
         )

@@ -5,9 +5,12 @@
 ===========================  ==========================================================================
 ``name``                     the backend's name
 ``compile_step``             a Python function over Keras variables -> one compiled call
+``compile_steps``            the same, for several steps in one call
 ``value_and_grad``           loss, gradients and the state the layers want to change
 ``scan``                     a loop inside the step, over a leading axis
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
+``undoable``                 assignments that can be taken back by such a flag
+``apply_optimizer``          one update of a Keras optimizer
 ``global_norm``, ``scale``   over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
 ``synchronize``              wait until everything that was started is done

@@ -88,6 +88,70 @@ def compile_step(
     return call
 
 
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis of at least that length. The count does
+        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+    """
+
+    def steps(inputs: tuple[Any, Any]) -> Any:
+        block, count = inputs
+        before = [v.value for v in _state]
+
+        def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
+            row = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block
+            )
+            outputs, changed = _run_stateless(lambda: fn(row), values)
+            return [changed.get(i, value) for i, value in enumerate(values)], outputs
+
+        if jax.tree.leaves(block)[0].shape[0] == 1:
+            after, outputs = one(before, 0)
+            outputs = jax.tree.map(lambda x: x[None], outputs)
+        else:
+            size = jax.tree.leaves(block)[0].shape[0]
+            shapes = jax.eval_shape(one, before, 0)[1]
+            buffers = jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
+
+            def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+                index, values, buffers = loop
+                values, outputs = one(values, index)
+                buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
+                return index + 1, values, buffers
+
+            _, after, outputs = jax.lax.while_loop(
+                lambda loop: loop[0] < count, body, (jnp.int32(0), before, buffers)
+            )
+        for variable, value in zip(_state, after, strict=True):
+            variable.assign(value)
+        return outputs
+
+    if jit_compile is False:
+        return _step_by_step(compile_step(fn, variables, False))
+    call = compile_step(steps, variables, jit_compile)
+    return lambda block, count: call((block, np.int32(count)))
+
+
+def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+    def call(block: Any, count: int) -> Any:
+        rows = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(count)]
+        return jax.tree.map(lambda *outputs: jnp.stack(outputs), *[step(row) for row in rows])
+
+    return call
+
+
 def _without_aliases(values: list[Any]) -> list[Any]:
     """Copy what appears twice: one buffer cannot be donated two times."""
     seen: set[int] = set()
@@ -151,9 +215,7 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
         variable.assign(jnp.where(condition, value, variable.value))
 
 
-def run_if(
-    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
-) -> None:
+def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
     A select rather than ``lax.cond``: XLA fuses it into the update, so no buffer is copied.
@@ -163,6 +225,37 @@ def run_if(
     for variable, old in zip(variables, before, strict=True):
         if variable.value is not old:
             variable.assign(jnp.where(condition, variable.value, old))
+
+
+def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``, which assigns variables through ``commit_if``.
+
+    Returns:
+        Its result, and ``undo_if(condition)``, which takes the assignments back.
+    """
+    before = [v.value for v in _state]
+    result = fn()
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in zip(_state, before, strict=True):
+            if variable.value is not old:
+                variable.assign(jnp.where(condition, old, variable.value))
+
+    return result, undo_if
+
+
+def apply_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Update ``variables``; the stateless form, because some optimizers branch on the device."""
+    state = optimizer.variables
+    values, slots = optimizer.stateless_apply(
+        [v.value for v in state], list(gradients), [v.value for v in variables]
+    )
+    for variable, value in zip([*variables, *state], [*values, *slots], strict=True):
+        variable.assign(value)
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:

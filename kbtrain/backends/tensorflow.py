@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kbtrain.data import signature
+
 name = "tensorflow"
 
 # The variables of the step being traced (to name the ones that layers ask to change).
 _state: list[keras.Variable] = []
+
+# The variables `commit_if` assigns, while somebody may want to take that back.
+_journal: dict[int, keras.Variable] | None = None
 
 
 @contextlib.contextmanager
@@ -48,7 +54,48 @@ def compile_step(
         with _tracing(variables):
             return fn(inputs)
 
-    return tf.function(traced, jit_compile=jit_compile is True, autograph=False)
+    graphs: dict[Any, Callable[[Any], Any]] = {}
+
+    def call(inputs: Any) -> Any:
+        key = signature(inputs)
+        if key not in graphs:
+            # One function per signature: TensorFlow never has to guess whether to relax shapes.
+            # (It warns of many functions with the same code; a partial has none.)
+            graphs[key] = tf.function(
+                functools.partial(traced), jit_compile=jit_compile is True, autograph=False
+            )
+        return graphs[key](inputs)
+
+    return call
+
+
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis of at least that length. The count does
+        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+    """
+
+    def steps(inputs: tuple[Any, Any]) -> Any:
+        block, count = inputs
+        if tf.nest.flatten(block)[0].shape[0] == 1:
+            outputs = fn(tf.nest.map_structure(lambda t: t[0], block))
+            return tf.nest.map_structure(lambda t: t[None], outputs)
+        return _loop(lambda carry, x: (carry, fn(x)), (), block, count)[1]
+
+    call = compile_step(steps, variables, jit_compile)
+    return lambda block, count: call((block, tf.constant(count)))
 
 
 def value_and_grad(
@@ -82,7 +129,14 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
 
     ``fn`` may assign variables. Returns the last carry and the outputs along a new leading axis.
     """
-    length = tf.nest.flatten(inputs)[0].shape[0]
+    return _loop(fn, carry, inputs, tf.nest.flatten(inputs)[0].shape[0])
+
+
+def _loop(
+    fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, count: Any
+) -> tuple[Any, Any]:
+    """``scan`` over the first ``count`` entries; the outputs have room for all."""
+    size = tf.nest.flatten(inputs)[0].shape[0]
 
     def row(i: Any) -> Any:
         return tf.nest.map_structure(lambda t: t[i], inputs)
@@ -91,7 +145,7 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     traced = tf.function(fn, autograph=False).get_concrete_function(carry, row(0))
     specs = traced.structured_outputs[1]
     arrays = tf.nest.map_structure(
-        lambda s: tf.TensorArray(s.dtype, size=length, element_shape=s.shape), specs
+        lambda s: tf.TensorArray(s.dtype, size=size, element_shape=s.shape), specs
     )
 
     def body(i: Any, carry: Any, arrays: Any) -> tuple[Any, Any, Any]:
@@ -100,10 +154,10 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
         return i + 1, carry, arrays
 
     _, carry, arrays = tf.while_loop(
-        lambda i, *_: i < length,
+        lambda i, *_: i < count,
         body,
         (tf.constant(0), carry, arrays),
-        maximum_iterations=length,
+        maximum_iterations=size,
         parallel_iterations=1,
     )
     return carry, tf.nest.map_structure(lambda a: a.stack(), arrays)
@@ -112,12 +166,12 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
     for variable, value in updates:
+        if _journal is not None:
+            _journal[id(variable)] = variable
         variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable.value))
 
 
-def run_if(
-    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
-) -> None:
+def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, which assigns ``variables``, only where ``condition`` holds."""
 
     def yes() -> Any:
@@ -125,6 +179,39 @@ def run_if(
         return tf.constant(True)
 
     tf.cond(condition, yes, lambda: tf.constant(False))
+
+
+def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``, which assigns variables through ``commit_if``.
+
+    Returns:
+        Its result, and ``undo_if(condition)``, which takes the assignments back.
+    """
+    global _journal
+    # Old values have to be read before the first assignment: trace once to learn of which.
+    journal: dict[int, keras.Variable] = {}
+    _journal = journal
+    try:
+        tf.function(fn, autograph=False).get_concrete_function()
+    finally:
+        _journal = None
+    before = [(v, tf.identity(v.value)) for v in journal.values()]
+    result = fn()
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in before:
+            variable.assign(tf.where(condition, old, variable.value))
+
+    return result, undo_if
+
+
+def apply_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Update ``variables``."""
+    optimizer.apply(list(gradients), list(variables))
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:

@@ -15,6 +15,9 @@ name = "torch"
 # The variables of the step being run (to name the ones that layers ask to change).
 _state: list[keras.Variable] = []
 
+# What `commit_if` has overwritten, while somebody may want to take it back.
+_journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
+
 
 @contextlib.contextmanager
 def _running(variables: Sequence[keras.Variable]) -> Iterator[None]:
@@ -45,6 +48,31 @@ def compile_step(
     def call(inputs: Any) -> Any:
         with torch.no_grad(), _running(variables):
             return fn(inputs)
+
+    return call
+
+
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis.
+    """
+    step = compile_step(fn, variables, jit_compile)
+
+    def call(block: Any, count: int) -> Any:
+        rows = [keras.tree.map_structure(lambda t, i=i: t[i], block) for i in range(count)]
+        return keras.tree.map_structure(lambda *t: torch.stack(t), *[step(row) for row in rows])
 
     return call
 
@@ -103,12 +131,12 @@ def _on_cpu(condition: Any) -> bool:
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
     for variable, value in updates:
+        if _journal is not None and id(variable) not in _journal:
+            _journal[id(variable)] = (variable, variable.value.detach().clone())
         variable.assign(torch.where(condition, value.to(variable.value.dtype), variable.value))
 
 
-def run_if(
-    condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]
-) -> None:
+def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
     On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue, so the
@@ -123,6 +151,35 @@ def run_if(
     fn()
     for value, old in zip(values, before, strict=True):
         value.copy_(torch.where(condition, value, old))
+
+
+def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``, which assigns variables through ``commit_if``.
+
+    Returns:
+        Its result, and ``undo_if(condition)``, which takes the assignments back.
+    """
+    global _journal
+    journal = _journal = {}
+    try:
+        result = fn()
+    finally:
+        _journal = None
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in journal.values():
+            variable.assign(torch.where(condition, old, variable.value))
+
+    return result, undo_if
+
+
+def apply_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Update ``variables``."""
+    optimizer.apply(list(gradients), list(variables))
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:

@@ -5,8 +5,9 @@ turn Keras variables into named arrays and back. The files are described in
 docs/checkpoint-format.md.
 """
 
+from kbtrain.checkpoint.disk import FileEntry
 from kbtrain.checkpoint.format import read_arrays, write_arrays
-from kbtrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, FileEntry, Manifest
+from kbtrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
 from kbtrain.checkpoint.variables import (
     RestorePlan,

@@ -4,6 +4,7 @@ Nothing here knows what is inside a checkpoint. The functions raise ``OSError`` 
 the callers say in the user's words what it means.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -22,6 +23,18 @@ _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
 _HIDDEN = re.compile(
     r"\.(tmp|trash|replaced)-checkpoint-(0|[1-9][0-9]{0,17})-([0-9]{1,10})-[0-9a-f]+", re.ASCII
 )
+
+
+class FileEntry(NamedTuple):
+    """What is noted about a file when it is written.
+
+    Attributes:
+        size: Bytes.
+        sha256: Hexadecimal digest of the content.
+    """
+
+    size: int
+    sha256: str
 
 
 class Hidden(NamedTuple):
@@ -102,12 +115,13 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to the disk."""
+def write_bytes(path: Path, data: bytes) -> FileEntry:
+    """Write a new file, flush it to the disk and return its size and checksum."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -200,9 +214,9 @@ class DeferredErrorFile(io.RawIOBase):
                 self._deferred = error
         return size or 0
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> int:
         """Read into ``buffer``; libhdf5 reads back some of its own metadata."""
-        return self._file.readinto(buffer)
+        return self._file.readinto(buffer) or 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position."""

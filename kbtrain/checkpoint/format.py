@@ -4,6 +4,7 @@ The functions here know one file at a time. Which files make a checkpoint, and w
 ones that were written, is in ``manifest.py``; where they lie and when they count, in ``store.py``.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -15,7 +16,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from kbtrain.checkpoint.disk import DeferredErrorFile, open_regular, write_bytes
+from kbtrain.checkpoint.disk import DeferredErrorFile, FileEntry, open_regular, write_bytes
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 ARRAYS_FORMAT = "kbtrain-arrays"
@@ -43,18 +44,27 @@ _EXTENDED = {
 _DTYPES = {dtype.name: dtype for dtype in _NATIVE} | _EXTENDED
 
 
-def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+# After the end of the HDF5 data, where HDF5 does not look: the checksum of all before. libhdf5 must
+# not be shown altered files: a single byte can send it into an endless loop.
+_TRAILER = b"\nkbtrain-arrays sha256 %s\n"
+_TRAILER_SIZE = len(_TRAILER % (b"0" * 64))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> FileEntry:
     """Write named arrays to a new HDF5 file and flush it to the disk.
 
     Every array becomes one contiguous dataset under ``/arrays``, at the path its name spells
     (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` keeps the exact names, their
     order, dtypes and shapes. Values are kept bit for bit, NaN payloads included; bfloat16 and
-    float8 are stored as unsigned integers with an attribute ``dtype``. Equal arrays under equal
-    names give equal bytes.
+    float8 are stored as unsigned integers with an attribute ``dtype``. The checksum of the HDF5
+    data follows it. Equal arrays under equal names give equal bytes.
 
     Args:
         path: The file to create; it must not exist.
         arrays: Name -> array of any shape. Names are any non-empty strings.
+
+    Returns:
+        The file's size and checksum.
 
     Raises:
         CheckpointError: If a dtype cannot be stored or libhdf5 fails.
@@ -63,7 +73,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "model.h5"
-        >>> write_arrays(path, {"dense/kernel": np.eye(2, dtype="float32")})
+        >>> entry = write_arrays(path, {"dense/kernel": np.eye(2, dtype="float32")})
         >>> read_arrays(path)["dense/kernel"]
         array([[1., 0.],
                [0., 1.]], dtype=float32)
@@ -82,7 +92,14 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
                 f"Could not write {path.name}: libhdf5 failed while storing {len(plain)} arrays "
                 f"({type(error).__name__}: {error})."
             ) from error
+        file.raise_deferred()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")
+        trailer = _TRAILER % digest.hexdigest().encode()
+        file.write(trailer)
+        digest.update(trailer)  # goes on from the state it has: both checksums in one reading
         file.sync()
+        return FileEntry(file.tell(), digest.hexdigest())
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -107,11 +124,18 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
             f"{path.name} cannot be read: {error.strerror or error}."
         ) from error
     with file:
-        return read_open_arrays(file, path.name)
+        _check_trailer(file, path.name)
+        return read_verified_arrays(file, path.name)
 
 
-def read_open_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
-    """Read arrays from an open file, from its beginning; ``name`` is for messages.
+def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
+    """Read arrays from an open file whose checksum the caller has found right.
+
+    Without that, libhdf5 may not come back (see ``_TRAILER``).
+
+    Args:
+        file: The file; its position does not matter.
+        name: What it is called, for messages.
 
     Raises:
         CheckpointDamagedError: As ``read_arrays``.
@@ -171,14 +195,30 @@ def parse_json(name: str, data: bytes) -> Any:
         raise CheckpointDamagedError(f"{name} is not readable as JSON ({error}).") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document to a new file and flush it to the disk.
+def write_json(path: Path, value: Any) -> FileEntry:
+    """Write a JSON document to a new file, flush it, and return its size and checksum.
 
     Raises:
         CheckpointError: If the value cannot be written as JSON.
         OSError: If the disk refuses.
     """
-    write_bytes(path, dump_json(path.stem, value))
+    return write_bytes(path, dump_json(path.stem, value))
+
+
+def _check_trailer(file: io.FileIO, name: str) -> None:
+    try:
+        remaining = file.seek(0, 2) - _TRAILER_SIZE
+        file.seek(max(remaining, 0))
+        trailer = file.read()
+        file.seek(0)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+        while remaining > 0 and (count := file.readinto(buffer[:remaining])):
+            digest.update(buffer[:count])
+            remaining -= count
+    except OSError as error:
+        _damaged(name, error.strerror or str(error))
+    if trailer != _TRAILER % digest.hexdigest().encode():
+        _damaged(name, "its bytes and the checksum at its end do not agree")
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from kbtrain.checkpoint.disk import open_regular, write_bytes
+from kbtrain.checkpoint.disk import FileEntry, open_regular, write_bytes
 from kbtrain.checkpoint.format import dump_json, parse_json
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
@@ -29,19 +29,6 @@ _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """What the manifest says about one file.
-
-    Attributes:
-        size: Bytes.
-        sha256: Hexadecimal digest of the content.
-    """
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -93,17 +80,6 @@ def is_file_name(name: str) -> bool:
         and _STEM.fullmatch(stem) is not None
         and name.casefold() != MANIFEST_NAME
     )
-
-
-def describe_file(path: Path) -> FileEntry:
-    """Return the size and checksum of a file.
-
-    Raises:
-        OSError: If it is no regular file or cannot be read.
-    """
-    with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(size=os.fstat(file.fileno()).st_size, sha256=digest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

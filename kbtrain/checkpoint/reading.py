@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.format import parse_json, read_open_arrays
+from kbtrain.checkpoint.format import parse_json, read_verified_arrays
 from kbtrain.checkpoint.manifest import (
     ARRAYS_SUFFIX,
     MANIFEST_NAME,
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             stem, _, _ = name.rpartition(".")
             with open_verified(path, name, entry) as file:
                 if name.endswith(ARRAYS_SUFFIX):
-                    arrays[stem] = read_open_arrays(file, name)
+                    arrays[stem] = read_verified_arrays(file, name)
                 else:
                     documents[stem] = parse_json(name, file.read())
     except (CheckpointDamagedError, OSError) as error:

@@ -8,7 +8,7 @@ the ``OSError`` as ``__cause__``; folder names carry the process id.
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from kbtrain.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     check_stems,
-    describe_file,
     write_manifest,
 )
 from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
@@ -202,8 +201,8 @@ class CheckpointStore:
             The deleted folders, oldest first.
 
         Raises:
-            ConfigurationError: If ``limit`` is not None and below 1, or a folder in ``protect`` does
-                not have a checkpoint's name.
+            ConfigurationError: If ``limit`` is not None and below 1, or a folder in ``protect``
+                does not have a checkpoint's name.
         """
         if limit is None:
             return []
@@ -223,7 +222,35 @@ class CheckpointStore:
             if len(keep) >= limit:
                 break
             keep.add(path)
-        return self._delete([(step, path) for step, path in present if path not in keep])
+        return self.delete([(step, path) for step, path in present if path not in keep])
+
+    def delete(self, doomed: Listing) -> Paths:
+        """Delete checkpoints so that a crash leaves each of them whole or out of sight.
+
+        Args:
+            doomed: (step, folder) as ``list`` returns them.
+
+        Returns:
+            The folders that are gone; one that cannot be deleted is reported and left.
+        """
+        trash: Paths = []
+        deleted: Paths = []
+        for step, path in doomed:
+            hidden = disk.hidden_path(self.directory, "trash", step)
+            try:
+                os.rename(path, hidden)
+            except OSError as error:
+                _tell(None, f"Could not delete the old checkpoint {path}: {error}")
+                continue
+            trash.append(hidden)
+            deleted.append(path)
+            self._damaged.discard(path)
+        if trash:
+            with suppress(OSError):  # deleting is no reason to stop a run
+                disk.fsync_directory(self.directory)  # all out of sight before any loses a file
+        for hidden in trash:
+            self._remove_quietly(hidden)
+        return deleted
 
     def clean_leftovers(self) -> Paths:
         """Remove what dead processes left half done; call it before a run begins to write.
@@ -310,10 +337,7 @@ class CheckpointStore:
                     os.rename(aside, final)
                 raise
             if replacing:
-                # Out of the way first: half removed, it must not pass for a checkpoint set aside.
-                trash = disk.hidden_path(self.directory, "trash", step)
-                os.rename(aside, trash)
-                self._remove_quietly(trash)
+                self.delete([(step, aside)])
         finally:
             _IN_PROGRESS.discard(aside)
 
@@ -367,26 +391,6 @@ class CheckpointStore:
             f"a run folder that holds folders named checkpoint-{{step}}. Received: {found}"
         )
 
-    def _delete(self, doomed: Listing) -> Paths:
-        """Delete checkpoints so that a crash leaves each whole or out of sight."""
-        trash: Paths = []
-        deleted: Paths = []
-        for step, path in doomed:
-            hidden = disk.hidden_path(self.directory, "trash", step)
-            try:
-                os.rename(path, hidden)
-            except OSError as error:
-                _tell(None, f"Could not delete the old checkpoint {path}: {error}")
-                continue
-            trash.append(hidden)
-            deleted.append(path)
-            self._damaged.discard(path)
-        if trash:
-            disk.fsync_directory(self.directory)  # all out of sight before any loses a file
-        for hidden in trash:
-            self._remove_quietly(hidden)
-        return deleted
-
     def _remove_quietly(self, hidden: Path) -> None:
         """Remove a hidden folder; if that fails it costs space only, so it is no error."""
         try:
@@ -402,11 +406,13 @@ def _write_contents(
     documents: Mapping[str, Any],
     info: Mapping[str, Any],
 ) -> None:
+    files = {}
     for group, values in arrays.items():
-        write_arrays(folder / f"{group}{ARRAYS_SUFFIX}", values)
-    for name, value in documents.items():
-        write_json(folder / f"{name}{DOCUMENT_SUFFIX}", value)
-    files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
+        name = group + ARRAYS_SUFFIX
+        files[name] = write_arrays(folder / name, values)
+    for stem, value in documents.items():
+        name = stem + DOCUMENT_SUFFIX
+        files[name] = write_json(folder / name, value)
     write_manifest(folder, Manifest(step=step, files=files, info=info))
     disk.fsync_directory(folder)
 
@@ -427,8 +433,8 @@ def _names_in(directory: Path) -> list[str]:
     except OSError as error:
         # Taking it for empty would start a run afresh over checkpoints that are there.
         raise CheckpointError(
-            f"Could not look for checkpoints in {directory}: {error.strerror} (errno {error.errno})."
-            " Make the folder readable or choose another one."
+            f"Could not look for checkpoints in {directory}: {error.strerror} (errno "
+            f"{error.errno}). Make the folder readable or choose another one."
         ) from error
 
 

@@ -227,7 +227,7 @@ def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> l
 
 def _to_host(variable: keras.Variable) -> np.ndarray:
     try:
-        array = keras.ops.convert_to_numpy(variable)
+        array = keras.ops.convert_to_numpy(variable.value)
         own = array.flags.owndata and array.flags.writeable
         return array if own else np.array(array)
     except TypeError:
@@ -302,6 +302,8 @@ def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray | None:
     """
     if array.dtype == dtype:
         return array
+    if array.dtype.kind == "c" and dtype.kind != "c":
+        return None
     with np.errstate(all="ignore"):
         result = array.astype(dtype)
         if _is_float(array.dtype) and _is_float(dtype):
