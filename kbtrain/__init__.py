@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from kbtrain.errors import NonFiniteError as NonFiniteError
     from kbtrain.evaluation import EvalPrediction as EvalPrediction
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
+    from kbtrain.fitting import TrainOutput as TrainOutput
     from kbtrain.state import TrainerControl as TrainerControl
     from kbtrain.state import TrainerState as TrainerState
     from kbtrain.trainer import Trainer as Trainer
-    from kbtrain.trainer import TrainOutput as TrainOutput
     from kbtrain.training_args import TrainingArguments as TrainingArguments
 
 _HOMES = {
@@ -43,8 +43,9 @@ _HOMES = {
         "NonFiniteError",
     ),
     "evaluation": ("EvalPrediction", "PredictionOutput"),
+    "fitting": ("TrainOutput",),
     "state": ("TrainerControl", "TrainerState"),
-    "trainer": ("TrainOutput", "Trainer"),
+    "trainer": ("Trainer",),
     "training_args": ("TrainingArguments",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

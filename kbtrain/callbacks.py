@@ -161,9 +161,7 @@ class CallbackHandler:
         context: Returns the keyword arguments every event gets.
     """
 
-    def __init__(
-        self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]
-    ) -> None:
+    def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
         self.callbacks: list[TrainerCallback] = []
         self._context = context
         self._listeners: dict[str, list[TrainerCallback]] = {}
@@ -222,8 +220,9 @@ class CallbackHandler:
             try:
                 result = getattr(callback, event)(args, state, control, **kwargs)
             except Exception as error:
-                error.add_note(f"Raised in {type(callback).__name__}.{event} at step "
-                               f"{state.global_step}.")
+                error.add_note(
+                    f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
+                )
                 raise
             control = control if result is None else result
         return control
@@ -251,8 +250,9 @@ class CallbackHandler:
             if _has_state(callback) and remaining.get(type(callback).__name__):
                 callback.load_state(remaining[type(callback).__name__].pop(0))
         for name in (name for name, values in remaining.items() if values):
-            logger.warning("The checkpoint has a state for the callback %s, which is not in use.",
-                           name)
+            logger.warning(
+                "The checkpoint has a state for the callback %s, which is not in use.", name
+            )
 
 
 def _has_state(callback: Any) -> bool:
@@ -320,8 +320,11 @@ class EarlyStoppingCallback(TrainerCallback):
         else:
             self.early_stopping_patience_counter += 1
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            logger.info("Early stopping at step %d: no improvement in %d evaluations.",
-                        state.global_step, self.early_stopping_patience_counter)
+            logger.info(
+                "Early stopping at step %d: no improvement in %d evaluations.",
+                state.global_step,
+                self.early_stopping_patience_counter,
+            )
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:

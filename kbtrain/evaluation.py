@@ -6,14 +6,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 
-from kbtrain.data import batch_size
+from kbtrain import persistence
+from kbtrain.data import as_loader, batch_size, unpack
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.metrics import MetricSet
+from kbtrain.run import Batches
+
+if TYPE_CHECKING:
+    from kbtrain.trainer import Trainer
 
 PADDING = -100
 """Fills up outputs and labels of different lengths, so that they can be put together."""
@@ -70,6 +75,48 @@ class EvalLoopOutput(NamedTuple):
     num_samples: int
 
 
+def evaluation_loop(
+    trainer: Trainer, dataloader: Any, prefix: str, gather: bool, keep_outputs: bool = False
+) -> EvalLoopOutput:
+    """Pass once over a data set with the Trainer's model.
+
+    Args:
+        trainer: Whose model, metrics and callbacks.
+        dataloader: Loader or iterable of batches.
+        prefix: Put before every metric's name, with an underscore.
+        gather: Copy outputs and labels to the host.
+        keep_outputs: Return them; data without labels is welcome then.
+    """
+    bound, backend = trainer.bound, trainer.backend
+    with backend.device_scope(trainer.args.use_cpu):
+        loader = trainer.eval_dataloader = as_loader(dataloader)
+        batches = Batches(loader)
+        first = batches.peek()
+        if first is None:
+            raise DataError(
+                "The evaluation data has no samples. Pass a data set with at least one."
+            )
+        bound.build(first)
+        with_loss = not keep_outputs or unpack(first).y is not None
+        metrics = bound.metrics if with_loss else None
+        # In training the metrics are in the middle of adding up what the next log will say.
+        saved = persistence.copies(bound.metric_variables) if trainer.is_in_train else None
+        output = run_evaluation(
+            backend=backend,
+            step=bound.eval_step(with_loss, gather),
+            batches=batches,
+            metrics=metrics,
+            compute_metrics=trainer.compute_metrics,
+            include=trainer.args.include_for_metrics,
+            keep_outputs=keep_outputs,
+            prefix=prefix,
+            on_batch=lambda: trainer.fire("on_prediction_step"),
+        )
+        if saved is not None:
+            persistence.put_back(bound.metric_variables, saved)
+        return output
+
+
 def run_evaluation(
     *,
     backend: ModuleType,
@@ -119,9 +166,6 @@ def run_evaluation(
         if len(sums) >= 64:
             sums = [_add_up(backend.to_host(sums))]
         on_batch()
-    if count == 0:
-        raise DataError("The evaluation data has no samples. Pass a data set with at least one.")
-
     values: dict[str, Any] = {}
     if sums:
         total = _add_up(backend.to_host(sums))

@@ -97,9 +97,7 @@ class ForwardPass:
             mask = keep if mask is None else ops.logical_and(ops.cast(mask, "bool"), keep)
         return x, y, outputs, weight, mask
 
-    def predict(
-        self, batch: Any, num_items: Any, training: bool
-    ) -> tuple[None, Any, None]:
+    def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
         return None, self._model(unpack(batch).x, training=training), None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from kbtrain import actions
 from kbtrain.run import Run
 from kbtrain.state import decide_after_epoch, decide_after_step
 
@@ -82,12 +83,12 @@ def log_evaluate_save(trainer: Trainer, run: Run) -> None:
     control = trainer.control
     if control.should_log:
         control.should_log = False
-        trainer.log_window(run)
+        actions.log_window(trainer, run)
     if control.should_evaluate:
         control.should_evaluate = False
         run.read()
-        trainer.evaluate_in_training(run)
+        actions.evaluate(trainer)
     if control.should_save:
         control.should_save = False
         run.read()
-        trainer.save_checkpoint(run)
+        actions.save(trainer, run)

@@ -83,8 +83,8 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         return LossPair(total, count, extras)
     if not ops.is_tensor(value) and not isinstance(value, int | float):
         raise ConfigurationError(
-            "A loss must be a scalar, a tensor of per-element losses, (sum, count), or one of these "
-            f"with a dict of values to log. Received: {type(value).__name__}."
+            "A loss must be a scalar, a tensor of per-element losses, (sum, count), or one of "
+            f"these with a dict of values to log. Received: {type(value).__name__}."
         )
     losses = as_float(value)
     if len(losses.shape):
@@ -161,8 +161,8 @@ def resolve_loss(loss: Any) -> Any:
         loss = _loss_by_name(loss)
     if isinstance(loss, keras.losses.Loss) and loss.reduction == "sum":
         raise ConfigurationError(
-            f"loss={type(loss).__name__}(reduction='sum') cannot be averaged over micro-batches and "
-            "evaluation batches. Use the default reduction (and scale the learning rate), or a "
+            f"loss={type(loss).__name__}(reduction='sum') cannot be averaged over micro-batches "
+            "and evaluation batches. Use the default reduction (and scale the learning rate), or a "
             "compute_loss_func that returns (sum, count)."
         )
     if not callable(loss):
@@ -198,7 +198,9 @@ def ignored_labels(loss: Any, y: Any) -> Any:
     """Boolean tensor, True where a sparse integer label counts; None where nothing is ignored."""
     if y is None or not _is_sparse(loss) or not ops.is_tensor(y):
         return None
-    if not keras.backend.is_int_dtype(y.dtype) or "uint" in keras.backend.standardize_dtype(y.dtype):
+    if not keras.backend.is_int_dtype(y.dtype) or "uint" in keras.backend.standardize_dtype(
+        y.dtype
+    ):
         return None
     return ops.not_equal(y, IGNORE_INDEX)
 

@@ -1,4 +1,4 @@
-"""Keras metrics on the device: one interface for a list given to the Trainer and a compiled model."""
+"""Keras metrics on the device: one interface for a given list and for a compiled model."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _as_metric(item: Any, y: Any, outputs: Any) -> keras.metrics.Metric:
 
 
 def _accuracy(name: str, y: Any, outputs: Any) -> keras.metrics.Metric:
-    """"accuracy" means binary, sparse or categorical, by the shapes, as in ``Model.compile``."""
+    """Resolve "accuracy": binary, sparse or categorical, by the shapes, as in ``Model.compile``."""
     if outputs.shape[-1] == 1:
         return keras.metrics.BinaryAccuracy(name=name)
     if len(y.shape) < len(outputs.shape) or y.shape[-1] == 1:

@@ -157,7 +157,6 @@ class Run:
         limit: Returns how many updates may run before something may be due.
         first_step: The step this call began at.
         samples: Samples of this call so far.
-        started: When the first update began, in seconds of ``time.perf_counter``.
     """
 
     backend: ModuleType
@@ -172,7 +171,6 @@ class Run:
     limit: Callable[[], int]
     first_step: int
     samples: int = 0
-    started: float = field(default_factory=time.perf_counter)
     _affordable: int = 1
     _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)

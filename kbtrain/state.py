@@ -6,7 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
 
 
 @dataclass
@@ -78,6 +81,19 @@ class TrainerState:
     is_world_process_zero: bool = True
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
+    def continue_from(self, saved: TrainerState) -> None:
+        """Take over what a resumed run goes on with; intervals and lengths are this run's own."""
+        for name in (
+            "epoch",
+            "global_step",
+            "log_history",
+            "best_metric",
+            "best_global_step",
+            "best_model_checkpoint",
+            "stateful_callbacks",
+        ):
+            setattr(self, name, getattr(saved, name))
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
         return dataclasses.asdict(self)
@@ -89,17 +105,9 @@ class TrainerState:
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
-class _Arguments(Protocol):
-    """The fields of ``TrainingArguments`` that decide when something is due."""
-
-    logging_strategy: Any
-    logging_first_step: Any
-    eval_strategy: Any
-    eval_delay: Any
-    save_strategy: Any
-
-
-def decide_after_step(args: _Arguments, state: TrainerState, control: TrainerControl) -> None:
+def decide_after_step(
+    args: TrainingArguments, state: TrainerState, control: TrainerControl
+) -> None:
     """Set the switches that are due after an update.
 
     With a step strategy, the last update also evaluates and saves, whatever the interval.
@@ -122,7 +130,7 @@ def decide_after_step(args: _Arguments, state: TrainerState, control: TrainerCon
         control.should_training_stop = True
 
 
-def steps_until_due(args: _Arguments, state: TrainerState) -> int:
+def steps_until_due(args: TrainingArguments, state: TrainerState) -> int:
     """Updates that can be run before something may be due: until then no one need look."""
     step = state.global_step
     intervals = [
@@ -135,7 +143,9 @@ def steps_until_due(args: _Arguments, state: TrainerState) -> int:
     return min([state.max_steps - step, *distances])
 
 
-def decide_after_epoch(args: _Arguments, state: TrainerState, control: TrainerControl) -> None:
+def decide_after_epoch(
+    args: TrainingArguments, state: TrainerState, control: TrainerControl
+) -> None:
     """Set the switches that are due after an epoch."""
     if args.logging_strategy == "epoch":
         control.should_log = True

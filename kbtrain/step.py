@@ -22,10 +22,13 @@ class Forward(Protocol):
     """One pass through the model.
 
     Returns ``(pair, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
-    regularizers, the model's outputs, and the arguments for ``MetricSet.update``.
+    regularizers, the model's outputs, and the arguments for ``MetricSet.update``. Without labels
+    (in prediction) the first and the last are None.
     """
 
-    def __call__(self, batch: Any, num_items: Any, training: bool) -> tuple[LossPair, Any, Any]:
+    def __call__(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[LossPair | None, Any, tuple[Any, ...] | None]:
         """Run the model on one batch."""
 
 
@@ -81,6 +84,7 @@ def make_train_step(
     def differentiate(batch: Any, num_items: Any) -> tuple[MicroResult, Any, list[Any], list[Any]]:
         def objective(batch: Any) -> tuple[Any, Any]:
             pair, _, metric_inputs = forward(batch, num_items, training=True)
+            assert pair is not None
             return optimizer.scale_loss(pair.sum), (MicroResult(*pair), metric_inputs)
 
         _, (result, metric_inputs), gradients, updates = backend.value_and_grad(

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
-from kbtrain import backends, building, persistence, registry, rng
-from kbtrain.args_validation import check_saves_follow_evaluations
-from kbtrain.callbacks import CallbackHandler, ProgressCallback, TrainerCallback, metric_value
-from kbtrain.checkpoint import Checkpoint, CheckpointStore
-from kbtrain.checkpoint.disk import checkpoint_name
-from kbtrain.data import Loader, as_loader, unpack
-from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.evaluation import (
-    EvalLoopOutput,
-    EvalPrediction,
-    PredictionOutput,
-    run_evaluation,
-    speed,
-)
-from kbtrain.forward import ForwardPass, default_loss, items_counter
+from kbtrain import backends, building, fitting, persistence, registry, rng
+from kbtrain.bound_model import BoundModel
+from kbtrain.callbacks import CallbackHandler, ProgressCallback, TrainerCallback
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.data import Loader, as_loader
+from kbtrain.errors import ConfigurationError
+from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
+from kbtrain.fitting import TrainOutput
+from kbtrain.forward import default_loss
 from kbtrain.loaders import is_named_datasets, make_loader
-from kbtrain.loop import train_loop
 from kbtrain.loss import resolve_loss
-from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
-from kbtrain.run import Batches, Run
-from kbtrain.state import TrainerControl, TrainerState, make_plan, steps_until_due
-from kbtrain.step import make_eval_step, make_train_step
+from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
-from kbtrain.training_args import TrainingArguments, resolve_steps
+from kbtrain.training_args import TrainingArguments
 
 logger = logging.getLogger("kbtrain")
-
-
-class TrainOutput(NamedTuple):
-    """Result of ``Trainer.fit``.
-
-    Attributes:
-        global_step: Updates done.
-        training_loss: Mean loss over all updates of the run, also those before a resume.
-        metrics: ``train_loss`` and the speed of this call.
-    """
-
-    global_step: int
-    training_loss: float
-    metrics: dict[str, float]
 
 
 class Trainer:
@@ -117,11 +93,13 @@ class Trainer:
         self._check(model, loss, optimizers)
         rng.set_seed(self.args.seed)
         self._given_loss, self._given_metrics = resolve_loss(loss), metrics
-        self._given_optimizer, self._given_schedule = optimizers
+        self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
         self.lr_scheduler: Any = None
-        self.model: keras.Model
-        self._adopt(model if model is not None else self._call_model_init())
+        self.train_dataloader: Loader | None = None
+        self.eval_dataloader: Loader | None = None
+        self.bound: BoundModel
+        self.adopt(self.model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.state = TrainerState()
         self.control = TrainerControl()
@@ -170,28 +148,28 @@ class Trainer:
             registry.find(registry.OPTIMIZERS, args.optim, "optim")
         registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
 
-    def _call_model_init(self) -> keras.Model:
-        assert self.model_init is not None
-        return building.check_model(self.model_init())
+    def adopt(self, model: Any) -> None:
+        """Take a model, with what it was compiled with where nothing was given instead."""
+        self.bound = BoundModel(
+            model,
+            self.args,
+            self.backend,
+            loss=self._given_loss,
+            metrics=self._given_metrics,
+            has_loss_func=self.compute_loss_func is not None,
+            compute_loss=self.compute_loss,
+            preprocess=self.preprocess_logits_for_metrics,
+        )
 
-    def _adopt(self, model: keras.Model) -> None:
-        """Take a model, and what it was compiled with where nothing was given instead."""
-        self.model = building.check_model(model)
-        compiled = bool(getattr(model, "compiled", False))
-        if self.args.bf16:
-            building.use_bfloat16(model)
-        self.loss, self._loss_weights = self._given_loss, None
-        if self.loss is None and self.compute_loss_func is None and compiled:
-            self.loss = resolve_loss(model.loss)
-            self._loss_weights = (model.get_compile_config() or {}).get("loss_weights")
-        self.metrics: MetricSet | None = None
-        if self._given_metrics is not None:
-            self.metrics = ListedMetrics(self._given_metrics)
-        elif compiled and self._given_loss is None:
-            self.metrics = CompiledMetrics(model)
-        self._forward: ForwardPass | None = None
-        self._eval_steps: dict[Any, Callable[[Any], dict[str, Any]]] = {}
-        self._created_optimizer = False
+    @property
+    def model(self) -> keras.Model:
+        """The model in training."""
+        return self.bound.model
+
+    @property
+    def loss(self) -> Any:
+        """The loss in use: the one that was given, or the compiled model's."""
+        return self.bound.loss
 
     def _callback_context(self) -> dict[str, Any]:
         return {
@@ -199,8 +177,8 @@ class Trainer:
             "model": self.model,
             "optimizer": self.optimizer,
             "lr_scheduler": self.lr_scheduler,
-            "train_dataloader": getattr(self, "_train_dataloader", None),
-            "eval_dataloader": getattr(self, "_eval_dataloader", None),
+            "train_dataloader": self.train_dataloader,
+            "eval_dataloader": self.eval_dataloader,
         }
 
     # --- what a user may override ---------------------------------------------------------------
@@ -229,7 +207,7 @@ class Trainer:
             inputs,
             num_items_in_batch,
             self.loss,
-            self._loss_weights,
+            self.bound.loss_weights,
             self.compute_loss_func,
         )
         return (loss, outputs) if return_outputs else loss
@@ -258,11 +236,17 @@ class Trainer:
             "num_warmup_steps": args.get_warmup_steps(num_training_steps),
             "num_training_steps": num_training_steps,
         }
+        if args.warmup_steps and "num_warmup_steps" not in inspect.signature(factory).parameters:
+            logger.warning(
+                "lr_scheduler_type=%r has no warmup: warmup_steps=%s has no effect.",
+                args.lr_scheduler_type,
+                args.warmup_steps,
+            )
         own = dict(args.lr_scheduler_kwargs or {})
         return registry.call_with_known(factory, offered, own, "lr_scheduler_kwargs")
 
     def create_optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer of ``args.optim``, with ``self.lr_scheduler``; norms and biases not decayed."""
+        """The optimizer of ``args.optim``; it does not decay norms and biases."""
         args = self.args
         factory = registry.find(registry.OPTIMIZERS, args.optim, "optim")
         offered = {
@@ -303,167 +287,12 @@ class Trainer:
             self.store.clean_leftovers()
             checkpoint = self.store.resolve(resume)
             with self.backend.device_scope(self.args.use_cpu):
-                return self._fit(checkpoint)
+                return fitting.fit(self, checkpoint)
         finally:
             self.is_in_train = False
             self.callback_handler.close()
 
     train = fit
-
-    def _fit(self, checkpoint: Checkpoint | None) -> TrainOutput:
-        run = self._prepare(checkpoint)
-        self.control.new_training()
-        self.fire("on_train_begin")
-        if self.args.eval_on_start and checkpoint is None:
-            self.evaluate_in_training(run)
-        run.started = time.perf_counter()
-        train_loop(self, run)
-        run.read()
-        seconds = time.perf_counter() - run.started
-        done = self.state.global_step - run.first_step
-        loss = run.progress.loss_sum / max(self.state.global_step - run.progress.skipped, 1)
-        metrics = speed("train", seconds, run.samples, done) | {"train_loss": loss}
-        self.log(metrics)
-        if self.args.load_best_model_at_end:
-            self._load_best()
-        self.fire("on_train_end")
-        return TrainOutput(self.state.global_step, loss, metrics)
-
-    def _prepare(self, checkpoint: Checkpoint | None) -> Run:
-        """Everything between the arguments and the first update."""
-        args = self.args
-        if self.model_init is not None:
-            rng.set_seed(args.seed)
-            self._adopt(self._call_model_init())
-        loader = self._train_dataloader = as_loader(self.get_train_dataloader())
-        if not loader.sized and args.max_steps <= 0:
-            raise ConfigurationError(
-                "The training data has no length, so the number of steps cannot be counted: "
-                f"set max_steps. Received: max_steps={args.max_steps}."
-            )
-        accumulation = args.gradient_accumulation_steps
-        plan = make_plan(
-            len(loader) if loader.sized else None,
-            accumulation,
-            args.num_train_epochs,
-            args.max_steps,
-        )
-        batches = Batches(loader)
-        first = batches.peek()
-        if first is None:
-            raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
-        self._build(first)
-        if not self.model.trainable_variables:
-            raise ConfigurationError(
-                f"The model {self.model.name!r} has no trainable variables: there is nothing to "
-                "train. Set `trainable = True` on the layers that should learn."
-            )
-        if self.metrics is not None:
-            self.metrics.reset()
-        optimizer = self._build_optimizer(plan.max_steps)
-        self.state = TrainerState(
-            max_steps=plan.max_steps,
-            num_train_epochs=plan.num_epochs,
-            logging_steps=resolve_steps(args.logging_steps, plan.max_steps),
-            eval_steps=resolve_steps(args.eval_steps or 0, plan.max_steps),
-            save_steps=resolve_steps(args.save_steps, plan.max_steps),
-            train_batch_size=loader.batch_size,
-        )
-        if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps":
-            check_saves_follow_evaluations(self.state.save_steps, self.state.eval_steps)
-        progress = persistence.Progress(batch_size=loader.batch_size)
-        if checkpoint is not None:
-            progress = self._restore(checkpoint, optimizer)
-            progress.move_to(loader.batch_size)
-        halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
-        step = make_train_step(
-            self.backend,
-            self._forward,
-            items_counter(self.compute_loss_func),
-            optimizer,
-            self.model.trainable_variables,
-            self.metrics,
-            args.max_grad_norm,
-            args.on_nonfinite,
-            halted,
-        )
-        variables = [*self._step_variables(), *optimizer.variables, halted]
-        self.backend.place(variables, args.use_cpu)
-        return Run(
-            backend=self.backend,
-            plan=plan,
-            batches=batches,
-            accumulation=accumulation,
-            step=self.backend.compile_steps(step, _unique(variables), args.jit_compile),
-            state=self.state,
-            progress=progress,
-            on_nonfinite=args.on_nonfinite,
-            last_checkpoint=lambda: self.store.list()[-1][1] if self.store.list() else None,
-            limit=self._steps_until_due,
-            first_step=self.state.global_step,
-        )
-
-    def _build(self, batch: Any) -> None:
-        """Create the variables of the model and the metrics from the shapes of a batch."""
-        if self._forward is not None:
-            return
-        building.build_model(self.model, batch)
-        self._forward = ForwardPass(self.model, self.compute_loss, self.loss)
-        if self.metrics is not None:
-            building.build_metrics(self.metrics, self._forward, batch)
-
-    def _steps_until_due(self) -> int:
-        if self.callback_handler.need_every_step():
-            return 1
-        return steps_until_due(self.args, self.state)
-
-    def _step_variables(self) -> list[keras.Variable]:
-        metrics = [] if self.metrics is None else self.metrics.variables
-        return [*self.model.variables, *metrics, rng.global_seed_variable()]
-
-    def _build_optimizer(self, max_steps: int) -> keras.optimizers.Optimizer:
-        """A new optimizer for each ``fit``; one that the user gave is kept with its state."""
-        if self.optimizer is None or self._created_optimizer:
-            self.optimizer = self._given_optimizer
-            if self.optimizer is None and getattr(self.model, "compiled", False):
-                self.optimizer = self.model.optimizer
-            self.lr_scheduler = self._given_schedule
-            if self.optimizer is None:
-                if self.lr_scheduler is None:
-                    self.lr_scheduler = self.create_scheduler(max_steps)
-                self.optimizer = self.create_optimizer()
-                self._created_optimizer = True
-            elif self.lr_scheduler is not None:
-                self.optimizer.learning_rate = self.lr_scheduler
-        if not self.optimizer.built:
-            self.optimizer.build(self.model.trainable_variables)
-        return self.optimizer
-
-    def _restore(self, checkpoint: Checkpoint, optimizer: Any) -> persistence.Progress:
-        """Put everything back to where the checkpoint was taken."""
-        metrics = [] if self.metrics is None else self.metrics.variables
-        progress = persistence.restore_run(self.backend, self.model, optimizer, metrics, checkpoint)
-        for change in persistence.compare_arguments(
-            checkpoint.documents["training_args"], self.args.to_dict()
-        ):
-            logger.warning("Resuming with another setting: %s", change)
-        saved = TrainerState.from_dict(checkpoint.documents["trainer_state"])
-        for name in (
-            "epoch",
-            "global_step",
-            "log_history",
-            "best_metric",
-            "best_global_step",
-            "best_model_checkpoint",
-            "stateful_callbacks",
-        ):
-            setattr(self.state, name, getattr(saved, name))
-        if self.args.restore_callback_states_from_checkpoint:
-            self.callback_handler.load_state(saved.stateful_callbacks)
-        if self.args.ignore_data_skip:
-            progress.batch = 0
-        logger.info("Resuming from %s at step %d.", checkpoint.path, self.state.global_step)
-        return progress
 
     # --- evaluation and prediction --------------------------------------------------------------
 
@@ -482,8 +311,8 @@ class Trainer:
                 results |= self.evaluate(one, f"{metric_key_prefix}_{name}")
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
-        output = self._evaluation_loop(
-            self.get_eval_dataloader(eval_dataset), metric_key_prefix, gather=not loss_only
+        output = evaluation_loop(
+            self, self.get_eval_dataloader(eval_dataset), metric_key_prefix, gather=not loss_only
         )
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
@@ -496,7 +325,8 @@ class Trainer:
             test_dataset: Data as for evaluation; labels may be missing.
             metric_key_prefix: Put before every metric's name.
         """
-        output = self._evaluation_loop(
+        output = evaluation_loop(
+            self,
             make_loader(test_dataset, self.args, self.data_collator, "test_dataset", train=False),
             metric_key_prefix,
             gather=True,
@@ -505,129 +335,7 @@ class Trainer:
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
-    def _evaluation_loop(
-        self, dataloader: Any, prefix: str, gather: bool, keep_outputs: bool = False
-    ) -> EvalLoopOutput:
-        with self.backend.device_scope(self.args.use_cpu):
-            loader: Loader = as_loader(dataloader)
-            batches = Batches(loader)
-            first = batches.peek()
-            if first is None:
-                raise DataError("The evaluation data has no samples.")
-            self._build(first)
-            self._eval_dataloader = dataloader
-            with_loss = not keep_outputs or unpack(first).y is not None
-            saved = [] if self.metrics is None else persistence.copies(self.metrics.variables)
-            output = run_evaluation(
-                backend=self.backend,
-                step=self._eval_step(with_loss, gather),
-                batches=batches,
-                metrics=self.metrics if with_loss else None,
-                compute_metrics=self.compute_metrics,
-                include=self.args.include_for_metrics,
-                keep_outputs=keep_outputs,
-                prefix=prefix,
-                on_batch=lambda: self.fire("on_prediction_step"),
-            )
-            if self.metrics is not None and self.is_in_train:
-                persistence.put_back(self.metrics.variables, saved)
-            return output
-
-    def _eval_step(self, with_loss: bool, gather: bool) -> Callable[[Any], dict[str, Any]]:
-        """Compiled once for each of the four forms."""
-        key = (with_loss, gather)
-        if key not in self._eval_steps:
-            assert self._forward is not None
-            step = make_eval_step(
-                self._forward if with_loss else self._forward.predict,
-                self.model.variables,
-                self.metrics if with_loss else None,
-                self._select_outputs if gather else None,
-            )
-            variables = _unique(self._step_variables())
-            self.backend.place(variables, self.args.use_cpu)
-            self._eval_steps[key] = self.backend.compile_step(
-                step, variables, self.args.jit_compile
-            )
-        return self._eval_steps[key]
-
-    def _select_outputs(self, outputs: Any, batch: Any) -> dict[str, Any]:
-        """What of an evaluation batch goes to the host."""
-        parts = unpack(batch)
-        if self.preprocess_logits_for_metrics is not None:
-            outputs = self.preprocess_logits_for_metrics(outputs, parts.y)
-        selected = {"outputs": outputs}
-        if parts.y is not None:
-            selected["labels"] = parts.y
-        if "inputs" in self.args.include_for_metrics:
-            selected["inputs"] = parts.x
-        return selected
-
-    def evaluate_in_training(self, run: Run) -> None:
-        """Evaluate, then see whether it is the best so far."""
-        metrics = self.evaluate()
-        name = self.args.metric_for_best_model
-        if name is None:
-            return
-        value = metric_value(metrics, name)
-        best = self.state.best_metric
-        if best is None:
-            best = -math.inf if self.args.greater_is_better else math.inf
-        better = value > best if self.args.greater_is_better else value < best
-        if better:
-            self.state.best_metric = value
-            self.state.best_global_step = self.state.global_step
-        if self.args.save_strategy == "best":
-            self.control.should_save = better
-
     # --- saving ---------------------------------------------------------------------------------
-
-    def save_checkpoint(self, run: Run) -> None:
-        """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for."""
-        state, args = self.state, self.args
-        path = self._checkpoint_path(state.global_step)
-        if state.best_global_step is not None and args.metric_for_best_model:
-            best = self._checkpoint_path(state.best_global_step)
-            if best == path or best.exists():
-                state.best_model_checkpoint = str(best)
-        state.stateful_callbacks = self.callback_handler.state()
-        arrays = {"model": persistence.gather_model(self.model)}
-        documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
-        if not args.save_only_model:
-            metrics = [] if self.metrics is None else self.metrics.variables
-            more, documents_more = persistence.gather_training(
-                self.backend, self.model, self.optimizer, metrics, run.progress
-            )
-            arrays |= more
-            documents |= documents_more
-        self.store.save(state.global_step, arrays, documents, persistence.environment(self.backend))
-        if args.save_total_limit is not None:
-            best_path = state.best_model_checkpoint
-            self.store.rotate(args.save_total_limit, [Path(best_path)] if best_path else [])
-        self.fire("on_save")
-
-    def _checkpoint_path(self, step: int) -> Path:
-        return self.store.directory / checkpoint_name(step)
-
-    def _load_best(self) -> None:
-        """Put the weights of the best checkpoint into the model."""
-        path = self.state.best_model_checkpoint
-        if path is None or not Path(path).exists():
-            logger.warning(
-                "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its "
-                "last weights.",
-                self.state.best_global_step,
-            )
-            return
-        persistence.restore_model(self.model, self.store.load(Path(path)))
-        logger.info(
-            "Loaded the best model: %s (%s = %s).",
-            path,
-            self.args.metric_for_best_model,
-            self.state.best_metric,
-        )
-        if self.args.save_total_limit == 1:
-            self.store.delete([item for item in self.store.list() if item[1] != Path(path)])
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Save the model for use without kbtrain.
@@ -661,16 +369,6 @@ class Trainer:
         self.state.log_history.append({**entry, "step": self.state.global_step})
         self.fire("on_log", logs=entry)
 
-    def log_window(self, run: Run) -> None:
-        """Log the means since the last log."""
-        logs = run.take_window()
-        if not logs:
-            return
-        if self.metrics is not None:
-            logs |= self.metrics.result()
-            self.metrics.reset()
-        self.log(logs)
-
     def fire(self, event: str, **kwargs: Any) -> None:
         """Call ``event`` of all callbacks."""
         self.control = self.callback_handler.fire(
@@ -702,7 +400,3 @@ class Trainer:
     def num_examples(self, dataloader: Any) -> int | None:
         """Samples in an epoch of ``dataloader``; None if it does not know."""
         return as_loader(dataloader).num_examples
-
-
-def _unique(variables: Sequence[keras.Variable]) -> list[keras.Variable]:
-    return list({id(v): v for v in variables}.values())

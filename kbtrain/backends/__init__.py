@@ -2,7 +2,7 @@
 
 ``load()`` returns the module of the backend Keras runs on. Each module has the same functions:
 
-===========================  ==========================================================================
+===========================  ======================================================================
 ``name``                     the backend's name
 ``compile_step``             a Python function over Keras variables -> one compiled call
 ``compile_steps``            the same, for several steps in one call
@@ -17,7 +17,7 @@
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
 ``place``, ``device_scope``  where variables and batches live
 ``device_info``, ...         what the hardware is, how much memory is used, what ran out
-===========================  ==========================================================================
+===========================  ======================================================================
 """
 
 import importlib

@@ -305,7 +305,7 @@ def device_scope(use_cpu: bool) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them where they are."""
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
     if use_cpu:
         cpu = jax.devices("cpu")[0]
         for variable in variables:

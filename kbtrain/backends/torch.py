@@ -251,7 +251,7 @@ def device_scope(use_cpu: bool) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them where they are."""
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
     if use_cpu:
         for variable in variables:
             if variable.value.device.type != "cpu":

@@ -114,6 +114,10 @@ class CheckpointStore:
         self._damaged.discard(final)
         return final
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.directory / disk.checkpoint_name(step)
+
     def load(self, path: str | os.PathLike[str]) -> Checkpoint:
         """Read a checkpoint, verifying sizes and checksums of all its files on the way.
 

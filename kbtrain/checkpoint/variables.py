@@ -40,8 +40,7 @@ class RestorePlan:
     def apply(self) -> None:
         """Assign the values."""
         for variable, value in self.values:
-            # A copy: JAX may go on using the array's own memory, which others can still write to.
-            variable.assign(np.array(value))
+            _assign(variable, value)
 
 
 def name_variables(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
@@ -234,6 +233,14 @@ def _to_host(variable: keras.Variable) -> np.ndarray:
         # Not every framework hands out float8; all hand out its bits.
         bits = keras.ops.convert_to_numpy(keras.ops.view(variable.value, "uint8"))
         return np.array(bits).view(_dtype_of(variable))
+
+
+def _assign(variable: keras.Variable, value: np.ndarray) -> None:
+    try:
+        # A copy: JAX may go on using the array's own memory, which others can still write to.
+        variable.assign(np.array(value))
+    except TypeError:  # as in _to_host
+        variable.assign(keras.ops.view(np.array(value).view("uint8"), value.dtype.name))
 
 
 def _dtype_of(variable: keras.Variable) -> np.dtype[Any]:

@@ -1,0 +1,100 @@
+"""What is done when it is due: log, evaluate, save, and load the best model at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kbtrain import persistence
+from kbtrain.callbacks import metric_value
+
+if TYPE_CHECKING:
+    from kbtrain.run import Run
+    from kbtrain.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+
+def log_window(trainer: Trainer, run: Run) -> None:
+    """Log the means since the last log; nothing if there was no update since."""
+    logs = run.take_window()
+    if not logs:
+        return
+    if (metrics := trainer.bound.metrics) is not None:
+        logs |= metrics.result()
+        metrics.reset()
+    trainer.log(logs)
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Evaluate, then see whether it is the best so far."""
+    metrics = trainer.evaluate()
+    args, state = trainer.args, trainer.state
+    if args.metric_for_best_model is None:
+        return
+    value, best = metric_value(metrics, args.metric_for_best_model), state.best_metric
+    if best is None:
+        best = -math.inf if args.greater_is_better else math.inf
+    better = value > best if args.greater_is_better else value < best
+    if better:
+        state.best_metric, state.best_global_step = value, state.global_step
+    if args.save_strategy == "best":
+        trainer.control.should_save = better
+
+
+def save(trainer: Trainer, run: Run) -> None:
+    """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for."""
+    state, args, store = trainer.state, trainer.args, trainer.store
+    path = store.path(state.global_step)
+    if state.best_global_step is not None:
+        best = store.path(state.best_global_step)
+        if best == path or best.exists():
+            state.best_model_checkpoint = str(best)
+    state.stateful_callbacks = trainer.callback_handler.state()
+    arrays = {"model": persistence.gather_model(trainer.model)}
+    documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
+    if not args.save_only_model:
+        more_arrays, more_documents = persistence.gather_training(
+            trainer.backend,
+            trainer.model,
+            trainer.optimizer,
+            trainer.bound.metric_variables,
+            run.progress,
+        )
+        arrays |= more_arrays
+        documents |= more_documents
+    store.save(state.global_step, arrays, documents, persistence.environment(trainer.backend))
+    if args.save_total_limit is not None:
+        best_path = state.best_model_checkpoint
+        store.rotate(args.save_total_limit, [Path(best_path)] if best_path else [])
+    trainer.fire("on_save")
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest checkpoint of the run's folder, to name it in a message."""
+    listed = trainer.store.list()
+    return listed[-1][1] if listed else None
+
+
+def load_best(trainer: Trainer) -> None:
+    """Put the weights of the best checkpoint into the model."""
+    state, store = trainer.state, trainer.store
+    path = state.best_model_checkpoint
+    if path is None or not Path(path).exists():
+        logger.warning(
+            "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its last "
+            "weights.",
+            state.best_global_step,
+        )
+        return
+    persistence.restore_model(trainer.model, store.load(path))
+    logger.info(
+        "Loaded the best model: %s (%s = %s).",
+        path,
+        trainer.args.metric_for_best_model,
+        state.best_metric,
+    )
+    if trainer.args.save_total_limit == 1:
+        store.delete([item for item in store.list() if item[1] != Path(path)])

@@ -1,0 +1,131 @@
+"""A model with its loss and metrics: built from a batch, compiled into evaluation steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from kbtrain import building, rng
+from kbtrain.data import unpack
+from kbtrain.forward import ComputeLoss, ForwardPass
+from kbtrain.loss import resolve_loss
+from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
+from kbtrain.step import make_eval_step
+from kbtrain.training_args import TrainingArguments
+
+
+class BoundModel:
+    """A model and what it is measured by.
+
+    Args:
+        model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
+        args: ``bf16``, ``jit_compile``, ``use_cpu``, ``include_for_metrics``.
+        backend: A module of ``kbtrain.backends``.
+        loss: A resolved loss, or None.
+        metrics: The ``metrics`` argument of the Trainer, or None.
+        has_loss_func: Whether the Trainer has a ``compute_loss_func``.
+        compute_loss: ``Trainer.compute_loss``.
+        preprocess: ``preprocess_logits_for_metrics``, or None.
+
+    Attributes:
+        loss: The loss in use.
+        loss_weights: Weights of the losses of several outputs, from ``compile``.
+        metrics: The metrics in use, or None.
+        forward: One pass of a batch; None until ``build``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        backend: ModuleType,
+        *,
+        loss: Any,
+        metrics: Any,
+        has_loss_func: bool,
+        compute_loss: ComputeLoss,
+        preprocess: Callable[[Any, Any], Any] | None,
+    ) -> None:
+        self.model: keras.Model = building.check_model(model)
+        self._args, self._backend = args, backend
+        self._compute_loss, self._preprocess = compute_loss, preprocess
+        self.compiled = bool(getattr(model, "compiled", False))
+        if args.bf16:
+            building.use_bfloat16(model)
+        self.loss, self.loss_weights = loss, None
+        if loss is None and not has_loss_func and self.compiled:
+            self.loss = resolve_loss(model.loss)
+            self.loss_weights = (model.get_compile_config() or {}).get("loss_weights")
+        self.metrics: MetricSet | None = None
+        if metrics is not None:
+            self.metrics = ListedMetrics(metrics)
+        elif self.compiled and loss is None:
+            self.metrics = CompiledMetrics(model)
+        self.forward: ForwardPass | None = None
+        self._eval_steps: dict[tuple[bool, bool], Callable[[Any], dict[str, Any]]] = {}
+
+    @property
+    def metric_variables(self) -> list[keras.Variable]:
+        """State of the metrics."""
+        return [] if self.metrics is None else self.metrics.variables
+
+    def build(self, batch: Any) -> ForwardPass:
+        """Create all variables from the shapes of a batch (NumPy), once.
+
+        Raises:
+            DataError: The model does not accept such inputs.
+        """
+        if self.forward is None:
+            building.build_model(self.model, batch)
+            self.forward = ForwardPass(self.model, self._compute_loss, self.loss)
+            if self.metrics is not None:
+                building.build_metrics(self.metrics, self.forward, batch)
+        return self.forward
+
+    def variables(self) -> list[keras.Variable]:
+        """Everything a step reads or assigns, apart from the optimizer; each once."""
+        listed = [*self.model.variables, *self.metric_variables, rng.global_seed_variable()]
+        return unique(listed)
+
+    def eval_step(self, with_loss: bool, gather: bool) -> Callable[[Any], dict[str, Any]]:
+        """The compiled evaluation step; one for each of the four forms.
+
+        Args:
+            with_loss: The data has labels: compute the loss and update the metrics.
+            gather: Return outputs (and labels) for the host.
+        """
+        key = (with_loss, gather)
+        if key not in self._eval_steps:
+            assert self.forward is not None
+            variables = self.variables()
+            step = make_eval_step(
+                self.forward if with_loss else self.forward.predict,
+                self.model.variables,
+                self.metrics if with_loss else None,
+                self._select_outputs if gather else None,
+            )
+            self._backend.place(variables, self._args.use_cpu)
+            self._eval_steps[key] = self._backend.compile_step(
+                step, variables, self._args.jit_compile
+            )
+        return self._eval_steps[key]
+
+    def _select_outputs(self, outputs: Any, batch: Any) -> dict[str, Any]:
+        """What of an evaluation batch goes to the host."""
+        x, y, _ = unpack(batch)
+        if self._preprocess is not None:
+            outputs = self._preprocess(outputs, y)
+        selected = {"outputs": outputs}
+        if y is not None:
+            selected["labels"] = y
+        if "inputs" in self._args.include_for_metrics:
+            selected["inputs"] = x
+        return selected
+
+
+def unique(variables: list[keras.Variable]) -> list[keras.Variable]:
+    """Each variable once, in order."""
+    return list({id(v): v for v in variables}.values())

@@ -1,0 +1,215 @@
+"""One call of ``fit``: everything before the first update and after the last."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+
+from kbtrain import actions, persistence, rng
+from kbtrain.args_validation import check_saves_follow_evaluations
+from kbtrain.bound_model import unique
+from kbtrain.checkpoint import Checkpoint
+from kbtrain.data import Loader, as_loader
+from kbtrain.errors import ConfigurationError
+from kbtrain.evaluation import speed
+from kbtrain.forward import items_counter
+from kbtrain.loop import train_loop
+from kbtrain.run import Batches, Run
+from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
+from kbtrain.step import make_train_step
+from kbtrain.training_args import resolve_steps
+
+if TYPE_CHECKING:
+    from kbtrain.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+
+class TrainOutput(NamedTuple):
+    """Result of ``Trainer.fit``.
+
+    Attributes:
+        global_step: Updates done.
+        training_loss: Mean loss over all updates of the run, also those before a resume.
+        metrics: ``train_loss`` and the speed of this call.
+    """
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
+    """Train from the beginning, or from a checkpoint, to the end."""
+    run = prepare(trainer, checkpoint)
+    trainer.control.new_training()
+    trainer.fire("on_train_begin")
+    if trainer.args.eval_on_start and checkpoint is None:
+        actions.evaluate(trainer)
+    start = time.perf_counter()
+    train_loop(trainer, run)
+    run.read()
+    seconds = time.perf_counter() - start
+
+    state, progress = trainer.state, run.progress
+    loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
+    metrics = speed("train", seconds, run.samples, state.global_step - run.first_step)
+    metrics["train_loss"] = loss
+    trainer.log(metrics)
+    if trainer.args.load_best_model_at_end:
+        actions.load_best(trainer)
+    trainer.fire("on_train_end")
+    return TrainOutput(state.global_step, loss, metrics)
+
+
+def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
+    """Model, optimizer and compiled step, put back to the checkpoint if there is one.
+
+    Raises:
+        ConfigurationError, DataError: Arguments, data and model do not fit together.
+        CheckpointMismatchError: The checkpoint is of another model or optimizer.
+    """
+    args = trainer.args
+    if trainer.model_init is not None:
+        rng.set_seed(args.seed)
+        trainer.adopt(trainer.model_init())
+    loader = as_loader(trainer.get_train_dataloader())
+    trainer.train_dataloader = loader
+    plan = _plan(trainer, loader)
+    batches = Batches(loader)
+    first = batches.peek()
+    if first is None:
+        raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
+    bound = trainer.bound
+    forward = bound.build(first)
+    trainable = bound.model.trainable_variables
+    if not trainable:
+        raise ConfigurationError(
+            f"The model {bound.model.name!r} has no trainable variables: there is nothing to "
+            "train. Set `trainable = True` on the layers that should learn."
+        )
+    optimizer = build_optimizer(trainer, plan.max_steps)
+    trainer.state = _fresh_state(trainer, plan, loader)
+    if bound.metrics is not None:
+        bound.metrics.reset()
+    progress = persistence.Progress(batch_size=loader.batch_size)
+    if checkpoint is not None:
+        progress = _restore(trainer, checkpoint, optimizer)
+        progress.move_to(loader.batch_size)
+
+    halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
+    step = make_train_step(
+        trainer.backend,
+        forward,
+        items_counter(trainer.compute_loss_func),
+        optimizer,
+        trainable,
+        bound.metrics,
+        args.max_grad_norm,
+        args.on_nonfinite,
+        halted,
+    )
+    variables = unique([*bound.variables(), *optimizer.variables, halted])
+    trainer.backend.place(variables, args.use_cpu)
+    return Run(
+        backend=trainer.backend,
+        plan=plan,
+        batches=batches,
+        accumulation=args.gradient_accumulation_steps,
+        step=trainer.backend.compile_steps(step, variables, args.jit_compile),
+        state=trainer.state,
+        progress=progress,
+        on_nonfinite=args.on_nonfinite,
+        last_checkpoint=lambda: actions.last_checkpoint(trainer),
+        limit=lambda: _updates_without_looking(trainer),
+        first_step=trainer.state.global_step,
+    )
+
+
+def _plan(trainer: Trainer, loader: Loader) -> Plan:
+    args = trainer.args
+    if not loader.sized and args.max_steps <= 0:
+        raise ConfigurationError(
+            "The training data has no length, so the number of steps cannot be counted: "
+            f"set max_steps. Received: max_steps={args.max_steps}."
+        )
+    batches = len(loader) if loader.sized else None
+    return make_plan(
+        batches, args.gradient_accumulation_steps, args.num_train_epochs, args.max_steps
+    )
+
+
+def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
+    args = trainer.args
+    state = TrainerState(
+        max_steps=plan.max_steps,
+        num_train_epochs=plan.num_epochs,
+        logging_steps=resolve_steps(args.logging_steps, plan.max_steps),
+        eval_steps=resolve_steps(args.eval_steps or 0, plan.max_steps),
+        save_steps=resolve_steps(args.save_steps, plan.max_steps),
+        train_batch_size=loader.batch_size,
+    )
+    if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps":
+        check_saves_follow_evaluations(state.save_steps, state.eval_steps)
+    return state
+
+
+def _updates_without_looking(trainer: Trainer) -> int:
+    if trainer.callback_handler.need_every_step():
+        return 1
+    return steps_until_due(trainer.args, trainer.state)
+
+
+def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimizer:
+    """A new optimizer for each ``fit``; one that the user gave is kept, with its state."""
+    given, schedule = trainer.given_optimizers
+    if given is None and trainer.bound.compiled:
+        given = trainer.model.optimizer
+        _warn_of_unused(trainer)
+    trainer.lr_scheduler = schedule
+    if given is None:
+        if schedule is None:
+            trainer.lr_scheduler = trainer.create_scheduler(max_steps)
+        given = trainer.create_optimizer()
+    elif schedule is not None and given is not trainer.optimizer:
+        given.learning_rate = schedule
+    trainer.optimizer = given
+    if not given.built:
+        given.build(trainer.model.trainable_variables)
+    return given
+
+
+def _warn_of_unused(trainer: Trainer) -> None:
+    """A compiled model's optimizer wins over the arguments: say so if some were set."""
+    defaults = type(trainer.args)()
+    names = ("optim", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")
+    if unused := [n for n in names if getattr(trainer.args, n) != getattr(defaults, n)]:
+        logger.warning(
+            "The model was compiled with an optimizer (%s), which is used: %s in the arguments "
+            "have no effect. Compile without one is not possible in Keras; pass an uncompiled "
+            "model, or optimizers=... to the Trainer.",
+            type(trainer.model.optimizer).__name__,
+            ", ".join(unused),
+        )
+
+
+def _restore(trainer: Trainer, checkpoint: Checkpoint, optimizer: Any) -> persistence.Progress:
+    """Put everything back to where the checkpoint was taken."""
+    progress = persistence.restore_run(
+        trainer.backend, trainer.model, optimizer, trainer.bound.metric_variables, checkpoint
+    )
+    for change in persistence.compare_arguments(
+        checkpoint.documents["training_args"], trainer.args.to_dict()
+    ):
+        logger.warning("Resuming with another setting: %s", change)
+    saved = TrainerState.from_dict(checkpoint.documents["trainer_state"])
+    trainer.state.continue_from(saved)
+    if trainer.args.restore_callback_states_from_checkpoint:
+        trainer.callback_handler.load_state(saved.stateful_callbacks)
+    if trainer.args.ignore_data_skip:
+        progress.batch = 0
+    logger.info("Resuming from %s at step %d.", checkpoint.path, trainer.state.global_step)
+    return progress
