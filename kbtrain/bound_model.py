@@ -64,6 +64,7 @@ class BoundModel:
             self.metrics = ListedMetrics(metrics)
         elif self.compiled and loss is None:
             self.metrics = CompiledMetrics(model)
+        self._metrics_built = False
         self.forward: ForwardPass | None = None
         self._eval_steps: dict[tuple[bool, bool], Callable[[Any], dict[str, Any]]] = {}
 
@@ -81,8 +82,11 @@ class BoundModel:
         if self.forward is None:
             building.build_model(self.model, batch)
             self.forward = ForwardPass(self.model, self._compute_loss, self.loss)
-            if self.metrics is not None:
-                building.build_metrics(self.metrics, self.forward, batch)
+        # Metrics need labels: a prediction may come first, and have none.
+        has_labels = unpack(batch).y is not None
+        if self.metrics is not None and has_labels and not self._metrics_built:
+            building.build_metrics(self.metrics, self.forward, batch)
+            self._metrics_built = True
         return self.forward
 
     def variables(self) -> list[keras.Variable]:

@@ -1,8 +1,9 @@
-"""PyTorch: the step runs eagerly on the variables' parameters, with multi-tensor kernels."""
+"""PyTorch: the step is captured once per shape and run on the variables' own parameters."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ import keras
 import numpy as np
 import torch
 
+from kbtrain.backends.torch_capture import CapturedStep, GuardFailed, NotCapturable, guard
+from kbtrain.data import signature
+
 name = "torch"
+logger = logging.getLogger("kbtrain")
+
+# While a step is being recorded, conditions become guards: nothing can be read.
+_capturing = False
 
 # The variables of the step being run (to name the ones that layers ask to change).
 _state: list[keras.Variable] = []
@@ -34,20 +42,53 @@ def compile_step(
     variables: Sequence[keras.Variable],
     jit_compile: bool | str = "auto",
 ) -> Callable[[Any], Any]:
-    """Wrap ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    The step is recorded once for each shape of its inputs (``torch_capture``), in a fraction of a
+    second, and then runs without Keras' Python. What cannot be recorded runs eagerly, and the log
+    says why.
 
     Args:
         fn: Function of a structure of tensors, free of host side effects.
         variables: Everything ``fn`` reads or assigns.
-        jit_compile: Accepted for the sake of one signature; the step runs eagerly.
+        jit_compile: ``False`` runs eagerly, to debug; anything else records.
 
     Returns:
         A function with the signature of ``fn``.
     """
+    variables = list(variables)
 
-    def call(inputs: Any) -> Any:
+    def eager(inputs: Any) -> Any:
         with torch.no_grad(), _running(variables):
             return fn(inputs)
+
+    if jit_compile is False:
+        return eager
+    captured: dict[Any, CapturedStep | None] = {}
+
+    def capture(inputs: Any) -> CapturedStep | None:
+        global _capturing
+        _capturing = True
+        try:
+            return CapturedStep(eager, variables, inputs)
+        except NotCapturable as reason:
+            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
+            return None
+        finally:
+            _capturing = False
+
+    def call(inputs: Any) -> Any:
+        key = signature(inputs)
+        if key not in captured:
+            captured[key] = capture(inputs)
+        step = captured[key]
+        if step is None:
+            return eager(inputs)
+        try:
+            with torch.no_grad():
+                return step(inputs)
+        except GuardFailed:
+            return eager(inputs)
 
     return call
 
@@ -130,7 +171,13 @@ def _on_cpu(condition: Any) -> bool:
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
+    guarded = _capturing and _journal is None and _on_cpu(condition)
+    if guarded:
+        guard(condition)
     for variable, value in updates:
+        if guarded:
+            variable.assign(value)
+            continue
         if _journal is not None and id(variable) not in _journal:
             _journal[id(variable)] = (variable, variable.value.detach().clone())
         variable.assign(torch.where(condition, value.to(variable.value.dtype), variable.value))
@@ -143,7 +190,10 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
     old values are kept and selected instead.
     """
     if _on_cpu(condition):
-        if condition:
+        if _capturing:
+            guard(condition)
+            fn()
+        elif condition:
             fn()
         return
     values = [v.value for v in variables]

@@ -1,0 +1,162 @@
+"""Every example runs as its docstring says, in a process of its own, shortened by arguments."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+GPT = [
+    *("--width", "32", "--depth", "1", "--heads", "2", "--length", "32", "--batch-size", "8"),
+    *("--steps", "120", "--save-steps", "20", "--eval-steps", "60", "--max-bytes", "30000"),
+    *("--learning-rate", "1e-2", "--sample-bytes", "12"),
+]
+
+
+def environment(backend: str | None = None) -> dict[str, str]:
+    return os.environ | {"KERAS_BACKEND": backend or keras.backend.backend()}
+
+
+def command(name: str, *options: object) -> list[str]:
+    return [sys.executable, str(EXAMPLES / name), *map(str, options)]
+
+
+def run(name: str, *options: object, backend: str | None = None) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        command(name, *options),
+        env=environment(backend),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def kill_at_checkpoint(
+    folder: Path, step: int, name: str, *options: object, backend: str | None = None
+) -> None:
+    """Start an example and kill it, without notice, once it has saved ``step`` or a later one."""
+    process = subprocess.Popen(
+        command(name, *options),
+        env=environment(backend),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 600
+    try:
+        while not any(
+            int(path.name.partition("-")[2]) >= step for path in folder.glob("checkpoint-*")
+        ):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.wait() != 0, "it ended before it could be killed"
+
+
+def resumed_at(result: subprocess.CompletedProcess) -> int:
+    found = re.search(r"Resuming from .* at step (\d+)", result.stderr)
+    assert found, result.stderr
+    return int(found[1])
+
+
+def bits_per_byte(result: subprocess.CompletedProcess) -> float:
+    return float(re.search(r"held-out text: (\S+) bits per byte", result.stdout)[1])
+
+
+def log_without_times(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [
+        {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second"))}
+        for entry in entries
+    ]
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    result = run("quickstart.py", "--output-dir", tmp_path, "--epochs", 6)
+
+    assert result.stdout.startswith(f"backend {keras.backend.backend()}, device ")
+    assert len(re.findall(r"^ +\d+( +\d+\.\d{4}){3}", result.stdout, re.MULTILINE)) == 6
+    assert result.stdout.count("<- best") == 1
+    printed = float(re.search(r"test accuracy (\d\.\d+)", result.stdout)[1])
+    assert printed >= 0.9
+
+    # The saved model alone, without kbtrain, has the accuracy that was printed.
+    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    *_, (images, labels) = quickstart.load_data()
+    logits = keras.models.load_model(tmp_path / "digits.keras").predict(images, verbose=0)
+    assert np.mean(logits.argmax(-1) == labels) == pytest.approx(printed, abs=5e-5)
+
+    picture = quickstart.plt.imread(tmp_path / "history.png")
+    assert picture.shape[0] > 400
+    assert picture.shape[1] > 1000
+    assert picture[..., :3].std() > 0.05
+
+
+@pytest.mark.slow
+def test_plain_keras():
+    result = run("plain_keras.py", "--epochs", 4)
+    assert float(re.search(r"test accuracy (\S+)", result.stdout)[1]) >= 0.85
+    assert "kbtrain" not in (EXAMPLES / "plain_keras.py").read_text().replace("imports kbtrain", "")
+
+
+@pytest.mark.slow
+def test_char_gpt_killed_and_started_again_ends_where_an_unbroken_run_ends(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = run("char_gpt.py", "--output-dir", whole, *GPT)
+    assert "Resuming" not in expected.stderr
+
+    kill_at_checkpoint(broken, 20, "char_gpt.py", "--output-dir", broken, *GPT)
+    result = run("char_gpt.py", "--output-dir", broken, *GPT)
+
+    assert 20 <= resumed_at(result) < 120
+    assert result.stdout == expected.stdout  # the sample's bytes too
+    assert log_without_times(broken) == log_without_times(whole)
+
+
+@pytest.mark.slow
+def test_char_gpt_learns_and_says_so_in_bits(tmp_path):
+    result = run("char_gpt.py", "--output-dir", tmp_path, *GPT)
+    last = [entry for entry in log_without_times(tmp_path) if "eval_loss" in entry][-1]
+    assert last["eval_bits_per_byte"] == pytest.approx(last["eval_loss"] / math.log(2), rel=1e-5)
+    # Better than the best code that knows each byte's frequency in the held-out text, but not its
+    # neighbours (computed here from the text alone).
+    import pydoc_data.topics as topics
+
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[:30000]
+    held_out = np.frombuffer(text[int(0.9 * len(text)) :], np.uint8)
+    share = np.unique(held_out, return_counts=True)[1] / len(held_out)
+    assert bits_per_byte(result) < -(share * np.log2(share)).sum()
+
+
+@pytest.mark.cross
+@pytest.mark.slow
+def test_char_gpt_goes_from_backend_to_backend(tmp_path):
+    options = [*GPT, "--dropout", 0]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    expected = run("char_gpt.py", "--output-dir", whole, *options, backend="jax")
+
+    arguments = ["char_gpt.py", "--output-dir", moved, *options]
+    kill_at_checkpoint(moved, 20, *arguments, backend="jax")
+    kill_at_checkpoint(moved, 60, *arguments, backend="torch")
+    result = run(*arguments, backend="tensorflow")
+
+    assert 60 <= resumed_at(result) < 120
+    assert result.stdout.startswith("backend tensorflow")
+    assert bits_per_byte(result) == pytest.approx(bits_per_byte(expected), rel=1e-4)

@@ -1,0 +1,196 @@
+"""Rules that hold for the repository as a whole: who imports whom, and what is left out."""
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kbtrain
+import optim
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("kbtrain/**/*.py"), *ROOT.glob("optim/**/*.py")])
+FRAMEWORKS = {"torch", "tensorflow", "jax", "jaxlib", "optax", "flax"}
+BACKEND_FOLDERS = ("kbtrain/backends/", "optim/kernels/")
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
+    for child in ast.iter_child_nodes(tree):
+        if is_type_checking(child):
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of all modules that ``tree`` imports, also inside functions and by string."""
+    names: set[str] = set()
+    for node in runtime_nodes(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func).rpartition(".")[2]:
+            names |= {
+                a.value for a in node.args if isinstance(a, ast.Constant) and type(a.value) is str
+            }
+    return names
+
+
+def top_levels(tree: ast.AST) -> set[str]:
+    return {name.partition(".")[0] for name in imported(tree)}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def asks_for_backend(source: str) -> bool:
+    """Whether code looks at which framework Keras runs on."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("backend.backend"):
+            return True
+        if isinstance(node, ast.Constant) and node.value == "KERAS_BACKEND":
+            return True
+    return False
+
+
+def test_the_rules_below_look_at_something():
+    assert len(SOURCES) > 20
+    assert top_levels(ast.parse("def f():\n    from torch.nn import Module")) == {"torch"}
+    assert top_levels(ast.parse("importlib.import_module('jax.numpy')")) == {"jax"}
+    assert top_levels(ast.parse("if TYPE_CHECKING:\n    import torch")) == set()
+    assert asks_for_backend("keras.backend.backend() == 'jax'")
+    assert asks_for_backend("os.environ['KERAS_BACKEND']")
+    assert not asks_for_backend("keras.backend.floatx()")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_a_framework_is_imported_in_its_own_backend_file_only(path):
+    allowed = {path.stem} if relative(path).startswith(BACKEND_FOLDERS) else set()
+    if path.stem == "jax":
+        allowed |= {"jaxlib"}
+    assert top_levels(parse(path)) & FRAMEWORKS <= allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nobody_outside_the_backend_folders_asks_which_backend_it_is(path):
+    if not relative(path).startswith(BACKEND_FOLDERS):
+        assert not asks_for_backend(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_the_two_packages_do_not_import_each_other(path):
+    other = "optim" if relative(path).startswith("kbtrain/") else "kbtrain"
+    assert other not in top_levels(parse(path))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if relative(p).startswith("optim/")], ids=relative
+)
+def test_optim_needs_keras_and_numpy_only(path):
+    own = {path.stem} if relative(path).startswith("optim/kernels/") else set()
+    assert top_levels(parse(path)) <= {"keras", "numpy", "optim", *own, *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_can_unpickle(path):
+    assert not top_levels(parse(path)) & UNSAFE
+    assert "allow_pickle=True" not in path.read_text(encoding="utf-8")
+
+
+def test_imports_have_no_cycles():
+    modules = {}
+    for path in SOURCES:
+        name = relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        modules[name] = path
+    graph = {}
+    for name, path in modules.items():
+        wanted = {target for target in imported(parse(path)) if target in modules}
+        # A package's __init__ gathers what its modules hold; they may name it ("from x import y").
+        parents = {name.rpartition(".")[0], name}
+        graph[name] = wanted - parents
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("kbtrain.step") < order.index("kbtrain.trainer")
+    assert order.index("kbtrain.loop") < order.index("kbtrain.trainer")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Modules that a fresh interpreter has loaded after ``code``."""
+    program = f"{code}\nimport sys, json\nprint('modules', *sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    line = next(line for line in result.stdout.splitlines() if line.startswith("modules "))
+    return set(line.split()[1:])
+
+
+def test_trainer_loads_no_framework_that_keras_does_not_load():
+    plain = loaded_after("import keras") & FRAMEWORKS
+    ours = loaded_after("import kbtrain, optim\nkbtrain.Trainer\noptim.AdamW") & FRAMEWORKS
+    assert plain, "Keras loads its backend"
+    assert ours == plain
+
+
+def test_import_kbtrain_loads_neither_keras_nor_a_framework():
+    assert not loaded_after("import kbtrain") & {"keras", *FRAMEWORKS}
+
+
+@pytest.mark.parametrize("package", [kbtrain, optim], ids=lambda p: p.__name__)
+def test_public_names_exist_and_are_documented(package):
+    assert list(package.__all__) == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+        assert name in dir(package)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = kbtrain.no_such_name
+
+
+def test_packages_say_that_they_are_typed():
+    for package in (kbtrain, optim):
+        assert (Path(package.__file__).parent / "py.typed").exists()
+
+
+def test_every_example_is_run_by_a_test():
+    tests = (ROOT / "tests" / "test_examples.py").read_text(encoding="utf-8")
+    examples = sorted(path.name for path in ROOT.glob("examples/*.py"))
+    assert examples
+    assert [name for name in examples if f'"{name}"' not in tests] == []
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on():
+    needles = [os.sep + "work" + os.sep, os.sep + "tmp" + os.sep + "venvs"]
+    files = [
+        path
+        for pattern in ("*.md", "*.toml", "*.ini", "*.yml", ".ci/run", "docs/**/*.md",
+                        "kbtrain/**/*.py", "optim/**/*.py", "tests/**/*.py", "examples/*.py",
+                        "benchmarks/**/*.py")
+        for path in ROOT.glob(pattern)
+    ]  # fmt: skip
+    assert len(files) > 40
+    found = [
+        relative(path)
+        for path in files
+        if any(needle in path.read_text(encoding="utf-8") for needle in needles)
+    ]
+    assert found == []
