@@ -94,7 +94,7 @@ def _dtype(array: Any) -> str:
 
 
 def _first_lines(error: BaseException, lines: int = 4) -> str:
-    text = str(error).strip().splitlines()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()  # Keras prints in bold
     return " ".join(line.strip() for line in text[:lines] if line.strip())
 
 

@@ -189,8 +189,7 @@ def _warn_of_unused(trainer: Trainer) -> None:
     if unused := [n for n in names if getattr(trainer.args, n) != getattr(defaults, n)]:
         logger.warning(
             "The model was compiled with an optimizer (%s), which is used: %s in the arguments "
-            "have no effect. Compile without one is not possible in Keras; pass an uncompiled "
-            "model, or optimizers=... to the Trainer.",
+            "have no effect. For those, pass a model that is not compiled.",
             type(trainer.model.optimizer).__name__,
             ", ".join(unused),
         )

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import pydoc_data.topics as topics
 import re
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STEPS = 240
 GPT = [
     *("--width", "32", "--depth", "1", "--heads", "2", "--length", "32", "--batch-size", "8"),
-    *("--steps", "120", "--save-steps", "20", "--eval-steps", "60", "--max-bytes", "30000"),
+    *("--steps", str(STEPS), "--save-steps", "20", "--eval-steps", "80", "--max-bytes", "30000"),
     *("--learning-rate", "1e-2", "--sample-bytes", "12"),
 ]
 
@@ -116,29 +118,35 @@ def test_plain_keras():
     assert "kbtrain" not in (EXAMPLES / "plain_keras.py").read_text().replace("imports kbtrain", "")
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run of the GPT example that nobody disturbed: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run("char_gpt.py", "--output-dir", folder, *GPT)
+
+
 @pytest.mark.slow
-def test_char_gpt_killed_and_started_again_ends_where_an_unbroken_run_ends(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    expected = run("char_gpt.py", "--output-dir", whole, *GPT)
+def test_char_gpt_killed_and_started_again_ends_where_an_unbroken_run_ends(tmp_path, unbroken):
+    folder, expected = unbroken
     assert "Resuming" not in expected.stderr
 
-    kill_at_checkpoint(broken, 20, "char_gpt.py", "--output-dir", broken, *GPT)
-    result = run("char_gpt.py", "--output-dir", broken, *GPT)
+    kill_at_checkpoint(tmp_path, 20, "char_gpt.py", "--output-dir", tmp_path, *GPT)
+    result = run("char_gpt.py", "--output-dir", tmp_path, *GPT)
 
-    assert 20 <= resumed_at(result) < 120
+    assert 20 <= resumed_at(result) < STEPS
     assert result.stdout == expected.stdout  # the sample's bytes too
-    assert log_without_times(broken) == log_without_times(whole)
+    assert log_without_times(tmp_path) == log_without_times(folder)
 
 
 @pytest.mark.slow
-def test_char_gpt_learns_and_says_so_in_bits(tmp_path):
-    result = run("char_gpt.py", "--output-dir", tmp_path, *GPT)
-    last = [entry for entry in log_without_times(tmp_path) if "eval_loss" in entry][-1]
+def test_char_gpt_learns_and_says_so_in_bits(unbroken):
+    folder, result = unbroken
+    last = [entry for entry in log_without_times(folder) if "eval_loss" in entry][-1]
+    assert last["step"] == STEPS
     assert last["eval_bits_per_byte"] == pytest.approx(last["eval_loss"] / math.log(2), rel=1e-5)
-    # Better than the best code that knows each byte's frequency in the held-out text, but not its
-    # neighbours (computed here from the text alone).
-    import pydoc_data.topics as topics
-
+    assert bits_per_byte(result) == pytest.approx(last["eval_bits_per_byte"], rel=1e-5)
+    # Better than the best code that knows how often each byte occurs in the held-out text, but
+    # looks at no neighbours; its length is computed from the text alone.
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()[:30000]
     held_out = np.frombuffer(text[int(0.9 * len(text)) :], np.uint8)
     share = np.unique(held_out, return_counts=True)[1] / len(held_out)
@@ -157,6 +165,6 @@ def test_char_gpt_goes_from_backend_to_backend(tmp_path):
     kill_at_checkpoint(moved, 60, *arguments, backend="torch")
     result = run(*arguments, backend="tensorflow")
 
-    assert 60 <= resumed_at(result) < 120
+    assert 60 <= resumed_at(result) < STEPS
     assert result.stdout.startswith("backend tensorflow")
     assert bits_per_byte(result) == pytest.approx(bits_per_byte(expected), rel=1e-4)

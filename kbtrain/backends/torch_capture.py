@@ -13,8 +13,11 @@ recorded: torch says so during the capture, and the step runs as it is.
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+logger = logging.getLogger("kbtrain")
 
 GUARD = aten._assert_async.default
 """Marks, in a recorded graph, that what follows happens only if its argument is true."""
@@ -187,11 +191,9 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], Node | None]:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         if node.target is GUARD:
-            if changed:
-                raise NotCapturable("the state changes before the finite check (accumulation)")
             new = _flat_nodes(node.args)[0]
-            if condition is not None and condition is not new:
-                raise NotCapturable("the step has two different finite checks")
+            if new is not condition and (changed or condition is not None):
+                raise NotCapturable("it changes the state before a check (accumulation does)")
             condition = new
             continue
         written = _aliases(node, write=True)
@@ -265,16 +267,56 @@ def _script(
         mapping[node] = graph.get_attr(f"constant{index}")
     for node in pure:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if (position := _mask_position(node)) is not None:
+            copy = mapping[node]
+            copy.target = _traceable(node.target)
+            mask = [int(wanted) for wanted in copy.args[position]]
+            copy.args = (*copy.args[:position], mask, *copy.args[position + 1 :])
     graph.output(tuple(mapping[n] for n in results))
     graph.eliminate_dead_code()
+    module = GraphModule(root, graph)
     generator = torch.get_rng_state()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # TorchScript is deprecated in favour of torch.compile, which takes a minute here.
             warnings.simplefilter("ignore")
-            return torch.jit.trace(GraphModule(root, graph), tuple(examples), check_trace=False)
+            return torch.jit.trace(module, tuple(examples), check_trace=False)
+    except RuntimeError as error:
+        logger.info("The captured step runs in Python, TorchScript refuses it: %s", error)
+        return module
     finally:
         torch.set_rng_state(generator)
+
+
+_LIBRARY = torch.library.Library("kbtrain", "DEF")
+
+
+def _mask_position(node: Node) -> int | None:
+    """Where an operation takes a list of booleans, which TorchScript cannot record."""
+    for position, value in enumerate(node.args):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], bool):
+            return position
+    return None
+
+
+@functools.cache
+def _traceable(operation: Any) -> Any:
+    """The same operation with integers for booleans, and empty tensors where it returns None."""
+    schema = str(operation._schema).replace("SymInt", "int")
+    name = f"{operation._schema.name}_{operation._overloadname}".replace("aten::", "")
+    signature = re.sub(r"bool\[\d*\]", "int[]", schema[schema.index("(") :])
+
+    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+        given = [
+            [bool(item) for item in value] if argument.type.str() == "List[bool]" else value
+            for argument, value in zip(operation._schema.arguments, args, strict=True)
+        ]
+        results = operation(*given)
+        return tuple(args[0].new_empty(0) if r is None else r for r in results)
+
+    _LIBRARY.define(f"{name}{signature}")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.kbtrain, name).default
 
 
 class _Code:

@@ -1,0 +1,261 @@
+"""evaluate and predict: exact over the set, in order, and what reaches the host."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import arguments, batch_norm_model, linear_model, make_data, same, weights, with_weights
+
+from kbtrain import DataError, EvalPrediction, Trainer
+from kbtrain.evaluation import PADDING, speed
+
+
+def make(tmp_path, model=None, size=4, **kwargs):
+    changes = kwargs.pop("args", {})
+    return Trainer(model or linear_model(),
+                   arguments(tmp_path, per_device_eval_batch_size=size, **changes),
+                   **({"loss": "mse"} | kwargs))
+
+
+def linear(model, x):
+    kernel, bias = weights(model)
+    return x @ kernel + bias
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 64])
+def test_loss_and_metrics_are_those_of_the_whole_set(tmp_path, size):
+    x, y = make_data(11)
+    trainer = make(tmp_path, size=size, eval_dataset=(x, y), metrics=["mae"])
+    metrics = trainer.evaluate()
+    error = linear(trainer.model, x) - y
+    assert metrics["eval_loss"] == pytest.approx(np.mean(error**2), rel=1e-6)
+    assert metrics["eval_mean_absolute_error"] == pytest.approx(np.mean(np.abs(error)), rel=1e-6)
+    assert {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} <= metrics.keys()
+
+
+def test_evaluation_changes_nothing(tmp_path):
+    model = batch_norm_model(dropout=0.5)
+    trainer = make(tmp_path, model, eval_dataset=make_data(8))
+    before = weights(model)
+    first = trainer.evaluate()["eval_loss"]
+    assert same(weights(model), before)  # statistics and seed states too
+    assert trainer.evaluate()["eval_loss"] == first  # no dropout
+
+
+def test_named_sets_and_other_prefixes(tmp_path):
+    x, y = make_data(8)
+    trainer = make(tmp_path, eval_dataset={"near": (x, y), "far": (x, y + 10)})
+    metrics = trainer.evaluate()
+    losses = [np.mean((linear(trainer.model, x) - y - d) ** 2) for d in (0, 10)]
+    assert metrics["eval_near_loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert metrics["eval_far_loss"] == pytest.approx(losses[1], rel=1e-6)
+    other = trainer.evaluate((x, y), metric_key_prefix="test")
+    assert other["test_loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert not any(name.startswith("eval") for name in other)
+
+
+def test_a_dict_of_columns_is_one_set(tmp_path):
+    x, y = make_data(8)
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs["a"] + inputs["b"]))
+    for data in ({"a": x, "b": x, "labels": y}, ({"a": x, "b": x}, y)):
+        assert make(tmp_path, model, eval_dataset=data).evaluate().keys() >= {"eval_loss"}
+
+
+def test_nested_columns_are_one_set(tmp_path):
+    x, y = make_data(8)
+    inputs = {"both": {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}}
+    outputs = keras.layers.Dense(1)(inputs["both"]["a"] + inputs["both"]["b"])
+    data = {"both": {"a": x, "b": x}, "labels": y}
+    trainer = make(tmp_path, keras.Model(inputs, outputs), eval_dataset=data)
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_compute_metrics_gets_the_whole_set_in_order(tmp_path):
+    x, y = make_data(11)
+    seen = []
+
+    def compute(prediction):
+        seen.append(prediction)
+        predictions, labels = prediction
+        return {"mae": np.abs(predictions - labels).mean(), "eval_kept": 1}
+
+    trainer = make(tmp_path, eval_dataset=(x, y), compute_metrics=compute)
+    metrics = trainer.evaluate()
+    (prediction,) = seen
+    assert isinstance(prediction, EvalPrediction)
+    np.testing.assert_allclose(prediction.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(prediction.label_ids, y)
+    assert prediction.inputs is None
+    assert prediction.losses is None
+    expected = np.abs(linear(trainer.model, x) - y).mean()
+    assert metrics["eval_mae"] == pytest.approx(expected, rel=1e-5)
+    assert isinstance(metrics["eval_mae"], float)
+    assert metrics["eval_kept"] == 1
+
+
+def test_inputs_and_losses_on_request(tmp_path):
+    x, y = make_data(6)
+    seen = []
+    trainer = make(tmp_path, eval_dataset=(x, y), args={"include_for_metrics": ["inputs", "loss"]},
+                   compute_metrics=lambda p: seen.append(tuple(p)) or {})
+    trainer.evaluate()
+    ((predictions, _, inputs, losses),) = seen
+    np.testing.assert_array_equal(inputs, x)
+    squares = ((predictions - y) ** 2)[:, 0]
+    expected = [squares[:4].mean()] * 4 + [squares[4:].mean()] * 2
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_preprocess_runs_before_the_copy_to_the_host(tmp_path):
+    x, _ = make_data(6)
+    y = np.array([0, 1, 2, 0, 1, 2], np.int32)
+    seen = []
+    trainer = make(
+        tmp_path, linear_model(outputs=3), eval_dataset=(x, y),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        preprocess_logits_for_metrics=lambda logits, labels: keras.ops.argmax(logits, axis=-1),
+        compute_metrics=lambda p: seen.append(p.predictions) or {},
+    )
+    trainer.evaluate()
+    np.testing.assert_array_equal(seen[0], linear(trainer.model, x).argmax(-1))
+
+
+def test_prediction_loss_only_computes_no_metrics_of_the_host(tmp_path):
+    trainer = make(tmp_path, eval_dataset=make_data(4), args={"prediction_loss_only": True},
+                   compute_metrics=lambda p: pytest.fail("not asked for"))
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_extras_of_the_loss_are_averaged_by_count(tmp_path):
+    x, y = make_data(7)
+    trainer = make(tmp_path, eval_dataset=(x, y), size=3, loss=None, compute_loss_func=lambda o, l: (
+        (o - l) ** 2, {"mean_output": keras.ops.mean(o)}))
+    metrics = trainer.evaluate()
+    assert metrics["eval_mean_output"] == pytest.approx(linear(trainer.model, x).mean(), rel=1e-5)
+
+
+def test_a_second_evaluation_begins_anew(tmp_path):
+    data = make_data(8)
+    trainer = make(tmp_path, eval_dataset=data, metrics=["mae"])
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_mean_absolute_error"] == second["eval_mean_absolute_error"]
+
+
+def test_evaluation_sees_the_newest_weights(tmp_path):
+    x, y = make_data(8)
+    trainer = make(tmp_path, eval_dataset=(x, y), train_dataset=(x, y), args={"max_steps": 3})
+    before = trainer.evaluate()["eval_loss"]
+    trainer.fit()
+    after = trainer.evaluate()["eval_loss"]
+    assert after == pytest.approx(np.mean((linear(trainer.model, x) - y) ** 2), rel=1e-5)
+    assert after < before
+    with_weights(trainer.model, seed=9)
+    again = trainer.evaluate()["eval_loss"]
+    assert again == pytest.approx(np.mean((linear(trainer.model, x) - y) ** 2), rel=1e-5)
+
+
+def test_an_iterable_can_be_evaluated(tmp_path):
+    x, y = make_data(7)
+    trainer = make(tmp_path)
+    metrics = trainer.evaluate(lambda: zip(x, y, strict=True))
+    assert metrics["eval_loss"] == pytest.approx(np.mean((linear(trainer.model, x) - y) ** 2),
+                                                 rel=1e-5)
+
+
+def test_an_empty_loader_is_an_error(tmp_path):
+    class Own(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return []
+
+    with pytest.raises(DataError, match="no samples"):
+        Own(linear_model(), arguments(tmp_path), eval_dataset=1, loss="mse").evaluate()
+
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["array", "tuple", "dict", "map", "generator"])
+def test_predict_without_labels(tmp_path, kind):
+    x, _ = make_data(7)
+    # Metrics and a loss are there, but nothing to compute them with.
+    trainer = make(tmp_path, metrics=["mae"], compute_metrics=lambda p: pytest.fail("no labels"))
+    data = {"array": x, "tuple": (x,), "dict": {"x": x}, "map": list(x), "generator": lambda: iter(x)}
+    if kind == "dict":
+        inputs = keras.Input((3,), name="x")
+        trainer = make(tmp_path, with_weights(keras.Model({"x": inputs},
+                                                          keras.layers.Dense(1)(inputs))))
+    output = trainer.predict(data[kind])
+    np.testing.assert_allclose(output.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6)
+    assert output.label_ids is None
+    assert set(output.metrics) == {"test_runtime", "test_samples_per_second",
+                                   "test_steps_per_second"}
+
+
+def test_predict_with_labels_has_metrics(tmp_path):
+    x, y = make_data(7)
+    trainer = make(tmp_path, metrics=["mae"],
+                   compute_metrics=lambda p: {"n": len(p.predictions)})
+    output = trainer.predict((x, y))
+    predictions, label_ids, metrics = output
+    np.testing.assert_array_equal(label_ids, y)
+    assert metrics["test_loss"] == pytest.approx(np.mean((predictions - y) ** 2), rel=1e-5)
+    assert metrics["test_mean_absolute_error"] == pytest.approx(np.abs(predictions - y).mean(),
+                                                                rel=1e-5)
+    assert metrics["test_n"] == 7
+
+
+def test_predict_then_evaluate_then_fit(tmp_path):
+    """The metrics are made when the first labels come, whatever came before."""
+    x, y = make_data(8)
+    trainer = make(tmp_path, metrics=["mae"], train_dataset=(x, y), eval_dataset=(x, y),
+                   args={"max_steps": 1, "learning_rate": 0.0})
+    predictions = trainer.predict(x).predictions
+    error = np.abs(predictions - y).mean()
+    assert trainer.evaluate()["eval_mean_absolute_error"] == pytest.approx(error, rel=1e-5)
+    trainer.fit()
+    (logged,) = (e for e in trainer.state.log_history if "mean_absolute_error" in e)
+    assert logged["mean_absolute_error"] == pytest.approx(error, rel=1e-5)
+
+
+def test_variable_lengths_are_padded(tmp_path):
+    inputs = keras.Input((None, 1))
+    model = with_weights(keras.Model(inputs, keras.layers.Dense(1, use_bias=False)(inputs)))
+    rows = [np.arange(1.0, n + 1, dtype=np.float32)[:, None] for n in (2, 3, 1, 4)]
+    labels = [row[:, 0].astype(np.int64) for row in rows]
+    output = make(tmp_path, model, size=1, loss=None,
+                  compute_loss_func=lambda o, l: keras.ops.mean(o)).predict(
+        list(zip(rows, labels, strict=True)))
+    assert output.predictions.shape == (4, 4, 1)
+    assert output.label_ids.shape == (4, 4)
+    factor = weights(model)[0][0, 0]
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(output.predictions[i, : len(row)], row * factor, rtol=1e-6)
+        assert (output.predictions[i, len(row):] == PADDING).all()
+        assert (output.label_ids[i, len(row):] == PADDING).all()
+
+
+def test_several_outputs_keep_their_structure(tmp_path):
+    x, _ = make_data(5)
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, {"a": keras.layers.Dense(1)(inputs),
+                                 "b": keras.layers.Dense(2)(inputs)})
+    predictions = make(tmp_path, model, loss=None).predict(x).predictions
+    assert {k: v.shape for k, v in predictions.items()} == {"a": (5, 1), "b": (5, 2)}
+
+
+def test_predict_with_dropout_is_deterministic(tmp_path):
+    x, _ = make_data(6)
+    trainer = make(tmp_path, batch_norm_model(dropout=0.5))
+    first, second = (trainer.predict(x).predictions for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_speed_is_rounded_as_in_the_reference():
+    assert speed("eval", 2.00004, 10, 4) == {
+        "eval_runtime": 2.0,
+        "eval_samples_per_second": 5.0,
+        "eval_steps_per_second": 2.0,
+    }
