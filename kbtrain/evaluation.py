@@ -12,10 +12,9 @@ import keras
 import numpy as np
 
 from kbtrain import persistence
-from kbtrain.data import as_loader, batch_size, unpack
+from kbtrain.data import Batches, as_loader, batch_size, unpack
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.metrics import MetricSet
-from kbtrain.run import Batches
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer

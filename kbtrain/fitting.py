@@ -12,12 +12,12 @@ from kbtrain import actions, persistence, rng
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
-from kbtrain.data import Loader, as_loader
+from kbtrain.data import Batches, Loader, as_loader
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
 from kbtrain.loop import train_loop
-from kbtrain.run import Batches, Run
+from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_train_step
 from kbtrain.training_args import resolve_steps

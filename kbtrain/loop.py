@@ -52,7 +52,7 @@ def train_loop(trainer: Trainer, run: Run) -> None:
         for block in run.blocks():
             trainer.control.new_step()
             trainer.fire("on_step_begin")
-            for _ in block[0][1:]:
+            for _ in range(block.micro_batches - 1):
                 trainer.fire("on_substep_end")
             trainer.fire("on_pre_optimizer_step")
             run.update(block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from kbtrain.data import Loader, batch_size, map_structure, signature, stack
-from kbtrain.data.structure import leaves_with_paths
+from kbtrain.data import Batches, Block, map_structure
 from kbtrain.errors import NonFiniteError
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
@@ -23,121 +19,8 @@ logger = logging.getLogger("kbtrain")
 MAX_PENDING = 64
 """Calls the host may run ahead of what it has read; bounds memory and the age of an error."""
 
-MAX_BLOCK = 64
-"""Updates in one call to the device, at most."""
-
-BLOCK_BYTES = 1 << 20
-"""Size of the batches of one call, at most, if it is to hold more than one update."""
-
 BLOCK_SECONDS = 0.1
 """How long one call may take: the progress bar and an interrupt wait that long."""
-
-
-class Batches:
-    """The micro-batches of a loader in groups, one group an update.
-
-    The first batch is looked at before training (to build the model from its shapes) and given
-    back, because a generator could not produce it a second time.
-    """
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._first: tuple[Any, Iterator[Any]] | None = None
-
-    def peek(self) -> Any:
-        """The first batch of epoch 0; None if there is none."""
-        batches = iter(self._loader.epoch(0))
-        first = next(batches, None)
-        if first is not None:
-            self._first = (first, batches)
-        return first
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of epoch 0."""
-        return self._from(0, 0)
-
-    def blocks(
-        self, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
-    ) -> Iterator[list[list[Any]]]:
-        """Blocks of updates of equal shapes, each update a list of micro-batches.
-
-        Args:
-            epoch: Number of the epoch.
-            start: Micro-batches of it to leave out.
-            accumulation: Micro-batches per update; the last update may have fewer.
-            limit: Asked before each block how many updates it may have.
-        """
-        batches = self._from(epoch, start)
-        waiting: list[Any] = []
-        while True:
-            block: list[list[Any]] = []
-            for _ in range(limit()):
-                group = waiting or list(itertools.islice(batches, accumulation))
-                waiting = []
-                if not group:
-                    break
-                if block and _outline(group) != _outline(block[0]):
-                    waiting = group
-                    break
-                block.append(group)
-            if not block:
-                return
-            yield block
-
-    def _from(self, epoch: int, start: int) -> Iterator[Any]:
-        first, self._first = self._first, None
-        if first is not None and epoch == 0 and (start == 0 or not self._loader.sized):
-            return itertools.islice(itertools.chain([first[0]], first[1]), start, None)
-        return iter(self._loader.epoch(epoch, start))
-
-
-def _outline(group: list[Any]) -> list[Any]:
-    return [signature(batch) for batch in group]
-
-
-def to_chunks(block: list[list[Any]], room: int) -> list[dict[str, Any]]:
-    """What the step takes, for all updates of a block along a new leading axis.
-
-    Neighbouring micro-batches of equal shape are stacked, so that the step can loop over them on
-    the device.
-
-    Args:
-        block: Updates of equal shapes, each a list of micro-batches.
-        room: Length of the leading axis; entries after the block's are not initialised.
-    """
-    chunks = []
-    position = 0
-    for _, same in itertools.groupby(block[0], key=signature):
-        count = len(list(same))
-        parts = [group[position : position + count] for group in block]
-        position += count
-        if count == 1:
-            chunks.append({"single": _stack_with_room([part[0] for part in parts], room)})
-        else:
-            chunks.append({"stacked": _stack_with_room([stack(part) for part in parts], room)})
-    return chunks
-
-
-def _stack_with_room(batches: list[Any], room: int) -> Any:
-    if room == 1:
-        return map_structure(lambda x: x[None], batches[0])
-
-    def fill(*arrays: np.ndarray) -> np.ndarray:
-        result = np.empty((room, *arrays[0].shape), arrays[0].dtype)
-        np.stack(arrays, out=result[: len(arrays)])
-        return result
-
-    return map_structure(fill, *batches)
-
-
-def room_for(group: list[Any]) -> int:
-    """Length of the leading axis for blocks of updates like this one.
-
-    A function of the shapes alone: the compiled code, and so every number, is the same however
-    fast the machine is. Large batches get no room to spare, because it is copied to the device.
-    """
-    size = sum(leaf.nbytes for batch in group for _, leaf in leaves_with_paths(batch))
-    return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
 
 
 @dataclass
@@ -175,8 +58,8 @@ class Run:
     _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
-    def blocks(self) -> Iterator[list[list[Any]]]:
-        """The rest of the current epoch, as blocks that end where something may be due."""
+    def blocks(self) -> Iterator[Block]:
+        """The rest of the current epoch, in blocks that end where something may be due."""
         progress = self.progress
         return self.batches.blocks(
             progress.epoch, progress.batch, self.accumulation, self._block_limit
@@ -185,30 +68,29 @@ class Run:
     def _block_limit(self) -> int:
         return max(1, min(self.limit(), self._affordable))
 
-    def update(self, block: list[list[Any]]) -> None:
+    def update(self, block: Block) -> None:
         """Start the updates of a block; nothing is waited for."""
-        room = room_for(block[0])
         start = time.perf_counter()
-        chunks = self.backend.to_device(to_chunks(block, room))
         try:
-            result = self.step(chunks, len(block))
+            result = self.step(self.backend.to_device(block.chunks), block.updates)
         except Exception as error:
             error.add_note(
-                f"Raised by update {self.state.global_step + 1} on micro-batches of shapes "
-                f"{_outline(block[0][:1])}."
+                f"Raised by update {self.state.global_step + 1}, whose micro-batches have the "
+                f"structure and shapes {block.outline}."
             )
             raise
-        first = self.state.global_step + 1
-        self.state.global_step += len(block)
-        self.progress.batch += sum(map(len, block))
+        self._pending.append((self.state.global_step + 1, block.updates, result))
+        self.state.global_step += block.updates
+        self.progress.batch += block.updates * block.micro_batches
         self.state.epoch = self.plan.epoch_at(
             self.progress.epoch, self.progress.batch, self.accumulation
         )
-        self.samples += sum(batch_size(batch) for group in block for batch in group)
-        self._pending.append((first, len(block), result))
-        if self._affordable < room and room > 1 or len(self._pending) >= MAX_PENDING:
+        self.samples += block.samples
+        growing = self._affordable < block.room
+        if growing or len(self._pending) >= MAX_PENDING:
             self.read()
-            self._pace(room, len(block), time.perf_counter() - start)
+        if growing:
+            self._pace(block.room, block.updates, time.perf_counter() - start)
 
     def _pace(self, room: int, count: int, seconds: float) -> None:
         """Grow the blocks while one takes less than ``BLOCK_SECONDS``."""

@@ -236,7 +236,8 @@ def _split(
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
     script = _script(pure, results, placeholders, constants, examples)
 
-    code, names = _Code(), {}
+    code = _Code()
+    names: dict[Node, str] = {}
     arguments = [code.name(node, names) for node in placeholders]
     for node, tensor in constants.items():
         names[node] = code.constant(tensor)
@@ -262,9 +263,13 @@ def _script(
     graph, mapping, root = Graph(), {}, torch.nn.Module()
     for node in placeholders:
         mapping[node] = graph.placeholder(node.name)
-    for index, (node, tensor) in enumerate(constants.items()):
-        root.register_buffer(f"constant{index}", tensor)
-        mapping[node] = graph.get_attr(f"constant{index}")
+    for node, tensor in constants.items():
+        # TorchScript takes each tensor once only.
+        known = [name for name, other in root.named_buffers() if other is tensor]
+        if not known:
+            known = [f"constant{len(mapping)}"]
+            root.register_buffer(known[0], tensor)
+        mapping[node] = graph.get_attr(known[0])
     for node in pure:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         if (position := _mask_position(node)) is not None:
@@ -281,7 +286,7 @@ def _script(
             # TorchScript is deprecated in favour of torch.compile, which takes a minute here.
             warnings.simplefilter("ignore")
             return torch.jit.trace(module, tuple(examples), check_trace=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         logger.info("The captured step runs in Python, TorchScript refuses it: %s", error)
         return module
     finally:

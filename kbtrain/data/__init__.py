@@ -13,6 +13,7 @@ from kbtrain.data.batch import (
     to_batch,
     unpack,
 )
+from kbtrain.data.blocks import Batches, Block
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.loader import BatchLoader, DataLoader, Loader, as_loader
 from kbtrain.data.sampling import epoch_order
@@ -30,6 +31,8 @@ __all__ = [
     "ArraySource",
     "Batch",
     "BatchLoader",
+    "Batches",
+    "Block",
     "Collate",
     "DataLoader",
     "IterableSource",

@@ -6,13 +6,14 @@ the two numbers are all a checkpoint needs, and two epochs may be read at the sa
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from kbtrain.data.batch import to_batch
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.sampling import check_strategy, epoch_order
 from kbtrain.data.sources import (
+    ArraySource,
     IterableSource,
     Source,
     UnsizedDataError,
@@ -119,6 +120,32 @@ class DataLoader:
         """
         full, rest = divmod(len(self.source), self.batch_size)
         return full + bool(rest and not self.drop_last)
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether several batches can be read at once: arrays, and no collator of the user's."""
+        return self._collate is None and isinstance(self.source, ArraySource)
+
+    @property
+    def full_batches(self) -> int:
+        """Number of batches of an epoch that are not short."""
+        return len(self.source) // self.batch_size
+
+    def reader(self, epoch: int) -> Callable[[int, int], Any]:
+        """``read(number, count)``: the rows of full batches of an epoch, all at once.
+
+        Args:
+            epoch: Number of the epoch, from 0; it selects the random order.
+
+        Returns:
+            A function of the first batch's number and of how many there are; its result is in the
+            structure of a batch, with ``count * batch_size`` rows.
+        """
+        order = epoch_order(len(self.source), self.seed, epoch, self.strategy)
+        size = self.batch_size
+        return lambda number, count: self.source.gather(
+            order[number * size : (number + count) * size]
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return self.epoch(0)

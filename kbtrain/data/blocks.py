@@ -1,0 +1,175 @@
+"""Blocks: the batches of several updates, laid out for one call to the device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.batch import batch_size, named_leaves, signature, stack
+from kbtrain.data.loader import DataLoader, Loader
+from kbtrain.data.structure import map_structure
+
+MAX_BLOCK = 64
+"""Updates in one block, at most."""
+
+BLOCK_BYTES = 1 << 20
+"""Size of a block, at most, if it is to hold more than one update."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Updates of equal shapes.
+
+    Attributes:
+        chunks: What the train step takes, with the updates along a new leading axis: a list of
+            ``{"single": micro_batch}`` and ``{"stacked": micro_batches along one more axis}``.
+        room: Length of the leading axis; entries from ``updates`` on are not initialised.
+        updates: Updates in the block.
+        micro_batches: Micro-batches of each update.
+        samples: Samples in all.
+        outline: Structure, shapes and dtypes of each update's micro-batches.
+    """
+
+    chunks: list[dict[str, Any]]
+    room: int
+    updates: int
+    micro_batches: int
+    samples: int
+    outline: Any
+
+
+class Batches:
+    """The micro-batches of a loader, from any position, in blocks.
+
+    The first batch is looked at before training (to build the model from its shapes) and given
+    back, because a generator could not produce it a second time.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._first: tuple[Any, Iterator[Any]] | None = None
+
+    def peek(self) -> Any:
+        """The first batch of epoch 0; None if there is none."""
+        batches = iter(self._loader.epoch(0))
+        first = next(batches, None)
+        if first is not None:
+            self._first = (first, batches)
+        return first
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of epoch 0."""
+        return self._from(0, 0)
+
+    def blocks(
+        self, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
+    ) -> Iterator[Block]:
+        """The rest of an epoch in blocks.
+
+        Args:
+            epoch: Number of the epoch.
+            start: Micro-batches of it to leave out.
+            accumulation: Micro-batches per update; the last update may have fewer.
+            limit: Asked before each block how many updates it may have.
+        """
+        if isinstance(self._loader, DataLoader) and self._loader.vectorised:
+            for block in self._vectorised(self._loader, epoch, start, accumulation, limit):
+                start += block.updates * block.micro_batches
+                yield block
+        yield from self._collected(self._from(epoch, start), accumulation, limit)
+
+    @staticmethod
+    def _vectorised(
+        loader: DataLoader, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
+    ) -> Iterator[Block]:
+        """All updates of full batches: the rows of a block are read at once."""
+        full = loader.full_batches
+        if start + accumulation > full:
+            return
+        read, size = loader.reader(epoch), loader.batch_size
+        one = map_structure(
+            lambda x: x.reshape(accumulation, size, *x.shape[1:]), read(start, accumulation)
+        )
+        room = _room(one)
+        kind = "single" if accumulation == 1 else "stacked"
+        lead = (size,) if accumulation == 1 else (accumulation, size)
+        while (left := (full - start) // accumulation) > 0:
+            updates = min(limit(), left, room)
+            rows = read(start, updates * accumulation)
+
+            def lay_out(x: np.ndarray, updates: int = updates) -> np.ndarray:
+                return _with_room(x.reshape(updates, *lead, *x.shape[1:]), room)
+
+            chunk = map_structure(lay_out, rows)
+            samples = updates * accumulation * size
+            yield Block([{kind: chunk}], room, updates, accumulation, samples, signature(one))
+            start += updates * accumulation
+
+    @staticmethod
+    def _collected(
+        batches: Iterator[Any], accumulation: int, limit: Callable[[], int]
+    ) -> Iterator[Block]:
+        """Any batches: neighbouring updates of equal shapes are stacked."""
+        waiting: list[Any] = []
+        room = 1
+        while True:
+            groups: list[list[Any]] = []
+            outline: list[Any] = []
+            for _ in range(max(limit(), 1)):
+                group = waiting or list(itertools.islice(batches, accumulation))
+                waiting = []
+                if not group:
+                    break
+                shapes = [signature(batch) for batch in group]
+                if groups and (shapes != outline or len(groups) == room):
+                    waiting = group
+                    break
+                if not groups:
+                    outline, room = shapes, _room(*group)
+                groups.append(group)
+            if not groups:
+                return
+            samples = len(groups) * sum(batch_size(batch) for batch in groups[0])
+            yield Block(_chunks(groups, room), room, len(groups), len(groups[0]), samples, outline)
+
+    def _from(self, epoch: int, start: int) -> Iterator[Any]:
+        first, self._first = self._first, None
+        if first is not None and epoch == 0 and (start == 0 or not self._loader.sized):
+            return itertools.islice(itertools.chain([first[0]], first[1]), start, None)
+        return iter(self._loader.epoch(epoch, start))
+
+
+def _room(*batches: Any) -> int:
+    """Length of the leading axis for blocks of updates like the one of these batches.
+
+    A function of the shapes alone: the compiled code, and so every number, is the same however
+    fast the machine is. Large batches get no room to spare, because it is copied to the device.
+    """
+    size = sum(leaf.nbytes for batch in batches for _, leaf in named_leaves(batch))
+    return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
+
+
+def _with_room(x: np.ndarray, room: int) -> np.ndarray:
+    if len(x) == room:
+        return x
+    result = np.empty((room, *x.shape[1:]), x.dtype)
+    result[: len(x)] = x
+    return result
+
+
+def _chunks(groups: list[list[Any]], room: int) -> list[dict[str, Any]]:
+    """The updates' micro-batches, those of equal shape stacked for a loop on the device."""
+    chunks = []
+    position = 0
+    for _, same in itertools.groupby(groups[0], key=signature):
+        count = len(list(same))
+        parts = [group[position : position + count] for group in groups]
+        position += count
+        kind = "single" if count == 1 else "stacked"
+        rows = [part[0] if count == 1 else stack(part) for part in parts]
+        chunks.append({kind: map_structure(lambda x: _with_room(x, room), stack(rows))})
+    return chunks
