@@ -1,0 +1,223 @@
+"""The fast ways of running a step give the numbers of the plain one."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import arguments, batch_norm_model, make_data, same, train_logs, weights, with_weights
+from keras import layers
+
+from kbtrain import Trainer, TrainerCallback
+from kbtrain.run import Run
+
+
+class EveryStep(TrainerCallback):
+    """Listens to each update, so each is a call of its own."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def small_gpt(length=8, width=16):
+    tokens = keras.Input((length,), dtype="int32")
+    h = layers.Embedding(11, width)(tokens)
+    a = layers.LayerNormalization()(h)
+    h = h + layers.MultiHeadAttention(2, width // 2)(a, a, use_causal_mask=True)
+    h = h + layers.Dense(width, activation="gelu")(layers.LayerNormalization()(h))
+    return with_weights(keras.Model(tokens, layers.Dense(11)(h)), scale=0.2)
+
+
+def convnet():
+    inputs = keras.Input((6, 6, 2))
+    h = layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs))
+    h = layers.MaxPooling2D()(layers.ReLU()(h))
+    return with_weights(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h))), scale=0.2)
+
+
+def batch_norm_dropout():
+    """Without a seed of its own: torch draws from its global generator then."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    h = layers.BatchNormalization()(layers.Dense(6, activation="tanh")(inputs))
+    return with_weights(keras.Model(inputs, layers.Dense(1)(layers.Dropout(0.3)(h))))
+
+
+def tokens(samples=24):
+    generator = np.random.default_rng(5)
+    return tuple(generator.integers(0, 11, (samples, 8)) for _ in range(2))
+
+
+def images(samples=24):
+    generator = np.random.default_rng(6)
+    x = generator.normal(size=(samples, 6, 6, 2)).astype("float32")
+    return x, generator.integers(0, 3, samples)
+
+
+CASES = {
+    "dense, batch norm, dropout": (
+        batch_norm_dropout,
+        lambda: make_data(24),
+        "mse",
+        ["mae"],
+    ),
+    "attention": (
+        small_gpt,
+        tokens,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ["accuracy"],
+    ),
+    "convolution": (
+        convnet,
+        images,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ["accuracy"],
+    ),
+}
+
+
+def train(case, folder, callbacks=(), **changes):
+    make, data, loss, metrics = CASES[case]
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 4,
+        "train_sampling_strategy": "random",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+    }
+    trainer = Trainer(
+        make(),
+        arguments(folder, **(settings | changes)),
+        train_dataset=data(),
+        loss=loss,
+        metrics=metrics,
+        callbacks=list(callbacks),
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_step_gives_the_numbers_of_the_eager_one(case, tmp_path):
+    fast = train(case, tmp_path / "a", num_train_epochs=1)
+    plain = train(case, tmp_path / "b", num_train_epochs=1, jit_compile=False)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose(train_logs(fast, key), train_logs(plain, key), rtol=2e-5)
+    metric = {"mse": "mae"}.get(CASES[case][2], "accuracy")
+    np.testing.assert_allclose(train_logs(fast, metric), train_logs(plain, metric), rtol=2e-5)
+    # Not the weights: a bias before a batch norm has no gradient but noise, which Adam makes large.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_do_not_depend_on_how_many_updates_run_in_one_call(case, tmp_path, monkeypatch):
+    sizes = []
+    update = Run.update
+
+    def recorded(self, block):
+        sizes.append(block.updates)
+        return update(self, block)
+
+    monkeypatch.setattr(Run, "update", recorded)
+    together = train(case, tmp_path / "a", logging_steps=100)
+    assert max(sizes) > 1
+    assert sum(sizes) == 24
+    sizes.clear()
+    each = EveryStep()
+    apart = train(case, tmp_path / "b", [each], logging_steps=1)
+    assert sizes == [1] * 24
+    assert each.steps == list(range(1, 25))
+    assert same(weights(together.model), weights(apart.model))
+    mean = np.mean(train_logs(apart, "loss"))
+    assert together.state.log_history[-1]["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_nonfinite_update_inside_a_block_stops_at_its_step(tmp_path):
+    from kbtrain import NonFiniteError
+
+    x, y = make_data(64)
+    x[45] = np.nan
+    model = batch_norm_model()
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            per_device_train_batch_size=2,
+            logging_steps=1000,
+            lr_scheduler_type="constant",
+        ),
+        train_dataset=(x, y),
+        loss="mse",
+    )
+    with pytest.raises(NonFiniteError, match="Update 23 was not finite"):
+        trainer.fit()
+    assert trainer.state.global_step == 22
+    reference = batch_norm_model()
+    first = Trainer(
+        reference,
+        arguments(
+            tmp_path, per_device_train_batch_size=2, max_steps=22, lr_scheduler_type="constant"
+        ),
+        train_dataset=(x, y),
+        loss="mse",
+    )
+    first.fit()
+    assert same(weights(model), weights(reference))
+
+
+def test_a_model_that_cannot_be_compiled_ahead_still_trains(tmp_path):
+    """Seeded dropout draws from a generator that torch has to make from a value."""
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2}
+    x, y = make_data(32)
+    losses = []
+    for folder in ("a", "b"):
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                layers.Dense(8, activation="relu"),
+                layers.GaussianNoise(0.1, seed=3),
+                layers.Dropout(0.2, seed=4),
+                layers.Dense(1),
+            ]
+        )
+        with_weights(model)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path / folder, **settings),
+            train_dataset=(x, y),
+            loss="mse",
+        )
+        trainer.fit()
+        losses.append(train_logs(trainer))
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == len(losses[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_shape_is_compiled_once(case, tmp_path, monkeypatch):
+    """The model's Python runs while it is traced: two shapes, not one run for each update."""
+    make = CASES[case][0]
+    calls = []
+    model = make()
+    call = type(model.layers[-1]).call
+
+    def counted(self, *args, **kwargs):
+        if self is model.layers[-1]:
+            calls.append(1)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.layers[-1]), "call", counted)
+
+    def run(epochs):
+        calls.clear()
+        Trainer(
+            model,
+            arguments(tmp_path, per_device_train_batch_size=5, num_train_epochs=epochs),
+            train_dataset=CASES[case][1](),
+            loss=CASES[case][2],
+        ).fit()
+        return len(calls)
+
+    short = run(2)
+    assert run(8) == short
