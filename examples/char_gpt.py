@@ -1,8 +1,8 @@
 """Train a byte-level GPT on the documentation inside Python, then let it write.
 
 Run it with ``KERAS_BACKEND=jax python examples/char_gpt.py`` (or torch, or tensorflow). The text is
-``pydoc_data.topics``, about 700 kB of English that every CPython has: nothing is downloaded. The
-last tenth is held out; the result is the bits the model needs for one byte of it.
+``pydoc_data.topics``, about half a megabyte of English that every CPython has: nothing is
+downloaded. The last tenth is held out; the result is the bits the model needs for a byte of it.
 
 Stop it whenever you like, also with ``kill -9``, and run the same command again: it goes on from
 its newest checkpoint, and ends with the weights it would have had without the break.

@@ -8,6 +8,9 @@ built-in exception that fits, so ``except ValueError`` and friends keep working.
 class KbtrainError(Exception):
     """Base class of every error that kbtrain raises on purpose."""
 
+    # Keras rewrites what is raised inside a layer's call, unless it bears this mark.
+    _keras_call_info_injected = True
+
 
 class ConfigurationError(KbtrainError, ValueError):
     """An argument, or a combination of arguments, that cannot work."""

@@ -46,6 +46,8 @@ def capture(backend: ModuleType) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
     """Inverse of ``capture``. Another backend's own generators are left as they are."""
+    # First, because Keras makes its generator on demand, from a draw of Python's.
+    variable = global_seed_variable()
     internal = tuple(int(x) for x in arrays["python"])
     random.setstate((document["python"]["version"], internal, document["python"]["gauss"]))
     state = document["numpy"]
@@ -58,7 +60,6 @@ def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[s
             state["cached"],
         )
     )
-    variable = global_seed_variable()
     variable.assign(arrays["keras"].astype(variable.dtype))
     if document["backend"] == backend.name:
         prefix = "backend/"

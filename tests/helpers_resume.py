@@ -1,11 +1,12 @@
-"""Runs for the tests of resuming; as a script it does one task, described in JSON, in a new process.
+"""Runs for the tests of resuming; as a script it does one task, given in JSON, in a new process.
 
-``python helpers_resume.py TASK.json``. The tasks: train (and stop), or resume from several copies of
-checkpoints one after the other. Results are written as ``.npz`` files beside the task.
+``python helpers_resume.py TASK.json``. A task is a list of jobs: train (and stop), or resume from a
+copy of a checkpoint. Results are written as ``.npz`` files beside the task.
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,21 @@ from helpers import StopAt, arguments, make_data, weights, with_weights, without
 from kbtrain import EarlyStoppingCallback, Trainer
 
 
-class GlobalNoise(keras.layers.Layer):
-    """Noise from Keras' global generator, whose state belongs to no layer."""
+class Noise(keras.layers.Layer):
+    """Random numbers from a generator of the layer's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(9)
 
     def call(self, x, training=None):
-        return x + 0.1 * keras.random.normal(keras.ops.shape(x)) if training else x
+        if not training:
+            return x
+        return x + 0.1 * keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
 
 
 class Augmented:
-    """Samples that are different every time they are read: NumPy's global state is in the run."""
+    """Samples that differ every time: NumPy's, Python's and Keras' global state are in the run."""
 
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -34,7 +41,9 @@ class Augmented:
         return len(self.x)
 
     def __getitem__(self, index):
-        return self.x[index] + np.float32(0.1 * np.random.normal()), self.y[index]
+        noise = np.random.normal() + random.random()
+        noise += keras.ops.convert_to_numpy(keras.random.uniform((), minval=-1.0)).item()
+        return self.x[index] + np.float32(0.1 * noise), self.y[index]
 
 
 def model(noise=True):
@@ -43,7 +52,7 @@ def model(noise=True):
         keras.Input((3,)),
         keras.layers.Dense(4),
         keras.layers.BatchNormalization(momentum=0.8),
-        *([keras.layers.Dropout(0.3, seed=5), GlobalNoise()] if noise else []),
+        *([keras.layers.Dropout(0.3, seed=5), Noise()] if noise else []),
         keras.layers.Activation("tanh"),
         keras.layers.Dense(1),
     ]
@@ -59,8 +68,12 @@ CASES = {
     "short group": {"gradient_accumulation_steps": 4},
     "deterministic": {"gradient_accumulation_steps": 2},
     "augmented": {},
-    "watched": {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss",
-                "num_train_epochs": 2},
+    "watched": {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "loss",
+        "num_train_epochs": 2,
+    },
 }
 
 
@@ -69,9 +82,21 @@ def make_trainer(case, output_dir, callbacks=(), **changes):
     x, y = make_data(22, seed=3)
     args = arguments(
         output_dir,
-        **({"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 0.05,
-            "train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 1,
-            "logging_steps": 2, "weight_decay": 0.01, "warmup_steps": 2} | CASES[case] | changes),
+        **(
+            {
+                "per_device_train_batch_size": 4,
+                "num_train_epochs": 3,
+                "learning_rate": 0.05,
+                "train_sampling_strategy": "random",
+                "save_strategy": "steps",
+                "save_steps": 1,
+                "logging_steps": 2,
+                "weight_decay": 0.01,
+                "warmup_steps": 2,
+            }
+            | CASES[case]
+            | changes
+        ),
     )
     watched = [EarlyStoppingCallback(100)] if case == "watched" else []
     return Trainer(
@@ -93,10 +118,19 @@ def results(trainer):
     # The next random numbers depend on all of the random state.
     arrays["next_keras"] = keras.ops.convert_to_numpy(keras.random.uniform((3,)))
     arrays["next_numpy"] = np.random.random(3)
-    arrays["log"] = np.array(json.dumps(without_timings(trainer.state.log_history)))
-    arrays["state"] = np.array(json.dumps(
-        [trainer.state.best_metric, trainer.state.best_global_step, trainer.state.global_step,
-         trainer.state.epoch, trainer.state.stateful_callbacks]))
+    arrays["next_python"] = np.array([random.random()])
+    arrays["log"] = np.array(json.dumps(without_timings(trainer.state.log_history), sort_keys=True))
+    arrays["state"] = np.array(
+        json.dumps(
+            [
+                trainer.state.best_metric,
+                trainer.state.best_global_step,
+                trainer.state.global_step,
+                trainer.state.epoch,
+                trainer.state.stateful_callbacks,
+            ]
+        )
+    )
     return arrays
 
 
@@ -104,20 +138,22 @@ def run_task(task):
     """Do what a task says; see the functions that make them."""
     for job in task["jobs"]:
         stop = [StopAt(job["stop"])] if job.get("stop") else []
-        trainer = make_trainer(task["case"], job["output_dir"], stop, **job.get("changes", {}))
+        trainer = make_trainer(job["case"], job["output_dir"], stop, **job.get("changes", {}))
         trainer.fit(resume_from_checkpoint=job.get("resume"))
         np.savez(job["result"], **results(trainer))
 
 
-def in_new_process(folder, case, jobs, backend=None):
-    """Run jobs in one new process on a backend (this one's by default); return their results."""
+def in_new_process(folder, jobs, backend=None):
+    """Run jobs in one new process on a backend (this one's by default); return their results.
+
+    A job is a dict: ``case``, ``output_dir``, and maybe ``resume``, ``stop`` and ``changes``.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number, job in enumerate(jobs):
-        job.setdefault("output_dir", str(folder / f"run-{number}"))
         job["result"] = str(folder / f"result-{number}.npz")
     path = folder / "task.json"
-    path.write_text(json.dumps({"case": case, "jobs": jobs}))
+    path.write_text(json.dumps({"jobs": jobs}))
     run_script(Path(__file__), [path], backend)
     return [load(job["result"]) for job in jobs]
 
@@ -127,11 +163,19 @@ def run_script(script, arguments, backend=None):
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend or keras.backend.backend(),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    done = subprocess.run([sys.executable, str(script), *map(str, arguments)],
-                          env=environment, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -24,10 +24,19 @@ def make_trainer(output_dir, callbacks=(), model=None, **changes):
     data = make_data(16)
     args = arguments(
         output_dir,
-        **({"per_device_train_batch_size": 4, "num_train_epochs": 1, "jit_compile": False} | changes),
+        **(
+            {"per_device_train_batch_size": 4, "num_train_epochs": 1, "jit_compile": False}
+            | changes
+        ),
     )
-    return Trainer(model or linear_model(), args, train_dataset=data, eval_dataset=data,
-                   loss="mse", callbacks=list(callbacks))
+    return Trainer(
+        model or linear_model(),
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        loss="mse",
+        callbacks=list(callbacks),
+    )
 
 
 def happened(recorder, event):
@@ -40,13 +49,24 @@ def happened(recorder, event):
 
 def test_every_event_but_the_upload_is_fired_with_everything(tmp_path):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, [recorder], eval_strategy="epoch", save_strategy="epoch",
-                           gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        tmp_path,
+        [recorder],
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        gradient_accumulation_steps=2,
+    )
     trainer.fit()
     trainer.predict(make_data(4))
     assert set(recorder.events) == set(EVENTS) - {"on_push_begin"}
-    always = {"trainer", "model", "optimizer", "lr_scheduler", "train_dataloader",
-              "eval_dataloader"}
+    always = {
+        "trainer",
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "train_dataloader",
+        "eval_dataloader",
+    }
     extra = {"on_log": {"logs"}, "on_evaluate": {"metrics"}, "on_predict": {"metrics"}}
     for event, kwargs in zip(recorder.events, recorder.kwargs, strict=True):
         assert kwargs.keys() == always | extra.get(event, set()), event
@@ -84,7 +104,9 @@ def test_the_variables_are_old_before_and_new_after_the_update(tmp_path):
 
         return action
 
-    recorder = Recorder({"on_pre_optimizer_step": look("before"), "on_optimizer_step": look("after")})
+    recorder = Recorder(
+        {"on_pre_optimizer_step": look("before"), "on_optimizer_step": look("after")}
+    )
     make_trainer(tmp_path, [recorder]).fit()
     for step in range(3):
         assert not np.array_equal(seen["before"][step], seen["after"][step])
@@ -268,12 +290,22 @@ class FakeTrainer:
 
 def feed(callback, values, name="eval_loss", better="lower", prefix=None):
     """Evaluations with these values; returns the counters and whether a stop was asked for."""
-    args = arguments("unused", eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
-                     greater_is_better=better == "higher")
+    args = arguments(
+        "unused",
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="loss",
+        greater_is_better=better == "higher",
+    )
     control, counters = TrainerControl(), []
     for step, value in enumerate(values, 1):
-        callback.on_evaluate(args, TrainerState(global_step=step), control,
-                             metrics={name: value}, trainer=FakeTrainer())
+        callback.on_evaluate(
+            args,
+            TrainerState(global_step=step),
+            control,
+            metrics={name: value},
+            trainer=FakeTrainer(),
+        )
         counters.append(callback.early_stopping_patience_counter)
     return counters, control.should_training_stop
 
@@ -286,7 +318,9 @@ def test_patience_counts_evaluations_without_a_new_best():
 
 def test_higher_may_be_better():
     assert feed(EarlyStoppingCallback(2), [0.5, 0.6, 0.6, 0.55], better="higher") == (
-        [0, 0, 1, 2], True)
+        [0, 0, 1, 2],
+        True,
+    )
 
 
 def test_small_steady_gains_add_up():
@@ -337,8 +371,13 @@ def scripted(values):
 
 def test_early_stopping_in_a_run(tmp_path):
     callback = EarlyStoppingCallback(2)
-    trainer = make_trainer(tmp_path, [callback], num_train_epochs=5, eval_strategy="epoch",
-                           metric_for_best_model="score")
+    trainer = make_trainer(
+        tmp_path,
+        [callback],
+        num_train_epochs=5,
+        eval_strategy="epoch",
+        metric_for_best_model="score",
+    )
     trainer.compute_metrics = scripted([0.5, 0.4, 0.3])
     assert trainer.fit().global_step == 12
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 4)
@@ -356,8 +395,13 @@ def test_early_stopping_with_several_evaluation_sets(tmp_path):
     data = make_data(16)
     trainer = Trainer(
         linear_model(),
-        arguments(tmp_path, num_train_epochs=4, per_device_train_batch_size=8,
-                  eval_strategy="epoch", metric_for_best_model="b_score"),
+        arguments(
+            tmp_path,
+            num_train_epochs=4,
+            per_device_train_batch_size=8,
+            eval_strategy="epoch",
+            metric_for_best_model="b_score",
+        ),
         train_dataset=data,
         eval_dataset={"a": data, "b": data},
         loss="mse",
@@ -409,7 +453,8 @@ def test_states_can_be_left_alone(tmp_path):
     make_trainer(tmp_path, [Counting()], save_strategy="steps", save_steps=3).fit()
     counting = Counting()
     make_trainer(tmp_path, [counting], restore_callback_states_from_checkpoint=False).fit(
-        str(tmp_path / "checkpoint-3"))
+        str(tmp_path / "checkpoint-3")
+    )
     assert counting.count == 1
 
 
@@ -476,8 +521,15 @@ def test_json_lines_of_a_fresh_run_begin_anew(tmp_path):
 
 def test_json_lines_are_cut_back_on_resume(tmp_path):
     def run(resume=None, callbacks=()):
-        trainer = make_trainer(tmp_path, callbacks, report_to="json", save_strategy="steps",
-                               save_steps=2, eval_strategy="steps", eval_steps=2)
+        trainer = make_trainer(
+            tmp_path,
+            callbacks,
+            report_to="json",
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+        )
         trainer.fit(resume)
         return without_timings(json_lines(tmp_path))
 

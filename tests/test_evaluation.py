@@ -3,7 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from helpers import arguments, batch_norm_model, linear_model, make_data, same, weights, with_weights
+from helpers import (
+    arguments,
+    batch_norm_model,
+    linear_model,
+    make_data,
+    same,
+    weights,
+    with_weights,
+)
 
 from kbtrain import DataError, EvalPrediction, Trainer
 from kbtrain.evaluation import PADDING, speed
@@ -11,9 +19,11 @@ from kbtrain.evaluation import PADDING, speed
 
 def make(tmp_path, model=None, size=4, **kwargs):
     changes = kwargs.pop("args", {})
-    return Trainer(model or linear_model(),
-                   arguments(tmp_path, per_device_eval_batch_size=size, **changes),
-                   **({"loss": "mse"} | kwargs))
+    return Trainer(
+        model or linear_model(),
+        arguments(tmp_path, per_device_eval_batch_size=size, **changes),
+        **({"loss": "mse"} | kwargs),
+    )
 
 
 def linear(model, x):
@@ -86,7 +96,9 @@ def test_compute_metrics_gets_the_whole_set_in_order(tmp_path):
     metrics = trainer.evaluate()
     (prediction,) = seen
     assert isinstance(prediction, EvalPrediction)
-    np.testing.assert_allclose(prediction.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        prediction.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(prediction.label_ids, y)
     assert prediction.inputs is None
     assert prediction.losses is None
@@ -99,8 +111,12 @@ def test_compute_metrics_gets_the_whole_set_in_order(tmp_path):
 def test_inputs_and_losses_on_request(tmp_path):
     x, y = make_data(6)
     seen = []
-    trainer = make(tmp_path, eval_dataset=(x, y), args={"include_for_metrics": ["inputs", "loss"]},
-                   compute_metrics=lambda p: seen.append(tuple(p)) or {})
+    trainer = make(
+        tmp_path,
+        eval_dataset=(x, y),
+        args={"include_for_metrics": ["inputs", "loss"]},
+        compute_metrics=lambda p: seen.append(tuple(p)) or {},
+    )
     trainer.evaluate()
     ((predictions, _, inputs, losses),) = seen
     np.testing.assert_array_equal(inputs, x)
@@ -114,7 +130,9 @@ def test_preprocess_runs_before_the_copy_to_the_host(tmp_path):
     y = np.array([0, 1, 2, 0, 1, 2], np.int32)
     seen = []
     trainer = make(
-        tmp_path, linear_model(outputs=3), eval_dataset=(x, y),
+        tmp_path,
+        linear_model(outputs=3),
+        eval_dataset=(x, y),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         preprocess_logits_for_metrics=lambda logits, labels: keras.ops.argmax(logits, axis=-1),
         compute_metrics=lambda p: seen.append(p.predictions) or {},
@@ -124,15 +142,24 @@ def test_preprocess_runs_before_the_copy_to_the_host(tmp_path):
 
 
 def test_prediction_loss_only_computes_no_metrics_of_the_host(tmp_path):
-    trainer = make(tmp_path, eval_dataset=make_data(4), args={"prediction_loss_only": True},
-                   compute_metrics=lambda p: pytest.fail("not asked for"))
+    trainer = make(
+        tmp_path,
+        eval_dataset=make_data(4),
+        args={"prediction_loss_only": True},
+        compute_metrics=lambda p: pytest.fail("not asked for"),
+    )
     assert "eval_loss" in trainer.evaluate()
 
 
 def test_extras_of_the_loss_are_averaged_by_count(tmp_path):
     x, y = make_data(7)
-    trainer = make(tmp_path, eval_dataset=(x, y), size=3, loss=None, compute_loss_func=lambda o, l: (
-        (o - l) ** 2, {"mean_output": keras.ops.mean(o)}))
+    trainer = make(
+        tmp_path,
+        eval_dataset=(x, y),
+        size=3,
+        loss=None,
+        compute_loss_func=lambda o, y: ((o - y) ** 2, {"mean_output": keras.ops.mean(o)}),
+    )
     metrics = trainer.evaluate()
     assert metrics["eval_mean_output"] == pytest.approx(linear(trainer.model, x).mean(), rel=1e-5)
 
@@ -161,8 +188,9 @@ def test_an_iterable_can_be_evaluated(tmp_path):
     x, y = make_data(7)
     trainer = make(tmp_path)
     metrics = trainer.evaluate(lambda: zip(x, y, strict=True))
-    assert metrics["eval_loss"] == pytest.approx(np.mean((linear(trainer.model, x) - y) ** 2),
-                                                 rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(
+        np.mean((linear(trainer.model, x) - y) ** 2), rel=1e-5
+    )
 
 
 def test_an_empty_loader_is_an_error(tmp_path):
@@ -182,36 +210,51 @@ def test_predict_without_labels(tmp_path, kind):
     x, _ = make_data(7)
     # Metrics and a loss are there, but nothing to compute them with.
     trainer = make(tmp_path, metrics=["mae"], compute_metrics=lambda p: pytest.fail("no labels"))
-    data = {"array": x, "tuple": (x,), "dict": {"x": x}, "map": list(x), "generator": lambda: iter(x)}
+    data = {
+        "array": x,
+        "tuple": (x,),
+        "dict": {"x": x},
+        "map": list(x),
+        "generator": lambda: iter(x),
+    }
     if kind == "dict":
         inputs = keras.Input((3,), name="x")
-        trainer = make(tmp_path, with_weights(keras.Model({"x": inputs},
-                                                          keras.layers.Dense(1)(inputs))))
+        trainer = make(
+            tmp_path, with_weights(keras.Model({"x": inputs}, keras.layers.Dense(1)(inputs)))
+        )
     output = trainer.predict(data[kind])
     np.testing.assert_allclose(output.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6)
     assert output.label_ids is None
-    assert set(output.metrics) == {"test_runtime", "test_samples_per_second",
-                                   "test_steps_per_second"}
+    assert set(output.metrics) == {
+        "test_runtime",
+        "test_samples_per_second",
+        "test_steps_per_second",
+    }
 
 
 def test_predict_with_labels_has_metrics(tmp_path):
     x, y = make_data(7)
-    trainer = make(tmp_path, metrics=["mae"],
-                   compute_metrics=lambda p: {"n": len(p.predictions)})
+    trainer = make(tmp_path, metrics=["mae"], compute_metrics=lambda p: {"n": len(p.predictions)})
     output = trainer.predict((x, y))
     predictions, label_ids, metrics = output
     np.testing.assert_array_equal(label_ids, y)
     assert metrics["test_loss"] == pytest.approx(np.mean((predictions - y) ** 2), rel=1e-5)
-    assert metrics["test_mean_absolute_error"] == pytest.approx(np.abs(predictions - y).mean(),
-                                                                rel=1e-5)
+    assert metrics["test_mean_absolute_error"] == pytest.approx(
+        np.abs(predictions - y).mean(), rel=1e-5
+    )
     assert metrics["test_n"] == 7
 
 
 def test_predict_then_evaluate_then_fit(tmp_path):
     """The metrics are made when the first labels come, whatever came before."""
     x, y = make_data(8)
-    trainer = make(tmp_path, metrics=["mae"], train_dataset=(x, y), eval_dataset=(x, y),
-                   args={"max_steps": 1, "learning_rate": 0.0})
+    trainer = make(
+        tmp_path,
+        metrics=["mae"],
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+        args={"max_steps": 1, "learning_rate": 0.0},
+    )
     predictions = trainer.predict(x).predictions
     error = np.abs(predictions - y).mean()
     assert trainer.evaluate()["eval_mean_absolute_error"] == pytest.approx(error, rel=1e-5)
@@ -225,23 +268,24 @@ def test_variable_lengths_are_padded(tmp_path):
     model = with_weights(keras.Model(inputs, keras.layers.Dense(1, use_bias=False)(inputs)))
     rows = [np.arange(1.0, n + 1, dtype=np.float32)[:, None] for n in (2, 3, 1, 4)]
     labels = [row[:, 0].astype(np.int64) for row in rows]
-    output = make(tmp_path, model, size=1, loss=None,
-                  compute_loss_func=lambda o, l: keras.ops.mean(o)).predict(
-        list(zip(rows, labels, strict=True)))
+    output = make(
+        tmp_path, model, size=1, loss=None, compute_loss_func=lambda o, y: keras.ops.mean(o)
+    ).predict(list(zip(rows, labels, strict=True)))
     assert output.predictions.shape == (4, 4, 1)
     assert output.label_ids.shape == (4, 4)
     factor = weights(model)[0][0, 0]
     for i, row in enumerate(rows):
         np.testing.assert_allclose(output.predictions[i, : len(row)], row * factor, rtol=1e-6)
-        assert (output.predictions[i, len(row):] == PADDING).all()
-        assert (output.label_ids[i, len(row):] == PADDING).all()
+        assert (output.predictions[i, len(row) :] == PADDING).all()
+        assert (output.label_ids[i, len(row) :] == PADDING).all()
 
 
 def test_several_outputs_keep_their_structure(tmp_path):
     x, _ = make_data(5)
     inputs = keras.Input((3,))
-    model = keras.Model(inputs, {"a": keras.layers.Dense(1)(inputs),
-                                 "b": keras.layers.Dense(2)(inputs)})
+    model = keras.Model(
+        inputs, {"a": keras.layers.Dense(1)(inputs), "b": keras.layers.Dense(2)(inputs)}
+    )
     predictions = make(tmp_path, model, loss=None).predict(x).predictions
     assert {k: v.shape for k, v in predictions.items()} == {"a": (5, 1), "b": (5, 2)}
 

@@ -149,9 +149,7 @@ def test_sparse_cross_entropy_without_ignored_labels(as_function):
     else:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     pair = keras_loss_pair(loss, tensor(LABELS, "int32"), tensor(LOGITS))
-    np.testing.assert_allclose(
-        pair_of(pair), (cross_entropy(LABELS, LOGITS).sum(), 20), rtol=1e-6
-    )
+    np.testing.assert_allclose(pair_of(pair), (cross_entropy(LABELS, LOGITS).sum(), 20), rtol=1e-6)
 
 
 @pytest.mark.parametrize("extra_axis", [False, True])
@@ -313,6 +311,7 @@ def test_sample_weights_are_applied_to_per_element_losses():
     def function(outputs, labels):
         return outputs - labels
 
-    pair = call_loss_func(function, tensor([3.0, 5.0]), tensor([1.0, 1.0]), tensor([2.0, 0.5]),
-                          None, 2)
+    pair = call_loss_func(
+        function, tensor([3.0, 5.0]), tensor([1.0, 1.0]), tensor([2.0, 0.5]), None, 2
+    )
     assert pair_of(pair) == (6.0, 2.0)

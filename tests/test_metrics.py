@@ -138,14 +138,25 @@ def test_padding_is_left_out_of_metrics(tmp_path, kind, compiled):
         x = np.where(padded, 0, x)
     model = token_model(mask_zero=kind == "Keras mask")
     metric = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-    args = arguments(tmp_path, per_device_eval_batch_size=3, per_device_train_batch_size=8,
-                     max_steps=1, learning_rate=0.0)
+    args = arguments(
+        tmp_path,
+        per_device_eval_batch_size=3,
+        per_device_train_batch_size=8,
+        max_steps=1,
+        learning_rate=0.0,
+    )
     if compiled:
         model.compile(optimizer=keras.optimizers.SGD(0.0), loss=CROSS_ENTROPY, metrics=[metric])
         trainer = Trainer(model, args, train_dataset=(x, y), eval_dataset=(x, y))
     else:
-        trainer = Trainer(model, args, train_dataset=(x, y), eval_dataset=(x, y),
-                          loss=CROSS_ENTROPY, metrics=[metric])
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=(x, y),
+            eval_dataset=(x, y),
+            loss=CROSS_ENTROPY,
+            metrics=[metric],
+        )
     expected = accuracy(model, x, y, ~padded)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected, rel=1e-6)
     trainer.fit()
@@ -157,8 +168,15 @@ def test_training_metrics_cover_the_steps_since_the_last_log(tmp_path):
     model = linear_model()
     trainer = Trainer(
         model,
-        arguments(tmp_path, max_steps=4, per_device_train_batch_size=4, logging_steps=2,
-                  learning_rate=0.0, eval_strategy="steps", eval_steps=1),
+        arguments(
+            tmp_path,
+            max_steps=4,
+            per_device_train_batch_size=4,
+            logging_steps=2,
+            learning_rate=0.0,
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
         train_dataset=(x, y),
         eval_dataset=(x + 100, y),
         loss="mse",
@@ -177,8 +195,13 @@ def test_a_second_fit_begins_with_empty_metrics(tmp_path):
     x, y = make_data(8, 3)
     trainer = Trainer(
         linear_model(),
-        arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, logging_strategy="no",
-                  learning_rate=0.0),
+        arguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=8,
+            logging_strategy="no",
+            learning_rate=0.0,
+        ),
         train_dataset=(x, y),
         loss="mse",
         metrics=["mae"],
@@ -201,8 +224,11 @@ def test_a_stateful_metric_is_exact_over_the_set(tmp_path):
     results = []
     for size in (1, 7, 30):
         trainer = Trainer(
-            model, arguments(tmp_path, per_device_eval_batch_size=size), eval_dataset=(x, y),
-            loss="binary_crossentropy", metrics=[keras.metrics.Precision(name="p")],
+            model,
+            arguments(tmp_path, per_device_eval_batch_size=size),
+            eval_dataset=(x, y),
+            loss="binary_crossentropy",
+            metrics=[keras.metrics.Precision(name="p")],
         )
         results.append(trainer.evaluate()["eval_p"])
     positive = trainer.predict(x).predictions > 0.5

@@ -3,8 +3,16 @@
 import keras
 import numpy as np
 import pytest
-from helpers import arguments, batch_norm_model, fit, linear_model, make_data, train_logs, weights
-from helpers import with_weights
+from helpers import (
+    arguments,
+    batch_norm_model,
+    fit,
+    linear_model,
+    make_data,
+    train_logs,
+    weights,
+    with_weights,
+)
 
 from kbtrain import Trainer
 
@@ -33,8 +41,11 @@ def token_data(samples, kind):
         "Keras mask": (np.where(padded, 0, x), y),
         "sample weights": (x, y, weight),
         "token weights": (x, y, token_weight),
-        "all at once": (np.where(padded, 0, x), np.where(generator.random(y.shape) < 0.3, -100, y),
-                        token_weight),
+        "all at once": (
+            np.where(padded, 0, x),
+            np.where(generator.random(y.shape) < 0.3, -100, y),
+            token_weight,
+        ),
     }[kind]
 
 
@@ -63,10 +74,18 @@ def test_four_times_two_is_eight(tmp_path, kind):
     for batch, accumulation in ((8, 1), (2, 4)):
         model = token_model(mask_zero)
         expected = numpy_loss(model, tuple(part[:8] for part in data), mask_zero)
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=batch,
-                                       gradient_accumulation_steps=accumulation,
-                                       num_train_epochs=1, learning_rate=0.05),
-                      data, loss=CROSS_ENTROPY)
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                num_train_epochs=1,
+                learning_rate=0.05,
+            ),
+            data,
+            loss=CROSS_ENTROPY,
+        )
         losses = train_logs(trainer)
         assert losses[0] == pytest.approx(expected, rel=1e-6)
         assert trainer.state.global_step == 3
@@ -84,8 +103,12 @@ def test_eval_loss_does_not_depend_on_the_batch_size(tmp_path, kind):
     data, model = token_data(11, kind), token_model(mask_zero)
     expected = numpy_loss(model, data, mask_zero)
     for size in (1, 3, 8):
-        trainer = Trainer(model, arguments(tmp_path, per_device_eval_batch_size=size),
-                          eval_dataset=data, loss=CROSS_ENTROPY)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, per_device_eval_batch_size=size),
+            eval_dataset=data,
+            loss=CROSS_ENTROPY,
+        )
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6), size
 
 
@@ -96,8 +119,16 @@ def test_regularizers_and_add_loss_count_once(tmp_path):
         model = linear_model(kernel_regularizer=keras.regularizers.L2(0.3), use_bias=False)
         w = weights(model)[0]
         expected = np.mean((x @ w - y) ** 2) + 0.3 * np.sum(w**2)
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=batch, max_steps=2,
-                                       gradient_accumulation_steps=accumulation), (x, y))
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                max_steps=2,
+                gradient_accumulation_steps=accumulation,
+            ),
+            (x, y),
+        )
         assert train_logs(trainer)[0] == pytest.approx(expected, rel=1e-6)
         runs.append((train_logs(trainer), weights(model)))
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-6)
@@ -109,12 +140,21 @@ def test_several_outputs_accumulate(tmp_path):
     runs = []
     for batch, accumulation in ((8, 1), (2, 4)):
         inputs = keras.Input((3,))
-        model = keras.Model(inputs, {"a": keras.layers.Dense(1)(inputs),
-                                     "b": keras.layers.Dense(1)(inputs)})
+        model = keras.Model(
+            inputs, {"a": keras.layers.Dense(1)(inputs), "b": keras.layers.Dense(1)(inputs)}
+        )
         with_weights(model)
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=batch, max_steps=2,
-                                       gradient_accumulation_steps=accumulation),
-                      (x, {"a": y, "b": 2 * y}), loss={"a": "mse", "b": "mae"})
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                max_steps=2,
+                gradient_accumulation_steps=accumulation,
+            ),
+            (x, {"a": y, "b": 2 * y}),
+            loss={"a": "mse", "b": "mae"},
+        )
         logs = [e for e in trainer.state.log_history if "loss" in e]
         assert [e["a_loss"] + e["b_loss"] for e in logs] == pytest.approx([e["loss"] for e in logs])
         runs.append((train_logs(trainer), weights(model)))
@@ -138,9 +178,18 @@ def test_num_items_in_batch_is_the_count_of_the_whole_update(tmp_path):
     for batch, accumulation in ((8, 1), (2, 4), (3, 3)):
         model = token_model()
         expected = numpy_loss(model, data, False)
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=batch, max_steps=1,
-                                       gradient_accumulation_steps=accumulation),
-                      data, loss=None, compute_loss_func=loss)
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                max_steps=1,
+                gradient_accumulation_steps=accumulation,
+            ),
+            data,
+            loss=None,
+            compute_loss_func=loss,
+        )
         (entry,) = (e for e in trainer.state.log_history if "loss" in e)
         assert entry["loss"] == pytest.approx(expected, rel=1e-6)
         assert entry["items"] == (data[1] != -100).sum()
@@ -162,8 +211,10 @@ def test_batches_of_different_lengths_in_one_group(tmp_path):
         def fill(row, value):
             return np.pad(row, (0, longest - len(row)), constant_values=value)
 
-        return (np.stack([fill(a, 1) for a, _ in batch]),
-                np.stack([fill(b, -100) for _, b in batch]))
+        return (
+            np.stack([fill(a, 1) for a, _ in batch]),
+            np.stack([fill(b, -100) for _, b in batch]),
+        )
 
     def model():
         inputs = keras.Input((None,), dtype="int32")
@@ -173,9 +224,18 @@ def test_batches_of_different_lengths_in_one_group(tmp_path):
 
     runs = []
     for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
-        trainer = fit(model(), arguments(tmp_path, per_device_train_batch_size=batch, max_steps=2,
-                                         gradient_accumulation_steps=accumulation),
-                      samples, loss=CROSS_ENTROPY, data_collator=pad)
+        trainer = fit(
+            model(),
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                max_steps=2,
+                gradient_accumulation_steps=accumulation,
+            ),
+            samples,
+            loss=CROSS_ENTROPY,
+            data_collator=pad,
+        )
         runs.append(train_logs(trainer))
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-6)
     np.testing.assert_allclose(runs[2], runs[0], rtol=1e-6)
@@ -185,8 +245,13 @@ def test_batch_norm_statistics_move_once_per_micro_batch(tmp_path):
     x, y = make_data(8)
     model = batch_norm_model()
     kernel, bias = weights(model)[:2]
-    fit(model, arguments(tmp_path, per_device_train_batch_size=2, max_steps=1,
-                         gradient_accumulation_steps=4), (x, y))
+    fit(
+        model,
+        arguments(
+            tmp_path, per_device_train_batch_size=2, max_steps=1, gradient_accumulation_steps=4
+        ),
+        (x, y),
+    )
     mean, variance = np.zeros(4), np.ones(4)
     for rows in x.reshape(4, 2, 3):
         hidden = rows @ kernel + bias
@@ -206,9 +271,16 @@ def test_dropout_differs_between_micro_batches(tmp_path):
         dropped = keras.layers.Dropout(0.5, seed=1)(inputs)
         layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
         model = keras.Model(inputs, layer(dropped))
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=batch, max_steps=1,
-                                       gradient_accumulation_steps=accumulation),
-                      (x, np.zeros((4, 1), np.float32)))
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=batch,
+                max_steps=1,
+                gradient_accumulation_steps=accumulation,
+            ),
+            (x, np.zeros((4, 1), np.float32)),
+        )
         return train_logs(trainer)[0]
 
     assert run(1, 4) != pytest.approx(run(1, 1), rel=1e-3)

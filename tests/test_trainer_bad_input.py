@@ -21,8 +21,11 @@ def make(tmp_path, model=None, data="default", args=None, **kwargs):
     """A Trainer in an output directory that does not exist yet."""
     if isinstance(data, str):
         data = make_data(8)
-    return Trainer(model or linear_model(), args or arguments(tmp_path / "run", jit_compile=False),
-                   **({"train_dataset": data, "loss": "mse"} | kwargs))
+    return Trainer(
+        model or linear_model(),
+        args or arguments(tmp_path / "run", jit_compile=False),
+        **({"train_dataset": data, "loss": "mse"} | kwargs),
+    )
 
 
 def refused(tmp_path, error, match, action):
@@ -80,8 +83,13 @@ def test_negative_and_broken_steps(value):
     [
         {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "steps"},
         {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
-        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps",
-         "eval_steps": 2, "save_steps": 3},
+        {
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "eval_steps": 2,
+            "save_steps": 3,
+        },
         {"save_strategy": "best", "eval_strategy": "no"},
         {"logging_steps": 0},
         {"eval_strategy": "steps", "eval_steps": 0},
@@ -93,9 +101,16 @@ def test_mixed_strategies(changes):
 
 
 def test_ratios_that_do_not_fit_once_the_steps_are_known(tmp_path):
-    args = arguments(tmp_path / "run", load_best_model_at_end=True, eval_strategy="steps",
-                     save_strategy="steps", eval_steps=0.1, save_steps=0.2, num_train_epochs=24,
-                     per_device_train_batch_size=8)  # 24 steps: every 3 and every 5
+    args = arguments(
+        tmp_path / "run",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=0.1,
+        save_steps=0.2,
+        num_train_epochs=24,
+        per_device_train_batch_size=8,
+    )  # 24 steps: every 3 and every 5
     trainer = make(tmp_path, args=args, eval_dataset=make_data(8))
     refused(tmp_path, ConfigurationError, "multiple of `eval_steps`", trainer.fit)
 
@@ -103,19 +118,34 @@ def test_ratios_that_do_not_fit_once_the_steps_are_known(tmp_path):
 def test_no_model_and_wrong_models(tmp_path):
     args = arguments(tmp_path / "run")
     refused(tmp_path, ConfigurationError, "neither", lambda: Trainer(None, args))
-    refused(tmp_path, ConfigurationError, "keras.Model", lambda: Trainer(keras.layers.Dense(1), args))
+    refused(
+        tmp_path, ConfigurationError, "keras.Model", lambda: Trainer(keras.layers.Dense(1), args)
+    )
     refused(tmp_path, ConfigurationError, "model_init", lambda: Trainer(linear_model, args))
-    refused(tmp_path, ConfigurationError, "TrainingArguments",
-            lambda: Trainer(linear_model(), {"output_dir": "x"}))
-    refused(tmp_path, ConfigurationError, "optimizers",
-            lambda: Trainer(model_init=linear_model, args=args,
-                            optimizers=(keras.optimizers.SGD(), None)))
+    refused(
+        tmp_path,
+        ConfigurationError,
+        "TrainingArguments",
+        lambda: Trainer(linear_model(), {"output_dir": "x"}),
+    )
+    refused(
+        tmp_path,
+        ConfigurationError,
+        "optimizers",
+        lambda: Trainer(
+            model_init=linear_model, args=args, optimizers=(keras.optimizers.SGD(), None)
+        ),
+    )
 
 
 @pytest.mark.parametrize("model", [None, 3, "model"])
 def test_a_model_init_that_makes_no_model(tmp_path, model):
-    refused(tmp_path, ConfigurationError, "keras.Model",
-            lambda: Trainer(model_init=lambda: model, args=arguments(tmp_path / "run")))
+    refused(
+        tmp_path,
+        ConfigurationError,
+        "keras.Model",
+        lambda: Trainer(model_init=lambda: model, args=arguments(tmp_path / "run")),
+    )
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -156,8 +186,12 @@ def test_an_own_unsized_loader_needs_max_steps(tmp_path):
         def get_train_dataloader(self):
             return (batch for batch in [make_data(4)])
 
-    refused(tmp_path, ConfigurationError, "max_steps",
-            Own(linear_model(), arguments(tmp_path / "run"), loss="mse").fit)
+    refused(
+        tmp_path,
+        ConfigurationError,
+        "max_steps",
+        Own(linear_model(), arguments(tmp_path / "run"), loss="mse").fit,
+    )
 
 
 def test_drop_last_of_everything(tmp_path):
@@ -212,8 +246,9 @@ def test_data_that_fails_in_the_middle(tmp_path):
             x, y = make_data(16)
             return x[i], y[i]
 
-    args = arguments(tmp_path / "run", per_device_train_batch_size=4, save_strategy="steps",
-                     save_steps=1)
+    args = arguments(
+        tmp_path / "run", per_device_train_batch_size=4, save_strategy="steps", save_steps=1
+    )
     with pytest.raises(DataError, match="bad sector"):
         make(tmp_path, data=Failing(), args=args).fit()
     # What was complete before stays, and nothing else is there.
@@ -222,8 +257,9 @@ def test_data_that_fails_in_the_middle(tmp_path):
 
 def test_bad_arguments_for_schedule_and_optimizer(tmp_path):
     args = arguments(tmp_path / "run", lr_scheduler_kwargs={"cycles": 3})
-    refused(tmp_path, ConfigurationError, "lr_scheduler_kwargs.*'cycles'",
-            make(tmp_path, args=args).fit)
+    refused(
+        tmp_path, ConfigurationError, "lr_scheduler_kwargs.*'cycles'", make(tmp_path, args=args).fit
+    )
     args = arguments(tmp_path / "run", optim_args="nesterov=True")
     refused(tmp_path, ConfigurationError, "optim_args", make(tmp_path, args=args).fit)
 
@@ -255,8 +291,12 @@ def test_several_outputs_with_wrong_keys(tmp_path):
     inputs = keras.Input((3,))
     model = keras.Model(inputs, {"a": keras.layers.Dense(1)(inputs)})
     x, y = make_data(8)
-    refused(tmp_path, ConfigurationError, "'b' has no",
-            make(tmp_path, model, data=(x, {"a": y, "b": y}), loss={"a": "mse", "b": "mse"}).fit)
+    refused(
+        tmp_path,
+        ConfigurationError,
+        "'b' has no",
+        make(tmp_path, model, data=(x, {"a": y, "b": y}), loss={"a": "mse", "b": "mse"}).fit,
+    )
 
 
 # --- resuming from the wrong things ---------------------------------------------------------------
@@ -266,8 +306,11 @@ def test_several_outputs_with_wrong_keys(tmp_path):
 def finished(tmp_path):
     """The folder of a run with a checkpoint of two updates."""
     folder = tmp_path / "finished"
-    fit(batch_norm_model(), arguments(folder, max_steps=2, save_strategy="steps", save_steps=2),
-        make_data(8))
+    fit(
+        batch_norm_model(),
+        arguments(folder, max_steps=2, save_strategy="steps", save_steps=2),
+        make_data(8),
+    )
     return folder
 
 
@@ -295,16 +338,21 @@ def test_resume_from_a_foreign_folder(tmp_path):
     (foreign / "photo.jpg").write_text("x")
     model = linear_model()
     before = weights(model)
-    refused(tmp_path, CheckpointError, "not a checkpoint",
-            lambda: make(tmp_path, model).fit(str(foreign)))
+    refused(
+        tmp_path,
+        CheckpointError,
+        "not a checkpoint",
+        lambda: make(tmp_path, model).fit(str(foreign)),
+    )
     assert same(weights(model), before)
     assert [p.name for p in foreign.iterdir()] == ["photo.jpg"]
 
 
 @pytest.mark.parametrize("value", ["", 3, ["a"]])
 def test_resume_from_nonsense(tmp_path, value):
-    refused(tmp_path, ConfigurationError, "resume_from_checkpoint",
-            lambda: make(tmp_path).fit(value))
+    refused(
+        tmp_path, ConfigurationError, "resume_from_checkpoint", lambda: make(tmp_path).fit(value)
+    )
 
 
 def test_resume_from_another_architecture(tmp_path, finished):
@@ -322,8 +370,13 @@ def test_resume_from_another_architecture(tmp_path, finished):
 def test_resume_with_another_optimizer_changes_nothing(tmp_path, finished):
     model = batch_norm_model(seed=5)
     before, before_files = weights(model), listing(finished)
-    trainer = Trainer(model, arguments(finished), train_dataset=make_data(8), loss="mse",
-                      optimizers=(keras.optimizers.SGD(0.1, momentum=0.9), None))
+    trainer = Trainer(
+        model,
+        arguments(finished),
+        train_dataset=make_data(8),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(0.1, momentum=0.9), None),
+    )
     with pytest.raises(CheckpointMismatchError, match="optimizer"):
         trainer.fit(True)
     assert same(weights(model), before)
@@ -342,7 +395,9 @@ def test_resume_from_weights_alone(tmp_path):
 
 def test_a_finished_run_has_nothing_to_do(finished, caplog):
     model = batch_norm_model(seed=5)
-    trainer = Trainer(model, arguments(finished, max_steps=2), train_dataset=make_data(8), loss="mse")
+    trainer = Trainer(
+        model, arguments(finished, max_steps=2), train_dataset=make_data(8), loss="mse"
+    )
     output = trainer.fit(True)
     assert output.global_step == 2
     assert "Nothing to do" in caplog.text

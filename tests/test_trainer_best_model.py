@@ -23,12 +23,26 @@ def make_trainer(output_dir, accuracies, model=None, **changes):
     remaining = iter(accuracies)
     args = arguments(
         output_dir,
-        **({"per_device_train_batch_size": 4, "num_train_epochs": 3, "jit_compile": False,
-            "eval_strategy": "epoch", "save_strategy": "epoch",
-            "metric_for_best_model": "accuracy"} | changes),
+        **(
+            {
+                "per_device_train_batch_size": 4,
+                "num_train_epochs": 3,
+                "jit_compile": False,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "metric_for_best_model": "accuracy",
+            }
+            | changes
+        ),
     )
-    return Trainer(model or linear_model(), args, train_dataset=data, eval_dataset=data,
-                   loss="mse", compute_metrics=lambda _: {"accuracy": next(remaining)})
+    return Trainer(
+        model or linear_model(),
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        loss="mse",
+        compute_metrics=lambda _: {"accuracy": next(remaining)},
+    )
 
 
 def checkpoints(path):
@@ -57,8 +71,15 @@ def test_an_equal_value_is_not_better(tmp_path):
 
 
 def test_a_best_step_without_a_checkpoint_has_none(tmp_path):
-    trainer = make_trainer(tmp_path, [0.9, 0.8, 0.7, 0.6], eval_strategy="steps", eval_steps=3,
-                           save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = make_trainer(
+        tmp_path,
+        [0.9, 0.8, 0.7, 0.6],
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=4,
+    )
     trainer.fit()
     assert trainer.state.best_global_step == 3
     assert trainer.state.best_model_checkpoint is None
@@ -106,8 +127,11 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         return action
 
     class Look(type(trainer.callback_handler.callbacks[0]).__mro__[1]):
-        on_evaluate = staticmethod(lambda args, state, control, **kwargs: seen.update(
-            {state.global_step: weights(kwargs["model"])}))
+        on_evaluate = staticmethod(
+            lambda args, state, control, **kwargs: seen.update(
+                {state.global_step: weights(kwargs["model"])}
+            )
+        )
         on_train_end = staticmethod(keep("end"))
 
     trainer.add_callback(Look())
@@ -144,16 +168,20 @@ def test_the_best_so_far_outlives_a_resume(tmp_path):
 @pytest.mark.parametrize("target", [None, "folder", "file.keras"])
 def test_a_saved_model_loads_back_without_kbtrain(tmp_path, target):
     model, (x, y) = batch_norm_model(dropout=0.3), make_data()
-    trainer = Trainer(model, arguments(tmp_path / "run", max_steps=2), train_dataset=(x, y),
-                      loss="mse")
+    trainer = Trainer(
+        model, arguments(tmp_path / "run", max_steps=2), train_dataset=(x, y), loss="mse"
+    )
     trainer.fit()
     path = trainer.save_model(None if target is None else tmp_path / target)
     loaded = keras.models.load_model(path)
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(loaded(x)), trainer.predict(x).predictions, rtol=1e-6, atol=1e-7
     )
-    expected = {None: tmp_path / "run" / "model.keras", "folder": tmp_path / "folder/model.keras",
-                "file.keras": tmp_path / "file.keras"}
+    expected = {
+        None: tmp_path / "run" / "model.keras",
+        "folder": tmp_path / "folder/model.keras",
+        "file.keras": tmp_path / "file.keras",
+    }
     assert path == expected[target]
     if target != "file.keras":
         saved = TrainingArguments.from_json_file(path.parent / "training_args.json")
@@ -162,8 +190,9 @@ def test_a_saved_model_loads_back_without_kbtrain(tmp_path, target):
 
 
 def test_save_state(tmp_path):
-    trainer = Trainer(linear_model(), arguments(tmp_path, max_steps=2), train_dataset=make_data(),
-                      loss="mse")
+    trainer = Trainer(
+        linear_model(), arguments(tmp_path, max_steps=2), train_dataset=make_data(), loss="mse"
+    )
     trainer.fit()
     path = trainer.save_state()
     assert path == tmp_path / "trainer_state.json"
@@ -171,8 +200,9 @@ def test_save_state(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_leaves_nothing(tmp_path):
-    trainer = Trainer(linear_model(), arguments(tmp_path, max_steps=1), train_dataset=make_data(),
-                      loss="mse")
+    trainer = Trainer(
+        linear_model(), arguments(tmp_path, max_steps=1), train_dataset=make_data(), loss="mse"
+    )
     target = tmp_path / "there.keras"
     target.write_text("something of mine")
 

@@ -96,8 +96,14 @@ def test_several_outputs(tmp_path, kind):
     model = with_weights(keras.Model(inputs, outputs))
     (ka, ba), (kb, bb) = weights(model)[:2], weights(model)[2:]
     a, b = x @ ka + ba - y, x @ kb + bb - 2 * y
-    trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, labels),
-                  loss=loss, metrics=metrics, eval_dataset=(x, labels))
+    trainer = fit(
+        model,
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        (x, labels),
+        loss=loss,
+        metrics=metrics,
+        eval_dataset=(x, labels),
+    )
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(a**2) + np.mean(np.abs(b)), rel=1e-6)
     first, second = ("a", "b") if kind is dict else ("0", "1")
@@ -119,8 +125,9 @@ def test_add_loss_and_regularizers(tmp_path):
     kernel, bias = weights(model)
     outputs = x @ kernel + bias
     expected = np.mean((outputs - y) ** 2) + 0.5 * np.mean(outputs**2) + 0.1 * np.abs(kernel).sum()
-    trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, y),
-                  eval_dataset=(x, y))
+    trainer = fit(
+        model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, y), eval_dataset=(x, y)
+    )
     assert train_logs(trainer) == [pytest.approx(expected, rel=1e-6)]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
@@ -152,8 +159,9 @@ def test_a_model_that_returns_its_loss(tmp_path):
             return {"loss": keras.ops.mean((outputs - inputs["target"]) ** 2), "logits": outputs}
 
     x, y = make_data(8)
-    trainer = fit(Own(), arguments(tmp_path, max_steps=1, learning_rate=0.0),
-                  {"x": x, "target": y}, loss=None)
+    trainer = fit(
+        Own(), arguments(tmp_path, max_steps=1, learning_rate=0.0), {"x": x, "target": y}, loss=None
+    )
     kernel, bias = weights(trainer.model)
     assert train_logs(trainer) == [pytest.approx(np.mean((x @ kernel + bias - y) ** 2), rel=1e-6)]
 
@@ -161,8 +169,9 @@ def test_a_model_that_returns_its_loss(tmp_path):
 def test_dropout_and_batch_norm_in_training_and_evaluation(tmp_path):
     x, y = make_data(8)
     model = batch_norm_model(dropout=0.5)
-    trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, y),
-                  eval_dataset=(x, y))
+    trainer = fit(
+        model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, y), eval_dataset=(x, y)
+    )
     inference = mean_square(model, x, y)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(inference, rel=1e-5)
     assert train_logs(trainer)[0] != pytest.approx(inference, rel=1e-3)
@@ -177,8 +186,13 @@ def test_dropout_draws_anew_every_step_and_the_same_for_the_same_seed(tmp_path):
     data = (np.ones((8, 3), np.float32), np.zeros((8, 1), np.float32))
 
     def run():
-        model = keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.5, seed=3),
-                                  keras.layers.Dense(1, kernel_initializer="ones")])
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                keras.layers.Dropout(0.5, seed=3),
+                keras.layers.Dense(1, kernel_initializer="ones"),
+            ]
+        )
         return train_logs(fit(model, arguments(tmp_path, max_steps=6, learning_rate=0.0), data))
 
     first = run()
@@ -194,8 +208,12 @@ def test_a_compiled_model_brings_everything(tmp_path):
     model = linear_model(use_bias=False)
     model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse", metrics=["mae"])
     kernel = weights(model)[0]
-    trainer = Trainer(model, arguments(tmp_path, max_steps=1, max_grad_norm=0, learning_rate=9.0),
-                      train_dataset=(x, y), eval_dataset=(x, y))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1, max_grad_norm=0, learning_rate=9.0),
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+    )
     trainer.fit()
     error = x @ kernel - y
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
@@ -212,8 +230,14 @@ def test_what_is_given_wins_over_what_was_compiled(tmp_path):
     model = linear_model()
     model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse", metrics=["mae"])
     kernel, bias = weights(model)
-    trainer = fit(model, arguments(tmp_path, max_steps=1), (x, y), loss="mae", metrics=["mse"],
-                  optimizers=(keras.optimizers.Adam(0.5), None))
+    trainer = fit(
+        model,
+        arguments(tmp_path, max_steps=1),
+        (x, y),
+        loss="mae",
+        metrics=["mse"],
+        optimizers=(keras.optimizers.Adam(0.5), None),
+    )
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(np.abs(x @ kernel + bias - y)), rel=1e-6)
     assert "mean_squared_error" in entry
@@ -224,10 +248,18 @@ def test_what_is_given_wins_over_what_was_compiled(tmp_path):
 def test_loss_weights_of_a_compiled_model(tmp_path):
     x, y = make_data(8)
     inputs = keras.Input((3,))
-    model = with_weights(keras.Model(inputs, {"a": keras.layers.Dense(1, name="a")(inputs),
-                                              "b": keras.layers.Dense(1, name="b")(inputs)}))
-    model.compile(loss={"a": "mse", "b": "mse"}, loss_weights={"a": 1.0, "b": 0.25},
-                  optimizer="sgd")
+    model = with_weights(
+        keras.Model(
+            inputs,
+            {
+                "a": keras.layers.Dense(1, name="a")(inputs),
+                "b": keras.layers.Dense(1, name="b")(inputs),
+            },
+        )
+    )
+    model.compile(
+        loss={"a": "mse", "b": "mse"}, loss_weights={"a": 1.0, "b": 0.25}, optimizer="sgd"
+    )
     outputs = {k: keras.ops.convert_to_numpy(v) for k, v in model(x).items()}
     expected = np.mean((outputs["a"] - y) ** 2) + 0.25 * np.mean((outputs["b"] - y) ** 2)
     trainer = fit(model, arguments(tmp_path, max_steps=1), (x, {"a": y, "b": y}), loss=None)
@@ -258,8 +290,12 @@ def test_stock_optimizers(tmp_path, name):
     variable = keras.Variable(kernel)
     make = getattr(keras.optimizers, name)
     make(0.05).apply([keras.ops.convert_to_tensor(gradient)], [variable])
-    fit(model, arguments(tmp_path, max_steps=1, max_grad_norm=0), (x, y),
-        optimizers=(make(0.05), None))
+    fit(
+        model,
+        arguments(tmp_path, max_steps=1, max_grad_norm=0),
+        (x, y),
+        optimizers=(make(0.05), None),
+    )
     expected = keras.ops.convert_to_numpy(variable.value)
     np.testing.assert_allclose(weights(model)[0], expected, rtol=1e-4, atol=1e-6)
     assert not np.allclose(expected, kernel)
@@ -267,12 +303,21 @@ def test_stock_optimizers(tmp_path, name):
 
 def test_a_given_schedule_is_used(tmp_path):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 2], [0.3, 0.2, 0.1])
-    trainer = fit(linear_model(), arguments(tmp_path, max_steps=4), make_data(8),
-                  optimizers=(None, schedule))
-    np.testing.assert_allclose(train_logs(trainer, "learning_rate"), [0.3, 0.3, 0.2, 0.1], rtol=1e-6)
-    trainer = fit(linear_model(), arguments(tmp_path, max_steps=4), make_data(8),
-                  optimizers=(keras.optimizers.SGD(9.0), schedule))
-    np.testing.assert_allclose(train_logs(trainer, "learning_rate"), [0.3, 0.3, 0.2, 0.1], rtol=1e-6)
+    trainer = fit(
+        linear_model(), arguments(tmp_path, max_steps=4), make_data(8), optimizers=(None, schedule)
+    )
+    np.testing.assert_allclose(
+        train_logs(trainer, "learning_rate"), [0.3, 0.3, 0.2, 0.1], rtol=1e-6
+    )
+    trainer = fit(
+        linear_model(),
+        arguments(tmp_path, max_steps=4),
+        make_data(8),
+        optimizers=(keras.optimizers.SGD(9.0), schedule),
+    )
+    np.testing.assert_allclose(
+        train_logs(trainer, "learning_rate"), [0.3, 0.3, 0.2, 0.1], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -283,9 +328,17 @@ def test_loss_scaling_changes_nothing_but_the_scale(tmp_path, accumulation):
         if scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
         model = linear_model()
-        trainer = fit(model, arguments(tmp_path, per_device_train_batch_size=4, max_steps=3,
-                                       gradient_accumulation_steps=accumulation),
-                      data, optimizers=(optimizer, None))
+        trainer = fit(
+            model,
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=4,
+                max_steps=3,
+                gradient_accumulation_steps=accumulation,
+            ),
+            data,
+            optimizers=(optimizer, None),
+        )
         runs.append((train_logs(trainer), train_logs(trainer, "grad_norm"), weights(model)))
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-6)
     np.testing.assert_allclose(runs[1][1], runs[0][1], rtol=1e-5)
@@ -294,11 +347,17 @@ def test_loss_scaling_changes_nothing_but_the_scale(tmp_path, accumulation):
 
 
 def test_loss_scaling_skips_an_overflow_and_halves_the_scale(tmp_path):
-    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), initial_scale=2.0**127)
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.05), initial_scale=2.0**127
+    )
     model = linear_model()
     before = weights(model)
-    trainer = fit(model, arguments(tmp_path, max_steps=1), (make_data(8)[0], np.full((8, 1), 9.0)),
-                  optimizers=(optimizer, None))
+    trainer = fit(
+        model,
+        arguments(tmp_path, max_steps=1),
+        (make_data(8)[0], np.full((8, 1), 9.0)),
+        optimizers=(optimizer, None),
+    )
     assert same(weights(model), before)
     assert float(keras.ops.convert_to_numpy(optimizer.dynamic_scale.value)) == 2.0**126
     assert np.isfinite(train_logs(trainer)).all()
@@ -315,8 +374,14 @@ def test_bfloat16_computes_low_and_keeps_the_weights_high(tmp_path):
             seen.append(keras.backend.standardize_dtype(outputs.dtype))
             return (keras.ops.cast(outputs, "float32") - labels) ** 2
 
-        trainer = fit(model, arguments(tmp_path, bf16=bf16, num_train_epochs=2), (x, y), loss=None,
-                      compute_loss_func=look, eval_dataset=(x, y))
+        trainer = fit(
+            model,
+            arguments(tmp_path, bf16=bf16, num_train_epochs=2),
+            (x, y),
+            loss=None,
+            compute_loss_func=look,
+            eval_dataset=(x, y),
+        )
         runs.append([*train_logs(trainer), trainer.evaluate()["eval_loss"]])
         assert {v.dtype for v in model.trainable_variables} == {"float32"}
         assert set(seen) == {"bfloat16" if bf16 else "float32"}
@@ -338,8 +403,13 @@ def test_compute_loss_can_be_overridden(tmp_path):
     x, y = make_data(8)
     model = linear_model()
     kernel, bias = weights(model)
-    trainer = Own(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), train_dataset=(x, y),
-                  eval_dataset=(x, y), metrics=["mse"])
+    trainer = Own(
+        model,
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+        metrics=["mse"],
+    )
     trainer.fit()
     error = x @ kernel + bias - y
     assert train_logs(trainer) == [pytest.approx(np.mean(np.abs(error)), rel=1e-6)]
@@ -369,8 +439,12 @@ def test_a_model_called_in_compute_loss_knows_that_it_trains(tmp_path):
             return (loss, outputs) if return_outputs else loss
 
     x, y = make_data(8)
-    trainer = Own(batch_norm_model(dropout=0.5), arguments(tmp_path, max_steps=1, learning_rate=0.0),
-                  train_dataset=(x, y), eval_dataset=(x, y))
+    trainer = Own(
+        batch_norm_model(dropout=0.5),
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+    )
     trainer.fit()
     inference = mean_square(trainer.model, x, y)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(inference, rel=1e-5)
@@ -388,8 +462,9 @@ def test_optimizer_and_scheduler_can_be_overridden(tmp_path):
         def create_optimizer(self):
             return keras.optimizers.SGD(self.lr_scheduler)
 
-    trainer = Own(linear_model(), arguments(tmp_path, max_steps=3), train_dataset=make_data(8),
-                  loss="mse")
+    trainer = Own(
+        linear_model(), arguments(tmp_path, max_steps=3), train_dataset=make_data(8), loss="mse"
+    )
     trainer.fit()
     assert asked == [3]
     assert isinstance(trainer.optimizer, keras.optimizers.SGD)
@@ -408,8 +483,12 @@ def test_loaders_can_be_overridden(tmp_path):
 
     model = linear_model()
     kernel, bias = weights(model)
-    trainer = Own(model, arguments(tmp_path, num_train_epochs=1, learning_rate=0.0), loss="mse",
-                  eval_dataset="mine")
+    trainer = Own(
+        model,
+        arguments(tmp_path, num_train_epochs=1, learning_rate=0.0),
+        loss="mse",
+        eval_dataset="mine",
+    )
     trainer.fit()
     square = (x @ kernel + bias - y) ** 2
     expected = [square[8:].mean(), square[4:8].mean(), square[:4].mean()]
@@ -422,10 +501,13 @@ FORMS = {
     "per element": lambda o, y: (o - y) ** 2,
     "sum and count": lambda o, y: (keras.ops.sum((o - y) ** 2), 8),
     "with extras": lambda o, y: ((o - y) ** 2, {"bias": keras.ops.mean(o - y)}),
-    "pair with extras": lambda o, y: ((keras.ops.sum((o - y) ** 2), 8.0),
-                                      {"bias": keras.ops.mean(o - y)}),
+    "pair with extras": lambda o, y: (
+        (keras.ops.sum((o - y) ** 2), 8.0),
+        {"bias": keras.ops.mean(o - y)},
+    ),
     "divides by itself": lambda o, y, num_items_in_batch: (
-        keras.ops.sum((o - y) ** 2) / num_items_in_batch),
+        keras.ops.sum((o - y) ** 2) / num_items_in_batch
+    ),
 }
 
 
@@ -435,8 +517,14 @@ def test_a_loss_function_may_return(tmp_path, form):
     model = linear_model()
     kernel, bias = weights(model)
     error = x @ kernel + bias - y
-    trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), (x, y), loss=None,
-                  compute_loss_func=FORMS[form], eval_dataset=(x, y))
+    trainer = fit(
+        model,
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        (x, y),
+        loss=None,
+        compute_loss_func=FORMS[form],
+        eval_dataset=(x, y),
+    )
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(error**2), rel=1e-6)
     metrics = trainer.evaluate()
@@ -449,8 +537,13 @@ def test_a_loss_function_may_return(tmp_path, form):
 def test_sample_weights_with_a_scalar_loss_are_refused(tmp_path):
     x, y = make_data(8)
     with pytest.raises(ConfigurationError, match="sample weights"):
-        fit(linear_model(), arguments(tmp_path), (x, y, np.ones(8, np.float32)), loss=None,
-            compute_loss_func=FORMS["scalar"])
+        fit(
+            linear_model(),
+            arguments(tmp_path),
+            (x, y, np.ones(8, np.float32)),
+            loss=None,
+            compute_loss_func=FORMS["scalar"],
+        )
 
 
 # --- model_init -----------------------------------------------------------------------------------
@@ -458,8 +551,14 @@ def test_sample_weights_with_a_scalar_loss_are_refused(tmp_path):
 
 def test_model_init_makes_a_new_equal_model_for_every_fit(tmp_path):
     def init():
-        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4),
-                                 keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+        return keras.Sequential(
+            [
+                keras.Input((3,)),
+                keras.layers.Dense(4),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(1),
+            ]
+        )
 
     args = arguments(tmp_path, max_steps=3, seed=11)
     trainer = Trainer(args=args, model_init=init, train_dataset=make_data(8), loss="mse")
@@ -470,8 +569,9 @@ def test_model_init_makes_a_new_equal_model_for_every_fit(tmp_path):
     assert trainer.model is not first
     assert train_logs(trainer) == losses
     assert same(weights(trainer.model), values)
-    other = Trainer(args=args.replace(seed=12), model_init=init, train_dataset=make_data(8),
-                    loss="mse")
+    other = Trainer(
+        args=args.replace(seed=12), model_init=init, train_dataset=make_data(8), loss="mse"
+    )
     other.fit()
     assert train_logs(other) != losses
 
@@ -526,8 +626,11 @@ def test_every_kind_of_data_gives_the_same_run(tmp_path, kind):
 
 def test_a_generator_that_ends_ends_the_run(tmp_path, caplog):
     x, y = make_data(8)
-    trainer = fit(linear_model(), arguments(tmp_path, max_steps=8, per_device_train_batch_size=4),
-                  iter(list(zip(x, y, strict=True))))
+    trainer = fit(
+        linear_model(),
+        arguments(tmp_path, max_steps=8, per_device_train_batch_size=4),
+        iter(list(zip(x, y, strict=True))),
+    )
     assert trainer.state.global_step == 2
     assert "No data" in caplog.text
 
@@ -540,8 +643,12 @@ def test_sample_weights(tmp_path):
     square = ((x @ kernel + bias - y) ** 2)[:, 0]
     for data in ((x, y, w), {"x": x, "labels": y, "sample_weight": w}):
         model = named_model() if isinstance(data, dict) else linear_model()
-        trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0), data,
-                      metrics=[keras.metrics.MeanSquaredError(name="m")])
+        trainer = fit(
+            model,
+            arguments(tmp_path, max_steps=1, learning_rate=0.0),
+            data,
+            metrics=[keras.metrics.MeanSquaredError(name="m")],
+        )
         assert train_logs(trainer) == [pytest.approx((square * w).sum() / 8, rel=1e-6)]
         assert train_logs(trainer, "m") == [pytest.approx((square * w).sum() / w.sum(), rel=1e-6)]
 
@@ -552,7 +659,11 @@ def test_integer_inputs_of_every_width(tmp_path):
         inputs = keras.Input((1,), dtype="int32")
         hidden = keras.layers.Flatten()(keras.layers.Embedding(8, 2)(inputs))
         model = with_weights(keras.Model(inputs, keras.layers.Dense(1)(hidden)))
-        trainer = fit(model, arguments(tmp_path, max_steps=1, learning_rate=0.0),
-                      (x, np.zeros((8, 1), np.float32)))
-        assert train_logs(trainer) == [pytest.approx(mean_square(model, x.astype(np.int32), 0.0),
-                                                     rel=1e-5)]
+        trainer = fit(
+            model,
+            arguments(tmp_path, max_steps=1, learning_rate=0.0),
+            (x, np.zeros((8, 1), np.float32)),
+        )
+        assert train_logs(trainer) == [
+            pytest.approx(mean_square(model, x.astype(np.int32), 0.0), rel=1e-5)
+        ]

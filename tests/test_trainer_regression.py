@@ -24,7 +24,10 @@ RUNS = {
 def run(output_dir, model=None, data=None, callbacks=(), **changes):
     args = arguments(
         output_dir,
-        **({"learning_rate": 0.1, "num_train_epochs": 3, "per_device_train_batch_size": 8} | changes),
+        **(
+            {"learning_rate": 0.1, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+            | changes
+        ),
     )
     x, y = regression_data() if data is None else data
     trainer = Trainer(
@@ -56,7 +59,9 @@ def test_reference_logs_step_by_step(tmp_path):
         ("per-step lr", "learning_rate"),
     ):
         np.testing.assert_allclose(train_logs(trainer, key), GOLDEN[f"base {name}"], rtol=2e-6)
-    for entry, expected in zip(trainer.state.log_history, GOLDEN["base logs first 3"], strict=False):
+    for entry, expected in zip(
+        trainer.state.log_history, GOLDEN["base logs first 3"], strict=False
+    ):
         assert entry.keys() == expected.keys()
         assert entry["step"] == expected["step"]
         assert entry["epoch"] == expected["epoch"]
@@ -118,17 +123,30 @@ def test_last_step_evaluates_and_saves_whatever_the_interval(tmp_path):
         save_strategy="steps",
         save_steps=3,
     )
-    evaluated = [s for e, s in zip(recorder.events, recorder.steps, strict=True) if e == "on_evaluate"]
+    evaluated = [
+        s for e, s in zip(recorder.events, recorder.steps, strict=True) if e == "on_evaluate"
+    ]
     assert evaluated == [2, 4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == GOLDEN["extra ckpts"]
 
 
 def test_trainer_state_file_has_the_references_fields(tmp_path):
-    run(tmp_path, max_steps=4, gradient_accumulation_steps=2, save_strategy="steps", save_steps=4,
-        num_train_epochs=1)
+    run(
+        tmp_path,
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=4,
+        num_train_epochs=1,
+    )
     written = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    not_here = {"is_hyper_param_search", "num_input_tokens_seen", "total_flos", "trial_name",
-                "trial_params"}
+    not_here = {
+        "is_hyper_param_search",
+        "num_input_tokens_seen",
+        "total_flos",
+        "trial_name",
+        "trial_params",
+    }
     assert GOLDEN["trainer_state.json"].keys() - not_here <= written.keys()
     assert (written["global_step"], written["max_steps"], written["epoch"]) == (4, 4, 1.0)
 
@@ -181,7 +199,9 @@ def test_family_against_numpy(tmp_path, name):
         case["order"] = lambda epoch, length: epoch_order(length, source, epoch, "random")
     expected = simulate(*data, **case)
 
-    trainer, output = run(tmp_path, model=Line(*case.get("start", (0.0, 0.0))), data=data, **changes)
+    trainer, output = run(
+        tmp_path, model=Line(*case.get("start", (0.0, 0.0))), data=data, **changes
+    )
 
     assert output.global_step == trainer.state.max_steps == expected["steps"]
     for key in ("loss", "grad_norm", "learning_rate", "epoch"):
@@ -225,7 +245,9 @@ def test_logged_loss_is_the_mean_since_the_last_log(tmp_path):
         assert entry["loss"] == pytest.approx(np.mean(expected["loss"][start:stop]), rel=5e-6)
         # The norm and the rate are those of the newest update.
         assert entry["grad_norm"] == pytest.approx(expected["grad_norm"][stop - 1], rel=5e-6)
-        assert entry["learning_rate"] == pytest.approx(expected["learning_rate"][stop - 1], rel=1e-6)
+        assert entry["learning_rate"] == pytest.approx(
+            expected["learning_rate"][stop - 1], rel=1e-6
+        )
 
 
 def test_two_fits_begin_anew_with_the_trained_weights(tmp_path):
