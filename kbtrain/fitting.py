@@ -119,7 +119,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         plan=plan,
         batches=batches,
         accumulation=args.gradient_accumulation_steps,
-        step=trainer.backend.compile_steps(step, variables, args.jit_compile),
+        step=trainer.backend.compile_steps(step, variables, args.jit_compile, plan.max_steps),
         state=trainer.state,
         progress=progress,
         on_nonfinite=args.on_nonfinite,

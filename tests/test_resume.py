@@ -50,9 +50,9 @@ def copied(folder, target, step):
 
 # Mid-epoch, an epoch's boundary, and the last step before the end.
 STOPS = [
-    *[("plain", step) for step in (1, 6, 11, 17)],
-    *[("accumulation", step) for step in (2, 3, 7)],
-    *[("short group", step) for step in (1, 2, 5)],
+    *[("plain", step) for step in (1, 6, 11)],
+    *[("accumulation", step) for step in (3, 7)],
+    ("short group", 5),
     ("augmented", 4),
     ("watched", 5),
 ]
@@ -70,10 +70,6 @@ def resumed(whole, tmp_path_factory):
     first = {"case": "accumulation", "output_dir": stopped, "stop": 4}
     in_new_process(folder / "first", [first])
     jobs["stopped"] = {"case": "accumulation", "output_dir": stopped, "resume": "auto"}
-    for case, control in CONTROLS:
-        target = folder / control.__name__
-        write_without(control, whole(case)[0], target)
-        jobs[control] = {"case": case, "output_dir": str(target), "resume": True}
     return dict(zip(jobs, in_new_process(folder / "second", list(jobs.values())), strict=True))
 
 
@@ -231,9 +227,23 @@ def write_without(control, folder, target):
     CheckpointStore(target).save(8, arrays, documents)
 
 
+@pytest.fixture(scope="module")
+def damaged(whole, tmp_path_factory):
+    """What becomes of the run where a part of the checkpoint is lost: control -> results."""
+    folder = tmp_path_factory.mktemp("damaged")
+    jobs = []
+    for case, control in CONTROLS:
+        target = folder / control.__name__
+        write_without(control, whole(case)[0], target)
+        jobs.append({"case": case, "output_dir": str(target), "resume": True})
+    found = in_new_process(folder, jobs)
+    return {control: got for (_, control), got in zip(CONTROLS, found, strict=True)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "control"), CONTROLS)
-def test_every_part_of_a_checkpoint_matters(case, control, whole, resumed):
-    differing = identical(resumed[control], whole(case)[1])
+def test_every_part_of_a_checkpoint_matters(case, control, whole, damaged):
+    differing = identical(damaged[control], whole(case)[1])
     assert any(name.startswith("model") for name in differing)
 
 

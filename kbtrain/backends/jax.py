@@ -92,6 +92,7 @@ def compile_steps(
     fn: Callable[[Any], Any],
     variables: Sequence[keras.Variable],
     jit_compile: bool | str = "auto",
+    calls: int = 0,
 ) -> Callable[[Any, int], Any]:
     """Like ``compile_step``, for several steps in one call.
 
@@ -99,6 +100,7 @@ def compile_steps(
         fn: One step, ``fn(inputs) -> outputs``.
         variables: Everything ``fn`` reads or assigns.
         jit_compile: As in ``compile_step``.
+        calls: About how many steps there will be (of no use here).
 
     Returns:
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of

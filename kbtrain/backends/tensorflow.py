@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tensorflow as tf
 from kbtrain.data import signature
 
 name = "tensorflow"
+logger = logging.getLogger("kbtrain")
 
 # The variables of the step being traced (to name the ones that layers ask to change).
 _state: list[keras.Variable] = []
@@ -36,6 +38,7 @@ def compile_step(
     fn: Callable[[Any], Any],
     variables: Sequence[keras.Variable],
     jit_compile: bool | str = "auto",
+    calls: int = 0,
 ) -> Callable[[Any], Any]:
     """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
 
@@ -44,7 +47,9 @@ def compile_step(
     Args:
         fn: Function of a structure of tensors, free of host side effects.
         variables: Everything ``fn`` reads or assigns.
-        jit_compile: ``True`` compiles with XLA; ``"auto"`` and ``False`` run the graph.
+        jit_compile: ``True`` compiles with XLA, ``False`` runs the graph, ``"auto"`` decides by
+            what is in the graph and how often it will run (``_pays_off``).
+        calls: About how often it will run.
 
     Returns:
         A function with the signature of ``fn``.
@@ -56,15 +61,63 @@ def compile_step(
 
     graphs: dict[Any, Callable[[Any], Any]] = {}
 
+    def compile_for(inputs: Any) -> Callable[[Any], Any]:
+        # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
+        # warns of many functions with the same code; a partial has none.)
+        graph = tf.function(functools.partial(traced), autograph=False)
+        if jit_compile is True:
+            return tf.function(functools.partial(traced), jit_compile=True, autograph=False)
+        if jit_compile == "auto" and calls >= XLA_CALLS:
+            concrete = graph.get_concrete_function(inputs)
+            if _pays_off(concrete):
+                return _with_fallback(concrete, graph)
+        return graph
+
     def call(inputs: Any) -> Any:
         key = signature(inputs)
         if key not in graphs:
-            # One function per signature: TensorFlow never has to guess whether to relax shapes.
-            # (It warns of many functions with the same code; a partial has none.)
-            graphs[key] = tf.function(
-                functools.partial(traced), jit_compile=jit_compile is True, autograph=False
-            )
+            graphs[key] = compile_for(inputs)
         return graphs[key](inputs)
+
+    return call
+
+
+XLA_CALLS = 200
+"""Updates from which on the seconds that XLA takes to compile are worth it."""
+
+
+def _pays_off(concrete: Any) -> bool:
+    """Whether XLA is likely to be faster: always on a GPU; on a CPU not for convolutions.
+
+    A rule about the graph, not a measurement: the same program gives the same numbers each time.
+    XLA's convolutions take twice as long as the graph's on a CPU (docs/decisions.md).
+    """
+    if tf.config.list_logical_devices("GPU"):
+        return True
+    definition = concrete.graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    return not any("Conv" in node.op for node in nodes)
+
+
+def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The traced graph under XLA; the graph as it is if XLA cannot compile it."""
+    compiled = tf.function(lambda inputs: concrete(inputs), jit_compile=True, autograph=False)
+    works: bool | None = None
+
+    def call(inputs: Any) -> Any:
+        nonlocal works
+        if works:
+            return compiled(inputs)
+        if works is None:
+            try:
+                result = compiled(inputs)  # compiled as a whole before anything is run
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+                works = False
+                logger.info("The step runs without XLA, which refuses it: %s", error.message)
+            else:
+                works = True
+                return result
+        return graph(inputs)
 
     return call
 
@@ -73,6 +126,7 @@ def compile_steps(
     fn: Callable[[Any], Any],
     variables: Sequence[keras.Variable],
     jit_compile: bool | str = "auto",
+    calls: int = 0,
 ) -> Callable[[Any, int], Any]:
     """Like ``compile_step``, for several steps in one call.
 
@@ -80,6 +134,7 @@ def compile_steps(
         fn: One step, ``fn(inputs) -> outputs``.
         variables: Everything ``fn`` reads or assigns.
         jit_compile: As in ``compile_step``.
+        calls: About how many steps there will be.
 
     Returns:
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
@@ -94,7 +149,7 @@ def compile_steps(
             return tf.nest.map_structure(lambda t: t[None], outputs)
         return _loop(lambda carry, x: (carry, fn(x)), (), block, count)[1]
 
-    call = compile_step(steps, variables, jit_compile)
+    call = compile_step(steps, variables, jit_compile, calls)
     return lambda block, count: call((block, tf.constant(count)))
 
 
