@@ -62,7 +62,7 @@ def torch_steps(shapes: list[tuple[int, ...]]) -> tuple[dict[str, Step], Callabl
 def jax_steps(shapes: list[tuple[int, ...]]) -> tuple[dict[str, Step], Callable[[], None]]:
     import jax
     import keras
-    import optax  # type: ignore[import-untyped]
+    import optax
 
     import optim
 

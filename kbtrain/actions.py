@@ -47,11 +47,8 @@ def evaluate(trainer: Trainer) -> None:
 def save(trainer: Trainer, run: Run) -> None:
     """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for."""
     state, args, store = trainer.state, trainer.args, trainer.store
-    path = store.path(state.global_step)
-    if state.best_global_step is not None:
-        best = store.path(state.best_global_step)
-        if best == path or best.exists():
-            state.best_model_checkpoint = str(best)
+    if state.best_global_step == state.global_step:
+        state.best_model_checkpoint = str(store.path(state.global_step))
     state.stateful_callbacks = trainer.callback_handler.state()
     arrays = {"model": persistence.gather_model(trainer.model)}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}

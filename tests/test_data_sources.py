@@ -386,6 +386,7 @@ def test_the_room_imports_neither_keras_nor_a_framework():
                 top = name.partition(".")[0]
                 assert top in allowed or top in {
                     "collections",
+                    "dataclasses",
                     "itertools",
                     "logging",
                     "os",

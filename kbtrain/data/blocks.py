@@ -1,7 +1,5 @@
 """Blocks: the batches of several updates, laid out for one call to the device."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
