@@ -16,8 +16,11 @@ from kbtrain.state import Plan, TrainerState
 
 logger = logging.getLogger("kbtrain")
 
-MAX_PENDING = 64
-"""Calls the host may run ahead of what it has read; bounds memory and the age of an error."""
+MAX_PENDING = 16
+"""Calls after which the host catches up with the device; bounds memory and the age of an error."""
+
+RUN_AHEAD = 2
+"""Calls that stay unread then, so that the device does not run dry."""
 
 BLOCK_SECONDS = 0.1
 """How long one call may take: the progress bar and an interrupt wait that long."""
@@ -55,6 +58,8 @@ class Run:
     first_step: int
     samples: int = 0
     _affordable: int = 1
+    _attempts: int = 3
+    _compiled: list[Any] = field(default_factory=list)
     _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
@@ -86,17 +91,25 @@ class Run:
             self.progress.epoch, self.progress.batch, self.accumulation
         )
         self.samples += block.samples
-        growing = self._affordable < block.room
-        if growing or len(self._pending) >= MAX_PENDING:
+        if block.outline in self._compiled and self._attempts > 0:
             self.read()
-        if growing:
-            self._pace(block.room, block.updates, time.perf_counter() - start)
+            self._pace(block, time.perf_counter() - start)
+        elif len(self._pending) >= MAX_PENDING:
+            self.read(keep=RUN_AHEAD)
+        if block.outline not in self._compiled:
+            self._compiled.append(block.outline)
 
-    def _pace(self, room: int, count: int, seconds: float) -> None:
-        """Grow the blocks while one takes less than ``BLOCK_SECONDS``."""
-        per_step = seconds / count
-        fits = int(BLOCK_SECONDS / max(per_step, 1e-9))
-        self._affordable = max(1, min(room, fits, 4 * self._affordable))
+    def _pace(self, block: Block, seconds: float) -> None:
+        """Let blocks grow as long as one takes less than ``BLOCK_SECONDS``.
+
+        This waits for the device, so it is done a few times only: until the blocks have the length
+        they can have, or have not grown three times.
+        """
+        fits = int(BLOCK_SECONDS * block.updates / max(seconds, 1e-9))
+        longer = max(1, min(block.room, fits, 4 * self._affordable))
+        if longer <= self._affordable:
+            self._attempts -= 1
+        self._affordable = max(longer, self._affordable)
 
     def end_epoch(self, stopped: bool) -> None:
         """Move on to the next epoch, unless the run was stopped in the middle of this one."""
@@ -104,15 +117,19 @@ class Run:
         if not stopped or (length is not None and self.progress.batch >= length):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
-    def read(self) -> None:
+    def read(self, keep: int = 0) -> None:
         """Wait for the updates that were started and add up their results.
+
+        Args:
+            keep: Newest calls that are left alone.
 
         Raises:
             NonFiniteError: One of them was not finite and ``on_nonfinite`` is ``"raise"``.
         """
-        blocks = [(first, count) for first, count, _ in self._pending]
-        results = self.backend.to_host([result for *_, result in self._pending])
-        self._pending.clear()
+        ready = self._pending[: len(self._pending) - keep]
+        self._pending = self._pending[len(ready) :]
+        blocks = [(first, count) for first, count, _ in ready]
+        results = self.backend.to_host([result for *_, result in ready])
         for (first, count), block in zip(blocks, results, strict=True):
             for i in range(count):
                 self._add(first + i, map_structure(lambda x, i=i: x[i], block))
