@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from kbtrain.data import unpack
-from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.metrics import MetricSet
 
 NO_DECAY_LAYERS = (
@@ -76,8 +76,8 @@ def build_model(model: keras.Model, batch: Any) -> None:
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
             f"The model {model.name!r} does not accept the inputs of the data: {shapes}. "
-            f"Keras says: {_first_lines(error)}"
-        ) from error
+            f"Keras says: {first_lines(error)}"
+        ) from None
 
 
 def _builds_eagerly(model: keras.Model, x: Any) -> bool:
@@ -91,11 +91,6 @@ def _builds_eagerly(model: keras.Model, x: Any) -> bool:
 
 def _dtype(array: Any) -> str:
     return str(getattr(array, "dtype", np.asarray(array).dtype))
-
-
-def _first_lines(error: BaseException, lines: int = 4) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()  # Keras prints in bold
-    return " ".join(line.strip() for line in text[:lines] if line.strip())
 
 
 def decay_parameter_names(model: keras.Model) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -151,113 +150,6 @@ class TrainerCallback:
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
         """Reserved, as in the reference, for uploads; kbtrain itself never uploads."""
-
-
-class CallbackHandler:
-    """Calls the callbacks of an event in their order, each with the control of the one before.
-
-    Args:
-        callbacks: Callback objects or classes.
-        context: Returns the keyword arguments every event gets.
-    """
-
-    def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
-        self.callbacks: list[TrainerCallback] = []
-        self._context = context
-        self._listeners: dict[str, list[TrainerCallback]] = {}
-        for callback in callbacks:
-            self.add(callback)
-
-    def add(self, callback: Any) -> None:
-        """Add a callback object, or a class, which is instantiated."""
-        instance = callback() if isinstance(callback, type) else callback
-        if not isinstance(instance, TrainerCallback):
-            raise ConfigurationError(
-                "A callback must be a TrainerCallback or a subclass of it. "
-                f"Received: {callback!r}. (Keras callbacks have other events.)"
-            )
-        if any(type(other) is type(instance) for other in self.callbacks):
-            logger.warning("A callback of class %s was there already.", type(instance).__name__)
-        self.callbacks.append(instance)
-        self._listeners.clear()
-
-    def pop(self, callback: Any) -> TrainerCallback | None:
-        """Remove and return a callback (by object, or the first of a class); None if absent."""
-        for other in self.callbacks:
-            if other is callback or (isinstance(callback, type) and type(other) is callback):
-                self.callbacks.remove(other)
-                self._listeners.clear()
-                return other
-        return None
-
-    def listeners(self, event: str) -> list[TrainerCallback]:
-        """The callbacks that override ``event``."""
-        if event not in self._listeners:
-            base = getattr(TrainerCallback, event)
-            self._listeners[event] = [
-                c for c in self.callbacks if getattr(type(c), event) is not base
-            ]
-        return self._listeners[event]
-
-    def need_every_step(self) -> bool:
-        """Whether somebody listens to the events of each update."""
-        return any(c.every_step for event in STEP_EVENTS for c in self.listeners(event))
-
-    def fire(
-        self,
-        event: str,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> TrainerControl:
-        """Call ``event`` of everyone who listens; return the control that results."""
-        listeners = self.listeners(event)
-        if not listeners:
-            return control
-        kwargs = self._context() | kwargs
-        for callback in listeners:
-            try:
-                result = getattr(callback, event)(args, state, control, **kwargs)
-            except Exception as error:
-                error.add_note(
-                    f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
-                )
-                raise
-            control = control if result is None else result
-        return control
-
-    def close(self) -> None:
-        """Let go of what callbacks hold open, also after an error."""
-        for callback in self.callbacks:
-            if close := getattr(callback, "close", None):
-                close()
-
-    def state(self) -> dict[str, list[Any]]:
-        """The state of the callbacks that have one, by class name, in order."""
-        states: dict[str, list[Any]] = {}
-        callback: Any
-        for callback in self.callbacks:
-            if _has_state(callback):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        return states
-
-    def load_state(self, states: dict[str, list[Any]]) -> None:
-        """Inverse of ``state``; says which saved states found no callback."""
-        remaining = {name: list(values) for name, values in states.items()}
-        callback: Any
-        for callback in self.callbacks:
-            if _has_state(callback) and remaining.get(type(callback).__name__):
-                callback.load_state(remaining[type(callback).__name__].pop(0))
-        for name in (name for name, values in remaining.items() if values):
-            logger.warning(
-                "The checkpoint has a state for the callback %s, which is not in use.", name
-            )
-
-
-def _has_state(callback: Any) -> bool:
-    """Whether both methods are there; an attribute named ``state`` may be anything."""
-    return all(callable(getattr(callback, name, None)) for name in ("state", "load_state"))
 
 
 class EarlyStoppingCallback(TrainerCallback):

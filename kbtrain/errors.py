@@ -4,6 +4,14 @@ Every message says what happened, what was expected and what to do. Each class a
 built-in exception that fits, so ``except ValueError`` and friends keep working.
 """
 
+import functools
+import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class KbtrainError(Exception):
     """Base class of every error that kbtrain raises on purpose."""
@@ -38,3 +46,25 @@ class CheckpointMismatchError(CheckpointError, ValueError):
 
 class NonFiniteError(KbtrainError, FloatingPointError):
     """The loss or the gradient became NaN or infinite; the weights were left as they were."""
+
+
+def concise(function: Callable[P, R]) -> Callable[P, R]:
+    """Let kbtrain's errors leave ``function`` without the frames inside, often a framework's.
+
+    The cause of an error (an exception of the user's own code) stays with its frames.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except KbtrainError as error:
+            raise error.with_traceback(None) from error.__cause__
+
+    return wrapped
+
+
+def first_lines(error: BaseException, lines: int = 4) -> str:
+    """The beginning of an error's message, in one line and without Keras' bold type."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return " ".join(line.strip() for line in text[:lines] if line.strip())

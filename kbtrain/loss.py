@@ -22,7 +22,7 @@ from keras import ops
 # there is no public door to it.
 from keras.src.backend.common.masking import get_keras_mask
 
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import ConfigurationError, DataError, first_lines
 
 IGNORE_INDEX = -100
 """Integer labels with this value are left out of the loss and of the metrics."""
@@ -219,15 +219,8 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         y = ops.where(keep, y, ops.zeros_like(y))
         if len(y.shape) == len(outputs.shape) and y.shape[-1] == 1:
             keep = ops.squeeze(keep, -1)
-    is_object = isinstance(loss, keras.losses.Loss)
     mask = get_keras_mask(outputs)
-    if is_object:
-        dtype = loss.dtype
-        losses = loss.call(
-            ops.convert_to_tensor(y, dtype=dtype), ops.convert_to_tensor(outputs, dtype=dtype)
-        )
-    else:
-        losses = loss(y, outputs)
+    losses = _unreduced(loss, y, outputs)
     own_mask = get_keras_mask(losses)
     losses = as_float(losses)
     if not len(losses.shape):
@@ -236,8 +229,30 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         if more is not None:
             more = ops.cast(more, "bool")
             mask = more if mask is None else ops.logical_and(ops.cast(mask, "bool"), more)
-    count_weights = is_object and loss.reduction == "mean_with_sample_weight"
+    reduction = getattr(loss, "reduction", None)
+    count_weights = reduction == "mean_with_sample_weight"
     return LossPair(*weighted_sum(losses, sample_weight, mask, count_weights))
+
+
+def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
+    """The losses of the elements; a label that does not fit is explained."""
+    try:
+        if not isinstance(loss, keras.losses.Loss):
+            return loss(y, outputs)
+        labels = ops.convert_to_tensor(y, dtype=loss.dtype)
+        return loss.call(labels, ops.convert_to_tensor(outputs, dtype=loss.dtype))
+    except Exception as error:
+        own = type(loss).__module__ if isinstance(loss, keras.losses.Loss) else loss.__module__
+        if not own.startswith("keras."):
+            raise  # a user's own loss: the error is theirs to see as it is
+        name = getattr(loss, "name", None) or getattr(loss, "__name__", "loss")
+        shapes = [
+            f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}" for t in (y, outputs)
+        ]
+        raise DataError(
+            f"The loss {name} does not fit labels {shapes[0]} and model outputs {shapes[1]}. "
+            f"Keras says: {first_lines(error)}"
+        ) from None
 
 
 def structured_loss_pair(

@@ -96,4 +96,4 @@ def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], 
     try:
         return factory(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{what}: {error}") from error
+        raise ConfigurationError(f"{what}: {error}") from None

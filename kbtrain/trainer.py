@@ -13,10 +13,11 @@ import keras
 
 from kbtrain import backends, building, fitting, persistence, registry, rng
 from kbtrain.bound_model import BoundModel
-from kbtrain.callbacks import CallbackHandler, ProgressCallback, TrainerCallback
+from kbtrain.callback_handler import CallbackHandler
+from kbtrain.callbacks import ProgressCallback, TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.data import Loader, as_loader
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
@@ -263,6 +264,7 @@ class Trainer:
 
     # --- training -------------------------------------------------------------------------------
 
+    @concise
     def fit(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train.
 
@@ -296,6 +298,7 @@ class Trainer:
 
     # --- evaluation and prediction --------------------------------------------------------------
 
+    @concise
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, Any]:
         """Evaluate, log the result and return it.
 
@@ -318,6 +321,7 @@ class Trainer:
         self.fire("on_evaluate", metrics=output.metrics)
         return output.metrics
 
+    @concise
     def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
         """The model's outputs for ``test_dataset``, in its order, with metrics if it has labels.
 

@@ -15,7 +15,8 @@ from kbtrain import (
     TrainerCallback,
     TrainerControl,
 )
-from kbtrain.callbacks import EVENTS, CallbackHandler, metric_value
+from kbtrain.callback_handler import CallbackHandler
+from kbtrain.callbacks import EVENTS, metric_value
 from kbtrain.state import TrainerState
 
 

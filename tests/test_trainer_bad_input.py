@@ -401,3 +401,21 @@ def test_a_finished_run_has_nothing_to_do(finished, caplog):
     output = trainer.fit(True)
     assert output.global_step == 2
     assert "Nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
+def test_labels_that_do_not_fit_the_loss(metrics, tmp_path):
+    """No frames of a framework either: the traceback ends in `fit`."""
+    x, _ = make_data(16)
+    trainer = Trainer(
+        linear_model(outputs=4),
+        arguments(tmp_path),
+        train_dataset=(x, np.zeros((16, 3), "float32")),
+        loss="categorical_crossentropy",
+        metrics=metrics,
+    )
+    with pytest.raises(DataError, match=r"labels float32\[8, 3\] and model outputs") as caught:
+        trainer.fit()
+    assert caught.value.__cause__ is None
+    frames = [str(entry.path) for entry in caught.traceback]
+    assert not any("site-packages" in name and "keras" in name for name in frames)

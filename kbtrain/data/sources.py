@@ -4,6 +4,7 @@
 length known, the batch of these indices, the samples of these indices (for a user's collator).
 """
 
+import abc
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ class UnsizedDataError(DataError, TypeError):
     """
 
 
-class Source:
+class Source(abc.ABC):
     """Samples with or without a known number.
 
     Attributes:
@@ -43,21 +44,21 @@ class Source:
         self._data = data
         self.name = name
 
+    @abc.abstractmethod
     def __len__(self) -> int:
         """Return the number of samples.
 
         Raises:
             UnsizedDataError: It is not known.
         """
-        raise NotImplementedError
 
     def gather(self, indices: Indices) -> Any:
         """Return the batch of the samples at ``indices``."""
         return default_collate(self.samples(indices))
 
+    @abc.abstractmethod
     def samples(self, indices: Indices) -> list[Any]:
         """Return the samples at ``indices``, one by one, for a user's collator."""
-        raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
