@@ -20,6 +20,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -105,16 +106,14 @@ def _record(
         return keras.tree.flatten(result)
 
     python, numpy = random.getstate(), np.random.get_state(legacy=True)
-    generator = torch.get_rng_state()
     record = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
-        examples = [t.detach() for t in real]
-        graph = record(*keras.tree.flatten(inputs), *examples)
+        with _same_random_state():
+            graph = record(*keras.tree.flatten(inputs), *[t.detach() for t in real])
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise NotCapturable(f"{type(error).__name__}: {lines[0]}") from error
     finally:
-        torch.set_rng_state(generator)
         for variable, value in zip(variables, real, strict=True):
             variable._value = value
     if random.getstate() != python or not _equal(numpy, np.random.get_state(legacy=True)):
@@ -122,6 +121,12 @@ def _record(
         np.random.set_state(numpy)
         raise NotCapturable("the model draws Python or NumPy random numbers")
     return graph, outputs[0]
+
+
+def _same_random_state() -> AbstractContextManager[Any]:
+    """What is drawn inside does not count: a run is the same whenever it captures a step."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -280,17 +285,14 @@ def _script(
     graph.output(tuple(mapping[n] for n in results))
     graph.eliminate_dead_code()
     module = GraphModule(root, graph)
-    generator = torch.get_rng_state()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _same_random_state(), warnings.catch_warnings():
             # TorchScript is deprecated in favour of torch.compile, which takes a minute here.
             warnings.simplefilter("ignore")
             return torch.jit.trace(module, tuple(examples), check_trace=False)
     except (RuntimeError, ValueError) as error:
         logger.info("The captured step runs in Python, TorchScript refuses it: %s", error)
         return module
-    finally:
-        torch.set_rng_state(generator)
 
 
 _LIBRARY = torch.library.Library("kbtrain", "DEF")
