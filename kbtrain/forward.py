@@ -89,6 +89,7 @@ class ForwardPass:
 
         Ignored labels become a label that every metric can take.
         """
+        outputs = by_output_name(self._model, y, outputs)
         mask = get_keras_mask(outputs) if ops.is_tensor(outputs) else None
         if (keep := ignored_labels(self._loss, y)) is not None:
             y = ops.where(keep, y, ops.zeros_like(y))
@@ -100,6 +101,14 @@ class ForwardPass:
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
         return None, self._model(unpack(batch).x, training=training), None
+
+
+def by_output_name(model: keras.Model, y: Any, outputs: Any) -> Any:
+    """A list of outputs as a dict, where the labels are one: Keras names a model's outputs."""
+    names = getattr(model, "output_names", None)
+    if names and isinstance(y, Mapping) and isinstance(outputs, list | tuple):
+        return dict(zip(names, outputs, strict=True))
+    return outputs
 
 
 def default_loss(
@@ -129,7 +138,8 @@ def default_loss(
     if loss_func is not None:
         return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
     if isinstance(loss, Mapping | list):
-        pair = structured_loss_pair(loss, loss_weights, y, outputs, sample_weight, size)
+        named = by_output_name(model, y, outputs)
+        pair = structured_loss_pair(loss, loss_weights, y, named, sample_weight, size)
     else:
         pair = keras_loss_pair(loss, y, outputs, sample_weight)
     return pair, outputs

@@ -224,6 +224,7 @@ def _as_metric(item: Any, y: Any, outputs: Any) -> keras.metrics.Metric:
         return _accuracy(item, y, outputs)
     metric = keras.metrics.get(item) if isinstance(item, str) else item
     if isinstance(metric, keras.metrics.Metric):
+        metric.name = item  # "mae" is logged as "mae", as in `Model.compile`
         return metric
     name = item if isinstance(item, str) else getattr(item, "__name__", "metric")
     return keras.metrics.MeanMetricWrapper(metric, name=name)

@@ -37,7 +37,7 @@ def linear(model, x):
 @pytest.mark.parametrize("size", [1, 3, 8, 64])
 def test_loss_and_metrics_are_those_of_the_whole_set(tmp_path, size):
     x, y = make_data(11)
-    trainer = make(tmp_path, size=size, eval_dataset=(x, y), metrics=["mae"])
+    trainer = make(tmp_path, size=size, eval_dataset=(x, y), metrics=["mean_absolute_error"])
     metrics = trainer.evaluate()
     error = linear(trainer.model, x) - y
     assert metrics["eval_loss"] == pytest.approx(np.mean(error**2), rel=1e-6)
@@ -166,7 +166,7 @@ def test_extras_of_the_loss_are_averaged_by_count(tmp_path):
 
 def test_a_second_evaluation_begins_anew(tmp_path):
     data = make_data(8)
-    trainer = make(tmp_path, eval_dataset=data, metrics=["mae"])
+    trainer = make(tmp_path, eval_dataset=data, metrics=["mean_absolute_error"])
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_mean_absolute_error"] == second["eval_mean_absolute_error"]
 
@@ -209,7 +209,11 @@ def test_an_empty_loader_is_an_error(tmp_path):
 def test_predict_without_labels(tmp_path, kind):
     x, _ = make_data(7)
     # Metrics and a loss are there, but nothing to compute them with.
-    trainer = make(tmp_path, metrics=["mae"], compute_metrics=lambda p: pytest.fail("no labels"))
+    trainer = make(
+        tmp_path,
+        metrics=["mean_absolute_error"],
+        compute_metrics=lambda p: pytest.fail("no labels"),
+    )
     data = {
         "array": x,
         "tuple": (x,),
@@ -234,7 +238,11 @@ def test_predict_without_labels(tmp_path, kind):
 
 def test_predict_with_labels_has_metrics(tmp_path):
     x, y = make_data(7)
-    trainer = make(tmp_path, metrics=["mae"], compute_metrics=lambda p: {"n": len(p.predictions)})
+    trainer = make(
+        tmp_path,
+        metrics=["mean_absolute_error"],
+        compute_metrics=lambda p: {"n": len(p.predictions)},
+    )
     output = trainer.predict((x, y))
     predictions, label_ids, metrics = output
     np.testing.assert_array_equal(label_ids, y)
@@ -250,7 +258,7 @@ def test_predict_then_evaluate_then_fit(tmp_path):
     x, y = make_data(8)
     trainer = make(
         tmp_path,
-        metrics=["mae"],
+        metrics=["mean_absolute_error"],
         train_dataset=(x, y),
         eval_dataset=(x, y),
         args={"max_steps": 1, "learning_rate": 0.0},

@@ -39,7 +39,7 @@ def test_two_metrics_of_one_name_are_refused():
 
 def test_a_dict_entry_without_an_output_is_refused():
     with pytest.raises(ConfigurationError, match="'b', which the model does not have"):
-        built({"b": "mae"}, {"b": tensor([[1.0]])}, {"a": tensor([[1.0]])})
+        built({"b": "mean_absolute_error"}, {"b": tensor([[1.0]])}, {"a": tensor([[1.0]])})
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_accuracy_means_what_the_shapes_say(y, outputs, expected):
 
 def test_building_leaves_nothing_behind():
     y, outputs = tensor([[1.0], [2.0]]), tensor([[5.0], [5.0]])
-    metrics = built(["mae", keras.metrics.MeanSquaredError(name="mse")], y, outputs)
+    metrics = built(["mean_absolute_error", keras.metrics.MeanSquaredError(name="mse")], y, outputs)
     metrics.update(None, outputs, outputs, None, None)
     assert metrics.result() == {"mean_absolute_error": 0.0, "mse": 0.0}
     assert len(metrics.variables) == 4
@@ -78,7 +78,7 @@ def test_a_function_is_averaged():
 
 def test_weights_and_mask_multiply():
     y, outputs = tensor(np.zeros((2, 3, 1))), tensor(np.arange(6.0).reshape(2, 3, 1))
-    metrics = built(["mae"], y, outputs)
+    metrics = built(["mean_absolute_error"], y, outputs)
     mask = tensor([[1, 1, 0], [0, 1, 0]], "bool")
     metrics.update(None, y, outputs, tensor([1.0, 3.0]), mask)
     # |0|, |1| with weight 1 and |4| with weight 3
@@ -88,17 +88,17 @@ def test_weights_and_mask_multiply():
 def test_several_outputs_by_name_and_by_position():
     y = {"a": tensor([[1.0]]), "b": tensor([[2.0]])}
     outputs = {"a": tensor([[2.0]]), "b": tensor([[5.0]])}
-    metrics = built({"a": "mae", "b": ["mae", "mse"]}, y, outputs)
+    metrics = built({"a": "mean_absolute_error", "b": ["mean_absolute_error", "mse"]}, y, outputs)
     metrics.update(None, y, outputs, None, None)
     assert metrics.result() == {
         "a_mean_absolute_error": 1.0,
         "b_mean_absolute_error": 3.0,
-        "b_mean_squared_error": 9.0,
+        "b_mse": 9.0,
     }
     y, outputs = list(y.values()), list(outputs.values())
-    metrics = built([["mae"], ["mse"]], y, outputs)
+    metrics = built([["mean_absolute_error"], ["mse"]], y, outputs)
     metrics.update(None, y, outputs, None, None)
-    assert metrics.result() == {"0_mean_absolute_error": 1.0, "1_mean_squared_error": 9.0}
+    assert metrics.result() == {"0_mean_absolute_error": 1.0, "1_mse": 9.0}
 
 
 # --- through the Trainer --------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_training_metrics_cover_the_steps_since_the_last_log(tmp_path):
         train_dataset=(x, y),
         eval_dataset=(x + 100, y),
         loss="mse",
-        metrics=["mae"],
+        metrics=["mean_absolute_error"],
     )
     trainer.evaluate()  # leaves nothing behind
     trainer.fit()
@@ -204,7 +204,7 @@ def test_a_second_fit_begins_with_empty_metrics(tmp_path):
         ),
         train_dataset=(x, y),
         loss="mse",
-        metrics=["mae"],
+        metrics=["mean_absolute_error"],
     )
     trainer.fit()
     expected = np.abs(trainer.predict(x).predictions - y).mean()

@@ -107,8 +107,8 @@ def test_several_outputs(tmp_path, kind):
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(a**2) + np.mean(np.abs(b)), rel=1e-6)
     first, second = ("a", "b") if kind is dict else ("0", "1")
-    assert entry[f"{first}_mean_absolute_error"] == pytest.approx(np.mean(np.abs(a)), rel=1e-6)
-    assert entry[f"{second}_mean_squared_error"] == pytest.approx(np.mean(b**2), rel=1e-6)
+    assert entry[f"{first}_mae"] == pytest.approx(np.mean(np.abs(a)), rel=1e-6)
+    assert entry[f"{second}_mse"] == pytest.approx(np.mean(b**2), rel=1e-6)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["loss"], rel=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_what_is_given_wins_over_what_was_compiled(tmp_path):
     )
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(np.abs(x @ kernel + bias - y)), rel=1e-6)
-    assert "mean_squared_error" in entry
+    assert "mse" in entry
     assert "mae" not in entry
     assert entry["learning_rate"] == 0.5
 
@@ -414,7 +414,7 @@ def test_compute_loss_can_be_overridden(tmp_path):
     error = x @ kernel + bias - y
     assert train_logs(trainer) == [pytest.approx(np.mean(np.abs(error)), rel=1e-6)]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(np.abs(error)), rel=1e-6)
-    assert train_logs(trainer, "mean_squared_error") == [pytest.approx(np.mean(error**2), rel=1e-6)]
+    assert train_logs(trainer, "mse") == [pytest.approx(np.mean(error**2), rel=1e-6)]
 
 
 def test_compute_loss_can_build_on_the_default(tmp_path):
@@ -667,3 +667,32 @@ def test_integer_inputs_of_every_width(tmp_path):
         assert train_logs(trainer) == [
             pytest.approx(mean_square(model, x.astype(np.int32), 0.0), rel=1e-5)
         ]
+
+
+def test_labels_by_name_for_a_model_that_returns_a_list(tmp_path):
+    """As in ``Model.compile``: losses and labels are keyed by the names of the output layers."""
+
+    def make(structure):
+        inputs = keras.Input((3,))
+        outputs = [keras.layers.Dense(1, name=name)(inputs) for name in ("height", "weight")]
+        if structure is dict:
+            outputs = dict(zip(("height", "weight"), outputs, strict=True))
+        return with_weights(keras.Model(inputs, outputs))
+
+    x, y = make_data(16, outputs=2)
+    labels = {"weight": y[:, 1:], "height": y[:, :1]}
+    losses = {"height": "mse", "weight": "mae"}
+    results = []
+    for structure in (list, dict):
+        trainer = Trainer(
+            make(structure),
+            arguments(tmp_path),
+            train_dataset=(x, labels),
+            loss=losses,
+            metrics={"weight": ["mae"]},
+        )
+        trainer.fit()
+        names = ("loss", "weight_loss", "weight_mae")
+        results.append([train_logs(trainer, name) for name in names])
+    assert results[0] == results[1]
+    assert len(results[0][2]) == len(results[0][0]) > 0
