@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kbtrain.evaluation import EvalPrediction as EvalPrediction
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
     from kbtrain.fitting import TrainOutput as TrainOutput
+    from kbtrain.parser import ArgumentParser as ArgumentParser
     from kbtrain.state import TrainerControl as TrainerControl
     from kbtrain.state import TrainerState as TrainerState
     from kbtrain.trainer import Trainer as Trainer
@@ -44,6 +45,7 @@ _HOMES = {
     ),
     "evaluation": ("EvalPrediction", "PredictionOutput"),
     "fitting": ("TrainOutput",),
+    "parser": ("ArgumentParser",),
     "state": ("TrainerControl", "TrainerState"),
     "trainer": ("Trainer",),
     "training_args": ("TrainingArguments",),

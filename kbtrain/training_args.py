@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from kbtrain import args_kinds as kinds
+from kbtrain import yaml_text
 from kbtrain.args_renames import explain_unknown
 from kbtrain.args_validation import check_consistency, derived_values, normalise, resolve_steps
 from kbtrain.errors import ConfigurationError
@@ -492,3 +493,30 @@ class TrainingArguments(_KnownNamesOnly):
             FileNotFoundError: If there is no such file.
         """
         return cls.from_json_string(Path(path).read_text(encoding="utf-8"))
+
+    def to_yaml_string(self) -> str:
+        """All fields as YAML, which any reader reads back the same (needs the extra ``cli``)."""
+        return yaml_text.dumps(self.to_dict())
+
+    def to_yaml_file(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_yaml_string` to a file, replacing what was there."""
+        Path(path).write_text(self.to_yaml_string(), encoding="utf-8")
+
+    @classmethod
+    def from_yaml_string(cls, text: str) -> Self:
+        """Build from YAML: ``name: value`` lines (needs the extra ``cli``).
+
+        Raises:
+            ConfigurationError: If the text is no such YAML, and as for a new object.
+        """
+        return cls.from_dict(yaml_text.loads(text, "the text"))
+
+    @classmethod
+    def from_yaml_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Build from a YAML file; the inverse of `to_yaml_file`.
+
+        Raises:
+            ConfigurationError: If the file holds no such YAML, and as for a new object.
+            FileNotFoundError: If there is no such file.
+        """
+        return cls.from_dict(yaml_text.loads(Path(path).read_text(encoding="utf-8"), str(path)))

@@ -1,0 +1,48 @@
+"""``python -m kbtrain COMMAND``: one file per command, imported when it is called.
+
+A command's module has a function ``run(words) -> exit status``, which gets the words after the
+command's name. A user's mistake is printed without a stack trace and gives status 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kbtrain.errors import KbtrainError
+
+COMMANDS = {
+    "args": "list the fields of TrainingArguments: type, default, meaning",
+    "env": "print versions, backend and devices, for bug reports",
+}
+"""What there is, and a line about each; the module has the command's name."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        words: The words after ``python -m kbtrain``; the default is this process's own.
+
+    Returns:
+        The exit status: 0, or 2 after a mistake in the command line.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    command, *rest = words
+    if command not in COMMANDS:
+        print(f"kbtrain has no command {command!r}.\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(f"kbtrain.cli.{command}").run(rest))
+    except KbtrainError as problem:
+        print(f"kbtrain {command}: {problem}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
+    return f"usage: python -m kbtrain COMMAND ...\n\n{listed}\n\nCOMMAND --help says more."

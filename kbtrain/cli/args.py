@@ -1,0 +1,46 @@
+"""``python -m kbtrain args``: every field of TrainingArguments with type, default and meaning."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+from kbtrain.args_renames import explain_unknown
+from kbtrain.errors import ConfigurationError
+from kbtrain.training_args import TrainingArguments
+
+
+def run(words: Sequence[str]) -> int:
+    """Print all fields, or those that are named."""
+    parser = argparse.ArgumentParser(
+        "python -m kbtrain args", description="List the fields of TrainingArguments."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these fields")
+    names = parser.parse_args(words).names
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    for name in names:
+        if name not in fields:
+            raise ConfigurationError(explain_unknown(name, None, list(fields)))
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    for name in names or fields:
+        print(describe(fields[name], width))
+    return 0
+
+
+def describe(field: dataclasses.Field[object], width: int) -> str:
+    """A field in a few lines.
+
+    Args:
+        field: A field of TrainingArguments.
+        width: Columns of the screen.
+
+    Returns:
+        Name, type and default in the first line, the meaning below it.
+    """
+    meaning = textwrap.fill(
+        field.metadata["help"], width, initial_indent="    ", subsequent_indent="    "
+    )
+    return f"{field.name}: {field.type} = {field.default!r}\n{meaning}"
