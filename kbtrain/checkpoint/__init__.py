@@ -2,21 +2,26 @@
 
 ``CheckpointStore`` keeps the checkpoints of a run; ``name_variables``, ``capture`` and ``restore``
 turn Keras variables into named arrays and back. The files are described in
-docs/checkpoint-format.md.
+docs/checkpoint-format.md. What needs Keras is imported when it is first used, so that checkpoints
+can be listed and verified without loading a framework.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint.disk import FileEntry
 from kbtrain.checkpoint.format import read_arrays, write_arrays
 from kbtrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
-from kbtrain.checkpoint.variables import (
-    RestorePlan,
-    capture,
-    name_optimizer_variables,
-    name_variables,
-    plan_restore,
-    restore,
-)
+
+if TYPE_CHECKING:
+    from kbtrain.checkpoint.variables import (
+        RestorePlan,
+        capture,
+        name_optimizer_variables,
+        name_variables,
+        plan_restore,
+        restore,
+    )
 
 __all__ = [
     "FORMAT_VERSION",
@@ -34,3 +39,11 @@ __all__ = [
     "restore",
     "write_arrays",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kbtrain.checkpoint import variables
+
+    return getattr(variables, name)

@@ -7,10 +7,12 @@ ones that were written, is in ``manifest.py``; where they lie and when they coun
 import hashlib
 import io
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import h5py
 import ml_dtypes
@@ -141,11 +143,18 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
         CheckpointDamagedError: As ``read_arrays``.
         CheckpointError: As ``read_arrays``.
     """
+    with _opened(file, name) as (h5, size):
+        return _read_h5(h5, size, name)
+
+
+@contextmanager
+def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
+    """Open verified HDF5 data; whatever libhdf5 finds wrong with them becomes one error."""
     try:
         size = file.seek(0, 2)
         file.seek(0)
         with h5py.File(file, "r") as h5:
-            return _read_h5(h5, size, name)
+            yield h5, size
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
@@ -154,6 +163,40 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
         raise CheckpointDamagedError(
             f"{name} is not a readable array file ({type(error).__name__}: {error})."
         ) from error
+
+
+class ArrayOutline(NamedTuple):
+    """An array of a file without its values.
+
+    Attributes:
+        name: The array's name.
+        dtype: Its dtype.
+        shape: Its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
+    """List the arrays of an open file whose checksum the caller has found right.
+
+    Args:
+        file: The file; its position does not matter.
+        name: What it is called, for messages.
+
+    Raises:
+        CheckpointDamagedError: As ``read_arrays``.
+        CheckpointError: As ``read_arrays``.
+    """
+    with _opened(file, name) as (h5, size):
+        return [outline for outline, _ in _read_index(h5, [size], name)]
 
 
 def dump_json(name: str, value: Any) -> bytes:
@@ -281,7 +324,10 @@ def _safe_component(part: str) -> str:
     return part.replace("\0", "%00").encode("utf-8", "backslashreplace").decode()
 
 
-def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
+def _read_index(
+    h5: h5py.File, room: list[int], name: str
+) -> list[tuple[ArrayOutline, h5py.Dataset]]:
+    """Return the arrays in the order of writing, each with the dataset that should hold it."""
     kind, version = h5.attrs.get("format"), h5.attrs.get("version")
     if kind != ARRAYS_FORMAT or not isinstance(version, np.integer):
         _damaged(name, f"it says it is {kind!r}, version {version!r}, not {ARRAYS_FORMAT!r}")
@@ -290,21 +336,26 @@ def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
             f"{name} was written in version {version} of the array format; this kbtrain reads "
             f"version {ARRAYS_VERSION} and older. Update kbtrain."
         )
-    room = [size]  # what is left for array data in a file of this size
-    index = json.loads(_read_dataset(h5["index"], np.dtype("uint8"), room, name).tobytes())
-    arrays: dict[str, np.ndarray] = {}
-    for entry in index:
+    found: dict[str, tuple[ArrayOutline, h5py.Dataset]] = {}
+    for entry in json.loads(_read_dataset(h5["index"], np.dtype("uint8"), room, name).tobytes()):
         array_name, dtype = entry["name"], _DTYPES[entry["dtype"]]
-        if not isinstance(array_name, str) or array_name in arrays:
+        if not isinstance(array_name, str) or array_name in found:
             _damaged(name, f"the array name {array_name!r} is not a string or appears twice")
         dataset = h5["arrays"][entry["path"]]
         if dtype not in _NATIVE and dataset.attrs.get("dtype") != dtype.name:
             _damaged(name, f"{array_name!r} should be marked as {dtype.name}")
-        array = _read_dataset(dataset, dtype, room, name)
-        if list(array.shape) != entry["shape"]:
-            _damaged(name, f"{array_name!r} has shape {array.shape}, not {entry['shape']}")
-        arrays[array_name] = array
-    return arrays
+        if list(dataset.shape) != entry["shape"]:
+            _damaged(name, f"{array_name!r} has shape {dataset.shape}, not {entry['shape']}")
+        found[array_name] = ArrayOutline(array_name, dtype.name, dataset.shape), dataset
+    return list(found.values())
+
+
+def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
+    room = [size]  # what is left for array data in a file of this size
+    return {
+        outline.name: _read_dataset(dataset, _DTYPES[outline.dtype], room, name)
+        for outline, dataset in _read_index(h5, room, name)
+    }
 
 
 def _read_dataset(

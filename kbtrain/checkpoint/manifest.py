@@ -142,12 +142,7 @@ def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.File
     Raises:
         CheckpointDamagedError: If it is missing, cannot be read or is not what the manifest says.
     """
-    try:
-        file = open_regular(folder / name)
-    except OSError as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or error
-        raise CheckpointDamagedError(f"{name}: {reason}") from error
-    with file:
+    with _opened(folder, name) as file:
         try:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
@@ -159,6 +154,25 @@ def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.File
         if digest != entry.sha256:
             raise CheckpointDamagedError(f"{name}: contents altered (SHA-256 differs)")
         yield file
+
+
+def check_size(folder: Path, name: str, entry: FileEntry) -> None:
+    """Compare kind and size of a file with the manifest, without reading it.
+
+    Raises:
+        CheckpointDamagedError: If it is missing, no regular file or of another size.
+    """
+    with _opened(folder, name) as file:
+        if (size := os.fstat(file.fileno()).st_size) != entry.size:
+            raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
+
+
+def _opened(folder: Path, name: str) -> io.FileIO:
+    try:
+        return open_regular(folder / name)
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or error
+        raise CheckpointDamagedError(f"{name}: {reason}") from error
 
 
 def _read_manifest_bytes(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Reading one checkpoint folder: everything is verified before a value of it is used."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,18 @@ from typing import Any
 import numpy as np
 
 from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.format import parse_json, read_verified_arrays
+from kbtrain.checkpoint.format import (
+    ArrayOutline,
+    parse_json,
+    read_verified_arrays,
+    read_verified_outline,
+)
 from kbtrain.checkpoint.manifest import (
     ARRAYS_SUFFIX,
+    DOCUMENT_SUFFIX,
     MANIFEST_NAME,
     Manifest,
+    check_size,
     open_verified,
     read_manifest,
 )
@@ -60,6 +68,72 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (CheckpointDamagedError, OSError) as error:
         raise _damaged_checkpoint(path, str(error)) from error
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
+
+
+@dataclass(frozen=True)
+class CheckpointOutline:
+    """What a checkpoint holds, without the values of its arrays.
+
+    Attributes:
+        path: The folder.
+        step: Optimizer updates done when it was taken.
+        format_version: Version of its format.
+        info: What its writer noted: backend, package versions, ...
+        size: Bytes of all its files that the manifest knows.
+        state: ``trainer_state.json``, empty if there is none.
+        progress: ``progress.json``, empty if there is none.
+        arrays: Group -> its arrays; empty if they were not asked for.
+    """
+
+    path: Path
+    step: int
+    format_version: int
+    info: Mapping[str, Any]
+    size: int
+    state: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    arrays: Mapping[str, list[ArrayOutline]]
+
+
+def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
+    """Read what a checkpoint holds; every file that is looked into is verified first.
+
+    Args:
+        path: The checkpoint's folder.
+        arrays: Whether to list the arrays, which reads all files once; without, only the manifest
+            and two small documents are read, and of the other files the size is compared.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such folder.
+        CheckpointDamagedError: If what was looked at is missing, truncated or altered.
+        CheckpointError: If it has a newer format, or is another program's.
+    """
+    manifest = _manifest_of(path)
+    documents: dict[str, Any] = {"trainer_state": {}, "progress": {}}
+    found: dict[str, list[ArrayOutline]] = {}
+    try:
+        for name, entry in manifest.files.items():
+            stem, _, _ = name.rpartition(".")
+            if name.endswith(ARRAYS_SUFFIX) and arrays:
+                with open_verified(path, name, entry) as file:
+                    found[stem] = read_verified_outline(file, name)
+            elif stem in documents and name.endswith(DOCUMENT_SUFFIX):
+                with open_verified(path, name, entry) as file:
+                    documents[stem] = parse_json(name, file.read())
+            else:
+                check_size(path, name, entry)
+    except (CheckpointDamagedError, OSError) as error:
+        raise _damaged_checkpoint(path, str(error)) from error
+    state, progress = (_mapping(documents[name]) for name in ("trainer_state", "progress"))
+    size = sum(entry.size for entry in manifest.files.values())
+    return CheckpointOutline(
+        path, manifest.step, manifest.format_version, manifest.info, size, state, progress, found
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A document is whatever its writer made it; here only mappings are of use."""
+    return value if isinstance(value, dict) else {}
 
 
 def find_problems(path: Path) -> list[str]:

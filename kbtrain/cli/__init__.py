@@ -7,12 +7,14 @@ command's name. A user's mistake is printed without a stack trace and gives stat
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from kbtrain.errors import KbtrainError
 
 COMMANDS = {
+    "checkpoint": "list, verify and show checkpoints",
     "args": "list the fields of TrainingArguments: type, default, meaning",
     "env": "print versions, backend and devices, for bug reports",
 }
@@ -37,7 +39,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"kbtrain has no command {command!r}.\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        return int(importlib.import_module(f"kbtrain.cli.{command}").run(rest))
+        status = int(importlib.import_module(f"kbtrain.cli.{command}").run(rest))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KbtrainError as problem:
         print(f"kbtrain {command}: {problem}", file=sys.stderr)
         return 2

@@ -1,0 +1,128 @@
+"""``python -m kbtrain checkpoint ls|verify|show``: look at checkpoints, check them."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kbtrain.checkpoint.manifest import MANIFEST_NAME
+from kbtrain.checkpoint.reading import CheckpointOutline, find_problems, read_outline
+from kbtrain.checkpoint.store import CheckpointStore
+from kbtrain.errors import CheckpointError, CheckpointNotFoundError
+
+
+def run(words: Sequence[str]) -> int:
+    """Run ``python -m kbtrain checkpoint`` with the words after it.
+
+    Returns:
+        0, or 1 if ``verify`` found damage.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m kbtrain checkpoint", description="Look at checkpoints and check them."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, does: Callable[[argparse.Namespace], int], help: str) -> None:
+        added = commands.add_parser(name, help=help, description=help)
+        added.add_argument("path", type=Path, help="a run's folder, or one checkpoint")
+        added.set_defaults(does=does)
+
+    command("ls", ls, "List the checkpoints of a run: step, size, date, what is obviously wrong.")
+    command("verify", verify, "Read all files and compare their checksums; exit code 1 if damaged.")
+    command("show", show, "Show step, best metric, versions, and all arrays with shape and dtype.")
+    arguments = parser.parse_args(words)
+    return int(arguments.does(arguments))
+
+
+def ls(arguments: argparse.Namespace) -> int:
+    """One line per checkpoint, by step; nothing but manifests and states is read."""
+    rows = [("checkpoint", "size", "saved", "backend", "")]
+    for path in _checkpoints(arguments.path):
+        try:
+            outline = read_outline(path, arrays=False)
+        except CheckpointError as error:
+            rows.append((path.name, "?", "?", "?", f"DAMAGED: {error}"))
+            continue
+        saved = datetime.datetime.fromtimestamp((path / MANIFEST_NAME).stat().st_mtime)
+        best = outline.state.get("best_global_step") == outline.step
+        rows.append(
+            (
+                path.name,
+                f"{outline.size / 1e6:.1f} MB",
+                f"{saved:%Y-%m-%d %H:%M:%S}",
+                str(outline.info.get("backend", "?")),
+                f"best ({outline.state.get('best_metric')})" if best else "",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row[:4], widths, strict=True)]
+        print("  ".join([*cells, row[4]]).rstrip())
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Every byte of every file against the manifest."""
+    damaged = 0
+    for path in _checkpoints(arguments.path):
+        problems = find_problems(path)
+        damaged += bool(problems)
+        print(f"{path.name}: {'DAMAGED' if problems else 'intact'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if damaged else 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """What one checkpoint holds; of a run, its newest."""
+    path = _checkpoints(arguments.path)[-1]
+    outline = read_outline(path)
+    print(f"{path}\n")
+    for name, value in _facts(outline).items():
+        print(f"{name + ':':<18}{value}")
+    for group, arrays in outline.arrays.items():
+        total = sum(array.size for array in arrays)
+        print(f"\n{group}: {len(arrays)} arrays, {total:,} bytes")
+        width = max((len(array.name) for array in arrays), default=0)
+        for array in arrays:
+            print(f"  {array.name:<{width}}  {array.dtype:<10} {array.shape}")
+    return 0
+
+
+def _facts(outline: CheckpointOutline) -> dict[str, Any]:
+    state, progress = outline.state, outline.progress
+    parameters = sum(math.prod(array.shape) for array in outline.arrays.get("model", []))
+    facts = {
+        "step": f"{outline.step} of {state.get('max_steps', '?')}",
+        "epoch": state.get("epoch", "?"),
+        "position": f"batch {progress['batch']} of epoch {progress['epoch']}" if progress else "-",
+        "best": "-",
+        "last log": (state.get("log_history") or ["-"])[-1],
+        "model": f"{parameters:,} values",
+        "size": f"{outline.size:,} bytes",
+        "format version": outline.format_version,
+        **{key: value for key, value in outline.info.items() if key != "versions"},
+        "versions": ", ".join(f"{k} {v}" for k, v in outline.info.get("versions", {}).items()),
+    }
+    if state.get("best_global_step") is not None:
+        facts["best"] = f"{state.get('best_metric')} at step {state['best_global_step']}"
+    return facts
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The checkpoint ``path`` is, or those of the run ``path`` is, by ascending step."""
+    if (path / MANIFEST_NAME).exists():
+        return [path]
+    found = [folder for _, folder in CheckpointStore(path).list()]
+    if found:
+        return found
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is no checkpoint and holds none. Expected a folder checkpoint-{{step}} with a "
+            f"{MANIFEST_NAME}, or the folder of a run with such folders."
+        )
+    raise CheckpointNotFoundError(f"There is no {path}.")

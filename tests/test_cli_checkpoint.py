@@ -1,0 +1,110 @@
+"""``python -m kbtrain checkpoint``: what it prints, its exit codes, and that it starts light."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.cli import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    store = CheckpointStore(tmp_path / "run")
+    for step in (5, 20, 100):
+        store.save(
+            step,
+            {"model": {"net/kernel": np.ones((2, 3), "float32")}, "optimizer": {}},
+            {"trainer_state": {"best_global_step": 20, "best_metric": 0.25, "max_steps": 200}},
+            {"backend": "any", "versions": {"keras": "3"}},
+        )
+    return store.directory
+
+
+def damage(path):
+    (path / "optimizer.h5").write_bytes((path / "optimizer.h5").read_bytes()[:-1])
+
+
+def called(capsys, *arguments):
+    code = main(["checkpoint", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_ls_lists_by_step_and_marks_the_best(run, capsys):
+    code, lines, _ = called(capsys, "ls", run)
+    assert code == 0
+    assert [line.split()[0] for line in lines[1:]] == [f"checkpoint-{n}" for n in (5, 20, 100)]
+    assert [line.endswith("best (0.25)") for line in lines[1:]] == [False, True, False]
+    assert all(" any" in line for line in lines[1:])
+
+
+def test_ls_names_what_is_obviously_damaged(run, capsys):
+    damage(run / "checkpoint-20")
+    _, lines, _ = called(capsys, "ls", run)
+    assert ["DAMAGED" in line for line in lines[1:]] == [False, True, False]
+    assert "optimizer.h5" in lines[2]
+
+
+def test_verify_reads_every_byte(run, capsys):
+    assert called(capsys, "verify", run)[:2] == (
+        0,
+        ["checkpoint-5: intact", "checkpoint-20: intact", "checkpoint-100: intact"],
+    )
+    data = bytearray((run / "checkpoint-20" / "optimizer.h5").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "checkpoint-20" / "optimizer.h5").write_bytes(data)
+    code, lines, _ = called(capsys, "verify", run)
+    assert (code, lines[1]) == (1, "checkpoint-20: DAMAGED")
+    assert "optimizer.h5: contents altered" in lines[2]
+    assert called(capsys, "verify", run / "checkpoint-5")[0] == 0
+
+
+def test_show_has_arrays_shapes_dtypes_step_and_best(run, capsys):
+    code, lines, _ = called(capsys, "show", run)
+    assert code == 0
+    assert lines[0].endswith("checkpoint-100")
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "step: 100 of 200" in text
+    assert "best: 0.25 at step 20" in text
+    assert "versions: keras 3" in text
+    assert "net/kernel float32 (2, 3)" in text
+    assert "model: 6 values" in text
+    assert "optimizer: 0 arrays, 0 bytes" in text
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "show"])
+def test_what_is_no_checkpoint_is_an_error_in_words(command, tmp_path, capsys):
+    code, _, err = called(capsys, command, tmp_path)
+    assert code == 2
+    assert err.startswith(f"kbtrain checkpoint: {tmp_path} is no checkpoint")
+    code, _, err = called(capsys, command, tmp_path / "nowhere")
+    assert (code, err) == (2, f"kbtrain checkpoint: There is no {tmp_path / 'nowhere'}.\n")
+
+
+def test_showing_a_damaged_one_is_an_error_in_words(run, capsys):
+    damage(run / "checkpoint-100")
+    code, _, err = called(capsys, "show", run)
+    assert code == 2
+    assert "checkpoint-100 is damaged: optimizer.h5" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["ls"], ["nothing"]])
+def test_arguments_that_make_no_sense(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["checkpoint", *arguments])
+    assert caught.value.code == 2
+    assert "usage: python -m kbtrain checkpoint" in capsys.readouterr().err
+
+
+def test_it_starts_without_keras_and_frameworks(run):
+    program = (
+        "import sys\nfrom kbtrain.cli import main\n"
+        f"codes = [main(['checkpoint', c, {str(run)!r}]) for c in ('ls', 'verify', 'show')]\n"
+        "heavy = {'keras', 'torch', 'tensorflow', 'jax'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or any(codes) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
