@@ -8,10 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kbtrain.data.permutation import FeistelPermutation
 from kbtrain.errors import ConfigurationError
 
-Order = np.ndarray | range
-"""Sample indices in the order they are visited; a ``range`` when that is the stored order."""
+Order = np.ndarray | range | FeistelPermutation
+"""Sample indices in the order they are visited, by slices; a ``range`` if they are consecutive."""
+
+MAX_STORED = 1 << 22
+"""Longest random order that is kept as an array (32 MiB); longer ones are computed piece by piece.
+
+Not to be changed: it decides the order of the data, and runs are resumed."""
 
 
 def epoch_order(length: int, seed: int, epoch: int, strategy: str = "random") -> Order:
@@ -24,7 +30,8 @@ def epoch_order(length: int, seed: int, epoch: int, strategy: str = "random") ->
         strategy: ``"random"`` for a fresh permutation each epoch, ``"sequential"`` for 0, 1, 2, ...
 
     Returns:
-        An int64 array of shape ``(length,)``, or a ``range`` for ``"sequential"``.
+        An int64 array of shape ``(length,)``, a ``range`` for ``"sequential"``, or for more than
+        ``MAX_STORED`` samples a ``FeistelPermutation``, whose slices are arrays.
 
     Raises:
         ConfigurationError: The strategy is unknown, or a number is negative.
@@ -53,13 +60,20 @@ def check_strategy(strategy: str) -> None:
         )
 
 
-def _random(length: int, seed: int, epoch: int) -> np.ndarray:
+def _random(length: int, seed: int, epoch: int) -> Order:
+    """A fresh permutation for each epoch."""
+    if length > MAX_STORED:
+        return FeistelPermutation(length, seed, epoch)
+    return _sorted_keys(length, seed, epoch)
+
+
+def _sorted_keys(length: int, seed: int, epoch: int) -> np.ndarray:
     """Permute by sorting random keys.
 
     ``Generator.permutation`` would be as short, but NumPy keeps the right to change its stream
     between versions; the raw words of a bit generator never change. Each key carries its index in
     the low bits, so a plain sort of 64-bit integers is enough and ties cannot happen. The high bits
-    that stay random (40 for ten million samples) are far more than the order can show.
+    that stay random (42 for four million samples) are far more than the order can show.
     """
     # spawn_key, not [seed, epoch]: a seed above 32 bits would run into the epoch's word.
     words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(length)
