@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -49,19 +50,20 @@ def train_loop(trainer: Trainer, run: Run) -> None:
     for epoch in range(progress.epoch, run.plan.num_epochs):
         trainer.control.new_epoch()
         trainer.fire("on_epoch_begin")
-        for block in run.blocks():
-            trainer.control.new_step()
-            trainer.fire("on_step_begin")
-            for _ in range(block.micro_batches - 1):
-                trainer.fire("on_substep_end")
-            trainer.fire("on_pre_optimizer_step")
-            run.update(block)
-            trainer.fire("on_optimizer_step")
-            decide_after_step(args, state, trainer.control)
-            trainer.fire("on_step_end")
-            log_evaluate_save(trainer, run)
-            if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
-                break
+        with contextlib.closing(run.blocks()) as blocks:
+            for block in blocks:
+                trainer.control.new_step()
+                trainer.fire("on_step_begin")
+                for _ in range(block.micro_batches - 1):
+                    trainer.fire("on_substep_end")
+                trainer.fire("on_pre_optimizer_step")
+                run.update(block)
+                trainer.fire("on_optimizer_step")
+                decide_after_step(args, state, trainer.control)
+                trainer.fire("on_step_end")
+                log_evaluate_save(trainer, run)
+                if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
+                    break
         if progress.batch == 0:
             logger.warning(
                 "No data in epoch %d: training ends at step %d of %d.",

@@ -1,7 +1,9 @@
 """Blocks: the batches of several updates, laid out for one call to the device."""
 
+import contextlib
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from kbtrain.data.batch import batch_size, named_leaves, signature, stack
 from kbtrain.data.loader import DataLoader, Loader
+from kbtrain.data.prefetch import Prefetched
 from kbtrain.data.structure import map_structure
 
 MAX_BLOCK = 64
@@ -25,7 +28,7 @@ class Block:
     Attributes:
         chunks: What the train step takes, with the updates along a new leading axis: a list of
             ``{"single": micro_batch}`` and ``{"stacked": micro_batches along one more axis}``.
-        room: Length of the leading axis; entries from ``updates`` on are not initialised.
+        room: Length of the leading axis; entries from ``updates`` on are of no meaning.
         updates: Updates in the block.
         micro_batches: Micro-batches of each update.
         samples: Samples in all.
@@ -45,11 +48,19 @@ class Batches:
 
     The first batch is looked at before training (to build the model from its shapes) and given
     back, because a generator could not produce it a second time.
+
+    Arrays are read a block at a time, and ahead by a thread where that is slow (large batches,
+    arrays on disk). Data with code of the user's is read in the calling thread: it may draw from
+    the global random generators, whose state is part of a checkpoint, or belong to one thread.
+
+    Args:
+        loader: Where the batches come from.
     """
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._first: tuple[Any, Iterator[Any]] | None = None
+        self._reach = 1
 
     def peek(self) -> Any:
         """The first batch of epoch 0; None if there is none."""
@@ -65,8 +76,8 @@ class Batches:
 
     def blocks(
         self, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
-    ) -> Iterator[Block]:
-        """The rest of an epoch in blocks.
+    ) -> Generator[Block, None, None]:
+        """The rest of an epoch in blocks. Close it (``contextlib.closing``) when leaving it early.
 
         Args:
             epoch: Number of the epoch.
@@ -74,38 +85,46 @@ class Batches:
             accumulation: Micro-batches per update; the last update may have fewer.
             limit: Asked before each block how many updates it may have.
         """
-        if isinstance(self._loader, DataLoader) and self._loader.vectorised:
-            for block in self._vectorised(self._loader, epoch, start, accumulation, limit):
-                start += block.updates * block.micro_batches
-                yield block
+        loader = self._loader
+        if isinstance(loader, DataLoader) and loader.vectorised:
+            updates = max(0, loader.full_batches - start) // accumulation
+            slabs = self._slabs(loader, epoch, start, accumulation, updates)
+            with contextlib.closing(Prefetched(slabs)) as slabs:
+                yield from _cut(slabs, limit)
+            start += updates * accumulation
         yield from self._collected(self._from(epoch, start), accumulation, limit)
 
-    @staticmethod
-    def _vectorised(
-        loader: DataLoader, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
+    def _slabs(
+        self, loader: DataLoader, epoch: int, start: int, accumulation: int, updates: int
     ) -> Iterator[Block]:
-        """All updates of full batches: the rows of a block are read at once."""
-        full = loader.full_batches
-        if start + accumulation > full:
+        """Updates of full batches in blocks as long as there is room: all rows are read at once.
+
+        They do not depend on where something is due, so they can be made ahead. The first ones of
+        a run are short, so that its first step does not wait for 64 batches from a slow disk.
+        """
+        if not updates:
             return
         read, size = loader.reader(epoch), loader.batch_size
+        # No memory is touched by this: it serves for shapes and dtypes.
         one = map_structure(
-            lambda x: x.reshape(accumulation, size, *x.shape[1:]), read(start, accumulation)
+            lambda x: np.empty((accumulation, size, *x.shape[1:]), x.dtype), read(start, 0)
         )
-        room = _room(one)
+        room, outline = _room(one), signature(one)
         kind = "single" if accumulation == 1 else "stacked"
         lead = (size,) if accumulation == 1 else (accumulation, size)
-        while (left := (full - start) // accumulation) > 0:
-            updates = min(limit(), left, room)
-            rows = read(start, updates * accumulation)
+        while updates:
+            count = min(room, updates, self._reach)
+            self._reach = min(4 * self._reach, MAX_BLOCK)
+            rows = read(start, count * accumulation)
 
-            def lay_out(x: np.ndarray, updates: int = updates) -> np.ndarray:
-                return _with_room(x.reshape(updates, *lead, *x.shape[1:]), room)
+            def lay_out(x: np.ndarray, count: int = count) -> np.ndarray:
+                return _with_room(x.reshape(count, *lead, *x.shape[1:]), room)
 
+            samples = count * accumulation * size
             chunk = map_structure(lay_out, rows)
-            samples = updates * accumulation * size
-            yield Block([{kind: chunk}], room, updates, accumulation, samples, signature(one))
-            start += updates * accumulation
+            yield Block([{kind: chunk}], room, count, accumulation, samples, outline)
+            start += count * accumulation
+            updates -= count
 
     @staticmethod
     def _collected(
@@ -139,6 +158,42 @@ class Batches:
         if first is not None and epoch == 0 and (start == 0 or not self._loader.sized):
             return itertools.islice(itertools.chain([first[0]], first[1]), start, None)
         return iter(self._loader.epoch(epoch, start))
+
+
+def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
+    """The updates of ``slabs`` in blocks that end where ``limit`` says."""
+    slab, done = next(slabs, None), 0
+    while slab is not None:
+        wanted = min(max(limit(), 1), slab.room)
+        count = 0
+        parts: list[tuple[Block, slice]] = []
+        while slab is not None and count < wanted:
+            stop = min(slab.updates, done + wanted - count)
+            parts.append((slab, slice(done, stop)))
+            count, done = count + stop - done, stop
+            if count < wanted:
+                slab, done = next(slabs, None), 0
+        yield _joined(parts, count)
+        if slab is not None and done == slab.updates:
+            slab, done = next(slabs, None), 0
+
+
+def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
+    """One block of parts of several; the beginning of a single one is not copied."""
+    first, rows = parts[0]
+    chunks = first.chunks
+    if len(parts) > 1 or rows.start:
+
+        def join(*arrays: np.ndarray) -> np.ndarray:
+            result = np.empty((first.room, *arrays[0].shape[1:]), arrays[0].dtype)
+            cuts = [array[rows] for array, (_, rows) in zip(arrays, parts, strict=True)]
+            np.concatenate(cuts, out=result[:count])
+            return result
+
+        of_all = zip(*[block.chunks for block, _ in parts], strict=True)
+        chunks = [map_structure(join, *chunk) for chunk in of_all]
+    samples = first.samples // first.updates * count
+    return dataclasses.replace(first, chunks=chunks, updates=count, samples=samples)
 
 
 def _room(*batches: Any) -> int:
