@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from kbtrain.data.batch import batch_size, named_leaves, signature, stack
 from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.prefetch import Prefetched
+from kbtrain.data.shapes import ShapeWatch
 from kbtrain.data.structure import map_structure
 
 MAX_BLOCK = 64
@@ -40,7 +41,7 @@ class Block:
     updates: int
     micro_batches: int
     samples: int
-    outline: Any
+    outline: Hashable
 
 
 class Batches:
@@ -61,6 +62,7 @@ class Batches:
         self._loader = loader
         self._first: tuple[Any, Iterator[Any]] | None = None
         self._reach = 1
+        self._watch = ShapeWatch(getattr(loader, "name", "the data"))
 
     def peek(self) -> Any:
         """The first batch of epoch 0; None if there is none."""
@@ -72,7 +74,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of epoch 0."""
-        return self._from(0, 0)
+        for batch in self._from(0, 0):
+            self._watch.see(signature(batch), [batch])
+            yield batch
 
     def blocks(
         self, epoch: int, start: int, accumulation: int, limit: Callable[[], int]
@@ -109,7 +113,8 @@ class Batches:
         one = map_structure(
             lambda x: np.empty((accumulation, size, *x.shape[1:]), x.dtype), read(start, 0)
         )
-        room, outline = _room(one), signature(one)
+        room, outline = _room(one), (signature(one),)
+        self._watch.see(outline, [])
         kind = "single" if accumulation == 1 else "stacked"
         lead = (size,) if accumulation == 1 else (accumulation, size)
         while updates:
@@ -126,22 +131,21 @@ class Batches:
             start += count * accumulation
             updates -= count
 
-    @staticmethod
     def _collected(
-        batches: Iterator[Any], accumulation: int, limit: Callable[[], int]
+        self, batches: Iterator[Any], accumulation: int, limit: Callable[[], int]
     ) -> Iterator[Block]:
         """Any batches: neighbouring updates of equal shapes are stacked."""
         waiting: list[Any] = []
         room = 1
         while True:
             groups: list[list[Any]] = []
-            outline: list[Any] = []
+            outline: tuple[Any, ...] = ()
             for _ in range(max(limit(), 1)):
                 group = waiting or list(itertools.islice(batches, accumulation))
                 waiting = []
                 if not group:
                     break
-                shapes = [signature(batch) for batch in group]
+                shapes = tuple(signature(batch) for batch in group)
                 if groups and (shapes != outline or len(groups) == room):
                     waiting = group
                     break
@@ -150,6 +154,7 @@ class Batches:
                 groups.append(group)
             if not groups:
                 return
+            self._watch.see(outline, groups[0])
             samples = len(groups) * sum(batch_size(batch) for batch in groups[0])
             yield Block(_chunks(groups, room), room, len(groups), len(groups[0]), samples, outline)
 

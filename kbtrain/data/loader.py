@@ -100,6 +100,11 @@ class DataLoader:
         self._said_skipping = False
 
     @property
+    def name(self) -> str:
+        """How messages call the data."""
+        return self.source.name
+
+    @property
     def sized(self) -> bool:
         """Whether the number of batches is known and seeking is free."""
         return self.source.sized
@@ -239,7 +244,7 @@ class BatchLoader:
 
     def __init__(self, batches: Any, name: str = "the dataloader") -> None:
         self._batches = batches
-        self._name = name
+        self.name = name
         # Lists and Keras' PyDatasets can be iterated too, but reading by index makes seeking free.
         self._indexed = (
             isinstance(batches, Sequence)
@@ -275,9 +280,7 @@ class BatchLoader:
         """
         length = self._known_length()
         if length is None:
-            raise UnsizedDataError(
-                f"{self._name} has no length. Set max_steps, or give it __len__."
-            )
+            raise UnsizedDataError(f"{self.name} has no length. Set max_steps, or give it __len__.")
         return length
 
     def __iter__(self) -> Iterator[Any]:
@@ -309,7 +312,7 @@ class BatchLoader:
     def _read(self, start_batch: int) -> Iterator[Any]:
         batches = self._raw_batches(start_batch)
         for number in itertools.count(start_batch):
-            where = f"Batch {number} of {self._name}"
+            where = f"Batch {number} of {self.name}"
             try:
                 batch = next(batches)
             except StopIteration:
@@ -327,7 +330,7 @@ class BatchLoader:
                 yield self._batches[number]
             return
         if start_batch and not self._said_skipping:
-            logger.info("%s: reading and skipping %d batches.", self._name, start_batch)
+            logger.info("%s: reading and skipping %d batches.", self.name, start_batch)
             self._said_skipping = True
         yield from itertools.islice(self._batches, start_batch, None)
 

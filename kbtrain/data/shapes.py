@@ -1,0 +1,64 @@
+"""Watching the shapes that are compiled for: each new one costs a compilation."""
+
+import logging
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from kbtrain.data.batch import named_leaves
+
+logger = logging.getLogger("kbtrain")
+
+MANY_SHAPES = 8
+"""Different shapes in one pass over data that are not worth a word."""
+
+_SHOWN = 6
+
+
+class ShapeWatch:
+    """Warns, once, when batches come in more shapes than a compiled step can be expected to have.
+
+    Args:
+        name: How the message calls the data.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._outlines: set[Hashable] = set()
+        self._shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def see(self, outline: Hashable, batches: Sequence[Any]) -> None:
+        """Note the shapes of one call to the device.
+
+        Args:
+            outline: What the compiled code depends on; the same one twice costs nothing.
+            batches: The batches of the call, looked at only if the outline is new.
+        """
+        if outline in self._outlines:
+            return
+        self._outlines.add(outline)
+        for batch in batches:
+            for name, array in named_leaves(batch):
+                shapes = self._shapes.setdefault(name, [])
+                if tuple(array.shape) not in shapes:
+                    shapes.append(tuple(array.shape))
+        if len(self._outlines) == MANY_SHAPES + 1:
+            logger.warning(
+                "%s has come in %d different shapes so far, and for each of them the step is "
+                "compiled anew: %s. Pad to few lengths: a collator with pad_to_multiple_of (or "
+                "padding='max_length'), and train_sampling_strategy='group_by_length' to keep the "
+                "padding short.",
+                self._name,
+                len(self._outlines),
+                "; ".join(self._varying()),
+            )
+
+    def _varying(self) -> list[str]:
+        """The arrays whose shapes differ, with some of their shapes; the worst ones first."""
+        varying = [(name, shapes) for name, shapes in self._shapes.items() if len(shapes) > 1]
+        varying.sort(key=lambda item: -len(item[1]))
+        texts = []
+        for name, shapes in varying:
+            shown = ", ".join(str(shape) for shape in shapes[:_SHOWN])
+            more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+            texts.append(f"{name} {shown}{more}")
+        return texts
