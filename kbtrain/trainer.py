@@ -25,12 +25,13 @@ from kbtrain.loaders import is_named_datasets, make_loader
 from kbtrain.loss import resolve_loss
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
+from kbtrain.trainer_renames import KnownParameters
 from kbtrain.training_args import TrainingArguments
 
 logger = logging.getLogger("kbtrain")
 
 
-class Trainer:
+class Trainer(KnownParameters):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
