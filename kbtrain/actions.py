@@ -50,7 +50,9 @@ def save(trainer: Trainer, run: Run) -> None:
     if state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(store.path(state.global_step))
     state.stateful_callbacks = trainer.callback_handler.state()
-    arrays = {"model": persistence.gather_model(trainer.model)}
+    trained = persistence.gather_model(trainer.model)
+    evaluated = persistence.gather_evaluation(trainer.model, trainer.optimizer, trained)
+    arrays = {"model": trained | (evaluated if args.save_only_model else {})}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
     if not args.save_only_model:
         more_arrays, more_documents = persistence.gather_training(
@@ -61,6 +63,8 @@ def save(trainer: Trainer, run: Run) -> None:
             run.progress,
         )
         arrays |= more_arrays
+        if evaluated:
+            arrays["evaluation"] = evaluated
         documents |= more_documents
     store.save(state.global_step, arrays, documents, persistence.environment(trainer.backend))
     if args.save_total_limit is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from kbtrain import persistence
 from kbtrain.data import Batches, as_loader, batch_size, unpack
 from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.evaluation_weights import swapped_in
 from kbtrain.metrics import MetricSet
 
 if TYPE_CHECKING:
@@ -100,17 +101,18 @@ def evaluation_loop(
         metrics = bound.metrics if with_loss else None
         # In training the metrics are in the middle of adding up what the next log will say.
         saved = persistence.copies(bound.metric_variables) if trainer.is_in_train else None
-        output = run_evaluation(
-            backend=backend,
-            step=bound.eval_step(with_loss, gather),
-            batches=batches,
-            metrics=metrics,
-            compute_metrics=trainer.compute_metrics,
-            include=trainer.args.include_for_metrics,
-            keep_outputs=keep_outputs,
-            prefix=prefix,
-            on_batch=lambda: trainer.fire("on_prediction_step"),
-        )
+        with swapped_in(trainer.optimizer if trainer.training_weights else None):
+            output = run_evaluation(
+                backend=backend,
+                step=bound.eval_step(with_loss, gather),
+                batches=batches,
+                metrics=metrics,
+                compute_metrics=trainer.compute_metrics,
+                include=trainer.args.include_for_metrics,
+                keep_outputs=keep_outputs,
+                prefix=prefix,
+                on_batch=lambda: trainer.fire("on_prediction_step"),
+            )
         if saved is not None:
             persistence.put_back(bound.metric_variables, saved)
         return output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kbtrain import actions, persistence, rng
+from kbtrain import actions, evaluation_weights, persistence, rng
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
@@ -45,6 +45,7 @@ class TrainOutput(NamedTuple):
 def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     """Train from the beginning, or from a checkpoint, to the end."""
     run = prepare(trainer, checkpoint)
+    trainer.training_weights = True
     trainer.control.new_training()
     trainer.fire("on_train_begin")
     if trainer.args.eval_on_start and checkpoint is None:
@@ -59,6 +60,9 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     metrics = speed("train", seconds, run.samples, state.global_step - run.first_step)
     metrics["train_loss"] = loss
     trainer.log(metrics)
+    # As in Keras: from here on the model holds the weights that were evaluated.
+    evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
+    trainer.training_weights = False
     if trainer.args.load_best_model_at_end:
         actions.load_best(trainer)
     trainer.fire("on_train_end")

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain import rng
+from kbtrain import evaluation_weights, rng
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -86,13 +86,21 @@ def gather_model(model: keras.Model) -> dict[str, np.ndarray]:
     return capture(name_variables(model_variables(model)))
 
 
+def gather_evaluation(
+    model: keras.Model, optimizer: Any, trained: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Host copies of what is evaluated in place of some of the trained weights, by path."""
+    return evaluation_weights.differing(optimizer, name_variables(model_variables(model)), trained)
+
+
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
-    """Put the model's variables back.
+    """Put the model's variables back, to the values that are meant for evaluation.
 
     Raises:
         CheckpointMismatchError: The checkpoint is of another architecture; nothing was changed.
     """
-    restore(name_variables(model_variables(model)), _group(checkpoint, "model"), what="model")
+    arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
+    restore(name_variables(model_variables(model)), arrays, what="model")
 
 
 def gather_training(

@@ -19,6 +19,7 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.data import Loader, as_loader
 from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
+from kbtrain.evaluation_weights import swapped_in
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
 from kbtrain.loaders import is_named_datasets, make_loader
@@ -97,6 +98,8 @@ class Trainer(KnownParameters):
         self._given_loss, self._given_metrics = resolve_loss(loss), metrics
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
+        # Whether the model holds the weights in training, which may differ from those to evaluate.
+        self.training_weights = False
         self.lr_scheduler: Any = None
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
@@ -357,7 +360,8 @@ class Trainer(KnownParameters):
             target.mkdir(parents=True, exist_ok=True)
             self.args.to_json_file(target / "training_args.json")
             target = target / "model.keras"
-        persistence.save_keras_file(self.model, target)
+        with swapped_in(self.optimizer if self.training_weights else None):
+            persistence.save_keras_file(self.model, target)
         return target
 
     def save_state(self) -> Path:

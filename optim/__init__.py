@@ -18,7 +18,8 @@ Example:
 """
 
 from optim.adamw import AdamW
-from optim.optimizer import Optimizer
+from optim.evaluation_weights import SwapEvaluationWeights
+from optim.optimizer import Optimizer, Slot
 from optim.registry import get, get_scheduler, names, scheduler_names
 from optim.schedules import (
     Constant,
@@ -36,6 +37,8 @@ __all__ = [
     "LinearWithWarmup",
     "Optimizer",
     "Schedule",
+    "Slot",
+    "SwapEvaluationWeights",
     "get",
     "get_scheduler",
     "names",

@@ -1,14 +1,16 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from optim import precision
+from optim.evaluation_weights import EvaluationWeights
 from optim.kernels import backend as kernels
 
 Tensor = Any
@@ -33,13 +35,49 @@ class CommonArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A piece of state that is not a float32 tensor of zeros.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype, as Keras names it.
+        initializer: its first value: a number, a Keras initializer or the name of one, or
+            ``"parameter"`` for the value the variable has when the optimizer is built.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    initializer: Any = "zeros"
+
+
+class Treatment(NamedTuple):
+    """How one variable is updated; variables with equal treatments can share a kernel call.
+
+    Attributes:
+        rule: the optimizer whose pure part (`Optimizer.update` and hyperparameters) is executed.
+        weight_decay: see `Optimizer.weight_decay_of`.
+        learning_rate_multiplier: see `Optimizer.learning_rate_multiplier_of`.
+    """
+
+    rule: "Optimizer"
+    weight_decay: float
+    learning_rate_multiplier: float
+
+    def learning_rate(self, learning_rate: Tensor) -> Tensor:
+        """The optimizer's learning rate as this treatment has it."""
+        multiplier = self.learning_rate_multiplier
+        return learning_rate if multiplier == 1.0 else learning_rate * multiplier
+
+
+@dataclass(frozen=True)
 class _State:
-    """The slots of all variables, by index.
+    """The rules and the slots of all variables, by index.
 
     A class of its own, because Keras wraps every bare list and dict that is set on an optimizer in
     a container that tracks variables, and these are tracked already.
     """
 
+    rules: list["Optimizer"]
     slots: list[dict[str, Any]]
 
 
@@ -87,7 +125,7 @@ def check_range(name: str, value: Any, low: float, high: float = float("inf")) -
     return float(value)
 
 
-class Optimizer(keras.optimizers.Optimizer):
+class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
     """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
 
     A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
@@ -95,6 +133,13 @@ class Optimizer(keras.optimizers.Optimizer):
     float32 arithmetic and float32 state whatever the dtype of the variable, low-precision variables
     that follow their float32 trajectory (`optim.precision`), weight decay per variable, sparse
     gradients, and the execution by the kernels of the running backend.
+
+    A subclass may treat variables differently. `rule_for` names the optimizer whose rule a variable
+    gets (Muon gives its matrices one and everything else AdamW's), `learning_rate_multiplier_of`
+    and `weight_decay_of` its learning rate and decay. And it may evaluate other weights than it
+    trains: `evaluated` is the pure function for that (see `EvaluationWeights` for who calls it).
+    A rule that needs random numbers takes them from a slot or from a pure function of a seed, the
+    step and the variable, so that a resumed run draws the same ones.
 
     It differs from a stock Keras optimizer on purpose in two things. Clipping, accumulation and the
     moving average are float32 too. With ``gradient_accumulation_steps`` the learning-rate schedule
@@ -178,14 +223,15 @@ class Optimizer(keras.optimizers.Optimizer):
 
     # ---- what a subclass provides ---------------------------------------------------------------
 
-    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The state the rule keeps for a variable; every slot is float32 and starts at zero.
+    def slot_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...] | Slot]:
+        """The state the rule keeps for a variable.
 
         Args:
             shape: shape of the variable.
 
         Returns:
-            Slot name -> shape. ``"residual"`` is taken by the base class.
+            Slot name -> shape of a float32 tensor of zeros, or a `Slot` with another dtype or
+            first value. ``"residual"`` is taken by the base class.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define `slot_shapes(self, shape)`; return {{}} for a rule "
@@ -206,9 +252,9 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             parameter: float32 tensor.
             gradient: float32 tensor of the same shape.
-            slots: slot name -> float32 tensor, as `slot_shapes` says.
+            slots: slot name -> tensor, as `slot_shapes` says.
             step: float32 scalar, 1 at the first update.
-            learning_rate: float32 scalar.
+            learning_rate: float32 scalar, times the variable's multiplier.
             weight_decay: the variable's decay, 0.0 if it is excluded. A Python number, known when
                 the rule is traced.
 
@@ -219,6 +265,48 @@ class Optimizer(keras.optimizers.Optimizer):
             f"{type(self).__name__} must define `update(self, parameter, gradient, slots, step, "
             "learning_rate, weight_decay)`."
         )
+
+    def rule_for(self, variable: Any) -> "Optimizer":
+        """The optimizer whose pure part applies to a variable; asked once, when state is made.
+
+        Its `slot_shapes`, `update`, `evaluated`, hyperparameters and weight decay are used; its
+        learning rate, clipping, counter and whatever else belongs to an optimizer as a whole are
+        not: those of this optimizer apply to every variable.
+
+        Args:
+            variable: one of the variables the optimizer is built with.
+
+        Returns:
+            This optimizer, unless a subclass says otherwise.
+        """
+        return self
+
+    def learning_rate_multiplier_of(self, variable: Any) -> float:
+        """What the learning rate is multiplied by for a variable, before its rule sees it.
+
+        Args:
+            variable: one of the variables the optimizer was built with.
+
+        Returns:
+            A Python number, known when the update is traced: 1.0, unless a subclass says otherwise.
+        """
+        return 1.0
+
+    def evaluated(
+        self, parameter: Tensor, slots: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The value to evaluate where it is not the one that is trained; a pure function.
+
+        Args:
+            parameter: the trained value, float32.
+            slots: slot name -> tensor.
+
+        Returns:
+            ``None`` if it is the trained value. Else the value to evaluate, and the slots with
+            which training would continue from there if it became the trained one; given those two,
+            this function returns them unchanged.
+        """
+        return None
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -235,28 +323,36 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
+        rules = [self._resolve_rule(variable) for variable in variables]
         slots = [
-            {} if self._overwrite_variable_with_gradient(variable) else self._new_slots(variable)
-            for variable in variables
+            {}
+            if self._overwrite_variable_with_gradient(variable)
+            else self._new_slots(variable, rule)
+            for variable, rule in zip(variables, rules, strict=True)
         ]
-        self._state = _State(slots)
+        self._state = _State(rules, slots)
 
-    def _new_slots(self, variable: Any) -> dict[str, Any]:
-        shapes = dict(self.slot_shapes(tuple(variable.shape)))
+    def _resolve_rule(self, variable: Any) -> "Optimizer":
+        rule = self.rule_for(variable)
+        return self if rule is self else rule._resolve_rule(variable)
+
+    def _new_slots(self, variable: Any, rule: "Optimizer") -> dict[str, Any]:
+        slots = dict(rule.slot_shapes(tuple(variable.shape)))
         if precision.needs_residual(keras.utils.standardize_dtype(variable.dtype)):
-            shapes["residual"] = tuple(variable.shape)
-        return {name: self._add_slot(variable, name, shape) for name, shape in shapes.items()}
+            slots["residual"] = tuple(variable.shape)
+        return {
+            name: self._add_slot(variable, name, slot if isinstance(slot, Slot) else Slot(slot))
+            for name, slot in slots.items()
+        }
 
-    def _add_slot(
-        self, variable: Any, name: str, shape: tuple[int, ...], initializer: Any = "zeros"
-    ) -> Any:
+    def _add_slot(self, variable: Any, name: str, slot: Slot) -> Any:
         prefix = getattr(variable, "path", None) or variable.name
-        same_shape = tuple(shape) == tuple(variable.shape)
+        same_shape = tuple(slot.shape) == tuple(variable.shape)
         with kernels.colocated(variable):
             return self.add_variable(
-                shape=shape,
-                initializer=initializer,
-                dtype="float32",
+                shape=slot.shape,
+                initializer=_initializer(slot.initializer, variable),
+                dtype=slot.dtype,
                 name=f"{prefix}_{name}".replace("/", "_").replace(":", "_"),
                 layout=getattr(variable, "_layout", None) if same_shape else None,
             )
@@ -274,8 +370,8 @@ class Optimizer(keras.optimizers.Optimizer):
         Returns:
             A `keras.Variable`.
         """
-        shape = tuple(reference_variable.shape)
-        return self._add_slot(reference_variable, name or "var", shape, initializer)
+        slot = Slot(tuple(reference_variable.shape), initializer=initializer)
+        return self._add_slot(reference_variable, name or "var", slot)
 
     def slots_of(self, variable: Any) -> dict[str, Any]:
         """The state kept for a variable.
@@ -289,17 +385,44 @@ class Optimizer(keras.optimizers.Optimizer):
         return self._state.slots[self._get_variable_index(variable)]
 
     def weight_decay_of(self, variable: Any) -> float:
-        """The weight decay that applies to a variable, 0.0 if it is excluded.
+        """The weight decay that applies to a variable: its rule's, 0.0 if it is excluded.
 
         Args:
             variable: one of the variables the optimizer was built with.
 
         Returns:
-            A Python number.
+            A Python number, known when the update is traced.
         """
-        if not self.weight_decay or not self._use_weight_decay(variable):
+        weight_decay = self.rule_of(variable).weight_decay
+        if not weight_decay or not self._use_weight_decay(variable):
             return 0.0
-        return float(self.weight_decay)
+        return float(weight_decay)
+
+    def rule_of(self, variable: Any) -> "Optimizer":
+        """What `rule_for` said about a variable when the state was made.
+
+        Args:
+            variable: one of the variables the optimizer was built with.
+
+        Returns:
+            The optimizer whose rule updates it.
+        """
+        return self._state.rules[self._get_variable_index(variable)]
+
+    def treatment_of(self, variable: Any) -> Treatment:
+        """How a variable is updated.
+
+        Args:
+            variable: one of the variables the optimizer was built with.
+
+        Returns:
+            Its rule, weight decay and learning-rate multiplier.
+        """
+        return Treatment(
+            self.rule_of(variable),
+            self.weight_decay_of(variable),
+            float(self.learning_rate_multiplier_of(variable)),
+        )
 
     # ---- applying gradients ---------------------------------------------------------------------
 
@@ -354,16 +477,17 @@ class Optimizer(keras.optimizers.Optimizer):
             gradient: float32 tensor of the shape of the variable.
             variable: the variable to update.
             step: float32 scalar, 1 at the first update.
-            learning_rate: float32 scalar.
+            learning_rate: float32 scalar, not yet multiplied for this variable.
         """
         slots = self.slots_of(variable)
-        value, new_slots = self._advance(
+        treatment = self.treatment_of(variable)
+        value, new_slots = treatment.rule._advance(
             ops.convert_to_tensor(variable),
             gradient,
             {name: ops.convert_to_tensor(slot) for name, slot in slots.items()},
             step,
-            learning_rate,
-            self.weight_decay_of(variable),
+            treatment.learning_rate(learning_rate),
+            treatment.weight_decay,
         )
         self.assign(variable, value)
         for name, slot in slots.items():
@@ -393,6 +517,23 @@ class Optimizer(keras.optimizers.Optimizer):
         narrow = ops.cast(value, "float32")
         moved, slots = self.update(narrow, gradient, slots, *scalars)
         return value + ops.cast(moved - narrow, dtype), slots
+
+    # ---- what is evaluated ----------------------------------------------------------------------
+
+    def _evaluated(self, variable: Any) -> tuple[Any, dict[str, Any]] | None:
+        if self.use_ema:
+            average = self._model_variables_moving_average[self._get_variable_index(variable)]
+            return None if average is None else (_copy(average, variable.dtype), {})
+        rule = self.rule_of(variable)
+        if type(rule).evaluated is Optimizer.evaluated:
+            return None
+        slots = {n: ops.convert_to_tensor(slot) for n, slot in self.slots_of(variable).items()}
+        dtype = keras.utils.standardize_dtype(variable.dtype)
+        value = ops.convert_to_tensor(variable)
+        if precision.needs_residual(dtype):
+            value = precision.join(value, slots.pop("residual"), dtype)
+        result = rule.evaluated(ops.cast(value, "float32"), slots)
+        return None if result is None else (_copy(result[0], dtype), result[1])
 
     # ---- counting updates, averaging ------------------------------------------------------------
 
@@ -424,3 +565,20 @@ class Optimizer(keras.optimizers.Optimizer):
         ):
             if average is not None:
                 self.assign(variable, ops.cast(average, variable.dtype))
+
+
+def _copy(value: Any, dtype: str) -> Tensor:
+    """In memory of its own: a variable that shared it would be donated with another one on JAX."""
+    return ops.copy(ops.cast(ops.convert_to_tensor(value), dtype))
+
+
+def _initializer(initializer: Any, variable: Any) -> Any:
+    """A `Slot.initializer` as Keras takes it."""
+    if isinstance(initializer, Real):
+        return keras.initializers.Constant(float(initializer))
+    if initializer != "parameter":
+        return initializer
+    # By value: TensorFlow cannot lift an initializer that reads a variable out of a traced step.
+    with kernels.outside_of_tracing():
+        value = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(variable), "float32"))
+    return lambda shape, dtype: ops.cast(np.array(value), dtype)

@@ -24,6 +24,11 @@ def colocated(variable: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def outside_of_tracing() -> AbstractContextManager[Any]:
+    """Values are concrete wherever state is made on JAX."""
+    return nullcontext()
+
+
 def float32_gradient(gradient: Any, variable: Any) -> Any:
     """The gradient as a dense float32 array, of the shape it came in."""
     if isinstance(gradient, JAXSparse):

@@ -23,6 +23,11 @@ def colocated(variable: Any) -> AbstractContextManager[Any]:
     return tf.distribute.get_strategy().extended.colocate_vars_with(native)
 
 
+def outside_of_tracing() -> AbstractContextManager[Any]:
+    """Read variables as they are now, also while a ``tf.function`` is traced."""
+    return tf.init_scope()
+
+
 def float32_gradient(gradient: Any, variable: Any) -> Any:
     """The gradient as a dense float32 tensor; rows that an `IndexedSlices` repeats are added up.
 

@@ -24,6 +24,11 @@ def colocated(variable: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def outside_of_tracing() -> AbstractContextManager[Any]:
+    """PyTorch always executes."""
+    return nullcontext()
+
+
 def float32_gradient(gradient: Any, variable: Any) -> Any:
     """The gradient as a dense float32 tensor."""
     if gradient.layout is not torch.strided:
@@ -34,26 +39,30 @@ def float32_gradient(gradient: Any, variable: Any) -> Any:
 def execute(
     optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
 ) -> None:
-    """Run the fused equivalent of the rule, one call per weight decay, or the rule itself."""
-    fused = None
-    if optimizer.kernel is None and not in_stateless_scope():
-        fused = FUSED.get(getattr(type(optimizer).update, "fused", None) or "")
-    if fused is None:
-        for gradient, variable in zip(gradients, variables, strict=True):
-            optimizer.update_variable(gradient, variable, step, learning_rate)
-        return
-
-    batches: dict[float, _Batch] = {}
+    """Run the fused equivalent of each rule, one call per treatment, or the rule itself."""
+    in_place = optimizer.kernel is None and not in_stateless_scope()
+    batches: dict[Any, _Batch] = {}
     for gradient, variable in zip(gradients, variables, strict=True):
+        treatment = optimizer.treatment_of(variable)
         parameter = _storage(variable)
-        if not _fusible(parameter):
+        if not (in_place and _fused(treatment.rule) and _fusible(parameter)):
             optimizer.update_variable(gradient, variable, step, learning_rate)
             continue
-        decay = optimizer.weight_decay_of(variable)
-        batch = batches.get(decay) or batches.setdefault(decay, _Batch())
+        batch = batches.get(treatment) or batches.setdefault(treatment, _Batch())
         batch.add(parameter, gradient, optimizer.slots_of(variable))
-    for decay, batch in batches.items():
-        batch.run(fused, optimizer, step, learning_rate, decay)
+    for treatment, batch in batches.items():
+        batch.run(
+            _fused(treatment.rule),
+            treatment.rule,
+            step,
+            treatment.learning_rate(learning_rate),
+            treatment.weight_decay,
+        )
+
+
+def _fused(rule: Any) -> Any:
+    """The fused equivalent of a rule, None if there is none."""
+    return FUSED.get(getattr(type(rule).update, "fused", None) or "")
 
 
 def _storage(variable: Any) -> torch.Tensor:
@@ -76,7 +85,7 @@ def _fusible(parameter: torch.Tensor) -> bool:
 
 @dataclass
 class _Batch:
-    """Tensors that share a weight decay and are updated by one call of a fused kernel."""
+    """Tensors that share a treatment and are updated by one call of a fused kernel."""
 
     parameters: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)

@@ -345,6 +345,7 @@ def test_unknown_variable_is_refused(tools):
 
 
 def test_kernel_modules_have_the_same_names():
-    for name in ("no_gradient", "colocated", "float32_gradient", "execute"):
+    names = ("no_gradient", "colocated", "outside_of_tracing", "float32_gradient", "execute")
+    for name in names:
         assert callable(getattr(kernels, name))
     assert isinstance(kernels.FUSED, dict)
