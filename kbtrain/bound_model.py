@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from kbtrain.data import unpack
 from kbtrain.forward import ComputeLoss, ForwardPass
 from kbtrain.loss import resolve_loss
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
+from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
 from kbtrain.training_args import TrainingArguments
 
@@ -66,7 +68,7 @@ class BoundModel:
             self.metrics = CompiledMetrics(model)
         self._metrics_built = False
         self.forward: ForwardPass | None = None
-        self._eval_steps: dict[tuple[bool, bool], Callable[[Any], dict[str, Any]]] = {}
+        self._eval_steps: dict[tuple[bool, bool], CompiledEvalStep] = {}
 
     @property
     def metric_variables(self) -> list[keras.Variable]:
@@ -94,12 +96,12 @@ class BoundModel:
         listed = [*self.model.variables, *self.metric_variables, rng.global_seed_variable()]
         return unique(listed)
 
-    def eval_step(self, with_loss: bool, gather: bool) -> Callable[[Any], dict[str, Any]]:
+    def eval_step(self, with_loss: bool, gather: bool) -> CompiledEvalStep:
         """The compiled evaluation step; one for each of the four forms.
 
         Args:
             with_loss: The data has labels: compute the loss and update the metrics.
-            gather: Return outputs (and labels) for the host.
+            gather: Return the outputs for the host.
         """
         key = (with_loss, gather)
         if key not in self._eval_steps:
@@ -112,22 +114,34 @@ class BoundModel:
                 self._select_outputs if gather else None,
             )
             self._backend.place(variables, self._args.use_cpu)
-            self._eval_steps[key] = self._backend.compile_step(
-                step, variables, self._args.jit_compile
+            run = self._backend.compile_eval_steps(
+                step,
+                variables,
+                unique(self.metric_variables) if with_loss else [],
+                self._args.jit_compile,
             )
+            self._eval_steps[key] = CompiledEvalStep(run)
         return self._eval_steps[key]
 
-    def _select_outputs(self, outputs: Any, batch: Any) -> dict[str, Any]:
-        """What of an evaluation batch goes to the host."""
-        x, y, _ = unpack(batch)
-        if self._preprocess is not None:
-            outputs = self._preprocess(outputs, y)
-        selected = {"outputs": outputs}
-        if y is not None:
-            selected["labels"] = y
-        if "inputs" in self._args.include_for_metrics:
-            selected["inputs"] = x
-        return selected
+    def _select_outputs(self, outputs: Any, batch: Any) -> Any:
+        """What of a batch's outputs goes to the host."""
+        if self._preprocess is None:
+            return outputs
+        return self._preprocess(outputs, unpack(batch).y)
+
+
+@dataclass
+class CompiledEvalStep:
+    """A compiled evaluation step, with what was learned about how long it takes.
+
+    Attributes:
+        run: ``run(block, start, count) -> (results, done)``, see ``compile_eval_steps`` of a
+            backend.
+        pace: How many batches one call may have.
+    """
+
+    run: Callable[[Any, int, int], tuple[dict[str, Any], int]]
+    pace: Pace = field(default_factory=Pace)
 
 
 def unique(variables: list[keras.Variable]) -> list[keras.Variable]:

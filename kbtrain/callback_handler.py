@@ -66,6 +66,10 @@ class CallbackHandler:
         """Whether somebody listens to the events of each update."""
         return any(c.every_step for event in STEP_EVENTS for c in self.listeners(event))
 
+    def need_every_batch(self) -> bool:
+        """Whether somebody listens to each batch of an evaluation."""
+        return any(c.every_step for c in self.listeners("on_prediction_step"))
+
     def fire(
         self,
         event: str,

@@ -52,16 +52,17 @@ class TrainerCallback:
 
     Every event is called as ``event(args, state, control, **kwargs)`` with the keyword arguments
     ``trainer, model, optimizer, lr_scheduler, train_dataloader, eval_dataloader``, and ``logs``
-    (``on_log``) or ``metrics`` (``on_evaluate``, ``on_predict``). It may change ``control`` in
+    (``on_log``), ``metrics`` (``on_evaluate``, ``on_predict``) or ``batches``, the number of them
+    since the last such event (``on_prediction_step``). It may change ``control`` in
     place, or return another one.
 
     A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); they are
     saved in checkpoints and restored on resume.
 
     Attributes:
-        every_step: Whether the events of an update have to come for each one. A callback that
-            sets it to False lets many updates run in one call to the device; it then sees the
-            last of them only.
+        every_step: Whether the events of an update, or of a batch of an evaluation, have to come
+            for each one. A callback that sets it to False lets many run in one call to the device;
+            it then sees the last of them only.
 
     Example:
         >>> class StopAtThree(TrainerCallback):
@@ -281,7 +282,7 @@ class ProgressCallback(TrainerCallback):
             return
         if self._evaluation is None:
             self._evaluation = tqdm(leave=self._bar is None, dynamic_ncols=True, unit="batch")
-        self._evaluation.update()
+        self._evaluation.update(kwargs["batches"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import keras
 import numpy as np
 
 from kbtrain import persistence
-from kbtrain.data import Batches, as_loader, batch_size, unpack
-from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.bound_model import CompiledEvalStep
+from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack
+from kbtrain.errors import DataError
 from kbtrain.evaluation_weights import swapped_in
+from kbtrain.gathering import PADDING as PADDING
+from kbtrain.gathering import Batchwise, Concatenated, Listed, checked_metrics, prediction
+from kbtrain.gathering import EvalPrediction as EvalPrediction
 from kbtrain.metrics import MetricSet
+
+UNREAD_CALLS = 16
+"""Calls whose losses stay on the device; bounds memory and keeps the device busy."""
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
-
-PADDING = -100
-"""Fills up outputs and labels of different lengths, so that they can be put together."""
-
-
-@dataclass
-class EvalPrediction:
-    """What ``compute_metrics`` receives, as NumPy arrays; unpacks as (predictions, label_ids).
-
-    Attributes:
-        predictions: The model's outputs for the whole set (nested as the model returns them).
-        label_ids: The labels for the whole set.
-        inputs: The inputs, if ``include_for_metrics`` has "inputs".
-        losses: The mean loss of each sample's batch, if it has "loss".
-    """
-
-    predictions: Any
-    label_ids: Any
-    inputs: Any = None
-    losses: np.ndarray | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        extra = [x for x in (self.inputs, self.losses) if x is not None]
-        return iter((self.predictions, self.label_ids, *extra))
 
 
 class PredictionOutput(NamedTuple):
@@ -75,6 +59,41 @@ class EvalLoopOutput(NamedTuple):
     num_samples: int
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a pass over the data.
+
+    Attributes:
+        prefix: Put before every metric's name, with an underscore.
+        with_loss: Compute the loss and the metrics; the data has labels.
+        compute_metrics: Called on the host, with everything or batch by batch; None for none.
+        keep_outputs: Return outputs and labels.
+        batchwise: ``batch_eval_metrics``.
+        concatenate: ``eval_do_concat_batches``.
+        include: Members of ``include_for_metrics``.
+        expected: Samples there will be, if that is known.
+        max_batches: Batches at most; None for all.
+        batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
+            fit.
+    """
+
+    prefix: str
+    with_loss: bool
+    compute_metrics: Callable[..., Any] | None = None
+    keep_outputs: bool = False
+    batchwise: bool = False
+    concatenate: bool = True
+    include: Sequence[str] = ()
+    expected: int | None = None
+    max_batches: int | None = None
+    batches_per_call: int | None = None
+
+    @property
+    def gather(self) -> bool:
+        """Whether outputs come to the host."""
+        return self.keep_outputs or self.compute_metrics is not None
+
+
 def evaluation_loop(
     trainer: Trainer, dataloader: Any, prefix: str, gather: bool, keep_outputs: bool = False
 ) -> EvalLoopOutput:
@@ -84,7 +103,7 @@ def evaluation_loop(
         trainer: Whose model, metrics and callbacks.
         dataloader: Loader or iterable of batches.
         prefix: Put before every metric's name, with an underscore.
-        gather: Copy outputs and labels to the host.
+        gather: Copy outputs and labels to the host, for ``compute_metrics``.
         keep_outputs: Return them; data without labels is welcome then.
     """
     bound, backend = trainer.bound, trainer.backend
@@ -98,101 +117,204 @@ def evaluation_loop(
             )
         bound.build(first)
         with_loss = not keep_outputs or unpack(first).y is not None
+        wanted = Wanted(
+            prefix=prefix,
+            with_loss=with_loss,
+            compute_metrics=trainer.compute_metrics if gather else None,
+            keep_outputs=keep_outputs,
+            include=trainer.args.include_for_metrics,
+            expected=loader.num_examples,
+        )
         metrics = bound.metrics if with_loss else None
         # In training the metrics are in the middle of adding up what the next log will say.
         saved = persistence.copies(bound.metric_variables) if trainer.is_in_train else None
+        if metrics is not None:
+            metrics.reset()
+        evaluation = Evaluation(
+            backend,
+            bound.eval_step(with_loss, wanted.gather),
+            wanted,
+            on_batches=lambda count: trainer.fire("on_prediction_step", batches=count),
+            every_batch=trainer.callback_handler.need_every_batch(),
+        )
         with swapped_in(trainer.optimizer if trainer.training_weights else None):
-            output = run_evaluation(
-                backend=backend,
-                step=bound.eval_step(with_loss, gather),
-                batches=batches,
-                metrics=metrics,
-                compute_metrics=trainer.compute_metrics,
-                include=trainer.args.include_for_metrics,
-                keep_outputs=keep_outputs,
-                prefix=prefix,
-                on_batch=lambda: trainer.fire("on_prediction_step"),
-            )
+            output = evaluation.run(batches, metrics)
         if saved is not None:
             persistence.put_back(bound.metric_variables, saved)
         return output
 
 
-def run_evaluation(
-    *,
-    backend: ModuleType,
-    step: Callable[[Any], dict[str, Any]],
-    batches: Iterable[Any],
-    metrics: MetricSet | None,
-    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None,
-    include: Any,
-    keep_outputs: bool,
-    prefix: str,
-    on_batch: Callable[[], None],
-) -> EvalLoopOutput:
-    """Pass over ``loader`` once.
+@dataclass
+class _Started:
+    """A call to the device whose results have not been read; becomes a ``gathering.Part``."""
 
-    The loss is (sum of all sums) / (sum of all counts), added up in float64 on the host.
+    results: Callable[[], dict[str, Any]]
+    labels: Any
+    inputs: Any
+    batches: int
+    size: int
+    outputs: Any = None
+    losses: np.ndarray | None = None
+
+
+class Evaluation:
+    """One pass over a data set: several batches per call, results read while the next ones run.
 
     Args:
         backend: A module of ``kbtrain.backends``.
         step: The compiled evaluation step.
-        batches: The data, in order.
-        metrics: Metrics the step updates; reset before, read after.
-        compute_metrics: Called once with everything, on the host.
-        include: Members of ``include_for_metrics``.
-        keep_outputs: Return predictions and labels.
-        prefix: Put before every name, with an underscore.
-        on_batch: Called after each batch.
+        wanted: What is asked of it.
+        on_batches: Called after each call to the device with the number of its batches.
+        every_batch: Every batch is to be a call of its own.
     """
-    start = time.perf_counter()
-    if metrics is not None:
-        metrics.reset()
-    sums: list[dict[str, Any]] = []
-    host: list[dict[str, Any]] = []
-    losses: list[np.ndarray] = []
-    samples = count = 0
-    for batch in batches:
-        result = step(backend.to_device(batch))
-        size = batch_size(batch)
-        samples, count = samples + size, count + 1
-        # Outputs leave the device batch by batch: an evaluation never fills its memory.
-        if "outputs" in result:
-            host.append(backend.to_host(result.pop("outputs")))
-        if "sum" in result and "loss" in include:
-            pair = backend.to_host((result["sum"], result["count"]))
-            losses.append(np.full(size, pair[0] / max(pair[1], 1e-38), np.float32))
-        if result:
-            sums.append(result)
-        if len(sums) >= 64:
-            sums = [_add_up(backend.to_host(sums))]
-        on_batch()
-    values: dict[str, Any] = {}
-    if sums:
-        total = _add_up(backend.to_host(sums))
-        values["loss"] = float(total["sum"] / total["count"]) if total["count"] else 0.0
-        for name, value in total["extras"].items():
-            values[name] = float(value)
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        step: CompiledEvalStep,
+        wanted: Wanted,
+        on_batches: Callable[[int], None],
+        every_batch: bool,
+    ) -> None:
+        self._backend, self._step, self._wanted = backend, step, wanted
+        self._on_batches, self._every_batch = on_batches, every_batch
+        self._started: collections.deque[_Started] = collections.deque()
+        self._totals = Totals()
+        self._samples = self._batches = 0
+        compute = wanted.compute_metrics
+        self._batchwise = Batchwise(compute) if compute is not None and wanted.batchwise else None
+        self._gathered: Concatenated | Listed | None = None
+        if wanted.keep_outputs or (compute is not None and not wanted.batchwise):
+            self._gathered = Concatenated(wanted.expected) if wanted.concatenate else Listed()
+
+    def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
+        """Pass over ``batches``.
+
+        The loss is (sum of all sums) / (sum of all counts), added up batch by batch in float64 on
+        the host, so that it does not depend on how batches fall into calls.
+        """
+        start = time.perf_counter()
+        with contextlib.closing(batches.blocks(0, 0, 1, self._limit)) as blocks:
+            for block in blocks:
+                self._run_block(block)
+                self._on_batches(block.updates)
+                if self._batches == self._wanted.max_batches:
+                    break
+        self._read(keep=0)
+        values = self._totals.result() if self._wanted.with_loss else {}
         if metrics is not None:
             values |= metrics.result()
-    gathered = _concatenate(host) if host else {}
-    if compute_metrics is not None and "labels" in gathered:
-        prediction = EvalPrediction(
-            gathered["outputs"],
-            gathered["labels"],
-            gathered.get("inputs"),
-            np.concatenate(losses) if losses else None,
+        gathered = {} if self._gathered is None else self._gathered.take()
+        if self._batchwise is not None:
+            values |= self._batchwise.result()
+        elif self._wanted.compute_metrics is not None and "labels" in gathered:
+            values |= checked_metrics(self._wanted.compute_metrics(prediction(gathered)))
+        seconds = time.perf_counter() - start
+        prefix, keep = self._wanted.prefix, self._wanted.keep_outputs
+        prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}
+        prefixed |= speed(prefix, seconds, self._samples, self._batches)
+        return EvalLoopOutput(
+            gathered.get("outputs") if keep else None,
+            gathered.get("labels") if keep else None,
+            prefixed,
+            self._samples,
         )
-        values |= _checked(compute_metrics(prediction))
-    seconds = time.perf_counter() - start
-    prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}
-    prefixed |= speed(prefix, seconds, samples, count)
-    return EvalLoopOutput(
-        gathered.get("outputs") if keep_outputs else None,
-        gathered.get("labels") if keep_outputs else None,
-        prefixed,
-        samples,
-    )
+
+    def _limit(self) -> int:
+        """Batches that the next block may have."""
+        wanted, limits = self._wanted, [self._step.pace.affordable]
+        if self._every_batch:
+            limits.append(1)
+        if wanted.gather and wanted.batches_per_call is not None:
+            limits.append(wanted.batches_per_call)
+        if wanted.max_batches is not None:
+            limits.append(wanted.max_batches - self._batches)
+        return min(limits)
+
+    def _run_block(self, block: Block) -> None:
+        """Start the batches of a block, in as many calls as their outputs need."""
+        begin = time.perf_counter()
+        ((_, rows),) = block.chunks[0].items()
+        measure = self._step.pace.is_worth_measuring(signature(rows))
+        tensors = self._backend.to_device(rows)
+        first = 0
+        while first < block.updates:
+            results, count = self._call(tensors, first, block)
+            labels = inputs = None
+            if self._wanted.gather:
+                part = map_structure(lambda x, a=first, b=first + count: x[a:b], rows)
+                x, labels, _ = unpack(part)
+                inputs = x if "inputs" in self._wanted.include else None
+            size = block.samples // block.updates
+            self._started.append(
+                _Started(self._backend.start_to_host(results), labels, inputs, count, size)
+            )
+            first += count
+            # Outputs leave the device while the next call runs: never more than two calls' worth.
+            self._read(keep=1 if self._wanted.gather else UNREAD_CALLS)
+        self._samples += block.samples
+        self._batches += block.updates
+        if measure:
+            self._read(keep=0)
+            self._step.pace.measured(block.updates, block.room, time.perf_counter() - begin)
+
+    def _call(self, tensors: Any, first: int, block: Block) -> tuple[dict[str, Any], int]:
+        try:
+            return self._step.run(tensors, first, block.updates - first)
+        except Exception as error:
+            error.add_note(
+                f"Raised in evaluation, at batch {self._batches + first}, in batches of the "
+                f"structure and shapes {block.outline}."
+            )
+            raise
+
+    def _read(self, keep: int) -> None:
+        """Wait for all started calls but the newest ``keep``, and take in their results."""
+        while len(self._started) > keep:
+            part = self._started.popleft()
+            count = part.batches
+            results = map_structure(lambda x, n=count: x[:n], part.results())
+            if "sum" in results:
+                self._totals.add(results)
+                if "loss" in self._wanted.include:
+                    part.losses = results["sum"] / np.maximum(results["count"], 1e-38)
+            if not self._wanted.gather:
+                continue
+            part.outputs = map_structure(as_plain, results["outputs"])
+            if self._gathered is not None:
+                self._gathered.add(part)
+            if self._batchwise is not None:
+                self._batchwise.add(part)
+
+
+class Totals:
+    """Sums of the losses' sums and counts, batch by batch, in float64."""
+
+    def __init__(self) -> None:
+        self._sum = self._count = 0.0
+        self._extras: dict[str, float] = {}
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Add ``{"sum", "count", "extras"}`` of several batches, arrays ``(batches,)``."""
+        counts = results["count"].astype(np.float64).tolist()
+        # One by one, in order: np.sum adds in an order that depends on the length.
+        self._sum = _add_each(self._sum, results["sum"].astype(np.float64).tolist())
+        self._count = _add_each(self._count, counts)
+        for name, values in results["extras"].items():
+            weighted = values.astype(np.float64) * counts
+            self._extras[name] = _add_each(self._extras.get(name, 0.0), weighted.tolist())
+
+    def result(self) -> dict[str, float]:
+        """The mean loss, and the means of the extras by name."""
+        total = self._count or 1.0
+        extras = {name: value / total for name, value in sorted(self._extras.items())}
+        return {"loss": self._sum / total if self._count else 0.0, **extras}
+
+
+def _add_each(total: float, values: list[float]) -> float:
+    for value in values:
+        total += value
+    return total
 
 
 def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, float]:
@@ -205,46 +327,10 @@ def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, fl
     }
 
 
+def as_plain(array: np.ndarray) -> np.ndarray:
+    """The array in a dtype of NumPy's own: bfloat16 and 8-bit floats become float32."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
 def _with_prefix(name: str, prefix: str) -> str:
     return name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"
-
-
-def _checked(values: Any) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ConfigurationError(
-            "compute_metrics must return a dict from names to numbers. "
-            f"Received: {type(values).__name__}."
-        )
-    return {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-
-
-def _add_up(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of sums and counts in float64; extras averaged by count."""
-    sums = [np.float64(r["sum"]) for r in results]
-    counts = [np.float64(r["count"]) for r in results]
-    total = sum(counts)
-    names = {name for r in results for name in r["extras"]}
-    extras = {
-        name: sum(np.float64(r["extras"][name]) * c for r, c in zip(results, counts, strict=True))
-        / (total or 1.0)
-        for name in sorted(names)
-    }
-    return {"sum": sum(sums), "count": total, "extras": extras}
-
-
-def _concatenate(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    return keras.tree.map_structure(lambda *parts: _pad_and_concatenate(parts), *batches)
-
-
-def _pad_and_concatenate(parts: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Concatenate along the first axis; other axes are filled up to the longest with -100."""
-    arrays = [np.atleast_1d(part) for part in parts]
-    if len({a.shape[1:] for a in arrays}) == 1:
-        return np.concatenate(arrays)
-    longest = tuple(np.max([a.shape[1:] for a in arrays], axis=0))
-    result = np.full((sum(len(a) for a in arrays), *longest), PADDING, arrays[0].dtype)
-    row = 0
-    for array in arrays:
-        result[(slice(row, row + len(array)), *map(slice, array.shape[1:]))] = array
-        row += len(array)
-    return result

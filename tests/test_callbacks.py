@@ -68,7 +68,12 @@ def test_every_event_but_the_upload_is_fired_with_everything(tmp_path):
         "train_dataloader",
         "eval_dataloader",
     }
-    extra = {"on_log": {"logs"}, "on_evaluate": {"metrics"}, "on_predict": {"metrics"}}
+    extra = {
+        "on_log": {"logs"},
+        "on_evaluate": {"metrics"},
+        "on_predict": {"metrics"},
+        "on_prediction_step": {"batches"},
+    }
     for event, kwargs in zip(recorder.events, recorder.kwargs, strict=True):
         assert kwargs.keys() == always | extra.get(event, set()), event
         assert kwargs["trainer"] is trainer

@@ -6,6 +6,7 @@
 ``name``                     the backend's name
 ``compile_step``             a Python function over Keras variables -> one compiled call
 ``compile_steps``            the same, for several steps in one call
+``compile_eval_steps``       several evaluation steps in one call, whose outputs may be large
 ``value_and_grad``           loss, gradients and the state the layers want to change
 ``scan``                     a loop inside the step, over a leading axis
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
@@ -13,6 +14,7 @@
 ``apply_optimizer``          one update of a Keras optimizer
 ``global_norm``, ``scale``   over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
+``start_to_host``            the same, begun now and waited for later
 ``synchronize``              wait until everything that was started is done
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
 ``place``, ``device_scope``  where variables and batches live

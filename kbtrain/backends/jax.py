@@ -154,6 +154,87 @@ def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
     return call
 
 
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns; the others are neither donated nor replaced.
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis of at least that length, and the number of entries that were run. Neither
+        number enters the compiled code.
+    """
+    changing = list(changing)
+    fixed = [v for v in variables if not any(v is other for other in changing)]
+    state = [*fixed, *changing]
+    if jit_compile is False:
+        one_by_one = _step_by_step(compile_step(fn, state, False))
+
+        def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
+            return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
+
+        return eager
+
+    def pure(
+        constant: list[Any], values: list[Any], block: Any, start: Any, count: Any
+    ) -> tuple[Any, list[Any]]:
+        def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
+            row = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block
+            )
+            outputs, changed = _run_stateless(lambda: fn(row), [*constant, *values])
+            return [changed.get(len(fixed) + i, v) for i, v in enumerate(values)], outputs
+
+        with _tracing(state):
+            shapes = jax.eval_shape(one, values, start)[1]
+            size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+            room = max(1, min(jax.tree.leaves(block)[0].shape[0], output_bytes // max(size, 1)))
+            if room == 1:
+                values, outputs = one(values, start)
+                return jax.tree.map(lambda x: x[None], outputs), values
+            buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
+
+            def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+                index, values, buffers = loop
+                values, outputs = one(values, start + index)
+                buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
+                return index + 1, values, buffers
+
+            _, values, buffers = jax.lax.while_loop(
+                lambda loop: (loop[0] < count) & (loop[0] < room),
+                body,
+                (jnp.int32(0), values, buffers),
+            )
+        return buffers, values
+
+    jitted = jax.jit(pure, donate_argnums=1)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        values = [v._value for v in changing]
+        if len({id(value) for value in values}) != len(values):
+            values = _without_aliases(values)
+        constant = [v._value for v in fixed]
+        outputs, values = jitted(constant, values, block, np.int32(start), np.int32(count))
+        for variable, value in zip(changing, values, strict=True):
+            variable._value = value
+        return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
+
+    return call
+
+
 def _without_aliases(values: list[Any]) -> list[Any]:
     """Copy what appears twice: one buffer cannot be donated two times."""
     seen: set[int] = set()
@@ -278,6 +359,13 @@ def to_device(tree: Any) -> Any:
 def to_host(tree: Any) -> Any:
     """Wait for a structure of tensors and return it as NumPy arrays."""
     return jax.device_get(tree)
+
+
+def start_to_host(tree: Any) -> Callable[[], Any]:
+    """Start copying a structure of tensors to the host; the result waits for it and returns it."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+    return lambda: jax.device_get(tree)
 
 
 def synchronize() -> None:

@@ -153,6 +153,71 @@ def compile_steps(
     return lambda block, count: call((block, tf.constant(count)))
 
 
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns (of no use here).
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis of at least that length, and the number of entries that were run. Neither
+        number enters the compiled code.
+    """
+
+    def steps(inputs: tuple[Any, Any, Any]) -> Any:
+        block, start, count = inputs
+
+        def row(i: Any) -> Any:
+            return tf.nest.map_structure(lambda t: t[i], block)
+
+        length = tf.nest.flatten(block)[0].shape[0]
+        specs: Any = None
+        if length > 1:  # traced once to learn the size of the outputs
+            probe = tf.function(fn, autograph=False).get_concrete_function(row(0))
+            specs = probe.structured_outputs
+            size = sum(s.dtype.size * s.shape.num_elements() for s in tf.nest.flatten(specs))
+            length = max(1, min(length, output_bytes // max(size, 1)))
+        if length == 1:
+            return tf.nest.map_structure(lambda t: t[None], fn(row(start)))
+        arrays = tf.nest.map_structure(
+            lambda s: tf.TensorArray(s.dtype, size=length, element_shape=s.shape), specs
+        )
+
+        def body(i: Any, arrays: Any) -> tuple[Any, Any]:
+            outputs = fn(row(start + i))
+            return i + 1, tf.nest.map_structure(lambda a, o: a.write(i, o), arrays, outputs)
+
+        _, arrays = tf.while_loop(
+            lambda i, _: i < count,
+            body,
+            (tf.constant(0), arrays),
+            maximum_iterations=length,
+            parallel_iterations=1,
+        )
+        return tf.nest.map_structure(lambda a: a.stack(), arrays)
+
+    compiled = compile_step(steps, variables, jit_compile)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        outputs = compiled((block, tf.constant(start), tf.constant(count)))
+        return outputs, min(count, tf.nest.flatten(outputs)[0].shape[0])
+
+    return call
+
+
 def value_and_grad(
     fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
 ) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
@@ -288,6 +353,11 @@ def to_device(tree: Any) -> Any:
 def to_host(tree: Any) -> Any:
     """Wait for a structure of tensors and return it as NumPy arrays."""
     return tf.nest.map_structure(lambda t: t.numpy() if tf.is_tensor(t) else np.asarray(t), tree)
+
+
+def start_to_host(tree: Any) -> Callable[[], Any]:
+    """The result waits for a structure of tensors and returns it as NumPy arrays."""
+    return lambda: to_host(tree)
 
 
 def synchronize() -> None:

@@ -120,6 +120,48 @@ def compile_steps(
     return call
 
 
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns (of no use here).
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis, and the number of entries that were run.
+    """
+    step = compile_step(fn, variables, jit_compile)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        leaves = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
+        results: list[list[torch.Tensor]] = []
+        room, output = 1, None
+        for row in zip(*leaves, strict=True):
+            output = step(keras.tree.pack_sequence_as(block, list(row)))
+            results.append(keras.tree.flatten(output))
+            if len(results) == 1:
+                size = sum(t.numel() * t.element_size() for t in results[0])
+                room = output_bytes // max(size, 1)
+            if len(results) >= room:
+                break
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return keras.tree.pack_sequence_as(output, stacked), len(results)
+
+    return call
+
+
 def value_and_grad(
     fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
 ) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
@@ -267,6 +309,25 @@ def _device() -> torch.device:
 def to_host(tree: Any) -> Any:
     """Wait for a structure of tensors and return it as NumPy arrays."""
     return keras.tree.map_structure(keras.ops.convert_to_numpy, tree)
+
+
+def start_to_host(tree: Any) -> Callable[[], Any]:
+    """Start copying a structure of tensors to the host; the result waits for it and returns it.
+
+    On a GPU the copy is queued before whatever is started next, so that it does not wait for that.
+    """
+    leaves = keras.tree.flatten(tree)
+    if not any(leaf.is_cuda for leaf in leaves):
+        return lambda: to_host(tree)
+    copies = [leaf.detach().to("cpu", non_blocking=True) for leaf in leaves]
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Any:
+        done.synchronize()
+        return to_host(keras.tree.pack_sequence_as(tree, copies))
+
+    return wait
 
 
 def synchronize() -> None:

@@ -1,0 +1,258 @@
+"""The outputs of an evaluation on the host: put together, or handed on batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from kbtrain.data import map_structure
+from kbtrain.errors import ConfigurationError, DataError
+
+PADDING = -100
+"""Fills up outputs and labels of different lengths, so that they can be put together."""
+
+
+@dataclass
+class EvalPrediction:
+    """What ``compute_metrics`` receives, as NumPy arrays; unpacks as (predictions, label_ids).
+
+    Attributes:
+        predictions: The model's outputs for the whole set (nested as the model returns them); with
+            ``eval_do_concat_batches=False`` a list with those of each batch; with
+            ``batch_eval_metrics=True`` those of one batch.
+        label_ids: The labels, likewise.
+        inputs: The inputs, if ``include_for_metrics`` has "inputs".
+        losses: The mean loss of each sample's batch, if it has "loss".
+    """
+
+    predictions: Any
+    label_ids: Any
+    inputs: Any = None
+    losses: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        extra = [x for x in (self.inputs, self.losses) if x is not None]
+        return iter((self.predictions, self.label_ids, *extra))
+
+
+class Rows:
+    """The rows of one array, written piece by piece into memory that is allocated once.
+
+    Args:
+        expected: How many rows there will be, or None if that is not known: the memory grows by
+            half then, in place where the system can. Axes after the first may differ from piece to
+            piece; they are filled up to the longest with ``PADDING``, which takes a copy when a
+            longer one comes.
+
+    Example:
+        >>> rows = Rows(expected=3)
+        >>> rows.add(np.array([[1, 2]]))
+        >>> rows.add(np.array([[3], [4]]))
+        >>> rows.result().tolist()
+        [[1, 2], [3, -100], [4, -100]]
+    """
+
+    def __init__(self, expected: int | None = None) -> None:
+        self._expected = expected
+        self._buffer: np.ndarray | None = None
+        self._count = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Append rows; they are copied.
+
+        Args:
+            rows: Shape ``(n, ...)``.
+
+        Raises:
+            DataError: The number of axes differs, or lengths do in a dtype that cannot hold the
+                padding.
+        """
+        buffer = self._buffer
+        if buffer is None:
+            size = max(len(rows), self._expected or 0)
+            buffer = self._buffer = np.empty((size, *rows.shape[1:]), rows.dtype)
+        if buffer.shape[1:] != rows.shape[1:] or buffer.dtype != rows.dtype:
+            buffer = self._buffer = self._fit(buffer, rows)
+        end = self._count + len(rows)
+        if end > len(buffer):
+            buffer.resize((max(end, len(buffer) * 3 // 2), *buffer.shape[1:]), refcheck=False)
+        target = buffer[self._count : end]
+        if target.shape != rows.shape:
+            target[...] = PADDING
+        target[(slice(None), *map(slice, rows.shape[1:]))] = rows
+        self._count = end
+
+    def _fit(self, buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """A buffer with what there is, and with room for rows of another shape or dtype."""
+        if buffer.ndim != rows.ndim:
+            raise DataError(
+                "Outputs and labels must have the same number of axes in every batch. "
+                f"Received: shapes {buffer.shape[1:]} and {rows.shape[1:]} (without the first "
+                "axis). Return one form from preprocess_logits_for_metrics, or set "
+                "eval_do_concat_batches=False."
+            )
+        dtype = np.result_type(buffer.dtype, rows.dtype)
+        longest = tuple(map(max, buffer.shape[1:], rows.shape[1:]))
+        if buffer.shape[1:] != rows.shape[1:] and dtype.kind in "bu":
+            raise DataError(
+                f"Outputs or labels of dtype {dtype} have different lengths, and {PADDING}, which "
+                "would fill them up, is no value of this dtype. Cast them to a signed integer or "
+                "a float, or set eval_do_concat_batches=False. "
+                f"Received: shapes {buffer.shape[1:]} and {rows.shape[1:]} (without the first axis)"
+            )
+        if (longest, dtype) == (buffer.shape[1:], buffer.dtype):
+            return buffer
+        wider = np.empty((len(buffer), *longest), dtype)
+        if longest != buffer.shape[1:]:
+            wider[: self._count] = PADDING
+        wider[(slice(self._count), *map(slice, buffer.shape[1:]))] = buffer[: self._count]
+        return wider
+
+    def result(self) -> np.ndarray:
+        """All rows; nothing may be added afterwards."""
+        assert self._buffer is not None
+        if self._count < len(self._buffer):
+            self._buffer.resize((self._count, *self._buffer.shape[1:]), refcheck=False)
+        return self._buffer
+
+
+class Part(Protocol):
+    """Neighbouring batches of equal shapes.
+
+    Attributes:
+        outputs, labels, inputs: Structures of arrays ``(batches, batch size, ...)``, or None.
+        losses: The mean loss of each batch, ``(batches,)``, or None.
+        batches: How many there are.
+        size: Samples in each.
+    """
+
+    outputs: Any
+    labels: Any
+    inputs: Any
+    losses: np.ndarray | None
+    batches: int
+    size: int
+
+
+NAMES = ("outputs", "labels", "inputs", "losses")
+
+
+class Concatenated:
+    """All batches in one array each.
+
+    Args:
+        expected: Samples there will be, if that is known.
+    """
+
+    def __init__(self, expected: int | None) -> None:
+        self._expected = expected
+        self._rows: dict[str, Any] = {}
+
+    def add(self, part: Part) -> None:
+        """Append the batches of ``part``."""
+        for name in NAMES:
+            tree = getattr(part, name)
+            if name == "losses" and tree is not None:
+                tree = np.repeat(tree.astype(np.float32), part.size).reshape(-1, part.size)
+            if tree is None:
+                continue
+            if name not in self._rows:
+                self._rows[name] = map_structure(lambda x: self._make(x, part), tree)
+            map_structure(lambda rows, x: rows.add(_merge(x)), self._rows[name], tree)
+
+    def _make(self, x: np.ndarray, part: Part) -> Rows:
+        # An output that has no row per sample (a scalar, a matrix per batch) has its own count.
+        per_sample = x.ndim > 1 and x.shape[1] == part.size
+        return Rows(self._expected if per_sample else None)
+
+    def take(self) -> dict[str, Any]:
+        """Everything, by name."""
+        return {
+            name: map_structure(lambda rows: rows.result(), rows)
+            for name, rows in self._rows.items()
+        }
+
+
+class Listed:
+    """The arrays of each batch, in lists (``eval_do_concat_batches=False``)."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[Any]] = {}
+
+    def add(self, part: Part) -> None:
+        """Append the batches of ``part``."""
+        for batch in batches_of(part):
+            for name, tree in batch.items():
+                self._lists.setdefault(name, []).append(tree)
+
+    def take(self) -> dict[str, Any]:
+        """The lists, by name."""
+        return self._lists
+
+
+class Batchwise:
+    """Calls ``compute_metrics`` for each batch (``batch_eval_metrics=True``).
+
+    Args:
+        compute_metrics: ``(EvalPrediction, compute_result) -> dict``; only the last call has
+            ``compute_result=True``, and only its result counts.
+    """
+
+    def __init__(self, compute_metrics: Callable[..., Any]) -> None:
+        self._compute = compute_metrics
+        self._waiting: dict[str, Any] | None = None
+
+    def add(self, part: Part) -> None:
+        """Hand on all batches but the newest, which may be the last one."""
+        for batch in batches_of(part):
+            if self._waiting is not None:
+                self._compute(prediction(self._waiting), compute_result=False)
+            self._waiting = batch if "labels" in batch else None
+
+    def result(self) -> dict[str, Any]:
+        """Hand on the last batch; what ``compute_metrics`` returns for it."""
+        if self._waiting is None:
+            return {}
+        return checked_metrics(self._compute(prediction(self._waiting), compute_result=True))
+
+
+def batches_of(part: Part) -> Iterator[dict[str, Any]]:
+    """What there is of each batch, in copies."""
+    for i in range(part.batches):
+        batch = {
+            name: map_structure(lambda x, i=i: np.array(x[i]), getattr(part, name))
+            for name in ("outputs", "labels", "inputs")
+            if getattr(part, name) is not None
+        }
+        if part.losses is not None:
+            batch["losses"] = np.full(part.size, part.losses[i], np.float32)
+        yield batch
+
+
+def prediction(gathered: Mapping[str, Any]) -> EvalPrediction:
+    """What ``compute_metrics`` is called with."""
+    return EvalPrediction(
+        gathered["outputs"], gathered["labels"], gathered.get("inputs"), gathered.get("losses")
+    )
+
+
+def checked_metrics(values: Any) -> dict[str, Any]:
+    """The result of ``compute_metrics`` with Python numbers.
+
+    Raises:
+        ConfigurationError: It is no dict.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            "compute_metrics must return a dict from names to numbers. "
+            f"Received: {type(values).__name__}."
+        )
+    return {str(k): v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+
+
+def _merge(x: np.ndarray) -> np.ndarray:
+    """Batches along one axis; an output without a batch axis gives one row per batch."""
+    return x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x
