@@ -200,8 +200,8 @@ def path(value: Any) -> str:
         raise Unfit("a path (str or os.PathLike) that is not empty") from None
 
 
-def choice(*allowed: str | bool, later: Mapping[str, str] | None = None) -> Kind:
-    """One of `allowed`; `later` says, for names that are still to come, what to use until then."""
+def choice(*allowed: str | bool) -> Kind:
+    """One of `allowed`."""
     listed = ", ".join(repr(item) for item in allowed)
 
     def accept(value: Any) -> str | bool:
@@ -211,8 +211,6 @@ def choice(*allowed: str | bool, later: Mapping[str, str] | None = None) -> Kind
             if type(value) is type(item) and value == item:
                 return value
         wanted = f"one of {listed}"
-        if later and isinstance(value, str) and value in later:
-            wanted += f" ({value!r} is not available in this version: {later[value]})"
         if value is False and "no" in allowed:
             wanted += " (YAML reads an unquoted no as false: write 'no' with quotes)"
         raise Unfit(wanted)

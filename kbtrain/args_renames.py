@@ -21,8 +21,7 @@ RENAMED: dict[str, str] = {
     "evaluation_strategy": "Write eval_strategy={value}.",
     "fp16_backend": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
     "fp16_opt_level": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
-    "group_by_length": "It became train_sampling_strategy='group_by_length', which is not "
-    "available in this version. Write train_sampling_strategy='random' (the default).",
+    "group_by_length": "Write train_sampling_strategy='group_by_length' (for True).",
     "half_precision_backend": "Drop it; there is one implementation of mixed precision. "
     "Write bf16=True.",
     "include_inputs_for_metrics": "Write include_for_metrics=['inputs'] for True.",
@@ -160,7 +159,6 @@ NOT_YET: dict[str, str] = {
     "label_names": "Until then give the data as (inputs, labels).",
     "label_smoothing_factor": "Until then use a loss with label smoothing, such as "
     "keras.losses.CategoricalCrossentropy(label_smoothing=...).",
-    "length_column_name": "It serves train_sampling_strategy='group_by_length', also to come.",
     "log_level": "Until then use Python's `logging` module.",
     "log_level_replica": _ONE_DEVICE,
     "log_on_each_node": _ONE_DEVICE,

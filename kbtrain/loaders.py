@@ -42,6 +42,8 @@ def make_loader(
         seed=args.seed if args.data_seed is None else args.data_seed,
         drop_last=args.dataloader_drop_last,
         collate=collate,
+        accumulation=args.gradient_accumulation_steps,
+        length_column=args.length_column_name,
     )
 
 

@@ -25,10 +25,6 @@ _LATER_TRACKERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "csv", "dagshub", "dvclive", "flyte"),
     *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
-_LATER_SAMPLING = {
-    "group_by_length": "use 'random', and sort or bucket the data set itself by length if needed",
-    "batch_rebalance": "use 'random'",
-}
 
 
 def _resume(value: Any) -> str | Literal[True] | None:
@@ -98,7 +94,8 @@ class TrainingArguments(_KnownNamesOnly):
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
-    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`.
+    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`,
+      `length_column_name`.
     - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`, `use_cpu`.
 
     Raises:
@@ -327,11 +324,20 @@ class TrainingArguments(_KnownNamesOnly):
     dataloader_drop_last: bool = _option(
         False, kinds.flag, "Leave out the last batch of an epoch when it is not full."
     )
-    train_sampling_strategy: Literal["random", "sequential"] = _option(
+    train_sampling_strategy: Literal[
+        "random", "sequential", "group_by_length", "batch_rebalance"
+    ] = _option(
         "random",
-        kinds.choice("random", "sequential", later=_LATER_SAMPLING),
-        "Order of the training data: shuffled anew each epoch ('random') or as given "
-        "('sequential').",
+        kinds.choice("random", "sequential", "group_by_length", "batch_rebalance"),
+        "Order of the training data: shuffled anew each epoch ('random'), as given ('sequential'), "
+        "shuffled with samples of similar length together ('group_by_length'), or shuffled with "
+        "micro-batches of different sizes and about equal cost ('batch_rebalance').",
+    )
+    length_column_name: str = _option(
+        "length",
+        kinds.text,
+        "Column that holds the length of each sample, in elements, for the sampling strategies "
+        "that look at it. Without it the length of 'input_ids' counts.",
     )
 
     # Numerics and execution

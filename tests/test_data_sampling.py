@@ -107,7 +107,7 @@ def test_sequential_is_a_range():
 
 
 def test_list_of_strategies_is_frozen():
-    assert sorted(STRATEGIES) == ["random", "sequential"]
+    assert STRATEGIES == ("batch_rebalance", "group_by_length", "random", "sequential")
 
 
 def test_unknown_strategy_lists_the_known_ones():

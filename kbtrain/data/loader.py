@@ -9,9 +9,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from kbtrain.data.batch import to_batch
 from kbtrain.data.collate import Collate, default_collate
-from kbtrain.data.sampling import check_strategy, epoch_order
+from kbtrain.data.lengths import rebalance
+from kbtrain.data.sampling import NEED_LENGTHS, Order, check_strategy, epoch_order
 from kbtrain.data.sources import (
     ArraySource,
     IterableSource,
@@ -62,14 +65,19 @@ class DataLoader:
     Args:
         source: The samples; anything else goes through ``as_source`` first.
         batch_size: Samples per batch, at least 1.
-        strategy: ``"sequential"`` or ``"random"``. An iterable keeps its own order in any case.
+        strategy: ``"sequential"``, ``"random"``, ``"group_by_length"`` (similar lengths together,
+            from long to short) or ``"batch_rebalance"`` (micro-batches of different sizes and about
+            equal cost). An iterable has its own order, which is ``"sequential"`` or ``"random"``.
         seed: Seed of the order, an integer >= 0.
         drop_last: Leave out the last batch if it is short.
         collate: Makes a batch of a list of samples. The default stacks them, and for arrays reads
             the whole batch at once.
+        accumulation: Batches of one update; the strategies by length look at whole updates.
+        length_column: Where samples say how long they are, for the strategies by length.
 
     Raises:
-        ConfigurationError: batch_size, strategy or seed is not one of the above.
+        ConfigurationError: batch_size, strategy or seed is not one of the above, or the lengths of
+            the samples cannot be found.
 
     Example:
         >>> import numpy as np
@@ -87,17 +95,23 @@ class DataLoader:
         seed: int = 0,
         drop_last: bool = False,
         collate: Collate | None = None,
+        accumulation: int = 1,
+        length_column: str = "length",
     ) -> None:
         check_strategy(strategy)
         _check_count("batch_size", batch_size, 1)
         _check_count("seed", seed, 0)
+        _check_count("accumulation", accumulation, 1)
         self.source = as_source(source)
+        self.accumulation = int(accumulation)
         self.batch_size = int(batch_size)
         self.strategy = strategy
         self.seed = int(seed)
         self.drop_last = drop_last
         self._collate = collate
         self._said_skipping = False
+        by_length = strategy in NEED_LENGTHS
+        self._lengths = self.source.lengths(length_column) if by_length else None
 
     @property
     def name(self) -> str:
@@ -129,7 +143,8 @@ class DataLoader:
     @property
     def vectorised(self) -> bool:
         """Whether several batches can be read at once: arrays, and no collator of the user's."""
-        return self._collate is None and isinstance(self.source, ArraySource)
+        even = self.strategy != "batch_rebalance"
+        return even and self._collate is None and isinstance(self.source, ArraySource)
 
     @property
     def full_batches(self) -> int:
@@ -146,8 +161,7 @@ class DataLoader:
             A function of the first batch's number and of how many there are; its result is in the
             structure of a batch, with ``count * batch_size`` rows.
         """
-        order = epoch_order(len(self.source), self.seed, epoch, self.strategy)
-        size = self.batch_size
+        order, size = self._order(epoch), self.batch_size
         return lambda number, count: self.source.gather(
             order[number * size : (number + count) * size]
         )
@@ -179,10 +193,9 @@ class DataLoader:
         return self._by_index(epoch, start_batch)
 
     def _by_index(self, epoch: int, start_batch: int) -> Iterator[Any]:
-        size, length = self.batch_size, len(self.source)
-        order = epoch_order(length, self.seed, epoch, self.strategy)
+        order = self._order(epoch)
         for number in range(start_batch, len(self)):
-            indices = order[number * size : (number + 1) * size]
+            indices = self._indices(order, number)
             try:
                 if self._collate is None:
                     batch = self.source.gather(indices)
@@ -191,6 +204,21 @@ class DataLoader:
             except DataError as error:
                 raise self._in_batch(number, error) from (error.__cause__ or error)
             yield batch
+
+    def _order(self, epoch: int) -> Order:
+        size = self.batch_size * self.accumulation
+        return epoch_order(len(self.source), self.seed, epoch, self.strategy, self._lengths, size)
+
+    def _indices(self, order: Order, number: int) -> np.ndarray | range:
+        """The samples of one batch of an epoch."""
+        size = self.batch_size
+        if self.strategy != "batch_rebalance":
+            return order[number * size : (number + 1) * size]
+        assert self._lengths is not None
+        first = number - number % self.accumulation
+        end = min(first + self.accumulation, len(self))
+        update = np.asarray(order[first * size : end * size])
+        return update[rebalance(self._lengths[update], end - first)[number - first]]
 
     def _stream(self, source: IterableSource, start_batch: int) -> Iterator[Any]:
         samples = source.stream()

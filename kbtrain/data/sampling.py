@@ -4,15 +4,20 @@ Nothing is drawn from a stream that moves on, so any epoch can be asked for at a
 process and on any backend, and a run resumes by asking again.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from kbtrain.data.lengths import group_by_length
 from kbtrain.data.permutation import FeistelPermutation
 from kbtrain.errors import ConfigurationError
 
 Order = np.ndarray | range | FeistelPermutation
 """Sample indices in the order they are visited, by slices; a ``range`` if they are consecutive."""
+
+STRATEGIES = ("batch_rebalance", "group_by_length", "random", "sequential")
+"""Names of the orders."""
+
+NEED_LENGTHS = ("batch_rebalance", "group_by_length")
+"""Those that look at how long the samples are."""
 
 MAX_STORED = 1 << 22
 """Longest random order that is kept as an array (32 MiB); longer ones are computed piece by piece.
@@ -20,14 +25,26 @@ MAX_STORED = 1 << 22
 Not to be changed: it decides the order of the data, and runs are resumed."""
 
 
-def epoch_order(length: int, seed: int, epoch: int, strategy: str = "random") -> Order:
+def epoch_order(
+    length: int,
+    seed: int,
+    epoch: int,
+    strategy: str = "random",
+    lengths: np.ndarray | None = None,
+    batch_size: int = 1,
+) -> Order:
     """Return the order in which an epoch visits ``length`` samples.
 
     Args:
         length: Number of samples.
         seed: Any integer >= 0; the run's data seed.
         epoch: Number of the epoch, from 0.
-        strategy: ``"random"`` for a fresh permutation each epoch, ``"sequential"`` for 0, 1, 2, ...
+        strategy: ``"random"`` for a fresh permutation each epoch, ``"sequential"`` for 0, 1, ...,
+            ``"group_by_length"`` for one that brings similar lengths together
+            (``kbtrain.data.lengths``). ``"batch_rebalance"`` has the order of ``"random"``; what
+            it changes is how an update is cut into micro-batches.
+        lengths: Length of each sample, for ``"group_by_length"``.
+        batch_size: Samples of an update, for ``"group_by_length"``.
 
     Returns:
         An int64 array of shape ``(length,)``, a ``range`` for ``"sequential"``, or for more than
@@ -48,7 +65,13 @@ def epoch_order(length: int, seed: int, epoch: int, strategy: str = "random") ->
             "length, seed and epoch must be integers >= 0. "
             f"Received: length={length}, seed={seed}, epoch={epoch}"
         )
-    return STRATEGIES[strategy](length, seed, epoch)
+    if strategy == "sequential":
+        return range(length)
+    order = _random(length, seed, epoch)
+    if strategy == "group_by_length":
+        assert lengths is not None
+        return group_by_length(np.asarray(order[:]), lengths, batch_size)
+    return order
 
 
 def check_strategy(strategy: str) -> None:
@@ -85,14 +108,3 @@ def _sorted_keys(length: int, seed: int, epoch: int) -> np.ndarray:
     keys.sort()
     keys &= (np.uint64(1) << index_bits) - np.uint64(1)
     return keys.view(np.int64)
-
-
-def _sequential(length: int, seed: int, epoch: int) -> range:
-    return range(length)
-
-
-STRATEGIES: dict[str, Callable[[int, int, int], Order]] = {
-    "random": _random,
-    "sequential": _sequential,
-}
-"""Strategy name -> ``(length, seed, epoch) -> order``. Must stay pure functions of these."""

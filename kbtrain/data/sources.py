@@ -6,6 +6,7 @@ length known, the batch of these indices, the samples of these indices (for a us
 
 import abc
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,8 +16,14 @@ import numpy as np
 from kbtrain.data.batch import common_length, named_leaves, unpack
 from kbtrain.data.collate import default_collate
 from kbtrain.data.columns import Column, as_column, rows, take
+from kbtrain.data.lengths import checked, no_lengths
 from kbtrain.data.structure import has_array, map_raw, map_structure
 from kbtrain.errors import DataError
+
+logger = logging.getLogger("kbtrain")
+
+_ROWS = 1 << 16
+"""Rows of a mask that are read at once to count its lengths."""
 
 Indices = np.ndarray | range
 """Sample indices; a ``range`` (step 1) promises that they are consecutive."""
@@ -60,6 +67,17 @@ class Source(abc.ABC):
     def samples(self, indices: Indices) -> list[Any]:
         """Return the samples at ``indices``, one by one, for a user's collator."""
 
+    def lengths(self, column: str) -> np.ndarray:
+        """Return the length of each sample, for the orders that look at it.
+
+        Args:
+            column: Where a sample says how long it is.
+
+        Raises:
+            ConfigurationError: That cannot be found out.
+        """
+        raise no_lengths(self.name, column, "it cannot be read by index")
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
         hook = getattr(self._data, "set_epoch", None)
@@ -94,6 +112,20 @@ class ArraySource(Source):
     def gather(self, indices: Indices) -> Any:
         """Return the batch of the samples at ``indices``: one read per array."""
         return map_structure(lambda column: take(column, indices), self._columns)
+
+    def lengths(self, column: str) -> np.ndarray:
+        """Return the column of lengths, or the ones counted in an attention mask."""
+        columns = self._columns if isinstance(self._columns, Mapping) else {}
+        if column in columns:
+            return checked(columns[column][:], self._length, self.name)
+        if "attention_mask" not in columns:
+            raise no_lengths(self.name, column, "all rows of an array are equally long")
+        mask = columns["attention_mask"]
+        counts = [
+            np.count_nonzero(mask[start : start + _ROWS], axis=-1)
+            for start in range(0, self._length, _ROWS)
+        ]
+        return checked(np.concatenate(counts), self._length, self.name)
 
     def samples(self, indices: Indices) -> list[Any]:
         """Return the rows at ``indices``, each in the structure of the data."""
@@ -139,6 +171,33 @@ class MapSource(Source):
             except Exception as error:
                 raise failed(f"{self.name}[{index}]", error) from error
         return items
+
+    def lengths(self, column: str) -> np.ndarray:
+        """Return ``data.lengths``, a column of a table, or what every sample says of itself."""
+        known = getattr(self._data, "lengths", None)
+        if known is not None and not callable(known):
+            return checked(known, len(self), self.name)
+        if column in (getattr(self._data, "column_names", None) or ()):
+            return checked(self._data[column], len(self), self.name)
+        logger.info("%s: reading %d samples to learn their lengths.", self.name, len(self))
+        found = [
+            self._length_of(self.samples(range(i, i + 1))[0], column) for i in range(len(self))
+        ]
+        return checked(found, len(self), self.name)
+
+    def _length_of(self, sample: Any, column: str) -> int:
+        if isinstance(sample, Mapping):
+            if column in sample:
+                return int(sample[column])
+            sample = sample.get("input_ids")
+        elif isinstance(sample, tuple):
+            sample = sample[0]
+        try:
+            return len(sample)
+        except TypeError:
+            raise no_lengths(
+                self.name, column, f"a sample has neither {column!r} nor 'input_ids'"
+            ) from None
 
     def _read_together(
         self, get_many: Callable[[list[int]], Iterable[Any]], numbers: list[int]
