@@ -17,6 +17,7 @@ Example:
     ['constant', 'constant_with_warmup']
 """
 
+from optim.adafactor import Adafactor, RelativeStep
 from optim.adamw import AdamW
 from optim.evaluation_weights import SwapEvaluationWeights
 from optim.optimizer import Optimizer, Slot
@@ -30,12 +31,14 @@ from optim.schedules import (
 )
 
 __all__ = [
+    "Adafactor",
     "AdamW",
     "Constant",
     "ConstantWithWarmup",
     "CosineWithWarmup",
     "LinearWithWarmup",
     "Optimizer",
+    "RelativeStep",
     "Schedule",
     "Slot",
     "SwapEvaluationWeights",

@@ -18,6 +18,7 @@ RUNS = {
     "wd": {"weight_decay": 0.1},
     "noclip": {"max_grad_norm": 0.0},
     "max10": {"max_steps": 10},
+    "adafactor": {"optim": "adafactor", "learning_rate": 0.05},
 }
 
 
