@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kbtrain import persistence
+from kbtrain import metric_schedule, persistence
 from kbtrain.callbacks import metric_value
 
 if TYPE_CHECKING:
@@ -29,8 +29,19 @@ def log_window(trainer: Trainer, run: Run) -> None:
 
 
 def evaluate(trainer: Trainer) -> None:
-    """Evaluate, then see whether it is the best so far."""
+    """Evaluate, tell a learning rate that answers to a metric, see whether it is the best."""
     metrics = trainer.evaluate()
+    metric_schedule.tell(trainer.lr_scheduler, trainer.args, metrics)
+    note_if_best(trainer, metrics)
+
+
+def evaluate_at_start(trainer: Trainer) -> None:
+    """Evaluate before the first update: no learning rate answers to that."""
+    note_if_best(trainer, trainer.evaluate())
+
+
+def note_if_best(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Remember the best evaluation so far; with ``save_strategy="best"`` it is saved."""
     args, state = trainer.args, trainer.state
     if args.metric_for_best_model is None:
         return
@@ -66,6 +77,8 @@ def save(trainer: Trainer, run: Run) -> None:
         if evaluated:
             arrays["evaluation"] = evaluated
         documents |= more_documents
+        if metric_schedule.is_metric_driven(trainer.lr_scheduler):
+            documents["lr_scheduler"] = trainer.lr_scheduler.state()
     store.save(state.global_step, arrays, documents, persistence.environment(trainer.backend))
     if args.save_total_limit is not None:
         best_path = state.best_model_checkpoint

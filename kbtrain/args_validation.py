@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
 
 
+METRIC_DRIVEN = ("reduce_lr_on_plateau", "greedy")
+"""Names of schedules that answer to ``metric_for_best_model`` after each evaluation."""
+
+
 def normalise(field: dataclasses.Field[Any], value: Any) -> Any:
     """The form in which a field stores a value.
 
@@ -59,7 +63,12 @@ def derived_values(args: TrainingArguments) -> dict[str, Any]:
     if args.eval_strategy == "steps" and args.eval_steps is None:
         derived["eval_steps"] = args.logging_steps
     metric = args.metric_for_best_model
-    if metric is None and (args.load_best_model_at_end or args.save_strategy == "best"):
+    needed = (
+        args.load_best_model_at_end
+        or args.save_strategy == "best"
+        or args.lr_scheduler_type in METRIC_DRIVEN
+    )
+    if metric is None and needed:
         derived["metric_for_best_model"] = metric = "loss"
     if metric is not None and args.greater_is_better is None:
         derived["greater_is_better"] = not metric.endswith("loss")
@@ -95,6 +104,12 @@ def check_consistency(args: TrainingArguments) -> None:
             f"`metric_for_best_model`={args.metric_for_best_model!r}, but nothing is evaluated. "
             "Received: save_strategy='best', eval_strategy='no'. "
             "Set eval_strategy='steps' or eval_strategy='epoch'."
+        )
+    if args.lr_scheduler_type in METRIC_DRIVEN and args.eval_strategy == "no":
+        raise ConfigurationError(
+            f"lr_scheduler_type={args.lr_scheduler_type!r} answers to the results of evaluations, "
+            f"but nothing is evaluated. Received: lr_scheduler_type={args.lr_scheduler_type!r}, "
+            "eval_strategy='no'. Set eval_strategy='steps' or eval_strategy='epoch'."
         )
     if args.load_best_model_at_end and args.save_strategy != "best":
         _check_best_model_is_saved(args)

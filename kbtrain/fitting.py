@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kbtrain import actions, evaluation_weights, persistence, rng
+from kbtrain import actions, evaluation_weights, metric_schedule, persistence, rng
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.data import Batches, Loader, as_loader
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
 from kbtrain.loop import train_loop
@@ -49,7 +49,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     trainer.control.new_training()
     trainer.fire("on_train_begin")
     if trainer.args.eval_on_start and checkpoint is None:
-        actions.evaluate(trainer)
+        actions.evaluate_at_start(trainer)
     start = time.perf_counter()
     train_loop(trainer, run)
     run.read()
@@ -161,6 +161,22 @@ def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
     return state
 
 
+def _restore_schedule(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """A schedule that answers to a metric goes on counting where it was."""
+    if not metric_schedule.is_metric_driven(trainer.lr_scheduler):
+        return
+    if (state := checkpoint.documents.get("lr_scheduler")) is None:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} is of a run whose learning rate did not answer to a metric, so "
+            "there is nothing to go on from. Resume with the lr_scheduler_type it had, or start "
+            "a new run."
+        )
+    try:
+        trainer.lr_scheduler.load_state(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointMismatchError(f"{checkpoint.path}, lr_scheduler: {error}") from None
+
+
 def _updates_without_looking(trainer: Trainer) -> int:
     if trainer.callback_handler.need_every_step():
         return 1
@@ -178,8 +194,11 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
         if schedule is None:
             trainer.lr_scheduler = trainer.create_scheduler(max_steps)
         given = trainer.create_optimizer()
-    elif schedule is not None and given is not trainer.optimizer:
+    elif schedule is None:
+        trainer.lr_scheduler = metric_schedule.schedule_of(given)
+    elif given is not trainer.optimizer and not metric_schedule.is_metric_driven(schedule):
         given.learning_rate = schedule
+    metric_schedule.attach(trainer.lr_scheduler, given, trainer.args)
     trainer.optimizer = given
     if not given.built:
         given.build(trainer.model.trainable_variables)
@@ -210,6 +229,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, optimizer: Any) -> persis
         logger.warning("Resuming with another setting: %s", change)
     saved = TrainerState.from_dict(checkpoint.documents["trainer_state"])
     trainer.state.continue_from(saved)
+    _restore_schedule(trainer, checkpoint)
     if trainer.args.restore_callback_states_from_checkpoint:
         trainer.callback_handler.load_state(saved.stateful_callbacks)
     if trainer.args.ignore_data_skip:

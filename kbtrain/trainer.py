@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from kbtrain import backends, building, fitting, persistence, registry, rng
+from kbtrain import backends, building, fitting, metric_schedule, persistence, registry, rng
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
 from kbtrain.callbacks import ProgressCallback, TrainerCallback
@@ -240,6 +240,7 @@ class Trainer(KnownParameters):
             "learning_rate": args.learning_rate,
             "num_warmup_steps": args.get_warmup_steps(num_training_steps),
             "num_training_steps": num_training_steps,
+            "mode": "max" if args.greater_is_better else "min",
         }
         if args.warmup_steps and "num_warmup_steps" not in inspect.signature(factory).parameters:
             logger.warning(
@@ -255,7 +256,7 @@ class Trainer(KnownParameters):
         args = self.args
         factory = registry.find(registry.OPTIMIZERS, args.optim, "optim")
         offered = {
-            "learning_rate": self.lr_scheduler,
+            "learning_rate": metric_schedule.learning_rate_argument(self.lr_scheduler),
             "weight_decay": args.weight_decay,
             "beta_1": args.adam_beta1,
             "beta_2": args.adam_beta2,

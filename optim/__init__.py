@@ -19,31 +19,52 @@ Example:
 
 from optim.adafactor import Adafactor, RelativeStep
 from optim.adamw import AdamW
+from optim.cosine import (
+    CosineWarmupWithMinLR,
+    CosineWithMinLR,
+    CosineWithRestarts,
+    CosineWithWarmup,
+)
 from optim.evaluation_weights import SwapEvaluationWeights
 from optim.optimizer import Optimizer, Slot
+from optim.plateau import FeedMetricSchedule, GreedyLR, MetricSchedule, ReduceLROnPlateau
+from optim.plotting import plot_schedule
 from optim.registry import get, get_scheduler, names, scheduler_names
 from optim.schedules import (
     Constant,
     ConstantWithWarmup,
-    CosineWithWarmup,
+    InverseSqrtWithWarmup,
     LinearWithWarmup,
+    PolynomialWithWarmup,
     Schedule,
 )
+from optim.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
     "Adafactor",
     "AdamW",
     "Constant",
     "ConstantWithWarmup",
+    "CosineWarmupWithMinLR",
+    "CosineWithMinLR",
+    "CosineWithRestarts",
     "CosineWithWarmup",
+    "FeedMetricSchedule",
+    "GreedyLR",
+    "InverseSqrtWithWarmup",
     "LinearWithWarmup",
+    "MetricSchedule",
     "Optimizer",
+    "PolynomialWithWarmup",
+    "ReduceLROnPlateau",
     "RelativeStep",
     "Schedule",
     "Slot",
     "SwapEvaluationWeights",
+    "WarmupStableDecay",
     "get",
     "get_scheduler",
     "names",
+    "plot_schedule",
     "scheduler_names",
 ]

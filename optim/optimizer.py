@@ -147,7 +147,8 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
 
     Args:
         learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
-            the number of updates so far) or a callable without arguments.
+            the number of updates so far), a schedule that answers to a metric (`optim.plateau`) or
+            a callable without arguments.
         weight_decay: decoupled decay, as a fraction of ``learning_rate * variable`` per update.
             `exclude_from_weight_decay` leaves variables out.
         clipnorm: largest norm of the gradient of one variable.
@@ -206,8 +207,10 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
                 "`kernel` must be None (the fastest execution on this backend) or 'reference' "
                 f"(the rule as it is written). Received: kernel={kernel!r}"
             )
+        # Such a schedule is no function: it moves the variable that a number would have made.
+        metric_schedule = learning_rate if hasattr(learning_rate, "on_metric") else None
         super().__init__(
-            learning_rate,
+            learning_rate if metric_schedule is None else metric_schedule.rate,
             weight_decay=weight_decay,
             clipnorm=clipnorm,
             clipvalue=clipvalue,
@@ -220,6 +223,9 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
             name=name,
         )
         self.kernel = kernel
+        self.metric_schedule = metric_schedule
+        if metric_schedule is not None:
+            metric_schedule.bind(self._learning_rate)
 
     # ---- what a subclass provides ---------------------------------------------------------------
 
@@ -310,7 +316,10 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
-        return {**super().get_config(), "kernel": self.kernel}
+        config = {**super().get_config(), "kernel": self.kernel}
+        if self.metric_schedule is not None and isinstance(self._learning_rate, keras.Variable):
+            config["learning_rate"] = keras.saving.serialize_keras_object(self.metric_schedule)
+        return config
 
     # ---- state ----------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ def get_scheduler(
         scheduler_specific_kwargs: further arguments of the schedule.
 
     Returns:
-        A function of the number of updates done so far.
+        A function of the number of updates done so far, or a schedule that answers to a metric
+        (`optim.plateau`).
 
     Raises:
         ValueError: if the name is unknown or offered by two distributions, a count that the
@@ -121,7 +122,8 @@ def get_scheduler(
     specific = dict(scheduler_specific_kwargs or {})
     _check_specific(name, parameters, specific)
     schedule = factory(learning_rate=learning_rate, **counts, **specific)
-    if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+    of_the_step = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+    if not of_the_step and not hasattr(schedule, "on_metric"):
         raise TypeError(
             f"The entry point {name!r} of the group {SCHEDULES!r} must make a Keras learning-rate "
             f"schedule. Received: {type(schedule).__name__}"

@@ -111,8 +111,17 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return {"learning_rate": self.learning_rate, "num_warmup_steps": self.num_warmup_steps}
 
 
-class _Finite(Schedule):
-    """A schedule that knows how long the training is."""
+class FiniteSchedule(Schedule):
+    """Base of the schedules that know how long the training is.
+
+    Args:
+        learning_rate: the base learning rate.
+        num_warmup_steps: number of updates of the warm-up.
+        num_training_steps: number of updates of the whole training, the warm-up included.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
 
     def __init__(
         self, learning_rate: float, num_warmup_steps: int, num_training_steps: int
@@ -120,10 +129,23 @@ class _Finite(Schedule):
         super().__init__(learning_rate, num_warmup_steps)
         self.num_training_steps = check_count("num_training_steps", num_training_steps, 1)
 
-    def progress(self, step: Tensor) -> Tensor:
-        """The share of the steps after the warm-up that is done: 0 at its end, 1 at the last."""
-        length = max(1, self.num_training_steps - self.num_warmup_steps)
-        return (step - self.num_warmup_steps) / length
+    @property
+    def length(self) -> int:
+        """Number of updates after the warm-up, at least 1."""
+        return max(1, self.num_training_steps - self.num_warmup_steps)
+
+    def remaining(self, step: Tensor) -> Tensor:
+        """The share of the updates after the warm-up that is left: 1 at its end, 0 past the last.
+
+        Counted from the end, so that it is exact there for any length.
+
+        Args:
+            step: float32 scalar.
+
+        Returns:
+            float32 scalar.
+        """
+        return ops.maximum(0.0, (self.num_training_steps - step) / self.length)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -184,7 +206,7 @@ class ConstantWithWarmup(Schedule):
 
 
 @keras.saving.register_keras_serializable(package="optim")
-class LinearWithWarmup(_Finite):
+class LinearWithWarmup(FiniteSchedule):
     r"""Linear warm-up, then linear decay to 0: :math:`\lambda(s) = \max(0, (T-s)/\max(1, T-w))`.
 
     Args:
@@ -203,39 +225,32 @@ class LinearWithWarmup(_Finite):
     """
 
     def factor(self, step: Tensor) -> Tensor:
-        """The share of the steps that is left."""
-        # Counted from the end, so that it is exactly 0 there for any length.
-        length = max(1, self.num_training_steps - self.num_warmup_steps)
-        return ops.maximum(0.0, (self.num_training_steps - step) / length)
+        """The share of the updates that is left."""
+        return self.remaining(step)
 
 
 @keras.saving.register_keras_serializable(package="optim")
-class CosineWithWarmup(_Finite):
-    r"""Linear warm-up, then a cosine: :math:`\lambda(s) = \max(0, (1 + \cos 2\pi c p)/2)`.
+class PolynomialWithWarmup(FiniteSchedule):
+    r"""Linear warm-up, then a power of the share that is left, down to ``lr_end``.
 
-    Here :math:`c` is ``num_cycles`` and :math:`p = (s-w)/\max(1, T-w)`; with the default of half a
-    cycle it falls from the learning rate to 0. The widespread implementation of this schedule lets
-    :math:`p` grow past 1, so that a run that goes on too long sees the learning rate rise again;
-    here it stays at its last value unless ``clamp=False``.
+    With :math:`r = (T-s)/(T-w)` and end :math:`e`:
+    :math:`\eta(s) = (\eta - e)\, r^{\text{power}} + e`, and :math:`e` past the end.
 
     Args:
         learning_rate: the largest learning rate, at the end of the warm-up.
         num_warmup_steps: number of updates of the warm-up.
         num_training_steps: number of updates of the whole training, the warm-up included.
-        num_cycles: number of cosine waves; 0.5 ends at 0.
-        clamp: stay at the last value past the end of the training.
+        lr_end: the learning rate at the end and after it, less than ``learning_rate``.
+        power: 1 is a straight line, 2 a parabola.
 
     Raises:
         ValueError: if an argument is out of range.
 
     Example:
         >>> import optim
-        >>> schedule = optim.CosineWithWarmup(1.0, num_warmup_steps=2, num_training_steps=10)
-        >>> [round(float(schedule(step)), 4) for step in (0, 2, 4, 6, 10, 12)]
-        [0.0, 1.0, 0.8536, 0.5, 0.0, 0.0]
-
-    Reference:
-        - [Loshchilov and Hutter, SGDR](https://arxiv.org/abs/1608.03983)
+        >>> schedule = optim.PolynomialWithWarmup(1.0, 2, 10, lr_end=0.0, power=2)
+        >>> [float(schedule(step)) for step in (0, 1, 2, 6, 10, 11)]
+        [0.0, 0.5, 1.0, 0.25, 0.0, 0.0]
     """
 
     def __init__(
@@ -243,20 +258,62 @@ class CosineWithWarmup(_Finite):
         learning_rate: float,
         num_warmup_steps: int,
         num_training_steps: int,
-        num_cycles: float = 0.5,
-        clamp: bool = True,
+        lr_end: float = 1e-7,
+        power: float = 1.0,
     ) -> None:
         super().__init__(learning_rate, num_warmup_steps, num_training_steps)
-        self.num_cycles = check_range("num_cycles", num_cycles, 0.0)
-        self.clamp = bool(clamp)
+        self.lr_end = check_range("lr_end", lr_end, 0.0, self.learning_rate)
+        self.power = check_range("power", power, 0.0)
 
     def factor(self, step: Tensor) -> Tensor:
-        """The height of the wave, from 0 to 1."""
-        progress = self.progress(step)
-        if self.clamp:
-            progress = ops.minimum(1.0, progress)
-        return ops.maximum(0.0, 0.5 * (1.0 + ops.cos(2.0 * math.pi * self.num_cycles * progress)))
+        """The power of the share that is left, between 1 and the end."""
+        end = self.lr_end / self.learning_rate
+        remaining = self.remaining(step)
+        decayed = end + (1.0 - end) * ops.power(remaining, self.power)
+        # A power of 0 holds the learning rate up to the end.
+        return ops.where(step > self.num_training_steps, end, decayed)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
-        return {**super().get_config(), "num_cycles": self.num_cycles, "clamp": self.clamp}
+        return {**super().get_config(), "lr_end": self.lr_end, "power": self.power}
+
+
+@keras.saving.register_keras_serializable(package="optim")
+class InverseSqrtWithWarmup(Schedule):
+    r"""Linear warm-up, then :math:`\lambda(s) = \sqrt{\tau / (s + \tau - w)}`; it has no end.
+
+    Args:
+        learning_rate: the largest learning rate, at the end of the warm-up.
+        num_warmup_steps: number of updates of the warm-up.
+        timescale: :math:`\tau`, in updates; the default is the warm-up, or 10000 without one.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import optim
+        >>> schedule = optim.InverseSqrtWithWarmup(1.0, num_warmup_steps=4)
+        >>> [float(schedule(step)) for step in (0, 2, 4, 16, 64)]
+        [0.0, 0.5, 1.0, 0.5, 0.25]
+
+    Reference:
+        - [Zhai et al., Scaling Vision Transformers](https://arxiv.org/abs/2106.04560)
+    """
+
+    def __init__(
+        self, learning_rate: float, num_warmup_steps: int, timescale: int | None = None
+    ) -> None:
+        super().__init__(learning_rate, num_warmup_steps)
+        if timescale is None:
+            timescale = self.num_warmup_steps or 10_000
+        self.timescale = check_count("timescale", timescale, 1)
+
+    def factor(self, step: Tensor) -> Tensor:
+        """The root of the timescale over the time, which is the timescale at the end of warm-up."""
+        time = step + float(self.timescale - self.num_warmup_steps)
+        # During a warm-up longer than the timescale, where this is not used, it would be negative.
+        return ops.sqrt(self.timescale / ops.maximum(1.0, time))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as a serializable dictionary."""
+        return {**super().get_config(), "timescale": self.timescale}

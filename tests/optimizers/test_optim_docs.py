@@ -5,7 +5,11 @@ import importlib
 
 import pytest
 
-MODULES = ["optim", *(f"optim.{name}" for name in ("adamw", "optimizer", "registry", "schedules"))]
+ROOMS = (
+    *("adamw", "cosine", "optimizer", "plateau", "registry", "schedules"),
+    "warmup_stable_decay",
+)
+MODULES = ["optim", *(f"optim.{name}" for name in ROOMS)]
 
 
 @pytest.mark.parametrize("name", MODULES)

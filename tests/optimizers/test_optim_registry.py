@@ -46,10 +46,19 @@ def test_own_entries_come_through_the_door():
 def test_every_own_name_makes_its_kind():
     for name in optim.names():
         assert isinstance(optim.get(name), keras.optimizers.Optimizer)
+    needed = {
+        "cosine_with_min_lr": {"min_lr": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 4},
+    }
+    metric_driven = {"reduce_lr_on_plateau", "greedy"}
     for name in optim.scheduler_names():
-        schedule = optim.get_scheduler(name, 1.0, num_warmup_steps=2, num_training_steps=10)
-        assert isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
-        assert 0.0 <= float(schedule(3)) <= 1.0
+        schedule = optim.get_scheduler(name, 1.0, 2, 10, needed.get(name))
+        if name in metric_driven:
+            assert schedule.rate == 1.0
+        else:
+            assert isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+            assert 0.0 <= float(schedule(3)) <= 1.0
 
 
 def test_other_packages_are_found(install):
