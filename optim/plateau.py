@@ -169,8 +169,10 @@ class MetricSchedule:
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, and the state once there is one."""
-        names = ("learning_rate", "mode", "factor", "patience", "threshold", "threshold_mode")
-        names += ("cooldown", "min_lr", "eps")
+        names = (
+            *("learning_rate", "mode", "factor", "patience", "threshold", "threshold_mode"),
+            *("cooldown", "min_lr", "eps"),
+        )
         config = {name: getattr(self, name) for name in names}
         if self.state() != self._first_state():
             config["state"] = self.state()

@@ -133,8 +133,8 @@ def expected(name, steps, w, total):
 @pytest.mark.parametrize("name", FORMULAS)
 def test_every_step(name):
     for w, total in ((0, 9), (1, 9), (4, 21), (9, 9), (12, 9), (0, 1)):
-        steps = range(total + w + 4)
-        result = ops.convert_to_numpy(make(name, w, total)(np.arange(len(steps))))
+        steps = range(32)
+        result = ops.convert_to_numpy(make(name, w, total)(np.arange(32)))
         np.testing.assert_allclose(
             result, expected(name, steps, w, total), rtol=1e-6, atol=1e-8, err_msg=f"{w} {total}"
         )
@@ -159,12 +159,12 @@ def test_restarts_come_at_the_right_update(cycles, length):
     # Updates that are a multiple of the cycle in whole numbers start at the full rate.
     exact = [b for k, b in enumerate(begins) if k * length % cycles == 0]
     assert exact
-    result = ops.convert_to_numpy(schedule(np.array(exact) + 5))
-    np.testing.assert_array_equal(result, np.ones(len(exact), "float32"))
-    before = ops.convert_to_numpy(schedule(np.array(begins[1:]) + 4))
+    result = ops.convert_to_numpy(schedule(np.resize(exact, 100) + 5))
+    np.testing.assert_array_equal(result, np.ones(100, "float32"))
+    before = np.resize(begins[1:], 100)
     np.testing.assert_allclose(
-        before,
-        [half((cycles * (b - 1) % length) / length) for b in begins[1:]],
+        ops.convert_to_numpy(schedule(before + 4)),
+        [half((cycles * (b - 1) % length) / length) for b in before],
         rtol=1e-6,
         atol=1e-15,
     )
@@ -190,14 +190,14 @@ def test_warmup_stable_decay(warmup_type, decay_type, scale):
         return lowest + (1 - lowest) * height
 
     ends = (0, w, w + stable, w + stable + decay)
-    steps = sorted({max(0, end + d) for end in ends for d in range(-2, 3)})
+    steps = np.resize(sorted({max(0, end + d) for end in ends for d in range(-2, 3)}), 20)
     common = {"warmup_type": warmup_type, "decay_type": decay_type, "min_lr_ratio": lowest}
     by_total = optim.WarmupStableDecay(
         RATE, w, decay, num_training_steps=w + stable + decay, **common
     )
     by_part = optim.WarmupStableDecay(RATE, w, decay, num_stable_steps=stable, **common)
     for schedule in (by_total, by_part):
-        result = ops.convert_to_numpy(schedule(np.array(steps)))
+        result = ops.convert_to_numpy(schedule(steps))
         np.testing.assert_allclose(result, [RATE * share(s) for s in steps], rtol=1e-6, atol=1e-12)
 
 
