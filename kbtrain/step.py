@@ -99,36 +99,34 @@ def make_train_step(
         if metrics is not None:
             backend.run_if(condition, lambda: metrics.update(*inputs), metrics.variables)
 
-    def accumulate(gradients: Any, batch: Any, num_items: Any) -> tuple[Any, MicroResult]:
-        result, metric_inputs, new, updates = differentiate(batch, num_items)
+    def accumulate(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], MicroResult]:
+        result, metric_inputs, new, updates = differentiate(batch, carry.get("num_items"))
         usable = ops.logical_and(ops.isfinite(result.sum), is_running())
         if on_nonfinite == "ignore":
             usable = ops.ones_like(usable)
         backend.commit_if(usable, updates)
         update_metrics(usable, metric_inputs)
-        return [total + as_float(g) for total, g in zip(gradients, new, strict=True)], result
+        total = [t + as_float(g) for t, g in zip(carry["gradients"], new, strict=True)]
+        return {**carry, "gradients": total}, result
 
     def run_chunks(chunks: list[dict[str, Any]], num_items: Any) -> tuple[MicroResult, Any]:
-        gradients = [ops.zeros(v.shape, "float32") for v in trainable]
+        carry: dict[str, Any] = {"gradients": [ops.zeros(v.shape, "float32") for v in trainable]}
+        if num_items is not None:
+            carry["num_items"] = num_items
         results = []
         for chunk in chunks:
-            if "single" in chunk:
-                gradients, one = accumulate(gradients, chunk["single"], num_items)
-                results.append(keras.tree.map_structure(lambda t: ops.expand_dims(t, 0), one))
-            else:
-                gradients, many = backend.scan(
-                    lambda carry, batch: accumulate(carry, batch, num_items),
-                    gradients,
-                    chunk["stacked"],
-                )
-                results.append(many)
+            batches = chunk.get("stacked")
+            if batches is None:
+                batches = keras.tree.map_structure(lambda t: ops.expand_dims(t, 0), chunk["single"])
+            carry, result = backend.scan(accumulate, carry, batches)
+            results.append(result)
         joined = [keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)]
         counts = joined[0].count
         extras = {
             name: mean(ops.sum(values * counts), ops.sum(counts))
             for name, values in joined[0].extras.items()
         }
-        return MicroResult(ops.sum(joined[0].sum), ops.sum(counts), extras), gradients
+        return MicroResult(ops.sum(joined[0].sum), ops.sum(counts), extras), carry["gradients"]
 
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         num_items = None

@@ -44,6 +44,25 @@ def batch_norm_dropout():
     return with_weights(keras.Model(inputs, layers.Dense(1)(layers.Dropout(0.3)(h))))
 
 
+def seeded_noise():
+    """Draws from seed generators, in the ways that Keras layers use them."""
+    inputs = keras.Input((6, 6, 2))
+    h = layers.GaussianNoise(0.1, seed=2)(layers.RandomFlip(seed=1)(inputs))
+    h = layers.SpatialDropout2D(0.2, seed=4)(layers.Dropout(0.2, seed=3)(h))
+    return with_weights(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h))), scale=0.2)
+
+
+def batch_norms():
+    """Batch normalisation: axes, ranks, without scale or offset, frozen."""
+    inputs = keras.Input((6, 6, 2))
+    h = layers.BatchNormalization(axis=1, momentum=0.8)(inputs)
+    h = layers.BatchNormalization(scale=False, epsilon=1e-5)(layers.Reshape((12, 6))(h))
+    frozen = layers.BatchNormalization(center=False)
+    frozen.trainable = False
+    h = frozen(layers.Conv1D(4, 3, activation="tanh")(h))
+    return with_weights(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h))), scale=0.2)
+
+
 def tokens(samples=24):
     generator = np.random.default_rng(5)
     return tuple(generator.integers(0, 11, (samples, 8)) for _ in range(2))
@@ -74,6 +93,18 @@ CASES = {
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         ["accuracy"],
     ),
+    "seeded noise": (
+        seeded_noise,
+        images,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ["accuracy"],
+    ),
+    "batch norms": (
+        batch_norms,
+        images,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ["accuracy"],
+    ),
 }
 
 
@@ -100,9 +131,11 @@ def train(case, folder, callbacks=(), **changes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_compiled_step_gives_the_numbers_of_the_eager_one(case, tmp_path):
-    fast = train(case, tmp_path / "a", num_train_epochs=1)
-    plain = train(case, tmp_path / "b", num_train_epochs=1, jit_compile=False)
+def test_the_compiled_step_gives_the_numbers_of_the_eager_one(case, tmp_path, caplog):
+    with caplog.at_level("INFO", "kbtrain"):
+        fast = train(case, tmp_path / "a", max_steps=2)
+    assert "eagerly" not in caplog.text
+    plain = train(case, tmp_path / "b", max_steps=2, jit_compile=False)
     for key in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(train_logs(fast, key), train_logs(plain, key), rtol=2e-5)
     metric = {"mse": "mae"}.get(CASES[case][2], "accuracy")
@@ -168,32 +201,43 @@ def test_a_nonfinite_update_inside_a_block_stops_at_its_step(tmp_path):
     assert same(weights(model), weights(reference))
 
 
-def test_a_model_that_cannot_be_compiled_ahead_still_trains(tmp_path):
-    """Seeded dropout draws from a generator that torch has to make from a value."""
-    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2}
-    x, y = make_data(32)
-    losses = []
-    for folder in ("a", "b"):
-        model = keras.Sequential(
-            [
-                keras.Input((3,)),
-                layers.Dense(8, activation="relu"),
-                layers.GaussianNoise(0.1, seed=3),
-                layers.Dropout(0.2, seed=4),
-                layers.Dense(1),
-            ]
-        )
-        with_weights(model)
-        trainer = Trainer(
-            model,
-            arguments(tmp_path / folder, **settings),
-            train_dataset=(x, y),
-            loss="mse",
-        )
-        trainer.fit()
-        losses.append(train_logs(trainer))
-    assert losses[0] == losses[1]
-    assert len(set(losses[0])) == len(losses[0])
+class NumPyNoise(layers.Layer):
+    """Draws outside of what any framework records."""
+
+    def call(self, x):
+        return x + np.random.normal(size=3).astype("float32")
+
+
+def test_a_step_that_draws_numpy_numbers_still_trains(tmp_path):
+    """It must not be recorded with the numbers of one step; where it would be, it runs eagerly."""
+    inputs = keras.Input((3,))
+    model = with_weights(keras.Model(inputs, layers.Dense(1)(NumPyNoise()(inputs))))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, per_device_train_batch_size=8, num_train_epochs=2),
+        train_dataset=make_data(32),
+        loss="mse",
+    )
+    before = weights(model)
+    trainer.fit()
+    assert trainer.state.global_step == 8
+    assert np.isfinite(train_logs(trainer)).all()
+    assert not same(before, weights(model))
+
+
+@pytest.mark.parametrize("case", ["dense, batch norm, dropout", "seeded noise"])
+def test_accumulation_gives_the_numbers_of_the_eager_one(case, tmp_path):
+    """A step of 4 + 4 + 2 and one of 4 + 4 samples: equal ones in a loop, another shape apart."""
+    settings = {"num_train_epochs": 1, "gradient_accumulation_steps": 3}
+    x, y = CASES[case][1]()
+    CASES["short"] = (CASES[case][0], lambda: (x[:18], y[:18]), *CASES[case][2:])
+    try:
+        fast = train("short", tmp_path / "a", **settings)
+        plain = train("short", tmp_path / "b", jit_compile=False, **settings)
+    finally:
+        del CASES["short"]
+    for key in ("loss", "grad_norm", "learning_rate", *CASES[case][3]):
+        np.testing.assert_allclose(train_logs(fast, key), train_logs(plain, key), rtol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 import torch
 
-from kbtrain.backends.torch_capture import CapturedStep, GuardFailed, NotCapturable, guard
+from kbtrain.backends.torch_capture import CapturedStep
+from kbtrain.backends.torch_program import GuardFailed, NotCapturable, guard
 from kbtrain.data import signature
 
 name = "torch"
@@ -20,21 +21,98 @@ logger = logging.getLogger("kbtrain")
 # While a step is being recorded, conditions become guards: nothing can be read.
 _capturing = False
 
-# The variables of the step being run (to name the ones that layers ask to change).
+# The step being run: its variables, and what compiles the body of a loop inside it.
 _state: list[keras.Variable] = []
+_compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 # What `commit_if` has overwritten, while somebody may want to take it back.
 _journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
 
+# The variables that `commit_if` has met in the step being recorded.
+_committed: list[keras.Variable] = []
+
 
 @contextlib.contextmanager
-def _running(variables: Sequence[keras.Variable]) -> Iterator[None]:
-    global _state
-    before, _state = _state, list(variables)
+def _running(
+    variables: Sequence[keras.Variable],
+    compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> Iterator[None]:
+    global _state, _compile_body
+    before = _state, _compile_body
+    _state, _compile_body = list(variables), compile_body
     try:
         yield
     finally:
-        _state = before
+        _state, _compile_body = before
+
+
+class _Runner:
+    """Runs a function of tensors captured where possible, once per shape, else as it is.
+
+    Args:
+        fn: Function of one structure of tensors.
+        variables: Everything it reads or assigns.
+        inductor: Compile what was captured by ``torch.compile``.
+    """
+
+    def __init__(
+        self, fn: Callable[[Any], Any], variables: list[keras.Variable], inductor: bool
+    ) -> None:
+        self._fn = fn
+        self._variables = variables
+        self._inductor = inductor
+        self._captured: dict[Any, CapturedStep | None] = {}
+        self._commits: dict[Any, list[keras.Variable]] = {}
+        self._bodies: dict[Any, _Runner] = {}
+
+    def eager(self, inputs: Any) -> Any:
+        """Run the function as it is; the bodies of its loops are captured."""
+        with torch.no_grad(), _running(self._variables, self._body):
+            return self._fn(inputs)
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the function."""
+        key = signature(inputs)
+        if key not in self._captured:
+            self._captured[key] = self._capture(inputs)
+            self._commits[key] = list(_committed)
+        step = self._captured[key]
+        if step is None:
+            return self.eager(inputs)
+        for variable in self._commits[key]:
+            _remember(variable)
+        try:
+            with torch.no_grad():
+                return step(inputs)
+        except GuardFailed:
+            return self.eager(inputs)
+
+    def _capture(self, inputs: Any) -> CapturedStep | None:
+        global _capturing
+        _capturing = True
+        _committed.clear()
+        try:
+            return CapturedStep(self.eager, self._variables, inputs, self._inductor)
+        except _InParts:
+            logger.debug("The step is captured in parts, one for each micro-batch.")
+            return None
+        except NotCapturable as reason:
+            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
+            return None
+        finally:
+            _capturing = False
+
+    def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        # The function is a new closure each time; its code says that it is the same one.
+        key = fn.__code__
+        if key not in self._bodies:
+            self._bodies[key] = _Runner(lambda both: fn(*both), self._variables, self._inductor)
+        runner = self._bodies[key]
+        return lambda carry, inputs: runner((carry, inputs))
+
+
+class _InParts(NotCapturable):
+    """Not an obstacle: a loop whose body is captured by itself."""
 
 
 def compile_step(
@@ -51,46 +129,21 @@ def compile_step(
     Args:
         fn: Function of a structure of tensors, free of host side effects.
         variables: Everything ``fn`` reads or assigns.
-        jit_compile: ``False`` runs eagerly, to debug; anything else records.
+        jit_compile: ``False`` runs eagerly, to debug; ``True`` compiles the record further by
+            ``torch.compile``; anything else records.
 
     Returns:
         A function with the signature of ``fn``.
     """
     variables = list(variables)
+    if jit_compile is not False:
+        return _Runner(fn, variables, inductor=jit_compile is True)
 
     def eager(inputs: Any) -> Any:
-        with torch.no_grad(), _running(variables):
+        with torch.no_grad(), _running(variables, None):
             return fn(inputs)
 
-    if jit_compile is False:
-        return eager
-    captured: dict[Any, CapturedStep | None] = {}
-
-    def capture(inputs: Any) -> CapturedStep | None:
-        global _capturing
-        _capturing = True
-        try:
-            return CapturedStep(eager, variables, inputs)
-        except NotCapturable as reason:
-            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
-            return None
-        finally:
-            _capturing = False
-
-    def call(inputs: Any) -> Any:
-        key = signature(inputs)
-        if key not in captured:
-            captured[key] = capture(inputs)
-        step = captured[key]
-        if step is None:
-            return eager(inputs)
-        try:
-            with torch.no_grad():
-                return step(inputs)
-        except GuardFailed:
-            return eager(inputs)
-
-    return call
+    return eager
 
 
 def compile_steps(
@@ -199,12 +252,17 @@ def _detach(x: Any) -> Any:
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
 
-    ``fn`` may assign variables. Returns the last carry and the outputs along a new leading axis.
+    ``fn`` may assign variables; all other tensors it uses are in the carry and the inputs (it is
+    captured, and everything else would be a constant). Returns the last carry and the outputs
+    along a new leading axis.
     """
+    if _capturing:
+        raise _InParts("it has a loop, whose body is captured by itself")
+    body = fn if _compile_body is None else _compile_body(fn)
     length = keras.tree.flatten(inputs)[0].shape[0]
     outputs = []
     for i in range(length):
-        carry, output = fn(carry, keras.tree.map_structure(lambda t, i=i: t[i], inputs))
+        carry, output = body(carry, keras.tree.map_structure(lambda t, i=i: t[i], inputs))
         outputs.append(output)
     return carry, keras.tree.map_structure(lambda *t: torch.stack(t), *outputs)
 
@@ -215,16 +273,23 @@ def _on_cpu(condition: Any) -> bool:
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
-    guarded = _capturing and _journal is None and _on_cpu(condition)
+    guarded = _capturing and _on_cpu(condition)
     if guarded:
         guard(condition)
     for variable, value in updates:
-        if guarded:
-            variable.assign(value)
-            continue
-        if _journal is not None and id(variable) not in _journal:
-            _journal[id(variable)] = (variable, variable.value.detach().clone())
-        variable.assign(torch.where(condition, value.to(variable.value.dtype), variable.value))
+        if _capturing:
+            _committed.append(variable)
+        else:
+            _remember(variable)
+        if not guarded:
+            value = torch.where(condition, value.to(variable.value.dtype), variable.value)
+        variable.assign(value)
+
+
+def _remember(variable: keras.Variable) -> None:
+    """Keep the value a variable has now, if somebody may want to go back to it."""
+    if _journal is not None and id(variable) not in _journal:
+        _journal[id(variable)] = (variable, variable.value.detach().clone())
 
 
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:

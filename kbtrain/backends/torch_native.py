@@ -1,0 +1,212 @@
+"""What Keras layers do on torch, in the operations that torch has fast kernels for.
+
+Used while a step is recorded, so the numbers are those of the layers to rounding, and a step that
+runs eagerly is plain Keras. Three things are replaced: batch normalisation by torch's own kernel
+(Keras has a dozen passes over the data), copies between channels-last and channels-first layouts
+of the same bytes by nothing, and random numbers from a seed that is a tensor by operations that
+can be recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import keras
+import torch
+from keras import ops
+
+# The one place where Keras turns the state of a seed generator into a torch generator.
+from keras.src.backend.torch import random as keras_random
+from keras.src.random.seed_generator import draw_seed
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def native_operations() -> Iterator[None]:
+    """Replace the operations above, for code that is being recorded."""
+    layer = keras.layers.BatchNormalization
+    seeds = _Seeds()
+    with (
+        mock.patch.object(layer, "call", _batch_normalization(layer.call)),
+        mock.patch.object(keras_random, "torch_seed_generator", seeds.generator),
+        _Operations(seeds),
+    ):
+        yield
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+class _Operations(TorchFunctionMode):
+    """Sees every torch function that is called, and replaces some."""
+
+    def __init__(self, seeds: _Seeds) -> None:
+        super().__init__()
+        self._seeds = seeds
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.contiguous and not kwargs and _is_channels_last(args):
+            return args[0]
+        if (seed := self._seeds.of(kwargs.get("generator"))) is not None:
+            return _draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
+        return func(*args, **kwargs)
+
+
+def _is_channels_last(args: Any) -> bool:
+    """Whether a tensor lies densely in memory with its second axis last: no need to copy it."""
+    tensor = args[0]
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = layouts.get(tensor.dim()) if len(args) == 1 else None
+    return layout is not None and tensor.is_contiguous(memory_format=layout)
+
+
+# --- batch normalisation --------------------------------------------------------------------------
+
+
+def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BatchNormalization.call`` through torch's kernel, where it has one."""
+
+    def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        axis = self.axis % x.dim()
+        values = x.numel() // x.shape[axis]
+        special = self.synchronized or getattr(self, "renorm", False) or values < 2
+        if mask is not None or special or axis not in (1, x.dim() - 1):
+            return original(self, inputs, training=training, mask=mask)
+        view, restore = _channels_second(x, axis)
+        scale = ops.cast(self.gamma, x.dtype) if self.scale else None
+        offset = ops.cast(self.beta, x.dtype) if self.center else None
+        if training and self.trainable:
+            mean, variance = (torch.zeros_like(ops.cast(self.moving_mean, x.dtype)) for _ in "12")
+            # With momentum 1 the statistics of this batch come back in place of the moving ones.
+            result, *_ = aten._native_batch_norm_legit(
+                view, scale, offset, mean, variance, True, 1.0, self.epsilon
+            )
+            biased = variance * ((values - 1) / values)
+            for moving, new in ((self.moving_mean, mean), (self.moving_variance, biased)):
+                old = ops.cast(moving, x.dtype)
+                moving.assign(old * self.momentum + new * (1.0 - self.momentum))
+        else:
+            moments = (ops.cast(v, x.dtype) for v in (self.moving_mean, self.moving_variance))
+            result, *_ = aten._native_batch_norm_legit_no_training(
+                view, scale, offset, *moments, 0.0, self.epsilon
+            )
+        return ops.cast(restore(result), self.compute_dtype)
+
+    return call
+
+
+def _channels_second(
+    x: torch.Tensor, axis: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """``x`` with the channels second, as torch wants it, and how to undo that."""
+    if axis == 1:
+        return x, lambda result: result
+    if x.dim() == 4:
+        return x.permute(0, 3, 1, 2), lambda result: result.permute(0, 2, 3, 1)
+    # (batch, ..., channels) as an image of width 1
+    image = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return image, lambda result: result.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+class _Seeds:
+    """Stands in for ``torch_seed_generator``: remembers which seed each generator is to have."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def generator(self, seed: Any) -> torch.Generator | None:
+        """A generator that never draws; `of` finds its seed."""
+        device = keras_random.get_device()
+        if device == "meta":
+            return None
+        generator = torch.Generator(device=device)
+        self._known.append((generator, draw_seed(seed)))
+        return generator
+
+    def of(self, generator: Any) -> torch.Tensor | None:
+        """The seed (two integers) of a generator made here; None for any other."""
+        for known, seed in self._known:
+            if known is generator:
+                return seed
+        return None
+
+
+def _seeded(seed: torch.Tensor) -> torch.Generator:
+    """What Keras' ``torch_seed_generator`` makes of a drawn seed."""
+    generator = torch.Generator(device=seed.device)
+    generator.manual_seed(int(seed[0] + seed[1]) & 0xFFFFFFFF)
+    return generator
+
+
+_LIBRARY = torch.library.Library("kbtrain_random", "DEF")
+
+
+def _define(signature: str, run: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Make an operation that a record can hold; ``shape`` gives a tensor like its result."""
+    name = signature.partition("(")[0]
+    _LIBRARY.define(signature)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kbtrain_random::{name}", shape, lib=_LIBRARY)
+
+
+_define(
+    "rand(Tensor seed, int[] size, ScalarType dtype) -> Tensor",
+    lambda seed, size, dtype: torch.rand(
+        size, generator=_seeded(seed), dtype=dtype, device=seed.device
+    ),
+    lambda seed, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "normal(Tensor seed, float mean, float std, int[] size, ScalarType dtype) -> Tensor",
+    lambda seed, mean, std, size, dtype: torch.normal(
+        mean, std, size=size, generator=_seeded(seed), dtype=dtype, device=seed.device
+    ),
+    lambda seed, mean, std, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "randint(Tensor seed, int low, int high, int[] size, ScalarType dtype) -> Tensor",
+    lambda seed, low, high, size, dtype: torch.randint(
+        low, high, size=size, generator=_seeded(seed), dtype=dtype, device=seed.device
+    ),
+    lambda seed, low, high, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "bernoulli(Tensor seed, Tensor p) -> Tensor",
+    lambda seed, p: torch.bernoulli(p, generator=_seeded(seed)),
+    lambda seed, p: torch.empty_like(p),
+)
+_define(
+    "multinomial(Tensor seed, Tensor p, int count) -> Tensor",
+    lambda seed, p, count: torch.multinomial(p, count, True, generator=_seeded(seed)),
+    lambda seed, p, count: p.new_empty((*p.shape[:-1], count), dtype=torch.int64),
+)
+
+
+def _draw(func: Any, seed: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """``func`` with a generator of that seed, as one operation that can be recorded."""
+    operations = torch.ops.kbtrain_random
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    if func is torch.rand:
+        return operations.rand(seed, list(kwargs.get("size") or args[0]), dtype)
+    if func is torch.normal:
+        mean, std = (float(value) for value in args)
+        return operations.normal(seed, mean, std, list(kwargs["size"]), dtype)
+    if func is torch.randint:
+        return operations.randint(seed, kwargs["low"], kwargs["high"], list(kwargs["size"]), dtype)
+    if func is torch.bernoulli:
+        return operations.bernoulli(seed, args[0].detach())
+    if func is torch.multinomial:
+        return operations.multinomial(seed, args[0].detach(), args[1])
+    raise NotImplementedError(f"a seeded torch.{func.__name__} cannot be recorded")

@@ -1,0 +1,209 @@
+"""Rewrites of a recorded graph that keep its meaning: assignments last, a bias inside its product.
+
+A graph of ATen operations, as ``make_fx`` records it, is in the order of the Python program, with
+assignments to variables in between. Where every assignment can wait until the end, everything
+else has no effect, can be compiled as one, and can be thrown away if a check fails.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+ASSIGN = aten.copy_.default
+MM = aten.mm.default
+CONVOLUTION = aten.convolution.default
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.permute.default)
+
+
+def nodes_in(value: Any) -> list[Node]:
+    """The nodes in an argument: itself, or those of a list."""
+    if isinstance(value, Node):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [n for item in value for n in nodes_in(item)]
+    return []
+
+
+def aliases(node: Node, write: bool) -> list[Node]:
+    """The nodes among the arguments that ``node`` writes to, or returns a view of."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found: list[Node] = []
+    arguments = node.target._schema.arguments
+    given = dict(zip([argument.name for argument in arguments], node.args, strict=False))
+    given |= node.kwargs
+    for argument in arguments:
+        info = argument.alias_info
+        if info is not None and info.is_write == write and argument.name in given:
+            found += nodes_in(given[argument.name])
+    return found
+
+
+class _Memory:
+    """Whose memory each node of a graph has, and when it is written.
+
+    Args:
+        graph: The graph, before any rewrite.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self._owners: dict[Node, frozenset[Node]] = {}
+        self.writes: dict[Node, list[int]] = defaultdict(list)
+        self.views: dict[Node, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for owner in self.owners(node):
+                if owner is not node:
+                    self.views[owner].append(node)
+            for target in aliases(node, write=True):
+                for owner in self.owners(target):
+                    self.writes[owner].append(self.position[node])
+
+    def owners(self, node: Node) -> frozenset[Node]:
+        """The nodes that allocated the memory that ``node`` may use: itself, if it is no view."""
+        if node not in self._owners:
+            sources = aliases(node, write=False) + aliases(node, write=True)
+            if node.target is operator.getitem:
+                sources = nodes_in(node.args[0])
+            owners = frozenset(o for s in sources for o in self.owners(s))
+            self._owners[node] = owners or frozenset([node])
+        return self._owners[node]
+
+    def written_between(self, node: Node, first: int, last: float) -> bool:
+        """Whether the memory of ``node`` is written after ``first`` and before ``last``."""
+        return any(first < i < last for o in self.owners(node) for i in self.writes[o])
+
+    def written_after(self, node: Node, position: int) -> bool:
+        """Whether the memory of ``node`` is written after ``position``."""
+        return self.written_between(node, position, float("inf"))
+
+
+def delay_assignments(graph: Graph) -> None:
+    """Move assignments to the graph's inputs behind everything else.
+
+    Later reads of an input read the assigned value instead. An input is left as it is where a view
+    of it outlives an assignment, and assigned early where another operation changes it in place.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    memory = _Memory(graph)
+    fixed = _fixed_inputs(graph, memory)
+    values: dict[Node, Node] = {}
+
+    def read_values(node: Node) -> None:
+        for old, new in values.items():
+            node.replace_input_with(old, new)
+
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.op == "output":
+                read_values(node)
+                for target, value in values.items():
+                    graph.call_function(ASSIGN, (target, value))
+            elif _is_assignment(node) and node.args[0] not in fixed:
+                target, value = node.args
+                value = values.get(value, value)
+                values[target] = _unchanging(graph, target, value, memory.position[node], memory)
+                node.replace_all_uses_with(values[target])
+                graph.erase_node(node)
+            else:
+                changed = {o for t in aliases(node, write=True) for o in memory.owners(t)}
+                for target in [t for t in values if t in changed]:
+                    graph.call_function(ASSIGN, (target, values.pop(target)))
+                read_values(node)
+
+
+def _is_assignment(node: Node) -> bool:
+    return node.target is ASSIGN and node.args[0].op == "placeholder"
+
+
+def _fixed_inputs(graph: Graph, memory: _Memory) -> set[Node]:
+    """Inputs whose assignments have to stay where they are: a view shows them to others."""
+    fixed: set[Node] = set()
+    for node in graph.nodes:
+        for target in aliases(node, write=True):
+            fixed |= memory.owners(target) - {target}
+        if not _is_assignment(node):
+            continue
+        now = memory.position[node]
+        for view in memory.views[node.args[0]]:
+            before = memory.position[view] < now and not _is_assignment(view)
+            if before and any(memory.position[user] > now for user in view.users):
+                fixed.add(node.args[0])
+    return fixed
+
+
+def _unchanging(graph: Graph, target: Node, value: Node, position: int, memory: _Memory) -> Node:
+    """What ``target`` holds after an assignment, as a node that nothing changes any more."""
+    held, given = target.meta["val"], value.meta["val"]
+    if held.shape != given.shape or held.dtype != given.dtype:
+        value = graph.call_function(aten.copy.default, (target, value))
+    elif memory.written_after(value, position):
+        value = graph.call_function(aten.clone.default, (value,))
+    value.meta.setdefault("val", held)
+    return value
+
+
+def fuse_bias(graph: Graph) -> None:
+    """Give a bias to the product or convolution before it, as hand-written PyTorch does.
+
+    ``x @ w + b`` reads and writes the result twice, ``addmm`` once.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    memory = _Memory(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        shaped, bias = node.args
+        if isinstance(shaped, Node) and isinstance(bias, Node):
+            _fuse(graph, node, shaped, bias, memory)
+
+
+def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: _Memory) -> None:
+    """Replace ``add(shaped, bias)`` if ``shaped`` is a view of a product used only here."""
+    product = shaped.args[0] if shaped.target in _VIEWS else shaped
+    if not isinstance(product, Node) or product.target not in (MM, CONVOLUTION):
+        return
+    flat = bias.args[0] if bias.target is aten.view.default else bias
+    channels = shaped.meta["val"].shape[-1]
+    fits = (
+        isinstance(flat, Node)
+        and tuple(flat.meta["val"].shape) == (channels,)
+        and bias.meta["val"].numel() == bias.meta["val"].shape[-1]
+        and flat.meta["val"].dtype == add.meta["val"].dtype == product.meta["val"].dtype
+        and list(shaped.users) == [add]
+        and (product is shaped or list(product.users) == [shaped])
+    )
+    begin, end = memory.position[product], memory.position[add]
+    if not fits or any(
+        memory.written_between(n, begin, end) for n in [*product.all_input_nodes, flat]
+    ):
+        return
+    with graph.inserting_before(add):
+        if product.target is MM:
+            if product is not shaped and shaped.args[1][-1] != channels:
+                return
+            fused = graph.call_function(aten.addmm.default, (flat, *product.args))
+        else:
+            last_axis = shaped.target is aten.permute.default and shaped.args[1][-1] == 1
+            if product.args[2] is not None or not last_axis:
+                return
+            arguments = (*product.args[:2], flat, *product.args[3:])
+            fused = graph.call_function(CONVOLUTION, arguments)
+        fused.meta["val"] = product.meta["val"]
+        result = fused
+        if product is not shaped:
+            result = graph.call_function(shaped.target, (fused, *shaped.args[1:]))
+            result.meta["val"] = shaped.meta["val"]
+    add.replace_all_uses_with(result)
+    graph.erase_node(add)
