@@ -205,7 +205,7 @@ class NumPyNoise(layers.Layer):
     """Draws outside of what any framework records."""
 
     def call(self, x):
-        return x + np.random.normal(size=3).astype("float32")
+        return x + keras.ops.convert_to_tensor(np.random.normal(size=3).astype("float32"))
 
 
 def test_a_step_that_draws_numpy_numbers_still_trains(tmp_path):
