@@ -218,6 +218,20 @@ def choice(*allowed: str | bool) -> Kind:
     return accept
 
 
+def either(word: str, kind: Kind) -> Kind:
+    """One word, or what another kind accepts."""
+
+    def accept(value: Any) -> Any:
+        if value == word and isinstance(value, str):
+            return word
+        try:
+            return kind(value)
+        except Unfit as refusal:
+            raise Unfit(f"{word!r} or {refusal}") from None
+
+    return accept
+
+
 def names(*allowed: str, later: tuple[str, ...] = ()) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 

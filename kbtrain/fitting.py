@@ -130,6 +130,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
+        steps_per_call=args.steps_per_execution,
     )
 
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
 
 
+HISTORY_LIMIT = 5000
+"""Entries of ``log_history`` that are kept: every checkpoint holds them all."""
+
+
 @dataclass
 class TrainerControl:
     """Switches that callbacks may set; the loop reads and clears them.
@@ -56,7 +60,8 @@ class TrainerState:
         eval_steps: Updates between two evaluations.
         save_steps: Updates between two checkpoints.
         train_batch_size: Samples of one micro-batch.
-        log_history: Everything that was logged, each with its ``step``.
+        log_history: What was logged, each entry with its ``step``; the newest 5,000 entries. The
+            JSON-lines log has all of them.
         best_metric: Best value of ``metric_for_best_model`` so far.
         best_global_step: The step it was measured at.
         best_model_checkpoint: The checkpoint of that step, if one was saved.
@@ -80,6 +85,11 @@ class TrainerState:
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+
+    def remember(self, entry: dict[str, Any]) -> None:
+        """Append to ``log_history``, and forget the oldest entry above the limit."""
+        self.log_history.append({**entry, "step": self.global_step})
+        del self.log_history[:-HISTORY_LIMIT]
 
     def continue_from(self, saved: TrainerState) -> None:
         """Take over what a resumed run goes on with; intervals and lengths are this run's own."""

@@ -376,7 +376,7 @@ class Trainer(KnownParameters):
     def log(self, logs: Mapping[str, Any]) -> None:
         """Add an entry to ``state.log_history`` and tell the callbacks."""
         entry = {**logs, "epoch": self.state.epoch}
-        self.state.log_history.append({**entry, "step": self.state.global_step})
+        self.state.remember(entry)
         self.fire("on_log", logs=entry)
 
     def fire(self, event: str, **kwargs: Any) -> None:

@@ -96,7 +96,8 @@ class TrainingArguments(_KnownNamesOnly):
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
     - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`,
       `length_column_name`.
-    - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`, `use_cpu`.
+    - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`,
+      `steps_per_execution`, `use_cpu`.
 
     Raises:
         ConfigurationError: If a name is unknown, a value has the wrong type or range, or two
@@ -354,6 +355,13 @@ class TrainingArguments(_KnownNamesOnly):
         "auto",
         kinds.choice("auto", True, False),
         "Compile the training step: True, False, or 'auto' for what suits the backend.",
+    )
+    steps_per_execution: int | Literal["auto"] = _option(
+        "auto",
+        kinds.either("auto", kinds.whole(1)),
+        "Updates that one call of the compiled step runs: at most this many, or 'auto' for as many "
+        "as take a tenth of a second. Fewer where something is due or a callback listens to each "
+        "step. The numbers do not depend on it.",
     )
     use_cpu: bool = _option(
         False, kinds.flag, "Use the CPU even where an accelerator is available."

@@ -164,6 +164,11 @@ def test_the_numbers_do_not_depend_on_how_many_updates_run_in_one_call(case, tmp
     assert sizes == [1] * 24
     assert each.steps == list(range(1, 25))
     assert same(weights(together.model), weights(apart.model))
+    sizes.clear()
+    fixed = train(case, tmp_path / "c", logging_steps=100, steps_per_execution=4)
+    assert sum(sizes) == 24
+    assert max(sizes) == 4
+    assert same(weights(fixed.model), weights(apart.model))
     mean = np.mean(train_logs(apart, "loss"))
     assert together.state.log_history[-1]["train_loss"] == pytest.approx(mean, rel=1e-12)
 
@@ -267,3 +272,11 @@ def test_each_shape_is_compiled_once(case, tmp_path, monkeypatch):
 
     short = run(2)
     assert run(8) == short
+
+
+def test_the_history_in_the_state_is_bounded_and_the_log_file_has_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("kbtrain.state.HISTORY_LIMIT", 10)
+    trainer = train("dense, batch norm, dropout", tmp_path, logging_steps=1, report_to="json")
+    assert [entry["step"] for entry in trainer.state.log_history] == [*range(16, 25), 24]
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 25

@@ -74,6 +74,7 @@ FROZEN = {
     "bf16": (False, False),
     "on_nonfinite": ("raise", "raise"),
     "jit_compile": ("auto", "auto"),
+    "steps_per_execution": ("auto", "auto"),
     "use_cpu": (False, False),
 }
 
@@ -272,6 +273,10 @@ REFUSED = [
     ("on_nonfinite", "warn"),
     ("on_nonfinite", False),
     ("jit_compile", 1),
+    ("steps_per_execution", 0),
+    ("steps_per_execution", 1.5),
+    ("steps_per_execution", True),
+    ("steps_per_execution", "all"),
     ("jit_compile", "true"),
     ("jit_compile", None),
     *((name, 1) for name in FLAGS),
@@ -688,6 +693,7 @@ some_arguments = st.fixed_dictionaries(
         "metric_for_best_model": names,
         "seed": st.integers(0, 2**32 - 1),
         "jit_compile": st.sampled_from(["auto", True, False]),
+        "steps_per_execution": st.sampled_from(["auto", 1, 32]),
         "resume_from_checkpoint": st.sampled_from([None, True, "auto", "checkpoint-5"]),
     },
 )
