@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from kbtrain.callbacks import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks import ProgressCallback as ProgressCallback
     from kbtrain.callbacks import TrainerCallback as TrainerCallback
+    from kbtrain.data import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
+    from kbtrain.data import DataCollatorForPacking as DataCollatorForPacking
+    from kbtrain.data import DataCollatorForSeq2Seq as DataCollatorForSeq2Seq
+    from kbtrain.data import (
+        DataCollatorForTokenClassification as DataCollatorForTokenClassification,
+    )
+    from kbtrain.data import DataCollatorWithPadding as DataCollatorWithPadding
+    from kbtrain.data import default_collate as default_collate
     from kbtrain.errors import CheckpointDamagedError as CheckpointDamagedError
     from kbtrain.errors import CheckpointError as CheckpointError
     from kbtrain.errors import CheckpointMismatchError as CheckpointMismatchError
@@ -33,6 +41,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("EarlyStoppingCallback", "ProgressCallback", "TrainerCallback"),
+    "data": (
+        "DataCollatorForLanguageModeling",
+        "DataCollatorForPacking",
+        "DataCollatorForSeq2Seq",
+        "DataCollatorForTokenClassification",
+        "DataCollatorWithPadding",
+        "default_collate",
+    ),
     "errors": (
         "CheckpointDamagedError",
         "CheckpointError",

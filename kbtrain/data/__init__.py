@@ -15,6 +15,12 @@ from kbtrain.data.batch import (
 )
 from kbtrain.data.blocks import Batches, Block
 from kbtrain.data.collate import Collate, default_collate
+from kbtrain.data.collators import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
+from kbtrain.data.collators_lm import DataCollatorForLanguageModeling, DataCollatorForPacking
 from kbtrain.data.loader import BatchLoader, DataLoader, Loader, as_loader
 from kbtrain.data.sampling import epoch_order
 from kbtrain.data.sources import (
@@ -34,6 +40,11 @@ __all__ = [
     "Batches",
     "Block",
     "Collate",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForPacking",
+    "DataCollatorForSeq2Seq",
+    "DataCollatorForTokenClassification",
+    "DataCollatorWithPadding",
     "DataLoader",
     "IterableSource",
     "Loader",

@@ -71,7 +71,8 @@ class DataLoader:
         seed: Seed of the order, an integer >= 0.
         drop_last: Leave out the last batch if it is short.
         collate: Makes a batch of a list of samples. The default stacks them, and for arrays reads
-            the whole batch at once.
+            the whole batch at once. One with a method ``at(epoch, number)`` is asked by it for the
+            collator of each batch, so that random choices belong to the position in the data.
         accumulation: Batches of one update; the strategies by length look at whole updates.
         length_column: Where samples say how long they are, for the strategies by length.
 
@@ -108,7 +109,8 @@ class DataLoader:
         self.strategy = strategy
         self.seed = int(seed)
         self.drop_last = drop_last
-        self._collate = collate
+        self._collate: Any = collate
+        self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
         by_length = strategy in NEED_LENGTHS
         self._lengths = self.source.lengths(length_column) if by_length else None
@@ -189,7 +191,7 @@ class DataLoader:
         _check_count("start_batch", start_batch, 0)
         self.source.set_epoch(epoch)
         if isinstance(self.source, IterableSource):
-            return self._stream(self.source, start_batch)
+            return self._stream(self.source, epoch, start_batch)
         return self._by_index(epoch, start_batch)
 
     def _by_index(self, epoch: int, start_batch: int) -> Iterator[Any]:
@@ -200,7 +202,7 @@ class DataLoader:
                 if self._collate is None:
                     batch = self.source.gather(indices)
                 else:
-                    batch = self._apply_collate(self.source.samples(indices))
+                    batch = self._apply_collate(self.source.samples(indices), epoch, number)
             except DataError as error:
                 raise self._in_batch(number, error) from (error.__cause__ or error)
             yield batch
@@ -220,7 +222,7 @@ class DataLoader:
         update = np.asarray(order[first * size : end * size])
         return update[rebalance(self._lengths[update], end - first)[number - first]]
 
-    def _stream(self, source: IterableSource, start_batch: int) -> Iterator[Any]:
+    def _stream(self, source: IterableSource, epoch: int, start_batch: int) -> Iterator[Any]:
         samples = source.stream()
         if start_batch:
             self._skip(samples, start_batch * self.batch_size)
@@ -229,7 +231,7 @@ class DataLoader:
             if not chunk or (self.drop_last and len(chunk) < self.batch_size):
                 return
             try:
-                batch = self._apply_collate(chunk)
+                batch = self._apply_collate(chunk, epoch, number)
             except DataError as error:
                 raise self._in_batch(number, error) from (error.__cause__ or error)
             yield batch
@@ -245,11 +247,13 @@ class DataLoader:
         for _ in itertools.islice(samples, count):
             pass
 
-    def _apply_collate(self, samples: list[Any]) -> Any:
+    def _apply_collate(self, samples: list[Any], epoch: int, number: int) -> Any:
         if self._collate is None:
             return default_collate(samples)
         try:
-            batch = self._collate(samples)
+            # A collator that draws random numbers wants to know its place, see its class.
+            collate = self._collate.at(epoch, number) if self._positioned else self._collate
+            batch = collate(samples)
         except MemoryError:
             raise
         except Exception as error:
