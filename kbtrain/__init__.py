@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from kbtrain.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from kbtrain.errors import ConfigurationError as ConfigurationError
     from kbtrain.errors import DataError as DataError
+    from kbtrain.errors import FolderInUseError as FolderInUseError
     from kbtrain.errors import KbtrainError as KbtrainError
     from kbtrain.errors import NonFiniteError as NonFiniteError
+    from kbtrain.errors import TrainingInterrupted as TrainingInterrupted
     from kbtrain.evaluation import EvalPrediction as EvalPrediction
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
     from kbtrain.fitting import TrainOutput as TrainOutput
@@ -56,8 +58,10 @@ _HOMES = {
         "CheckpointNotFoundError",
         "ConfigurationError",
         "DataError",
+        "FolderInUseError",
         "KbtrainError",
         "NonFiniteError",
+        "TrainingInterrupted",
     ),
     "evaluation": ("EvalPrediction", "PredictionOutput"),
     "fitting": ("TrainOutput",),

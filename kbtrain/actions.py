@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain import metric_schedule, persistence
 from kbtrain.callbacks import metric_value
+from kbtrain.saving import Snapshot
 
 if TYPE_CHECKING:
     from kbtrain.run import Run
@@ -55,11 +57,54 @@ def note_if_best(trainer: Trainer, metrics: dict[str, Any]) -> None:
         trainer.control.should_save = better
 
 
+def look_around(trainer: Trainer) -> bool:
+    """Between two steps: see to a failed save, and to who asks the run to save and stop.
+
+    Returns:
+        Whether the run is to stop here although it has not reached its end.
+    """
+    trainer.saver.poll()
+    control = trainer.control
+    reason = trainer.watch.reason(trainer.saver.longest)
+    if reason is None or control.should_training_stop:
+        return False
+    trainer.interruption = reason
+    control.should_training_stop = True
+    control.should_save = trainer.args.save_strategy != "no"
+    logger.warning(
+        "%s: %s at step %d of %d, then stopping.",
+        reason,
+        "saving" if control.should_save else "not saving (save_strategy='no')",
+        trainer.state.global_step,
+        trainer.state.max_steps,
+    )
+    return True
+
+
 def save(trainer: Trainer, run: Run) -> None:
-    """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for."""
-    state, args, store = trainer.state, trainer.args, trainer.store
+    """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for.
+
+    ``on_save`` comes once the checkpoint is complete, so whoever listens makes the run wait.
+    """
+    state, args = trainer.state, trainer.args
+    former_best = state.best_model_checkpoint
+    path = str(trainer.store.path(state.global_step))
     if state.best_global_step == state.global_step:
-        state.best_model_checkpoint = str(store.path(state.global_step))
+        state.best_model_checkpoint = path
+
+    def failed() -> None:
+        if state.best_model_checkpoint == path:
+            state.best_model_checkpoint = former_best
+
+    listened_to = bool(trainer.callback_handler.listeners("on_save"))
+    background = args.save_async and not listened_to
+    if trainer.saver.save(_snapshot(trainer, run), background, args.on_save_error, failed):
+        trainer.fire("on_save")
+
+
+def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
+    """Copy everything of a checkpoint to the host: what training waits for."""
+    state, args = trainer.state, trainer.args
     state.stateful_callbacks = trainer.callback_handler.state()
     trained = persistence.gather_model(trainer.model)
     evaluated = persistence.gather_evaluation(trainer.model, trainer.optimizer, trained)
@@ -78,16 +123,21 @@ def save(trainer: Trainer, run: Run) -> None:
             arrays["evaluation"] = evaluated
         documents |= more_documents
         if metric_schedule.is_metric_driven(trainer.lr_scheduler):
-            documents["lr_scheduler"] = trainer.lr_scheduler.state()
-    store.save(state.global_step, arrays, documents, persistence.environment(trainer.backend))
-    if args.save_total_limit is not None:
-        best_path = state.best_model_checkpoint
-        store.rotate(args.save_total_limit, [Path(best_path)] if best_path else [])
-    trainer.fire("on_save")
+            documents["lr_scheduler"] = copy.deepcopy(trainer.lr_scheduler.state())
+    best = state.best_model_checkpoint
+    return Snapshot(
+        step=state.global_step,
+        arrays=arrays,
+        documents=documents,
+        info=persistence.environment(trainer.backend),
+        keep=args.save_total_limit,
+        protect=(Path(best),) if best else (),
+    )
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """The newest checkpoint of the run's folder, to name it in a message."""
+    trainer.saver.settle()
     listed = trainer.store.list()
     return listed[-1][1] if listed else None
 
@@ -104,6 +154,14 @@ def load_best(trainer: Trainer) -> None:
         )
         return
     persistence.restore_model(trainer.model, store.load(path))
+    if store.path(state.best_global_step or 0).name != Path(path).name:
+        logger.warning(
+            "load_best_model_at_end: the best step %s has no checkpoint; these are the weights of "
+            "the best one that was saved, %s.",
+            state.best_global_step,
+            path,
+        )
+        return
     logger.info(
         "Loaded the best model: %s (%s = %s).",
         path,

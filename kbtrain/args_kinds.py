@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -157,6 +158,24 @@ def _number(value: Any, wanted: str) -> float:
     except OverflowError:
         raise Unfit(wanted) from None
     if not math.isfinite(number):
+        raise Unfit(wanted)
+    return number
+
+
+def duration(value: Any) -> float:
+    """A time in seconds, as a number or as "HH:MM:SS" (or "D-HH:MM:SS", as SLURM writes it)."""
+    wanted = "a time above 0, in seconds or as 'HH:MM:SS'"
+    value = _plain(value)
+    if isinstance(value, str):
+        match = re.fullmatch(
+            r"(?:(\d{1,5})-)?(\d{1,5}):([0-5]\d):([0-5]\d)", value.strip(), re.ASCII
+        )
+        if not match:
+            raise Unfit(wanted)
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        value = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    number = _number(value, wanted)
+    if number <= 0:
         raise Unfit(wanted)
     return number
 

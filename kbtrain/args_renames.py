@@ -140,7 +140,6 @@ NOT_YET: dict[str, str] = {
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,
     "do_train": _SCRIPT,
-    "enable_jit_checkpoint": "Until then save often enough with save_steps.",
     "eval_accumulation_steps": "Until then see prediction_loss_only and per_device_eval_batch_size "
     "for the memory of an evaluation.",
     "eval_do_concat_batches": "Until then predictions are concatenated.",

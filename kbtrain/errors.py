@@ -6,7 +6,9 @@ built-in exception that fits, so ``except ValueError`` and friends keep working.
 
 import functools
 import re
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -40,12 +42,46 @@ class CheckpointDamagedError(CheckpointError):
     """A checkpoint whose files are missing, truncated or altered."""
 
 
+class FolderInUseError(CheckpointError):
+    """Another run is writing checkpoints to the same folder."""
+
+
 class CheckpointMismatchError(CheckpointError, ValueError):
     """An intact checkpoint of another model, optimizer or run."""
 
 
 class NonFiniteError(KbtrainError, FloatingPointError):
     """The loss or the gradient became NaN or infinite; the weights were left as they were."""
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal (SIGTERM, SIGUSR1) stopped ``fit`` after a step, and a checkpoint was saved.
+
+    It derives from ``SystemExit``, so that a script which does nothing about it ends here, with
+    128 + the signal's number as exit code, rather than go on as if training were done.
+
+    Attributes:
+        signal: The signal.
+        step: Updates done.
+        checkpoint: The newest checkpoint; None if there is none.
+        code: The exit code: 143 after SIGTERM, 138 after SIGUSR1.
+    """
+
+    def __init__(self, signal: signal.Signals, step: int, checkpoint: Path | None) -> None:
+        super().__init__(128 + signal)
+        self.signal = signal
+        self.step = step
+        self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        return f"{self.signal.name} at step {self.step}; newest checkpoint: {self.checkpoint}."
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether a failed save is the disk's fault: more room or other rights might mend it."""
+    return isinstance(error, CheckpointDamagedError) or (
+        isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
+    )
 
 
 def concise(function: Callable[P, R]) -> Callable[P, R]:

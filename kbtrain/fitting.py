@@ -53,6 +53,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     start = time.perf_counter()
     train_loop(trainer, run)
     run.read()
+    trainer.saver.wait()
     seconds = time.perf_counter() - start
 
     state, progress = trainer.state, run.progress
@@ -63,7 +64,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     # As in Keras: from here on the model holds the weights that were evaluated.
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
     trainer.training_weights = False
-    if trainer.args.load_best_model_at_end:
+    if trainer.args.load_best_model_at_end and trainer.interruption is None:
         actions.load_best(trainer)
     trainer.fire("on_train_end")
     return TrainOutput(state.global_step, loss, metrics)

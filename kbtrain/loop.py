@@ -61,7 +61,10 @@ def train_loop(trainer: Trainer, run: Run) -> None:
                 trainer.fire("on_optimizer_step")
                 decide_after_step(args, state, trainer.control)
                 trainer.fire("on_step_end")
+                interrupted = actions.look_around(trainer)
                 log_evaluate_save(trainer, run)
+                if interrupted:
+                    return  # what the end of the epoch brings is left to the resumed run
                 if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
                     break
         if progress.batch == 0:

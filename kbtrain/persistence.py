@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -62,8 +64,9 @@ class Progress:
         self.batch_size = batch_size
 
 
+@functools.cache
 def environment(backend: ModuleType) -> dict[str, Any]:
-    """Backend and versions, for a checkpoint's manifest and for bug reports."""
+    """Backend and versions, for a checkpoint's manifest and for bug reports; do not change it."""
     versions = {"python": platform.python_version()}
     for name in ("kbtrain", "keras", "numpy", "h5py", backend.name):
         try:
@@ -118,7 +121,8 @@ def gather_training(
         "metrics": {str(i): value for i, value in enumerate(copies(metric_variables))},
         "rng": rng_arrays,
     }
-    return arrays, {"progress": vars(progress), "rng": rng_document}
+    # A copy: it is written while training goes on.
+    return arrays, {"progress": dataclasses.asdict(progress), "rng": rng_document}
 
 
 def restore_run(

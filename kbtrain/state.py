@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -105,8 +106,10 @@ class TrainerState:
             setattr(self, name, getattr(saved, name))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
-        return dataclasses.asdict(self)
+        """All fields, as JSON can hold them; entries of the log are shared, not copied."""
+        values = vars(self) | {"log_history": list(self.log_history)}
+        # A deep copy of a log of 100,000 entries would take longer than a checkpoint.
+        return values | {"stateful_callbacks": copy.deepcopy(self.stateful_callbacks)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainerState:

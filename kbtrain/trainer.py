@@ -11,7 +11,16 @@ from typing import Any
 
 import keras
 
-from kbtrain import backends, building, fitting, metric_schedule, persistence, registry, rng
+from kbtrain import (
+    actions,
+    backends,
+    building,
+    fitting,
+    metric_schedule,
+    persistence,
+    registry,
+    rng,
+)
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
 from kbtrain.callbacks import ProgressCallback, TrainerCallback
@@ -22,8 +31,10 @@ from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
+from kbtrain.interruption import Watch
 from kbtrain.loaders import is_named_datasets, make_loader
 from kbtrain.loss import resolve_loss
+from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer_renames import KnownParameters
@@ -106,6 +117,9 @@ class Trainer(KnownParameters):
         self.bound: BoundModel
         self.adopt(self.model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
+        self.saver = Saver(self.store)
+        self.watch = Watch(False, None)
+        self.interruption: str | None = None
         self.state = TrainerState()
         self.control = TrainerControl()
         self.is_in_train = False
@@ -283,18 +297,29 @@ class Trainer(KnownParameters):
 
         Raises:
             NonFiniteError: The loss or gradient became NaN or infinite (``on_nonfinite="raise"``).
-            CheckpointError: The checkpoint is missing, damaged, or of another model.
+            CheckpointError: The checkpoint is missing, damaged, or of another model; or one could
+                not be written (``on_save_error="raise"``).
+            FolderInUseError: Another run is writing to ``output_dir``.
+            TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint was saved. It ends a program
+                that does not catch it, with exit code 143 or 138. After SIGINT it is
+                ``KeyboardInterrupt``. After ``max_time`` the call returns, and ``interruption``
+                is ``"max_time"``.
             ConfigurationError, DataError: See the message.
         """
         resume = resume_from_checkpoint
         if resume is None:
             resume = self.args.resume_from_checkpoint
-        self.is_in_train = True
+        args = self.args
+        self.is_in_train, self.interruption = True, None
+        self.watch = Watch(args.enable_jit_checkpoint, args.max_time)
         try:
-            self.store.clean_leftovers()
-            checkpoint = self.store.resolve(resume)
-            with self.backend.device_scope(self.args.use_cpu):
-                return fitting.fit(self, checkpoint)
+            with self.watch, self.saver.running(args.save_strategy != "no", args.on_save_error):
+                checkpoint = self.store.resolve(resume)
+                with self.backend.device_scope(args.use_cpu):
+                    output = fitting.fit(self, checkpoint)
+            newest = actions.last_checkpoint(self) if self.watch.received else None
+            self.watch.raise_received(self.state.global_step, newest)
+            return output
         finally:
             self.is_in_train = False
             self.callback_handler.close()

@@ -92,6 +92,7 @@ class TrainingArguments(_KnownNamesOnly):
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
       `prediction_loss_only`, `include_for_metrics`.
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
+      `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
     - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`,
@@ -281,6 +282,31 @@ class TrainingArguments(_KnownNamesOnly):
         kinds.flag,
         "Save the weights without optimizer, data position and random state; such a checkpoint "
         "cannot be resumed exactly.",
+    )
+    save_async: bool = _option(
+        True,
+        kinds.flag,
+        "Write checkpoints in the background: training waits only while the state is copied to "
+        "host memory (which is needed twice over). A save is waited for all the same where a "
+        "callback listens to on_save, which is called once the checkpoint is complete.",
+    )
+    on_save_error: Literal["warn", "raise"] = _option(
+        "warn",
+        kinds.choice("warn", "raise"),
+        "What to do when a checkpoint cannot be written (disk full, no permission, ...): go on "
+        "and warn ('warn') or stop ('raise').",
+    )
+    enable_jit_checkpoint: bool = _option(
+        True,
+        kinds.flag,
+        "On SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) finish the step, save (unless save_strategy='no') "
+        "and leave with exit code 143, 138 or 130; a second SIGINT stops at once.",
+    )
+    max_time: float | None = _option(
+        None,
+        kinds.optional(kinds.duration),
+        "Longest time of one call of fit, in seconds or as 'HH:MM:SS': before it is over the run "
+        "saves (unless save_strategy='no') and fit returns. None means no limit.",
     )
     load_best_model_at_end: bool = _option(
         False,

@@ -60,6 +60,10 @@ FROZEN = {
     "save_steps": (500, 500),
     "save_total_limit": (None, None),
     "save_only_model": (False, False),
+    "save_async": (True, True),
+    "on_save_error": ("warn", "warn"),
+    "enable_jit_checkpoint": (True, True),
+    "max_time": (None, None),
     "load_best_model_at_end": (False, False),
     "metric_for_best_model": (None, None),
     "greater_is_better": (None, None),
@@ -180,6 +184,10 @@ def test_building_reads_no_environment_variable_and_no_file(monkeypatch):
 FLAGS = [name for name, field in FIELDS.items() if field.type in ("bool", "bool | None")]
 
 REFUSED = [
+    ("save_async", 1),
+    ("on_save_error", "ignore"),
+    ("enable_jit_checkpoint", "yes"),
+    *(("max_time", value) for value in (0, -1, True, "", "90", "1:60:00", "1:00", "0:00:00", [])),
     ("output_dir", ""),
     ("output_dir", 3),
     ("num_train_epochs", 0),
@@ -289,6 +297,15 @@ def test_a_refused_value_is_named_with_its_field(name, value):
     message = refusal(**{name: value})
     assert f"`{name}`" in message
     assert f"{name}={repr(value)[:200]}" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("00:00:30", 30.0), ("1:02:03", 3723.0), ("100:00:00", 360_000.0), ("2-01:00:00", 176_400.0),
+     (90, 90.0), (0.5, 0.5)],
+)  # fmt: skip
+def test_max_time_is_kept_in_seconds(given, seconds):
+    assert TrainingArguments(max_time=given).max_time == seconds
 
 
 def test_the_hint_about_numbers_is_for_numbers():

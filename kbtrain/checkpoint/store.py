@@ -1,10 +1,11 @@
 """The checkpoints of one run: written beside and renamed, verified when read, rotated.
 
-A later issue adds writing in the background, a policy for full disks and a lock per run. The places
-for them: ``save`` takes host arrays only, so it can run in a thread; its ``CheckpointError`` has
-the ``OSError`` as ``__cause__``; folder names carry the process id.
+``save`` takes host arrays only, so it can run in a thread; its ``CheckpointError`` has the
+``OSError`` as ``__cause__``. Who saves when, what a failure means and one run per folder are
+matters of ``kbtrain/saving.py``.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +26,12 @@ from kbtrain.checkpoint.manifest import (
     write_manifest,
 )
 from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
-from kbtrain.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+)
 
 Log = Callable[[str], None]
 Listing = list[tuple[int, Path]]
@@ -107,12 +113,42 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._temporary_folder(step) as folder:
                 _write_contents(folder, step, arrays, documents, info or {})
+                _read_back(folder, final)
                 self._publish(folder, final, step)
         except OSError as error:
-            raise _write_failed(final, error) from error
+            raise self.explain_failure(final, error) from error
         self._last_saved = final
         self._damaged.discard(final)
         return final
+
+    def explain_failure(self, what: Path, error: OSError) -> CheckpointError:
+        """Say in the user's words why a folder of the run cannot be written, and what helps.
+
+        Args:
+            what: The checkpoint, or the run's folder.
+            error: What the system said.
+        """
+        reason = error.strerror or str(error)
+        text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
+        text += " Nothing of it was kept, earlier checkpoints are untouched."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            room = disk.describe_space(what.parent)
+            return CheckpointError(f"{text} {room} {self._describe_checkpoints()}")
+        return CheckpointError(
+            f"{text} {disk.describe_space(what.parent)} Make {self.directory} a folder that this "
+            "process can write to, or choose another output_dir."
+        )
+
+    def _describe_checkpoints(self) -> str:
+        with suppress(OSError, CheckpointError):
+            if present := self.list():
+                size = sum(disk.tree_size(path) for _, path in present)
+                return (
+                    f"The checkpoints there ({present[0][1].name} to {present[-1][1].name}, "
+                    f"{len(present)} in all) take {size / 1e6:,.0f} MB: free space by deleting old "
+                    "ones (save_total_limit does so), or choose another output_dir."
+                )
+        return "Free space or choose another output_dir."
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
@@ -421,14 +457,14 @@ def _write_contents(
     disk.fsync_directory(folder)
 
 
-def _write_failed(final: Path, error: OSError) -> CheckpointError:
-    reason = error.strerror or str(error)
-    return CheckpointError(
-        f"Could not write {final.name} in {final.parent}: {reason} (errno {error.errno}). Nothing "
-        f"of it was kept, earlier checkpoints are untouched. {disk.describe_space(final.parent)} "
-        "Free space or choose another output_dir (save_total_limit bounds the space checkpoints "
-        "take)."
-    )
+def _read_back(folder: Path, final: Path) -> None:
+    """Compare what is on the disk with what was meant to be, before it counts as a checkpoint."""
+    if problems := find_problems(folder):
+        raise CheckpointDamagedError(
+            f"{final} was written and reads back differently: {'; '.join(problems)}. It was not "
+            "kept, earlier checkpoints are untouched. The disk or the memory of this machine may "
+            "be failing: choose another output_dir."
+        )
 
 
 def _names_in(directory: Path) -> list[str]:

@@ -1,0 +1,151 @@
+"""One run per folder: a lock that the system takes back when its process dies."""
+
+import errno
+import json
+import logging
+import os
+import socket
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kbtrain.errors import FolderInUseError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_NAME = ".kbtrain.lock"
+
+logger = logging.getLogger("kbtrain")
+
+_NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_held: set[int] = set()  # descriptors of this process
+
+
+def _forget_after_fork() -> None:
+    """A forked worker must not keep the lock alive when the run itself is killed."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+class RunLock:
+    """An exclusive lock (``flock``) on the file ``.kbtrain.lock`` of a folder.
+
+    The system gives it back when the process ends, however it ends; a file that a killed process
+    left behind does not block. On a clean end the file is removed. Where the system has no such
+    locks (Windows, some network disks) there is none: a debug message or a warning says so, and
+    two runs in one folder are the user's to avoid.
+
+    Args:
+        directory: The folder; made by ``acquire`` if it is not there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.path = Path(directory) / LOCK_NAME
+        self._descriptor: int | None = None
+        self._made_folder = False
+
+    def acquire(self) -> None:
+        """Take the lock, or keep it; if somebody deleted its file, take it anew.
+
+        Raises:
+            FolderInUseError: If another run has it; the message says which.
+            OSError: If the folder or the file cannot be made or opened.
+        """
+        if fcntl is None:
+            logger.debug("No lock on %s: this system has none.", self.path.parent)
+            return
+        if self._descriptor is not None:
+            if _is_file_of(self._descriptor, self.path):
+                return
+            self._close()
+        self._made_folder = self._made_folder or not self.path.parent.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor: int | None = None
+        while descriptor is None:
+            descriptor = self._attempt()
+        if descriptor >= 0:
+            self._descriptor = descriptor
+            _held.add(descriptor)
+            _write_holder(descriptor)
+
+    def release(self) -> None:
+        """Give the lock back, remove its file, and the folder if it was made for it alone."""
+        if self._descriptor is None:
+            return
+        if _is_file_of(self._descriptor, self.path):
+            with suppress(OSError):
+                self.path.unlink()
+        self._close()
+        if self._made_folder:
+            with suppress(OSError):  # not empty, as a rule
+                self.path.parent.rmdir()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _attempt(self) -> int | None:
+        """Return the locked descriptor, None to try again, or -1 where there are no locks."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(self.path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise FolderInUseError(
+                    f"Another run is writing to {self.path.parent}: {holder}. Two runs in one "
+                    "folder would delete each other's checkpoints. Wait for it, stop it, or choose "
+                    "another output_dir."
+                ) from None
+            if error.errno in _NOT_SUPPORTED:
+                logger.warning(
+                    "The disk of %s has no locks (%s): nothing keeps a second run away from it.",
+                    self.path.parent,
+                    error.strerror,
+                )
+                return -1
+            raise
+        if _is_file_of(descriptor, self.path):
+            return descriptor
+        os.close(descriptor)  # its last owner removed the file between our open and our lock
+        return None
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
+
+
+def _write_holder(descriptor: int) -> None:
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    with suppress(OSError):  # on a full disk the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _read_holder(descriptor: int) -> str:
+    try:
+        holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that left no name"

@@ -1,0 +1,287 @@
+"""Signals and max_time: save after the step, stop, leave no handler behind, lose nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import Recorder, StopAt, arguments, linear_model, make_data, weights, without_timings
+
+from kbtrain import Trainer, TrainerCallback, TrainingInterrupted, interruption
+from kbtrain.checkpoint import CheckpointStore
+
+
+def make_trainer(folder, callbacks=(), **changes):
+    """Twelve steps in three shuffled epochs."""
+    defaults = {
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "train_sampling_strategy": "random",
+    }
+    data = make_data()
+    return Trainer(
+        linear_model(),
+        arguments(folder, **(defaults | changes)),
+        train_dataset=data,
+        eval_dataset=data,
+        loss="mse",
+        callbacks=list(callbacks),
+    )
+
+
+def outcome(trainer):
+    """The weights bit for bit, and the log."""
+    return (
+        [w.tobytes() for w in weights(trainer.model)],
+        without_timings(trainer.state.log_history[:-1]),
+    )
+
+
+class Send(TrainerCallback):
+    """Sends signals to this process at the end of a step."""
+
+    def __init__(self, step, *numbers):
+        self.step, self.numbers = step, numbers
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in interruption.SIGNALS]
+
+
+def saved_steps(folder):
+    return [step for step, _ in CheckpointStore(folder).list()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"))
+    trainer.fit()
+    return outcome(trainer)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"),
+    [
+        (signal.SIGTERM, TrainingInterrupted, 143),
+        (signal.SIGUSR1, TrainingInterrupted, 138),
+        (signal.SIGINT, KeyboardInterrupt, None),
+    ],
+)
+def test_a_signal_saves_stops_and_the_run_goes_on_exactly(
+    tmp_path, whole, caplog, number, error, code
+):
+    before = handlers()
+    trainer = make_trainer(tmp_path, [Send(5, number)])
+    with pytest.raises(error, match="step 5.*checkpoint-5") as caught:
+        trainer.fit()
+    assert getattr(caught.value, "code", None) == code
+    assert handlers() == before
+    assert trainer.interruption == number.name
+    assert f"{number.name}: saving at step 5 of 12" in caplog.text
+    assert saved_steps(tmp_path) == [5]
+    again = make_trainer(tmp_path)
+    again.fit(resume_from_checkpoint=True)
+    assert again.interruption is None
+    assert outcome(again) == whole
+
+
+def test_what_the_exception_tells(tmp_path):
+    trainer = make_trainer(tmp_path, [Send(2, signal.SIGTERM)])
+    with pytest.raises(TrainingInterrupted) as caught:
+        trainer.fit()
+    assert caught.value.signal is signal.SIGTERM
+    assert (caught.value.step, caught.value.checkpoint) == (2, tmp_path / "checkpoint-2")
+
+
+def test_the_last_step_of_an_epoch_leaves_its_end_to_the_resumed_run(tmp_path, whole):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, [Send(8, signal.SIGTERM), recorder])
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit()
+    assert recorder.events.count("on_epoch_end") == 1  # of the first epoch
+    assert recorder.events[-1] == "on_train_end"
+    again = make_trainer(tmp_path)
+    again.fit(resume_from_checkpoint=True)
+    assert outcome(again) == whole
+
+
+def test_a_second_sigint_stops_at_once(tmp_path):
+    send = Send(3, signal.SIGINT, signal.SIGINT)
+    trainer = make_trainer(tmp_path, [send])
+    before = handlers()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert handlers() == before
+    assert saved_steps(tmp_path) == []
+    assert not trainer.is_in_train
+
+
+def test_sigterm_twice_is_sigterm(tmp_path):
+    send = Send(3, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
+    trainer = make_trainer(tmp_path, [send])
+    with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+        trainer.fit()
+    assert saved_steps(tmp_path) == [3]
+
+
+def test_nothing_is_saved_where_nothing_is_to_be_saved(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, [Send(3, signal.SIGTERM)], save_strategy="no")
+    with pytest.raises(TrainingInterrupted, match="newest checkpoint: None"):
+        trainer.fit()
+    assert list(tmp_path.iterdir()) == []
+    assert "not saving (save_strategy='no')" in caplog.text
+
+
+def test_a_signal_at_the_very_end_lets_the_run_end_and_the_program_too(tmp_path, whole):
+    trainer = make_trainer(tmp_path, [Send(12, signal.SIGTERM)])
+    with pytest.raises(TrainingInterrupted):
+        trainer.fit()
+    assert trainer.interruption is None
+    assert outcome(trainer) == whole
+
+
+def test_without_the_switch_nothing_is_handled(tmp_path):
+    seen = []
+    watch = [Recorder({"on_step_end": lambda *rest: seen.append(handlers())})]
+    before = handlers()
+    make_trainer(tmp_path, watch, enable_jit_checkpoint=False, num_train_epochs=1).fit()
+    assert seen[0] == before
+
+
+def test_a_handler_of_the_program_is_left_in_place(tmp_path):
+    heard = []
+    former = signal.signal(signal.SIGUSR1, lambda *rest: heard.append("ours"))
+    try:
+        trainer = make_trainer(tmp_path, [Send(3, signal.SIGUSR1)])
+        trainer.fit()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert heard == ["ours"]
+    assert trainer.state.global_step == 12
+
+
+def test_another_thread_trains_with_a_warning_and_without_handlers(tmp_path, caplog):
+    before, done = handlers(), []
+
+    def train():
+        trainer = make_trainer(tmp_path, [StopAt(2)])
+        done.append(trainer.fit().global_step)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert done == [2]
+    assert handlers() == before
+    assert "not run in the main thread" in caplog.text
+
+
+def test_handlers_are_restored_after_an_error(tmp_path):
+    def fail(*rest):
+        raise ZeroDivisionError
+
+    before = handlers()
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, [Recorder({"on_step_end": fail})]).fit()
+    assert handlers() == before
+
+
+# --- max_time -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it."""
+    now = [1000.0]
+
+    class Time:
+        monotonic = staticmethod(lambda: now[0])
+
+    monkeypatch.setattr(interruption, "time", Time)
+    return now
+
+
+def tick(clock, seconds=1.0):
+    def move(*rest):
+        clock[0] += seconds
+
+    return Recorder({"on_step_end": move})
+
+
+def test_max_time_saves_and_returns_before_it_is_over(tmp_path, whole, clock):
+    trainer = make_trainer(tmp_path, [tick(clock)], max_time="00:00:10")
+    trainer.saver.longest = 1.5
+    output = trainer.fit()
+    # After 6 s: one second for another step and 2 x 1.5 s for checkpoints would just do.
+    assert (output.global_step, trainer.interruption) == (6, "max_time")
+    assert saved_steps(tmp_path) == [6]
+    again = make_trainer(tmp_path)
+    again.fit(resume_from_checkpoint=True)
+    assert outcome(again) == whole
+
+
+def test_before_the_first_checkpoint_a_tenth_of_the_time_is_kept(tmp_path, clock):
+    trainer = make_trainer(tmp_path, [tick(clock)], max_time=10)
+    assert trainer.fit().global_step == 8
+    trainer = make_trainer(tmp_path, [tick(clock, 100)], max_time=1000)
+    assert trainer.fit().global_step == 9  # of 30 s at most: 900 + 100 is the limit
+
+
+def test_max_time_counts_from_the_beginning_of_each_fit(tmp_path, clock):
+    trainer = make_trainer(tmp_path, [tick(clock)], max_time=20)
+    for _ in range(2):
+        trainer.fit()
+        assert (trainer.interruption, trainer.state.global_step) == (None, 12)
+
+
+def test_the_best_model_is_not_loaded_by_a_run_that_is_to_go_on(tmp_path, clock):
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path, save_strategy="epoch", eval_strategy="epoch", num_train_epochs=20,
+                  per_device_train_batch_size=4, load_best_model_at_end=True, max_time=10),
+        train_dataset=make_data(), eval_dataset=make_data(), loss="mse", callbacks=[tick(clock)],
+    )  # fmt: skip
+    trainer.saver.longest = 0.0
+    trainer.fit()
+    assert (trainer.interruption, trainer.state.global_step) == ("max_time", 9)
+    assert saved_steps(tmp_path) == [4, 8, 9]
+
+
+# --- a real program -------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, signal, sys
+from test_interruption import Send, make_trainer
+
+number = int(sys.argv[2])
+trainer = make_trainer(sys.argv[1], [Send(5, number)] if number else [])
+trainer.fit(resume_from_checkpoint="auto")
+print("the script went on")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, -signal.SIGINT)],
+)
+def test_the_exit_code_of_a_program(tmp_path, number, code):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), str(int(number))],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "the script went on" not in done.stdout
+    assert saved_steps(tmp_path) == [5]
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())

@@ -1,0 +1,421 @@
+"""The saver: background writes, one at a time, errors that come out, failures of the disk."""
+
+import errno
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from helpers import Recorder, arguments, linear_model, make_data, weights
+
+from kbtrain import Trainer, TrainerCallback
+from kbtrain.checkpoint import CheckpointStore, disk
+from kbtrain.errors import CheckpointError, FolderInUseError
+from kbtrain.saving import Saver, Snapshot
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def snapshot(step, **more):
+    return Snapshot(step, {"model": {"w": np.full(3, step)}}, {"trainer_state": {}}, {}, **more)
+
+
+class GatedStore(CheckpointStore):
+    """Writes go through a gate that the test opens."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.gate = threading.Event()
+        self.fail = None
+        self.began = []
+
+    def save(self, step, *rest):
+        self.began.append(step)
+        assert self.gate.wait(30)
+        if self.fail is not None:
+            raise self.explain_failure(self.path(step), self.fail) from self.fail
+        return super().save(step, *rest)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return GatedStore(tmp_path / "run")
+
+
+def steps(store):
+    return [step for step, _ in store.list()]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(store):
+    saver = Saver(store)
+    with saver.running(True, "warn"):
+        assert saver.save(snapshot(1), True, "warn")
+        saver.poll()
+        assert steps(store) == []
+        store.gate.set()
+        saver.wait()
+        assert steps(store) == [1]
+
+
+def test_at_most_one_is_in_flight(store):
+    saver = Saver(store)
+    with saver.running(True, "warn"):
+        saver.save(snapshot(1), True, "warn")
+        threading.Timer(0.05, store.gate.set).start()
+        saver.save(snapshot(2), True, "warn")
+        assert 1 in steps(store)
+    assert steps(store) == [1, 2]
+
+
+def test_the_end_of_a_run_waits(store):
+    saver = Saver(store)
+    with saver.running(True, "warn"):
+        saver.save(snapshot(1), True, "warn")
+        threading.Timer(0.05, store.gate.set).start()
+    assert steps(store) == [1]
+
+
+def test_an_exception_in_training_waits_too_and_comes_through(store, caplog):
+    saver = Saver(store)
+    store.fail = FULL
+
+    def run():
+        with saver.running(True, "raise"):
+            saver.save(snapshot(1), True, "raise")
+            threading.Timer(0.05, store.gate.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert "No space left" in caplog.text
+
+
+def test_a_second_interrupt_does_not_wait_and_the_write_still_ends(store):
+    saver = Saver(store)
+
+    def run():
+        with saver.running(True, "warn"):
+            saver.save(snapshot(1), True, "warn")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert steps(store) == []
+    with pytest.raises(FolderInUseError), Saver(store).running(True, "warn"):
+        pass
+    store.gate.set()
+    saver.settle()
+    assert steps(store) == [1]
+    with Saver(store).running(True, "warn"):  # the folder is free again
+        pass
+    with saver.running(True, "warn"):
+        saver.save(snapshot(2), False, "warn")
+    assert steps(store) == [1, 2]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_warn_goes_on(store, caplog, background):
+    saver, failed = Saver(store), []
+    store.gate.set()
+    store.fail = FULL
+    with saver.running(True, "warn"):
+        saver.save(snapshot(1), background, "warn", lambda: failed.append(1))
+        saver.wait()
+        assert failed == [1]
+        store.fail = None
+        assert saver.save(snapshot(2), background, "warn")
+    assert steps(store) == [2]
+    assert "No space left on device" in caplog.text
+    assert "Training goes on" in caplog.text
+
+
+def test_raise_comes_out_at_the_next_look(store):
+    saver = Saver(store)
+    store.fail = FULL
+    looks = []
+
+    def run():
+        with saver.running(True, "raise"):
+            saver.save(snapshot(1), True, "raise")
+            looks.append(saver.poll())  # not yet
+            store.gate.set()
+            saver.settle()
+            looks.append(saver.poll())
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        run()
+    assert len(looks) == 1
+    with saver.running(True, "raise"):
+        pass  # and once only
+
+
+def test_what_is_no_trouble_of_the_disk_is_raised_in_any_case(tmp_path):
+    saver = Saver(CheckpointStore(tmp_path))
+    bad = Snapshot(1, {}, {"trainer_state": {"x": object()}}, {})
+
+    def run():
+        with saver.running(True, "warn"):
+            saver.save(bad, True, "warn")
+
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        run()
+
+
+def test_old_ones_are_deleted_only_after_the_new_one_is_verified(tmp_path, monkeypatch):
+    saver, seen = Saver(CheckpointStore(tmp_path)), []
+    rotate = CheckpointStore.rotate
+
+    def watched(store, *rest):
+        seen.append([(step, store.verify(path)) for step, path in store.list()])
+        return rotate(store, *rest)
+
+    monkeypatch.setattr(CheckpointStore, "rotate", watched)
+    with saver.running(True, "warn"):
+        for step in (1, 2):
+            saver.save(snapshot(step, keep=1), True, "warn")
+    assert seen == [[(1, [])], [(1, []), (2, [])]]
+    assert steps(saver.store) == [2]
+
+
+def test_bytes_that_change_on_their_way_to_the_disk_make_no_checkpoint(
+    tmp_path, monkeypatch, caplog
+):
+    saver, fsync = Saver(CheckpointStore(tmp_path)), os.fsync
+    with saver.running(True, "warn"):
+        saver.save(snapshot(1, keep=1), True, "warn")
+        saver.wait()
+
+        def rotting(descriptor):
+            size = os.fstat(descriptor).st_size
+            if size > 1000 and not os.path.isdir(f"/dev/fd/{descriptor}"):
+                os.pwrite(descriptor, b"\x55", size // 2)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", rotting)
+        saver.save(snapshot(2, keep=1), True, "warn")
+    assert "reads back differently" in caplog.text
+    assert steps(saver.store) == [1]
+    assert saver.store.latest_intact().step == 1
+
+
+# --- the Trainer ----------------------------------------------------------------------------------
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(kwargs["trainer"])
+
+
+def train(folder, callbacks=(), resume=None, **changes):
+    args = arguments(
+        folder,
+        **({"save_strategy": "steps", "save_steps": 2, "max_steps": 8} | changes),
+        per_device_train_batch_size=4,
+    )
+    trainer = Trainer(
+        linear_model(), args, train_dataset=make_data(), loss="mse", callbacks=list(callbacks)
+    )
+    trainer.fit(resume)
+    return trainer
+
+
+def test_saving_in_the_background_changes_nothing(tmp_path):
+    kept = []
+    for name, background in (("a", True), ("b", False)):
+        trainer = train(tmp_path / name, save_async=background, save_total_limit=2)
+        checkpoints = trainer.store.list()
+        assert [step for step, _ in checkpoints] == [6, 8]
+        kept.append([trainer.store.load(path).arrays for _, path in checkpoints])
+    for first, second in zip(*kept, strict=True):
+        for group in ("model", "optimizer"):
+            assert [a.tobytes() for a in first[group].values()] == [
+                b.tobytes() for b in second[group].values()
+            ]
+
+
+def test_the_snapshot_is_of_its_step_whatever_training_does_meanwhile(tmp_path, monkeypatch):
+    """The write is held back until training is four steps further."""
+    held, save = threading.Event(), CheckpointStore.save
+
+    def late(store, step, *rest):
+        assert held.wait(30)
+        return save(store, step, *rest)
+
+    monkeypatch.setattr(CheckpointStore, "save", late)
+    seen = []
+    callbacks = [
+        At(2, lambda trainer: seen.extend(weights(trainer.model))),
+        At(6, lambda trainer: held.set()),
+    ]
+    trainer = train(tmp_path, callbacks, save_steps=100, max_steps=7, save_strategy="no")
+    assert not trainer.store.list()
+
+    class SaveAtTwo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 2
+
+    held.clear()
+    seen.clear()
+    trainer = train(tmp_path, [*callbacks, SaveAtTwo()], max_steps=7, save_strategy="no")
+    checkpoint = trainer.store.latest_intact()
+    assert checkpoint.step == 2
+    saved = list(checkpoint.arrays["model"].values())
+    assert [a.tobytes() for a in saved] == [w.tobytes() for w in seen]
+    assert [a.tobytes() for a in saved] != [w.tobytes() for w in weights(trainer.model)]
+    assert checkpoint.documents["trainer_state"]["global_step"] == 2
+    assert checkpoint.documents["progress"]["batch"] == 2
+    assert len(checkpoint.documents["trainer_state"]["log_history"]) == 2
+
+
+def test_on_save_comes_when_the_checkpoint_is_complete(tmp_path):
+    found = []
+
+    def look(args, state, control, kwargs):
+        store = kwargs["trainer"].store
+        found.append((state.global_step, store.verify(store.path(state.global_step))))
+
+    train(tmp_path, [Recorder({"on_save": look})])
+    assert found == [(2, []), (4, []), (6, []), (8, [])]
+
+
+def full_disk(monkeypatch, failing_steps, error=FULL):
+    """Let the writing of some steps' checkpoints fail, as the disk would."""
+    original = disk.fsync_directory
+
+    def fail(path):
+        if any(path.name.startswith(f".tmp-checkpoint-{step}-") for step in failing_steps):
+            raise error
+        original(path)
+
+    monkeypatch.setattr(disk, "fsync_directory", fail)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("error", [FULL, READ_ONLY], ids=["full", "read-only"])
+def test_trouble_with_the_disk_does_not_end_a_run(tmp_path, monkeypatch, caplog, background, error):
+    full_disk(monkeypatch, (4, 6), error)
+    trainer = train(tmp_path, save_async=background, save_total_limit=1)
+    assert trainer.state.global_step == 8
+    assert [step for step, _ in trainer.store.list()] == [8]
+    told = [m for m in caplog.messages if m.startswith("Could not write")]
+    assert [m.split()[3] for m in told] == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-8"]
+
+
+def test_a_full_disk_leaves_the_last_good_one_and_says_what_to_free(tmp_path, monkeypatch, caplog):
+    full_disk(monkeypatch, (4, 6, 8))
+    train(tmp_path, save_total_limit=1)
+    assert CheckpointStore(tmp_path).latest_intact().step == 2
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    assert "The checkpoints there (checkpoint-2 to checkpoint-2, 1 in all) take" in caplog.text
+    assert "MB are free on that disk" in caplog.text
+    monkeypatch.undo()
+    again = train(tmp_path, resume=True)
+    assert again.state.global_step == 8
+    expected = train(tmp_path / "whole")
+    assert [w.tobytes() for w in weights(again.model)] == [
+        w.tobytes() for w in weights(expected.model)
+    ]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_stops_a_run_that_wants_it(tmp_path, monkeypatch, background):
+    full_disk(monkeypatch, (4,))
+    with pytest.raises(CheckpointError, match="checkpoint-4 .*No space left"):
+        train(tmp_path, save_async=background, on_save_error="raise")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+
+
+def test_the_folder_may_be_deleted_under_the_run(tmp_path):
+    folder = tmp_path / "run"
+
+    def delete(trainer):
+        trainer.saver.settle()
+        shutil.rmtree(folder)
+
+    trainer = train(folder, [At(5, delete)])
+    assert trainer.state.global_step == 8
+    assert sorted(os.listdir(folder)) == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise"])
+def test_an_output_dir_that_cannot_be_written_to(tmp_path, caplog, policy):
+    (tmp_path / "file").write_text("in the way")
+    if policy == "raise":
+        with pytest.raises(CheckpointError, match="Could not write"):
+            train(tmp_path / "file" / "run", on_save_error=policy)
+        return
+    trainer = train(tmp_path / "file" / "run", on_save_error=policy)
+    assert trainer.state.global_step == 8
+    assert "Could not write" in caplog.text
+    assert "nothing can be saved until that is mended" in caplog.text
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    def second(trainer):
+        with pytest.raises(FolderInUseError, match=f"process {os.getpid()} on"):
+            train(tmp_path)
+
+    trainer = train(tmp_path, [At(3, second)])
+    assert trainer.state.global_step == 8
+    train(tmp_path)
+
+
+def test_the_best_checkpoint_is_one_that_exists(tmp_path, monkeypatch, caplog):
+    """The best step's save fails: the best of those that were saved is kept and loaded."""
+    full_disk(monkeypatch, (8,))
+    trainer = Trainer(
+        linear_model(),
+        arguments(
+            tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+            max_steps=8, load_best_model_at_end=True, save_total_limit=1, learning_rate=0.05,
+        ),
+        train_dataset=make_data(), eval_dataset=make_data(), loss="mse",
+    )  # fmt: skip
+    trainer.fit()
+    assert trainer.state.best_global_step == 8  # it gets better all the time
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    saved = CheckpointStore(tmp_path).load(tmp_path / "checkpoint-6").arrays["model"]
+    assert [a.tobytes() for a in saved.values()] == [w.tobytes() for w in weights(trainer.model)]
+    assert "the best one that was saved" in caplog.text
+
+
+def test_a_nonfinite_loss_names_a_checkpoint_that_is_complete(tmp_path):
+    from kbtrain import NonFiniteError
+
+    x, y = make_data(16)
+    x = np.concatenate([x] * 2)
+    x[20] = np.nan
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=8,
+                  per_device_train_batch_size=4),
+        train_dataset=(x, np.concatenate([y] * 2)), loss="mse",
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match="checkpoint-4"):
+        trainer.fit()
+    assert [step for step, _ in trainer.store.list()] == [2, 4]
+    for _, path in trainer.store.list():
+        for array in trainer.store.load(path).arrays["model"].values():
+            assert np.isfinite(array).all()
+
+
+def test_captured_values_share_no_memory_with_the_model(tmp_path):
+    from kbtrain.checkpoint import capture, name_variables
+
+    model = linear_model()
+    captured = capture(name_variables(model.variables))
+    before = {name: array.copy() for name, array in captured.items()}
+    for variable in model.variables:
+        variable.assign(np.ones(variable.shape))
+    for name, array in captured.items():
+        np.testing.assert_array_equal(array, before[name])
+        assert array.flags.owndata
