@@ -272,17 +272,23 @@ def names(*allowed: str, later: tuple[str, ...] = ()) -> Kind:
     return accept
 
 
-def trackers(*available: str, later: tuple[str, ...] = ()) -> Kind:
-    """Names of trackers; ``"none"`` (or None) stands for no tracker and ``"all"`` for every one."""
-    listed = names("none", "all", *available, later=later)
+def trackers(value: Any) -> tuple[str, ...]:
+    """Names of trackers; ``"none"`` (or None) stands for no tracker, ``"all"`` for every one.
 
-    def accept(value: Any) -> tuple[str, ...]:
-        chosen = listed(() if value is None else value)
-        if "none" in chosen and len(chosen) > 1:
-            raise Unfit("'none' alone, or a list of trackers without 'none'")
-        return available if "all" in chosen else tuple(n for n in chosen if n != "none")
-
-    return accept
+    Which names exist is known where they are used: packages of their own can add some.
+    """
+    value = _plain(() if value is None else value)
+    items = (value,) if isinstance(value, str) else value
+    wanted = "the name of a tracker, a list of names, 'all' or 'none'"
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise Unfit(wanted)
+    names = [_plain(item) for item in items]
+    if not all(isinstance(item, str) and item.strip() for item in names):
+        raise Unfit(wanted)
+    found = set(names)
+    if "none" in found and len(found) > 1:
+        raise Unfit("'none' alone, or a list of trackers without 'none'")
+    return ("all",) if "all" in found else tuple(sorted(found - {"none"}))
 
 
 def options(value: Any) -> FrozenDict:

@@ -165,7 +165,6 @@ NOT_YET: dict[str, str] = {
     "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
     "parallelism_config": _ONE_DEVICE,
     "predict_with_generate": _GENERATE,
-    "project": "Until then use run_name to tell runs apart.",
     "remove_unused_columns": "Until then leave such columns out of the data set itself.",
     "save_on_each_node": _ONE_DEVICE,
     "skip_memory_metrics": "Until then no memory metrics are taken.",

@@ -95,10 +95,13 @@ class CallbackHandler:
         return control
 
     def close(self) -> None:
-        """Let go of what callbacks hold open, also after an error."""
+        """Let go of what callbacks hold open, also after an error, whatever one of them does."""
         for callback in self.callbacks:
             if close := getattr(callback, "close", None):
-                close()
+                try:
+                    close()
+                except Exception:  # the training is over; an error here would hide its own
+                    logger.exception("%s could not be closed.", type(callback).__name__)
 
     def state(self) -> dict[str, list[Any]]:
         """The state of the callbacks that have one, by class name, in order."""

@@ -21,10 +21,6 @@ __all__ = ["TrainingArguments", "resolve_steps"]
 _ADAMW = dict.fromkeys(
     ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"), "adamw"
 )
-_LATER_TRACKERS = (
-    *("azure_ml", "clearml", "codecarbon", "comet_ml", "csv", "dagshub", "dvclive", "flyte"),
-    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
-)
 
 
 def _resume(value: Any) -> str | Literal[True] | None:
@@ -88,7 +84,7 @@ class TrainingArguments(_KnownNamesOnly):
       `adam_beta2`, `adam_epsilon`, `max_grad_norm`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
-      `report_to`, `run_name`.
+      `report_to`, `run_name`, `project`.
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
       `prediction_loss_only`, `include_for_metrics`.
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
@@ -223,11 +219,18 @@ class TrainingArguments(_KnownNamesOnly):
     )
     report_to: Sequence[str] = _option(
         "none",
-        kinds.trackers("json", later=_LATER_TRACKERS),
-        "Trackers that receive the logs: 'json', a list of names, 'all' or 'none'.",
+        kinds.trackers,
+        "Trackers that receive the logs: names out of 'csv', 'json', 'mlflow', 'tensorboard', "
+        "'trackio', 'wandb' and those that packages add, 'all' for the installed ones, or 'none'.",
     )
     run_name: str | None = _option(
         None, kinds.optional(kinds.text), "Name of the run for trackers. None means unnamed."
+    )
+    project: str | None = _option(
+        None,
+        kinds.optional(kinds.text),
+        "Project (MLflow: experiment) of the run for trackers. None means the tracker's own "
+        "setting.",
     )
 
     # Evaluation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import TrainerCallback
 from kbtrain.state import TrainerControl, TrainerState
@@ -24,14 +24,10 @@ class JsonLinesCallback(TrainerCallback):
     Values that are not finite are written as ``NaN`` and ``Infinity``, which Python reads.
     """
 
-    def __init__(self) -> None:
-        self._file: TextIO | None = None
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut the file back to the step the run begins at."""
-        self.close()
         path = _path(args)
         kept = _known(_lines(path), state) if state.global_step else []
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,25 +39,11 @@ class JsonLinesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Append one line."""
-        if self._file is None:
-            path = _path(args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+        path = _path(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
         record = {**kwargs["logs"], "epoch": state.epoch, "step": state.global_step}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the file."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the file if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def _path(args: TrainingArguments) -> Path:

@@ -1,0 +1,141 @@
+"""What all trackers of experiments share: when a run opens and closes, and the names of values."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks import TrainerCallback
+from kbtrain.state import TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
+
+
+class Tracker(TrainerCallback):
+    """Base class of trackers: implement `open`, `write` and `finish`.
+
+    A run opens with the training, or with the first thing that is logged outside of it, and is
+    closed when ``fit`` ends, by an error, too. What is evaluated afterwards goes to the same run; a
+    second training from the beginning opens another one; a training that is resumed goes on in the
+    run it had, whose identity is part of checkpoints.
+
+    Attributes:
+        run: Identity of the run at the tracker, which `open` sets; None before.
+        stays_open: Whether a run that was opened outside of a training waits for more; False
+            closes it at once, for trackers whose data would not be safe otherwise.
+    """
+
+    stays_open: bool = True
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self._is_open = self._trained = False
+        self._completed = True
+        self._left_out: set[str] = set()
+
+    def open(self, args: TrainingArguments, trainer: Any) -> None:
+        """Begin a run, or go on with `run` if that is not None.
+
+        Args:
+            args: Settings, to be kept with the run: ``args.to_sanitized_dict()``.
+            trainer: The Trainer.
+        """
+        raise NotImplementedError
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Keep values under their names.
+
+        Args:
+            values: Numbers by name, such as ``train/loss`` and ``eval/accuracy``.
+            step: Updates done.
+        """
+        raise NotImplementedError
+
+    def finish(self, completed: bool) -> None:
+        """Close the run.
+
+        Args:
+            completed: False if an error or an interrupt ended the training.
+        """
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a run."""
+        if state.global_step == 0 and self._trained:
+            self.close()
+            self.run = None
+        self._trained, self._completed = True, False
+        self._ensure_open(args, state, kwargs["trainer"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the numbers among the logs."""
+        if not state.is_world_process_zero:
+            return
+        self._ensure_open(args, state, kwargs["trainer"])
+        self.write(rewrite(self._numbers(kwargs["logs"])), state.global_step)
+        if not self.stays_open and not kwargs["trainer"].is_in_train:
+            self.close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember that nothing went wrong; the run is closed when ``fit`` returns."""
+        self._completed = True
+
+    def _ensure_open(self, args: TrainingArguments, state: TrainerState, trainer: Any) -> None:
+        if not self._is_open and state.is_world_process_zero:
+            self.open(args, trainer)
+            self._is_open = True
+
+    def close(self) -> None:
+        """Close the run if it is open."""
+        if self._is_open:
+            self._is_open = False
+            self.finish(self._completed)
+
+    def state(self) -> dict[str, Any]:
+        """The identity of the run."""
+        return {"run": self.run}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self.run = state["run"]
+
+    def _numbers(self, logs: Mapping[str, Any]) -> dict[str, float]:
+        """The logs that are numbers; says once of each other one that it is left out."""
+        found = {}
+        for name, value in logs.items():
+            if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0:
+                found[name] = float(value)
+            elif name not in self._left_out:
+                self._left_out.add(name)
+                logger.warning(
+                    "%s keeps numbers only: %r (%s) is left out.",
+                    type(self).__name__,
+                    name,
+                    type(value).__name__,
+                )
+        return found
+
+
+def rewrite(logs: Mapping[str, float]) -> dict[str, float]:
+    """Names as trackers group them: ``eval/x`` for ``eval_x``, likewise test, else ``train/x``.
+
+    Example:
+        >>> rewrite({"loss": 1.0, "eval_loss": 2.0, "train_runtime": 3.0})
+        {'train/loss': 1.0, 'eval/loss': 2.0, 'train/train_runtime': 3.0}
+    """
+    found = {}
+    for name, value in logs.items():
+        prefix, _, rest = name.partition("_")
+        found[f"{prefix}/{rest}" if prefix in ("eval", "test") else f"train/{name}"] = value
+    return found

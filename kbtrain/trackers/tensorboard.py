@@ -1,0 +1,61 @@
+"""TensorBoard: event files, written without TensorFlow and PyTorch."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.extras import require
+from kbtrain.trackers.base import Tracker
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+
+class TensorBoardCallback(Tracker):
+    """Write event files to ``{output_dir}/runs/{run_name or time_host}`` (extra ``tensorboard``).
+
+    A resumed run goes on in its folder; TensorBoard shows for a step what came last.
+    """
+
+    stays_open = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._library = require("tensorboardX", "tensorboard", "report_to='tensorboard'")
+        # Its SummaryWriter hands events to a thread through a queue, and its flush() does not wait
+        # for them: what was logged last is lost when the process ends. Its records do not need it.
+        self._events = require("tensorboardX.proto.event_pb2", "tensorboard", "TensorBoard")
+        self._summary = require("tensorboardX.summary", "tensorboard", "TensorBoard")
+        self._writer: Any = None
+
+    def open(self, args: TrainingArguments, trainer: Any) -> None:
+        """Begin an event file; the first one of a run also has the settings as text."""
+        now, host, fresh = time.time(), platform.node(), self.run is None
+        if fresh:
+            self.run = args.run_name or f"{time.strftime('%b%d_%H-%M-%S')}_{host}"
+        folder = Path(args.output_dir) / "runs" / self.run
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(now)}.{host}.{time.time_ns()}"
+        self._writer = self._library.RecordWriter(str(folder / name))
+        self._add(file_version="brain.Event:2")
+        if fresh:
+            settings = json.dumps(args.to_dict(), indent=2)
+            self._add(summary=self._summary.text("args", f"```json\n{settings}\n```"))
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Write one scalar for each value."""
+        for name, value in values.items():
+            self._add(summary=self._summary.scalar(name, value), step=step)
+        self._writer.flush()
+
+    def finish(self, completed: bool) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+    def _add(self, **content: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **content)
+        self._writer.write(event.SerializeToString())

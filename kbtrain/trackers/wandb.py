@@ -1,0 +1,60 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.extras import require
+from kbtrain.trackers.base import Tracker
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+STEP = "train/global_step"
+
+
+class WandbCallback(Tracker):
+    """Log to Weights & Biases (extra ``wandb``).
+
+    ``project`` and ``run_name`` name the run; whatever else the package is told by its own
+    environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``) holds. A run that the user has
+    begun with ``wandb.init`` is used and left open.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._library = require("wandb", "wandb", "report_to='wandb'")
+        self._run: Any = None
+        self._own = True
+
+    def open(self, args: TrainingArguments, trainer: Any) -> None:
+        """Begin or take over a run."""
+        self._own = self._library.run is None
+        if self._own:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self._run = self._library.init(
+                project=args.project,
+                name=args.run_name,
+                config=args.to_sanitized_dict(),
+                dir=args.output_dir,
+                id=self.run,
+                resume="allow",
+            )
+        else:
+            self._run = self._library.run
+            self._run.config.update(args.to_sanitized_dict(), allow_val_change=True)
+        self.run = self._run.id
+        # Values are drawn over the updates, so a run may go back to a checkpoint: the package's own
+        # counter of steps only ever rises.
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Log the values with their step."""
+        self._run.log({**values, STEP: step})
+
+    def finish(self, completed: bool) -> None:
+        """Finish the run, unless it is the user's."""
+        if self._own:
+            self._run.finish(exit_code=0 if completed else 1)
