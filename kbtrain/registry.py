@@ -15,6 +15,8 @@ from kbtrain.errors import ConfigurationError
 
 OPTIMIZERS = "kbtrain.optimizers"
 SCHEDULES = "kbtrain.schedules"
+REFUSED = ".refused"
+"""Added to a group: names that are known and not offered; their entry points load the reason."""
 
 
 @functools.cache
@@ -47,6 +49,8 @@ def find(group: str, name: str, field: str) -> Any:
     """
     entries = _entries(group).get(name, [])
     if not entries:
+        for refusal in _entries(group + REFUSED).get(name, []):
+            raise ConfigurationError(f"{field}={name!r} is not offered: {refusal.load()}")
         known = names(group)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -70,6 +74,11 @@ def find(group: str, name: str, field: str) -> Any:
             f"{field}={name!r} is registered by the package {owner!r} as {entries[0].value!r}, "
             f"which cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+def takes(factory: Any, argument: str) -> bool:
+    """Whether a class or function names ``argument`` in its signature."""
+    return argument in inspect.signature(factory).parameters
 
 
 def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], what: str) -> Any:

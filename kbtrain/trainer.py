@@ -272,10 +272,13 @@ class Trainer(KnownParameters):
         offered = {
             "learning_rate": metric_schedule.learning_rate_argument(self.lr_scheduler),
             "weight_decay": args.weight_decay,
-            "beta_1": args.adam_beta1,
-            "beta_2": args.adam_beta2,
-            "epsilon": args.adam_epsilon,
         }
+        if registry.takes(factory, "beta_1"):  # RMSprop's or Adagrad's epsilon is another
+            offered |= {
+                "beta_1": args.adam_beta1,
+                "beta_2": args.adam_beta2,
+                "epsilon": args.adam_epsilon,
+            }
         own = dict(args.optim_args or {})
         optimizer = registry.call_with_known(factory, offered, own, "optim_args")
         building.exclude_from_decay(optimizer, self.model)

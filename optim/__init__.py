@@ -18,7 +18,11 @@ Example:
 """
 
 from optim.adafactor import Adafactor, RelativeStep
+from optim.adagrad import Adagrad
+from optim.adam import Adam
 from optim.adamw import AdamW
+from optim.adan import Adan
+from optim.ademamix import AdEMAMix
 from optim.cosine import (
     CosineWarmupWithMinLR,
     CosineWithMinLR,
@@ -26,10 +30,16 @@ from optim.cosine import (
     CosineWithWarmup,
 )
 from optim.evaluation_weights import SwapEvaluationWeights
+from optim.grokadamw import GrokAdamW
+from optim.lamb import LAMB
+from optim.lion import Lion
+from optim.nadam import NAdam
 from optim.optimizer import Optimizer, Slot
 from optim.plateau import FeedMetricSchedule, GreedyLR, MetricSchedule, ReduceLROnPlateau
 from optim.plotting import plot_schedule
+from optim.radam import RAdam
 from optim.registry import get, get_scheduler, names, scheduler_names
+from optim.rmsprop import RMSprop
 from optim.schedules import (
     Constant,
     ConstantWithWarmup,
@@ -38,11 +48,17 @@ from optim.schedules import (
     PolynomialWithWarmup,
     Schedule,
 )
+from optim.sgd import SGD
+from optim.stable_adamw import StableAdamW
 from optim.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
+    "AdEMAMix",
     "Adafactor",
+    "Adagrad",
+    "Adam",
     "AdamW",
+    "Adan",
     "Constant",
     "ConstantWithWarmup",
     "CosineWarmupWithMinLR",
@@ -51,15 +67,23 @@ __all__ = [
     "CosineWithWarmup",
     "FeedMetricSchedule",
     "GreedyLR",
+    "GrokAdamW",
     "InverseSqrtWithWarmup",
+    "LAMB",
     "LinearWithWarmup",
+    "Lion",
     "MetricSchedule",
+    "NAdam",
     "Optimizer",
     "PolynomialWithWarmup",
+    "RAdam",
+    "RMSprop",
     "ReduceLROnPlateau",
     "RelativeStep",
+    "SGD",
     "Schedule",
     "Slot",
+    "StableAdamW",
     "SwapEvaluationWeights",
     "WarmupStableDecay",
     "get",

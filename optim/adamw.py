@@ -1,12 +1,12 @@
 """AdamW: Adam with decoupled weight decay."""
 
-import math
 from typing import Any, Unpack
 
 import keras
-from keras import ops
 
-from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, fused
+from optim.checks import check_flag
+from optim.moments import adam_denominator, adam_moments, bias_correction
+from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise, fused
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -26,6 +26,9 @@ class AdamW(Optimizer):
     epsilon is in effect larger during the first few thousand updates; at gradients around 1e-7 the
     two move quite differently. Its defaults differ as well (epsilon 1e-7, weight decay 0.004).
 
+    With ``amsgrad`` the largest :math:`v` seen so far takes the place of :math:`v_t`, as in PyTorch
+    (before the correction; `keras.optimizers.AdamW` does the same).
+
     On PyTorch the update is executed by PyTorch's own fused kernel.
 
     Args:
@@ -34,6 +37,7 @@ class AdamW(Optimizer):
         beta_2: decay rate of the mean of its square, in [0, 1).
         epsilon: keeps the denominator away from zero, not negative.
         weight_decay: fraction of ``learning_rate * variable`` taken off per update.
+        amsgrad: divide by the largest mean square so far; one more slot.
         **common: the arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
@@ -49,6 +53,7 @@ class AdamW(Optimizer):
 
     Reference:
         - [Loshchilov and Hutter, Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101)
+        - [Reddi et al., On the Convergence of Adam and Beyond](https://arxiv.org/abs/1904.09237)
     """
 
     def __init__(
@@ -58,12 +63,14 @@ class AdamW(Optimizer):
         beta_2: float = 0.999,
         epsilon: float = 1e-8,
         weight_decay: float | None = 0.01,
+        amsgrad: bool = False,
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(learning_rate, weight_decay=weight_decay, **common)
         self.beta_1 = check_range("beta_1", beta_1, 0.0, 1.0)
         self.beta_2 = check_range("beta_2", beta_2, 0.0, 1.0)
         self.epsilon = check_range("epsilon", epsilon, 0.0)
+        self.amsgrad = check_flag("amsgrad", amsgrad)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The running means of the gradient and of its square.
@@ -72,11 +79,13 @@ class AdamW(Optimizer):
             shape: shape of the variable.
 
         Returns:
-            Shapes of ``"momentum"`` and ``"velocity"``.
+            Shapes of ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
         """
-        return {"momentum": shape, "velocity": shape}
+        slots = {"momentum": shape, "velocity": shape}
+        return {**slots, "velocity_max": shape} if self.amsgrad else slots
 
     @fused("adamw")
+    @elementwise
     def update(
         self,
         parameter: Tensor,
@@ -87,18 +96,15 @@ class AdamW(Optimizer):
         weight_decay: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of one tensor, see `Optimizer.update`."""
-        momentum = moving_average(slots["momentum"], gradient, self.beta_1)
-        velocity = moving_average(slots["velocity"], gradient * gradient, self.beta_2)
-        scale = 1.0 / bias_correction(self.beta_1, step)
-        root_scale = ops.rsqrt(bias_correction(self.beta_2, step))
-        denominator = root_scale * ops.sqrt(velocity) + self.epsilon
-        movement = (learning_rate * scale) * momentum / denominator
+        slots = adam_moments(slots, gradient, self.beta_1, self.beta_2)
+        denominator = adam_denominator(slots, step, self.beta_2, self.epsilon)
+        scale = learning_rate / bias_correction(self.beta_1, step)
+        movement = scale * slots["momentum"] / denominator
         if weight_decay:
             # Subtracted with the step: `1 - learning_rate * weight_decay` would round to a few
             # digits of the decay.
             movement = movement + (learning_rate * weight_decay) * parameter
-        parameter = parameter - movement
-        return parameter, {"momentum": momentum, "velocity": velocity}
+        return parameter - movement, slots
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -107,38 +113,5 @@ class AdamW(Optimizer):
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
+            "amsgrad": self.amsgrad,
         }
-
-
-def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
-    """``beta * average + (1 - beta) * value``, with the right fixed point in float32.
-
-    A ``beta`` near 1 rounds so that the factors no longer add up to 1 (0.999 by 1e-5 of their
-    difference); written as a step of size ``1 - beta`` nothing is lost. For a small ``beta`` that
-    form would cancel instead.
-
-    Args:
-        average: float32 tensor.
-        value: float32 tensor of the same shape.
-        beta: decay rate in [0, 1).
-
-    Returns:
-        float32 tensor of the same shape.
-    """
-    if beta < 0.5:
-        return beta * average + (1.0 - beta) * value
-    return average + (1.0 - beta) * (value - average)
-
-
-def bias_correction(beta: float, step: Tensor) -> Tensor:
-    """``1 - beta ** step`` without the cancellation that float32 has for ``beta`` near 1.
-
-    Args:
-        beta: decay rate in [0, 1).
-        step: float32 scalar, at least 1.
-
-    Returns:
-        float32 scalar.
-    """
-    log_beta = math.log(beta) if beta > 0 else -math.inf
-    return -ops.expm1(step * log_beta)

@@ -102,6 +102,22 @@ def fused(name: str) -> Callable[[Rule], Rule]:
     return mark
 
 
+def elementwise(rule: Rule) -> Rule:
+    """Mark an `Optimizer.update` whose result at an element depends on that element alone.
+
+    Scalars (the step, the learning rate, slots of shape ``()``) may enter; sums, norms and products
+    of matrices may not. A kernel may then execute the rule on pieces of a tensor.
+
+    Args:
+        rule: the method.
+
+    Returns:
+        The same method. As with `fused`, the mark is not inherited by a method that overrides it.
+    """
+    rule.elementwise = True  # type: ignore[attr-defined]
+    return rule
+
+
 def check_range(name: str, value: Any, low: float, high: float = float("inf")) -> float:
     """Check a hyperparameter against a half-open range.
 

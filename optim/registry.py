@@ -13,6 +13,8 @@ import keras
 
 OPTIMIZERS = "kbtrain.optimizers"
 SCHEDULES = "kbtrain.schedules"
+REFUSED = ".refused"
+"""Added to a group: names that are known and not offered; their entry points load the reason."""
 
 _COUNTS = ("num_warmup_steps", "num_training_steps")
 
@@ -45,7 +47,7 @@ def scheduler_names() -> list[str]:
     return sorted(_entries(SCHEDULES))
 
 
-def get(name: str, **kwargs: Any) -> keras.optimizers.Optimizer:
+def get(name: str, /, **kwargs: Any) -> keras.optimizers.Optimizer:
     """Make an optimizer by name.
 
     Args:
@@ -168,6 +170,7 @@ def load(group: str, name: str) -> Any:
     name = str(getattr(name, "value", name))
     entries = _entries(group)
     if name not in entries:
+        _refuse(group, name)
         known = sorted(entries)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -190,6 +193,12 @@ def load(group: str, name: str) -> Any:
             f"{name!r} in the group {group!r} is offered by {_owner(candidates[0])} as "
             f"{candidates[0].value!r}, but importing that failed: {type(error).__name__}: {error}"
         ) from error
+
+
+def _refuse(group: str, name: str) -> None:
+    """Say why, if a package has registered the reason for not offering this name."""
+    for entry in _entries(group + REFUSED).get(name, []):
+        raise ValueError(f"{name!r} is not offered: {entry.load()} Received: name={name!r}")
 
 
 def _entries(group: str) -> dict[str, list[metadata.EntryPoint]]:

@@ -10,6 +10,7 @@ from helpers_regression import Line, line_values, regression_data, simulate
 
 from kbtrain import Trainer
 from kbtrain.data import epoch_order
+from kbtrain.errors import ConfigurationError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "train_runs.json").read_text())
 RUNS = {
@@ -19,6 +20,7 @@ RUNS = {
     "noclip": {"max_grad_norm": 0.0},
     "max10": {"max_steps": 10},
     "adafactor": {"optim": "adafactor", "learning_rate": 0.05},
+    "sgd": {"optim": "sgd", "learning_rate": 0.05},
 }
 
 
@@ -50,6 +52,11 @@ def test_reference_run(tmp_path, name):
     np.testing.assert_allclose(line_values(trainer.model), (a, b), rtol=2e-6)
     np.testing.assert_allclose(output.training_loss, train_loss, rtol=2e-6)
     assert output.metrics["train_loss"] == output.training_loss
+
+
+def test_a_name_that_is_not_offered_says_what_to_use(tmp_path):
+    with pytest.raises(ConfigurationError, match="optim='lomo' is not offered: .*Use 'adafactor'"):
+        run(tmp_path, optim="lomo")
 
 
 def test_reference_logs_step_by_step(tmp_path):

@@ -1,5 +1,6 @@
 """Execution on PyTorch: a fused kernel over lists of tensors where one exists, else the rule."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -62,7 +63,10 @@ def execute(
 
 def _fused(rule: Any) -> Any:
     """The fused equivalent of a rule, None if there is none."""
-    return FUSED.get(getattr(type(rule).update, "fused", None) or "")
+    name = getattr(type(rule).update, "fused", None) or ""
+    if name == "sgd" and rule.dampening:  # only PyTorch's first step differs, and it is not told
+        return None
+    return FUSED.get(name)
 
 
 def _storage(variable: Any) -> torch.Tensor:
@@ -140,8 +144,9 @@ def _remainder(master: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num_(master - parameter, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _fused_adamw(
-    optimizer: Any,
+def _fused_adam(
+    operation: Callable[..., None],
+    rule: Any,
     parameters: list[torch.Tensor],
     gradients: list[torch.Tensor],
     slots: dict[str, list[torch.Tensor]],
@@ -149,22 +154,74 @@ def _fused_adamw(
     learning_rate: torch.Tensor,
     weight_decay: float,
 ) -> None:
-    """PyTorch's own fused AdamW; step and learning rate stay on the device."""
-    torch._fused_adamw_(
+    """PyTorch's own fused Adam or AdamW; step and learning rate stay on the device."""
+    operation(
         parameters,
         gradients,
         slots["momentum"],
         slots["velocity"],
-        [],
+        slots.get("velocity_max", []),
         [step] * len(parameters),
         lr=learning_rate,
-        beta1=optimizer.beta_1,
-        beta2=optimizer.beta_2,
+        beta1=rule.beta_1,
+        beta2=rule.beta_2,
         weight_decay=weight_decay,
-        eps=optimizer.epsilon,
-        amsgrad=False,
+        eps=rule.epsilon,
+        amsgrad=rule.amsgrad,
         maximize=False,
     )
 
 
-FUSED: dict[str, Callable[..., None]] = {"adamw": _fused_adamw}
+def _fused_sgd(
+    rule: Any,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    slots: dict[str, list[torch.Tensor]],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+) -> None:
+    """PyTorch's own fused SGD. A buffer of zeros without dampening needs no first step."""
+    torch._fused_sgd_(
+        parameters,
+        gradients,
+        slots.get("momentum", []),
+        weight_decay=weight_decay,
+        momentum=rule.momentum,
+        lr=learning_rate,
+        dampening=0.0,
+        nesterov=rule.nesterov,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def _fused_adagrad(
+    rule: Any,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    slots: dict[str, list[torch.Tensor]],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+) -> None:
+    """PyTorch's own fused Adagrad."""
+    torch._fused_adagrad_(
+        parameters,
+        gradients,
+        slots["accumulator"],
+        [step] * len(parameters),
+        lr=learning_rate,
+        lr_decay=rule.lr_decay,
+        weight_decay=weight_decay,
+        eps=rule.epsilon,
+        maximize=False,
+    )
+
+
+FUSED: dict[str, Callable[..., None]] = {
+    "adam": functools.partial(_fused_adam, torch._fused_adam_),
+    "adamw": functools.partial(_fused_adam, torch._fused_adamw_),
+    "sgd": _fused_sgd,
+    "adagrad": _fused_adagrad,
+}

@@ -2,14 +2,24 @@
 
 import doctest
 import importlib
+import pkgutil
+from pathlib import Path
 
 import pytest
 
-ROOMS = (
-    *("adamw", "cosine", "optimizer", "plateau", "registry", "schedules"),
-    "warmup_stable_decay",
-)
-MODULES = ["optim", *(f"optim.{name}" for name in ROOMS)]
+import optim
+
+ROOMS = ["optim", *(f"optim.{m.name}" for m in pkgutil.iter_modules(optim.__path__))]
+MODULES = [
+    name
+    for name in ROOMS
+    if ">>> " in Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+]
+
+
+def test_every_optimizer_has_an_example():
+    assert {"optim", "optim.adamw", "optim.sgd", "optim.schedules"} <= set(MODULES)
+    assert len(MODULES) > 15
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -61,6 +61,26 @@ def test_every_own_name_makes_its_kind():
             assert 0.0 <= float(schedule(3)) <= 1.0
 
 
+REFUSED = importlib.metadata.entry_points(group=registry.OPTIMIZERS + registry.REFUSED)
+SAME = {
+    "adamw": ["adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_anyprecision"],
+    "lion": ["lion_32bit"],
+}
+
+
+def test_names_of_the_reference():
+    for name, others in SAME.items():
+        assert {type(optim.get(other)) for other in others} == {type(optim.get(name))}
+    assert type(optim.get("ftrl")) is keras.optimizers.Ftrl
+
+
+@pytest.mark.parametrize("refused", sorted(entry.name for entry in REFUSED))
+def test_a_refused_name_says_why_and_what_to_use(refused):
+    assert refused not in optim.names()
+    with pytest.raises(ValueError, match=f"'{refused}' is not offered: .* Use '"):
+        optim.get(refused)
+
+
 def test_other_packages_are_found(install):
     install(registry.OPTIMIZERS, entry("descent", keras.optimizers.SGD))
     assert "descent" in optim.names()
@@ -69,7 +89,7 @@ def test_other_packages_are_found(install):
 
 @pytest.mark.parametrize("function", [optim.get, lambda name: optim.get_scheduler(name, 0.1)])
 def test_unknown_name_lists_the_known_ones(function):
-    close = "adamv" if function is optim.get else "cosinus"
+    close = "adamvw" if function is optim.get else "cosinus"
     with pytest.raises(ValueError, match="Did you mean") as caught:
         function(close)
     message = str(caught.value)

@@ -1,0 +1,97 @@
+"""What the rules have in common: running means, their bias, Adam's step, L2 decay."""
+
+import math
+from typing import Any
+
+from keras import ops
+
+Tensor = Any
+
+
+def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
+    """``beta * average + (1 - beta) * value``, with the right fixed point in float32.
+
+    A ``beta`` near 1 rounds so that the factors no longer add up to 1 (0.999 by 1e-5 of their
+    difference); written as a step of size ``1 - beta`` nothing is lost. For a small ``beta`` that
+    form would cancel instead.
+
+    Args:
+        average: float32 tensor.
+        value: float32 tensor of the same shape.
+        beta: decay rate in [0, 1).
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    if beta < 0.5:
+        return beta * average + (1.0 - beta) * value
+    return average + (1.0 - beta) * (value - average)
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """``1 - beta ** step`` without the cancellation that float32 has for ``beta`` near 1.
+
+    Args:
+        beta: decay rate in [0, 1).
+        step: float32 scalar, at least 1.
+
+    Returns:
+        float32 scalar.
+    """
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    return -ops.expm1(step * log_beta)
+
+
+def add_l2(gradient: Tensor, parameter: Tensor, weight_decay: float) -> Tensor:
+    """The gradient of the loss plus ``weight_decay / 2`` times the squared norm.
+
+    Args:
+        gradient: float32 tensor.
+        parameter: float32 tensor of the same shape.
+        weight_decay: a Python number; with 0 nothing is computed.
+
+    Returns:
+        float32 tensor of the same shape.
+    """
+    return gradient + weight_decay * parameter if weight_decay else gradient
+
+
+def adam_moments(
+    slots: dict[str, Tensor], gradient: Tensor, beta_1: float, beta_2: float
+) -> dict[str, Tensor]:
+    """Adam's running means with one more gradient.
+
+    Args:
+        slots: with ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
+        gradient: float32 tensor of the same shape.
+        beta_1: decay rate of the mean.
+        beta_2: decay rate of the mean square.
+
+    Returns:
+        The new slots.
+    """
+    new = {
+        "momentum": moving_average(slots["momentum"], gradient, beta_1),
+        "velocity": moving_average(slots["velocity"], gradient * gradient, beta_2),
+    }
+    if "velocity_max" in slots:
+        new["velocity_max"] = ops.maximum(slots["velocity_max"], new["velocity"])
+    return new
+
+
+def adam_denominator(
+    slots: dict[str, Tensor], step: Tensor, beta_2: float, epsilon: float
+) -> Tensor:
+    r""":math:`\sqrt{\hat v} + \epsilon`, where PyTorch and optax put the epsilon.
+
+    Args:
+        slots: with ``"velocity"``; the largest one counts if ``"velocity_max"`` is there too.
+        step: float32 scalar, at least 1.
+        beta_2: decay rate of the mean square.
+        epsilon: not negative.
+
+    Returns:
+        float32 tensor of the shape of the slots.
+    """
+    velocity = slots.get("velocity_max", slots["velocity"])
+    return ops.rsqrt(bias_correction(beta_2, step)) * ops.sqrt(velocity) + epsilon

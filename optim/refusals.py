@@ -1,0 +1,41 @@
+"""Why some names of the Hugging Face Trainer are not offered, and what to use instead.
+
+The names are entry points of the group ``kbtrain.optimizers.refused``; each loads one of these
+texts, and whoever looks a name up in vain shows it. So `kbtrain`, which does not import this
+package, can give the same answer as `optim.get`.
+"""
+
+_PAGED = (
+    "paging optimizer state between a GPU and the host is a feature of bitsandbytes' CUDA memory. "
+)
+_BITSANDBYTES = "bitsandbytes runs on PyTorch only. "
+_LAYERWISE = (
+    "updating each layer during the backward pass needs the whole backward pass of one framework. "
+)
+_FUSED_BACKWARD = (
+    "LOMO fuses the update into PyTorch's backward pass, which has no counterpart elsewhere and "
+    "rules out clipping by the global norm. "
+)
+
+PAGED_ADAMW = _PAGED + "Use 'adamw', or 'adamw_8bit' to save memory."
+PAGED_ADAMW_8BIT = _PAGED + "Use 'adamw_8bit'."
+PAGED_ADEMAMIX = _PAGED + "Use 'ademamix', or 'ademamix_8bit' to save memory."
+PAGED_ADEMAMIX_8BIT = _PAGED + "Use 'ademamix_8bit'."
+PAGED_LION = _PAGED + "Use 'lion', or 'lion_8bit' to save memory."
+PAGED_LION_8BIT = _PAGED + "Use 'lion_8bit'."
+ADAMW_BNB_8BIT = _BITSANDBYTES + "Use 'adamw_8bit', which runs on every backend."
+RMSPROP_BNB = _BITSANDBYTES + "Use 'rmsprop', which runs on every backend."
+RMSPROP_BNB_8BIT = _BITSANDBYTES + "Use 'rmsprop_8bit', which runs on every backend."
+ADAMW_4BIT = "there is no 4-bit state. Use 'adamw_8bit'."
+NPU = "Keras has no backend for Ascend NPUs. Use 'adamw'."
+APEX = "apex's fused AdamW is superseded. Use 'adamw', which is fused on every backend."
+ADAMW_HF = "the reference has removed its own AdamW. Use 'adamw', which corrects the bias."
+LOMO = _FUSED_BACKWARD + "Use 'adafactor' for little state, or 'sgd' for none."
+GALORE_8BIT = "projected and 8-bit state are not combined. Use 'galore_adamw' or 'adamw_8bit'."
+GALORE_ADAFACTOR = "GaLore is offered for AdamW only. Use 'galore_adamw' or 'adafactor'."
+GALORE_LAYERWISE = _LAYERWISE + "Use 'galore_adamw'."
+APOLLO_LAYERWISE = _LAYERWISE + "Use 'apollo_adamw'."
+SOPHIA = (
+    "Sophia needs an estimate of the Hessian, which no call of `apply(gradients)` can have. "
+    "Use 'soap' for second-order information that comes from gradients alone."
+)
