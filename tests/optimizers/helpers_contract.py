@@ -36,6 +36,7 @@ class Special:
 
 
 SPECIAL: dict[str, Special] = {
+    "adafactor": Special(negative=frozenset({"beta_2_decay"})),
     "adagrad": Special(learning_rate=0.5),
     "adan": Special(learning_rate=0.1),
     "lamb": Special(learning_rate=0.02),
@@ -127,7 +128,7 @@ def minimise(name, steps=300):
         optimizer.apply([scale * 2 * ops.convert_to_tensor(parabola), scale * gradient], variables)
         return optimizer.iterations + 0
 
-    call = BACKEND.compile_steps(step, [*variables, *optimizer.variables], True, steps)
+    call = BACKEND.compile_steps(step, [*variables, *optimizer.variables], "auto", steps)
     before = losses()
     call(BACKEND.to_device(np.ones(steps, "float32")), steps)
     return before, losses(), optimizer
