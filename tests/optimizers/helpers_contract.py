@@ -94,7 +94,7 @@ def compiled(optimizer, variables):
 
     def step(gradients):
         traces.append(1)
-        optimizer.apply(list(gradients), variables)
+        BACKEND.apply_optimizer(optimizer, gradients, variables)
         return optimizer.iterations + 0
 
     return BACKEND.compile_step(step, [*variables, *optimizer.variables]), traces
