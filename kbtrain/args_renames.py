@@ -120,7 +120,6 @@ _REMAT = "Until then build the layers inside a keras.RematScope."
 _MEMORY = "Until then choose per_device_train_batch_size and gradient_accumulation_steps yourself."
 _SCRIPT = "Until then keep it as an option of your script; the Trainer does what you call."
 _ONE_DEVICE = "Until then there is one process on one device, so it would change nothing."
-_WORKERS = "Until then batches are made in the training process."
 _GENERATE = "Until then call the model's own `generate`."
 
 # Fields of the reference that are still to come -> what holds until then.
@@ -131,11 +130,7 @@ NOT_YET: dict[str, str] = {
     "average_tokens_across_devices": _ONE_DEVICE,
     "batch_eval_metrics": "Until then give keras.metrics to the Trainer; these work per batch.",
     "bf16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
-    "dataloader_multiprocessing_context": _WORKERS,
-    "dataloader_num_workers": _WORKERS,
-    "dataloader_persistent_workers": _WORKERS,
-    "dataloader_pin_memory": _WORKERS,
-    "dataloader_prefetch_factor": _WORKERS,
+    "dataloader_pin_memory": "Until then batches are copied from ordinary memory.",
     "debug": "Until then on_nonfinite='raise' stops at the first NaN.",
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,

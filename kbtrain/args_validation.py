@@ -98,6 +98,12 @@ def check_consistency(args: TrainingArguments) -> None:
                 f"Received: {event}_steps=0. Give a number of steps, or set "
                 f"{event}_strategy='no' to turn it off."
             )
+    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
+        raise ConfigurationError(
+            "`dataloader_persistent_workers` keeps worker processes, and there are none. "
+            "Received: dataloader_persistent_workers=True, dataloader_num_workers=0. "
+            "Set dataloader_num_workers to 1 or more."
+        )
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise ConfigurationError(
             "save_strategy='best' saves after an evaluation that improved "

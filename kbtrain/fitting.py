@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,7 +52,8 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     if trainer.args.eval_on_start and checkpoint is None:
         actions.evaluate_at_start(trainer)
     start = time.perf_counter()
-    train_loop(trainer, run)
+    with contextlib.closing(run.batches):
+        train_loop(trainer, run)
     run.read()
     trainer.saver.wait()
     seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from kbtrain.data import Collate, DataLoader, Loader, as_source
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
+from kbtrain.workers import WorkerLoader
+
+logger = logging.getLogger("kbtrain")
 
 
 def make_loader(
@@ -18,7 +22,7 @@ def make_loader(
 
     Args:
         dataset: Anything ``kbtrain.data.as_source`` takes.
-        args: Batch sizes, sampling strategy, seeds, ``dataloader_drop_last``.
+        args: Batch sizes, sampling strategy, seeds, the ``dataloader_`` arguments.
         collate: A user's collator, or None.
         name: The argument the data came from, to name it in errors.
         train: For training.
@@ -29,13 +33,21 @@ def make_loader(
     """
     source = as_source(dataset, name=name)
     if not train:
-        return DataLoader(source, args.eval_batch_size, collate=collate)
+        return _with_workers(
+            DataLoader(
+                source,
+                args.eval_batch_size,
+                collate=collate,
+                read_ahead=_read_ahead(args),
+            ),
+            args,
+        )
     if not source.sized and args.max_steps <= 0:
         raise ConfigurationError(
             f"{name} has no length, so the number of steps cannot be counted: set max_steps. "
             f"Received: {type(dataset).__name__}, max_steps={args.max_steps}."
         )
-    return DataLoader(
+    loader = DataLoader(
         source,
         args.train_batch_size,
         strategy=args.train_sampling_strategy,
@@ -44,7 +56,29 @@ def make_loader(
         collate=collate,
         accumulation=args.gradient_accumulation_steps,
         length_column=args.length_column_name,
+        read_ahead=_read_ahead(args),
     )
+    return _with_workers(loader, args, persistent=args.dataloader_persistent_workers)
+
+
+def _read_ahead(args: TrainingArguments) -> int | None:
+    return None if args.dataloader_num_workers else args.dataloader_prefetch_factor
+
+
+def _with_workers(loader: DataLoader, args: TrainingArguments, persistent: bool = False) -> Loader:
+    """The loader itself, or worker processes that make its batches."""
+    if args.dataloader_num_workers == 0 or loader.vectorised:
+        return loader  # whole batches of arrays are read faster than they can be sent
+    if not loader.sized:
+        logger.warning(
+            "%s can only be read in its own order, so worker processes cannot share it: "
+            "dataloader_num_workers=%d has no effect.",
+            loader.name,
+            args.dataloader_num_workers,
+        )
+        return loader
+    ahead = args.dataloader_prefetch_factor or 2
+    return WorkerLoader(loader, args.dataloader_num_workers, ahead, persistent)
 
 
 def is_named_datasets(data: Any) -> bool:

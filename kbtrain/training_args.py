@@ -91,8 +91,9 @@ class TrainingArguments(_KnownNamesOnly):
       `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
-    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `train_sampling_strategy`,
-      `length_column_name`.
+    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `dataloader_num_workers`,
+      `dataloader_prefetch_factor`, `dataloader_persistent_workers`,
+      `dataloader_multiprocessing_context`, `train_sampling_strategy`, `length_column_name`.
     - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`,
       `steps_per_execution`, `use_cpu`.
 
@@ -353,6 +354,28 @@ class TrainingArguments(_KnownNamesOnly):
     )
     dataloader_drop_last: bool = _option(
         False, kinds.flag, "Leave out the last batch of an epoch when it is not full."
+    )
+    dataloader_num_workers: int = _option(
+        0,
+        kinds.whole(0),
+        "Worker processes that make batches of data sets with __getitem__, or with a collator "
+        "(extra 'grain'); 0 makes them in the training process. Arrays need none.",
+    )
+    dataloader_prefetch_factor: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Batches that each worker keeps ready; None means 2. Without workers, batches that a "
+        "thread makes ahead; None means none (slow arrays are read ahead in any case). What such a "
+        "thread draws from global random generators is not repeated by a resumed run.",
+    )
+    dataloader_persistent_workers: bool = _option(
+        False, kinds.flag, "Keep the worker processes of the training data from epoch to epoch."
+    )
+    dataloader_multiprocessing_context: Literal["spawn"] | None = _option(
+        None,
+        kinds.optional(kinds.choice("spawn")),
+        "How worker processes are started: 'spawn' always, because a fork of a process with the "
+        "threads of a framework can hang.",
     )
     train_sampling_strategy: Literal[
         "random", "sequential", "group_by_length", "batch_rebalance"

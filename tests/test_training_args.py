@@ -74,6 +74,10 @@ FROZEN = {
     "seed": (42, 42),
     "data_seed": (None, None),
     "dataloader_drop_last": (False, False),
+    "dataloader_num_workers": (0, 0),
+    "dataloader_prefetch_factor": (None, None),
+    "dataloader_persistent_workers": (False, False),
+    "dataloader_multiprocessing_context": (None, None),
     "train_sampling_strategy": ("random", "random"),
     "length_column_name": ("length", "length"),
     "bf16": (False, False),
@@ -277,6 +281,10 @@ REFUSED = [
     ("seed", 4.2),
     ("seed", None),
     ("data_seed", -1),
+    ("dataloader_num_workers", -1),
+    ("dataloader_num_workers", True),
+    ("dataloader_prefetch_factor", 0),
+    ("dataloader_multiprocessing_context", "fork"),
     ("train_sampling_strategy", "sorted"),
     ("length_column_name", ""),
     ("on_nonfinite", "warn"),
@@ -431,6 +439,11 @@ def test_strategies_that_contradict_each_other(arguments):
     message = refusal(**arguments)
     assert "eval_" in message
     assert "Received: " in message
+
+
+def test_persistent_workers_need_workers():
+    assert "dataloader_num_workers=0" in refusal(dataloader_persistent_workers=True)
+    TrainingArguments(dataloader_persistent_workers=True, dataloader_num_workers=1)
 
 
 def best(save_steps, eval_steps, **more):

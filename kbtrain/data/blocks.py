@@ -52,10 +52,12 @@ class Batches:
 
     Arrays are read a block at a time, and ahead by a thread where that is slow (large batches,
     arrays on disk). Data with code of the user's is read in the calling thread: it may draw from
-    the global random generators, whose state is part of a checkpoint, or belong to one thread.
+    the global random generators, whose state is part of a checkpoint, or belong to one thread. A
+    loader whose ``read_ahead`` is a number has that many batches read ahead all the same.
 
     Args:
-        loader: Where the batches come from.
+        loader: Where the batches come from. If it has a method ``peek``, that gives the batch to
+            look at; a method ``close`` is called at the end.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -66,6 +68,9 @@ class Batches:
 
     def peek(self) -> Any:
         """The first batch of epoch 0; None if there is none."""
+        look = getattr(self._loader, "peek", None)
+        if look is not None:
+            return look()
         batches = iter(self._loader.epoch(0))
         first = next(batches, None)
         if first is not None:
@@ -96,7 +101,15 @@ class Batches:
             with contextlib.closing(Prefetched(slabs)) as slabs:
                 yield from _cut(slabs, limit)
             start += updates * accumulation
-        yield from self._collected(self._from(epoch, start), accumulation, limit)
+        with contextlib.closing(self._from(epoch, start)) as rest:
+            yield from self._collected(rest, accumulation, limit)
+
+    def close(self) -> None:
+        """Let go of what the loader holds on to between epochs, such as worker processes."""
+        self._first = None
+        close = getattr(self._loader, "close", None)
+        if callable(close):
+            close()
 
     def _slabs(
         self, loader: DataLoader, epoch: int, start: int, accumulation: int, updates: int
@@ -158,11 +171,34 @@ class Batches:
             samples = len(groups) * sum(batch_size(batch) for batch in groups[0])
             yield Block(_chunks(groups, room), room, len(groups), len(groups[0]), samples, outline)
 
-    def _from(self, epoch: int, start: int) -> Iterator[Any]:
+    def _from(self, epoch: int, start: int) -> Generator[Any, None, None]:
+        """The batches of an epoch, read ahead if the loader wants that."""
+        batches = self._read(epoch, start)
+        ahead = getattr(self._loader, "read_ahead", None)
+        if ahead is None:
+            return batches
+        return _in_a_thread(batches, ahead)
+
+    def _read(self, epoch: int, start: int) -> Generator[Any, None, None]:
         first, self._first = self._first, None
         if first is not None and epoch == 0 and (start == 0 or not self._loader.sized):
-            return itertools.islice(itertools.chain([first[0]], first[1]), start, None)
-        return iter(self._loader.epoch(epoch, start))
+            source: Iterator[Any] = first[1]
+            batches: Iterator[Any] = itertools.islice(
+                itertools.chain([first[0]], source), start, None
+            )
+        else:
+            source = batches = iter(self._loader.epoch(epoch, start))
+        try:
+            yield from batches
+        finally:
+            close = getattr(source, "close", None)
+            if callable(close):
+                close()
+
+
+def _in_a_thread(batches: Iterator[Any], ahead: int) -> Generator[Any, None, None]:
+    with contextlib.closing(Prefetched(batches, ahead, patience=0.0)) as items:
+        yield from items
 
 
 def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:

@@ -75,6 +75,8 @@ class DataLoader:
             collator of each batch, so that random choices belong to the position in the data.
         accumulation: Batches of one update; the strategies by length look at whole updates.
         length_column: Where samples say how long they are, for the strategies by length.
+        read_ahead: Batches that a thread makes ahead in training; None leaves that to who reads
+            (``kbtrain.data.Batches``).
 
     Raises:
         ConfigurationError: batch_size, strategy or seed is not one of the above, or the lengths of
@@ -98,6 +100,7 @@ class DataLoader:
         collate: Collate | None = None,
         accumulation: int = 1,
         length_column: str = "length",
+        read_ahead: int | None = None,
     ) -> None:
         check_strategy(strategy)
         _check_count("batch_size", batch_size, 1)
@@ -105,6 +108,7 @@ class DataLoader:
         _check_count("accumulation", accumulation, 1)
         self.source = as_source(source)
         self.accumulation = int(accumulation)
+        self.read_ahead = read_ahead
         self.batch_size = int(batch_size)
         self.strategy = strategy
         self.seed = int(seed)
