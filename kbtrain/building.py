@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -121,8 +121,37 @@ def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model
 
 
 def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
-    """Create the metrics' variables by adding one batch, without a gradient, and forgetting it."""
-    tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
-    _, _, inputs = forward(tensors, None, training=False)
-    if inputs is not None:
-        metrics.build(*inputs)
+    """Create the metrics' variables from the shapes of a batch, without computing anything.
+
+    A loss or metric that looks at values is run on the batch once instead.
+
+    Args:
+        metrics: What is built.
+        forward: See ``kbtrain.step.Forward``.
+        batch: A batch as the loader gives it (NumPy).
+    """
+
+    def build(batch: Any) -> Any:
+        _, outputs, inputs = forward(batch, None, training=False)
+        if inputs is not None:
+            metrics.build(*inputs)
+        return outputs
+
+    specs = keras.tree.map_structure(
+        lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), batch
+    )
+    try:
+        _Function(build).compute_output_spec(specs)
+    except Exception:
+        build(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
+
+
+class _Function(keras.Operation):
+    """A function that Keras can run on shapes alone."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def call(self, batch: Any) -> Any:
+        return self._function(batch)

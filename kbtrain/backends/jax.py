@@ -395,11 +395,18 @@ def device_scope(use_cpu: bool) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
-    if use_cpu:
-        cpu = jax.devices("cpu")[0]
+    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them.
+
+    They are not bound to it: JAX would compile once for bound values and once more for those that
+    are assigned later and are not, such as a metric's after a reset.
+    """
+    if not use_cpu:
+        return
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
         for variable in variables:
-            variable._value = jax.device_put(variable._value, cpu)
+            if variable._value.devices() != {cpu}:
+                variable._value = jnp.array(jax.device_get(variable._value))
 
 
 def device_info(use_cpu: bool = False) -> str:
