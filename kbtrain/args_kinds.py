@@ -251,7 +251,7 @@ def either(word: str, kind: Kind) -> Kind:
     return accept
 
 
-def names(*allowed: str, later: tuple[str, ...] = ()) -> Kind:
+def names(*allowed: str) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 
     def accept(value: Any) -> tuple[str, ...]:
@@ -262,8 +262,6 @@ def names(*allowed: str, later: tuple[str, ...] = ()) -> Kind:
             raise Unfit(wanted)
         items = [_plain(item) for item in items]
         for item in items:
-            if isinstance(item, str) and item in later:
-                raise Unfit(f"{wanted} ({item!r} is not available in this version)")
             if not isinstance(item, str) or item not in allowed:
                 raise Unfit(f"{wanted}, not {item!r}")
         # In the order of `allowed`, so that ["a", "b"] and ["b", "a"] are the same setting.
@@ -289,6 +287,12 @@ def trackers(value: Any) -> tuple[str, ...]:
     if "none" in found and len(found) > 1:
         raise Unfit("'none' alone, or a list of trackers without 'none'")
     return ("all",) if "all" in found else tuple(sorted(found - {"none"}))
+
+
+def tokens_seen(value: Any) -> Any:
+    """What is counted as a token; True and False are the reference's older form."""
+    value = {True: "all", False: "no"}[value] if isinstance(value, bool) else value
+    return choice("no", "all", "non_padding")(value)
 
 
 def options(value: Any) -> FrozenDict:

@@ -25,6 +25,8 @@ RENAMED: dict[str, str] = {
     "half_precision_backend": "Drop it; there is one implementation of mixed precision. "
     "Write bf16=True.",
     "include_inputs_for_metrics": "Write include_for_metrics=['inputs'] for True.",
+    "include_tokens_per_second": "Write include_num_input_tokens_seen='all', which logs the rate "
+    "as well.",
     "jit_mode_eval": "Write jit_compile=True, which covers training and evaluation.",
     "no_cuda": "Write use_cpu={value}.",
     "per_gpu_eval_batch_size": "Write per_device_eval_batch_size={value}.",
@@ -147,13 +149,9 @@ NOT_YET: dict[str, str] = {
     "generation_num_beams": _GENERATE,
     "gradient_checkpointing": _REMAT,
     "gradient_checkpointing_kwargs": _REMAT,
-    "include_num_input_tokens_seen": "Until then count them in a callback.",
-    "include_tokens_per_second": "(Its name in 5.x is include_num_input_tokens_seen.) Until then "
-    "count them in a callback.",
     "label_names": "Until then give the data as (inputs, labels).",
     "label_smoothing_factor": "Until then use a loss with label smoothing, such as "
     "keras.losses.CategoricalCrossentropy(label_smoothing=...).",
-    "log_level": "Until then use Python's `logging` module.",
     "log_level_replica": _ONE_DEVICE,
     "log_on_each_node": _ONE_DEVICE,
     "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",
@@ -162,7 +160,6 @@ NOT_YET: dict[str, str] = {
     "predict_with_generate": _GENERATE,
     "remove_unused_columns": "Until then leave such columns out of the data set itself.",
     "save_on_each_node": _ONE_DEVICE,
-    "skip_memory_metrics": "Until then no memory metrics are taken.",
     "sortish_sampler": "Until then use train_sampling_strategy='random'.",
     "tf32": "Until then set the backend's own switch for the precision of matrix products.",
 }

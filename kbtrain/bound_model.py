@@ -31,6 +31,7 @@ class BoundModel:
         has_loss_func: Whether the Trainer has a ``compute_loss_func``.
         compute_loss: ``Trainer.compute_loss``.
         preprocess: ``preprocess_logits_for_metrics``, or None.
+        tracked: Where ``Trainer.track`` puts values while the loss is computed.
 
     Attributes:
         loss: The loss in use.
@@ -50,10 +51,12 @@ class BoundModel:
         has_loss_func: bool,
         compute_loss: ComputeLoss,
         preprocess: Callable[[Any, Any], Any] | None,
+        tracked: dict[str, Any],
     ) -> None:
         self.model: keras.Model = building.check_model(model)
         self._args, self._backend = args, backend
         self._compute_loss, self._preprocess = compute_loss, preprocess
+        self._tracked = tracked
         self.compiled = bool(getattr(model, "compiled", False))
         if args.bf16:
             building.use_bfloat16(model)
@@ -83,7 +86,7 @@ class BoundModel:
         """
         if self.forward is None:
             building.build_model(self.model, batch)
-            self.forward = ForwardPass(self.model, self._compute_loss, self.loss)
+            self.forward = ForwardPass(self.model, self._compute_loss, self.loss, self._tracked)
         # Metrics need labels: a prediction may come first, and have none.
         has_labels = unpack(batch).y is not None
         if self.metrics is not None and has_labels and not self._metrics_built:

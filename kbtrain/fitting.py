@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -13,14 +14,16 @@ from kbtrain import actions, evaluation_weights, metric_schedule, persistence, r
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
-from kbtrain.data import Batches, Loader, as_loader
+from kbtrain.data import Batches, Block, Loader, as_loader
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
 from kbtrain.loop import train_loop
+from kbtrain.memory import measured
 from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_train_step
+from kbtrain.tokens import count_tokens
 from kbtrain.training_args import resolve_steps
 
 if TYPE_CHECKING:
@@ -45,6 +48,26 @@ class TrainOutput(NamedTuple):
 
 def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     """Train from the beginning, or from a checkpoint, to the end."""
+    with measured(trainer.backend, "train", trainer.args.skip_memory_metrics) as memory:
+        run, seconds = _run(trainer, checkpoint)
+    state, progress = trainer.state, run.progress
+    loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
+    metrics = speed("train", seconds, run.samples, state.global_step - run.first_step) | memory
+    if run.count_tokens is not None:
+        metrics["train_tokens_per_second"] = round(run.tokens / max(seconds, 1e-9), 3)
+    metrics["train_loss"] = loss
+    trainer.log(metrics)
+    # As in Keras: from here on the model holds the weights that were evaluated.
+    evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
+    trainer.training_weights = False
+    if trainer.args.load_best_model_at_end and trainer.interruption is None:
+        actions.load_best(trainer)
+    trainer.fire("on_train_end")
+    return TrainOutput(state.global_step, loss, metrics)
+
+
+def _run(trainer: Trainer, checkpoint: Checkpoint | None) -> tuple[Run, float]:
+    """All updates of this call, and the seconds they took."""
     run = prepare(trainer, checkpoint)
     trainer.training_weights = True
     trainer.control.new_training()
@@ -56,20 +79,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
         train_loop(trainer, run)
     run.read()
     trainer.saver.wait()
-    seconds = time.perf_counter() - start
-
-    state, progress = trainer.state, run.progress
-    loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
-    metrics = speed("train", seconds, run.samples, state.global_step - run.first_step)
-    metrics["train_loss"] = loss
-    trainer.log(metrics)
-    # As in Keras: from here on the model holds the weights that were evaluated.
-    evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
-    trainer.training_weights = False
-    if trainer.args.load_best_model_at_end and trainer.interruption is None:
-        actions.load_best(trainer)
-    trainer.fire("on_train_end")
-    return TrainOutput(state.global_step, loss, metrics)
+    return run, time.perf_counter() - start
 
 
 def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
@@ -133,8 +143,15 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
+        count_tokens=_token_counter(args.include_num_input_tokens_seen),
         steps_per_call=args.steps_per_execution,
     )
+
+
+def _token_counter(mode: str) -> Callable[[Block], int] | None:
+    if mode == "no":
+        return None
+    return lambda block: count_tokens(block.chunks, block.updates, mode)
 
 
 def _plan(trainer: Trainer, loader: Loader) -> Plan:

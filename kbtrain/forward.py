@@ -51,10 +51,17 @@ class ForwardPass:
         model: A built model.
         compute_loss: ``Trainer.compute_loss``, possibly overridden.
         loss: The resolved loss, to know which labels are ignored.
+        tracked: Where ``Trainer.track`` puts values while the loss is computed.
     """
 
-    def __init__(self, model: keras.Model, compute_loss: ComputeLoss, loss: Any) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: keras.Model,
+        compute_loss: ComputeLoss,
+        loss: Any,
+        tracked: dict[str, Any],
+    ) -> None:
+        self._model, self._tracked = model, tracked
         self._loss = loss
 
         def with_loss(batch: Any, num_items: Any) -> Any:
@@ -67,6 +74,7 @@ class ForwardPass:
     ) -> tuple[LossPair, Any, tuple[Any, ...] | None]:
         """Loss, outputs and the metrics' arguments; see ``kbtrain.step.Forward``."""
         x, y, sample_weight = unpack(batch)
+        self._tracked.clear()
         result = self._with_loss(batch, num_items=num_items, training=training)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
@@ -76,6 +84,9 @@ class ForwardPass:
         loss, outputs = result
         size = keras.tree.flatten(x)[0].shape[0]
         pair = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
+        if self._tracked:
+            pair = pair._replace(extras={**pair.extras, **self._tracked})
+            self._tracked.clear()  # values of this trace must not live on
         added = self._model.losses  # add_loss and regularizers: means, weighted like the batch
         if added:
             total = sum(ops.mean(as_float(value)) for value in added)

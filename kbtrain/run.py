@@ -43,7 +43,9 @@ class Run:
         limit: Returns how many updates may run before something may be due.
         first_step: The step this call began at.
         steps_per_call: Most updates in one call of the compiled step, or ``"auto"``.
+        count_tokens: Counts the tokens of a block, or None.
         samples: Samples of this call so far.
+        tokens: Tokens of this call so far.
     """
 
     backend: ModuleType
@@ -58,7 +60,9 @@ class Run:
     limit: Callable[[], int]
     first_step: int
     steps_per_call: int | str = "auto"
+    count_tokens: Callable[[Block], int] | None = None
     samples: int = 0
+    tokens: int = 0
     _affordable: int = 1
     _attempts: int = 3
     _compiled: list[Any] = field(default_factory=list)
@@ -98,6 +102,10 @@ class Run:
             self.progress.epoch, self.progress.batch, self.accumulation
         )
         self.samples += block.samples
+        if self.count_tokens is not None:
+            tokens = self.count_tokens(block)
+            self.tokens += tokens
+            self.state.num_input_tokens_seen += tokens
         if block.outline in self._compiled and self._attempts > 0:
             self.read()
             self._pace(block, time.perf_counter() - start)
@@ -195,5 +203,7 @@ class Run:
             "learning_rate": self._newest["learning_rate"],
         }
         logs |= {name: total / steps for name, total in (progress.window_extras or {}).items()}
+        if self.count_tokens is not None:
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         progress.window_sum, progress.window_steps, progress.window_extras = 0.0, 0, None
         return logs

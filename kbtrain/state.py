@@ -61,6 +61,7 @@ class TrainerState:
         eval_steps: Updates between two evaluations.
         save_steps: Updates between two checkpoints.
         train_batch_size: Samples of one micro-batch.
+        num_input_tokens_seen: Tokens trained on, if ``include_num_input_tokens_seen`` counts them.
         log_history: What was logged, each entry with its ``step``; the newest 5,000 entries. The
             JSON-lines log has all of them.
         best_metric: Best value of ``metric_for_best_model`` so far.
@@ -79,6 +80,7 @@ class TrainerState:
     eval_steps: int = 500
     save_steps: int = 500
     train_batch_size: int | None = None
+    num_input_tokens_seen: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
     best_global_step: int | None = None
@@ -97,6 +99,7 @@ class TrainerState:
         for name in (
             "epoch",
             "global_step",
+            "num_input_tokens_seen",
             "log_history",
             "best_metric",
             "best_global_step",

@@ -19,6 +19,7 @@ from kbtrain import (
     metric_schedule,
     persistence,
     registry,
+    reports,
     rng,
 )
 from kbtrain.bound_model import BoundModel
@@ -33,12 +34,14 @@ from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
 from kbtrain.interruption import Watch
 from kbtrain.loaders import is_named_datasets, make_loader
-from kbtrain.loss import resolve_loss
+from kbtrain.loss import as_float, resolve_loss
+from kbtrain.memory import measured
 from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer_renames import KnownParameters
 from kbtrain.training_args import TrainingArguments
+from kbtrain.verbosity import set_log_level
 
 logger = logging.getLogger("kbtrain")
 
@@ -106,6 +109,8 @@ class Trainer(KnownParameters):
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._check(model, loss, optimizers)
         rng.set_seed(self.args.seed)
+        set_log_level(self.args.log_level)
+        self._tracked: dict[str, Any] = {}
         self._given_loss, self._given_metrics = resolve_loss(loss), metrics
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
@@ -178,6 +183,7 @@ class Trainer(KnownParameters):
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=self.compute_loss,
             preprocess=self.preprocess_logits_for_metrics,
+            tracked=self._tracked,
         )
 
     @property
@@ -347,9 +353,10 @@ class Trainer(KnownParameters):
                 results |= self.evaluate(one, f"{metric_key_prefix}_{name}")
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
-        output = evaluation_loop(
-            self, self.get_eval_dataloader(eval_dataset), metric_key_prefix, gather=not loss_only
-        )
+        loader = self.get_eval_dataloader(eval_dataset)
+        with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
+            output = evaluation_loop(self, loader, metric_key_prefix, gather=not loss_only)
+        output.metrics.update(memory)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
         return output.metrics
@@ -362,13 +369,14 @@ class Trainer(KnownParameters):
             test_dataset: Data as for evaluation; labels may be missing.
             metric_key_prefix: Put before every metric's name.
         """
-        output = evaluation_loop(
-            self,
-            make_loader(test_dataset, self.args, self.data_collator, "test_dataset", train=False),
-            metric_key_prefix,
-            gather=True,
-            keep_outputs=True,
+        loader = make_loader(
+            test_dataset, self.args, self.data_collator, "test_dataset", train=False
         )
+        with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
+            output = evaluation_loop(
+                self, loader, metric_key_prefix, gather=True, keep_outputs=True
+            )
+        output.metrics.update(memory)
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
@@ -399,7 +407,41 @@ class Trainer(KnownParameters):
         persistence.save_json(path, self.state.to_dict())
         return path
 
+    # --- reports --------------------------------------------------------------------------------
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Metrics as people read them: MB, h:mm:ss, four decimals."""
+        return reports.metrics_format(metrics)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
+        if self.is_world_process_zero():
+            print(reports.metrics_table(split, metrics))
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
+        """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""
+        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        language: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Path:
+        """Write ``README.md`` about the run (results, loss plot, settings, versions)."""
+        return reports.create_model_card(self, model_name, license, language, tags)
+
     # --- logging and callbacks ------------------------------------------------------------------
+
+    def track(self, name: str, value: Any) -> None:
+        """Log the mean of ``value`` over the updates; call it where the loss is computed.
+
+        Args:
+            name: The name in the logs (with ``eval_`` before it in evaluations).
+            value: A tensor, of which the mean is taken.
+        """
+        self._tracked[name] = keras.ops.mean(as_float(value))
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Add an entry to ``state.log_history`` and tell the callbacks."""
@@ -426,6 +468,12 @@ class Trainer(KnownParameters):
         self.callback_handler.pop(callback)
 
     # --- questions ------------------------------------------------------------------------------
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process is the first of all, which writes what is written once."""
+        return self.state.is_world_process_zero
+
+    is_local_process_zero = is_world_process_zero
 
     def get_decay_parameter_names(self) -> list[str]:
         """Paths of the trainable variables that weight decay applies to."""

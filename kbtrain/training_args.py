@@ -84,7 +84,8 @@ class TrainingArguments(_KnownNamesOnly):
       `adam_beta2`, `adam_epsilon`, `max_grad_norm`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
-      `report_to`, `run_name`, `project`.
+      `report_to`, `run_name`, `project`, `log_level`,
+      `include_num_input_tokens_seen`, `skip_memory_metrics`.
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
       `prediction_loss_only`, `include_for_metrics`.
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
@@ -232,6 +233,23 @@ class TrainingArguments(_KnownNamesOnly):
         kinds.optional(kinds.text),
         "Project (MLflow: experiment) of the run for trackers. None means the tracker's own "
         "setting.",
+    )
+
+    log_level: Literal["passive", "debug", "info", "warning", "error", "critical"] = _option(
+        "passive",
+        kinds.choice("passive", "debug", "info", "warning", "error", "critical"),
+        "What the logger 'kbtrain' lets through; 'passive' leaves it as the program has set it.",
+    )
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = _option(
+        "no",
+        kinds.tokens_seen,
+        "Count the tokens of the training and log them with their rate: 'all' elements of the "
+        "input, those that are 'non_padding', or 'no'. True means 'all', False 'no'.",
+    )
+    skip_memory_metrics: bool = _option(
+        True,
+        kinds.flag,
+        "Leave memory out of the metrics of training, evaluation and prediction.",
     )
 
     # Evaluation
