@@ -110,6 +110,8 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
     evaluated = persistence.gather_evaluation(trainer.model, trainer.optimizer, trained)
     arrays = {"model": trained | (evaluated if args.save_only_model else {})}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
+    if (config := persistence.model_config(trainer.model)) is not None:
+        documents["model_config"] = config
     if not args.save_only_model:
         more_arrays, more_documents = persistence.gather_training(
             trainer.backend,
@@ -130,6 +132,7 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
         arrays=arrays,
         documents=documents,
         info=persistence.environment(trainer.backend),
+        places={"model": persistence.places(trainer.model)},
         keep=args.save_total_limit,
         protect=(Path(best),) if best else (),
     )

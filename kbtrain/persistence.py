@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from kbtrain.checkpoint import (
     plan_restore,
     restore,
 )
+from kbtrain.checkpoint.format import dump_json
+from kbtrain.checkpoint.layout import KerasLayout, keras_layout
 from kbtrain.errors import CheckpointMismatchError
 
 logger = logging.getLogger("kbtrain")
@@ -87,6 +90,27 @@ def model_variables(model: keras.Model) -> list[keras.Variable]:
 def gather_model(model: keras.Model) -> dict[str, np.ndarray]:
     """Host copies of the model's variables, by path."""
     return capture(name_variables(model_variables(model)))
+
+
+def places(model: keras.Model) -> KerasLayout:
+    """Where ``model.load_weights`` looks for the variables that ``gather_model`` returns."""
+    return keras_layout(model, name_variables(model_variables(model)))
+
+
+_configs: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
+
+
+def model_config(model: keras.Model) -> dict[str, Any] | None:
+    """How to build the model anew, as JSON; None if the model cannot say."""
+    if model not in _configs:
+        try:
+            config = keras.saving.serialize_keras_object(model)
+            config.pop("compile_config", None)
+            dump_json("model_config", config)
+        except Exception:  # a class of the user's own, whose get_config may do anything
+            config = None
+        _configs[model] = config
+    return _configs[model]
 
 
 def gather_evaluation(

@@ -15,6 +15,7 @@ import numpy as np
 
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.lock import RunLock
+from kbtrain.checkpoint.store import Places
 from kbtrain.errors import CheckpointError, is_disk_trouble
 
 logger = logging.getLogger("kbtrain")
@@ -31,6 +32,7 @@ class Snapshot:
         arrays: Group -> name -> array.
         documents: Name -> JSON value.
         info: For the manifest.
+        places: Group -> where other readers look for its arrays.
         keep: How many checkpoints to leave afterwards; None keeps all.
         protect: Checkpoints that are not deleted.
     """
@@ -39,6 +41,7 @@ class Snapshot:
     arrays: Mapping[str, Mapping[str, np.ndarray]]
     documents: Mapping[str, Any]
     info: Mapping[str, Any]
+    places: Mapping[str, Places] = field(default_factory=dict)
     keep: int | None = None
     protect: tuple[Path, ...] = ()
 
@@ -181,7 +184,7 @@ class Saver:
         start, one = time.perf_counter(), job.snapshot
         try:
             self._lock_folder()
-            self.store.save(one.step, one.arrays, one.documents, one.info)
+            self.store.save(one.step, one.arrays, one.documents, one.info, one.places)
             self.store.rotate(one.keep, one.protect)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
         except BaseException as error:

@@ -22,7 +22,13 @@ from kbtrain.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-FILES = ("model.h5", "optimizer.h5", "trainer_state.json", "training_args.json", MANIFEST_NAME)
+FILES = (
+    "model.weights.h5",
+    "optimizer.h5",
+    "trainer_state.json",
+    "training_args.json",
+    MANIFEST_NAME,
+)
 
 
 def save(store, step):
@@ -148,20 +154,20 @@ def test_a_renamed_checkpoint(store):
 
 def test_two_files_exchanged(store):
     path = store.directory / "checkpoint-30"
-    data = (path / "model.h5").read_bytes()
-    write(path / "model.h5", (path / "optimizer.h5").read_bytes())
+    data = (path / "model.weights.h5").read_bytes()
+    write(path / "model.weights.h5", (path / "optimizer.h5").read_bytes())
     write(path / "optimizer.h5", data)
     assert_found_and_survived(store, path)
 
 
 def test_all_problems_are_named(store):
     path = store.directory / "checkpoint-30"
-    DAMAGE["deleted"](path / "model.h5")
+    DAMAGE["deleted"](path / "model.weights.h5")
     DAMAGE["zeros"](path / "optimizer.h5")
     DAMAGE["last byte lost"](path / "training_args.json")
     problems = store.verify(path)
     assert [problem.partition(":")[0] for problem in problems] == [
-        "model.h5", "optimizer.h5", "training_args.json",
+        "model.weights.h5", "optimizer.h5", "training_args.json",
     ]  # fmt: skip
 
 
@@ -190,7 +196,7 @@ def test_files_of_others_in_the_folder_do_no_harm(store):
 
 # ---- manifests that are unaltered and yet cannot be
 
-ENTRY = {"size": 3, "sha256": "0" * 64}
+ENTRY = {"size": 3, "sha256": "0" * 64, "group": "model"}
 
 
 def seal(folder, **fields):
@@ -209,14 +215,29 @@ def seal_bytes(folder, data):
 
 
 def test_a_sealed_manifest_is_read(tmp_path):
-    seal(tmp_path, files={"model.h5": ENTRY})
-    assert read_manifest(tmp_path).files == {"model.h5": FileEntry(3, "0" * 64)}
+    seal(tmp_path, files={"model.weights.h5": ENTRY})
+    assert read_manifest(tmp_path).files == {"model.weights.h5": FileEntry(3, "0" * 64, "model")}
 
 
 OUTSIDE = (
-    *("../model.h5", "/etc/passwd", "a/../../model.h5", "sub/model.h5", "..", "", ".h5"),
-    *("..h5", "C:\\model.h5", "model.h5\0", "manifest.json", "MANIFEST.json", "x" * 200 + ".h5"),
-    *("model.pkl", "model.h5 ", "mödel.h5", "~/model.h5", "-rf.h5"),
+    *(
+        "../model.weights.h5",
+        "/etc/passwd",
+        "a/../../model.weights.h5",
+        "sub/model.weights.h5",
+        "..",
+        "",
+        ".h5",
+    ),
+    *(
+        "..h5",
+        "C:\\model.weights.h5",
+        "model.weights.h5\0",
+        "manifest.json",
+        "MANIFEST.json",
+        "x" * 200 + ".h5",
+    ),
+    *("model.pkl", "model.weights.h5 ", "mödel.h5", "~/model.weights.h5", "-rf.h5"),
 )
 
 
@@ -229,11 +250,28 @@ def test_a_manifest_cannot_name_files_elsewhere(store, name):
 
 WRONG = [
     *({"step": step} for step in (-1, 1.5, "30", None, True, 2**63, ...)),
-    *({"files": files} for files in ([], None, "model.h5", {"model.h5": 3}, {"model.h5": {}}, ...)),
-    *({"files": {"model.h5": {**ENTRY, "size": size}}} for size in (-1, 1.0, "3", None, 10**30)),
     *(
-        {"files": {"model.h5": {**ENTRY, "sha256": digest}}}
+        {"files": files}
+        for files in (
+            [],
+            None,
+            "model.weights.h5",
+            {"model.weights.h5": 3},
+            {"model.weights.h5": {}},
+            ...,
+        )
+    ),
+    *(
+        {"files": {"model.weights.h5": {**ENTRY, "size": size}}}
+        for size in (-1, 1.0, "3", None, 10**30)
+    ),
+    *(
+        {"files": {"model.weights.h5": {**ENTRY, "sha256": digest}}}
         for digest in ("", "0" * 63, 7, "G" * 64)
+    ),
+    *(
+        {"files": {"model.weights.h5": {**ENTRY, "group": group}}}
+        for group in (None, 3, "", "../model")
     ),
     *({"format_version": version} for version in (0, -1, "1", 1.0, None, True, ...)),
     *({"info": info} for info in ([], None, "x", ...)),
@@ -250,7 +288,7 @@ def test_a_manifest_with_wrong_types(store, fields):
 
 def test_absurd_sizes_are_not_believed(store):
     path = store.directory / "checkpoint-30"
-    seal(path, files={"model.h5": {**ENTRY, "size": 2**62}})
+    seal(path, files={"model.weights.h5": {**ENTRY, "size": 2**62}})
     assert "instead of 4611686018427387904" in assert_found_and_survived(store, path)
 
 
@@ -263,8 +301,8 @@ def test_an_absurdly_large_manifest_is_not_read(store):
 
 def test_a_newer_format_is_no_damage_and_asks_for_an_update(store):
     path = store.directory / "checkpoint-30"
-    seal(path, format_version=2, files="of another kind", more={})
-    with pytest.raises(CheckpointError, match="format version 2.*Update kbtrain") as caught:
+    seal(path, format_version=3, files="of another kind", more={})
+    with pytest.raises(CheckpointError, match="format version 3.*Update kbtrain") as caught:
         store.load(path)
     assert not isinstance(caught.value, CheckpointDamagedError)
     said = []
@@ -334,8 +372,9 @@ def test_any_bytes_for_a_file_that_the_manifest_vouches_for(template, file, data
         path = Path(directory) / "checkpoint-30"
         shutil.copytree(template / "checkpoint-30", path)
         (path / file).write_bytes(data)
-        entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        new = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         manifest = json.loads((path / MANIFEST_NAME).read_text())
+        entry = manifest["files"][file] | new
         seal(path, files={**manifest["files"], file: entry})
         assert_only_documented_errors(Path(directory))
 

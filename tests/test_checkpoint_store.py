@@ -30,7 +30,7 @@ def save(store, step, **more):
 
 
 def damage(path):
-    file = path / "model.h5"
+    file = path / "model.weights.h5"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -72,7 +72,7 @@ def test_a_checkpoint_comes_back_whole(store):
     path = store.save(7, arrays, documents, {"backend": "any", "versions": {"keras": "3"}})
     assert path == store.directory / "checkpoint-7"
     assert names(path) == [
-        "empty.json", "manifest.json", "model.h5", "optimizer.h5", "trainer_state.json",
+        "empty.json", "manifest.json", "model.weights.h5", "optimizer.h5", "trainer_state.json",
     ]  # fmt: skip
     assert store.verify(path) == []
     loaded = store.load(path)
@@ -117,7 +117,7 @@ def test_names_that_are_no_file_names_are_refused(store, name):
 
 def test_names_that_differ_in_case_only_are_refused(store):
     with pytest.raises(CheckpointError, match="upper and lower case"):
-        store.save(1, {"model": {}, "Model": {}})
+        store.save(1, {"rng": {}, "Rng": {}})
 
 
 def test_saving_a_step_again_replaces_it(store):
@@ -275,7 +275,7 @@ def dead_pid():
 def leftover(store, role, step, pid):
     folder = store.directory / f".{role}-checkpoint-{step}-{pid}-0a1b2c3d"
     folder.mkdir(parents=True)
-    (folder / "model.h5").write_bytes(b"half")
+    (folder / "model.weights.h5").write_bytes(b"half")
     return folder
 
 
@@ -325,7 +325,7 @@ def test_the_newest_intact_one_is_used_and_the_damaged_named(full, caplog):
     said = []
     assert full.latest_intact(said.append).step == 15
     assert ["checkpoint-25" in said[0], "checkpoint-20" in said[1], len(said)] == [True, True, 2]
-    assert "model.h5" in said[0]
+    assert "model.weights.h5" in said[0]
     with caplog.at_level(logging.WARNING, logger="kbtrain"):
         full.latest_intact()
     assert [record.name for record in caplog.records] == ["kbtrain", "kbtrain"]
@@ -386,7 +386,9 @@ def test_resume_from_a_run_folder(full, tmp_path):
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(full):
     path = full.directory / "checkpoint-10"
     damage(path)
-    with pytest.raises(CheckpointDamagedError, match=r"checkpoint-10 is damaged: model\.h5"):
+    with pytest.raises(
+        CheckpointDamagedError, match=r"checkpoint-10 is damaged: model\.weights\.h5"
+    ):
         full.resolve(path)
 
 

@@ -266,7 +266,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, caplog):
     folder, expected = whole("plain")
     for step in (7, 8):
         shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    broken = tmp_path / "checkpoint-8" / "model.h5"
+    broken = tmp_path / "checkpoint-8" / "model.weights.h5"
     data = bytearray(broken.read_bytes())
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)

@@ -220,5 +220,5 @@ def test_a_model_that_cannot_be_saved_leaves_nothing(tmp_path):
 def test_only_the_model_can_be_saved(tmp_path):
     make_trainer(tmp_path, [1.0, 1.0, 1.0], save_only_model=True).fit()
     names = {p.name for p in (tmp_path / "checkpoint-9").iterdir()}
-    assert "model.h5" in names
+    assert "model.weights.h5" in names
     assert not names & {"optimizer.h5", "rng.h5", "metrics.h5", "progress.json"}

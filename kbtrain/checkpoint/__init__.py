@@ -9,9 +9,10 @@ can be listed and verified without loading a framework.
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint.disk import FileEntry
-from kbtrain.checkpoint.format import read_arrays, write_arrays
+from kbtrain.checkpoint.format import read_arrays
 from kbtrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
+from kbtrain.checkpoint.writing import write_arrays
 
 if TYPE_CHECKING:
     from kbtrain.checkpoint.variables import (

@@ -31,10 +31,12 @@ class FileEntry(NamedTuple):
     Attributes:
         size: Bytes.
         sha256: Hexadecimal digest of the content.
+        group: The group its arrays belong to; None for other files.
     """
 
     size: int
     sha256: str
+    group: str | None = None
 
 
 class Hidden(NamedTuple):

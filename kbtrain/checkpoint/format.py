@@ -8,8 +8,7 @@ import hashlib
 import io
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,14 +17,14 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from kbtrain.checkpoint.disk import DeferredErrorFile, FileEntry, open_regular, write_bytes
+from kbtrain.checkpoint.disk import FileEntry, open_regular, write_bytes
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 ARRAYS_FORMAT = "kbtrain-arrays"
 ARRAYS_VERSION = 1
 
 # Types HDF5 has itself. The list is closed: what a file may contain must not depend on the machine.
-_NATIVE = frozenset(
+NATIVE = frozenset(
     np.dtype(name)
     for name in (
         *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -43,65 +42,13 @@ _EXTENDED = {
     )
     if hasattr(ml_dtypes, name)
 }
-_DTYPES = {dtype.name: dtype for dtype in _NATIVE} | _EXTENDED
+DTYPES = {dtype.name: dtype for dtype in NATIVE} | _EXTENDED
 
 
 # After the end of the HDF5 data, where HDF5 does not look: the checksum of all before. libhdf5 must
 # not be shown altered files: a single byte can send it into an endless loop.
-_TRAILER = b"\nkbtrain-arrays sha256 %s\n"
-_TRAILER_SIZE = len(_TRAILER % (b"0" * 64))
-
-
-def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> FileEntry:
-    """Write named arrays to a new HDF5 file and flush it to the disk.
-
-    Every array becomes one contiguous dataset under ``/arrays``, at the path its name spells
-    (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` keeps the exact names, their
-    order, dtypes and shapes. Values are kept bit for bit, NaN payloads included; bfloat16 and
-    float8 are stored as unsigned integers with an attribute ``dtype``. The checksum of the HDF5
-    data follows it. Equal arrays under equal names give equal bytes.
-
-    Args:
-        path: The file to create; it must not exist.
-        arrays: Name -> array of any shape. Names are any non-empty strings.
-
-    Returns:
-        The file's size and checksum.
-
-    Raises:
-        CheckpointError: If a dtype cannot be stored or libhdf5 fails.
-        OSError: If the disk refuses (full, read-only, ...); the file is then incomplete.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "model.h5"
-        >>> entry = write_arrays(path, {"dense/kernel": np.eye(2, dtype="float32")})
-        >>> read_arrays(path)["dense/kernel"]
-        array([[1., 0.],
-               [0., 1.]], dtype=float32)
-    """
-    path = Path(path)
-    plain = {name: _checked_array(name, array) for name, array in arrays.items()}
-    with DeferredErrorFile(path) as file:
-        try:
-            with h5py.File(file, "w") as h5:
-                _write_h5(h5, plain, file)
-        except Exception as error:
-            file.raise_deferred()  # the disk's own words, where the disk is the reason
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise CheckpointError(
-                f"Could not write {path.name}: libhdf5 failed while storing {len(plain)} arrays "
-                f"({type(error).__name__}: {error})."
-            ) from error
-        file.raise_deferred()
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256")
-        trailer = _TRAILER % digest.hexdigest().encode()
-        file.write(trailer)
-        digest.update(trailer)  # goes on from the state it has: both checksums in one reading
-        file.sync()
-        return FileEntry(file.tell(), digest.hexdigest())
+TRAILER = b"\nkbtrain-arrays sha256 %s\n"
+_TRAILER_SIZE = len(TRAILER % (b"0" * 64))
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -133,7 +80,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
     """Read arrays from an open file whose checksum the caller has found right.
 
-    Without that, libhdf5 may not come back (see ``_TRAILER``).
+    Without that, libhdf5 may not come back (see ``TRAILER``).
 
     Args:
         file: The file; its position does not matter.
@@ -181,7 +128,7 @@ class ArrayOutline(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
@@ -260,7 +207,7 @@ def _check_trailer(file: io.FileIO, name: str) -> None:
             remaining -= count
     except OSError as error:
         _damaged(name, error.strerror or str(error))
-    if trailer != _TRAILER % digest.hexdigest().encode():
+    if trailer != TRAILER % digest.hexdigest().encode():
         _damaged(name, "its bytes and the checksum at its end do not agree")
 
 
@@ -268,60 +215,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic) and isinstance(value.item(), bool | int | float | str):
         return value.item()
     raise TypeError(f"an object of type {type(value).__name__} is not JSON serializable")
-
-
-def _checked_array(name: str, array: np.ndarray) -> np.ndarray:
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(
-            f"An array's name must be a non-empty string. Received: name={name!r}"
-        )
-    array = np.asarray(array)
-    if array.dtype.name not in _DTYPES:
-        raise CheckpointError(
-            f"The array {name!r} cannot be stored: its dtype is none of "
-            f"{', '.join(sorted(_DTYPES))}. Received: dtype={array.dtype}"
-        )
-    # Little-endian in the file whatever the machine; ascontiguousarray would make scalars 1-D.
-    return np.require(array, dtype=_DTYPES[array.dtype.name], requirements="C")
-
-
-def _write_h5(h5: h5py.File, arrays: Mapping[str, np.ndarray], file: DeferredErrorFile) -> None:
-    h5.attrs["format"] = ARRAYS_FORMAT
-    h5.attrs["version"] = ARRAYS_VERSION
-    root = h5.create_group("arrays")
-    index = []
-    for (name, array), path in zip(arrays.items(), _dataset_paths(arrays), strict=True):
-        stored = array if array.dtype in _NATIVE else array.view(f"u{array.dtype.itemsize}")
-        dataset = root.create_dataset(path, data=stored)
-        if stored is not array:
-            dataset.attrs["dtype"] = array.dtype.name
-        index.append({"name": name, "path": path, "dtype": array.dtype.name, "shape": array.shape})
-        file.raise_deferred()  # no point in going on once the disk is full
-    h5.create_dataset("index", data=np.frombuffer(json.dumps(index).encode(), dtype="uint8"))
-
-
-def _dataset_paths(names: Mapping[str, Any]) -> list[str]:
-    """Return one distinct HDF5 path per name, equal to the name wherever HDF5 allows."""
-    safe = ["/".join(_safe_component(part) for part in name.split("/")) for name in names]
-    groups = {path[: match.start()] for path in safe for match in re.finditer("/", path)}
-    taken = groups | set(safe)  # a dataset cannot lie where a group or another dataset does
-    result: list[str] = []
-    seen: set[str] = set()
-    for path in safe:
-        unique, count = path, 0
-        while unique in seen or unique in groups or (unique != path and unique in taken):
-            count += 1
-            unique = f"{path}~{count}"
-        seen.add(unique)
-        result.append(unique)
-    return result
-
-
-def _safe_component(part: str) -> str:
-    """Escape what HDF5 gives a meaning of its own: empty, ".", "..", NUL, and lone surrogates."""
-    if part in ("", ".", ".."):
-        return "%" + part
-    return part.replace("\0", "%00").encode("utf-8", "backslashreplace").decode()
 
 
 def _read_index(
@@ -338,11 +231,11 @@ def _read_index(
         )
     found: dict[str, tuple[ArrayOutline, h5py.Dataset]] = {}
     for entry in json.loads(_read_dataset(h5["index"], np.dtype("uint8"), room, name).tobytes()):
-        array_name, dtype = entry["name"], _DTYPES[entry["dtype"]]
+        array_name, dtype = entry["name"], DTYPES[entry["dtype"]]
         if not isinstance(array_name, str) or array_name in found:
             _damaged(name, f"the array name {array_name!r} is not a string or appears twice")
         dataset = h5["arrays"][entry["path"]]
-        if dtype not in _NATIVE and dataset.attrs.get("dtype") != dtype.name:
+        if dtype not in NATIVE and dataset.attrs.get("dtype") != dtype.name:
             _damaged(name, f"{array_name!r} should be marked as {dtype.name}")
         if list(dataset.shape) != entry["shape"]:
             _damaged(name, f"{array_name!r} has shape {dataset.shape}, not {entry['shape']}")
@@ -353,7 +246,7 @@ def _read_index(
 def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
     room = [size]  # what is left for array data in a file of this size
     return {
-        outline.name: _read_dataset(dataset, _DTYPES[outline.dtype], room, name)
+        outline.name: _read_dataset(dataset, DTYPES[outline.dtype], room, name)
         for outline, dataset in _read_index(h5, room, name)
     }
 
@@ -362,7 +255,7 @@ def _read_dataset(
     dataset: h5py.Dataset, dtype: np.dtype[Any], room: list[int], name: str
 ) -> np.ndarray:
     """Read a dataset of the expected dtype that really lies, whole and plain, in this file."""
-    stored = dtype if dtype in _NATIVE else np.dtype(f"u{dtype.itemsize}")
+    stored = dtype if dtype in NATIVE else np.dtype(f"u{dtype.itemsize}")
     plain = (
         isinstance(dataset, h5py.Dataset)
         and dataset.dtype == stored

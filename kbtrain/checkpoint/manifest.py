@@ -20,12 +20,13 @@ from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kbtrain-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ARRAYS_SUFFIX = ".h5"
 DOCUMENT_SUFFIX = ".json"
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_SHARD = re.compile(r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
@@ -48,6 +49,18 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
+def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
+    """Return the name of the file, or of one of several, that holds a group of arrays.
+
+    Example:
+        >>> arrays_file("model"), arrays_file("optimizer", 2, 3)
+        ('model.weights.h5', 'optimizer-00002-of-00003.h5')
+    """
+    part = f"-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
+    # Keras' load_weights asks for this ending.
+    return group + part + (".weights" if group == "model" else "") + ARRAYS_SUFFIX
+
+
 def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
     """Check the names of array groups and documents, which become file names.
 
@@ -55,14 +68,16 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
         CheckpointError: If a name is no plain file name on every system, is reserved, or differs
             from another only in upper and lower case.
     """
-    names = [stem + ARRAYS_SUFFIX for stem in arrays]
+    groups = list(arrays)
+    names = [arrays_file(group) for group in groups]
     names += [stem + DOCUMENT_SUFFIX for stem in documents]
     for name in names:
-        if not is_file_name(name):
+        if not is_file_name(name) or _SHARD.fullmatch(name):
             raise CheckpointError(
                 "The name of an array group or document must consist of letters, digits, '_', '-' "
-                "and '.', not begin with '.' or '-', have 100 characters at most and not be "
-                f"'manifest'. Received: {name.rpartition('.')[0]!r}"
+                "and '.', not begin with '.' or '-', have 100 characters at most, not be "
+                "'manifest' and not end like '-00001-of-00002'. "
+                f"Received: {name.rpartition('.')[0]!r}"
             )
     folded = [name.casefold() for name in names]
     if twice := sorted({name for name in names if folded.count(name.casefold()) > 1}):
@@ -95,6 +110,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "checksum": "0" * 64,
             "files": {
                 name: {"sha256": entry.sha256, "size": entry.size}
+                | ({"group": entry.group} if entry.group is not None else {})
                 for name, entry in manifest.files.items()
             },
             "format": FORMAT,
@@ -210,8 +226,18 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
         digest = entry.get("sha256") if isinstance(entry, dict) else None
         if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise _damaged(f"the size or checksum of {name!r} is not one")
-        entries[name] = FileEntry(size=size, sha256=digest)
+        entries[name] = FileEntry(size, digest, _group(name, entry, version))
     return Manifest(step=step, files=entries, info=info, format_version=version)
+
+
+def _group(name: str, entry: Mapping[str, Any], version: int) -> str | None:
+    """The group of arrays a file belongs to; None for a document."""
+    if not name.endswith(ARRAYS_SUFFIX):
+        return None
+    group = name.removesuffix(ARRAYS_SUFFIX) if version == 1 else entry.get("group")
+    if not isinstance(group, str) or not _STEM.fullmatch(group):
+        raise _damaged(f"the group of {name!r} is not one")
+    return group
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

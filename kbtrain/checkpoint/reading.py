@@ -1,5 +1,6 @@
 """Reading one checkpoint folder: everything is verified before a value of it is used."""
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from kbtrain.checkpoint.format import (
     read_verified_outline,
 )
 from kbtrain.checkpoint.manifest import (
-    ARRAYS_SUFFIX,
     DOCUMENT_SUFFIX,
     MANIFEST_NAME,
     Manifest,
@@ -59,15 +59,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     documents: dict[str, Any] = {}
     try:
         for name, entry in manifest.files.items():
-            stem, _, _ = name.rpartition(".")
             with open_verified(path, name, entry) as file:
-                if name.endswith(ARRAYS_SUFFIX):
-                    arrays[stem] = read_verified_arrays(file, name)
+                if entry.group is not None:
+                    _add_shard(arrays.setdefault(entry.group, {}), file, name)
                 else:
-                    documents[stem] = parse_json(name, file.read())
+                    documents[_stem(name)] = parse_json(name, file.read())
     except (CheckpointDamagedError, OSError) as error:
         raise _damaged_checkpoint(path, str(error)) from error
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
+
+
+def _add_shard(arrays: dict[str, np.ndarray], file: io.FileIO, name: str) -> None:
+    for array_name, array in read_verified_arrays(file, name).items():
+        if array_name in arrays:
+            raise CheckpointDamagedError(f"{name}: {array_name!r} is in another file as well")
+        arrays[array_name] = array
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(DOCUMENT_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -113,13 +123,12 @@ def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
     found: dict[str, list[ArrayOutline]] = {}
     try:
         for name, entry in manifest.files.items():
-            stem, _, _ = name.rpartition(".")
-            if name.endswith(ARRAYS_SUFFIX) and arrays:
+            if entry.group is not None and arrays:
                 with open_verified(path, name, entry) as file:
-                    found[stem] = read_verified_outline(file, name)
-            elif stem in documents and name.endswith(DOCUMENT_SUFFIX):
+                    found.setdefault(entry.group, []).extend(read_verified_outline(file, name))
+            elif entry.group is None and _stem(name) in documents:
                 with open_verified(path, name, entry) as file:
-                    documents[stem] = parse_json(name, file.read())
+                    documents[_stem(name)] = parse_json(name, file.read())
             else:
                 check_size(path, name, entry)
     except (CheckpointDamagedError, OSError) as error:

@@ -11,27 +11,43 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.format import write_arrays, write_json
+from kbtrain.checkpoint.format import write_json
 from kbtrain.checkpoint.manifest import (
-    ARRAYS_SUFFIX,
     DOCUMENT_SUFFIX,
     MANIFEST_NAME,
     Manifest,
+    arrays_file,
     check_stems,
     write_manifest,
 )
 from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
+from kbtrain.checkpoint.writing import write_arrays
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigurationError,
 )
+
+SHARD_BYTES = 4 * 2**30
+
+
+class Places(Protocol):
+    """Where other readers look for the arrays of a group (``layout.KerasLayout`` is one)."""
+
+    @property
+    def links(self) -> Mapping[str, str]:
+        """HDF5 path -> name of the array."""
+
+    @property
+    def values(self) -> Mapping[str, np.ndarray]:
+        """HDF5 path -> what is there besides."""
+
 
 Log = Callable[[str], None]
 Listing = list[tuple[int, Path]]
@@ -54,6 +70,7 @@ class CheckpointStore:
 
     Args:
         directory: The run's folder; made by the first ``save``.
+        shard_bytes: A group of arrays that takes more is spread over several files.
 
     Example:
         >>> import tempfile
@@ -65,8 +82,9 @@ class CheckpointStore:
         ('checkpoint-10', array([1., 1.]))
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = Path(directory)
+        self.shard_bytes = shard_bytes
         # Both only steer `rotate`: what this store wrote last is never deleted by it, and what it
         # found damaged does not count as a checkpoint to keep.
         self._last_saved: Path | None = None
@@ -78,6 +96,7 @@ class CheckpointStore:
         arrays: Mapping[str, Mapping[str, np.ndarray]],
         documents: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
+        places: Mapping[str, Places] | None = None,
     ) -> Path:
         """Write ``checkpoint-{step}``, replacing an existing one.
 
@@ -92,6 +111,7 @@ class CheckpointStore:
                 ``{group}.h5``.
             documents: Name -> JSON value; each becomes ``{name}.json``.
             info: Noted in the manifest: backend, package versions, ...
+            places: Group -> where other readers look for its arrays (see ``Places``).
 
         Returns:
             The checkpoint's folder.
@@ -112,7 +132,7 @@ class CheckpointStore:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._temporary_folder(step) as folder:
-                _write_contents(folder, step, arrays, documents, info or {})
+                self._write_contents(folder, step, arrays, documents, info or {}, places or {})
                 _read_back(folder, final)
                 self._publish(folder, final, step)
         except OSError as error:
@@ -120,6 +140,31 @@ class CheckpointStore:
         self._last_saved = final
         self._damaged.discard(final)
         return final
+
+    def _write_contents(
+        self,
+        folder: Path,
+        step: int,
+        arrays: Mapping[str, Mapping[str, np.ndarray]],
+        documents: Mapping[str, Any],
+        info: Mapping[str, Any],
+        places: Mapping[str, Places],
+    ) -> None:
+        files = {}
+        for group, values in arrays.items():
+            shards = _shards(values, self.shard_bytes)
+            others = places.get(group)
+            for number, shard in enumerate(shards, 1):
+                name = arrays_file(group, number, len(shards))
+                links = others.links if others else {}
+                extra = others.values if others and number == 1 else {}
+                entry = write_arrays(folder / name, shard, links, extra)
+                files[name] = entry._replace(group=group)
+        for stem, value in documents.items():
+            name = stem + DOCUMENT_SUFFIX
+            files[name] = write_json(folder / name, value)
+        write_manifest(folder, Manifest(step=step, files=files, info=info))
+        disk.fsync_directory(folder)
 
     def explain_failure(self, what: Path, error: OSError) -> CheckpointError:
         """Say in the user's words why a folder of the run cannot be written, and what helps.
@@ -439,22 +484,18 @@ class CheckpointStore:
             _tell(None, f"Could not remove all of {hidden}: {error}")
 
 
-def _write_contents(
-    folder: Path,
-    step: int,
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    documents: Mapping[str, Any],
-    info: Mapping[str, Any],
-) -> None:
-    files = {}
-    for group, values in arrays.items():
-        name = group + ARRAYS_SUFFIX
-        files[name] = write_arrays(folder / name, values)
-    for stem, value in documents.items():
-        name = stem + DOCUMENT_SUFFIX
-        files[name] = write_json(folder / name, value)
-    write_manifest(folder, Manifest(step=step, files=files, info=info))
-    disk.fsync_directory(folder)
+def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:
+    """Divide arrays, in their order, into files of at most ``limit`` bytes or one array each."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in values.items():
+        bytes_of_one = np.asarray(array).nbytes
+        if shards[-1] and size + bytes_of_one > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += bytes_of_one
+    return shards
 
 
 def _read_back(folder: Path, final: Path) -> None:
