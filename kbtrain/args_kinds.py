@@ -308,6 +308,21 @@ def options(value: Any) -> FrozenDict:
     return frozen
 
 
+def list_of_options(value: Any) -> tuple[FrozenDict, ...]:
+    """A list of mappings of JSON values, a JSON list in a string, or None for an empty one."""
+    wanted = "a list of dicts, a JSON list of objects in a string, or None"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as problem:
+            raise Unfit(f"{wanted} ({problem})") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(v, Mapping) for v in value):
+        raise Unfit(wanted)
+    return tuple(options(item) for item in value)
+
+
 def key_values(value: Any) -> FrozenDict:
     """Like `options`, but a string may also read ``"key=value,key=value"``."""
     if not isinstance(value, str) or value.lstrip().startswith("{"):

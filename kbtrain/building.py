@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from kbtrain.args_kinds import thaw
 from kbtrain.data import unpack
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.metrics import MetricSet
+
+logger = logging.getLogger("kbtrain")
 
 NO_DECAY_LAYERS = (
     keras.layers.BatchNormalization,
@@ -19,9 +23,11 @@ NO_DECAY_LAYERS = (
     keras.layers.LayerNormalization,
     keras.layers.RMSNormalization,
     keras.layers.UnitNormalization,
-    keras.layers.SpectralNormalization,
 )
-NO_DECAY_NAMES = re.compile(r"bias|gamma|beta$|layernorm|rmsnorm|(^|/)norm($|/)|_norm($|/)")
+NO_DECAY_NAMES = re.compile(
+    r"bias|(^|/)(gamma|beta|scale)$|layernorm|rmsnorm|(^|/)norm($|/)|_norm($|/)"
+)
+# optim has the same two for those who train without kbtrain; a test keeps them equal.
 
 
 def check_model(model: Any) -> keras.Model:
@@ -118,6 +124,55 @@ def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model
     excluded = [v for v in model.trainable_variables if v.path not in decayed]
     if excluded:
         optimizer.exclude_from_weight_decay(var_list=excluded)
+
+
+def set_parameter_groups(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give the optimizer its parameter groups, if there are any.
+
+    Args:
+        optimizer: An optimizer without state; one inside of others is found.
+        model: The built model: groups may name types of its layers.
+        groups: ``args.parameter_groups``.
+
+    Raises:
+        ConfigurationError: The optimizer knows no groups, or a group is wrong.
+    """
+    if not groups:
+        return
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    if not hasattr(optimizer, "set_parameter_groups"):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        raise ConfigurationError(
+            "parameter_groups needs an optimizer with a method set_parameter_groups, such as those "
+            f"of optim. Received: {kind}."
+        )
+    try:
+        optimizer.set_parameter_groups(thaw(groups), model)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def build_optimizer_state(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model, has_groups: bool
+) -> None:
+    """Create the optimizer's variables.
+
+    Raises:
+        ConfigurationError: The variables do not fit the parameter groups.
+    """
+    if optimizer.built:
+        return
+    try:
+        optimizer.build(model.trainable_variables)
+    except ValueError as error:
+        if has_groups:
+            raise ConfigurationError(str(error)) from None
+        raise
+    if has_groups and hasattr(optimizer, "parameter_groups_table"):
+        logger.info("Parameter groups:\n%s", optimizer.parameter_groups_table())
 
 
 def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kbtrain import actions, evaluation_weights, metric_schedule, persistence, rng
+from kbtrain import actions, building, evaluation_weights, metric_schedule, persistence, rng
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
@@ -215,14 +215,19 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
         if schedule is None:
             trainer.lr_scheduler = trainer.create_scheduler(max_steps)
         given = trainer.create_optimizer()
+        building.set_parameter_groups(given, trainer.model, trainer.args.parameter_groups)
+    elif trainer.args.parameter_groups:
+        raise ConfigurationError(
+            "parameter_groups is for optimizers that are made from the arguments. This one was "
+            f"given ({type(given).__name__}): give it the groups when you make it."
+        )
     elif schedule is None:
         trainer.lr_scheduler = metric_schedule.schedule_of(given)
     elif given is not trainer.optimizer and not metric_schedule.is_metric_driven(schedule):
         given.learning_rate = schedule
     metric_schedule.attach(trainer.lr_scheduler, given, trainer.args)
     trainer.optimizer = given
-    if not given.built:
-        given.build(trainer.model.trainable_variables)
+    building.build_optimizer_state(given, trainer.model, bool(trainer.args.parameter_groups))
     return given
 
 

@@ -81,7 +81,7 @@ class TrainingArguments(_KnownNamesOnly):
     - Length and batches: `output_dir`, `num_train_epochs`, `max_steps`,
       `per_device_train_batch_size`, `per_device_eval_batch_size`, `gradient_accumulation_steps`.
     - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
-      `adam_beta2`, `adam_epsilon`, `max_grad_norm`.
+      `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `parameter_groups`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
       `report_to`, `run_name`, `project`, `log_level`,
@@ -187,6 +187,13 @@ class TrainingArguments(_KnownNamesOnly):
         kinds.real(0.0),
         "Largest global L2 norm of the gradients; longer ones are scaled down to it. 0 turns "
         "clipping off, the norm is still logged.",
+    )
+    parameter_groups: Sequence[Mapping[str, Any]] = _option(
+        None,
+        kinds.list_of_options,
+        "Other learning rates, decays or optimizers for some variables, the first match wins: a "
+        "list of {'match': regular expression for the variable's path or type of layer, "
+        "'lr_multiplier': ..., 'weight_decay': ..., 'optimizer': ...}.",
     )
 
     # Schedule

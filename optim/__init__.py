@@ -29,12 +29,14 @@ from optim.cosine import (
     CosineWithRestarts,
     CosineWithWarmup,
 )
+from optim.decay import decay_parameter_names, exclude_norms_and_biases
 from optim.evaluation_weights import SwapEvaluationWeights
 from optim.grokadamw import GrokAdamW
 from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.nadam import NAdam
 from optim.optimizer import Optimizer, Slot
+from optim.parameter_groups import groups_for, layerwise_lr_decay
 from optim.plateau import FeedMetricSchedule, GreedyLR, MetricSchedule, ReduceLROnPlateau
 from optim.plotting import plot_schedule
 from optim.radam import RAdam
@@ -86,8 +88,12 @@ __all__ = [
     "StableAdamW",
     "SwapEvaluationWeights",
     "WarmupStableDecay",
+    "decay_parameter_names",
+    "exclude_norms_and_biases",
     "get",
     "get_scheduler",
+    "groups_for",
+    "layerwise_lr_decay",
     "names",
     "plot_schedule",
     "scheduler_names",

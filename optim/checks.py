@@ -1,5 +1,6 @@
-"""Checks of hyperparameters, with one wording for all optimizers."""
+"""Checks of hyperparameters, with one wording for all optimizers and schedules."""
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -43,3 +44,48 @@ def check_closed(name: str, value: Any, low: float, high: float) -> float:
             f"`{name}` must be a number in [{low}, {high}]. Received: {name}={value!r}"
         )
     return float(value)
+
+
+def check_range(name: str, value: Any, low: float, high: float = float("inf")) -> float:
+    """Check a hyperparameter against a half-open range.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the user gave.
+        low: smallest allowed value.
+        high: the value has to be below this.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        ValueError: if it is not a number in ``[low, high)``.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and low <= value < high):
+        raise ValueError(
+            f"`{name}` must be a number in [{low}, {high}). Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def check_count(name: str, value: Any, low: int) -> int:
+    """Check a number of steps.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the user gave.
+        low: smallest allowed value.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        ValueError: if it is not a whole number of at least ``low``.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < low or value != math.floor(value):
+        raise ValueError(
+            f"`{name}` must be a whole number of steps, at least {low}. Received: {name}={value!r}"
+        )
+    return int(value)

@@ -12,8 +12,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from optim.optimizer import Tensor, check_range
-from optim.schedules import FiniteSchedule, check_count
+from optim.checks import check_closed, check_count, check_range
+from optim.optimizer import Tensor
+from optim.schedules import FiniteSchedule
 
 _LARGEST_DENOMINATOR = 1000
 _INT32_SAFE = 2**30
@@ -231,7 +232,7 @@ class CosineWithMinLR(CosineWithWarmup):
                     f"Received: min_lr={min_lr!r}, learning_rate={learning_rate!r}"
                 )
             return min_lr / learning_rate
-        return check_share("min_lr_rate", self.min_lr_rate)
+        return check_closed("min_lr_rate", self.min_lr_rate, 0.0, 1.0)
 
     def factor(self, step: Tensor) -> Tensor:
         """The height of the wave, from the lowest share to 1."""
@@ -292,7 +293,7 @@ class CosineWarmupWithMinLR(CosineWithMinLR):
             clamp,
         )
         if warmup_lr_rate is not None:
-            check_share("warmup_lr_rate", warmup_lr_rate)
+            check_closed("warmup_lr_rate", warmup_lr_rate, 0.0, 1.0)
         self.warmup_lr_rate = warmup_lr_rate
 
     def warmup_factor(self, step: Tensor) -> Tensor:
@@ -309,22 +310,3 @@ class CosineWarmupWithMinLR(CosineWithMinLR):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
         return {**super().get_config(), "warmup_lr_rate": self.warmup_lr_rate}
-
-
-def check_share(name: str, value: Any) -> float:
-    """Check a share of the learning rate.
-
-    Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-
-    Returns:
-        The value as a float.
-
-    Raises:
-        ValueError: if it is not a number from 0 to 1.
-    """
-    share = check_range(name, value, 0.0)
-    if share > 1.0:
-        raise ValueError(f"`{name}` must be a number from 0 to 1. Received: {name}={value!r}")
-    return share

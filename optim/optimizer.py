@@ -1,6 +1,6 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -10,8 +10,11 @@ import numpy as np
 from keras import ops
 
 from optim import precision
+from optim.checks import check_range
 from optim.evaluation_weights import EvaluationWeights
+from optim.grouped import Grouped
 from optim.kernels import backend as kernels
+from optim.parameter_groups import Group, assign
 
 Tensor = Any
 """A tensor of the running backend."""
@@ -32,6 +35,7 @@ class CommonArguments(TypedDict, total=False):
     gradient_accumulation_steps: int | None
     name: str | None
     kernel: str | None
+    parameter_groups: Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ class Treatment(NamedTuple):
 
 @dataclass(frozen=True)
 class _State:
-    """The rules and the slots of all variables, by index.
+    """The groups, rules and slots of all variables, by index.
 
     A class of its own, because Keras wraps every bare list and dict that is set on an optimizer in
     a container that tracks variables, and these are tracked already.
     """
 
+    groups: list[Group | None]
     rules: list["Optimizer"]
     slots: list[dict[str, Any]]
 
@@ -118,30 +123,7 @@ def elementwise(rule: Rule) -> Rule:
     return rule
 
 
-def check_range(name: str, value: Any, low: float, high: float = float("inf")) -> float:
-    """Check a hyperparameter against a half-open range.
-
-    Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
-        high: the value has to be below this.
-
-    Returns:
-        The value as a float.
-
-    Raises:
-        ValueError: if it is not a number in ``[low, high)``.
-    """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and low <= value < high):
-        raise ValueError(
-            f"`{name}` must be a number in [{low}, {high}). Received: {name}={value!r}"
-        )
-    return float(value)
-
-
-class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
+class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
     """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
 
     A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
@@ -179,9 +161,12 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         name: prefix of the paths of the state variables.
         kernel: ``None`` for the fastest execution on the running backend, ``"reference"`` to
             execute the rule as it is written, variable by variable.
+        parameter_groups: learning rates, decays and rules of some variables, see
+            `optim.parameter_groups`.
 
     Raises:
-        ValueError: if an argument is out of range, or two ways of clipping are given.
+        ValueError: if an argument is out of range, or two ways of clipping are given; when the
+            state is made: if no variable goes to a group.
 
     Example:
         >>> import keras, optim
@@ -213,6 +198,7 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
         kernel: str | None = None,
+        parameter_groups: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         if isinstance(learning_rate, Real):
             learning_rate = check_range("learning_rate", learning_rate, 0.0)
@@ -242,6 +228,7 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         self.metric_schedule = metric_schedule
         if metric_schedule is not None:
             metric_schedule.bind(self._learning_rate)
+        self.set_parameter_groups(parameter_groups)
 
     # ---- what a subclass provides ---------------------------------------------------------------
 
@@ -310,9 +297,11 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
             variable: one of the variables the optimizer was built with.
 
         Returns:
-            A Python number, known when the update is traced: 1.0, unless a subclass says otherwise.
+            A Python number, known when the update is traced: 1.0, unless the variable's group or a
+            subclass says otherwise.
         """
-        return 1.0
+        group = self.group_of(variable)
+        return 1.0 if group is None else group.lr_multiplier
 
     def evaluated(
         self, parameter: Tensor, slots: dict[str, Tensor]
@@ -335,6 +324,8 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         config = {**super().get_config(), "kernel": self.kernel}
         if self.metric_schedule is not None and isinstance(self._learning_rate, keras.Variable):
             config["learning_rate"] = keras.saving.serialize_keras_object(self.metric_schedule)
+        if self._parameter_groups:
+            config["parameter_groups"] = self.parameter_groups
         return config
 
     # ---- state ----------------------------------------------------------------------------------
@@ -348,14 +339,21 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        rules = [self._resolve_rule(variable) for variable in variables]
+        groups = assign(self._parameter_groups, variables)
+        rules = [
+            self._resolve_rule(variable)
+            if group is None or group.optimizer is None
+            else group.optimizer._resolve_rule(variable)
+            for variable, group in zip(variables, groups, strict=True)
+        ]
         slots = [
             {}
             if self._overwrite_variable_with_gradient(variable)
             else self._new_slots(variable, rule)
             for variable, rule in zip(variables, rules, strict=True)
         ]
-        self._state = _State(rules, slots)
+        self._state = _State(groups, rules, slots)
+        self._check_decay_of_groups(variables)
 
     def _resolve_rule(self, variable: Any) -> "Optimizer":
         rule = self.rule_for(variable)
@@ -410,7 +408,7 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         return self._state.slots[self._get_variable_index(variable)]
 
     def weight_decay_of(self, variable: Any) -> float:
-        """The weight decay that applies to a variable: its rule's, 0.0 if it is excluded.
+        """The decay of a variable: its group's or its rule's, 0.0 if it is excluded.
 
         Args:
             variable: one of the variables the optimizer was built with.
@@ -418,7 +416,10 @@ class Optimizer(EvaluationWeights, keras.optimizers.Optimizer):
         Returns:
             A Python number, known when the update is traced.
         """
+        group = self.group_of(variable)
         weight_decay = self.rule_of(variable).weight_decay
+        if group is not None and group.weight_decay is not None:
+            weight_decay = group.weight_decay
         if not weight_decay or not self._use_weight_decay(variable):
             return 0.0
         return float(weight_decay)

@@ -18,8 +18,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from optim.optimizer import check_range
-from optim.schedules import check_count
+from optim.checks import check_count, check_range
 
 _MODES = ("min", "max")
 _THRESHOLD_MODES = ("rel", "abs")

@@ -12,36 +12,13 @@ so the first update of a run with warm-up has learning rate 0. To write another 
 `Schedule`, give the factor :math:`\lambda` and the configuration.
 """
 
-import math
-from numbers import Real
 from typing import Any
 
 import keras
 from keras import ops
 
-from optim.optimizer import Tensor, check_range
-
-
-def check_count(name: str, value: Any, low: int) -> int:
-    """Check a number of steps.
-
-    Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
-
-    Returns:
-        The value as an int.
-
-    Raises:
-        ValueError: if it is not a whole number of at least ``low``.
-    """
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < low or value != math.floor(value):
-        raise ValueError(
-            f"`{name}` must be a whole number of steps, at least {low}. Received: {name}={value!r}"
-        )
-    return int(value)
+from optim.checks import check_count, check_range
+from optim.optimizer import Tensor
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):

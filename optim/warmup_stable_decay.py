@@ -5,9 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from optim.cosine import check_share, half_wave, wave
-from optim.optimizer import Tensor, check_range
-from optim.schedules import Schedule, check_count
+from optim.checks import check_closed, check_count, check_range
+from optim.cosine import half_wave, wave
+from optim.optimizer import Tensor
+from optim.schedules import Schedule
 
 _SHAPES = ("linear", "cosine", "1-sqrt")
 
@@ -75,7 +76,7 @@ class WarmupStableDecay(Schedule):
         self.decay_begin = self._find_begin_of_decay()
         self.warmup_type = _check_shape("warmup_type", warmup_type)
         self.decay_type = _check_shape("decay_type", decay_type)
-        self.min_lr_ratio = check_share("min_lr_ratio", min_lr_ratio)
+        self.min_lr_ratio = check_closed("min_lr_ratio", min_lr_ratio, 0.0, 1.0)
         self.num_cycles = check_range("num_cycles", num_cycles, 0.0)
 
     def _find_begin_of_decay(self) -> int:
