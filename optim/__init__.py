@@ -30,10 +30,12 @@ from optim.cosine import (
     CosineWithWarmup,
 )
 from optim.decay import decay_parameter_names, exclude_norms_and_biases
+from optim.ema import EMA
 from optim.evaluation_weights import SwapEvaluationWeights
 from optim.grokadamw import GrokAdamW
 from optim.lamb import LAMB
 from optim.lion import Lion
+from optim.muon import Muon
 from optim.nadam import NAdam
 from optim.optimizer import Optimizer, Slot
 from optim.parameter_groups import groups_for, layerwise_lr_decay
@@ -42,6 +44,7 @@ from optim.plotting import plot_schedule
 from optim.radam import RAdam
 from optim.registry import get, get_scheduler, names, scheduler_names
 from optim.rmsprop import RMSprop
+from optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from optim.schedules import (
     Constant,
     ConstantWithWarmup,
@@ -67,6 +70,7 @@ __all__ = [
     "CosineWithMinLR",
     "CosineWithRestarts",
     "CosineWithWarmup",
+    "EMA",
     "FeedMetricSchedule",
     "GreedyLR",
     "GrokAdamW",
@@ -75,6 +79,7 @@ __all__ = [
     "LinearWithWarmup",
     "Lion",
     "MetricSchedule",
+    "Muon",
     "NAdam",
     "Optimizer",
     "PolynomialWithWarmup",
@@ -84,6 +89,9 @@ __all__ = [
     "RelativeStep",
     "SGD",
     "Schedule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Slot",
     "StableAdamW",
     "SwapEvaluationWeights",
