@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
+from optim.checks import check_flag
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
 
@@ -121,7 +122,8 @@ class Adafactor(Optimizer):
             )
         rate = RelativeStep(warmup_init) if relative else learning_rate
         super().__init__(rate, weight_decay=weight_decay, **common)
-        self.relative_step, self.warmup_init = relative, bool(warmup_init)
+        self.relative_step = relative
+        self.warmup_init = check_flag("warmup_init", warmup_init)
         self.scale_parameter = relative if scale_parameter is None else bool(scale_parameter)
         self.epsilon_1 = check_range("epsilon_1", epsilon_1, 0.0)
         self.epsilon_2 = check_range("epsilon_2", epsilon_2, 0.0)

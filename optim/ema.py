@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from optim.checks import check_flag
 from optim.evaluation_weights import EvaluationWeights
 from optim.kernels import backend as kernels
 from optim.optimizer import Optimizer, check_range
@@ -89,7 +90,7 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.decay = check_range("decay", decay, 0.0, 1.0)
-        self.warmup = bool(warmup)
+        self.warmup = check_flag("warmup", warmup)
 
     # ---- what is averaged -----------------------------------------------------------------------
 

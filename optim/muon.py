@@ -8,7 +8,9 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from optim.adamw import AdamW, moving_average
+from optim.adamw import AdamW
+from optim.checks import check_flag
+from optim.moments import moving_average
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -108,7 +110,8 @@ class Muon(Optimizer):
         if adamw_multiplier is None:
             adamw_multiplier = 1.0 if match_rms else 0.015
         self.momentum = check_range("momentum", momentum, 0.0, 1.0)
-        self.nesterov, self.match_rms = bool(nesterov), bool(match_rms)
+        self.nesterov = check_flag("nesterov", nesterov)
+        self.match_rms = check_flag("match_rms", match_rms)
         self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
         self.exclude = NOT_HIDDEN if exclude is None else _checked_pattern(exclude)
         self.adamw_multiplier = check_range("adamw_multiplier", adamw_multiplier, 0.0)

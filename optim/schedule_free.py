@@ -7,7 +7,8 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from optim.adamw import bias_correction, moving_average
+from optim.checks import check_flag
+from optim.moments import bias_correction, moving_average
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
 
@@ -255,7 +256,7 @@ class ScheduleFreeRAdam(ScheduleFreeAdamW):
             weight_decay,
             **common,
         )
-        self.silent_sgd_phase = bool(silent_sgd_phase)
+        self.silent_sgd_phase = check_flag("silent_sgd_phase", silent_sgd_phase)
 
     def direction(
         self, gradient: Tensor, slots: dict[str, Tensor], step: Tensor

@@ -280,3 +280,25 @@ def test_the_history_in_the_state_is_bounded_and_the_log_file_has_all(tmp_path, 
     assert [entry["step"] for entry in trainer.state.log_history] == [*range(16, 25), 24]
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 25
+
+
+def test_low_precision_variables_are_trained_by_the_compiled_step(tmp_path):
+    # Their optimizer advances a float32 sum in place and assigns what of it fits.
+    x, y = make_data(16)
+    trained = []
+    for name, jit_compile in (("compiled", "auto"), ("eager", False)):
+        model = with_weights(
+            keras.Sequential([keras.Input((3,)), layers.Dense(1, dtype="bfloat16")])
+        )
+        before = weights(model)
+        args = arguments(
+            tmp_path / name,
+            jit_compile=jit_compile,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+        )
+        Trainer(model, args, train_dataset=(x, y), loss="mse").fit()
+        assert not any(np.array_equal(a, b) for a, b in zip(before, weights(model), strict=True))
+        trained.append([np.asarray(w, "float32") for w in weights(model)])
+    for compiled, eager in zip(*trained, strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=2**-6, atol=2**-8)

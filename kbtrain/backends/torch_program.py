@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kbtrain.backends.torch_rewrites import aliases, delay_assignments, fuse_bias, nodes_in
+from kbtrain.backends.torch_rewrites import Memory, aliases, delay_assignments, fuse_bias, nodes_in
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
@@ -96,9 +96,12 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
     """Nodes that can run before any state is changed, the others, and the guards' conditions.
 
     The order within each list is the recorded one. A node may move before the changes if it
-    neither reads what they have changed nor overwrites what they have read.
+    neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
+    place) nor overwrites what they have read.
     """
     storage = _States()
+    owners = Memory(module.graph).owners
+    changed_memory: set[Node] = set()
     pure: list[Node] = []
     late: list[Node] = []
     late_set: set[Node] = set()
@@ -118,12 +121,13 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         states = {state for target in written for state in storage.of(target)}
         inputs = node.all_input_nodes
         reads_changed = any(storage.of(n) & changed for n in inputs)
-        waits = any(n in late_set for n in inputs)
+        waits = any(n in late_set or owners(n) & changed_memory for n in inputs)
         overwrites = any(target in read_late for target in written)
         if states or reads_changed or waits or overwrites:
             late.append(node)
             late_set.add(node)
             changed |= states
+            changed_memory |= {owner for target in written for owner in owners(target)}
             read_late.update(inputs)
         else:
             pure.append(node)

@@ -46,7 +46,7 @@ def aliases(node: Node, write: bool) -> list[Node]:
     return found
 
 
-class _Memory:
+class Memory:
     """Whose memory each node of a graph has, and when it is written.
 
     Args:
@@ -94,7 +94,7 @@ def delay_assignments(graph: Graph) -> None:
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = _Memory(graph)
+    memory = Memory(graph)
     fixed = _fixed_inputs(graph, memory)
     values: dict[Node, Node] = {}
 
@@ -125,7 +125,7 @@ def _is_assignment(node: Node) -> bool:
     return node.target is ASSIGN and node.args[0].op == "placeholder"
 
 
-def _fixed_inputs(graph: Graph, memory: _Memory) -> set[Node]:
+def _fixed_inputs(graph: Graph, memory: Memory) -> set[Node]:
     """Inputs whose assignments have to stay where they are: a view shows them to others."""
     fixed: set[Node] = set()
     for node in graph.nodes:
@@ -141,7 +141,7 @@ def _fixed_inputs(graph: Graph, memory: _Memory) -> set[Node]:
     return fixed
 
 
-def _unchanging(graph: Graph, target: Node, value: Node, position: int, memory: _Memory) -> Node:
+def _unchanging(graph: Graph, target: Node, value: Node, position: int, memory: Memory) -> Node:
     """What ``target`` holds after an assignment, as a node that nothing changes any more."""
     held, given = target.meta["val"], value.meta["val"]
     if held.shape != given.shape or held.dtype != given.dtype:
@@ -160,7 +160,7 @@ def fuse_bias(graph: Graph) -> None:
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = _Memory(graph)
+    memory = Memory(graph)
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
             continue
@@ -169,7 +169,7 @@ def fuse_bias(graph: Graph) -> None:
             _fuse(graph, node, shaped, bias, memory)
 
 
-def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: _Memory) -> None:
+def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> None:
     """Replace ``add(shaped, bias)`` if ``shaped`` is a view of a product used only here."""
     product = shaped.args[0] if shaped.target in _VIEWS else shaped
     if not isinstance(product, Node) or product.target not in (MM, CONVOLUTION):
