@@ -2,10 +2,12 @@
 
     KERAS_BACKEND=jax python benchmarks/train_step.py mlp gpt convnet --rounds 5 --json out.json
 
-All contenders train the same Keras model (the hand-written torch loop a torch.nn model of the same
-shape) in one process, in turns: a round of each, then the next round. Printed are the medians over
-the rounds and the medians of the ratios within a round. The hand-written loops do not clip
-gradients and check nothing; kbtrain runs with its defaults, which do both.
+All contenders train the same Keras model (the hand-written torch loop and the other trainers a
+torch.nn model of the same shape) in one process, in turns: a round of each, then the next round.
+Printed are the medians over the rounds and the medians of the ratios within a round. The
+hand-written loops do not clip gradients and check nothing; kbtrain runs with its defaults, which do
+both. The Hugging Face Trainer and Lightning take part where they are installed (`pip install
+".[bench]"`), also next to another backend, on PyTorch.
 """
 
 from __future__ import annotations
@@ -21,74 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import numpy as np
-from keras import layers
+from workloads import WORKLOADS, loss
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-class Positions(layers.Layer):
-    """Adds a learned vector to each position."""
-
-    def build(self, shape: Any) -> None:
-        self.table = self.add_weight(shape=shape[1:], initializer="uniform", name="table")
-
-    def call(self, x: Any) -> Any:
-        return x + self.table
-
-
-def mlp() -> keras.Model:
-    inputs = keras.Input((16,))
-    return keras.Model(inputs, layers.Dense(4)(layers.Dense(64, activation="relu")(inputs)))
-
-
-def gpt(depth: int = 4, width: int = 256, length: int = 128, heads: int = 8) -> keras.Model:
-    tokens = keras.Input((length,), dtype="int32")
-    h = Positions()(layers.Embedding(256, width)(tokens))
-    for _ in range(depth):
-        a = layers.LayerNormalization()(h)
-        h = h + layers.MultiHeadAttention(heads, width // heads)(a, a, use_causal_mask=True)
-        m = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(h))
-        h = h + layers.Dense(width)(m)
-    return keras.Model(tokens, layers.Dense(256)(layers.LayerNormalization()(h)))
-
-
-def convnet() -> keras.Model:
-    inputs = keras.Input((32, 32, 3))
-    h = inputs
-    for filters in (32, 64, 128):
-        h = layers.Conv2D(filters, 3, padding="same")(h)
-        h = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(h)))
-    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(h)))
-
-
-WORKLOADS: dict[str, tuple[Callable[[], keras.Model], int, int, Callable[[int], Any]]] = {
-    # name: model, batch size, steps per round, data for n rows
-    "mlp": (
-        mlp,
-        32,
-        1000,
-        lambda n: (_normal(n, 16), np.random.default_rng(1).integers(0, 4, n)),
-    ),
-    "gpt": (
-        gpt,
-        8,
-        8,
-        lambda n: tuple(np.random.default_rng(s).integers(0, 256, (n, 128)) for s in (0, 1)),
-    ),
-    "convnet": (
-        convnet,
-        64,
-        12,
-        lambda n: (_normal(n, 32, 32, 3), np.random.default_rng(1).integers(0, 10, n)),
-    ),
-}
-
-
-def _normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype("float32")
 
 
 class Rounds(TrainerCallback):
@@ -117,18 +54,21 @@ class Rounds(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def measure(name: str, rounds: int) -> dict[str, list[float]]:
-    make, size, steps, data = WORKLOADS[name]
-    x, y = data(size * steps)
+def measure(name: str, rounds: int, with_trainers: bool) -> dict[str, list[float]]:
+    workload = WORKLOADS[name]
+    size, steps = workload.batch, workload.steps
+    x, y = workload.data(size * steps)
     batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
     native = importlib.import_module(f"native_{keras.backend.backend()}")
     others = {
         native_name: _round(step, batches, native.wait)
-        for native_name, step in native.loops(name, make, LOSS).items()
+        for native_name, step in native.loops(name, workload.make, loss()).items()
     }
-    fitted = make()
-    fitted.compile(optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.01), loss=LOSS)
+    fitted = workload.make()
+    fitted.compile(optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.01), loss=loss())
     others["keras fit"] = lambda: fitted.fit(x, y, batch_size=size, verbose=0)
+    trainers = _trainers(name, x, y) if with_trainers else {}
+    others |= {trainer_name: trainer.round for trainer_name, trainer in trainers.items()}
     callback = Rounds(others, steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -142,8 +82,20 @@ def measure(name: str, rounds: int) -> dict[str, list[float]]:
             lr_scheduler_type="constant",
             disable_tqdm=True,
         )
-        Trainer(make(), arguments, train_dataset=(x, y), loss=LOSS, callbacks=[callback]).fit()
+        model = workload.make()
+        Trainer(model, arguments, train_dataset=(x, y), loss=loss(), callbacks=[callback]).fit()
+    for trainer in trainers.values():
+        trainer.end()
     return callback.seconds
+
+
+def _trainers(name: str, x: Any, y: Any) -> dict[str, Any]:
+    """The trainers for PyTorch; where that is not installed there are none."""
+    try:
+        module = importlib.import_module("trainers_torch")
+    except ModuleNotFoundError:
+        return {}
+    return module.trainers(name, x, y, WORKLOADS[name].batch, WORKLOADS[name].steps)
 
 
 def _round(
@@ -166,24 +118,48 @@ def rows(seconds: dict[str, list[float]]) -> Iterator[tuple[str, float, float, f
         yield name, statistics.median(values), min(ratios), statistics.median(ratios), max(ratios)
 
 
+def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
+    """Bars of the time per step, one panel for each workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(4 * len(results), 3), squeeze=False, layout="constrained"
+    )
+    for panel, (workload, seconds) in zip(panels[0], results.items(), strict=True):
+        times = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+        colors = ["tab:orange" if name == "kbtrain" else "tab:gray" for name in times]
+        panel.barh(list(times), list(times.values()), color=colors)
+        panel.invert_yaxis()
+        panel.set(title=workload, xlabel="ms per step")
+    figure.suptitle(f"{keras.backend.backend()}, medians")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-trainers", action="store_true", help="leave out HF and Lightning")
     parser.add_argument("--json", help="write all measurements to this file")
+    parser.add_argument("--plot", help="draw the medians into this file")
     options = parser.parse_args()
     backend = keras.backend.backend()
     results = {}
     print(f"{backend}, keras {keras.__version__}, {platform.processor() or platform.machine()}")
-    print(f"{'workload':9} {'contender':22} {'us/step':>10}   kbtrain/it (lowest, highest)")
+    print(f"{'workload':11} {'contender':22} {'us/step':>10}   kbtrain/it (lowest, highest)")
     for workload in options.workloads:
-        results[workload] = measure(workload, options.rounds)
+        results[workload] = measure(workload, options.rounds, not options.no_trainers)
         for name, seconds, low, middle, high in rows(results[workload]):
             ratio = "" if name == "kbtrain" else f"{middle:10.2f} ({low:.2f}, {high:.2f})"
-            print(f"{workload:9} {name:22} {seconds * 1e6:10.0f} {ratio}", flush=True)
+            print(f"{workload:11} {name:22} {seconds * 1e6:10.0f} {ratio}", flush=True)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"backend": backend, "seconds_per_step": results}, file, indent=2)
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

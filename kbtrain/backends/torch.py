@@ -52,47 +52,52 @@ class _Runner:
     Args:
         fn: Function of one structure of tensors.
         variables: Everything it reads or assigns.
-        inductor: Compile what was captured by ``torch.compile``.
+        jit_compile: ``False`` captures nothing, ``True`` adds ``torch.compile``.
     """
 
     def __init__(
-        self, fn: Callable[[Any], Any], variables: list[keras.Variable], inductor: bool
+        self,
+        fn: Callable[[Any], Any],
+        variables: Sequence[keras.Variable],
+        jit_compile: bool | str,
     ) -> None:
         self._fn = fn
-        self._variables = variables
-        self._inductor = inductor
+        self._variables = list(variables)
+        self._jit_compile = jit_compile
         self._captured: dict[Any, CapturedStep | None] = {}
         self._commits: dict[Any, list[keras.Variable]] = {}
         self._bodies: dict[Any, _Runner] = {}
 
-    def eager(self, inputs: Any) -> Any:
-        """Run the function as it is; the bodies of its loops are captured."""
-        with torch.no_grad(), _running(self._variables, self._body):
-            return self._fn(inputs)
-
     def __call__(self, inputs: Any) -> Any:
         """Run the function."""
+        run = self.for_shape(inputs)
+        with torch.no_grad():
+            results = run(keras.tree.flatten(inputs))
+        return keras.tree.pack_sequence_as(run.outputs, results)
+
+    def for_shape(self, inputs: Any) -> _FlatStep:
+        """The function for inputs like these, from a list of tensors to a list of tensors."""
         key = signature(inputs)
-        if key not in self._captured:
+        if key not in self._captured and self._jit_compile is not False:
             self._captured[key] = self._capture(inputs)
             self._commits[key] = list(_committed)
-        step = self._captured[key]
-        if step is None:
-            return self.eager(inputs)
-        for variable in self._commits[key]:
-            _remember(variable)
-        try:
-            with torch.no_grad():
-                return step(inputs)
-        except GuardFailed:
-            return self.eager(inputs)
+        return _FlatStep(
+            self._captured.get(key), self._commits.get(key, []), self.eager, structure=inputs
+        )
+
+    def eager(self, inputs: Any) -> Any:
+        """Run the function as it is; the bodies of its loops are captured."""
+        body = None if self._jit_compile is False else self._body
+        with torch.no_grad(), _running(self._variables, body):
+            return self._fn(inputs)
 
     def _capture(self, inputs: Any) -> CapturedStep | None:
         global _capturing
         _capturing = True
         _committed.clear()
         try:
-            return CapturedStep(self.eager, self._variables, inputs, self._inductor)
+            inductor = self._jit_compile is True
+            return CapturedStep(self.eager, self._variables, inputs, inductor)
         except _InParts:
             logger.debug("The step is captured in parts, one for each micro-batch.")
             return None
@@ -106,9 +111,42 @@ class _Runner:
         # The function is a new closure each time; its code says that it is the same one.
         key = fn.__code__
         if key not in self._bodies:
-            self._bodies[key] = _Runner(lambda both: fn(*both), self._variables, self._inductor)
+            self._bodies[key] = _Runner(lambda both: fn(*both), self._variables, self._jit_compile)
         runner = self._bodies[key]
         return lambda carry, inputs: runner((carry, inputs))
+
+
+class _FlatStep:
+    """A step for inputs of one shape, without the cost of their structure.
+
+    Attributes:
+        outputs: The structure of the outputs, known after the first run.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedStep | None,
+        commits: Sequence[keras.Variable],
+        eager: Callable[[Any], Any],
+        structure: Any,
+    ) -> None:
+        self._captured = captured
+        self._commits = commits
+        self._eager = eager
+        self._structure = structure
+        self.outputs: Any = None if captured is None else captured.outputs
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the step on flattened inputs, under ``torch.no_grad``."""
+        if self._captured is not None:
+            for variable in self._commits:
+                _remember(variable)
+            try:
+                return self._captured(inputs)
+            except GuardFailed:
+                pass
+        self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
+        return keras.tree.flatten(self.outputs)
 
 
 class _InParts(NotCapturable):
@@ -135,15 +173,7 @@ def compile_step(
     Returns:
         A function with the signature of ``fn``.
     """
-    variables = list(variables)
-    if jit_compile is not False:
-        return _Runner(fn, variables, inductor=jit_compile is True)
-
-    def eager(inputs: Any) -> Any:
-        with torch.no_grad(), _running(variables, None):
-            return fn(inputs)
-
-    return eager
+    return _Runner(fn, variables, jit_compile)
 
 
 def compile_steps(
@@ -164,13 +194,21 @@ def compile_steps(
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
         ``block``; its outputs come along a leading axis.
     """
-    step = compile_step(fn, variables, jit_compile)
+    runner = _Runner(fn, variables, jit_compile)
 
     def call(block: Any, count: int) -> Any:
-        rows = [keras.tree.map_structure(lambda t, i=i: t[i], block) for i in range(count)]
-        return keras.tree.map_structure(lambda *t: torch.stack(t), *[step(row) for row in rows])
+        rows = [leaf[:count].unbind() for leaf in keras.tree.flatten(block)]
+        step = runner.for_shape(_first_row(block))
+        with torch.no_grad():
+            results = [step(row) for row in zip(*rows, strict=True)]
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return keras.tree.pack_sequence_as(step.outputs, stacked)
 
     return call
+
+
+def _first_row(block: Any) -> Any:
+    return keras.tree.map_structure(lambda leaf: leaf[0], block)
 
 
 def compile_eval_steps(
@@ -195,22 +233,23 @@ def compile_eval_steps(
         ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
         a leading axis, and the number of entries that were run.
     """
-    step = compile_step(fn, variables, jit_compile)
+    runner = _Runner(fn, variables, jit_compile)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
-        leaves = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
+        rows = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
+        step = runner.for_shape(_first_row(block))
         results: list[list[torch.Tensor]] = []
-        room, output = 1, None
-        for row in zip(*leaves, strict=True):
-            output = step(keras.tree.pack_sequence_as(block, list(row)))
-            results.append(keras.tree.flatten(output))
+        room = 1
+        for row in zip(*rows, strict=True):
+            with torch.no_grad():
+                results.append(step(row))
             if len(results) == 1:
                 size = sum(t.numel() * t.element_size() for t in results[0])
                 room = output_bytes // max(size, 1)
             if len(results) >= room:
                 break
         stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
-        return keras.tree.pack_sequence_as(output, stacked), len(results)
+        return keras.tree.pack_sequence_as(step.outputs, stacked), len(results)
 
     return call
 

@@ -32,6 +32,9 @@ class CapturedStep:
         inputs: Example inputs; their values do not matter.
         inductor: Compile the record further by ``torch.compile``.
 
+    Attributes:
+        outputs: The structure of its outputs.
+
     Raises:
         NotCapturable: The step cannot be recorded.
     """
@@ -45,20 +48,19 @@ class CapturedStep:
     ) -> None:
         self._variables = list(variables)
         flat = keras.tree.flatten(inputs)
-        graph, self._outputs = _record(fn, self._variables, inputs)
+        graph, self.outputs = _record(fn, self._variables, inputs)
         self._program = make_program(graph, [*flat, *self._state()], inductor)
 
     def _state(self) -> list[torch.Tensor]:
         return [variable._value for variable in self._variables]
 
-    def __call__(self, inputs: Any) -> Any:
-        """Run the recorded operations.
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the recorded operations on flattened inputs; the outputs are flat, too.
 
         Raises:
             GuardFailed: The guard did not hold; nothing was changed.
         """
-        flat = self._program(*keras.tree.flatten(inputs), *self._state())
-        return keras.tree.pack_sequence_as(self._outputs, flat)
+        return self._program(*inputs, *self._state())
 
 
 def _record(

@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kbtrain.backends.torch_rewrites import Memory, aliases, delay_assignments, fuse_bias, nodes_in
+from kbtrain.backends.torch_rewrites import (
+    Memory,
+    aliases,
+    delay_assignments,
+    fuse_bias,
+    nodes_in,
+    simplify,
+)
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
@@ -62,6 +69,7 @@ def make_program(
     Raises:
         NotCapturable: The state is changed before a check.
     """
+    simplify(module)
     delay_assignments(module.graph)
     fuse_bias(module.graph)
     pure, late, conditions = _sort(module)
@@ -216,7 +224,8 @@ def _script(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable[.
         ):
             # TorchScript is deprecated in favour of torch.compile, which takes a minute here.
             warnings.simplefilter("ignore")
-            return torch.jit.trace(module, tuple(examples), check_trace=False)
+            traced = torch.jit.trace(module, tuple(examples), check_trace=False)
+        return traced.forward  # without torch.nn.Module's hooks
     except (RuntimeError, ValueError) as error:
         logger.info("The captured step runs in Python, TorchScript refuses it: %s", error)
         return module

@@ -1,4 +1,6 @@
-"""Rewrites of a recorded graph that keep its meaning: assignments last, a bias inside its product.
+"""Rewrites of a recorded graph that keep its meaning.
+
+Operations without a use are left out, assignments moved to the end, a bias put inside its product.
 
 A graph of ATen operations, as ``make_fx`` records it, is in the order of the Python program, with
 assignments to variables in between. Where every assignment can wait until the end, everything
@@ -12,7 +14,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -83,6 +85,69 @@ class Memory:
     def written_after(self, node: Node, position: int) -> bool:
         """Whether the memory of ``node`` is written after ``position``."""
         return self.written_between(node, position, float("inf"))
+
+
+def simplify(module: GraphModule) -> None:
+    """Leave out what does nothing in a recorded graph, and compute once what is always the same.
+
+    ``detach`` means nothing without gradients, nor does a product with 1. Small tensors that
+    depend on shapes alone (zeros, ones, ranges, and what is computed from them) become constants.
+
+    Args:
+        module: A recorded graph; changed in place.
+    """
+    graph = module.graph
+    memory = Memory(graph)
+    constants = {n: getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or any(memory.writes[o] for o in memory.owners(node)):
+            continue
+        if node.target is aten.detach.default or _is_times_one(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif (value := _constant(node, constants)) is not None:
+            name = f"folded_{node.name}"
+            module.register_buffer(name, value, persistent=False)
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta["val"] = node.meta["val"]
+            constants[constant] = value
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+
+
+def _is_times_one(node: Node) -> bool:
+    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float):
+        return False
+    return node.args[1] == 1.0 and node.args[0].meta["val"].dtype == node.meta["val"].dtype
+
+
+_LIKE = {
+    aten.ones_like.default: torch.ones,
+    aten.zeros_like.default: torch.zeros,
+}
+_MAKERS = (aten.scalar_tensor.default, aten.full.default, aten.zeros.default, aten.ones.default)
+_LARGEST_CONSTANT = 4096
+
+
+def _constant(node: Node, constants: dict[Node, torch.Tensor]) -> torch.Tensor | None:
+    """The value of a node that has the same one in every step; None for the others."""
+    held = node.meta.get("val")
+    if not isinstance(held, torch.Tensor) or held.numel() > _LARGEST_CONSTANT:
+        return None
+    with torch.no_grad():
+        if node.target in _LIKE:
+            return _LIKE[node.target](held.shape, dtype=held.dtype, device=held.device)
+        inputs = node.all_input_nodes
+        if not (node.target in _MAKERS or (inputs and all(n in constants for n in inputs))):
+            return None
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+            return None
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return None
+        args = torch.fx.map_arg(node.args, lambda n: constants[n])
+        value = node.target(*args, **torch.fx.map_arg(node.kwargs, lambda n: constants[n]))
+        return value.clone() if isinstance(value, torch.Tensor) else None
 
 
 def delay_assignments(graph: Graph) -> None:

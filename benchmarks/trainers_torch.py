@@ -1,0 +1,156 @@
+"""The other trainers, on PyTorch, with the torch.nn model of the same shape.
+
+A trainer runs in a thread of its own and stops after each round until it is asked for the next, so
+that it can take turns with others in one process and is timed without its start.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from native_torch import MODELS, cross_entropy
+from torch import nn
+
+ROUNDS = 10_000  # more than anyone asks for
+
+
+class _Turns:
+    """Lets a function run in a thread from one ``pause`` to the next.
+
+    Args:
+        run: Calls ``pause`` after every round; ``pause`` returns False when it has to end.
+    """
+
+    def __init__(self, run: Callable[[Callable[[], bool]], None]) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._more = True
+        self._error: BaseException | None = None
+
+        def target() -> None:
+            self._go.acquire()
+            try:
+                run(self._pause)
+            except BaseException as error:  # shown by the next round
+                self._error = error
+            self._done.release()
+
+        threading.Thread(target=target, daemon=True).start()
+
+    def _pause(self) -> bool:
+        self._done.release()
+        self._go.acquire()
+        return self._more
+
+    def round(self) -> None:
+        """Run until the next pause."""
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Let the function return."""
+        self._more = False
+        self._go.release()
+
+
+def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, _Turns]:
+    """Those of the trainers that are installed, ready for rounds of ``steps`` steps."""
+    found = {}
+    for name, make in (("HF Trainer", _hugging_face), ("Lightning", _lightning)):
+        try:
+            found[name] = _Turns(make(workload, x, y, size, steps))
+        except ImportError as error:
+            print(f"{name} is not installed ({error.name}): pip install '.[bench]'")
+    return found
+
+
+def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
+    import transformers
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = MODELS[workload]()
+
+        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.body(inputs)
+            return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(x)
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"inputs": x[i], "labels": y[i]}
+
+    def run(pause: Callable[[], bool]) -> None:
+        class Callback(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step % steps == 0:
+                    control.should_training_stop = not pause()
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=size,
+                max_steps=steps * ROUNDS,
+                logging_steps=steps,
+                save_strategy="no",
+                learning_rate=1e-3,
+                weight_decay=0.01,
+                lr_scheduler_type="constant",
+                optim="adamw_torch_fused",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+            )
+            trainer = transformers.Trainer(
+                Model(), arguments, train_dataset=Rows(), callbacks=[Callback()]
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+
+    return run
+
+
+def _lightning(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = MODELS[workload]()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return cross_entropy(self.body(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.01, foreach=True)
+
+    def run(pause: Callable[[], bool]) -> None:
+        class Callback(lightning.Callback):
+            def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+                if trainer.global_step % steps == 0:
+                    trainer.should_stop = not pause()
+
+        data = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+        loader = torch.utils.data.DataLoader(data, batch_size=size, shuffle=True)
+        trainer = lightning.Trainer(
+            max_steps=steps * ROUNDS,
+            max_epochs=-1,
+            accelerator="auto",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            gradient_clip_val=1.0,
+            callbacks=[Callback()],
+        )
+        trainer.fit(Module(), loader)
+
+    return run

@@ -1,0 +1,96 @@
+"""The models that are timed, as Keras models, with made-up data of the right shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+USERS_AND_ITEMS = 1_000_000
+
+
+class Positions(layers.Layer):
+    """Adds a learned vector to each position."""
+
+    def build(self, shape: Any) -> None:
+        self.table = self.add_weight(shape=shape[1:], initializer="uniform", name="table")
+
+    def call(self, x: Any) -> Any:
+        return x + self.table
+
+
+def mlp() -> keras.Model:
+    inputs = keras.Input((16,))
+    return keras.Model(inputs, layers.Dense(4)(layers.Dense(64, activation="relu")(inputs)))
+
+
+def gpt(
+    depth: int = 4, width: int = 256, length: int = 128, heads: int = 8, vocabulary: int = 256
+) -> keras.Model:
+    tokens = keras.Input((length,), dtype="int32")
+    h = Positions()(layers.Embedding(vocabulary, width)(tokens))
+    for _ in range(depth):
+        a = layers.LayerNormalization()(h)
+        h = h + layers.MultiHeadAttention(heads, width // heads)(a, a, use_causal_mask=True)
+        m = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(h))
+        h = h + layers.Dense(width)(m)
+    return keras.Model(tokens, layers.Dense(vocabulary)(layers.LayerNormalization()(h)))
+
+
+def convnet() -> keras.Model:
+    inputs = keras.Input((32, 32, 3))
+    h = layers.RandomFlip("horizontal", seed=0)(inputs)
+    for filters in (32, 64, 128):
+        h = layers.Conv2D(filters, 3, padding="same")(h)
+        h = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(h)))
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(h)))
+
+
+def recommender() -> keras.Model:
+    """Two rows of one large table, and whether they go together."""
+    pair = keras.Input((2,), dtype="int32")
+    h = layers.Flatten()(layers.Embedding(USERS_AND_ITEMS, 32)(pair))
+    return keras.Model(pair, layers.Dense(2)(layers.Dense(64, activation="relu")(h)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and how it is timed.
+
+    Attributes:
+        make: Builds the Keras model; the loss is sparse cross-entropy from logits.
+        batch: Batch size.
+        steps: Steps in one round.
+        data: ``data(rows)`` gives ``(x, y)``.
+    """
+
+    make: Callable[[], keras.Model]
+    batch: int
+    steps: int
+    data: Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+
+def loss() -> keras.losses.Loss:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def _integers(high: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, high, shape).astype("int32")
+
+
+WORKLOADS = {
+    "mlp": Workload(mlp, 32, 1000, lambda n: (_normal(n, 16), _integers(4, n))),
+    "gpt": Workload(gpt, 8, 8, lambda n: (_integers(256, n, 128), _integers(256, n, 128))),
+    "convnet": Workload(convnet, 64, 12, lambda n: (_normal(n, 32, 32, 3), _integers(10, n))),
+    "recommender": Workload(
+        recommender, 256, 4, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
+    ),
+}
