@@ -1,0 +1,253 @@
+"""What is paid besides the steps: import, construction, first step, memory, logs and checkpoints.
+
+    KERAS_BACKEND=jax python costs.py --json out.json
+
+Figures that depend on a fresh process (import, peak memory) come from processes of their own, one
+contender after the other, in turns. Memory is the largest resident size of a process (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+REPEATS = 5
+
+
+def fresh(code: str, *arguments: str) -> float:
+    """The number that a fresh process prints last."""
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout.split()[-1])
+
+
+def import_time() -> dict[str, float]:
+    """Seconds that the imports take after `import keras`."""
+    code = "import time, keras; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+    lines = ("from kbtrain import Trainer, TrainingArguments", "import optim")
+    return {
+        f"{line}, s": statistics.median(fresh(code.format(line)) for _ in range(REPEATS))
+        for line in lines
+    }
+
+
+def settings(folder: str, **more: Any) -> Any:
+    from kbtrain import TrainingArguments
+
+    defaults: dict[str, Any] = {
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
+    return TrainingArguments(output_dir=folder, **(defaults | more))
+
+
+def construction() -> dict[str, float]:
+    from workloads import WORKLOADS, loss
+
+    from kbtrain import Trainer
+
+    workload = WORKLOADS["gpt"]
+    model, data, seconds = workload.make(), workload.data(64), []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2 * REPEATS):
+            start = time.perf_counter()
+            Trainer(model, settings(folder), train_dataset=data, loss=loss())
+            seconds.append(time.perf_counter() - start)
+    return {"Trainer(...), ms": statistics.median(seconds) * 1e3}
+
+
+def timed_steps(name: str, steps: int, rows: int | None = None, **more: Any) -> list[float]:
+    """Clock times: the call of fit, then the end of each step."""
+    from workloads import WORKLOADS, loss
+
+    from kbtrain import Trainer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter())
+
+    workload = WORKLOADS[name]
+    times: list[float] = []
+    data = workload.data(rows or workload.batch * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = settings(
+            folder, per_device_train_batch_size=workload.batch, max_steps=steps, **more
+        )
+        model = workload.make()
+        trainer = Trainer(model, arguments, train_dataset=data, loss=loss(), callbacks=[Clock()])
+        times.append(time.perf_counter())
+        trainer.fit()
+    return times
+
+
+def first_step() -> dict[str, float]:
+    """From the call of fit to the end of the first step, Keras' fit beside it."""
+    from workloads import WORKLOADS, loss
+
+    found = {}
+    for name in ("mlp", "gpt"):
+        times = timed_steps(name, 2)
+        found[f"{name}: first step, s"] = times[1] - times[0]
+        workload = WORKLOADS[name]
+        model = workload.make()
+        model.compile(optimizer="adamw", loss=loss())
+        x, y = workload.data(workload.batch)
+        start = time.perf_counter()
+        model.fit(x, y, batch_size=workload.batch, verbose=0)
+        found[f"{name}: first step of keras fit, s"] = time.perf_counter() - start
+    times = timed_steps("mlp", 2, rows=10_000_000)
+    found["mlp, 10^7 shuffled rows: first step, s"] = times[1] - times[0]
+    return found
+
+
+def logging_cost() -> dict[str, float]:
+    """A GPT step with a log of each step, over one with none; blocks of one step in both."""
+    seconds: dict[int, list[float]] = {1: [], 500: []}
+    for _ in range(3):
+        for every in seconds:
+            times = timed_steps("gpt", 10, logging_steps=every)
+            seconds[every].append((times[-1] - times[3]) / (len(times) - 4))
+    ratios = [a / b for a, b in zip(seconds[1], seconds[500], strict=True)]
+    return {"gpt: a log of every step, ratio": statistics.median(ratios)}
+
+
+def checkpoint_stall() -> dict[str, float]:
+    """How much longer the step with a checkpoint takes: 50 MB, weights and AdamW's state."""
+    import keras
+    import numpy as np
+
+    from kbtrain import Trainer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            times.append(time.perf_counter())
+
+    times: list[float] = []
+    width = 1180  # three float32 copies of 3 x width^2 values are 50 MB
+    model = keras.Sequential([keras.Input((width,))])
+    for _ in range(3):
+        model.add(keras.layers.Dense(width))
+    x = np.random.default_rng(0).normal(size=(512, width)).astype("float32")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = settings(
+            folder,
+            per_device_train_batch_size=32,
+            max_steps=60,
+            save_strategy="steps",
+            save_steps=20,
+            save_total_limit=1,
+        )
+        Trainer(model, arguments, train_dataset=(x, x), loss="mse", callbacks=[Clock()]).fit()
+    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    plain = statistics.median(steps[5:])
+    return {
+        "50 MB checkpoint: stall, ms": (max(steps[19], steps[39]) - plain) * 1e3,
+        "50 MB checkpoint: a plain step, ms": plain * 1e3,
+    }
+
+
+def peak_memory() -> dict[str, float]:
+    """Largest resident size of a process that trains the GPT."""
+    found: dict[str, float] = {}
+    code = "import sys; sys.path.insert(0, '.'); import costs; costs.train_alone(sys.argv[1])"
+    sizes = {who: fresh(code, who) for who in ("raw", "keras fit", "kbtrain")}
+    for who in ("raw", "keras fit", "kbtrain"):
+        found[f"gpt: peak memory, {who}, MB"] = sizes[who] / 1024
+    found["gpt: peak memory, kbtrain / raw"] = sizes["kbtrain"] / sizes["raw"]
+    return found
+
+
+def train_alone(who: str) -> None:
+    """Train the GPT for ten steps and print the process's peak in KiB."""
+    import keras
+    from workloads import WORKLOADS, loss
+
+    workload = WORKLOADS["gpt"]
+    x, y = workload.data(workload.batch * 10)
+    if who == "raw":
+        native = importlib.import_module(f"native_{keras.backend.backend()}")
+        step = next(iter(native.loops("gpt", workload.make, loss()).values()))
+        for i in range(10):
+            rows = slice(i * workload.batch, (i + 1) * workload.batch)
+            value = step(x[rows], y[rows])
+        native.wait(value)
+    elif who == "keras fit":
+        model = workload.make()
+        model.compile(optimizer="adamw", loss=loss())
+        model.fit(x, y, batch_size=workload.batch, verbose=0)
+    elif who == "kbtrain":
+        from kbtrain import Trainer
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = settings(
+                folder, per_device_train_batch_size=workload.batch, num_train_epochs=1
+            )
+            Trainer(workload.make(), arguments, train_dataset=(x, y), loss=loss()).fit()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def long_run(steps: int) -> dict[str, float]:
+    """Growth of the process over the second half of a run of many tiny steps, logs included."""
+    from workloads import WORKLOADS, loss
+
+    from kbtrain import Trainer, TrainerCallback
+
+    class Memory(TrainerCallback):
+        every_step = False
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with open("/proc/self/statm", encoding="utf-8") as file:
+                sizes.append(int(file.read().split()[1]) * resource.getpagesize() / 2**20)
+
+    sizes: list[float] = []
+    workload = WORKLOADS["mlp"]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = settings(
+            folder, per_device_train_batch_size=32, max_steps=steps, logging_steps=steps // 1000
+        )
+        model, data = workload.make(), workload.data(32_000)
+        Trainer(model, arguments, train_dataset=data, loss=loss(), callbacks=[Memory()]).fit()
+    return {
+        f"{steps} steps: memory after a tenth, MB": sizes[100],
+        f"{steps} steps: memory at the end, MB": sizes[-1],
+    }
+
+
+PARTS: dict[str, Callable[[], dict[str, float]]] = {
+    "import": import_time,
+    "construction": construction,
+    "first": first_step,
+    "logging": logging_cost,
+    "checkpoint": checkpoint_stall,
+    "memory": peak_memory,
+    "long": lambda: long_run(100_000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=str([*PARTS]))
+    parser.add_argument("--json", help="write all figures to this file")
+    options = parser.parse_args()
+    results: dict[str, float] = {}
+    for part in options.parts:
+        for name, value in PARTS[part]().items():
+            results[name] = value
+            print(f"{name:52} {value:10.3f}", flush=True)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
