@@ -22,7 +22,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from train_step import LOSS, WORKLOADS
+from workloads import WORKLOADS, loss
 
 from kbtrain import Trainer, TrainingArguments
 
@@ -34,16 +34,15 @@ def contenders(
     name: str, rows: int, batch_size: int, folder: str
 ) -> dict[str, dict[str, Callable[[], Any]]]:
     """For "evaluate" and "predict", what each contender does in one round."""
-    make, _, _, data = WORKLOADS[name]
-    model = make()
-    x, y = data(rows)
+    model = WORKLOADS[name].make()
+    x, y = WORKLOADS[name].data(rows)
     arguments = TrainingArguments(
         output_dir=folder, per_device_eval_batch_size=batch_size, disable_tqdm=True
     )
-    trainer = Trainer(model, arguments, loss=LOSS, metrics=["accuracy"])
+    trainer = Trainer(model, arguments, loss=loss(), metrics=["accuracy"])
     fitted = keras.models.clone_model(model)
     fitted.set_weights(model.get_weights())
-    fitted.compile(loss=LOSS, metrics=["accuracy"])
+    fitted.compile(loss=loss(), metrics=["accuracy"])
     return {
         "evaluate": {
             "kbtrain": lambda: trainer.evaluate((x, y))["eval_loss"],
@@ -95,7 +94,7 @@ def main() -> None:
     print(f"{'workload':9} {'task':9} {'contender':9} {'first ms':>9} {'ms':>9}   kbtrain/it")
     for workload in options.workloads:
         rows = options.rows or ROWS[workload]
-        size = options.batch_size or WORKLOADS[workload][1]
+        size = options.batch_size or WORKLOADS[workload].batch
         with tempfile.TemporaryDirectory() as folder:
             for task, runs in contenders(workload, rows, size, folder).items():
                 result = measure(runs, options.rounds)
