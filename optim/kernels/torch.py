@@ -12,6 +12,8 @@ import torch
 # caller, so nothing may be changed in place.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from optim.kernels.torch_elementwise import run_elementwise
+
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -62,11 +64,12 @@ def execute(
 
 
 def _fused(rule: Any) -> Any:
-    """The fused equivalent of a rule, None if there is none."""
+    """What executes a rule over lists of tensors: a kernel, or the rule in pieces, or None."""
     name = getattr(type(rule).update, "fused", None) or ""
     if name == "sgd" and rule.dampening:  # only PyTorch's first step differs, and it is not told
-        return None
-    return FUSED.get(name)
+        name = ""
+    elementwise = getattr(type(rule).update, "elementwise", False)
+    return FUSED.get(name) or (run_elementwise if elementwise else None)
 
 
 def _storage(variable: Any) -> torch.Tensor:
