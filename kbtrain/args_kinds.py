@@ -251,6 +251,18 @@ def either(word: str, kind: Kind) -> Kind:
     return accept
 
 
+def words(value: Any) -> tuple[str, ...]:
+    """A list of strings (one string counts as a list of one), without doubles, in their order."""
+    value = _plain(value)
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not items:
+        raise Unfit("a list of strings that is not empty")
+    try:
+        return tuple(dict.fromkeys(text(item) for item in items))
+    except Unfit:
+        raise Unfit("a list of strings that are not empty") from None
+
+
 def names(*allowed: str) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 

@@ -24,7 +24,7 @@ class BoundModel:
 
     Args:
         model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
-        args: ``bf16``, ``jit_compile``, ``use_cpu``, ``include_for_metrics``.
+        args: ``bf16``, ``jit_compile``, ``use_cpu``, ``label_names``.
         backend: A module of ``kbtrain.backends``.
         loss: A resolved loss, or None.
         metrics: The ``metrics`` argument of the Trainer, or None.
@@ -84,11 +84,14 @@ class BoundModel:
         Raises:
             DataError: The model does not accept such inputs.
         """
+        names = self._args.label_names
         if self.forward is None:
-            building.build_model(self.model, batch)
-            self.forward = ForwardPass(self.model, self._compute_loss, self.loss, self._tracked)
+            building.build_model(self.model, batch, names)
+            self.forward = ForwardPass(
+                self.model, self._compute_loss, self.loss, self._tracked, names
+            )
         # Metrics need labels: a prediction may come first, and have none.
-        has_labels = unpack(batch).y is not None
+        has_labels = unpack(batch, names).y is not None
         if self.metrics is not None and has_labels and not self._metrics_built:
             building.build_metrics(self.metrics, self.forward, batch)
             self._metrics_built = True
@@ -130,7 +133,7 @@ class BoundModel:
         """What of a batch's outputs goes to the host."""
         if self._preprocess is None:
             return outputs
-        return self._preprocess(outputs, unpack(batch).y)
+        return self._preprocess(outputs, unpack(batch, self._args.label_names).y)
 
 
 @dataclass

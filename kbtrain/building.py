@@ -58,17 +58,18 @@ def use_bfloat16(model: keras.Model) -> None:
             layer.dtype_policy = "mixed_bfloat16"
 
 
-def build_model(model: keras.Model, batch: Any) -> None:
+def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> None:
     """Create the model's variables from the shapes of a batch, and check that the two fit.
 
     Args:
         model: A Keras model, built or not.
         batch: A batch as the loader gives it (NumPy).
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
 
     Raises:
         DataError: The model does not accept such inputs.
     """
-    x = unpack(batch).x
+    x = unpack(batch, label_names).x
     specs = keras.tree.map_structure(
         lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), x
     )

@@ -71,6 +71,7 @@ class Wanted:
         batchwise: ``batch_eval_metrics``.
         concatenate: ``eval_do_concat_batches``.
         include: Members of ``include_for_metrics``.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
         expected: Samples there will be, if that is known.
         max_batches: Batches at most; None for all.
         batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
@@ -84,6 +85,7 @@ class Wanted:
     batchwise: bool = False
     concatenate: bool = True
     include: Sequence[str] = ()
+    label_names: Sequence[str] | None = None
     expected: int | None = None
     max_batches: int | None = None
     batches_per_call: int | None = None
@@ -116,14 +118,20 @@ def evaluation_loop(
                 "The evaluation data has no samples. Pass a data set with at least one."
             )
         bound.build(first)
-        with_loss = not keep_outputs or unpack(first).y is not None
+        args = trainer.args
+        with_loss = not keep_outputs or unpack(first, args.label_names).y is not None
         wanted = Wanted(
             prefix=prefix,
             with_loss=with_loss,
             compute_metrics=trainer.compute_metrics if gather else None,
             keep_outputs=keep_outputs,
-            include=trainer.args.include_for_metrics,
+            batchwise=args.batch_eval_metrics,
+            concatenate=args.eval_do_concat_batches,
+            include=args.include_for_metrics,
+            label_names=args.label_names,
             expected=loader.num_examples,
+            max_batches=None if keep_outputs else args.eval_max_steps,
+            batches_per_call=args.eval_accumulation_steps,
         )
         metrics = bound.metrics if with_loss else None
         # In training the metrics are in the middle of adding up what the next log will say.
@@ -185,7 +193,9 @@ class Evaluation:
         self._batchwise = Batchwise(compute) if compute is not None and wanted.batchwise else None
         self._gathered: Concatenated | Listed | None = None
         if wanted.keep_outputs or (compute is not None and not wanted.batchwise):
-            self._gathered = Concatenated(wanted.expected) if wanted.concatenate else Listed()
+            # A part of the set needs memory for that part: it grows then.
+            expected = wanted.expected if wanted.max_batches is None else None
+            self._gathered = Concatenated(expected) if wanted.concatenate else Listed()
 
     def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
         """Pass over ``batches``.
@@ -243,7 +253,7 @@ class Evaluation:
             labels = inputs = None
             if self._wanted.gather:
                 part = map_structure(lambda x, a=first, b=first + count: x[a:b], rows)
-                x, labels, _ = unpack(part)
+                x, labels, _ = unpack(part, self._wanted.label_names)
                 inputs = x if "inputs" in self._wanted.include else None
             size = block.samples // block.updates
             self._started.append(

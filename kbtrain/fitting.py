@@ -121,7 +121,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     step = make_train_step(
         trainer.backend,
         forward,
-        items_counter(trainer.compute_loss_func),
+        items_counter(trainer.compute_loss_func, args.label_names),
         optimizer,
         trainable,
         bound.metrics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -52,6 +52,7 @@ class ForwardPass:
         compute_loss: ``Trainer.compute_loss``, possibly overridden.
         loss: The resolved loss, to know which labels are ignored.
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class ForwardPass:
         compute_loss: ComputeLoss,
         loss: Any,
         tracked: dict[str, Any],
+        label_names: Sequence[str] | None = None,
     ) -> None:
         self._model, self._tracked = model, tracked
         self._loss = loss
+        self._label_names = label_names
 
         def with_loss(batch: Any, num_items: Any) -> Any:
             return compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items)
@@ -73,7 +76,7 @@ class ForwardPass:
         self, batch: Any, num_items: Any, training: bool
     ) -> tuple[LossPair, Any, tuple[Any, ...] | None]:
         """Loss, outputs and the metrics' arguments; see ``kbtrain.step.Forward``."""
-        x, y, sample_weight = unpack(batch)
+        x, y, sample_weight = unpack(batch, self._label_names)
         self._tracked.clear()
         result = self._with_loss(batch, num_items=num_items, training=training)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -111,7 +114,7 @@ class ForwardPass:
 
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
-        return None, self._model(unpack(batch).x, training=training), None
+        return None, self._model(unpack(batch, self._label_names).x, training=training), None
 
 
 def by_output_name(model: keras.Model, y: Any, outputs: Any) -> Any:
@@ -129,6 +132,7 @@ def default_loss(
     loss: Any,
     loss_weights: Any,
     loss_func: Callable[..., Any] | None,
+    label_names: Sequence[str] | None = None,
 ) -> tuple[LossPair, Any]:
     """What ``Trainer.compute_loss`` does unless it is overridden.
 
@@ -136,7 +140,7 @@ def default_loss(
         ConfigurationError: There is nothing to compute a loss with.
         DataError: The data has no labels, and the loss needs some.
     """
-    x, y, sample_weight = unpack(batch)
+    x, y, sample_weight = unpack(batch, label_names)
     outputs = model(x)
     size = keras.tree.flatten(x)[0].shape[0]
     if loss is None and loss_func is None:
@@ -173,7 +177,9 @@ def _keys(batch: Any) -> str:
     return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple) else "")
 
 
-def items_counter(loss_func: Callable[..., Any] | None) -> Callable[[Any, int], Any] | None:
+def items_counter(
+    loss_func: Callable[..., Any] | None, label_names: Sequence[str] | None = None
+) -> Callable[[Any, int], Any] | None:
     """``count(batch, batch_axes)`` of labels, if the loss function asks for the total; else None.
 
     ``batch_axes`` is 1 for a batch and 2 for micro-batches stacked along one more axis.
@@ -182,7 +188,7 @@ def items_counter(loss_func: Callable[..., Any] | None) -> Callable[[Any, int], 
         return None
 
     def count(batch: Any, batch_axes: int) -> Any:
-        x, y, _ = unpack(batch)
+        x, y, _ = unpack(batch, label_names)
         return count_items(y, math.prod(keras.tree.flatten(x)[0].shape[:batch_axes]))
 
     return count

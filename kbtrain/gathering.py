@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -237,6 +238,24 @@ def prediction(gathered: Mapping[str, Any]) -> EvalPrediction:
     return EvalPrediction(
         gathered["outputs"], gathered["labels"], gathered.get("inputs"), gathered.get("losses")
     )
+
+
+def check_batchwise(compute_metrics: Any) -> None:
+    """Make sure that ``compute_metrics`` can be called batch by batch.
+
+    Raises:
+        ConfigurationError: It does not take ``compute_result``.
+    """
+    if compute_metrics is None:
+        return
+    parameters = inspect.signature(compute_metrics).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "compute_result" not in parameters and not takes_any:
+        raise ConfigurationError(
+            "batch_eval_metrics=True calls compute_metrics(prediction, compute_result=...) for "
+            "each batch, with True for the last one. Give it that argument. "
+            f"Received: compute_metrics with the arguments {list(parameters)}."
+        )
 
 
 def checked_metrics(values: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
+from kbtrain.gathering import check_batchwise
 from kbtrain.interruption import Watch
 from kbtrain.loaders import is_named_datasets, make_loader
 from kbtrain.loss import as_float, resolve_loss
@@ -65,7 +66,8 @@ class Trainer(KnownParameters):
         compute_loss_func: ``(outputs, labels) -> loss``: a scalar mean, per-element losses, or
             ``(sum, count)``, optionally with a dict of values to log. With an argument
             ``num_items_in_batch`` it divides by that itself.
-        compute_metrics: ``(EvalPrediction) -> dict``, once per evaluation, on the host.
+        compute_metrics: ``(EvalPrediction) -> dict``, once per evaluation, on the host; with
+            ``batch_eval_metrics`` ``(EvalPrediction, compute_result) -> dict``, once per batch.
         callbacks: ``TrainerCallback`` objects or classes.
         optimizers: ``(keras optimizer, learning-rate schedule)``, either may be None.
         preprocess_logits_for_metrics: ``(outputs, labels) -> outputs``, on the device, before they
@@ -168,6 +170,8 @@ class Trainer(KnownParameters):
             raise ConfigurationError(
                 f"eval_strategy={args.eval_strategy!r} needs an eval_dataset. Received: None."
             )
+        if args.batch_eval_metrics:
+            check_batchwise(self.compute_metrics)
         if optimizers[0] is None:
             registry.find(registry.OPTIMIZERS, args.optim, "optim")
         registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
@@ -234,6 +238,7 @@ class Trainer(KnownParameters):
             self.loss,
             self.bound.loss_weights,
             self.compute_loss_func,
+            self.args.label_names,
         )
         return (loss, outputs) if return_outputs else loss
 

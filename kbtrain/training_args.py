@@ -87,7 +87,8 @@ class TrainingArguments(_KnownNamesOnly):
       `report_to`, `run_name`, `project`, `log_level`,
       `include_num_input_tokens_seen`, `skip_memory_metrics`.
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
-      `prediction_loss_only`, `include_for_metrics`.
+      `prediction_loss_only`, `include_for_metrics`, `batch_eval_metrics`,
+      `eval_do_concat_batches`, `eval_accumulation_steps`, `eval_max_steps`, `label_names`.
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
       `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
@@ -287,6 +288,36 @@ class TrainingArguments(_KnownNamesOnly):
         (),
         kinds.names("inputs", "loss"),
         "What compute_metrics receives besides predictions and labels: a list of 'inputs', 'loss'.",
+    )
+    batch_eval_metrics: bool = _option(
+        False,
+        kinds.flag,
+        "Call compute_metrics(prediction, compute_result) for each batch, so that nothing is "
+        "gathered; compute_result is True for the last one, whose result counts.",
+    )
+    eval_do_concat_batches: bool = _option(
+        True,
+        kinds.flag,
+        "Put predictions and labels of all batches together; False keeps a list with those of "
+        "each batch.",
+    )
+    eval_accumulation_steps: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Batches whose outputs may wait on the device before they are copied to the host. None "
+        "means as many as run in one call: outputs of at most 4 MiB, or of one batch.",
+    )
+    eval_max_steps: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Batches of an evaluation set that are evaluated at most, the first ones. None means all; "
+        "a prediction always has all.",
+    )
+    label_names: Sequence[str] | None = _option(
+        None,
+        kinds.optional(kinds.words),
+        "Keys of a batch (a dict) that hold labels: several become a dict of labels. None means "
+        "'labels', 'label' or 'label_ids'.",
     )
 
     # Checkpoints

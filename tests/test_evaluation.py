@@ -13,7 +13,7 @@ from helpers import (
     with_weights,
 )
 
-from kbtrain import DataError, EvalPrediction, Trainer
+from kbtrain import ConfigurationError, DataError, EvalPrediction, Trainer
 from kbtrain.evaluation import PADDING, speed
 
 
@@ -311,3 +311,180 @@ def test_speed_is_rounded_as_in_the_reference():
         "eval_samples_per_second": 5.0,
         "eval_steps_per_second": 2.0,
     }
+
+
+# --- how an evaluation is gathered ----------------------------------------------------------------
+
+
+class BatchMetrics:
+    """Mean absolute error, added up batch by batch."""
+
+    def __init__(self):
+        self.batches, self.flags, self.total, self.count = [], [], 0.0, 0
+
+    def __call__(self, prediction, compute_result):
+        self.batches.append(prediction)
+        self.flags.append(compute_result)
+        self.total += np.abs(prediction.predictions - prediction.label_ids).sum()
+        self.count += len(prediction.predictions)
+        return {"mae": self.total / self.count} if compute_result else {}
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_metrics_batch_by_batch(tmp_path, predict):
+    x, y = make_data(11)
+    compute = BatchMetrics()
+    trainer = make(
+        tmp_path,
+        compute_metrics=compute,
+        args={"batch_eval_metrics": True, "include_for_metrics": ["inputs", "loss"]},
+    )
+    error = linear(trainer.model, x) - y
+    if predict:
+        output = trainer.predict((x, y))
+        metrics = {k.replace("test_", "eval_"): v for k, v in output.metrics.items()}
+        np.testing.assert_allclose(output.predictions - output.label_ids, error, rtol=1e-4)
+    else:
+        metrics = trainer.evaluate((x, y))
+    assert compute.flags == [False, False, True]
+    assert metrics["eval_mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    for i, batch in enumerate(compute.batches):
+        rows = slice(4 * i, 4 * i + 4)
+        np.testing.assert_array_equal(batch.inputs, x[rows])
+        np.testing.assert_array_equal(batch.label_ids, y[rows])
+        np.testing.assert_allclose(batch.losses, [np.mean(error[rows] ** 2)] * len(x[rows]), 1e-5)
+
+
+def test_metrics_batch_by_batch_need_the_argument(tmp_path):
+    with pytest.raises(ConfigurationError, match="compute_result"):
+        make(tmp_path, compute_metrics=lambda p: {}, args={"batch_eval_metrics": True})
+
+
+def test_batches_stay_apart_on_request(tmp_path):
+    x, y = make_data(11)
+    seen = []
+    trainer = make(
+        tmp_path,
+        compute_metrics=lambda p: seen.append(p) or {"n": len(p.predictions)},
+        args={"eval_do_concat_batches": False, "include_for_metrics": ["inputs", "loss"]},
+    )
+    assert trainer.evaluate((x, y))["eval_n"] == 3
+    (prediction,) = seen
+    for name, whole in (("predictions", linear(trainer.model, x)), ("label_ids", y), ("inputs", x)):
+        batches = getattr(prediction, name)
+        assert [len(batch) for batch in batches] == [4, 4, 3], name
+        np.testing.assert_allclose(np.concatenate(batches), whole, rtol=1e-5, atol=1e-6)
+    assert [len(losses) for losses in prediction.losses] == [4, 4, 3]
+    assert [len(batch) for batch in trainer.predict(x).predictions] == [4, 4, 3]
+
+
+@pytest.mark.parametrize("most", [None, 1, 3])
+def test_outputs_of_so_many_batches_wait_on_the_device(tmp_path, monkeypatch, most):
+    x, y = make_data(80)
+    monkeypatch.setattr("kbtrain.pace.BLOCK_SECONDS", 1e9)
+    trainer = make(tmp_path, args={"eval_accumulation_steps": most})
+    trainer.bound.build((x[:4], y[:4]))
+    step, calls = trainer.bound.eval_step(with_loss=True, gather=True), []
+    run = step.run
+
+    def recorded(block, start, count):
+        results, done = run(block, start, count)
+        calls.append(done)
+        return results, done
+
+    step.run = recorded
+    output = trainer.predict((x, y))
+    assert max(calls) == (most or 14)
+    assert sum(calls) == 20
+    np.testing.assert_allclose(output.predictions, linear(trainer.model, x), rtol=1e-5, atol=1e-6)
+    calls.clear()
+    trainer.evaluate((x, y))  # nothing to wait for: another step
+    assert calls == []
+
+
+def test_no_more_than_so_many_batches_are_evaluated(tmp_path):
+    x, y = make_data(20)
+    trainer = make(
+        tmp_path, args={"eval_max_steps": 3}, compute_metrics=lambda p: {"n": len(p.predictions)}
+    )
+    error = linear(trainer.model, x) - y
+    read = []
+
+    def stream():
+        for sample in zip(x, y, strict=True):
+            read.append(sample)
+            yield sample
+
+    for data in ((x, y), list(zip(x, y, strict=True)), stream):
+        metrics = trainer.evaluate(data)
+        assert metrics["eval_loss"] == pytest.approx(np.mean(error[:12] ** 2), rel=1e-5)
+        assert metrics["eval_n"] == 12
+    assert len(read) == 12
+    assert len(trainer.predict(x).predictions) == 20
+
+
+def test_outputs_arrive_in_dtypes_of_numpy(tmp_path):
+    x, _ = make_data(8)
+    y = np.arange(8)
+    model = linear_model(outputs=8)
+    trainer = make(
+        tmp_path,
+        model,
+        args={"bf16": True},
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    output = trainer.predict((x, y))
+    assert output.predictions.dtype == np.float32
+    np.testing.assert_allclose(output.predictions, linear(model, x), rtol=0.05, atol=0.05)
+    assert output.label_ids.dtype == y.dtype == np.int64
+
+
+# --- labels by other names ------------------------------------------------------------------------
+
+
+def two_headed():
+    inputs = keras.Input((3,), name="x")
+    heads = {name: keras.layers.Dense(1, name=name)(inputs) for name in ("start", "end")}
+    return with_weights(keras.Model({"x": inputs}, heads))
+
+
+@pytest.mark.parametrize("kind", ["columns", "samples"])
+def test_several_columns_are_labels(tmp_path, kind):
+    x, start = make_data(12)
+    data = {"x": x, "start": start, "end": 2 * start}
+    if kind == "samples":
+        data = [{name: column[i] for name, column in data.items()} for i in range(12)]
+    model = two_headed()
+    a, b = (x @ k + c for k, c in (model.get_layer(n).get_weights() for n in ("start", "end")))
+    trainer = make(
+        tmp_path,
+        model,
+        loss={"start": "mse", "end": "mse"},
+        train_dataset=data,
+        args={"label_names": ["start", "end"], "max_steps": 2},
+    )
+    predicted = trainer.predict(data)
+    expected = np.mean((a - start) ** 2) + np.mean((b - 2 * start) ** 2)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert list(predicted.label_ids) == ["start", "end"]
+    np.testing.assert_array_equal(predicted.label_ids["end"], 2 * start)
+    assert trainer.fit().training_loss > 0
+    assert trainer.predict({"x": x}).label_ids is None
+
+
+def test_one_column_is_the_label(tmp_path):
+    x, y = make_data(8)
+    inputs = keras.Input((3,), name="x")
+    model = with_weights(keras.Model({"x": inputs}, keras.layers.Dense(1)(inputs)))
+    trainer = make(tmp_path, model, args={"label_names": "target"})
+    for data in ({"x": x, "target": y}, {"x": x, "labels": y}):
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(
+            np.mean((linear(model, x) - y) ** 2), rel=1e-5
+        )
+
+
+def test_some_of_the_labels_are_an_error(tmp_path):
+    x, y = make_data(8)
+    trainer = make(tmp_path, two_headed(), args={"label_names": ["start", "end"]})
+    with pytest.raises(DataError, match=r"only some of them.*Received: keys \['x', 'start'\]"):
+        trainer.predict({"x": x, "start": y})

@@ -39,7 +39,7 @@ def without_speed(metrics):
     return {k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_second"))}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["dense, batch norm, dropout", "attention", "convolution"])
 def test_the_numbers_do_not_depend_on_how_many_batches_run_in_one_call(case, tmp_path, blocks):
     make, data, loss, metrics = CASES[case]
     x, y = (np.tile(a, (2, *[1] * (a.ndim - 1)))[:46] for a in data())
@@ -75,7 +75,7 @@ def test_the_numbers_do_not_depend_on_how_many_batches_run_in_one_call(case, tmp
 
 
 def test_loss_is_added_up_in_double_precision(tmp_path):
-    """A float32 sum over these batches would be off by 1e-4."""
+    """A float32 sum over these batches would be off by 3e-5."""
     count = 3000
     x, y = np.ones((count, 3), "float32"), np.full((count, 1), 0.1, "float32")
     x[0] = 3e3

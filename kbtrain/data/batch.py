@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     sample_weight: Any = None
 
 
-def unpack(batch: Any) -> Batch:
+def unpack(batch: Any, label_names: Sequence[str] | None = None) -> Batch:
     """Split a batch into inputs, targets and sample weights.
 
     Nothing is converted, so this works on arrays and on tensors alike.
@@ -47,13 +47,15 @@ def unpack(batch: Any) -> Batch:
         batch: ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)`` as a tuple or list; a dict, whose
             key ``"labels"`` (or ``"label"``, ``"label_ids"``) holds the targets and
             ``"sample_weight"`` the weights; or a bare array, which is ``x``.
+        label_names: Keys of a dict that hold targets in place of those; several become a dict. A
+            dict with none of them is read as without this argument.
 
     Returns:
         The parts; those that are absent are ``None``.
 
     Raises:
-        DataError: The tuple has no or more than three parts, or the dict has several label keys
-            or nothing but labels.
+        DataError: The tuple has no or more than three parts, or the dict has several label keys,
+            some of the ``label_names`` only, or nothing but labels.
 
     Example:
         >>> import numpy as np
@@ -62,7 +64,7 @@ def unpack(batch: Any) -> Batch:
         (['tokens'], array([0, 1]), None)
     """
     if isinstance(batch, Mapping):
-        return _unpack_dict(batch)
+        return _unpack_dict(batch, label_names or ())
     if isinstance(batch, (tuple, list)):
         if not 1 <= len(batch) <= 3:
             raise DataError(
@@ -75,9 +77,15 @@ def unpack(batch: Any) -> Batch:
     return Batch(batch)
 
 
-def _unpack_dict(batch: Mapping[Any, Any]) -> Batch:
-    label_keys = [key for key in LABEL_KEYS if key in batch]
-    if len(label_keys) > 1:
+def _unpack_dict(batch: Mapping[Any, Any], label_names: Sequence[str]) -> Batch:
+    named = {key: batch[key] for key in label_names if key in batch}
+    label_keys = list(named) or [key for key in LABEL_KEYS if key in batch]
+    if named and len(named) < len(label_names):
+        raise DataError(
+            f"label_names={list(label_names)} are the targets of a batch, but it has only some of "
+            f"them. Give all or none. Received: keys {list(batch)}"
+        )
+    if not named and len(label_keys) > 1:
         raise DataError(
             f"A batch may hold its targets under one of the keys {LABEL_KEYS}, not under several. "
             f"Remove or rename the others. Received: {label_keys}"
@@ -90,6 +98,8 @@ def _unpack_dict(batch: Mapping[Any, Any]) -> Batch:
             f"Received: keys {list(batch)}"
         )
     labels = batch[label_keys[0]] if label_keys else None
+    if len(named) > 1:
+        labels = named
     return Batch(inputs, labels, batch.get(SAMPLE_WEIGHT_KEY))
 
 
