@@ -119,6 +119,19 @@ def decay_parameter_names(model: keras.Model) -> list[str]:
     ]
 
 
+def check_optimizer(optimizer: Any, name: str) -> None:
+    """Make sure that what a package offers as an optimizer makes one.
+
+    Raises:
+        ConfigurationError: It makes something else.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ConfigurationError(
+            f"optim={name!r} must make a keras.optimizers.Optimizer. "
+            f"Received: {type(optimizer).__name__}."
+        )
+
+
 def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
     """Tell the optimizer which variables of ``model`` are not decayed."""
     decayed = set(decay_parameter_names(model))

@@ -292,6 +292,7 @@ class Trainer(KnownParameters):
             }
         own = dict(args.optim_args or {})
         optimizer = registry.call_with_known(factory, offered, own, "optim_args")
+        building.check_optimizer(optimizer, args.optim)
         building.exclude_from_decay(optimizer, self.model)
         return optimizer
 

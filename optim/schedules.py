@@ -257,7 +257,9 @@ class PolynomialWithWarmup(FiniteSchedule):
 
 @keras.saving.register_keras_serializable(package="optim")
 class InverseSqrtWithWarmup(Schedule):
-    r"""Linear warm-up, then :math:`\lambda(s) = \sqrt{\tau / (s + \tau - w)}`; it has no end.
+    r"""Linear warm-up, then one over the square root of the time; it has no end.
+
+    :math:`\lambda(s) = \sqrt{\tau / (s + \tau - w)}`.
 
     Args:
         learning_rate: the largest learning rate, at the end of the warm-up.
