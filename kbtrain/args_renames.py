@@ -153,7 +153,6 @@ NOT_YET: dict[str, str] = {
     "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
     "parallelism_config": _ONE_DEVICE,
     "predict_with_generate": _GENERATE,
-    "remove_unused_columns": "Until then leave such columns out of the data set itself.",
     "save_on_each_node": _ONE_DEVICE,
     "sortish_sampler": "Until then use train_sampling_strategy='random'.",
     "tf32": "Until then set the backend's own switch for the precision of matrix products.",

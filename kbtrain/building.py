@@ -224,3 +224,17 @@ class _Function(keras.Operation):
 
     def call(self, batch: Any) -> Any:
         return self._function(batch)
+
+
+def input_names(model: Any) -> frozenset[str] | None:
+    """The names under which a model takes its inputs; None if it does not say.
+
+    A functional model does. What a subclass of ``keras.Model`` does with a dict only its code says.
+    """
+    try:
+        inputs = model.input
+    except (AttributeError, ValueError):
+        return None
+    if isinstance(inputs, dict):
+        return frozenset(str(name) for name in inputs)
+    return frozenset(tensor.name for tensor in keras.tree.flatten(inputs))

@@ -18,6 +18,7 @@ from kbtrain.data import Batches, Block, Loader, as_loader
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
+from kbtrain.loaders import warn_of_inexact_resume
 from kbtrain.loop import train_loop
 from kbtrain.memory import measured
 from kbtrain.run import Run
@@ -96,6 +97,8 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     loader = as_loader(trainer.get_train_dataloader())
     trainer.train_dataloader = loader
     plan = _plan(trainer, loader)
+    if args.save_strategy != "no":
+        warn_of_inexact_resume(loader)
     batches = Batches(loader)
     first = batches.peek()
     if first is None:

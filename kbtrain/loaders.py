@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from kbtrain.data import Collate, DataLoader, Loader, as_source
+from kbtrain.data import BatchLoader, Collate, ColumnFilter, DataLoader, Loader, as_source
 from kbtrain.data.batch import LABEL_KEYS
+from kbtrain.data.foreign import yields_batches
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 from kbtrain.workers import WorkerLoader
@@ -16,21 +17,31 @@ logger = logging.getLogger("kbtrain")
 
 
 def make_loader(
-    dataset: Any, args: TrainingArguments, collate: Collate | None, name: str, train: bool
+    dataset: Any,
+    args: TrainingArguments,
+    collate: Collate | None,
+    name: str,
+    train: bool,
+    columns: ColumnFilter | None = None,
 ) -> Loader:
     """Batches of ``dataset`` for training (shuffled if asked for) or evaluation (in order).
 
     Args:
-        dataset: Anything ``kbtrain.data.as_source`` takes.
+        dataset: Anything ``kbtrain.data.as_source`` takes, or something that yields batches: a
+            ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a torch ``DataLoader``, a Grain data
+            set with a ``batch`` in it. Their batches are taken as they come.
         args: Batch sizes, sampling strategy, seeds, the ``dataloader_`` arguments.
         collate: A user's collator, or None.
         name: The argument the data came from, to name it in errors.
         train: For training.
+        columns: Leaves out columns that the model does not take.
 
     Raises:
         ConfigurationError: Training data without a length, and no ``max_steps``.
         DataError: The data is of no kind that is known.
     """
+    if yields_batches(dataset):
+        return _as_they_come(dataset, collate, name, columns)
     source = as_source(dataset, name=name)
     if not train:
         return _with_workers(
@@ -38,6 +49,7 @@ def make_loader(
                 source,
                 args.eval_batch_size,
                 collate=collate,
+                columns=columns,
                 read_ahead=_read_ahead(args),
             ),
             args,
@@ -56,9 +68,43 @@ def make_loader(
         collate=collate,
         accumulation=args.gradient_accumulation_steps,
         length_column=args.length_column_name,
+        columns=columns,
         read_ahead=_read_ahead(args),
     )
     return _with_workers(loader, args, persistent=args.dataloader_persistent_workers)
+
+
+def _as_they_come(
+    dataset: Any, collate: Collate | None, name: str, columns: ColumnFilter | None
+) -> Loader:
+    """A loader of the data's own batches."""
+    if isinstance(dataset, Loader):
+        return dataset
+    if collate is not None:
+        raise ConfigurationError(
+            f"{name} yields batches, so there is nothing for data_collator to do. Pass one or the "
+            "other (a torch DataLoader has its samples as `.dataset`). "
+            f"Received: {type(dataset).__name__}"
+        )
+    logger.info(
+        "%s (%s) yields batches: their size, order and number are its own, whatever the batch "
+        "sizes, train_sampling_strategy and the dataloader_ arguments say.",
+        name,
+        type(dataset).__name__,
+    )
+    return BatchLoader(dataset, name, columns)
+
+
+def warn_of_inexact_resume(loader: Loader) -> None:
+    """Say at the start of a run if a resumed one would see other data."""
+    caveat = getattr(loader, "resume_caveat", None)
+    if caveat is not None:
+        logger.warning(
+            "%s: a run that is resumed in the middle of it may not see the same data as one that "
+            "was never stopped: %s. The model, the optimizer and the rest resume exactly.",
+            getattr(loader, "name", "The training data"),
+            caveat,
+        )
 
 
 def _read_ahead(args: TrainingArguments) -> int | None:

@@ -26,7 +26,7 @@ from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
 from kbtrain.callbacks import ProgressCallback, TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.data import Loader, as_loader
+from kbtrain.data import ColumnFilter, Loader, as_loader
 from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
 from kbtrain.evaluation_weights import swapped_in
@@ -56,8 +56,9 @@ class Trainer(KnownParameters):
         args: ``TrainingArguments``; the default writes to ``tmp_trainer``.
         data_collator: Makes a batch of a list of samples; the default stacks them.
         train_dataset: Arrays ``(x, y)`` or ``(x, y, sample_weight)``, a dict of arrays (with the
-            key "labels"), an object with ``__len__`` and ``__getitem__``, or an iterable of
-            samples (with ``max_steps``).
+            key "labels"), an object with ``__len__`` and ``__getitem__``, an iterable of samples
+            (with ``max_steps``), or something that yields batches: a torch ``DataLoader``, a
+            ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a batched Grain data set.
         eval_dataset: The same, or a dict of several named ones.
         model_init: A function that returns the model; each ``fit`` begins with a new one.
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict
@@ -189,6 +190,8 @@ class Trainer(KnownParameters):
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
         )
+        names = building.input_names(model) if self.args.remove_unused_columns else None
+        self._columns = None if names is None else ColumnFilter(names)
 
     @property
     def model(self) -> keras.Model:
@@ -246,16 +249,17 @@ class Trainer(KnownParameters):
         """The training batches; may return any iterable of batches."""
         if self.train_dataset is None:
             raise ConfigurationError("fit() needs a train_dataset. Received: None.")
-        return make_loader(
-            self.train_dataset, self.args, self.data_collator, "train_dataset", train=True
-        )
+        return self._make_loader(self.train_dataset, "train_dataset", train=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The batches of an evaluation set, in order; may return any iterable of batches."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             raise ConfigurationError("evaluate() needs an eval_dataset. Received: None.")
-        return make_loader(data, self.args, self.data_collator, "eval_dataset", train=False)
+        return self._make_loader(data, "eval_dataset", train=False)
+
+    def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
+        return make_loader(data, self.args, self.data_collator, name, train, self._columns)
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The learning-rate schedule for a run of ``num_training_steps`` updates."""
@@ -375,9 +379,7 @@ class Trainer(KnownParameters):
             test_dataset: Data as for evaluation; labels may be missing.
             metric_key_prefix: Put before every metric's name.
         """
-        loader = make_loader(
-            test_dataset, self.args, self.data_collator, "test_dataset", train=False
-        )
+        loader = self._make_loader(test_dataset, "test_dataset", train=False)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
             output = evaluation_loop(
                 self, loader, metric_key_prefix, gather=True, keep_outputs=True

@@ -93,7 +93,8 @@ class TrainingArguments(_KnownNamesOnly):
       `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
-    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `dataloader_num_workers`,
+    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `remove_unused_columns`,
+      `dataloader_num_workers`,
       `dataloader_prefetch_factor`, `dataloader_persistent_workers`,
       `dataloader_multiprocessing_context`, `train_sampling_strategy`, `length_column_name`.
     - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`,
@@ -410,6 +411,12 @@ class TrainingArguments(_KnownNamesOnly):
     )
     dataloader_drop_last: bool = _option(
         False, kinds.flag, "Leave out the last batch of an epoch when it is not full."
+    )
+    remove_unused_columns: bool = _option(
+        True,
+        kinds.flag,
+        "Leave out columns of a data set that a functional model does not take, after a "
+        "data_collator has seen them.",
     )
     dataloader_num_workers: int = _option(
         0,

@@ -83,6 +83,7 @@ FROZEN = {
     "seed": (42, 42),
     "data_seed": (None, None),
     "dataloader_drop_last": (False, False),
+    "remove_unused_columns": (True, True),
     "dataloader_num_workers": (0, 0),
     "dataloader_prefetch_factor": (None, None),
     "dataloader_persistent_workers": (False, False),

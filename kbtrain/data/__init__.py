@@ -13,6 +13,7 @@ from kbtrain.data.batch import (
     to_batch,
     unpack,
 )
+from kbtrain.data.batch_loader import BatchLoader, as_loader
 from kbtrain.data.blocks import Batches, Block
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.collators import (
@@ -21,7 +22,7 @@ from kbtrain.data.collators import (
     DataCollatorWithPadding,
 )
 from kbtrain.data.collators_lm import DataCollatorForLanguageModeling, DataCollatorForPacking
-from kbtrain.data.loader import BatchLoader, DataLoader, Loader, as_loader
+from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.sampling import epoch_order
 from kbtrain.data.sources import (
     ArraySource,
@@ -32,6 +33,7 @@ from kbtrain.data.sources import (
     as_source,
 )
 from kbtrain.data.structure import map_structure, to_numpy
+from kbtrain.data.unused import ColumnFilter
 
 __all__ = [
     "ArraySource",
@@ -40,6 +42,7 @@ __all__ = [
     "Batches",
     "Block",
     "Collate",
+    "ColumnFilter",
     "DataCollatorForLanguageModeling",
     "DataCollatorForPacking",
     "DataCollatorForSeq2Seq",

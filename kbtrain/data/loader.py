@@ -6,7 +6,7 @@ the two numbers are all a checkpoint needs, and two epochs may be read at the sa
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,11 +19,10 @@ from kbtrain.data.sources import (
     ArraySource,
     IterableSource,
     Source,
-    UnsizedDataError,
     as_source,
-    derives_from,
     failed,
 )
+from kbtrain.data.unused import ColumnFilter
 from kbtrain.errors import ConfigurationError, DataError
 
 logger = logging.getLogger("kbtrain")
@@ -75,6 +74,7 @@ class DataLoader:
             collator of each batch, so that random choices belong to the position in the data.
         accumulation: Batches of one update; the strategies by length look at whole updates.
         length_column: Where samples say how long they are, for the strategies by length.
+        columns: Leaves out columns that are not used, after a user's collator.
         read_ahead: Batches that a thread makes ahead in training; None leaves that to who reads
             (``kbtrain.data.Batches``).
 
@@ -100,12 +100,13 @@ class DataLoader:
         collate: Collate | None = None,
         accumulation: int = 1,
         length_column: str = "length",
+        columns: ColumnFilter | None = None,
         read_ahead: int | None = None,
     ) -> None:
         check_strategy(strategy)
-        _check_count("batch_size", batch_size, 1)
-        _check_count("seed", seed, 0)
-        _check_count("accumulation", accumulation, 1)
+        check_count("batch_size", batch_size, 1)
+        check_count("seed", seed, 0)
+        check_count("accumulation", accumulation, 1)
         self.source = as_source(source)
         self.accumulation = int(accumulation)
         self.read_ahead = read_ahead
@@ -118,6 +119,9 @@ class DataLoader:
         self._said_skipping = False
         by_length = strategy in NEED_LENGTHS
         self._lengths = self.source.lengths(length_column) if by_length else None
+        self._columns = columns
+        if columns is not None and collate is None and isinstance(self.source, ArraySource):
+            self.source = self.source.keeping(columns)
 
     @property
     def name(self) -> str:
@@ -145,6 +149,11 @@ class DataLoader:
         """
         full, rest = divmod(len(self.source), self.batch_size)
         return full + bool(rest and not self.drop_last)
+
+    @property
+    def resume_caveat(self) -> str | None:
+        """Why a resumed run may see other data; None if it does not."""
+        return self.source.resume_caveat
 
     @property
     def vectorised(self) -> bool:
@@ -191,8 +200,8 @@ class DataLoader:
             ConfigurationError: A number is negative.
             DataError: While iterating: the data, or the collator, failed; the message says where.
         """
-        _check_count("epoch", epoch, 0)
-        _check_count("start_batch", start_batch, 0)
+        check_count("epoch", epoch, 0)
+        check_count("start_batch", start_batch, 0)
         self.source.set_epoch(epoch)
         if isinstance(self.source, IterableSource):
             return self._stream(self.source, epoch, start_batch)
@@ -203,7 +212,9 @@ class DataLoader:
         for number in range(start_batch, len(self)):
             indices = self._indices(order, number)
             try:
-                if self._collate is None:
+                if self._collate is None and (
+                    self._columns is None or isinstance(self.source, ArraySource)
+                ):
                     batch = self.source.gather(indices)
                 else:
                     batch = self._apply_collate(self.source.samples(indices), epoch, number)
@@ -252,8 +263,10 @@ class DataLoader:
             pass
 
     def _apply_collate(self, samples: list[Any], epoch: int, number: int) -> Any:
+        columns = self._columns or every_column
         if self._collate is None:
-            return default_collate(samples)
+            # Before they are put together, because what is not used may be of any kind.
+            return default_collate([columns(sample, self.name) for sample in samples])
         try:
             # A collator that draws random numbers wants to know its place, see its class.
             collate = self._collate.at(epoch, number) if self._positioned else self._collate
@@ -262,152 +275,18 @@ class DataLoader:
             raise
         except Exception as error:
             raise failed("the data_collator", error) from error
-        return to_batch(batch, "the result of the data_collator")
+        return to_batch(columns(batch, self.name), "the result of the data_collator")
 
     def _in_batch(self, number: int, error: DataError) -> DataError:
         return DataError(f"Batch {number} of {self.source.name}: {error}")
 
 
-class BatchLoader:
-    """A user's own iterable of batches, behind the doors of a loader.
-
-    Args:
-        batches: An iterable of batches (a torch ``DataLoader``, a batched ``tf.data.Dataset``), or
-            an object with ``__len__`` and ``__getitem__`` that returns batches (a Keras
-            ``PyDataset``). Its own order counts; ``set_epoch`` is called if it has one.
-        name: How error messages call it.
-    """
-
-    def __init__(self, batches: Any, name: str = "the dataloader") -> None:
-        self._batches = batches
-        self.name = name
-        # Lists and Keras' PyDatasets can be iterated too, but reading by index makes seeking free.
-        self._indexed = (
-            isinstance(batches, Sequence)
-            or derives_from(batches, "PyDataset")
-            or not hasattr(batches, "__iter__")
-        )
-        self._said_skipping = False
-
-    @property
-    def sized(self) -> bool:
-        """Whether the iterable knows its number of batches."""
-        return self._known_length() is not None
-
-    @property
-    def num_examples(self) -> int | None:
-        """Length of the iterable's ``dataset``, if it has one."""
-        try:
-            return len(self._batches.dataset)
-        except (AttributeError, TypeError, NotImplementedError):
-            return None
-
-    @property
-    def batch_size(self) -> int | None:
-        """The iterable's own ``batch_size``, if it has one."""
-        size = getattr(self._batches, "batch_size", None)
-        return size if isinstance(size, int) else None
-
-    def __len__(self) -> int:
-        """Return the number of batches.
-
-        Raises:
-            UnsizedDataError: The iterable does not know it.
-        """
-        length = self._known_length()
-        if length is None:
-            raise UnsizedDataError(f"{self.name} has no length. Set max_steps, or give it __len__.")
-        return length
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.epoch(0)
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Any]:
-        """Yield the batches of an epoch, as NumPy arrays.
-
-        Args:
-            epoch: Number of the epoch, handed to ``set_epoch``.
-            start_batch: Number of the first batch to yield; those before it are read and thrown
-                away unless the batches can be read by index.
-
-        Returns:
-            An iterator over batches.
-
-        Raises:
-            ConfigurationError: A number is negative.
-            DataError: While iterating: the iterable failed, or yielded something that is no batch.
-        """
-        _check_count("epoch", epoch, 0)
-        _check_count("start_batch", start_batch, 0)
-        for owner in (self._batches, getattr(self._batches, "sampler", None)):
-            hook = getattr(owner, "set_epoch", None)
-            if callable(hook):
-                hook(epoch)
-        return self._read(start_batch)
-
-    def _read(self, start_batch: int) -> Iterator[Any]:
-        batches = self._raw_batches(start_batch)
-        for number in itertools.count(start_batch):
-            where = f"Batch {number} of {self.name}"
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise failed(where, error) from error
-            yield to_batch(batch, where)
-
-    def _raw_batches(self, start_batch: int) -> Iterator[Any]:
-        """Yield the raw batches; a generator, so that a failing ``iter`` fails at a batch too."""
-        if self._indexed:
-            for number in range(start_batch, len(self)):
-                yield self._batches[number]
-            return
-        if start_batch and not self._said_skipping:
-            logger.info("%s: reading and skipping %d batches.", self.name, start_batch)
-            self._said_skipping = True
-        yield from itertools.islice(self._batches, start_batch, None)
-
-    def _known_length(self) -> int | None:
-        try:
-            return len(self._batches)
-        except (TypeError, NotImplementedError):
-            return None
+def every_column(batch: Any, name: str) -> Any:
+    """In place of a ``ColumnFilter`` where nothing is left out."""
+    return batch
 
 
-def as_loader(obj: Any, *, name: str = "the dataloader") -> Loader:
-    """Return ``obj`` if it is a loader, and an iterable of batches wrapped as one.
-
-    Args:
-        obj: A loader, an iterable of batches, or an object with ``__len__`` and ``__getitem__``
-            that returns batches.
-        name: How error messages call it.
-
-    Returns:
-        A loader.
-
-    Raises:
-        DataError: ``obj`` is nothing of that kind.
-
-    Example:
-        >>> loader = as_loader([([[1.0, 2.0]], [0])])
-        >>> len(loader), next(iter(loader))[0].dtype
-        (1, dtype('float32'))
-    """
-    if isinstance(obj, Loader):
-        return obj
-    indexed = hasattr(obj, "__len__") and hasattr(obj, "__getitem__")
-    if isinstance(obj, (str, bytes, dict)) or not (hasattr(obj, "__iter__") or indexed):
-        raise DataError(
-            f"{name} must be an iterable of batches, such as a kbtrain.data.DataLoader or a torch "
-            f"DataLoader. Received: a value of type {type(obj).__name__}"
-        )
-    return BatchLoader(obj, name)
-
-
-def _check_count(name: str, value: Any, minimum: int) -> None:
+def check_count(name: str, value: Any, minimum: int) -> None:
     """Raise a ``ConfigurationError`` unless ``value`` is an integer >= ``minimum``."""
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_integer or value < minimum:

@@ -5,6 +5,7 @@ length known, the batch of these indices, the samples of these indices (for a us
 """
 
 import abc
+import copy
 import itertools
 import logging
 import os
@@ -16,8 +17,10 @@ import numpy as np
 from kbtrain.data.batch import common_length, named_leaves, unpack
 from kbtrain.data.collate import default_collate
 from kbtrain.data.columns import Column, as_column, rows, take
+from kbtrain.data.foreign import derives_from, resume_caveat, yields_batches
 from kbtrain.data.lengths import checked, no_lengths
 from kbtrain.data.structure import has_array, map_raw, map_structure
+from kbtrain.data.unused import ColumnFilter
 from kbtrain.errors import DataError
 
 logger = logging.getLogger("kbtrain")
@@ -78,6 +81,14 @@ class Source(abc.ABC):
         """
         raise no_lengths(self.name, column, "it cannot be read by index")
 
+    @property
+    def resume_caveat(self) -> str | None:
+        """Why a resumed run may see other data than one that was not stopped; None if it does not.
+
+        What the data's own code does is taken to depend on nothing but the index and the epoch.
+        """
+        return None
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
         hook = getattr(self._data, "set_epoch", None)
@@ -112,6 +123,12 @@ class ArraySource(Source):
     def gather(self, indices: Indices) -> Any:
         """Return the batch of the samples at ``indices``: one read per array."""
         return map_structure(lambda column: take(column, indices), self._columns)
+
+    def keeping(self, columns: ColumnFilter) -> "ArraySource":
+        """The same rows without the columns that are not used."""
+        kept = copy.copy(self)
+        kept._columns = columns(self._columns, self.name)
+        return kept
 
     def lengths(self, column: str) -> np.ndarray:
         """Return the column of lengths, or the ones counted in an attention mask."""
@@ -248,6 +265,11 @@ class IterableSource(Source):
 
     samples = gather
 
+    @property
+    def resume_caveat(self) -> str | None:
+        """Why a resumed run may see other data; None if it does not."""
+        return resume_caveat(self._data)
+
     def stream(self) -> Iterator[Any]:
         """Yield the samples of one epoch.
 
@@ -359,24 +381,12 @@ def _refuse(data: Any, name: str) -> None:
         raise DataError(f"{name} is a class; pass an instance of it. Received: {data.__name__}")
     if isinstance(data, (bool, int, float, complex)):
         raise DataError(f"{name} must hold samples, not a single number. Received: {data!r}")
-    if _yields_batches(data):
+    if yields_batches(data):
         raise DataError(
             f"{name} yields batches, and samples were expected. Pass the samples (a torch "
-            "DataLoader has them as `.dataset`), or override get_train_dataloader or "
-            f"get_eval_dataloader to return the loader. Received: {type(data).__name__}"
+            "DataLoader has them as `.dataset`), or make it a loader with kbtrain.data.as_loader. "
+            f"Received: {type(data).__name__}"
         )
-
-
-def _yields_batches(data: Any) -> bool:
-    """Recognise the loaders of torch, of Keras and of this package without importing them."""
-    knows_samples = hasattr(data, "dataset") or hasattr(data, "num_examples")
-    is_loader = hasattr(data, "batch_size") and knows_samples
-    return is_loader or derives_from(data, "PyDataset")
-
-
-def derives_from(value: Any, class_name: str) -> bool:
-    """Whether a class of that name is among the value's, for libraries that are not imported."""
-    return any(cls.__name__ == class_name for cls in type(value).__mro__)
 
 
 def _length(source: Source) -> int:

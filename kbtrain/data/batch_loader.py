@@ -1,0 +1,170 @@
+"""Batches that somebody else makes, behind the doors of a loader."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kbtrain.data.batch import to_batch
+from kbtrain.data.foreign import check_batched, derives_from, ends_epochs, resume_caveat
+from kbtrain.data.loader import Loader, check_count, every_column
+from kbtrain.data.sources import UnsizedDataError, failed
+from kbtrain.data.unused import ColumnFilter
+from kbtrain.errors import DataError
+
+logger = logging.getLogger("kbtrain")
+
+
+class BatchLoader:
+    """A user's own iterable of batches, behind the doors of a loader.
+
+    Args:
+        batches: An iterable of batches (a torch ``DataLoader``, a batched ``tf.data.Dataset``), or
+            an object with ``__len__`` and ``__getitem__`` that returns batches (a Keras
+            ``PyDataset``). Its own order counts; ``set_epoch`` is called if it has one, and
+            ``on_epoch_end`` of a ``PyDataset`` once for each epoch before the one that is read.
+        name: How error messages call it.
+        columns: Leaves out columns that are not used.
+    """
+
+    def __init__(
+        self, batches: Any, name: str = "the dataloader", columns: ColumnFilter | None = None
+    ) -> None:
+        check_batched(batches, name)
+        self._batches = batches
+        self.name = name
+        self._columns = columns or every_column
+        self._ends_epochs = ends_epochs(batches)
+        self._epochs_ended = 0
+        # Lists and Keras' PyDatasets can be iterated too, but reading by index makes seeking free.
+        self._indexed = (
+            isinstance(batches, Sequence)
+            or derives_from(batches, "PyDataset")
+            or not hasattr(batches, "__iter__")
+        )
+        self._said_skipping = False
+
+    @property
+    def resume_caveat(self) -> str | None:
+        """Why a resumed run may see other data; None if it does not."""
+        return resume_caveat(self._batches)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the iterable knows its number of batches."""
+        return self._known_length() is not None
+
+    @property
+    def num_examples(self) -> int | None:
+        """Length of the iterable's ``dataset``, if it has one."""
+        try:
+            return len(self._batches.dataset)
+        except (AttributeError, TypeError, NotImplementedError):
+            return None
+
+    @property
+    def batch_size(self) -> int | None:
+        """The iterable's own ``batch_size``, if it has one."""
+        size = getattr(self._batches, "batch_size", None)
+        return size if isinstance(size, int) else None
+
+    def __len__(self) -> int:
+        """Return the number of batches.
+
+        Raises:
+            UnsizedDataError: The iterable does not know it.
+        """
+        length = self._known_length()
+        if length is None:
+            raise UnsizedDataError(f"{self.name} has no length. Set max_steps, or give it __len__.")
+        return length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch, as NumPy arrays.
+
+        Args:
+            epoch: Number of the epoch, handed to ``set_epoch``.
+            start_batch: Number of the first batch to yield; those before it are read and thrown
+                away unless the batches can be read by index.
+
+        Returns:
+            An iterator over batches.
+
+        Raises:
+            ConfigurationError: A number is negative.
+            DataError: While iterating: the iterable failed, or yielded something that is no batch.
+        """
+        check_count("epoch", epoch, 0)
+        check_count("start_batch", start_batch, 0)
+        for owner in (self._batches, getattr(self._batches, "sampler", None)):
+            hook = getattr(owner, "set_epoch", None)
+            if callable(hook):
+                hook(epoch)
+        while self._ends_epochs and self._epochs_ended < epoch:
+            self._epochs_ended += 1
+            self._batches.on_epoch_end()
+        return self._read(start_batch)
+
+    def _read(self, start_batch: int) -> Iterator[Any]:
+        batches = self._raw_batches(start_batch)
+        for number in itertools.count(start_batch):
+            where = f"Batch {number} of {self.name}"
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise failed(where, error) from error
+            yield to_batch(self._columns(batch, self.name), where)
+
+    def _raw_batches(self, start_batch: int) -> Iterator[Any]:
+        """Yield the raw batches; a generator, so that a failing ``iter`` fails at a batch too."""
+        if self._indexed:
+            for number in range(start_batch, len(self)):
+                yield self._batches[number]
+            return
+        if start_batch and not self._said_skipping:
+            logger.info("%s: reading and skipping %d batches.", self.name, start_batch)
+            self._said_skipping = True
+        yield from itertools.islice(self._batches, start_batch, None)
+
+    def _known_length(self) -> int | None:
+        try:
+            return len(self._batches)
+        except (TypeError, NotImplementedError):
+            return None
+
+
+def as_loader(obj: Any, *, name: str = "the dataloader") -> Loader:
+    """Return ``obj`` if it is a loader, and an iterable of batches wrapped as one.
+
+    Args:
+        obj: A loader, an iterable of batches, or an object with ``__len__`` and ``__getitem__``
+            that returns batches.
+        name: How error messages call it.
+
+    Returns:
+        A loader.
+
+    Raises:
+        DataError: ``obj`` is nothing of that kind.
+
+    Example:
+        >>> loader = as_loader([([[1.0, 2.0]], [0])])
+        >>> len(loader), next(iter(loader))[0].dtype
+        (1, dtype('float32'))
+    """
+    if isinstance(obj, Loader):
+        return obj
+    indexed = hasattr(obj, "__len__") and hasattr(obj, "__getitem__")
+    if isinstance(obj, (str, bytes, dict)) or not (hasattr(obj, "__iter__") or indexed):
+        raise DataError(
+            f"{name} must be an iterable of batches, such as a kbtrain.data.DataLoader or a torch "
+            f"DataLoader. Received: a value of type {type(obj).__name__}"
+        )
+    return BatchLoader(obj, name)

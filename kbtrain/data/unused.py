@@ -1,0 +1,59 @@
+"""Leaving out the columns of a data set that the model does not take."""
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from kbtrain.data.batch import LABEL_KEYS, SAMPLE_WEIGHT_KEY
+
+logger = logging.getLogger("kbtrain")
+
+
+class ColumnFilter:
+    """Removes from dicts what is neither an input of the model nor a label or weight.
+
+    It says so once. If not one of a dict's inputs is known, the names of the two do not correspond
+    (a single unnamed input, say), and everything stays.
+
+    Args:
+        inputs: Names of the model's inputs.
+
+    Example:
+        >>> keep = ColumnFilter({"input_ids"})
+        >>> sorted(keep({"input_ids": [1], "labels": 0}, "train_dataset"))
+        ['input_ids', 'labels']
+    """
+
+    def __init__(self, inputs: Collection[str]) -> None:
+        self._inputs = frozenset(inputs)
+        self._said = False
+
+    def __call__(self, batch: Any, name: str) -> Any:
+        """The batch (or sample, or columns) without what is not used.
+
+        Args:
+            batch: A dict, or a tuple whose first part is one; anything else comes back as it is.
+            name: How the message calls the data.
+        """
+        if isinstance(batch, tuple) and batch and isinstance(batch[0], Mapping):
+            first = self._filter(batch[0], name, frozenset())
+            return batch if first is batch[0] else (first, *batch[1:])
+        if isinstance(batch, Mapping):
+            return self._filter(batch, name, frozenset((*LABEL_KEYS, SAMPLE_WEIGHT_KEY)))
+        return batch
+
+    def _filter(self, batch: Mapping[Any, Any], name: str, others: frozenset[str]) -> Any:
+        inputs = [key for key in batch if key not in others]
+        unused = [key for key in inputs if key not in self._inputs]
+        if not unused or len(unused) == len(inputs):
+            return batch
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "%s has columns that the model does not take (it takes %s): %s. They are left out "
+                "of the batches; remove_unused_columns=False keeps them.",
+                name,
+                ", ".join(sorted(self._inputs)),
+                ", ".join(map(str, unused)),
+            )
+        return {key: value for key, value in batch.items() if key not in unused}
