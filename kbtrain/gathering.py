@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,8 +46,9 @@ class Rows:
     Args:
         expected: How many rows there will be, or None if that is not known: the memory grows by
             half then, in place where the system can. Axes after the first may differ from piece to
-            piece; they are filled up to the longest with ``PADDING``, which takes a copy when a
-            longer one comes.
+            piece; they are filled up to the longest with ``PADDING``. A longer one takes a copy,
+            and makes room for a quarter more, so that data sorted by length is not copied for each
+            new length.
 
     Example:
         >>> rows = Rows(expected=3)
@@ -59,6 +61,7 @@ class Rows:
     def __init__(self, expected: int | None = None) -> None:
         self._expected = expected
         self._buffer: np.ndarray | None = None
+        self._longest: tuple[int, ...] = ()
         self._count = 0
 
     def add(self, rows: np.ndarray) -> None:
@@ -75,7 +78,8 @@ class Rows:
         if buffer is None:
             size = max(len(rows), self._expected or 0)
             buffer = self._buffer = np.empty((size, *rows.shape[1:]), rows.dtype)
-        if buffer.shape[1:] != rows.shape[1:] or buffer.dtype != rows.dtype:
+            self._longest = rows.shape[1:]
+        if self._longest != rows.shape[1:] or buffer.dtype != rows.dtype:
             buffer = self._buffer = self._fit(buffer, rows)
         end = self._count + len(rows)
         if end > len(buffer):
@@ -91,32 +95,38 @@ class Rows:
         if buffer.ndim != rows.ndim:
             raise DataError(
                 "Outputs and labels must have the same number of axes in every batch. "
-                f"Received: shapes {buffer.shape[1:]} and {rows.shape[1:]} (without the first "
+                f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first "
                 "axis). Return one form from preprocess_logits_for_metrics, or set "
                 "eval_do_concat_batches=False."
             )
         dtype = np.result_type(buffer.dtype, rows.dtype)
-        longest = tuple(map(max, buffer.shape[1:], rows.shape[1:]))
-        if buffer.shape[1:] != rows.shape[1:] and dtype.kind in "bu":
+        if self._longest != rows.shape[1:] and dtype.kind in "bu":
             raise DataError(
                 f"Outputs or labels of dtype {dtype} have different lengths, and {PADDING}, which "
                 "would fill them up, is no value of this dtype. Cast them to a signed integer or "
                 "a float, or set eval_do_concat_batches=False. "
-                f"Received: shapes {buffer.shape[1:]} and {rows.shape[1:]} (without the first axis)"
+                f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first axis)"
             )
-        if (longest, dtype) == (buffer.shape[1:], buffer.dtype):
+        self._longest = tuple(map(max, self._longest, rows.shape[1:]))
+        if dtype == buffer.dtype and all(map(operator.le, self._longest, buffer.shape[1:])):
             return buffer
-        wider = np.empty((len(buffer), *longest), dtype)
-        if longest != buffer.shape[1:]:
-            wider[: self._count] = PADDING
+        room = [
+            old if new <= old else max(new, old * 5 // 4)
+            for new, old in zip(self._longest, buffer.shape[1:], strict=True)
+        ]
+        wider = np.empty((len(buffer), *room), dtype)
+        wider[: self._count] = PADDING
         wider[(slice(self._count), *map(slice, buffer.shape[1:]))] = buffer[: self._count]
         return wider
 
     def result(self) -> np.ndarray:
         """All rows; nothing may be added afterwards."""
         assert self._buffer is not None
+        if self._longest != self._buffer.shape[1:]:
+            rows = (slice(self._count), *map(slice, self._longest))
+            return np.ascontiguousarray(self._buffer[rows])
         if self._count < len(self._buffer):
-            self._buffer.resize((self._count, *self._buffer.shape[1:]), refcheck=False)
+            self._buffer.resize((self._count, *self._longest), refcheck=False)
         return self._buffer
 
 

@@ -193,6 +193,14 @@ def test_an_iterable_can_be_evaluated(tmp_path):
     )
 
 
+def test_a_nan_is_not_hidden(tmp_path):
+    x, y = make_data(12)
+    x[5] = np.nan
+    metrics = make(tmp_path, metrics=["mean_absolute_error"]).evaluate((x, y))
+    assert np.isnan(metrics["eval_loss"])
+    assert np.isnan(metrics["eval_mean_absolute_error"])
+
+
 def test_an_empty_loader_is_an_error(tmp_path):
     class Own(Trainer):
         def get_eval_dataloader(self, eval_dataset=None):

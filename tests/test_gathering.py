@@ -55,6 +55,22 @@ def test_rows_are_concatenated_and_padded(pieces, expected):
     np.testing.assert_array_equal(rows.result(), reference)
 
 
+def test_rows_sorted_by_length_are_not_copied_for_each_length(monkeypatch):
+    fits = []
+    fit = Rows._fit
+    monkeypatch.setattr(
+        Rows, "_fit", lambda self, *a: fits.append(self._buffer.shape) or fit(self, *a)
+    )
+    rows = Rows(300)
+    for length in range(1, 301):
+        rows.add(np.full((1, length), length))
+    result = rows.result()
+    assert result.shape == (300, 300)
+    assert result.flags.c_contiguous
+    np.testing.assert_array_equal(result[9], [10] * 10 + [PADDING] * 290)
+    assert len(set(fits)) < 30
+
+
 def test_what_is_added_is_copied():
     array = np.zeros((2, 2))
     rows = Rows(2)
