@@ -18,7 +18,7 @@ from kbtrain.data import Batches, Block, Loader, as_loader
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
-from kbtrain.loaders import warn_of_inexact_resume
+from kbtrain.loaders import in_epochs, warn_of_inexact_resume
 from kbtrain.loop import train_loop
 from kbtrain.memory import measured
 from kbtrain.run import Run
@@ -94,7 +94,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     if trainer.model_init is not None:
         rng.set_seed(args.seed)
         trainer.adopt(trainer.model_init())
-    loader = as_loader(trainer.get_train_dataloader())
+    loader = in_epochs(as_loader(trainer.get_train_dataloader()), args)
     trainer.train_dataloader = loader
     plan = _plan(trainer, loader)
     if args.save_strategy != "no":
@@ -162,7 +162,7 @@ def _plan(trainer: Trainer, loader: Loader) -> Plan:
     if not loader.sized and args.max_steps <= 0:
         raise ConfigurationError(
             "The training data has no length, so the number of steps cannot be counted: "
-            f"set max_steps. Received: max_steps={args.max_steps}."
+            f"set max_steps, or steps_per_epoch. Received: max_steps={args.max_steps}."
         )
     batches = len(loader) if loader.sized else None
     return make_plan(

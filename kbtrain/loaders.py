@@ -6,7 +6,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from kbtrain.data import BatchLoader, Collate, ColumnFilter, DataLoader, Loader, as_source
+from kbtrain.data import (
+    BatchLoader,
+    Collate,
+    ColumnFilter,
+    DataLoader,
+    FixedEpochs,
+    Loader,
+    as_source,
+)
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.foreign import yields_batches
 from kbtrain.errors import ConfigurationError
@@ -54,9 +62,10 @@ def make_loader(
             ),
             args,
         )
-    if not source.sized and args.max_steps <= 0:
+    if not source.sized and args.max_steps <= 0 and args.steps_per_epoch is None:
         raise ConfigurationError(
-            f"{name} has no length, so the number of steps cannot be counted: set max_steps. "
+            f"{name} has no length, so the number of steps cannot be counted: set max_steps, or "
+            "steps_per_epoch. "
             f"Received: {type(dataset).__name__}, max_steps={args.max_steps}."
         )
     loader = DataLoader(
@@ -93,6 +102,24 @@ def _as_they_come(
         type(dataset).__name__,
     )
     return BatchLoader(dataset, name, columns)
+
+
+def in_epochs(loader: Loader, args: TrainingArguments) -> Loader:
+    """The loader, with epochs of ``steps_per_epoch`` updates if the arguments have that.
+
+    Raises:
+        ConfigurationError: The data has a length, and with it epochs of its own.
+    """
+    if args.steps_per_epoch is None:
+        return loader
+    if loader.sized:
+        raise ConfigurationError(
+            "steps_per_epoch is for data without a length; this data has "
+            f"{len(loader)} batches, which are its epoch. Leave it out (max_steps or a fraction in "
+            "num_train_epochs ends a run early). "
+            f"Received: steps_per_epoch={args.steps_per_epoch}."
+        )
+    return FixedEpochs(loader, args.steps_per_epoch * args.gradient_accumulation_steps)
 
 
 def warn_of_inexact_resume(loader: Loader) -> None:

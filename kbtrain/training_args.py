@@ -79,7 +79,8 @@ class TrainingArguments(_KnownNamesOnly):
     Args, by group:
 
     - Length and batches: `output_dir`, `num_train_epochs`, `max_steps`,
-      `per_device_train_batch_size`, `per_device_eval_batch_size`, `gradient_accumulation_steps`.
+      `steps_per_epoch`, `per_device_train_batch_size`, `per_device_eval_batch_size`,
+      `gradient_accumulation_steps`.
     - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
       `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `parameter_groups`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
@@ -139,6 +140,12 @@ class TrainingArguments(_KnownNamesOnly):
         kinds.whole(1, or_exactly=-1),
         "Length of the run in update steps, instead of num_train_epochs; the data is repeated as "
         "often as needed. -1 means not set.",
+    )
+    steps_per_epoch: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Update steps that make an epoch of data without a length; the next epoch goes on where "
+        "it ended. None makes each pass over such data an epoch, and max_steps is needed.",
     )
     per_device_train_batch_size: int = _option(
         8,

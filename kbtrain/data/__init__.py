@@ -22,6 +22,7 @@ from kbtrain.data.collators import (
     DataCollatorWithPadding,
 )
 from kbtrain.data.collators_lm import DataCollatorForLanguageModeling, DataCollatorForPacking
+from kbtrain.data.epochs import FixedEpochs
 from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.sampling import epoch_order
 from kbtrain.data.sources import (
@@ -49,6 +50,7 @@ __all__ = [
     "DataCollatorForTokenClassification",
     "DataCollatorWithPadding",
     "DataLoader",
+    "FixedEpochs",
     "IterableSource",
     "Loader",
     "MapSource",
