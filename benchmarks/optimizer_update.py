@@ -1,26 +1,89 @@
-"""Time of one AdamW update: optim, Keras and the framework's own, side by side.
+"""Time and memory of one update: every optimizer of `optim`, Keras' and the framework's own.
 
     python benchmarks/optimizer_update.py --backend torch
+    python benchmarks/optimizer_update.py --backend jax --optimizers adamw lion --json jax.json
 
-The candidates take turns within a round, so that a noisy machine disturbs all of them alike; the
-figure to read is the median over the rounds of the time relative to the native one.
+The candidates for one algorithm take turns within a round, with `optim.AdamW` among them, so that a
+noisy machine disturbs all of them alike; read the ratios, which are medians over the rounds.
+
+- ``x AdamW``: time relative to `optim.AdamW`.
+- ``per byte``: the same per byte that the algorithm cannot avoid to move (parameter and state read
+  and written, gradient read).
+- ``extra MiB``: memory that one update needs at its peak, on top of what is there before it.
 """
 
 import argparse
+import functools
+import gc
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-Step = Callable[[], None]
 
 # 12 layers of width 512 with ten tensors each, like the blocks of a small transformer: 37.8 million
 # parameters in 120 tensors.
 LAYERS = 12
 SHAPES = [(512, 1536), (1536,), (512, 512), (512,), (512, 2048), (2048,), (2048, 512), (512,)]
 SHAPES += [(512,), (512,)]
-HYPERPARAMETERS: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.01}
+SMALL = [(32, 96), (96,), (32, 32), (32,)]
+
+KERAS = {
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "lamb": "Lamb",
+    "lion": "Lion",
+    "muon": "Muon",
+    "nadam": "Nadam",
+    "rmsprop": "RMSprop",
+    "schedule_free_adamw": "ScheduleFreeAdamW",
+    "sgd": "SGD",
+}
+TORCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "adafactor": ("Adafactor", {}),
+    "adagrad": ("Adagrad", {"fused": True}),
+    "adam": ("Adam", {"fused": True}),
+    "adamw": ("AdamW", {"fused": True}),
+    "nadam": ("NAdam", {"foreach": True}),
+    "radam": ("RAdam", {"foreach": True}),
+    "rmsprop": ("RMSprop", {"foreach": True}),
+    "sgd": ("SGD", {"fused": True, "momentum": 0.9}),
+}
+OPTAX: dict[str, dict[str, Any]] = {
+    "adafactor": {},
+    "adagrad": {},
+    "adam": {},
+    "adamw": {},
+    "adan": {},
+    "lamb": {},
+    "lion": {},
+    "nadam": {},
+    "radam": {},
+    "rmsprop": {},
+    "sgd": {"momentum": 0.9},
+}
+ARGUMENTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+BASE = "optim.AdamW"
+
+
+@dataclass
+class Candidate:
+    """Something that updates the parameters.
+
+    Attributes:
+        step: one update.
+        wait: returns when the device has finished.
+        state: bytes of its state.
+    """
+
+    step: Callable[[], Any]
+    wait: Callable[[], Any]
+    state: int = 0
 
 
 def arrays(seed: int, shapes: list[tuple[int, ...]]) -> list[Any]:
@@ -30,164 +93,272 @@ def arrays(seed: int, shapes: list[tuple[int, ...]]) -> list[Any]:
     return [generator.standard_normal(shape, dtype="float32") for shape in shapes]
 
 
-def torch_steps(shapes: list[tuple[int, ...]]) -> tuple[dict[str, Step], Callable[[], None]]:
-    import keras
-    import torch
+def state_bytes(optimizer: Any) -> int:
+    import numpy as np
 
-    import optim
+    sizes = {"bfloat16": 2}
+    return sum(
+        int(np.prod(v.shape)) * (sizes.get(str(v.dtype)) or np.dtype(str(v.dtype)).itemsize)
+        for v in optimizer.variables
+    )
+
+
+def through_keras(shapes: list[tuple[int, ...]], compile_update: Any, optimizer: Any) -> Candidate:
+    """An optimizer of Keras' kind, compiled in the way of the backend."""
+    import keras
+
+    variables = [keras.Variable(a) for a in arrays(0, shapes)]
+    optimizer.build(variables)
+    step, wait = compile_update(optimizer, variables)
+    return Candidate(step, wait, state_bytes(optimizer))
+
+
+# ---- by framework --------------------------------------------------------------------------------
+
+
+def torch_tools(shapes: list[tuple[int, ...]]) -> tuple[Any, dict[str, Callable[[], Candidate]]]:
+    import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gradients = [torch.tensor(a, device=device) for a in arrays(1, shapes)]
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def through_keras(optimizer: Any) -> Step:
-        variables = [keras.Variable(a) for a in arrays(0, shapes)]
-        optimizer.build(variables)
-        return lambda: optimizer.apply(gradients, variables)
+    def compile_update(optimizer: Any, variables: list[Any]) -> Any:
+        return lambda: optimizer.apply(gradients, variables), wait
 
-    parameters = [torch.nn.Parameter(torch.tensor(a, device=device)) for a in arrays(0, shapes)]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    native = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
-    steps = {
-        "torch.optim.AdamW(fused=True)": native.step,
-        "optim.AdamW": through_keras(optim.AdamW(**HYPERPARAMETERS)),
-        "optim.AdamW(kernel='reference')": through_keras(
-            optim.AdamW(**HYPERPARAMETERS, kernel="reference")
-        ),
-        "keras.optimizers.AdamW": through_keras(keras.optimizers.AdamW(**HYPERPARAMETERS)),
+    def native(name: str, kwargs: dict[str, Any]) -> Candidate:
+        values = [torch.nn.Parameter(torch.tensor(a, device=device)) for a in arrays(0, shapes)]
+        for value, gradient in zip(values, gradients, strict=True):
+            value.grad = gradient
+        return Candidate(getattr(torch.optim, name)(values, lr=1e-3, **kwargs).step, wait)
+
+    natives: dict[str, Callable[[], Candidate]] = {
+        key: functools.partial(native, *entry) for key, entry in TORCH.items()
     }
-    return steps, torch.cuda.synchronize if device == "cuda" else lambda: None
+    return {"": compile_update}, natives
 
 
-def jax_steps(shapes: list[tuple[int, ...]]) -> tuple[dict[str, Step], Callable[[], None]]:
+def jax_tools(shapes: list[tuple[int, ...]]) -> tuple[Any, dict[str, Callable[[], Candidate]]]:
     import jax
-    import keras
     import optax
 
-    import optim
-
     gradients = [jax.numpy.asarray(a) for a in arrays(1, shapes)]
-    last: list[Any] = [None]
 
-    def through_keras(optimizer: Any) -> Step:
-        variables = [keras.Variable(a) for a in arrays(0, shapes)]
-        optimizer.build(variables)
+    def running(update: Any, held: list[Any]) -> tuple[Any, Any]:
+        jitted = jax.jit(update, donate_argnums=(0, 1))
 
+        def step() -> None:
+            held[:] = jitted(*held, gradients)
+
+        return step, lambda: jax.block_until_ready(held)
+
+    def compile_update(optimizer: Any, variables: list[Any]) -> Any:
         def update(parameters: Any, state: Any, gradients: Any) -> Any:
             return optimizer.stateless_apply(state, gradients, parameters)
 
         # JAX gives a donated buffer to the first result of its shape: with results in another
         # order than the arguments, XLA would have to copy every tensor (three times the time).
-        jitted = jax.jit(update, donate_argnums=(0, 1))
-        held = [[v.value for v in variables], [v.value for v in optimizer.variables]]
+        values = [[v.value for v in variables], [v.value for v in optimizer.variables]]
+        return running(update, values)
 
-        def step() -> None:
-            held[:] = jitted(*held, gradients)
-            last[0] = held[0]
-
-        return step
-
-    def native() -> Step:
-        transformation = optax.adamw(1e-3, weight_decay=0.01)
+    def native(name: str, kwargs: dict[str, Any]) -> Candidate:
+        transformation = getattr(optax, name)(1e-3, **kwargs)
 
         def update(parameters: Any, state: Any, gradients: Any) -> Any:
             updates, state = transformation.update(gradients, state, parameters)
             return optax.apply_updates(parameters, updates), state
 
-        jitted = jax.jit(update, donate_argnums=(0, 1))
         parameters = [jax.numpy.asarray(a) for a in arrays(0, shapes)]
-        held = [parameters, transformation.init(parameters)]
+        return Candidate(*running(update, [parameters, transformation.init(parameters)]))
 
-        def step() -> None:
-            held[:] = jitted(*held, gradients)
-            last[0] = held[0]
-
-        return step
-
-    steps = {
-        "optax.adamw, jit, donated": native(),
-        "optim.AdamW": through_keras(optim.AdamW(**HYPERPARAMETERS)),
-        "keras.optimizers.AdamW": through_keras(keras.optimizers.AdamW(**HYPERPARAMETERS)),
+    natives: dict[str, Callable[[], Candidate]] = {
+        key: functools.partial(native, key, kwargs)
+        for key, kwargs in OPTAX.items()
+        if hasattr(optax, key)
     }
-    return steps, lambda: jax.block_until_ready(last[0])
+    return {"": compile_update}, natives
 
 
-def tensorflow_steps(shapes: list[tuple[int, ...]]) -> tuple[dict[str, Step], Callable[[], None]]:
-    import keras
+def tensorflow_tools(
+    shapes: list[tuple[int, ...]],
+) -> tuple[Any, dict[str, Callable[[], Candidate]]]:
     import tensorflow as tf
+
+    gradients = [tf.constant(a) for a in arrays(1, shapes)]
+
+    def compiled(jit_compile: bool) -> Any:
+        def compile_update(optimizer: Any, variables: list[Any]) -> Any:
+            step = tf.function(
+                lambda: optimizer.apply(gradients, variables), jit_compile=jit_compile
+            )
+            return step, lambda: variables[-1].numpy()
+
+        return compile_update
+
+    return {", XLA": compiled(True), ", tf.function": compiled(False)}, {}
+
+
+TOOLS = {"torch": torch_tools, "tensorflow": tensorflow_tools, "jax": jax_tools}
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int | None:
+    """A line of Linux' account of this process, in bytes; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(x for x in status.read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def extra_memory(candidate: Candidate) -> float | None:
+    """MiB that one update needs on top of what is there before it."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        candidate.step()
+        candidate.wait()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    gc.collect()
+    before_step = resident("VmRSS")
+    if before_step is None:
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError:
+        return None
+    candidate.step()
+    candidate.wait()
+    return ((resident("VmHWM") or before_step) - before_step) / 2**20
+
+
+def timed(candidate: Candidate) -> float:
+    candidate.wait()
+    start = time.perf_counter()
+    candidate.step()
+    candidate.wait()
+    return time.perf_counter() - start
+
+
+def measure(
+    makers: dict[str, Callable[[], Candidate]], rounds: int, values: int
+) -> dict[str, dict[str, Any]]:
+    """First call, median time, ratios to the first candidate, and memory, of each candidate."""
+    candidates, first, memory = {}, {}, {}
+    for name, make in makers.items():
+        candidates[name] = make()
+        first[name] = timed(candidates[name])
+        timed(candidates[name])
+        memory[name] = extra_memory(candidates[name])
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            times[name].append(timed(candidate))
+    base = next(iter(candidates))
+    moved = {name: 12 * values + 2 * c.state for name, c in candidates.items()}
+    result = {}
+    for name in candidates:
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+        known = candidates[name].state or name == base
+        result[name] = {
+            "first_call_s": first[name],
+            "median_ms": statistics.median(times[name]) * 1e3,
+            "relative_to_adamw": ratio,
+            "relative_per_byte": ratio * moved[base] / moved[name] if known else None,
+            "state_bytes_per_parameter": candidates[name].state / values,
+            "extra_mib": memory[name],
+        }
+    return result
+
+
+def candidates_of(
+    name: str, shapes: list[tuple[int, ...]], tools: tuple[Any, Any]
+) -> dict[str, Callable[[], Candidate]]:
+    """Makers of everything that is compared for one algorithm, `optim.AdamW` first."""
+    import keras
 
     import optim
 
-    gradients = [tf.constant(a) for a in arrays(1, shapes)]
-    watched: list[Any] = []
+    forms, natives = tools
+    makers: dict[str, Callable[[], Candidate]] = {}
+    given = ARGUMENTS.get(name, {})
+    for label, form in forms.items():
 
-    def through_keras(optimizer: Any, jit_compile: bool) -> Step:
-        variables = [keras.Variable(a) for a in arrays(0, shapes)]
-        optimizer.build(variables)
-        watched.append(variables[-1])
+        def maker(factory: Any, form: Any = form) -> Callable[[], Candidate]:
+            return lambda: through_keras(shapes, form, factory())
 
-        @tf.function(jit_compile=jit_compile)
-        def step() -> None:
-            optimizer.apply(gradients, variables)
-
-        return step
-
-    steps = {
-        "keras.optimizers.AdamW, XLA": through_keras(
-            keras.optimizers.AdamW(**HYPERPARAMETERS), True
-        ),
-        "optim.AdamW, XLA": through_keras(optim.AdamW(**HYPERPARAMETERS), True),
-        "keras.optimizers.AdamW, tf.function": through_keras(
-            keras.optimizers.AdamW(**HYPERPARAMETERS), False
-        ),
-        "optim.AdamW, tf.function": through_keras(optim.AdamW(**HYPERPARAMETERS), False),
-    }
-
-    def wait() -> None:
-        for variable in watched:
-            variable.numpy()
-
-    return steps, wait
+        makers.setdefault(BASE + label, maker(lambda: optim.AdamW(1e-3)))
+        if name != "adamw":
+            makers[f"optim {name}{label}"] = maker(
+                lambda: optim.get(name, learning_rate=1e-3, **given)
+            )
+        if name in KERAS:
+            counterpart = getattr(keras.optimizers, KERAS[name])
+            makers[f"keras.optimizers.{KERAS[name]}{label}"] = maker(
+                lambda counterpart=counterpart: counterpart(learning_rate=1e-3, **given)
+            )
+    if name in natives:
+        makers[f"native {name}"] = natives[name]
+    return makers
 
 
-def measure(steps: dict[str, Step], wait: Callable[[], None], rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    first: dict[str, float] = {}
-    for name, step in steps.items():
-        start = time.perf_counter()
-        step()
-        wait()
-        first[name] = time.perf_counter() - start
-        step()
-        wait()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            times[name].append(time.perf_counter() - start)
-    native = next(iter(steps))
-    print(f"{'':40} first call s   median ms   relative to {native}")
-    for name, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(values, times[native], strict=True))
-        print(f"{name:40} {first[name]:12.2f} {statistics.median(values) * 1e3:11.2f} {ratio:9.2f}")
+def registered() -> list[str]:
+    """One name for each optimizer class of `optim`; the shortest, where there are several."""
+    import optim
+
+    found: dict[Any, str] = {}
+    for name in sorted(optim.names(), key=lambda n: (len(n), n)):
+        factory = optim.registry.load(optim.registry.OPTIMIZERS, name)
+        if factory.__module__.startswith("optim."):
+            found.setdefault(factory, name)
+    return sorted(found.values())
+
+
+def show(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    def cell(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    print(f"\n{name:42} first call s  median ms   x AdamW  per byte  extra MiB", flush=True)
+    for label, row in rows.items():
+        print(
+            f"  {label:40} {row['first_call_s']:12.2f} {row['median_ms']:10.2f} "
+            f"{row['relative_to_adamw']:9.2f} {cell(row['relative_per_byte'], 2):>9} "
+            f"{cell(row['extra_mib'], 1):>10}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=["torch", "tensorflow", "jax"], default=None)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--backend", choices=sorted(TOOLS), default=None)
+    parser.add_argument("--optimizers", nargs="*", default=None, help="names; all by default")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--layers", type=int, default=LAYERS, help="size of the model")
+    parser.add_argument("--small", action="store_true", help="tiny tensors, to try it out")
+    parser.add_argument("--json", type=Path, default=None, help="file for the results")
     arguments = parser.parse_args()
     if arguments.backend is not None:
         os.environ["KERAS_BACKEND"] = arguments.backend  # read by Keras when it is imported
     import keras
 
-    makers = {"torch": torch_steps, "tensorflow": tensorflow_steps, "jax": jax_steps}
-    shapes = SHAPES * arguments.layers
-    steps, wait = makers[keras.backend.backend()](shapes)
-    measure(steps, wait, arguments.rounds)
+    shapes = (SMALL if arguments.small else SHAPES) * arguments.layers
+    values = sum(a.size for a in arrays(0, shapes))
+    backend = keras.backend.backend()
+    print(f"{backend}: {values / 1e6:.1f} million parameters in {len(shapes)} tensors")
+    tools = TOOLS[backend](shapes)
+    results = {}
+    for name in arguments.optimizers or registered():
+        results[name] = measure(candidates_of(name, shapes, tools), arguments.rounds, values)
+        show(name, results[name])
+        gc.collect()
+        if arguments.json is not None:
+            document = {"backend": backend, "parameters": values, "results": results}
+            arguments.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -37,5 +37,5 @@ GALORE_LAYERWISE = _LAYERWISE + "Use 'galore_adamw'."
 APOLLO_LAYERWISE = _LAYERWISE + "Use 'apollo_adamw'."
 SOPHIA = (
     "Sophia needs an estimate of the Hessian, which no call of `apply(gradients)` can have. "
-    "Use 'soap' for second-order information that comes from gradients alone."
+    "Use 'adamw', or 'muon' for an update that conditions whole matrices."
 )
