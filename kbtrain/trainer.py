@@ -265,12 +265,13 @@ class Trainer(KnownParameters):
         """The learning-rate schedule for a run of ``num_training_steps`` updates."""
         args = self.args
         factory = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
-        offered = {
+        offered: dict[str, Any] = {
             "learning_rate": args.learning_rate,
             "num_warmup_steps": args.get_warmup_steps(num_training_steps),
             "num_training_steps": num_training_steps,
-            "mode": "max" if args.greater_is_better else "min",
         }
+        if hasattr(factory, "on_metric"):
+            offered["mode"] = "max" if args.greater_is_better else "min"
         if args.warmup_steps and "num_warmup_steps" not in inspect.signature(factory).parameters:
             logger.warning(
                 "lr_scheduler_type=%r has no warmup: warmup_steps=%s has no effect.",

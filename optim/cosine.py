@@ -1,8 +1,8 @@
 r"""The schedules that follow a cosine.
 
-All of them are built on one function, `wave`, which counts the phase in whole numbers. In float32
-the cosine of a phase that is itself rounded loses all digits where it is near 0, that is towards
-the end of a training, and a restart could come an update early or late.
+All of them count the phase in whole numbers. In float32 the cosine of a phase that is itself
+rounded loses all digits where it is near 0, that is towards the end of a training, and a restart
+may come an update late.
 """
 
 import math
@@ -17,27 +17,26 @@ from optim.optimizer import Tensor
 from optim.schedules import FiniteSchedule
 
 _LARGEST_DENOMINATOR = 1000
-_INT32_SAFE = 2**30
+_LARGEST_PERIOD = 2**28
 
 
 def turn_remainder(done: Tensor, turns: int, period: int) -> Tensor:
     """``(turns * done) % period``, exact although the product may not fit.
 
-    The quotient is estimated in float32 and is wrong by one at most; products wrap around in int32,
-    and their small difference is right again.
+    The quotient is estimated in float32 and is wrong by a few at most; products wrap around in
+    int32, and their small difference is right again.
 
     Args:
         done: whole number of updates, float32 or int32.
         turns: at least 0.
-        period: from 1 to 2**30.
+        period: from 1 to 2**28.
 
     Returns:
         int32 tensor in ``[0, period)``.
     """
+    turns %= period
     quotient = ops.cast(ops.floor(ops.cast(done, "float32") * (turns / period)), "int32")
-    rest = ops.cast(done, "int32") * turns - quotient * period
-    rest = ops.where(rest < 0, rest + period, rest)
-    return ops.where(rest >= period, rest - period, rest)
+    return ops.mod(ops.cast(done, "int32") * turns - quotient * period, period)
 
 
 def half_wave(rest: Tensor, period: int) -> Tensor:
@@ -70,7 +69,7 @@ def wave(done: Tensor, cycles: float, length: int) -> Tensor:
     # Two half waves a cycle: 1 -> 0, and back.
     turns = 2 * Fraction(cycles).limit_denominator(_LARGEST_DENOMINATOR)
     ratio = turns / (2 * length)
-    if float(turns) == 2 * cycles and ratio.denominator <= _INT32_SAFE // 2:
+    if float(turns) == 2 * cycles and ratio.denominator <= _LARGEST_PERIOD:
         rest = turn_remainder(done, ratio.numerator, ratio.denominator)
         return half_wave(2 * rest, ratio.denominator)
     return ops.square(ops.cos((math.pi * cycles / length) * done))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from optim.checks import check_count
 from optim.registry import get_scheduler
 
 _POINTS = 400
@@ -39,14 +40,15 @@ def plot_schedule(
 
     Raises:
         ImportError: if Matplotlib is not installed.
-        ValueError: if the schedule answers to a metric and there are no ``metrics``, or one of
-            `optim.get_scheduler`.
+        ValueError: if ``num_training_steps`` is below 1, the schedule answers to a metric and there
+            are no ``metrics``, or one of `optim.get_scheduler`.
 
     Example:
         >>> import optim
         >>> axes = optim.plot_schedule("cosine", 100, num_warmup_steps=10)  # doctest: +SKIP
         >>> axes.figure.savefig("cosine.png")  # doctest: +SKIP
     """
+    num_training_steps = check_count("num_training_steps", num_training_steps, 1)
     if isinstance(schedule, str):
         schedule = get_scheduler(
             schedule,

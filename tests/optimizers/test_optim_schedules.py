@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 import optim
+from optim.cosine import turn_remainder
 
 
 def values(schedule, steps):
@@ -168,6 +169,13 @@ def test_restarts_come_at_the_right_update(cycles, length):
         rtol=1e-6,
         atol=1e-15,
     )
+
+
+def test_remainders_of_products_that_do_not_fit(rng):
+    for turns, period in ((9_999_990, 9_999_991), (7, 268_435_455), (123_456, 99_991), (5, 1)):
+        done = np.append(rng.integers(0, 2**24, 30), [0, 1])
+        result = ops.convert_to_numpy(turn_remainder(done.astype("float32"), turns, period))
+        assert result.tolist() == [int(d) * turns % period for d in done]
 
 
 @pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
