@@ -21,8 +21,10 @@ from optim.adafactor import Adafactor, RelativeStep
 from optim.adagrad import Adagrad
 from optim.adam import Adam
 from optim.adamw import AdamW
+from optim.adamw_8bit import AdamW8bit
 from optim.adan import Adan
 from optim.ademamix import AdEMAMix
+from optim.ademamix_8bit import AdEMAMix8bit
 from optim.cosine import (
     CosineWarmupWithMinLR,
     CosineWithMinLR,
@@ -35,6 +37,7 @@ from optim.evaluation_weights import SwapEvaluationWeights
 from optim.grokadamw import GrokAdamW
 from optim.lamb import LAMB
 from optim.lion import Lion
+from optim.lion_8bit import Lion8bit
 from optim.muon import Muon
 from optim.nadam import NAdam
 from optim.optimizer import Optimizer, Slot
@@ -44,6 +47,7 @@ from optim.plotting import plot_schedule
 from optim.radam import RAdam
 from optim.registry import get, get_scheduler, names, scheduler_names
 from optim.rmsprop import RMSprop
+from optim.rmsprop_8bit import RMSprop8bit
 from optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from optim.schedules import (
     Constant,
@@ -59,10 +63,12 @@ from optim.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
     "AdEMAMix",
+    "AdEMAMix8bit",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamW8bit",
     "Adan",
     "Constant",
     "ConstantWithWarmup",
@@ -78,6 +84,7 @@ __all__ = [
     "LAMB",
     "LinearWithWarmup",
     "Lion",
+    "Lion8bit",
     "MetricSchedule",
     "Muon",
     "NAdam",
@@ -85,6 +92,7 @@ __all__ = [
     "PolynomialWithWarmup",
     "RAdam",
     "RMSprop",
+    "RMSprop8bit",
     "ReduceLROnPlateau",
     "RelativeStep",
     "SGD",

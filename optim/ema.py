@@ -54,10 +54,10 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
         >>> optimizer = optim.EMA(keras.optimizers.SGD(1.0), decay=0.5, warmup=False)
         >>> for _ in range(2):
         ...     optimizer.apply([keras.ops.array([1.0])], [variable])
-        >>> float(variable[0])
+        >>> float(keras.ops.convert_to_numpy(variable)[0])
         -1.0
         >>> optimizer.finalize_variable_values([variable])
-        >>> float(variable[0])
+        >>> float(keras.ops.convert_to_numpy(variable)[0])
         -0.5
 
     Reference:

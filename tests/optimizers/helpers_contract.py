@@ -41,10 +41,12 @@ SPECIAL: dict[str, Special] = {
     "adan": Special(learning_rate=0.1),
     "lamb": Special(learning_rate=0.02),
     "lion": Special(learning_rate=0.02),
+    "lion_8bit": Special(learning_rate=0.02),
     # The vectors among these small problems have AdamW's rule, of which the rate is a fraction.
     "muon": Special(arguments={"adamw_multiplier": 1.0}),
     "radam": Special(learning_rate=0.2, minimising={"clipnorm": 1.0}),  # begins as plain momentum
     "rmsprop": Special(learning_rate=0.02),
+    "rmsprop_8bit": Special(learning_rate=0.02),
     "schedule_free_adamw": Special(learning_rate=0.2),
     "schedule_free_radam": Special(
         learning_rate=0.2, arguments={"silent_sgd_phase": False}, minimising={"clipnorm": 1.0}

@@ -1,0 +1,191 @@
+"""State in 8 bits: codes of a dynamic scale, block by block, around any rule of this package."""
+
+import math
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from optim.optimizer import Optimizer, Slot, Tensor
+
+BLOCK = 256
+"""Numbers that share a scale."""
+
+SMALLEST = 4096
+"""Tensors with fewer elements keep float32 state: there is nothing to save."""
+
+EMBEDDINGS = r"embed"
+"""Paths of variables that keep float32 state: their rows have gradients of very different size."""
+
+
+@cache
+def code_values(signed: bool) -> np.ndarray:
+    """The 256 numbers in [-1, 1], or [0, 1], that a code can stand for, in ascending order.
+
+    A dynamic scale has, for every power of ten down to 1e-7, a number of evenly spaced values that
+    doubles with the power: fine near 1, and still there at 1e-7.
+
+    Args:
+        signed: whether there are negative ones.
+
+    Returns:
+        Float32 array of 256 numbers with 0 and 1 among them.
+    """
+    values = [0.0, 1.0]
+    for power in range(7):
+        count = 2 ** (power if signed else power + 1)
+        edges = np.linspace(0.1, 1.0, count + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (power - 6)
+        values += [*middles, *(-middles if signed else ())]
+    return np.sort(np.asarray(values, "float32"))
+
+
+def quantized(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The nearest codes of a tensor, and the scales of its blocks.
+
+    Args:
+        x: float32 tensor of any shape, not empty.
+        signed: whether it has negative elements. If not, what is not 0 gets a code that is not 0.
+
+    Returns:
+        uint8 tensor of shape (blocks, `BLOCK`) and float32 tensor of shape (blocks,).
+    """
+    size = math.prod(tuple(x.shape))
+    flat = ops.pad(ops.reshape(x, (size,)), [[0, -size % BLOCK]])
+    blocks = ops.reshape(flat, (-1, BLOCK))
+    scales = ops.max(ops.abs(blocks), axis=1)
+    relative = blocks / ops.expand_dims(ops.maximum(scales, 1e-37), 1)
+    table = code_values(signed)
+    borders = (table[:-1] + table[1:]) / 2
+    if not signed:
+        borders[0] = 0.0
+    found = ops.searchsorted(ops.convert_to_tensor(borders), ops.reshape(relative, (-1,)))
+    codes = ops.cast(ops.reshape(found, tuple(blocks.shape)), "uint8")
+    return codes, scales
+
+
+def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
+    """The inverse of `quantized`, as far as there is one.
+
+    Args:
+        codes: uint8 tensor of shape (blocks, `BLOCK`).
+        scales: float32 tensor of shape (blocks,).
+        shape: shape of the tensor that was quantized.
+        signed: as it was given there.
+
+    Returns:
+        float32 tensor.
+    """
+    table = ops.convert_to_tensor(code_values(signed))
+    relative = ops.take(table, ops.cast(codes, "int32"))
+    flat = ops.reshape(relative * ops.expand_dims(scales, 1), (-1,))
+    return ops.reshape(flat[: math.prod(shape)], shape)
+
+
+class EightBit(Optimizer):
+    r"""Mixin: the state of the optimizer it is combined with, in 8 bits.
+
+    ``class Lion8bit(EightBit, Lion)`` is Lion with its state quantized: an update restores the
+    slots, executes Lion's rule in float32 and quantizes the new slots. Blocks of 256 numbers share
+    a float32 scale, their largest absolute value, and are stored as the nearest of 256 numbers of a
+    dynamic scale (`code_values`): 1.016 bytes an element.
+
+    Of a slot that is a mean of squares the root is stored: the rule uses the root, whose relative
+    error is then that of a code, and numbers down to the square of the smallest code are kept. What
+    is not 0 is not rounded to 0. A denominator that vanishes while its numerator does not would
+    let a weight jump; here it can only be too large.
+
+    Small tensors and variables whose path matches ``keep`` get the full-precision rule.
+
+    Attributes:
+        full_precision: the class whose rule this is; set by the subclass.
+        squares: names of the slots that are means of squares.
+    """
+
+    full_precision: type[Optimizer]
+    squares: frozenset[str] = frozenset({"velocity"})
+
+    def __init__(self, *args: Any, keep: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keep = EMBEDDINGS if keep is None else keep
+        try:
+            re.compile(self.keep)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`keep` must be a regular expression ({error}). Received: keep={keep!r}"
+            ) from None
+        config = {**self.get_config(), "learning_rate": 0.0, "name": None}
+        for key in ("keep", "parameter_groups"):
+            config.pop(key, None)
+        self._full = self.full_precision.from_config(config)
+
+    def rule_for(self, variable: Any) -> Optimizer:
+        """This rule for large tensors, full precision for small ones and what ``keep`` matches.
+
+        Args:
+            variable: one of the variables the optimizer is built with.
+
+        Returns:
+            This optimizer, or one of the class `full_precision`.
+        """
+        path = getattr(variable, "path", None) or variable.name
+        small = math.prod(tuple(variable.shape)) < SMALLEST
+        return self._full if small or re.search(self.keep, path) else self
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Codes and scales in place of every slot of the variable's shape.
+
+        Args:
+            shape: shape of the variable.
+
+        Returns:
+            Slot name -> slot.
+        """
+        blocks = -(-math.prod(shape) // BLOCK)
+        slots: dict[str, Any] = {}
+        for name, slot in self._full.slot_shapes(shape).items():
+            if slot == shape:
+                zero = int(np.searchsorted(code_values(name not in self.squares), 0.0))
+                slots[f"{name}_codes"] = Slot((blocks, BLOCK), "uint8", zero)
+                slots[f"{name}_scales"] = (blocks,)
+            else:
+                slots[name] = slot
+        return slots
+
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        slots: dict[str, Tensor],
+        step: Tensor,
+        learning_rate: Tensor,
+        weight_decay: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update of one tensor, see `Optimizer.update`."""
+        shape = tuple(parameter.shape)
+        wide = {}
+        for name in self._full.slot_shapes(shape):
+            if f"{name}_codes" not in slots:
+                wide[name] = slots[name]
+                continue
+            square = name in self.squares
+            value = restored(slots[f"{name}_codes"], slots[f"{name}_scales"], shape, not square)
+            wide[name] = value * value if square else value
+        parameter, wide = self._full.update(
+            parameter, gradient, wide, step, learning_rate, weight_decay
+        )
+        new = {}
+        for name, value in wide.items():
+            if f"{name}_codes" not in slots:
+                new[name] = value
+                continue
+            square = name in self.squares
+            codes, scales = quantized(ops.sqrt(value) if square else value, not square)
+            new |= {f"{name}_codes": codes, f"{name}_scales": scales}
+        return parameter, new
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as a serializable dictionary."""
+        return {**super().get_config(), "keep": self.keep}

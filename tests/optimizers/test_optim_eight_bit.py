@@ -1,0 +1,163 @@
+"""8-bit state: the code, the size, and rules that stay close to their full-precision selves."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import optim
+from optim.eight_bit import BLOCK, SMALLEST, code_values, quantized, restored
+
+CLASSES = {
+    "adamw": (optim.AdamW8bit, optim.AdamW, {"learning_rate": 1e-2}),
+    "lion": (optim.Lion8bit, optim.Lion, {"learning_rate": 1e-3}),
+    "ademamix": (optim.AdEMAMix8bit, optim.AdEMAMix, {"learning_rate": 2e-3, "t_alpha": 20}),
+    "rmsprop": (optim.RMSprop8bit, optim.RMSprop, {"learning_rate": 2e-3, "momentum": 0.5}),
+}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_code(signed):
+    values = code_values(signed)
+    assert values.shape == (256,)
+    assert np.all(np.diff(values) > 0)
+    assert values[-1] == 1.0
+    assert 0.0 in values
+    assert (values.min() < 0) == signed
+    # Fine near 1, and something left at a millionth.
+    assert np.diff(values)[-10:].max() < 0.02
+    assert np.min(np.abs(values[values != 0])) < 1e-6
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("size", "scale"), [(BLOCK, 1.0), (1000, 1e-12), (1280, 1e12)])
+def test_nearest_code_of_each_block(tools, rng, signed, size, scale):
+    x = rng.standard_normal(size) * 10.0 ** rng.uniform(-5, 0, size)
+    x = (scale * (x if signed else np.abs(x))).astype("float32")
+    x[3] = 0.0
+    codes, scales = quantized(ops.convert_to_tensor(x), signed)
+    assert tuple(codes.shape) == (-(-size // BLOCK), BLOCK)
+    back = tools.to_numpy(restored(codes, scales, (size,), signed))
+    assert back[3] == 0.0
+    values = code_values(signed).astype("float64")
+    for start in range(0, size, BLOCK):
+        block = x[start : start + BLOCK].astype("float64")
+        largest = np.abs(block).max()
+        allowed = values if signed else values[1:]
+        nearest = np.abs(block[:, None] / largest - allowed).min(axis=1) * largest
+        error = np.abs(back[start : start + BLOCK] - block)
+        assert np.all(error <= nearest * 1.0001 + 1e-6 * np.abs(block))
+    if not signed:
+        assert np.all(back[x > 0] > 0)
+
+
+def test_zeros_and_one_outlier(tools):
+    zero = ops.zeros((2, BLOCK))
+    codes, scales = quantized(zero, True)
+    np.testing.assert_array_equal(tools.to_numpy(restored(codes, scales, (2, BLOCK), True)), 0.0)
+    # An outlier costs its own block only.
+    x = np.full(2 * BLOCK, 0.01, "float32")
+    x[0] = 1e6
+    codes, scales = quantized(ops.convert_to_tensor(x), True)
+    back = tools.to_numpy(restored(codes, scales, x.shape, True))
+    assert back[0] == 1e6
+    np.testing.assert_allclose(back[BLOCK:], 0.01, rtol=1e-6)
+
+
+def bytes_of_state(optimizer, variable):
+    return sum(
+        int(np.prod(slot.shape, dtype=int)) * (1 if slot.dtype == "uint8" else 4)
+        for slot in optimizer.slots_of(variable).values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("adamw", 2.2), ("lion", 1.1), ("ademamix", 3.2), ("rmsprop", 2.2)]
+)
+def test_bytes_of_state_per_parameter(name, limit):
+    cls, _, arguments = CLASSES[name]
+    variable = keras.Variable(np.zeros((100, 200), "float32"), name="kernel")
+    optimizer = cls(**arguments)
+    optimizer.build([variable])
+    assert bytes_of_state(optimizer, variable) / 20000 <= limit
+    dtypes = {slot.dtype for slot in optimizer.slots_of(variable).values()}
+    assert dtypes == {"uint8", "float32"}
+    # Nothing of the full-precision twin is among the variables.
+    own = 2 + len(optimizer.slots_of(variable))
+    assert len(optimizer.variables) == own
+
+
+def test_who_keeps_float32():
+    variables = [
+        keras.Variable(np.zeros((64, 64), "float32"), name="kernel"),
+        keras.Variable(np.zeros(SMALLEST - 1, "float32"), name="bias"),
+        keras.Variable(np.zeros((100, 64), "float32"), name="embeddings"),
+        keras.Variable(np.float32(0), name="scalar"),
+    ]
+    optimizer = optim.AdamW8bit()
+    optimizer.build(variables)
+    full = [type(optimizer.rule_of(v)) is optim.AdamW for v in variables]
+    assert full == [False, True, True, True]
+    other = optim.AdamW8bit(keep="kernel")
+    other.build(variables)
+    assert [type(other.rule_of(v)) is optim.AdamW for v in variables] == [True, True, False, True]
+    with pytest.raises(ValueError, match=r"keep.*regular expression"):
+        optim.Lion8bit(keep="(")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_small_tensors_are_updated_by_the_full_rule(tools, rng, name):
+    cls, full, arguments = CLASSES[name]
+    ours, theirs = (keras.Variable(np.ones(20, "float32"), name="v") for _ in range(2))
+    gradients = [[rng.standard_normal(20).astype("float32")] for _ in range(3)]
+    tools.run(cls(weight_decay=0.1, **arguments), [ours], gradients)
+    tools.run(full(weight_decay=0.1, **arguments), [theirs], gradients)
+    np.testing.assert_array_equal(tools.to_numpy(ours), tools.to_numpy(theirs))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "dtype"),
+    [*((name, 1.0, "float32") for name in CLASSES), ("adamw", 1e-6, "bfloat16")],
+)
+def test_stays_close_to_full_precision(tools, rng, name, scale, dtype):
+    # Gradients of very different sizes in one block, with a trend and noise.
+    cls, full, arguments = CLASSES[name]
+    shape = (16, 300)
+    trend = rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 0, shape)
+    gradients = [
+        [(scale * (trend + 0.3 * np.abs(trend) * rng.standard_normal(shape))).astype("float32")]
+        for _ in range(8)
+    ]
+    ours, theirs = (keras.Variable(np.ones(shape, "float32"), dtype=d, name="v")
+                    for d in (dtype, "float32"))  # fmt: skip
+    optimizer = cls(**arguments)
+    tools.run(optimizer, [ours], gradients)
+    tools.run(full(**arguments), [theirs], gradients)
+    result = tools.to_numpy(ours)
+    if dtype == "bfloat16":
+        result = result + tools.to_numpy(optimizer.slots_of(ours)["residual"])
+    moved = tools.to_numpy(theirs) - 1.0
+    error = np.abs(result - 1.0 - moved)
+    assert np.mean(error) < 0.05 * np.mean(np.abs(moved))
+    # No weight jumps.
+    assert np.max(np.abs(result - 1.0)) < 1.2 * np.max(np.abs(moved))
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_keras_file_continues_identically(tools, rng, tmp_path, name):
+    cls, _, arguments = CLASSES[name]
+    x, y = rng.standard_normal((8, 64)).astype("float32"), np.ones((8, 1), "float32")
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(64, name="large"), keras.layers.Dense(1)]
+    )
+    model.compile(cls(**arguments, keep="nothing"), loss="mse")
+    model.fit(x, y, epochs=1, verbose=0, batch_size=4, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is cls
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    assert any(v.dtype == "uint8" for v in loaded.optimizer.variables)
+    for each in (model, loaded):
+        each.fit(x, y, epochs=1, verbose=0, batch_size=4, shuffle=False)
+    for ours, theirs in zip(loaded.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(tools.to_numpy(ours), tools.to_numpy(theirs))
