@@ -123,9 +123,10 @@ class WorkerLoader:
     def _next(self, running: Iterator[Any], number: int) -> Any:
         try:
             return next(running)
-        except (DataError, MemoryError):
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (DataError, MemoryError)) or not isinstance(error, Exception):
+                raise
             raise DataError(
                 f"Batch {number} of {self.name}: the worker processes failed: {error}. They get a "
                 "copy of the data set, so it must be possible to pickle it; "

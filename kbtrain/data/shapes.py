@@ -9,7 +9,7 @@ from kbtrain.data.batch import named_leaves
 logger = logging.getLogger("kbtrain")
 
 MANY_SHAPES = 8
-"""Different shapes in one pass over data that are not worth a word."""
+"""Different shapes in one run, or one evaluation, that are not worth a word."""
 
 _SHOWN = 6
 
