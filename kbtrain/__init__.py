@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from kbtrain.state import TrainerState as TrainerState
     from kbtrain.trainer import Trainer as Trainer
     from kbtrain.training_args import TrainingArguments as TrainingArguments
+    from kbtrain.warm_start import LoadReport as LoadReport
+    from kbtrain.warm_start import load_weights as load_weights
 
 _HOMES = {
     "callbacks": ("EarlyStoppingCallback", "ProgressCallback", "TrainerCallback"),
@@ -69,6 +71,7 @@ _HOMES = {
     "state": ("TrainerControl", "TrainerState"),
     "trainer": ("Trainer",),
     "training_args": ("TrainingArguments",),
+    "warm_start": ("LoadReport", "load_weights"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

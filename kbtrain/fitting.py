@@ -115,9 +115,9 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     trainer.state = _fresh_state(trainer, plan, loader)
     if bound.metrics is not None:
         bound.metrics.reset()
-    progress = persistence.Progress(batch_size=loader.batch_size)
+    progress = persistence.Progress(batch_size=loader.batch_size, num_examples=loader.num_examples)
     if checkpoint is not None:
-        progress = _restore(trainer, checkpoint, optimizer)
+        progress = _restore(trainer, checkpoint, optimizer, loader.num_examples)
         progress.move_to(loader.batch_size)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
@@ -247,7 +247,9 @@ def _warn_of_unused(trainer: Trainer) -> None:
         )
 
 
-def _restore(trainer: Trainer, checkpoint: Checkpoint, optimizer: Any) -> persistence.Progress:
+def _restore(
+    trainer: Trainer, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
+) -> persistence.Progress:
     """Put everything back to where the checkpoint was taken."""
     progress = persistence.restore_run(
         trainer.backend, trainer.model, optimizer, trainer.bound.metric_variables, checkpoint
@@ -263,5 +265,6 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, optimizer: Any) -> persis
         trainer.callback_handler.load_state(saved.stateful_callbacks)
     if trainer.args.ignore_data_skip:
         progress.batch = 0
+    progress.check_length(num_examples, checkpoint.path)
     logger.info("Resuming from %s at step %d.", checkpoint.path, trainer.state.global_step)
     return progress

@@ -48,6 +48,7 @@ class Progress:
         window_extras: Sums of the extra values since the last log.
         skipped: Updates left out because they were not finite.
         batch_size: Samples of a micro-batch when this was saved.
+        num_examples: Samples of an epoch then; None if the data does not know.
     """
 
     epoch: int = 0
@@ -58,6 +59,7 @@ class Progress:
     window_extras: dict[str, float] | None = None
     skipped: int = 0
     batch_size: int | None = None
+    num_examples: int | None = None
 
     def move_to(self, batch_size: int | None) -> None:
         """Convert the position in the data to another batch size, by samples."""
@@ -65,6 +67,30 @@ class Progress:
         if old and batch_size and old != batch_size:
             self.batch = self.batch * old // batch_size
         self.batch_size = batch_size
+
+    def check_length(self, num_examples: int | None, where: Path) -> None:
+        """Compare the length of the training data with that of the saved run.
+
+        Raises:
+            CheckpointMismatchError: It is another one, and the position is within an epoch, whose
+                samples would come in another order.
+        """
+        old, self.num_examples = self.num_examples, num_examples
+        if old is None or num_examples is None or old == num_examples:
+            return
+        changed = f"The training data had {old} samples and has {num_examples} now."
+        if self.batch:
+            raise CheckpointMismatchError(
+                f"{changed} {where} stands at batch {self.batch} of epoch {self.epoch}: the rest "
+                "of it would be another one, with samples that were seen and without others. "
+                "Resume with the data of that run, or set ignore_data_skip=True, which begins the "
+                "epoch anew with the data there is."
+            )
+        logger.warning(
+            "%s Epochs have another number of steps from here on, and schedules by epochs another "
+            "length.",
+            changed,
+        )
 
 
 @functools.cache

@@ -461,3 +461,24 @@ def test_model_and_optimizer_are_restored_together_or_not_at_all():
     assert_equal(second.variables, before)
     plan.apply()
     assert_equal(second.variables, values(first.variables))
+
+
+@pytest.mark.parametrize("saved_from_config", [True, False])
+def test_a_sequential_from_its_configuration_has_other_paths_and_matches(saved_from_config):
+    layers = [
+        keras.Input((3,)),
+        keras.layers.Dense(4),
+        keras.layers.Dropout(0.1, seed=1),
+        keras.layers.Dense(2),
+    ]
+    first = keras.Sequential(layers)
+    config = keras.saving.serialize_keras_object(first)
+    second = keras.saving.deserialize_keras_object(config)
+    if saved_from_config:
+        first, second = second, first
+    names = [set(name_variables(model.variables)) for model in (first, second)]
+    assert names[0] != names[1], "Keras names them alike by now"
+    first.set_weights([np.full(w.shape, i + 1.0) for i, w in enumerate(first.get_weights())])
+    restore(name_variables(second.variables), capture(name_variables(first.variables)))
+    for a, b in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -9,8 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import StopAt, arguments, linear_model, make_data, train_logs
 from helpers_resume import in_new_process, make_trainer, results
 
+from kbtrain import CheckpointMismatchError, Trainer
 from kbtrain.checkpoint import CheckpointStore
 
 STEPS = {"plain": 18, "accumulation": 9, "short group": 6}
@@ -274,3 +276,76 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, caplog):
     trainer.fit(resume_from_checkpoint="auto")
     assert "checkpoint-8" in caplog.text
     assert identical(results(trainer), expected) == []
+
+
+# --- another run than the saved one ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_longer_run_goes_on_along_the_longer_schedule(tmp_path, schedule):
+    """No step at a rate of zero in between, no jump back into the warmup."""
+
+    def run(steps):
+        x, y = make_data(16)
+        args = arguments(
+            tmp_path, max_steps=steps, per_device_train_batch_size=4, learning_rate=0.1,
+            lr_scheduler_type=schedule, warmup_steps=2, save_strategy="steps", save_steps=100,
+        )  # fmt: skip
+        trainer = Trainer(linear_model(), args, train_dataset=(x, y), loss="mse")
+        trainer.fit(resume_from_checkpoint="auto")
+        return train_logs(trainer, "learning_rate")
+
+    def rate(count, total):
+        done = (count - 2) / (total - 2)
+        fall = 1 - done if schedule == "linear" else (1 + np.cos(np.pi * done)) / 2
+        return 0.1 * (count / 2 if count < 2 else fall)
+
+    assert len(run(5)) == 5
+    rates = run(12)
+    expected = [rate(n, 5) for n in range(5)] + [rate(n, 12) for n in range(5, 12)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert min(rates[1:]) > 0
+
+
+def resumed_with(tmp_path, samples, **changes):
+    """Stop after 3 of 4 steps an epoch, go on with other settings."""
+
+    def make(count, callbacks=(), **more):
+        defaults = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+        args = arguments(tmp_path, **(defaults | {"per_device_train_batch_size": 4} | more))
+        return Trainer(
+            linear_model(), args, train_dataset=make_data(count), loss="mse", callbacks=callbacks
+        )
+
+    make(16, [StopAt(3)]).fit()
+    trainer = make(samples, **changes)
+    trainer.fit(resume_from_checkpoint=True)
+    return trainer
+
+
+def test_data_of_another_length_within_an_epoch_is_an_error(tmp_path):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"had 16 samples and has 24 now.*batch 3 of epoch 0"
+    ):
+        resumed_with(tmp_path, 24)
+
+
+def test_data_of_another_length_is_taken_if_the_epoch_begins_anew(tmp_path, caplog):
+    trainer = resumed_with(tmp_path, 24, ignore_data_skip=True)
+    assert trainer.state.global_step == 12
+    assert "had 16 samples and has 24 now" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"per_device_train_batch_size": 2}, "converted by samples"),
+        ({"seed": 7}, "data order may differ"),
+        ({"data_seed": 7}, "another order"),
+    ],
+)
+def test_other_settings_are_named_with_their_consequences(tmp_path, caplog, changes, words):
+    resumed_with(tmp_path, 16, **changes)
+    (name,) = changes
+    assert f"Resuming with another setting: {name} was" in caplog.text
+    assert words in caplog.text

@@ -1,9 +1,14 @@
 """The saver: background writes, one at a time, errors that come out, failures of the disk."""
 
+import contextlib
 import errno
+import json
 import os
+import resource
 import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,3 +424,106 @@ def test_captured_values_share_no_memory_with_the_model(tmp_path):
     for name, array in captured.items():
         np.testing.assert_array_equal(array, before[name])
         assert array.flags.owndata
+
+
+# --- the system's own refusals --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Let the system refuse what is beyond a size of a file; root is not exempt."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_real_refusal_of_the_system_while_training(tmp_path, caplog):
+    with file_size_limit(8192):
+        trainer = train(tmp_path, max_steps=4)
+    assert trainer.state.global_step == 4
+    assert os.listdir(tmp_path) == []
+    assert "File too large" in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 1 MiB where mounting is allowed; elsewhere the other tests must do."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode:
+        yield tmp_path
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    else:
+        yield None
+
+
+def test_a_disk_that_is_really_full(small_disk, caplog):
+    if small_disk is None:
+        return
+    filler = small_disk / "filler"
+
+    def fill(trainer):
+        trainer.saver.settle()
+        with contextlib.suppress(OSError):
+            filler.write_bytes(bytes(2**20))
+
+    def make_room(trainer):
+        trainer.saver.settle()
+        filler.unlink()
+
+    trainer = train(
+        small_disk / "run",
+        [At(3, fill), At(7, make_room)],
+        report_to="json",
+    )
+    assert trainer.state.global_step == 8
+    assert "No space left on device" in caplog.text
+    assert sorted(os.listdir(small_disk / "run")) == ["checkpoint-2", "checkpoint-8", "log.jsonl"]
+    text = (small_disk / "run" / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch):
+    """Each line once, whole, as soon as there is room."""
+    opened, full = Path.open, [False]
+
+    def refusing(path, *args, **kwargs):
+        if full[0] and path.name == "log.jsonl":
+            raise FULL
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refusing)
+
+    def switch(value):
+        return lambda trainer: full.__setitem__(0, value)
+
+    train(tmp_path, [At(3, switch(True)), At(6, switch(False))], report_to="json")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert caplog.text.count("Could not write") == 1
+
+
+def test_a_reader_never_meets_anything_but_whole_checkpoints(tmp_path):
+    """It reads for as long as a run writes, replaces and deletes."""
+    seen, stop = [], threading.Event()
+
+    def read():
+        store = CheckpointStore(tmp_path)
+        while not stop.is_set():
+            checkpoint = store.latest_intact(seen.append)
+            if checkpoint is not None:
+                assert len(set(checkpoint.arrays["model"]["w"])) == 1
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    saver = Saver(CheckpointStore(tmp_path))
+    with saver.running(True, "raise"):
+        for step in range(40):
+            saver.save(snapshot(step, keep=3), True, "raise")
+    stop.set()
+    reader.join()
+    # A folder may be deleted while it is read: then it is gone, and a newer one is there.
+    assert [message for message in seen if "altered" in message or "bytes instead" in message] == []

@@ -28,14 +28,19 @@ class RestorePlan:
     """Which saved array goes into which variable; checked, not yet carried out.
 
     Attributes:
-        names: Variable's key in this process -> key in the checkpoint. The optimizer's plan follows
-        the
-            model's.
+        names: Variable's key in this process -> key in the checkpoint, of those that get a value.
+            The optimizer's plan follows the model's.
         values: Pairs of a variable and the array for it, cast to its dtype.
+        missing: Keys of variables that get none; always empty for a strict plan, as the next two.
+        unexpected: Keys of the checkpoint that are not used.
+        different: What does not fit its variable, in words.
     """
 
     names: dict[str, str]
     values: list[tuple[keras.Variable, np.ndarray]]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    different: tuple[str, ...] = ()
 
     def apply(self) -> None:
         """Assign the values."""
@@ -135,6 +140,7 @@ def plan_restore(
     saved: Mapping[str, np.ndarray],
     what: str = "model",
     model_names: Mapping[str, str] | None = None,
+    strict: bool = True,
 ) -> RestorePlan:
     """Check that saved values fit variables, without assigning any.
 
@@ -146,12 +152,15 @@ def plan_restore(
         what: As in ``restore``.
         model_names: As in ``restore``; the optimizer's slots then follow their model variable
             wherever it was found, rather than being renumbered themselves.
+        strict: Whether everything must fit; otherwise what fits is planned, and the plan says what
+            does not.
 
     Returns:
         The plan.
 
     Raises:
-        CheckpointMismatchError: If names, shapes or values do not fit.
+        CheckpointMismatchError: If names, shapes or values do not fit; if not ``strict``, only if
+            none do.
     """
     names = _match(list(named), list(saved), model_names)
     missing = [key for key in named if key not in names]
@@ -168,11 +177,31 @@ def plan_restore(
             different.append(f"{label}: {array.dtype} values that {variable.dtype} cannot hold")
         else:
             values.append((variable, value))
-    if missing or unexpected or different:
+    misfit = bool(missing or unexpected or different)
+    if misfit and (strict or not values):
         raise CheckpointMismatchError(
             _mismatch_message(what, len(named), len(saved), missing, unexpected, different)
         )
-    return RestorePlan(names, values)
+    planned = {id(variable) for variable, _ in values}
+    names = {key: found for key, found in names.items() if id(named[key]) in planned}
+    return RestorePlan(names, values, tuple(missing), tuple(unexpected), tuple(different))
+
+
+def restore_model_arrays(
+    model: keras.Model, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Put the arrays of a checkpoint into a model without metrics or optimizer.
+
+    Args:
+        model: A model built from the configuration in the checkpoint.
+        arrays: The checkpoint's groups; of weights that are trained and evaluated with different
+            values, those for evaluation are taken.
+
+    Raises:
+        CheckpointMismatchError: If they do not fit.
+    """
+    values = {**arrays.get("model", {}), **arrays.get("evaluation", {})}
+    restore(name_variables(model.variables), values)
 
 
 def _distinct(keys: list[str]) -> list[str]:
@@ -260,10 +289,29 @@ def _match(
     own = dict(zip(_canonical(keys), keys, strict=True))
     if own.keys() == canonical.keys():
         return {key: canonical[name] for name, key in own.items()}
+    if (without_root := _match_without_root(keys, saved)) is not None:
+        return without_root
     # A mismatch: pair what can be paired, in the way that explains more, for the message's sake.
     by_canonical_name = {key: canonical[name] for name, key in own.items() if name in canonical}
     by_name = {key: key for key in keys if key in set(saved)}
     return max(by_name, by_canonical_name, key=len)
+
+
+def _match_without_root(keys: list[str], saved: list[str]) -> dict[str, str] | None:
+    """Match names of which one side has the model's own name in front and the other has not.
+
+    A Sequential that was built from its configuration (``from_config``, ``load_model``) calls
+    ``dense/kernel`` what it called ``sequential/dense/kernel`` when it was built from layers.
+    """
+    for shorter, longer in ((keys, saved), (saved, keys)):
+        for root in {key.partition("/")[0] for key in longer if "/" in key}:
+            cut = [key.removeprefix(root + "/") for key in longer]
+            known = dict(zip(_canonical(shorter), shorter, strict=True))
+            found = dict(zip(_canonical(cut), longer, strict=True))
+            if known.keys() == found.keys() and len(found) == len(longer):
+                pairs = {known[name]: found[name] for name in found}
+                return pairs if shorter is keys else {v: k for k, v in pairs.items()}
+    return None
 
 
 def _match_following(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from kbtrain.errors import KbtrainError
 
 COMMANDS = {
-    "checkpoint": "list, verify and show checkpoints",
+    "checkpoint": "list, verify, show and export checkpoints",
     "args": "list the fields of TrainingArguments: type, default, meaning",
     "env": "print versions, backend and devices, for bug reports",
 }

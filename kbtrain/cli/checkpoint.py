@@ -1,4 +1,4 @@
-"""``python -m kbtrain checkpoint ls|verify|show``: look at checkpoints, check them."""
+"""``python -m kbtrain checkpoint ls|verify|show|export``: look at checkpoints, check, convert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbtrain.checkpoint.export import export
 from kbtrain.checkpoint.manifest import MANIFEST_NAME
 from kbtrain.checkpoint.reading import CheckpointOutline, find_problems, read_outline
 from kbtrain.checkpoint.store import CheckpointStore
@@ -22,18 +23,28 @@ def run(words: Sequence[str]) -> int:
         0, or 1 if ``verify`` found damage.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m kbtrain checkpoint", description="Look at checkpoints and check them."
+        prog="python -m kbtrain checkpoint",
+        description="Look at checkpoints, check them, convert them.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, does: Callable[[argparse.Namespace], int], help: str) -> None:
+    def command(
+        name: str, does: Callable[[argparse.Namespace], int], help: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
         added.add_argument("path", type=Path, help="a run's folder, or one checkpoint")
         added.set_defaults(does=does)
+        return added
 
     command("ls", ls, "List the checkpoints of a run: step, size, date, what is obviously wrong.")
     command("verify", verify, "Read all files and compare their checksums; exit code 1 if damaged.")
     command("show", show, "Show step, best metric, versions, and all arrays with shape and dtype.")
+    added = command("export", export_model, "Write the model as .keras or .weights.h5.")
+    added.add_argument("target", type=Path, help="new file that ends in .keras or .weights.h5")
+    added.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE",
+        help="import a module first that registers the model's own classes (.keras only)",
+    )  # fmt: skip
     arguments = parser.parse_args(words)
     return int(arguments.does(arguments))
 
@@ -90,6 +101,14 @@ def show(arguments: argparse.Namespace) -> int:
         width = max((len(array.name) for array in arrays), default=0)
         for array in arrays:
             print(f"  {array.name:<{width}}  {array.dtype:<10} {array.shape}")
+    return 0
+
+
+def export_model(arguments: argparse.Namespace) -> int:
+    """The model of one checkpoint as a Keras file; of a run, its newest."""
+    path = _checkpoints(arguments.path)[-1]
+    export(path, arguments.target, arguments.modules)
+    print(f"Wrote {arguments.target} from {path}.")
     return 0
 
 

@@ -1,0 +1,124 @@
+"""A checkpoint's model as a file that needs no kbtrain: ``.keras`` or ``.weights.h5``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+from kbtrain.checkpoint.manifest import open_verified, read_manifest
+from kbtrain.checkpoint.reading import read_checkpoint
+from kbtrain.errors import CheckpointError, ConfigurationError, first_lines
+
+if TYPE_CHECKING:
+    import keras
+
+_OWN = ("arrays", "index")
+
+
+def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
+    """Write the model of a checkpoint to a new file, complete or not at all.
+
+    Args:
+        path: A checkpoint's folder.
+        target: A file ending in ``.weights.h5`` (the weights in training, as ``load_weights`` reads
+            them) or in ``.keras`` (the whole model, with the weights meant for evaluation).
+        modules: For ``.keras``: modules to import first, which register the model's own classes.
+
+    Raises:
+        ConfigurationError: Another ending, or a module that cannot be imported.
+        CheckpointError: The checkpoint is damaged, or does not hold what the file needs.
+    """
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        if target.name.endswith(".weights.h5"):
+            _export_weights(path, temporary)
+        elif target.suffix == ".keras":
+            _import(modules)
+            build_model(path).save(temporary)
+        else:
+            raise ConfigurationError(
+                f"The file to write must end in .keras or .weights.h5. Received: {target}"
+            )
+        os.replace(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"Could not write {target}: {error.strerror or error}. Choose another place."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build_model(path: Path) -> keras.Model:
+    """Build the model of a checkpoint from the configuration in it, with its weights.
+
+    Raises:
+        CheckpointError: It has no configuration, or Keras cannot build it.
+    """
+    import keras  # loads a framework
+
+    from kbtrain.checkpoint.variables import restore_model_arrays
+
+    checkpoint = read_checkpoint(path)
+    config = checkpoint.documents.get("model_config")
+    if config is None:
+        raise CheckpointError(
+            f"{path} has no model_config.json: the model's class could not describe itself "
+            "(get_config), or the checkpoint is of format 1. Build the model in Python and load "
+            "the weights with kbtrain.load_weights(model, path)."
+        )
+    try:
+        model = keras.saving.deserialize_keras_object(config)
+    except Exception as error:
+        raise CheckpointError(
+            f"Keras cannot build the model of {path}: {first_lines(error)} If it has classes of "
+            "your own, register them with keras.saving.register_keras_serializable and name the "
+            "module with --import."
+        ) from error
+    restore_model_arrays(model, checkpoint.arrays)
+    return model
+
+
+def _export_weights(path: Path, target: Path) -> None:
+    """Copy what Keras looks for, and nothing else, from all files of the model."""
+    copied = 0
+    with h5py.File(target, "x") as new:
+        for name, entry in read_manifest(path).files.items():
+            if entry.group != "model":
+                continue
+            with open_verified(path, name, entry) as file, h5py.File(file, "r") as old:
+                copied += _merge(old, new)
+    if not copied:
+        raise CheckpointError(
+            f"{path} does not say where Keras looks for its values: it is of format 1, or a layer "
+            "could not be saved. Export it as .keras, or load it with "
+            "kbtrain.load_weights(model, path) and save the model's weights."
+        )
+
+
+def _merge(old: Any, new: Any, top: bool = True) -> int:
+    """Copy the tree of ``old`` into ``new``, where a part of it may be already."""
+    copied = 0
+    for name in old:
+        if top and name in _OWN:
+            continue
+        if isinstance(old[name], h5py.Group):
+            copied += _merge(old[name], new.require_group(name), top=False)
+        else:
+            old.copy(name, new)
+            copied += 1
+    return copied
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"--import {name}: {error}. Give a module that can be imported from here."
+            ) from None
