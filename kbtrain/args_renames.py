@@ -136,7 +136,6 @@ NOT_YET: dict[str, str] = {
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,
     "do_train": _SCRIPT,
-    "fp16": "Until then use bf16=True, which needs no loss scaling.",
     "fp16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
     "fsdp": _ONE_DEVICE,
     "full_determinism": "Until then set the backend's own switch for deterministic kernels.",
@@ -145,8 +144,6 @@ NOT_YET: dict[str, str] = {
     "generation_num_beams": _GENERATE,
     "gradient_checkpointing": _REMAT,
     "gradient_checkpointing_kwargs": _REMAT,
-    "label_smoothing_factor": "Until then use a loss with label smoothing, such as "
-    "keras.losses.CategoricalCrossentropy(label_smoothing=...).",
     "log_level_replica": _ONE_DEVICE,
     "log_on_each_node": _ONE_DEVICE,
     "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",

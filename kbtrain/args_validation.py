@@ -117,6 +117,11 @@ def check_consistency(args: TrainingArguments) -> None:
             f"but nothing is evaluated. Received: lr_scheduler_type={args.lr_scheduler_type!r}, "
             "eval_strategy='no'. Set eval_strategy='steps' or eval_strategy='epoch'."
         )
+    if args.bf16 and args.fp16:
+        raise ConfigurationError(
+            "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
+            "where the device has bfloat16 (it needs no loss scale), else fp16=True."
+        )
     if args.load_best_model_at_end and args.save_strategy != "best":
         _check_best_model_is_saved(args)
 

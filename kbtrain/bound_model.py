@@ -12,6 +12,7 @@ import keras
 from kbtrain import building, rng
 from kbtrain.data import unpack
 from kbtrain.forward import ComputeLoss, ForwardPass
+from kbtrain.label_smoothing import smoothed
 from kbtrain.loss import resolve_loss
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.pace import Pace
@@ -24,7 +25,8 @@ class BoundModel:
 
     Args:
         model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
-        args: ``bf16``, ``jit_compile``, ``use_cpu``, ``label_names``.
+        args: ``bf16``, ``fp16``, ``label_smoothing_factor``, ``jit_compile``, ``use_cpu``,
+            ``label_names``.
         backend: A module of ``kbtrain.backends``.
         loss: A resolved loss, or None.
         metrics: The ``metrics`` argument of the Trainer, or None.
@@ -58,12 +60,14 @@ class BoundModel:
         self._compute_loss, self._preprocess = compute_loss, preprocess
         self._tracked = tracked
         self.compiled = bool(getattr(model, "compiled", False))
-        if args.bf16:
-            building.use_bfloat16(model)
+        if args.bf16 or args.fp16:
+            building.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
         self.loss, self.loss_weights = loss, None
         if loss is None and not has_loss_func and self.compiled:
             self.loss = resolve_loss(model.loss)
             self.loss_weights = (model.get_compile_config() or {}).get("loss_weights")
+        if args.label_smoothing_factor:
+            self.loss = smoothed(self.loss, args.label_smoothing_factor)
         self.metrics: MetricSet | None = None
         if metrics is not None:
             self.metrics = ListedMetrics(metrics)

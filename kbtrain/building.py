@@ -48,14 +48,14 @@ def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     yield from layer._flatten_layers()
 
 
-def use_bfloat16(model: keras.Model) -> None:
-    """Give every layer the policy ``mixed_bfloat16``: float32 variables, bfloat16 arithmetic.
+def use_mixed_precision(model: keras.Model, policy: str) -> None:
+    """Give every float32 layer a policy such as ``mixed_bfloat16``: only the arithmetic changes.
 
     A policy is captured when a layer is made, so the global one would come too late.
     """
     for layer in walk_layers(model):
         if layer.dtype_policy.name == "float32":
-            layer.dtype_policy = "mixed_bfloat16"
+            layer.dtype_policy = policy
 
 
 def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> None:

@@ -229,6 +229,8 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
     elif given is not trainer.optimizer and not metric_schedule.is_metric_driven(schedule):
         given.learning_rate = schedule
     metric_schedule.attach(trainer.lr_scheduler, given, trainer.args)
+    if trainer.args.fp16 and not isinstance(given, keras.optimizers.LossScaleOptimizer):
+        given = keras.optimizers.LossScaleOptimizer(given)
     trainer.optimizer = given
     building.build_optimizer_state(given, trainer.model, bool(trainer.args.parameter_groups))
     return given

@@ -238,7 +238,9 @@ def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
     """The losses of the elements; a label that does not fit is explained."""
     try:
         if not isinstance(loss, keras.losses.Loss):
-            return loss(y, outputs)
+            # As Keras' own training does: half precision is for layers, not for sums of squares.
+            half = keras.backend.standardize_dtype(outputs.dtype) in ("float16", "bfloat16")
+            return loss(y, as_float(outputs) if half else outputs)
         labels = ops.convert_to_tensor(y, dtype=loss.dtype)
         return loss.call(labels, ops.convert_to_tensor(outputs, dtype=loss.dtype))
     except Exception as error:

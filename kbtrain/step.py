@@ -85,11 +85,17 @@ def make_train_step(
         def objective(batch: Any) -> tuple[Any, Any]:
             pair, _, metric_inputs = forward(batch, num_items, training=True)
             assert pair is not None
-            return optimizer.scale_loss(pair.sum), (MicroResult(*pair), metric_inputs)
+            value = pair.sum
+            if scales_itself:  # the scale is made for means: a sum overflows float16 for nothing
+                value = mean(value, ops.stop_gradient(pair.count))
+            return optimizer.scale_loss(value), (MicroResult(*pair), metric_inputs)
 
         _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
             objective, trainable, batch
         )
+        if scales_itself:
+            count = ops.where(result.count == 0, ops.ones_like(result.count), result.count)
+            gradients = [as_float(g) * count for g in gradients]
         return result, metric_inputs, gradients, updates
 
     def is_running() -> Any:
@@ -149,7 +155,8 @@ def make_train_step(
         loss = mean(result.sum, result.count)
         # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
         per_item = mean(1.0, as_float(result.count))
-        norm = backend.global_norm(gradients) * per_item / as_float(optimizer.scale_loss(1.0))
+        loss_scale = as_float(optimizer.scale_loss(1.0))
+        norm = backend.global_norm(gradients) * per_item / loss_scale
         factor = per_item
         if max_grad_norm > 0:
             factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
@@ -180,7 +187,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "finite": finite,
-            "extras": dict(result.extras),
+            "extras": dict(result.extras) | ({"loss_scale": loss_scale} if scales_itself else {}),
         }
 
     return train_step

@@ -98,8 +98,8 @@ class TrainingArguments(_KnownNamesOnly):
       `dataloader_num_workers`,
       `dataloader_prefetch_factor`, `dataloader_persistent_workers`,
       `dataloader_multiprocessing_context`, `train_sampling_strategy`, `length_column_name`.
-    - Numerics and execution: `bf16`, `on_nonfinite`, `jit_compile`,
-      `steps_per_execution`, `use_cpu`.
+    - Numerics and execution: `bf16`, `fp16`, `label_smoothing_factor`, `on_nonfinite`,
+      `jit_compile`, `steps_per_execution`, `use_cpu`.
 
     Raises:
         ConfigurationError: If a name is unknown, a value has the wrong type or range, or two
@@ -466,6 +466,18 @@ class TrainingArguments(_KnownNamesOnly):
     # Numerics and execution
     bf16: bool = _option(
         False, kinds.flag, "Compute in bfloat16 and keep the weights in float32 (mixed precision)."
+    )
+    fp16: bool = _option(
+        False,
+        kinds.flag,
+        "Compute in float16 and keep the weights in float32, with a loss scale that adapts: an "
+        "update whose gradients overflow is left out and the scale halved. Prefer bf16 where the "
+        "device has it.",
+    )
+    label_smoothing_factor: float = _option(
+        0.0,
+        kinds.real(0.0, below=1.0),
+        "Share of the uniform distribution in the labels of a cross-entropy over classes.",
     )
     on_nonfinite: Literal["raise", "skip", "ignore"] = _option(
         "raise",
