@@ -613,8 +613,8 @@ def test_a_misspelt_name_gets_the_closest_one_and_a_strange_name_gets_the_list()
 
 
 def test_all_unknown_names_are_reported_at_once():
-    message = refusal(no_cuda=True, fp16=True, zzz=1)
-    assert [name in message for name in ("`no_cuda`", "`fp16`", "`zzz`")] == [True] * 3
+    message = refusal(no_cuda=True, tf32=True, zzz=1)
+    assert [name in message for name in ("`no_cuda`", "`tf32`", "`zzz`")] == [True] * 3
 
 
 def test_positional_arguments_are_refused():
