@@ -191,7 +191,7 @@ class Trainer(KnownParameters):
             tracked=self._tracked,
         )
         names = building.input_names(model) if self.args.remove_unused_columns else None
-        self._columns = None if names is None else ColumnFilter(names)
+        self._columns = None if names is None else ColumnFilter(names, self.args.label_names)
 
     @property
     def model(self) -> keras.Model:

@@ -17,6 +17,7 @@ class ColumnFilter:
 
     Args:
         inputs: Names of the model's inputs.
+        label_names: Keys that hold labels besides the usual ones.
 
     Example:
         >>> keep = ColumnFilter({"input_ids"})
@@ -24,8 +25,9 @@ class ColumnFilter:
         ['input_ids', 'labels']
     """
 
-    def __init__(self, inputs: Collection[str]) -> None:
+    def __init__(self, inputs: Collection[str], label_names: Collection[str] | None = None) -> None:
         self._inputs = frozenset(inputs)
+        self._others = frozenset((*LABEL_KEYS, SAMPLE_WEIGHT_KEY, *(label_names or ())))
         self._said = False
 
     def __call__(self, batch: Any, name: str) -> Any:
@@ -39,7 +41,7 @@ class ColumnFilter:
             first = self._filter(batch[0], name, frozenset())
             return batch if first is batch[0] else (first, *batch[1:])
         if isinstance(batch, Mapping):
-            return self._filter(batch, name, frozenset((*LABEL_KEYS, SAMPLE_WEIGHT_KEY)))
+            return self._filter(batch, name, self._others)
         return batch
 
     def _filter(self, batch: Mapping[Any, Any], name: str, others: frozenset[str]) -> Any:
