@@ -233,6 +233,7 @@ class Program:
                 last[origin[output]] = len(order)
         names = {node: f"t{i}" for i, node in enumerate(self._piece_inputs)}
         targets = {origin[output]: place for output, place in places}
+        overwritten = {place for _, place in places}
         free: list[str] = []
         self._buffers = 0
         self._numbers: list[Node] = []
@@ -259,8 +260,13 @@ class Program:
             lines.append(self._line(calls[node], index, names[node], arguments, scope))
         for output, place in places:
             value = names[origin[output]]
-            if value != names[place]:
-                late.append(f"{names[place]}.copy_({value})")
+            if value == names[place]:
+                continue
+            if origin[output] in overwritten:  # two variables may even change places
+                value = f"b{self._buffers}"
+                self._buffers += 1
+                lines.append(f"{value}.copy_({names[origin[output]]})")
+            late.append(f"{names[place]}.copy_({value})")
         arguments = [names[n] for n in self._piece_inputs]
         arguments += [f"n{i}" for i in range(len(self._numbers))]
         arguments += [f"s{i}" for i in range(len(self._tensors))]

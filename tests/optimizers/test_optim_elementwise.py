@@ -12,35 +12,62 @@ from optim.optimizer import elementwise
 class Swapping(optim.Optimizer):
     """Slots that change places, one that stays, one that is the gradient, one that counts."""
 
+    order = ("a", "b", "c", "same", "last")
+
     def slot_shapes(self, shape):
-        return {"a": shape, "b": shape, "same": shape, "last": shape, "count": ()}
+        return {**dict.fromkeys(self.order, shape), "count": ()}
 
     @elementwise
     def update(self, parameter, gradient, slots, step, learning_rate, weight_decay):
         a, b = slots["a"], slots["b"]
         new = parameter - learning_rate * (parameter * gradient + a)
         count = slots["count"] + 1.0
-        slots = {"a": b, "b": a + parameter, "same": slots["same"], "last": gradient}
-        return new + weight_decay * parameter, {**slots, "count": count}
+        moved = {"a": b, "b": slots["c"], "c": a + parameter}
+        kept = {"same": slots["same"], "last": gradient, "count": count}
+        return new + weight_decay * parameter, {**moved, **kept}
 
 
+class Backwards(Swapping):
+    order = ("last", "same", "c", "b", "a")
+
+
+class Exchanging(optim.Optimizer):
+    """Two slots that do nothing else than change places."""
+
+    def slot_shapes(self, shape):
+        return {"a": optim.Slot(shape, initializer=1.0), "b": shape}
+
+    @elementwise
+    def update(self, parameter, gradient, slots, step, learning_rate, weight_decay):
+        return parameter - learning_rate * slots["a"], {"a": slots["b"], "b": slots["a"]}
+
+
+@pytest.mark.parametrize("cls", [Swapping, Backwards])
 @pytest.mark.parametrize("size", [5, 200_000])
-def test_values_that_move_between_the_slots(tools, rng, size):
+def test_values_that_move_between_the_slots(tools, rng, cls, size):
     start = rng.standard_normal(size).astype("float32")
-    gradients = [rng.standard_normal(size).astype("float32") for _ in range(3)]
+    gradients = [rng.standard_normal(size).astype("float32") for _ in range(4)]
     variable = keras.Variable(start, name="v")
-    optimizer = Swapping(0.1, weight_decay=0.5)
+    optimizer = cls(0.1, weight_decay=0.5)
     tools.run(optimizer, [variable], [[g] for g in gradients])
-    p, a, b = start.astype("float64"), 0.0, 0.0
+    p, a, b, c = start.astype("float64"), 0.0, 0.0, 0.0
     for g in gradients:
-        p, a, b = p - 0.1 * (p * g + a) + 0.5 * p, b, a + p
+        p, a, b, c = p - 0.1 * (p * g + a) + 0.5 * p, b, c, a + p
     slots = optimizer.slots_of(variable)
+    for name, expected in {"a": a, "b": b, "c": c, "last": gradients[-1], "same": 0.0}.items():
+        result = tools.to_numpy(slots[name])
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(tools.to_numpy(variable), p, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(tools.to_numpy(slots["a"]), a, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(tools.to_numpy(slots["b"]), b, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(tools.to_numpy(slots["last"]), gradients[-1])
-    np.testing.assert_array_equal(tools.to_numpy(slots["same"]), 0.0)
-    assert float(slots["count"]) == 3.0
+    assert float(slots["count"]) == 4.0
+
+
+def test_two_slots_change_places(tools):
+    variable = keras.Variable(np.zeros(3, "float32"))
+    optimizer, path = Exchanging(1.0), []
+    for _ in range(4):
+        tools.run(optimizer, [variable], [[np.ones(3, "float32")]])
+        path.append(float(tools.to_numpy(variable)[0]))
+    assert path == [-1.0, -1.0, -2.0, -2.0]
 
 
 def test_a_large_tensor_in_pieces_equals_the_rule(tools, rng):
