@@ -9,9 +9,6 @@ _PAGED = (
     "paging optimizer state between a GPU and the host is a feature of bitsandbytes' CUDA memory. "
 )
 _BITSANDBYTES = "bitsandbytes runs on PyTorch only. "
-_LAYERWISE = (
-    "updating each layer during the backward pass needs the whole backward pass of one framework. "
-)
 _FUSED_BACKWARD = (
     "LOMO fuses the update into PyTorch's backward pass, which has no counterpart elsewhere and "
     "rules out clipping by the global norm. "
@@ -31,10 +28,9 @@ NPU = "Keras has no backend for Ascend NPUs. Use 'adamw'."
 APEX = "apex's fused AdamW is superseded. Use 'adamw', which is fused on every backend."
 ADAMW_HF = "the reference has removed its own AdamW. Use 'adamw', which corrects the bias."
 LOMO = _FUSED_BACKWARD + "Use 'adafactor' for little state, or 'sgd' for none."
-GALORE_8BIT = "projected and 8-bit state are not combined. Use 'galore_adamw' or 'adamw_8bit'."
-GALORE_ADAFACTOR = "GaLore is offered for AdamW only. Use 'galore_adamw' or 'adafactor'."
-GALORE_LAYERWISE = _LAYERWISE + "Use 'galore_adamw'."
-APOLLO_LAYERWISE = _LAYERWISE + "Use 'apollo_adamw'."
+LOW_RANK = (
+    "low-rank projected state is not there yet. Use 'adafactor' or 'adamw_8bit' to save memory."
+)
 SOPHIA = (
     "Sophia needs an estimate of the Hessian, which no call of `apply(gradients)` can have. "
     "Use 'adamw', or 'muon' for an update that conditions whole matrices."

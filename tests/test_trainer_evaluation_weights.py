@@ -118,14 +118,20 @@ def test_evaluating_saving_and_exporting_disturb_nothing(tmp_path, name):
     assert same(weights(busy.model), weights(quiet.model))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+OF_OPTIM = {
+    "schedule-free": lambda: optim.ScheduleFreeAdamW(0.05),
+    "average": lambda: optim.EMA(keras.optimizers.SGD(0.05, momentum=0.5), decay=0.7),
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OF_OPTIM])
 def test_checkpoints_hold_the_training_state_and_what_is_evaluated(tmp_path, name):
     changes = {"save_strategy": "steps", "save_steps": 4}
-    whole = make(tmp_path / "whole", OPTIMIZERS[name](), **changes)
+    whole = make(tmp_path / "whole", (OPTIMIZERS | OF_OPTIM)[name](), **changes)
     whole.fit()
-    first = make(tmp_path / "part", OPTIMIZERS[name](), [StopAt(4)], **changes)
+    first = make(tmp_path / "part", (OPTIMIZERS | OF_OPTIM)[name](), [StopAt(4)], **changes)
     first.fit()
-    second = make(tmp_path / "part", OPTIMIZERS[name](), **changes)
+    second = make(tmp_path / "part", (OPTIMIZERS | OF_OPTIM)[name](), **changes)
     second.fit(resume_from_checkpoint=True)
     assert same(weights(whole.model), weights(second.model))
     for a, b in zip(whole.optimizer.variables, second.optimizer.variables, strict=True):

@@ -6,6 +6,13 @@ import pytest
 from keras import ops
 
 import optim
+from kbtrain.checkpoint import (
+    capture,
+    name_optimizer_variables,
+    read_arrays,
+    restore,
+    write_arrays,
+)
 from optim.eight_bit import BLOCK, SMALLEST, code_values, quantized, restored
 
 CLASSES = {
@@ -160,4 +167,29 @@ def test_keras_file_continues_identically(tools, rng, tmp_path, name):
     for each in (model, loaded):
         each.fit(x, y, epochs=1, verbose=0, batch_size=4, shuffle=False)
     for ours, theirs in zip(loaded.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(tools.to_numpy(ours), tools.to_numpy(theirs))
+
+
+def test_state_in_a_checkpoint(tools, rng, tmp_path):
+    def trained(steps):
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, name="large")])
+        model.set_weights([np.ones((64, 64), "float32"), np.zeros(64, "float32")])
+        optimizer = optim.AdamW8bit(0.01, name="mine")
+        optimizer.build(model.trainable_variables)
+        tools.run(optimizer, model.trainable_variables, steps)
+        return model, optimizer
+
+    steps = [[rng.standard_normal(s).astype("float32") for s in ((64, 64), (64,))]] * 2
+    model, optimizer = trained(steps)
+    named = name_optimizer_variables(optimizer.variables, model.variables)
+    write_arrays(tmp_path / "optimizer.h5", capture(named))
+    saved = read_arrays(tmp_path / "optimizer.h5")
+    codes = [name for name in saved if name.startswith("momentum_codes/")]
+    assert len(codes) == 1
+    assert saved[codes[0]].dtype == np.uint8
+
+    other, fresh = trained(steps[:0])
+    restore(name_optimizer_variables(fresh.variables, other.variables), saved, what="optimizer")
+    for ours, theirs in zip(fresh.variables, optimizer.variables, strict=True):
+        assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(tools.to_numpy(ours), tools.to_numpy(theirs))
