@@ -43,11 +43,17 @@ class Group:
     weight_decay: float | None = None
     optimizer: Any = None
 
-    def takes(self, path: str) -> bool:
-        """Whether a variable of this path belongs here."""
+    def members(self, paths: Sequence[str]) -> tuple[set[str], list[str]]:
+        """The paths of variables that belong here, and the listed ones that do not exist.
+
+        Keras puts a `keras.Sequential`'s own name in front of its variables' paths, or leaves it
+        out when the model comes from a file: a listed path may have it or not.
+        """
         if isinstance(self.match, str):
-            return re.search(self.match, path) is not None
-        return path in self.match
+            return {path for path in paths if re.search(self.match, path)}, []
+        found = {wanted: _find(wanted, paths) for wanted in self.match}
+        unknown = sorted(wanted for wanted, path in found.items() if path is None)
+        return {path for path in found.values() if path is not None}, unknown
 
     def describe(self) -> str:
         """The group by its match, for messages."""
@@ -184,25 +190,43 @@ def assign(groups: Sequence[Group], variables: Sequence[Any]) -> list[Group | No
         ValueError: if no variable goes to a group, or one that it lists does not exist.
     """
     paths = [path_of(variable) for variable in variables]
-    chosen = [next((group for group in groups if group.takes(path)), None) for path in paths]
-    taken = {id(group) for group in chosen}
+    members = []
     for index, group in enumerate(groups):
-        unknown = [] if isinstance(group.match, str) else sorted({*group.match} - {*paths})
+        found, unknown = group.members(paths)
         if unknown:
             raise ValueError(
                 f"parameter_groups[{index}] lists {unknown[0]!r}, which is not among the "
                 f"{len(paths)} trained variables: {_some(paths)}."
             )
+        members.append(found)
+    chosen = [
+        next((group for group, found in zip(groups, members, strict=True) if path in found), None)
+        for path in paths
+    ]
+    taken = {id(group) for group in chosen}
+    for index, (group, found) in enumerate(zip(groups, members, strict=True)):
         if id(group) not in taken:
-            wanted = [path for path in paths if group.takes(path)]
             problem = (
-                f"gets no variable: groups before it take the {len(wanted)} it matches"
-                if wanted
+                f"gets no variable: groups before it take the {len(found)} it matches"
+                if found
                 else f"matches none of the {len(paths)} trained variables: {_some(paths)}. (A type "
                 "of layer has to be looked up in the model: optim.groups_for(model, [...]))"
             )
             raise ValueError(f"parameter_groups[{index}], {group.describe()}, {problem}.")
     return chosen
+
+
+def _find(wanted: str, paths: Sequence[str]) -> str | None:
+    """The path that is meant: this one, or the only one that differs by a name in front."""
+    tail = wanted.partition("/")[2]
+    for candidates in (
+        [path for path in paths if path == wanted],
+        [path for path in paths if tail and path == tail],
+        [path for path in paths if path.partition("/")[2] == wanted],
+    ):
+        if candidates:
+            return candidates[0] if len({*candidates}) == 1 else None
+    return None
 
 
 def _some(paths: Sequence[str]) -> str:

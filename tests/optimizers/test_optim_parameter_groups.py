@@ -136,6 +136,38 @@ def test_config_and_keras_file_keep_the_groups(tools, tmp_path):
     assert "parameter_groups" not in optim.AdamW().get_config()
 
 
+@pytest.mark.parametrize("kind", ["types", "layers", "pattern"])
+def test_a_loaded_model_may_have_other_paths(tools, tmp_path, kind):
+    # Keras leaves out the name of a Sequential when it loads it.
+    model = network()
+    groups = {
+        "types": optim.groups_for(model, [{"match": "Dense", "lr_multiplier": 0.5}]),
+        "layers": optim.layerwise_lr_decay(model),
+        "pattern": [{"match": "(^|/)head/", "lr_multiplier": 0.5}],
+    }[kind]
+    model.compile(optimizer=optim.AdamW(0.1, parameter_groups=groups), loss="mse")
+    x, y = np.ones((4, 3), "int32"), np.ones((4, 1), "float32")
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    rates = [
+        [m.optimizer.treatment_of(v)[2] for v in m.trainable_variables] for m in (model, loaded)
+    ]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1
+    for each in (model, loaded):
+        each.fit(x, y, verbose=0)
+    for a, b in zip(model.trainable_variables, loaded.trainable_variables, strict=True):
+        np.testing.assert_array_equal(tools.to_numpy(a), tools.to_numpy(b))
+
+
+def test_a_listed_path_that_two_variables_could_mean():
+    with pytest.raises(ValueError, match="lists 'kernel', which is not among"):
+        built([{"match": ["kernel"], "lr_multiplier": 2}])
+    optimizer, listed = built([{"match": ["net/a/bias", "b/kernel"], "lr_multiplier": 2}])
+    assert [t[1] for t in treatments(optimizer, listed)] == [1.0, 2.0, 2.0]
+
+
 def test_the_table():
     optimizer, _ = built(
         [{"match": "bias$", "weight_decay": 0}, {"match": "^a/", "optimizer": "adamw"}],
