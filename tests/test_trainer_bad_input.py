@@ -62,7 +62,7 @@ def test_arguments_of_the_trainer(tmp_path, changes, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"optim": "adamv"}, "optim='adamv'.*Did you mean 'adamw'"),
+        ({"optim": "adamww"}, "optim='adamww'.*Did you mean 'adamw'"),
         ({"lr_scheduler_type": "cosinus"}, "lr_scheduler_type='cosinus'.*Did you mean 'cosine'"),
         ({"eval_strategy": "epoch"}, "eval_dataset"),
     ],
