@@ -93,7 +93,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     args = trainer.args
     if trainer.model_init is not None:
         rng.set_seed(args.seed)
-        trainer.adopt(trainer.model_init())
+        trainer.adopt(trainer.call_model_init())
     loader = in_epochs(as_loader(trainer.get_train_dataloader()), args)
     trainer.train_dataloader = loader
     plan = _plan(trainer, loader)
@@ -180,6 +180,9 @@ def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
         save_steps=resolve_steps(args.save_steps, plan.max_steps),
         train_batch_size=loader.batch_size,
     )
+    if trainer.trial is not None:
+        state.is_hyper_param_search, state.trial_name = True, args.run_name
+        state.trial_params = dict(trainer.trial.params)
     if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps":
         check_saves_follow_evaluations(state.save_steps, state.eval_steps)
     return state

@@ -69,6 +69,9 @@ class TrainerState:
         best_model_checkpoint: The checkpoint of that step, if one was saved.
         is_local_process_zero: Whether this process is the first of its machine.
         is_world_process_zero: Whether this process is the first of all.
+        is_hyper_param_search: Whether this is a trial of ``hyperparameter_search``.
+        trial_name: The trial's ``run_name``.
+        trial_params: What the search chose for it.
         stateful_callbacks: State of the callbacks that have one, by class name.
     """
 
@@ -87,6 +90,9 @@ class TrainerState:
     best_model_checkpoint: str | None = None
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
+    is_hyper_param_search: bool = False
+    trial_name: str | None = None
+    trial_params: dict[str, Any] | None = None
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def remember(self, entry: dict[str, Any]) -> None:

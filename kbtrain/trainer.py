@@ -21,6 +21,7 @@ from kbtrain import (
     registry,
     reports,
     rng,
+    search,
 )
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
@@ -60,7 +61,8 @@ class Trainer(KnownParameters):
             (with ``max_steps``), or something that yields batches: a torch ``DataLoader``, a
             ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a batched Grain data set.
         eval_dataset: The same, or a dict of several named ones.
-        model_init: A function that returns the model; each ``fit`` begins with a new one.
+        model_init: A function that returns the model; each ``fit`` begins with a new one. If
+            it takes ``trial``, it gets that of ``hyperparameter_search`` (None outside of one).
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict
             or list of these for several outputs.
         metrics: Names or ``keras.metrics.Metric`` objects, updated on the device.
@@ -91,7 +93,7 @@ class Trainer(KnownParameters):
         data_collator: Callable[[list[Any]], Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        model_init: Callable[[], keras.Model] | None = None,
+        model_init: Callable[..., keras.Model] | None = None,
         *,
         loss: Any = None,
         metrics: Any = None,
@@ -123,7 +125,8 @@ class Trainer(KnownParameters):
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
         self.bound: BoundModel
-        self.adopt(self.model_init() if self.model_init is not None else model)
+        self.trial: Any = None  # of a hyperparameter search
+        self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.saver = Saver(self.store)
         self.watch = Watch(False, None)
@@ -345,6 +348,57 @@ class Trainer(KnownParameters):
             self.callback_handler.close()
 
     train = fit
+
+    def call_model_init(self) -> keras.Model:
+        """A new model from ``model_init``, which gets the trial if it asks for one."""
+        assert self.model_init is not None
+        if search.takes_trial(self.model_init):
+            return self.model_init(self.trial)
+        return self.model_init()
+
+    @concise
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], Mapping[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | Sequence[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        *,
+        n_jobs: int = 1,
+        **options: Any,
+    ) -> search.BestRun | list[search.BestRun]:
+        """Train with several hyperparameters and say which were best (extra ``optuna``).
+
+        Each trial begins with a new model and writes to ``{output_dir}/run-{number}``.
+
+        Args:
+            hp_space: From an Optuna trial to arguments and their values (``trial.suggest_float``
+                and so on); names that are no arguments are for ``model_init(trial)``.
+            compute_objective: From the results of an evaluation to the value that is optimized, or
+                one for each direction; the default is the loss, or the sum of the other metrics.
+            n_trials: Trials the study has in the end; a resumed study runs those that are missing.
+            direction: "minimize", "maximize", or a list of these.
+            backend: "optuna" or None.
+            hp_name: From a trial to its ``run_name``.
+            n_jobs: Processes. All but this one run the program anew up to this call, and share the
+                device with it. The study is then kept in ``{output_dir}/study.journal``.
+            **options: ``sampler``, ``pruner``, ``storage``, ``study_name``, ``load_if_exists``
+                (to resume a study) and ``timeout`` (seconds), as in Optuna.
+
+        Returns:
+            The best run; for several directions those that no other one beats in all.
+
+        Raises:
+            ConfigurationError: There is no ``model_init`` or ``eval_dataset``, or see the message.
+        """
+        return search.search(
+            self,
+            search.settings(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, n_jobs, options
+            ),
+        )
 
     # --- evaluation and prediction --------------------------------------------------------------
 
