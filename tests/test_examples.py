@@ -1,5 +1,6 @@
 """Every example runs as its docstring says, in a process of its own, shortened by arguments."""
 
+import ast
 import importlib.util
 import json
 import math
@@ -14,6 +15,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+
+from kbtrain import TrainingArguments
+from kbtrain.errors import ConfigurationError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STEPS = 240
@@ -168,3 +172,77 @@ def test_char_gpt_goes_from_backend_to_backend(tmp_path):
     assert 60 <= resumed_at(result) < STEPS
     assert result.stdout.startswith("backend tensorflow")
     assert bits_per_byte(result) == pytest.approx(bits_per_byte(expected), rel=1e-4)
+
+
+# --- around the trainer ---------------------------------------------------------------------------
+
+
+def test_regression_writes_results_log_and_model_card(tmp_path):
+    result = run(
+        "regression.py", "--output-dir", tmp_path, "--num_train_epochs", 20, "--width", 16,
+        "--disable_tqdm",
+    )  # fmt: skip
+    test = json.loads((tmp_path / "test_results.json").read_text())
+    assert test["test_r2"] > 0.2, result.stdout
+    card = (tmp_path / "README.md").read_text()
+    assert "- num_train_epochs: 20.0" in card
+    assert "![Loss](loss.png)" in card
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert sum(",," not in row for row in rows) >= 1
+    assert len(rows) == 1 + 20 + 20 + 1  # header, training, evaluation, the whole run
+
+
+def test_custom_optimizer_is_found_by_name(tmp_path):
+    result = run("custom_optimizer.py", "--output-dir", tmp_path, "--epochs", 4)
+    name, accuracy = re.search(r"(\w+): test accuracy (\S+)", result.stdout).groups()
+    assert name == "Signum"
+    assert float(accuracy) > 0.8
+
+
+@pytest.mark.slow
+def test_hyperparameter_search_is_resumed(tmp_path):
+    common = ("--output-dir", tmp_path, "--epochs", 1)
+    run("hyperparameter_search.py", *common, "--n-trials", 1)
+    result = run("hyperparameter_search.py", *common, "--n-trials", 2, "--resume")
+    assert len(re.findall(r"Trial \d+ (?:finished|pruned)", result.stderr)) == 1
+    assert float(re.search(r"test accuracy: (\S+)", result.stdout)[1]) > 0.5
+
+
+# --- the page on migrating ------------------------------------------------------------------------
+
+PAGE = (EXAMPLES.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
+BEFORE, AFTER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_migrated_script_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "migrated"}
+    exec(compile(AFTER, "migrating.md", "exec"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 66  # 3 epochs of ceil(ceil(1400 / 32) / 2) updates
+    assert trainer.state.log_history[-1]["eval_accuracy"] > 0.8
+
+
+def test_every_argument_of_the_script_before_is_kept_or_explained():
+    calls = [node for node in ast.walk(ast.parse(BEFORE)) if isinstance(node, ast.Call)]
+    call = next(node for node in calls if ast.unparse(node.func) == "TrainingArguments")
+    refused = {}
+    for keyword in call.keywords:
+        given = {keyword.arg: ast.literal_eval(keyword.value)}
+        try:
+            TrainingArguments(**(given | RELATED.get(keyword.arg, {})))
+        except ConfigurationError as error:
+            refused[keyword.arg] = str(error)
+    assert refused.keys() == SAID.keys()
+    assert [name for name, said in SAID.items() if said not in refused[name]] == []
+
+
+SAID = {
+    "overwrite_output_dir": "never empties output_dir",
+    "evaluation_strategy": "Write eval_strategy='epoch'",
+    "warmup_ratio": "Write warmup_steps=0.1",
+    "logging_dir": "output_dir chooses where a run is written",
+    "torch_compile": "Write jit_compile=True",
+    "push_to_hub": "does not upload models",
+}
+RELATED = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}
