@@ -188,8 +188,12 @@ def compile_eval_steps(
         if length > 1:  # traced once to learn the size of the outputs
             probe = tf.function(fn, autograph=False).get_concrete_function(row(0))
             specs = probe.structured_outputs
-            size = sum(s.dtype.size * s.shape.num_elements() for s in tf.nest.flatten(specs))
-            length = max(1, min(length, output_bytes // max(size, 1)))
+            sizes = [(s.shape.num_elements(), s.dtype.size) for s in tf.nest.flatten(specs)]
+            if all(elements is not None for elements, _ in sizes):
+                size = sum(elements * width for elements, width in sizes)
+                length = max(1, min(length, output_bytes // max(size, 1)))
+            else:  # a shape that depends on values: one step at a time
+                length = 1
         if length == 1:
             return tf.nest.map_structure(lambda t: t[None], fn(row(start)))
         arrays = tf.nest.map_structure(
