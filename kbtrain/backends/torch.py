@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,146 +10,10 @@ import keras
 import numpy as np
 import torch
 
-from kbtrain.backends.torch_capture import CapturedStep
-from kbtrain.backends.torch_program import GuardFailed, NotCapturable, guard
-from kbtrain.data import signature
+from kbtrain.backends.torch_program import guard
+from kbtrain.backends.torch_runner import InParts, Runner, now
 
 name = "torch"
-logger = logging.getLogger("kbtrain")
-
-# While a step is being recorded, conditions become guards: nothing can be read.
-_capturing = False
-
-# The step being run: its variables, and what compiles the body of a loop inside it.
-_state: list[keras.Variable] = []
-_compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-
-# What `commit_if` has overwritten, while somebody may want to take it back.
-_journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
-
-# The variables that `commit_if` has met in the step being recorded.
-_committed: list[keras.Variable] = []
-
-
-@contextlib.contextmanager
-def _running(
-    variables: Sequence[keras.Variable],
-    compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
-) -> Iterator[None]:
-    global _state, _compile_body
-    before = _state, _compile_body
-    _state, _compile_body = list(variables), compile_body
-    try:
-        yield
-    finally:
-        _state, _compile_body = before
-
-
-class _Runner:
-    """Runs a function of tensors captured where possible, once per shape, else as it is.
-
-    Args:
-        fn: Function of one structure of tensors.
-        variables: Everything it reads or assigns.
-        jit_compile: ``False`` captures nothing, ``True`` adds ``torch.compile``.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[[Any], Any],
-        variables: Sequence[keras.Variable],
-        jit_compile: bool | str,
-    ) -> None:
-        self._fn = fn
-        self._variables = list(variables)
-        self._jit_compile = jit_compile
-        self._captured: dict[Any, CapturedStep | None] = {}
-        self._commits: dict[Any, list[keras.Variable]] = {}
-        self._bodies: dict[Any, _Runner] = {}
-
-    def __call__(self, inputs: Any) -> Any:
-        """Run the function."""
-        run = self.for_shape(inputs)
-        with torch.no_grad():
-            results = run(keras.tree.flatten(inputs))
-        return keras.tree.pack_sequence_as(run.outputs, results)
-
-    def for_shape(self, inputs: Any) -> _FlatStep:
-        """The function for inputs like these, from a list of tensors to a list of tensors."""
-        key = signature(inputs)
-        if key not in self._captured and self._jit_compile is not False:
-            self._captured[key] = self._capture(inputs)
-            self._commits[key] = list(_committed)
-        return _FlatStep(
-            self._captured.get(key), self._commits.get(key, []), self.eager, structure=inputs
-        )
-
-    def eager(self, inputs: Any) -> Any:
-        """Run the function as it is; the bodies of its loops are captured."""
-        body = None if self._jit_compile is False else self._body
-        with torch.no_grad(), _running(self._variables, body):
-            return self._fn(inputs)
-
-    def _capture(self, inputs: Any) -> CapturedStep | None:
-        global _capturing
-        _capturing = True
-        _committed.clear()
-        try:
-            inductor = self._jit_compile is True
-            return CapturedStep(self.eager, self._variables, inputs, inductor)
-        except _InParts:
-            logger.debug("The step is captured in parts, one for each micro-batch.")
-            return None
-        except NotCapturable as reason:
-            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
-            return None
-        finally:
-            _capturing = False
-
-    def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        # The function is a new closure each time; its code says that it is the same one.
-        key = fn.__code__
-        if key not in self._bodies:
-            self._bodies[key] = _Runner(lambda both: fn(*both), self._variables, self._jit_compile)
-        runner = self._bodies[key]
-        return lambda carry, inputs: runner((carry, inputs))
-
-
-class _FlatStep:
-    """A step for inputs of one shape, without the cost of their structure.
-
-    Attributes:
-        outputs: The structure of the outputs, known after the first run.
-    """
-
-    def __init__(
-        self,
-        captured: CapturedStep | None,
-        commits: Sequence[keras.Variable],
-        eager: Callable[[Any], Any],
-        structure: Any,
-    ) -> None:
-        self._captured = captured
-        self._commits = commits
-        self._eager = eager
-        self._structure = structure
-        self.outputs: Any = None if captured is None else captured.outputs
-
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the step on flattened inputs, under ``torch.no_grad``."""
-        if self._captured is not None:
-            for variable in self._commits:
-                _remember(variable)
-            try:
-                return self._captured(inputs)
-            except GuardFailed:
-                pass
-        self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
-        return keras.tree.flatten(self.outputs)
-
-
-class _InParts(NotCapturable):
-    """Not an obstacle: a loop whose body is captured by itself."""
 
 
 def compile_step(
@@ -173,7 +36,7 @@ def compile_step(
     Returns:
         A function with the signature of ``fn``.
     """
-    return _Runner(fn, variables, jit_compile)
+    return Runner(fn, variables, jit_compile)
 
 
 def compile_steps(
@@ -194,7 +57,7 @@ def compile_steps(
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
         ``block``; its outputs come along a leading axis.
     """
-    runner = _Runner(fn, variables, jit_compile)
+    runner = Runner(fn, variables, jit_compile)
 
     def call(block: Any, count: int) -> Any:
         rows = [leaf[:count].unbind() for leaf in keras.tree.flatten(block)]
@@ -233,7 +96,7 @@ def compile_eval_steps(
         ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
         a leading axis, and the number of entries that were run.
     """
-    runner = _Runner(fn, variables, jit_compile)
+    runner = Runner(fn, variables, jit_compile)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
         rows = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
@@ -274,7 +137,7 @@ def value_and_grad(
         torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
     ]
     known = {id(v) for v in variables}
-    new = [(v, scope.get_current_value(v)) for v in _state if id(v) not in known]
+    new = [(v, scope.get_current_value(v)) for v in now.variables if id(v) not in known]
     updates = [(v, n.detach()) for v, n in new if n is not None]
     return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
 
@@ -295,9 +158,9 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     captured, and everything else would be a constant). Returns the last carry and the outputs
     along a new leading axis.
     """
-    if _capturing:
-        raise _InParts("it has a loop, whose body is captured by itself")
-    body = fn if _compile_body is None else _compile_body(fn)
+    if now.capturing:
+        raise InParts("it has a loop, whose body is captured by itself")
+    body = fn if now.compile_body is None else now.compile_body(fn)
     length = keras.tree.flatten(inputs)[0].shape[0]
     outputs = []
     for i in range(length):
@@ -312,23 +175,17 @@ def _on_cpu(condition: Any) -> bool:
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
-    guarded = _capturing and _on_cpu(condition)
+    guarded = now.capturing and _on_cpu(condition)
     if guarded:
         guard(condition)
     for variable, value in updates:
-        if _capturing:
-            _committed.append(variable)
+        if now.capturing:
+            now.committed.append(variable)
         else:
-            _remember(variable)
+            now.remember(variable)
         if not guarded:
             value = torch.where(condition, value.to(variable.value.dtype), variable.value)
         variable.assign(value)
-
-
-def _remember(variable: keras.Variable) -> None:
-    """Keep the value a variable has now, if somebody may want to go back to it."""
-    if _journal is not None and id(variable) not in _journal:
-        _journal[id(variable)] = (variable, variable.value.detach().clone())
 
 
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
@@ -338,7 +195,7 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
     old values are kept and selected instead.
     """
     if _on_cpu(condition):
-        if _capturing:
+        if now.capturing:
             guard(condition)
             fn()
         elif condition:
@@ -357,12 +214,11 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     Returns:
         Its result, and ``undo_if(condition)``, which takes the assignments back.
     """
-    global _journal
-    journal = _journal = {}
+    journal = now.journal = {}
     try:
         result = fn()
     finally:
-        _journal = None
+        now.journal = None
 
     def undo_if(condition: Any) -> None:
         for variable, old in journal.values():

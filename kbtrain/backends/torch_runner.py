@@ -1,0 +1,165 @@
+"""Running a torch step: captured where possible, once per shape, else as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import torch
+
+from kbtrain.backends.torch_capture import CapturedStep
+from kbtrain.backends.torch_program import GuardFailed, NotCapturable
+from kbtrain.data import signature
+
+logger = logging.getLogger("kbtrain")
+
+
+@dataclass
+class _Now:
+    """What is being run, for the functions that a step calls.
+
+    Attributes:
+        capturing: Whether a step is being recorded: conditions become guards, nothing can be read.
+        variables: Those of the step, to name the ones that layers ask to change.
+        compile_body: Compiles the body of a loop in the step; None if it runs as it is.
+        committed: The variables that ``commit_if`` has met in the step being recorded.
+        journal: What ``commit_if`` has overwritten, while somebody may want to take it back.
+    """
+
+    capturing: bool = False
+    variables: list[keras.Variable] = field(default_factory=list)
+    compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    committed: list[keras.Variable] = field(default_factory=list)
+    journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        variables: Sequence[keras.Variable],
+        compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    ) -> Iterator[None]:
+        """Run a step of these variables."""
+        before = self.variables, self.compile_body
+        self.variables, self.compile_body = list(variables), compile_body
+        try:
+            yield
+        finally:
+            self.variables, self.compile_body = before
+
+    def remember(self, variable: keras.Variable) -> None:
+        """Keep the value a variable has now, if somebody may want to go back to it."""
+        if self.journal is not None and id(variable) not in self.journal:
+            self.journal[id(variable)] = (variable, variable.value.detach().clone())
+
+
+now = _Now()
+
+
+class Runner:
+    """Runs a function of tensors captured where possible, once per shape, else as it is.
+
+    Args:
+        fn: Function of one structure of tensors.
+        variables: Everything it reads or assigns.
+        jit_compile: ``False`` captures nothing, ``True`` adds ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any], Any],
+        variables: Sequence[keras.Variable],
+        jit_compile: bool | str,
+    ) -> None:
+        self._fn = fn
+        self._variables = list(variables)
+        self._jit_compile = jit_compile
+        self._captured: dict[Any, CapturedStep | None] = {}
+        self._commits: dict[Any, list[keras.Variable]] = {}
+        self._bodies: dict[Any, Runner] = {}
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the function."""
+        run = self.for_shape(inputs)
+        with torch.no_grad():
+            results = run(keras.tree.flatten(inputs))
+        return keras.tree.pack_sequence_as(run.outputs, results)
+
+    def for_shape(self, inputs: Any) -> _FlatStep:
+        """The function for inputs like these, from a list of tensors to a list of tensors."""
+        key = signature(inputs)
+        if key not in self._captured and self._jit_compile is not False:
+            self._captured[key] = self._capture(inputs)
+            self._commits[key] = list(now.committed)
+        return _FlatStep(
+            self._captured.get(key), self._commits.get(key, []), self.eager, structure=inputs
+        )
+
+    def eager(self, inputs: Any) -> Any:
+        """Run the function as it is; the bodies of its loops are captured."""
+        body = None if self._jit_compile is False else self._body
+        with torch.no_grad(), now.running(self._variables, body):
+            return self._fn(inputs)
+
+    def _capture(self, inputs: Any) -> CapturedStep | None:
+        now.capturing = True
+        now.committed.clear()
+        try:
+            inductor = self._jit_compile is True
+            return CapturedStep(self.eager, self._variables, inputs, inductor)
+        except InParts:
+            logger.debug("The step is captured in parts, one for each micro-batch.")
+            return None
+        except NotCapturable as reason:
+            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
+            return None
+        finally:
+            now.capturing = False
+
+    def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        # The function is a new closure each time; its code says that it is the same one.
+        key = fn.__code__
+        if key not in self._bodies:
+            self._bodies[key] = Runner(lambda both: fn(*both), self._variables, self._jit_compile)
+        runner = self._bodies[key]
+        return lambda carry, inputs: runner((carry, inputs))
+
+
+class _FlatStep:
+    """A step for inputs of one shape, without the cost of their structure.
+
+    Attributes:
+        outputs: The structure of the outputs, known after the first run.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedStep | None,
+        commits: Sequence[keras.Variable],
+        eager: Callable[[Any], Any],
+        structure: Any,
+    ) -> None:
+        self._captured = captured
+        self._commits = commits
+        self._eager = eager
+        self._structure = structure
+        self.outputs: Any = None if captured is None else captured.outputs
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the step on flattened inputs, under ``torch.no_grad``."""
+        if self._captured is not None:
+            for variable in self._commits:
+                now.remember(variable)
+            try:
+                return self._captured(inputs)
+            except GuardFailed:
+                pass
+        self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
+        return keras.tree.flatten(self.outputs)
+
+
+class InParts(NotCapturable):
+    """Not an obstacle: a loop whose body is captured by itself."""
