@@ -507,17 +507,29 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         """
         slots = self.slots_of(variable)
         treatment = self.treatment_of(variable)
+        old_value = ops.convert_to_tensor(variable)
+        old_slots = {name: ops.convert_to_tensor(slot) for name, slot in slots.items()}
         value, new_slots = treatment.rule._advance(
-            ops.convert_to_tensor(variable),
+            old_value,
             gradient,
-            {name: ops.convert_to_tensor(slot) for name, slot in slots.items()},
+            old_slots,
             step,
             treatment.learning_rate(learning_rate),
             treatment.weight_decay,
         )
+        # An old value that moves to another variable: what was read may be the variable itself,
+        # which the assignments change one by one.
+        old = [old_value, *old_slots.values()]
+        moved = {
+            name: ops.copy(new_slots[name])
+            for name in slots
+            if any(new_slots[name] is x for x in old) and new_slots[name] is not old_slots[name]
+        }
+        if any(value is x for x in old_slots.values()):
+            value = ops.copy(value)
         self.assign(variable, value)
         for name, slot in slots.items():
-            self.assign(slot, new_slots[name])
+            self.assign(slot, moved.get(name, new_slots[name]))
 
     def _advance(
         self,

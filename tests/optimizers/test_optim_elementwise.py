@@ -42,13 +42,14 @@ class Exchanging(optim.Optimizer):
         return parameter - learning_rate * slots["a"], {"a": slots["b"], "b": slots["a"]}
 
 
+@pytest.mark.parametrize("kernel", [None, "reference"])
 @pytest.mark.parametrize("cls", [Swapping, Backwards])
 @pytest.mark.parametrize("size", [5, 200_000])
-def test_values_that_move_between_the_slots(tools, rng, cls, size):
+def test_values_that_move_between_the_slots(tools, rng, cls, size, kernel):
     start = rng.standard_normal(size).astype("float32")
     gradients = [rng.standard_normal(size).astype("float32") for _ in range(4)]
     variable = keras.Variable(start, name="v")
-    optimizer = cls(0.1, weight_decay=0.5)
+    optimizer = cls(0.1, weight_decay=0.5, kernel=kernel)
     tools.run(optimizer, [variable], [[g] for g in gradients])
     p, a, b, c = start.astype("float64"), 0.0, 0.0, 0.0
     for g in gradients:
@@ -61,9 +62,10 @@ def test_values_that_move_between_the_slots(tools, rng, cls, size):
     assert float(slots["count"]) == 4.0
 
 
-def test_two_slots_change_places(tools):
+@pytest.mark.parametrize("kernel", [None, "reference"])
+def test_two_slots_change_places(tools, kernel):
     variable = keras.Variable(np.zeros(3, "float32"))
-    optimizer, path = Exchanging(1.0), []
+    optimizer, path = Exchanging(1.0, kernel=kernel), []
     for _ in range(4):
         tools.run(optimizer, [variable], [[np.ones(3, "float32")]])
         path.append(float(tools.to_numpy(variable)[0]))
