@@ -122,6 +122,11 @@ def check_consistency(args: TrainingArguments) -> None:
             "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
             "where the device has bfloat16 (it needs no loss scale), else fp16=True."
         )
+    if args.load_best_model_at_end and args.save_minutes is not None:
+        raise ConfigurationError(
+            "load_best_model_at_end=True needs checkpoints of evaluated steps, and the clock saves "
+            f"at any. Received: save_minutes={args.save_minutes}. Set save_minutes=None."
+        )
     if args.load_best_model_at_end and args.save_strategy != "best":
         _check_best_model_is_saved(args)
 

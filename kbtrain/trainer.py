@@ -22,6 +22,7 @@ from kbtrain import (
     reports,
     rng,
     search,
+    timed,
 )
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
@@ -137,6 +138,7 @@ class Trainer(KnownParameters):
         self.callback_handler = CallbackHandler(
             [
                 *make_trackers(tuple(self.args.report_to)),
+                *timed.callbacks(self.args),
                 *(callbacks or []),
                 ProgressCallback(self.args.disable_tqdm),
             ],
@@ -176,6 +178,10 @@ class Trainer(KnownParameters):
             )
         if args.batch_eval_metrics:
             check_batchwise(self.compute_metrics)
+        if args.eval_minutes is not None and self.eval_dataset is None:
+            raise ConfigurationError(
+                f"eval_minutes={args.eval_minutes} needs an eval_dataset. Received: None."
+            )
         if optimizers[0] is None:
             registry.find(registry.OPTIMIZERS, args.optim, "optim")
         registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")

@@ -87,6 +87,7 @@ class TrainingArguments(_KnownNamesOnly):
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
       `report_to`, `run_name`, `project`, `log_level`,
       `include_num_input_tokens_seen`, `skip_memory_metrics`.
+    - By the clock: `eval_minutes`, `save_minutes`.
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
       `prediction_loss_only`, `include_for_metrics`, `batch_eval_metrics`,
       `eval_do_concat_batches`, `eval_accumulation_steps`, `eval_max_steps`, `label_names`.
@@ -328,7 +329,18 @@ class TrainingArguments(_KnownNamesOnly):
         "'labels', 'label' or 'label_ids'.",
     )
 
+    eval_minutes: float | None = _option(
+        None,
+        kinds.optional(kinds.real(above=0.0)),
+        "Minutes between two evaluations, besides those of eval_strategy. None for no clock.",
+    )
+
     # Checkpoints
+    save_minutes: float | None = _option(
+        None,
+        kinds.optional(kinds.real(above=0.0)),
+        "Minutes between two checkpoints, besides those of save_strategy. None for no clock.",
+    )
     save_strategy: Literal["no", "steps", "epoch", "best"] = _option(
         "steps",
         kinds.choice("no", "steps", "epoch", "best"),
