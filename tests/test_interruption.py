@@ -55,6 +55,14 @@ class Send(TrainerCallback):
                 os.kill(os.getpid(), number)
 
 
+@pytest.fixture(autouse=True)
+def python_handles_sigint():
+    """As in a terminal: a program that is started in the background has SIGINT ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def handlers():
     return [signal.getsignal(number) for number in interruption.SIGNALS]
 
@@ -260,6 +268,8 @@ def test_the_best_model_is_not_loaded_by_a_run_that_is_to_go_on(tmp_path, clock)
 # --- a real program -------------------------------------------------------------------------------
 
 PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 import os, signal, sys
 from test_interruption import Send, make_trainer
 
