@@ -34,6 +34,7 @@ from optim.cosine import (
 from optim.decay import decay_parameter_names, exclude_norms_and_biases
 from optim.ema import EMA
 from optim.evaluation_weights import SwapEvaluationWeights
+from optim.galore import GaLoreAdamW
 from optim.grokadamw import GrokAdamW
 from optim.lamb import LAMB
 from optim.lion import Lion
@@ -78,6 +79,7 @@ __all__ = [
     "CosineWithWarmup",
     "EMA",
     "FeedMetricSchedule",
+    "GaLoreAdamW",
     "GreedyLR",
     "GrokAdamW",
     "InverseSqrtWithWarmup",

@@ -128,7 +128,7 @@ class Muon(Optimizer):
         """
         path = getattr(variable, "path", None) or variable.name
         # An attention layer's biases have two axes.
-        matrix = min(_sides(tuple(variable.shape))) > 1 and not path.endswith("bias")
+        matrix = min(matrix_sides(tuple(variable.shape))) > 1 and not path.endswith("bias")
         return self if matrix and not re.search(self.exclude, path) else self.adamw
 
     def learning_rate_multiplier_of(self, variable: Any) -> float:
@@ -167,7 +167,7 @@ class Muon(Optimizer):
         momentum = moving_average(slots["momentum"], gradient, self.momentum)
         mixed = gradient + self.momentum * (momentum - gradient) if self.nesterov else momentum
         shape = tuple(parameter.shape)
-        rows, columns = _sides(shape)
+        rows, columns = matrix_sides(shape)
         direction = orthogonalized(
             ops.reshape(mixed, (rows, columns)), self.ns_steps, self.ns_dtype
         )
@@ -221,8 +221,15 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
     return x if wide else ops.transpose(x)
 
 
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as a matrix: leading axes times trailing ones, cut where that is the most square."""
+def matrix_sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A shape as a matrix: leading axes times trailing ones, cut where that is the most square.
+
+    Args:
+        shape: of a variable.
+
+    Returns:
+        Rows and columns; a vector or a scalar has one row.
+    """
     if len(shape) < 2:
         return 1, math.prod(shape)
     cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]

@@ -29,7 +29,8 @@ APEX = "apex's fused AdamW is superseded. Use 'adamw', which is fused on every b
 ADAMW_HF = "the reference has removed its own AdamW. Use 'adamw', which corrects the bias."
 LOMO = _FUSED_BACKWARD + "Use 'adafactor' for little state, or 'sgd' for none."
 LOW_RANK = (
-    "low-rank projected state is not there yet. Use 'adafactor' or 'adamw_8bit' to save memory."
+    "low-rank state is there for AdamW with float32 moments, and with one update of all layers. "
+    "Use 'galore_adamw', or 'adamw_8bit' for 8-bit state."
 )
 SOPHIA = (
     "Sophia needs an estimate of the Hessian, which no call of `apply(gradients)` can have. "

@@ -8,6 +8,9 @@ One module per backend, the same names in each:
 - ``float32_gradient(gradient, variable)``: the gradient as a dense float32 tensor.
 - ``execute(optimizer, gradients, variables, step, learning_rate)``: runs the optimizer's rule over
   all variables and assigns the results.
+- ``refresh(due, compute, operand, current)``: ``compute(operand, current)`` where the boolean
+  scalar ``due`` is true, else ``current``, and only one of the two is executed; ``compute`` is a
+  function of a module, whose result has the shape of ``current``.
 - ``FUSED``: name of a rule -> an equivalent that updates lists of tensors in place. Given
   ``(optimizer, parameters, gradients, slots, step, learning_rate, weight_decay)``, all of them
   float32 and the slots a dict of lists.

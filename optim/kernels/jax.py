@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from jax import lax
 from jax.experimental.sparse import JAXSparse
 from keras import ops
 
@@ -42,3 +43,8 @@ def execute(
     """Run the rule once per variable; assignments go through a `keras.StatelessScope`, if any."""
     for gradient, variable in zip(gradients, variables, strict=True):
         optimizer.update_variable(gradient, variable, step, learning_rate)
+
+
+def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
+    """``compute(operand, current)`` if it is due, else ``current``; XLA executes one of the two."""
+    return lax.cond(due, compute, lambda operand, current: current, operand, current)

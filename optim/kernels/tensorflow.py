@@ -58,3 +58,13 @@ def execute(
         return
     for gradient, variable in zip(gradients, variables, strict=True):
         optimizer.update_variable(gradient, variable, step, learning_rate)
+
+
+def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
+    """``compute(operand, current)`` if it is due, else ``current``; one of the two is executed."""
+    # The same shape on both sides: what a slice of a decomposition has is not known to a trace.
+    return tf.cond(
+        due,
+        lambda: tf.ensure_shape(compute(operand, current), current.shape),
+        lambda: tf.identity(current),
+    )

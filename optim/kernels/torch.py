@@ -228,3 +228,39 @@ FUSED: dict[str, Callable[..., None]] = {
     "sgd": _fused_sgd,
     "adagrad": _fused_adagrad,
 }
+
+
+# ---- what is computed now and then ---------------------------------------------------------------
+
+_COMPUTE: list[Callable[[Any, Any], Any]] = []
+
+_LIBRARY = torch.library.Library("optim", "FRAGMENT")
+_LIBRARY.define("refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor")
+
+
+def _refresh(
+    due: torch.Tensor, operand: torch.Tensor, current: torch.Tensor, compute: int
+) -> torch.Tensor:
+    # A result has memory of its own, as PyTorch demands of an operation.
+    if not due:
+        return current.clone()
+    return _COMPUTE[compute](operand, current).contiguous()
+
+
+_LIBRARY.impl("refresh", _refresh, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "optim::refresh",
+    lambda due, operand, current, compute: torch.empty_like(current),
+    lib=_LIBRARY,
+)
+
+
+def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
+    """``compute(operand, current)`` if it is due, else ``current``.
+
+    One operation to PyTorch, so that it can be a part of a captured step: it decides when it runs,
+    not when it is recorded. On a GPU that waits for the device.
+    """
+    if compute not in _COMPUTE:
+        _COMPUTE.append(compute)
+    return torch.ops.optim.refresh(due, operand, current, _COMPUTE.index(compute))

@@ -39,6 +39,12 @@ SPECIAL: dict[str, Special] = {
     "adafactor": Special(negative=frozenset({"beta_2_decay"})),
     "adagrad": Special(learning_rate=0.5),
     "adan": Special(learning_rate=0.1),
+    # On tensors this small a rank that is smaller than their sides.
+    "galore_adamw": Special(
+        learning_rate=0.2,
+        arguments={"rank": 1, "scale": 1.0},
+        minimising={"update_proj_gap": 5},
+    ),
     "lamb": Special(learning_rate=0.02),
     "lion": Special(learning_rate=0.02),
     "lion_8bit": Special(learning_rate=0.02),
