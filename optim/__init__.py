@@ -25,6 +25,7 @@ from optim.adamw_8bit import AdamW8bit
 from optim.adan import Adan
 from optim.ademamix import AdEMAMix
 from optim.ademamix_8bit import AdEMAMix8bit
+from optim.apollo import APOLLOAdamW
 from optim.cosine import (
     CosineWarmupWithMinLR,
     CosineWithMinLR,
@@ -63,6 +64,7 @@ from optim.stable_adamw import StableAdamW
 from optim.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
+    "APOLLOAdamW",
     "AdEMAMix",
     "AdEMAMix8bit",
     "Adafactor",

@@ -1,5 +1,6 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -45,8 +46,9 @@ class Slot:
     Attributes:
         shape: its shape.
         dtype: its dtype, as Keras names it.
-        initializer: its first value: a number, a Keras initializer or the name of one, or
-            ``"parameter"`` for the value the variable has when the optimizer is built.
+        initializer: its first value: a number, a Keras initializer or the name of one,
+            ``"parameter"`` for the value the variable has when the optimizer is built, or
+            ``"path"`` for an integer in [0, 2 ** 31) made of the variable's path.
     """
 
     shape: tuple[int, ...]
@@ -614,6 +616,10 @@ def _initializer(initializer: Any, variable: Any) -> Any:
     """A `Slot.initializer` as Keras takes it."""
     if isinstance(initializer, Real):
         return keras.initializers.Constant(float(initializer))
+    if initializer == "path":
+        path = getattr(variable, "path", None) or variable.name
+        number = zlib.crc32(path.encode()) >> 1
+        return lambda shape, dtype: ops.full(shape, number, dtype)
     if initializer != "parameter":
         return initializer
     # By value: TensorFlow cannot lift an initializer that reads a variable out of a traced step.

@@ -30,7 +30,7 @@ ADAMW_HF = "the reference has removed its own AdamW. Use 'adamw', which corrects
 LOMO = _FUSED_BACKWARD + "Use 'adafactor' for little state, or 'sgd' for none."
 LOW_RANK = (
     "low-rank state is there for AdamW with float32 moments, and with one update of all layers. "
-    "Use 'galore_adamw', or 'adamw_8bit' for 8-bit state."
+    "Use 'galore_adamw' or 'apollo_adamw', or 'adamw_8bit' for 8-bit state."
 )
 SOPHIA = (
     "Sophia needs an estimate of the Hessian, which no call of `apply(gradients)` can have. "

@@ -33,12 +33,20 @@ class Special:
     negative: frozenset[str] = frozenset()
     # How far the results of the two kernels may be apart, relative to the movement.
     kernel_tolerance: float = 1e-4
+    # Whether a matrix's movements depend on its name, through the random numbers it is given.
+    by_name: bool = False
 
 
 SPECIAL: dict[str, Special] = {
     "adafactor": Special(negative=frozenset({"beta_2_decay"})),
     "adagrad": Special(learning_rate=0.5),
     "adan": Special(learning_rate=0.1),
+    "apollo_adamw": Special(
+        learning_rate=0.1,
+        arguments={"rank": 1},
+        minimising={"update_proj_gap": 5},
+        by_name=True,
+    ),
     # On tensors this small a rank that is smaller than their sides.
     "galore_adamw": Special(
         learning_rate=0.2,
