@@ -16,8 +16,9 @@ from kbtrain.state import Plan, TrainerState
 
 logger = logging.getLogger("kbtrain")
 
-MAX_PENDING = 16
-"""Calls after which the host catches up with the device; bounds memory and the age of an error."""
+MAX_PENDING = 4
+"""Calls after which the host catches up with the device: how far a signal, an error or a save may
+have to wait for what was started before it."""
 
 RUN_AHEAD = 2
 """Calls that stay unread then, so that the device does not run dry."""

@@ -95,8 +95,8 @@ class Saver:
         self._abandoned = False
         if will_save:
             self._take_folder(on_error)
-        self.store.clean_leftovers()
         try:
+            self.store.clean_leftovers()
             yield
             self.wait()
         except KeyboardInterrupt:

@@ -99,6 +99,8 @@ def simplify(module: GraphModule) -> None:
     graph = module.graph
     memory = Memory(graph)
     constants = {n: getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    # A variable that the step does not know of is a constant to the record, but may be assigned.
+    constants = {n: t for n, t in constants.items() if not isinstance(t, torch.nn.Parameter)}
     for node in list(graph.nodes):
         if node.op != "call_function" or any(memory.writes[o] for o in memory.owners(node)):
             continue
