@@ -302,3 +302,27 @@ def test_low_precision_variables_are_trained_by_the_compiled_step(tmp_path):
         trained.append([np.asarray(w, "float32") for w in weights(model)])
     for compiled, eager in zip(*trained, strict=True):
         np.testing.assert_allclose(compiled, eager, rtol=2**-6, atol=2**-8)
+
+
+class SwitchesOff(TrainerCallback):
+    def __init__(self, variable):
+        self.variable = variable
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.variable.assign(0.0)
+
+
+def test_a_variable_that_only_the_loss_knows_may_change_between_steps(tmp_path):
+    """It belongs to neither the model nor a metric, and must not be compiled in as a constant."""
+    factor = keras.Variable(1.0, trainable=False)
+    trainer = Trainer(
+        with_weights(keras.Sequential([keras.Input((3,)), layers.Dense(1)])),
+        arguments(tmp_path, max_steps=3),
+        train_dataset=make_data(24),
+        compute_loss_func=lambda outputs, y: keras.ops.square(outputs - y) * (factor * 2.0),
+        callbacks=[SwitchesOff(factor)],
+    )
+    trainer.fit()
+    first, *others = train_logs(trainer)
+    assert first > 0
+    assert others == [0.0, 0.0]

@@ -11,11 +11,29 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from kbtrain.data import signature
+
 name = "jax"
 
 # The variables of the step being traced. Keras' inner scopes do not see the outer scope's values,
 # so every nested scope has to carry all of them.
 _state: list[keras.Variable] = []
+
+
+# Variables that a step has read without having been told of them: those of a user's own loss, say.
+_strangers: list[keras.Variable] = []
+
+
+class _Scope(keras.StatelessScope):
+    """Notes the variables that are read and are not part of the state."""
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """The value in this scope; None where the variable itself has it."""
+        value = super().get_current_value(variable)
+        unknown = value is None and variable._value is not None
+        if unknown and not any(variable is other for other in (*_state, *_strangers)):
+            _strangers.append(variable)
+        return value
 
 
 @contextlib.contextmanager
@@ -33,7 +51,7 @@ def _run_stateless(
 ) -> tuple[Any, dict[int, Any]]:
     """Run ``fn`` with the state at ``values``; return its result and {index: new value}."""
     mapping = list(zip(_state, values, strict=True))
-    with keras.StatelessScope(mapping, collect_losses=collect_losses) as scope:
+    with _Scope(mapping, collect_losses=collect_losses) as scope:
         before = [scope.get_current_value(v) for v in _state]
         result = fn()
         after = [scope.get_current_value(v) for v in _state]
@@ -74,8 +92,16 @@ def compile_step(
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
     jitted = jax.jit(pure, donate_argnums=0)
+    traced: set[Any] = set()
 
     def call(inputs: Any) -> Any:
+        key = signature(inputs)
+        if key not in traced:
+            # What the step reads beside its state would be a constant for ever: make it state.
+            _strangers.clear()
+            jitted.trace([variable._value for variable in variables], inputs)
+            variables.extend(_strangers)
+            traced.add(key)
         values = [variable._value for variable in variables]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
