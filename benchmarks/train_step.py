@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from workloads import WORKLOADS, loss
@@ -54,7 +54,9 @@ class Rounds(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def measure(name: str, rounds: int, with_trainers: bool) -> dict[str, list[float]]:
+def measure(
+    name: str, rounds: int, with_trainers: bool, jit_compile: bool | Literal["auto"]
+) -> dict[str, list[float]]:
     workload = WORKLOADS[name]
     size, steps = workload.batch, workload.steps
     x, y = workload.data(size * steps)
@@ -81,6 +83,7 @@ def measure(name: str, rounds: int, with_trainers: bool) -> dict[str, list[float
             weight_decay=0.01,
             lr_scheduler_type="constant",
             disable_tqdm=True,
+            jit_compile=jit_compile,
         )
         model = workload.make()
         Trainer(model, arguments, train_dataset=(x, y), loss=loss(), callbacks=[callback]).fit()
@@ -143,6 +146,11 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-trainers", action="store_true", help="leave out HF and Lightning")
+    parser.add_argument(
+        "--jit-compile",
+        action="store_true",
+        help="what 'auto' chooses in runs longer than these (XLA on TensorFlow); torch.compile",
+    )
     parser.add_argument("--json", help="write all measurements to this file")
     parser.add_argument("--plot", help="draw the medians into this file")
     options = parser.parse_args()
@@ -151,7 +159,9 @@ def main() -> None:
     print(f"{backend}, keras {keras.__version__}, {platform.processor() or platform.machine()}")
     print(f"{'workload':11} {'contender':22} {'us/step':>10}   kbtrain/it (lowest, highest)")
     for workload in options.workloads:
-        results[workload] = measure(workload, options.rounds, not options.no_trainers)
+        results[workload] = measure(
+            workload, options.rounds, not options.no_trainers, options.jit_compile or "auto"
+        )
         for name, seconds, low, middle, high in rows(results[workload]):
             ratio = "" if name == "kbtrain" else f"{middle:10.2f} ({low:.2f}, {high:.2f})"
             print(f"{workload:11} {name:22} {seconds * 1e6:10.0f} {ratio}", flush=True)
