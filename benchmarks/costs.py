@@ -193,7 +193,9 @@ def train_alone(who: str) -> None:
                 folder, per_device_train_batch_size=workload.batch, num_train_epochs=1
             )
             Trainer(workload.make(), arguments, train_dataset=(x, y), loss=loss()).fit()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not ru_maxrss: a process inherits that from the one that started it.
+    with open("/proc/self/status", encoding="utf-8") as file:
+        print(next(line.split()[1] for line in file if line.startswith("VmHWM")))
 
 
 def long_run(steps: int) -> dict[str, float]:

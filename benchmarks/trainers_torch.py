@@ -38,7 +38,8 @@ class _Turns:
                 self._error = error
             self._done.release()
 
-        threading.Thread(target=target, daemon=True).start()
+        self._thread = threading.Thread(target=target, daemon=True)
+        self._thread.start()
 
     def _pause(self) -> bool:
         self._done.release()
@@ -56,6 +57,7 @@ class _Turns:
         """Let the function return."""
         self._more = False
         self._go.release()
+        self._thread.join(timeout=60)
 
 
 def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, _Turns]:
