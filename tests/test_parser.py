@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import enum
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -213,7 +214,8 @@ def test_help_has_types_defaults_and_texts(capsys):
         parse("--help", ModelArguments, TrainingArguments)
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--learning_rate LEARNING_RATE, --learning-rate LEARNING_RATE" in text
+    # Python 3.13 names the value once.
+    assert re.search("--learning_rate( LEARNING_RATE)?, --learning-rate LEARNING_RATE", text)
     assert "Hidden units, 100% of them. (type: int, default: 64)" in text
     for field in dataclasses.fields(TrainingArguments):
         assert field.metadata["help"].split()[0] in text
