@@ -21,6 +21,7 @@ from kbtrain.forward import items_counter
 from kbtrain.loaders import in_epochs, warn_of_inexact_resume
 from kbtrain.loop import train_loop
 from kbtrain.memory import measured
+from kbtrain.pace import Pace
 from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_train_step
@@ -147,7 +148,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(args.include_num_input_tokens_seen),
-        steps_per_call=args.steps_per_execution,
+        pace=Pace.of(args.steps_per_execution),
     )
 
 

@@ -24,6 +24,11 @@ class Pace:
     _attempts: int = 3
     _compiled: set[Hashable] = field(default_factory=set)
 
+    @classmethod
+    def of(cls, steps: int | str) -> Pace:
+        """The pace for ``steps_per_execution``: a number stays as it is and is not measured."""
+        return cls() if isinstance(steps, str) else cls(steps, 0)
+
     def is_worth_measuring(self, outline: Hashable) -> bool:
         """Whether to time the block of this structure; never the first of its kind."""
         if outline not in self._compiled:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kbtrain.data import Batches, Block
 from kbtrain.errors import NonFiniteError
+from kbtrain.pace import Pace
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
 
@@ -22,9 +23,6 @@ have to wait for what was started before it."""
 
 RUN_AHEAD = 2
 """Calls that stay unread then, so that the device does not run dry."""
-
-BLOCK_SECONDS = 0.1
-"""How long one call may take: the progress bar and an interrupt wait that long."""
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Run:
         last_checkpoint: Returns the newest checkpoint, to name it in an error.
         limit: Returns how many updates may run before something may be due.
         first_step: The step this call began at.
-        steps_per_call: Most updates in one call of the compiled step, or ``"auto"``.
+        pace: How many updates one call of the compiled step may have.
         count_tokens: Counts the tokens of a block, or None.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
@@ -60,20 +58,12 @@ class Run:
     last_checkpoint: Callable[[], Any]
     limit: Callable[[], int]
     first_step: int
-    steps_per_call: int | str = "auto"
+    pace: Pace = field(default_factory=Pace)
     count_tokens: Callable[[Block], int] | None = None
     samples: int = 0
     tokens: int = 0
-    _affordable: int = 1
-    _attempts: int = 3
-    _compiled: list[Any] = field(default_factory=list)
     _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Blocks of a fixed length are not measured."""
-        if isinstance(self.steps_per_call, int):
-            self._affordable, self._attempts = self.steps_per_call, 0
 
     def blocks(self) -> Generator[Block, None, None]:
         """The rest of the current epoch, in blocks that end where something may be due."""
@@ -83,7 +73,7 @@ class Run:
         )
 
     def _block_limit(self) -> int:
-        return max(1, min(self.limit(), self._affordable))
+        return max(1, min(self.limit(), self.pace.affordable))
 
     def update(self, block: Block) -> None:
         """Start the updates of a block; nothing is waited for."""
@@ -107,25 +97,11 @@ class Run:
             tokens = self.count_tokens(block)
             self.tokens += tokens
             self.state.num_input_tokens_seen += tokens
-        if block.outline in self._compiled and self._attempts > 0:
+        if self.pace.is_worth_measuring(block.outline):
             self.read()
-            self._pace(block, time.perf_counter() - start)
+            self.pace.measured(block.updates, block.room, time.perf_counter() - start)
         elif len(self._pending) >= MAX_PENDING:
             self.read(keep=RUN_AHEAD)
-        if block.outline not in self._compiled:
-            self._compiled.append(block.outline)
-
-    def _pace(self, block: Block, seconds: float) -> None:
-        """Let blocks grow as long as one takes less than ``BLOCK_SECONDS``.
-
-        This waits for the device, so it is done a few times only: until the blocks have the length
-        they can have, or have not grown three times.
-        """
-        fits = int(BLOCK_SECONDS * block.updates / max(seconds, 1e-9))
-        longer = max(1, min(block.room, fits, 4 * self._affordable))
-        if longer <= self._affordable:
-            self._attempts -= 1
-        self._affordable = max(longer, self._affordable)
 
     def end_epoch(self, stopped: bool) -> None:
         """Move on to the next epoch, unless the run was stopped in the middle of this one."""

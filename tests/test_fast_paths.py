@@ -154,7 +154,7 @@ def test_the_numbers_do_not_depend_on_how_many_updates_run_in_one_call(case, tmp
         return update(self, block)
 
     monkeypatch.setattr(Run, "update", recorded)
-    monkeypatch.setattr("kbtrain.run.BLOCK_SECONDS", 1e9)  # however slow the machine is
+    monkeypatch.setattr("kbtrain.pace.BLOCK_SECONDS", 1e9)  # however slow the machine is
     together = train(case, tmp_path / "a", logging_steps=100)
     assert max(sizes) > 1
     assert sum(sizes) == 24
