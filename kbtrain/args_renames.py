@@ -36,6 +36,12 @@ RENAMED: dict[str, str] = {
     "use_mps_device": "The backend chooses the device. Leave it out, or write use_cpu=True to stay "
     "on the CPU.",
     "warmup_ratio": "Write warmup_steps={value}: below 1 it is a ratio of all steps.",
+    # Seq2SeqTrainingArguments
+    "generation_config": "Write generation_kwargs={{'max_length': 64}}: the keyword arguments of "
+    "the model's generate.",
+    "generation_num_beams": "Write generation_kwargs={{'num_beams': {value}}} if the model's "
+    "generate takes that; a KerasHub model gets its sampler from its own compile.",
+    "sortish_sampler": "Write train_sampling_strategy='group_by_length' (for True).",
     # another meaning here
     "logging_nan_inf_filter": "A NaN is never hidden in the logs. Choose with on_nonfinite what "
     "happens instead: 'raise' (default) stops before the weights are touched, 'skip' leaves the "
@@ -122,7 +128,6 @@ _REMAT = "Until then build the layers inside a keras.RematScope."
 _MEMORY = "Until then choose per_device_train_batch_size and gradient_accumulation_steps yourself."
 _SCRIPT = "Until then keep it as an option of your script; the Trainer does what you call."
 _ONE_DEVICE = "Until then there is one process on one device, so it would change nothing."
-_GENERATE = "Until then call the model's own `generate`."
 
 # Fields of the reference that are still to come -> what holds until then.
 NOT_YET: dict[str, str] = {
@@ -139,9 +144,6 @@ NOT_YET: dict[str, str] = {
     "fp16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
     "fsdp": _ONE_DEVICE,
     "full_determinism": "Until then set the backend's own switch for deterministic kernels.",
-    "generation_config": _GENERATE,
-    "generation_max_length": _GENERATE,
-    "generation_num_beams": _GENERATE,
     "gradient_checkpointing": _REMAT,
     "gradient_checkpointing_kwargs": _REMAT,
     "log_level_replica": _ONE_DEVICE,
@@ -149,9 +151,7 @@ NOT_YET: dict[str, str] = {
     "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",
     "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
     "parallelism_config": _ONE_DEVICE,
-    "predict_with_generate": _GENERATE,
     "save_on_each_node": _ONE_DEVICE,
-    "sortish_sampler": "Until then use train_sampling_strategy='random'.",
     "tf32": "Until then set the backend's own switch for the precision of matrix products.",
 }
 

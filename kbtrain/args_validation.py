@@ -117,6 +117,19 @@ def check_consistency(args: TrainingArguments) -> None:
             f"but nothing is evaluated. Received: lr_scheduler_type={args.lr_scheduler_type!r}, "
             "eval_strategy='no'. Set eval_strategy='steps' or eval_strategy='epoch'."
         )
+    generation = [n for n in ("max_length", "kwargs") if getattr(args, f"generation_{n}")]
+    if generation and not args.predict_with_generate:
+        raise ConfigurationError(
+            "Nothing is generated without predict_with_generate=True. Received: "
+            + ", ".join(f"generation_{n}={getattr(args, f'generation_{n}')!r}" for n in generation)
+            + ", predict_with_generate=False. Set it to True, or leave the others out."
+        )
+    if args.generation_max_length is not None and "max_length" in args.generation_kwargs:
+        raise ConfigurationError(
+            "The longest length is given twice. Received: generation_max_length="
+            f"{args.generation_max_length}, generation_kwargs={dict(args.generation_kwargs)}. "
+            "Leave out one of them."
+        )
     if args.bf16 and args.fp16:
         raise ConfigurationError(
             "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "

@@ -20,6 +20,7 @@ from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
 from kbtrain.gathering import Batchwise, Concatenated, Listed, checked_metrics, prediction
 from kbtrain.gathering import EvalPrediction as EvalPrediction
+from kbtrain.generation import make_generator
 from kbtrain.metrics import MetricSet
 
 UNREAD_CALLS = 16
@@ -76,6 +77,7 @@ class Wanted:
         max_batches: Batches at most; None for all.
         batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
             fit.
+        generate: From the inputs of a batch to what counts as its outputs; None for the model's.
     """
 
     prefix: str
@@ -89,11 +91,17 @@ class Wanted:
     expected: int | None = None
     max_batches: int | None = None
     batches_per_call: int | None = None
+    generate: Callable[[Any], Any] | None = None
 
     @property
     def gather(self) -> bool:
         """Whether outputs come to the host."""
         return self.keep_outputs or self.compute_metrics is not None
+
+    @property
+    def gather_from_model(self) -> bool:
+        """Whether these are what the model returns when it is called."""
+        return self.gather and self.generate is None
 
 
 def evaluation_loop(
@@ -132,6 +140,7 @@ def evaluation_loop(
             expected=loader.num_examples,
             max_batches=None if keep_outputs else args.eval_max_steps,
             batches_per_call=args.eval_accumulation_steps,
+            generate=_generator(trainer) if gather and args.predict_with_generate else None,
         )
         metrics = bound.metrics if with_loss else None
         # In training the metrics are in the middle of adding up what the next log will say.
@@ -140,7 +149,7 @@ def evaluation_loop(
             metrics.reset()
         evaluation = Evaluation(
             backend,
-            bound.eval_step(with_loss, wanted.gather),
+            bound.eval_step(with_loss, wanted.gather_from_model),
             wanted,
             on_batches=lambda count: trainer.fire("on_prediction_step", batches=count),
             every_batch=trainer.callback_handler.need_every_batch(),
@@ -150,6 +159,10 @@ def evaluation_loop(
         if saved is not None:
             persistence.put_back(bound.metric_variables, saved)
         return output
+
+
+def _generator(trainer: Trainer) -> Callable[[Any], Any]:
+    return make_generator(trainer.model, trainer.backend, trainer.args)
 
 
 @dataclass
@@ -233,7 +246,7 @@ class Evaluation:
     def _limit(self) -> int:
         """Batches that the next block may have."""
         wanted, limits = self._wanted, [self._step.pace.affordable]
-        if self._every_batch:
+        if self._every_batch or wanted.generate is not None:
             limits.append(1)
         if wanted.gather and wanted.batches_per_call is not None:
             limits.append(wanted.batches_per_call)
@@ -250,15 +263,15 @@ class Evaluation:
         first = 0
         while first < block.updates:
             results, count = self._call(tensors, first, block)
-            labels = inputs = None
+            labels = inputs = outputs = None
             if self._wanted.gather:
                 part = map_structure(lambda x, a=first, b=first + count: x[a:b], rows)
                 x, labels, _ = unpack(part, self._wanted.label_names)
                 inputs = x if "inputs" in self._wanted.include else None
+                outputs = None if self._wanted.generate is None else self._generated(x, first)
             size = block.samples // block.updates
-            self._started.append(
-                _Started(self._backend.start_to_host(results), labels, inputs, count, size)
-            )
+            results = self._backend.start_to_host(results)
+            self._started.append(_Started(results, labels, inputs, count, size, outputs))
             first += count
             # Outputs leave the device while the next call runs: never more than two calls' worth.
             self._read(keep=1 if self._wanted.gather else UNREAD_CALLS)
@@ -268,7 +281,19 @@ class Evaluation:
             self._read(keep=0)
             self._step.pace.measured(block.updates, block.room, time.perf_counter() - begin)
 
+    def _generated(self, x: Any, batch: int) -> Any:
+        """What the model generates for the one batch in ``x``."""
+        assert self._wanted.generate is not None
+        try:
+            rows = self._wanted.generate(map_structure(lambda a: a[0], x))
+        except Exception as error:
+            error.add_note(f"Raised by the model's generate, at batch {self._batches + batch}.")
+            raise
+        return map_structure(lambda a: a[None], rows)
+
     def _call(self, tensors: Any, first: int, block: Block) -> tuple[dict[str, Any], int]:
+        if not self._wanted.with_loss and not self._wanted.gather_from_model:
+            return {}, block.updates - first
         try:
             return self._step.run(tensors, first, block.updates - first)
         except Exception as error:
@@ -290,7 +315,8 @@ class Evaluation:
                     part.losses = results["sum"] / np.maximum(results["count"], 1e-38)
             if not self._wanted.gather:
                 continue
-            part.outputs = map_structure(as_plain, results["outputs"])
+            if self._wanted.generate is None:
+                part.outputs = map_structure(as_plain, results["outputs"])
             if self._gathered is not None:
                 self._gathered.add(part)
             if self._batchwise is not None:

@@ -35,6 +35,7 @@ from kbtrain.evaluation_weights import swapped_in
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
 from kbtrain.gathering import check_batchwise
+from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
 from kbtrain.loaders import is_named_datasets, make_loader
 from kbtrain.loss import as_float, resolve_loss
@@ -178,6 +179,12 @@ class Trainer(KnownParameters):
             )
         if args.batch_eval_metrics:
             check_batchwise(self.compute_metrics)
+        if args.predict_with_generate and self.preprocess_logits_for_metrics is not None:
+            raise ConfigurationError(
+                "preprocess_logits_for_metrics is for the model's outputs, and with "
+                "predict_with_generate=True compute_metrics gets what was generated instead. Do "
+                "in compute_metrics what it did."
+            )
         if args.eval_minutes is not None and self.eval_dataset is None:
             raise ConfigurationError(
                 f"eval_minutes={args.eval_minutes} needs an eval_dataset. Received: None."
@@ -199,6 +206,8 @@ class Trainer(KnownParameters):
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
         )
+        if self.args.predict_with_generate:
+            check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None
         self._columns = None if names is None else ColumnFilter(names, self.args.label_names)
 

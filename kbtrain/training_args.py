@@ -87,7 +87,8 @@ class TrainingArguments(_KnownNamesOnly, Documents):
     - By the clock: `eval_minutes`, `save_minutes`.
     - Evaluation: `eval_strategy`, `eval_steps`, `eval_delay`, `eval_on_start`,
       `prediction_loss_only`, `include_for_metrics`, `batch_eval_metrics`,
-      `eval_do_concat_batches`, `eval_accumulation_steps`, `eval_max_steps`, `label_names`.
+      `eval_do_concat_batches`, `eval_accumulation_steps`, `eval_max_steps`, `label_names`,
+      `predict_with_generate`, `generation_max_length`, `generation_kwargs`.
     - Checkpoints: `save_strategy`, `save_steps`, `save_total_limit`, `save_only_model`,
       `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
@@ -324,6 +325,24 @@ class TrainingArguments(_KnownNamesOnly, Documents):
         kinds.optional(kinds.words),
         "Keys of a batch (a dict) that hold labels: several become a dict of labels. None means "
         "'labels', 'label' or 'label_ids'.",
+    )
+    predict_with_generate: bool = _option(
+        False,
+        kinds.flag,
+        "What compute_metrics and predict get as predictions: what the model's method generate "
+        "makes of each batch's inputs (True), or its outputs (False). The loss is that of the "
+        "outputs in both cases.",
+    )
+    generation_max_length: int | None = _option(
+        None,
+        kinds.optional(kinds.whole(1)),
+        "Argument max_length of the model's generate: tokens of prompt and answer together. None "
+        "leaves it to the model.",
+    )
+    generation_kwargs: Mapping[str, Any] = _option(
+        None,
+        kinds.options,
+        "More keyword arguments for the model's generate: a dict or a JSON object in a string.",
     )
 
     eval_minutes: float | None = _option(

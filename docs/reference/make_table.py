@@ -100,7 +100,8 @@ def judge(section: str, name: str, there: bool, data: dict[str, Any]) -> tuple[s
     if section.startswith("arguments"):
         for status, table in (("adapted", RENAMED), ("refused", DROPPED), ("not yet", NOT_YET)):
             if name in table:
-                return status, table[name].replace("{value}", "...")
+                text = table[name]
+                return status, text.format(value="...") if table is RENAMED else text
     if section == "parameters of Trainer":
         return "refused", PARAMETERS[name]
     reason = data["refused"].get(section, {}).get(name)

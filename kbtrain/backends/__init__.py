@@ -17,6 +17,7 @@
 ``start_to_host``            the same, begun now and waited for later
 ``synchronize``              wait until everything that was started is done
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
+``inference``                code of the user's that wants no gradients
 ``place``, ``device_scope``  where variables and batches live
 ``device_info``, ...         what the hardware is, how much memory is used, what ran out
 ===========================  ======================================================================

@@ -390,6 +390,11 @@ def device_scope(use_cpu: bool) -> Iterator[None]:
         yield
 
 
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need: here always so."""
+    return contextlib.nullcontext()
+
+
 def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
     """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
     if not use_cpu:

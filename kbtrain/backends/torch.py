@@ -323,6 +323,11 @@ def device_scope(use_cpu: bool) -> Iterator[None]:
         yield
 
 
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need."""
+    return torch.no_grad()
+
+
 def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
     """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
     if use_cpu:
