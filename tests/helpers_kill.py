@@ -1,13 +1,19 @@
 """A program that trains until it is killed, started again and again; see test_kill.py.
 
-``python helpers_kill.py FOLDER CALL``. CALL is 0, or the number of the flush or rename at which the
-program kills itself, which is always in the middle of a save.
+It has imported everything once and forks for every life, so that a life costs its training only.
+It reads lives from its input, one JSON object a line: ``folder``, and how the life ends: ``disk``
+(the number of the call to the disk in whose middle it kills itself), ``step`` and ``seconds`` (it is
+killed so long after so many steps), or neither. It answers with the exit code of each.
 """
 
+import contextlib
+import importlib
+import json
 import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -15,30 +21,50 @@ import numpy as np
 from helpers import arguments, make_data, weights, with_weights
 
 from kbtrain import Trainer, TrainerCallback
+from kbtrain.checkpoint import disk
 
-STEPS = 24
+STEPS = 96
 
 
 class Tell(TrainerCallback):
-    """Says how far the run is, so that the killer knows that it lives."""
+    """Tells the killer how far the run is."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
 
     def on_step_end(self, args, state, control, **kwargs):
-        print(f"step {state.global_step}", flush=True)
+        os.write(self.pipe, b"%d\n" % state.global_step)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_at(call):
-    """Kill this process at one of its calls of ``os.fsync`` and ``os.rename``."""
+    """Kill this process at one of its calls to the disk: just before it, or half-way in a write."""
     left = [call]
-    for name in ("fsync", "rename"):
-        original = getattr(os, name)
 
-        def deadly(*arguments, original=original):
+    def watch(owner, name, half=None):
+        original = getattr(owner, name)
+
+        def deadly(*arguments, **options):
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
+                if half is not None:
+                    half(original, *arguments)
+                die()
+            return original(*arguments, **options)
 
-        setattr(os, name, deadly)
+        setattr(owner, name, deadly)
+
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+        watch(os, name)
+
+    def half(write, file, data):
+        view = memoryview(data).cast("B")
+        write(file, view[: len(view) // 2])
+
+    watch(disk.DeferredErrorFile, "write", half)
 
 
 class Noisy:
@@ -55,7 +81,7 @@ class Noisy:
         return self.x[index] + np.float32(0.1 * noise), self.y[index]
 
 
-def train(folder):
+def train(folder, pipe):
     """A run with everything random in it that saves at every other step."""
     layers = [
         keras.Input((3,)),
@@ -80,15 +106,53 @@ def train(folder):
         args,
         train_dataset=Noisy(),
         loss="mse",
-        callbacks=[Tell()],
+        callbacks=[Tell(pipe)],
     )
     trainer.fit(resume_from_checkpoint="auto")
     arrays = {str(i): w for i, w in enumerate(weights(trainer.model))}
     np.savez(Path(folder) / "final.npz", **arrays, next_numpy=np.random.random(3))
 
 
+def live(folder, modules, disk=0, step=None, seconds=0.0):
+    """One life; returns its status."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        if disk:
+            die_at(disk)
+        code = 1
+        try:
+            train(folder, writing)
+            modules.write_text(json.dumps(list(sys.modules)))
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        if step is not None:
+            for _ in zip(range(step), told, strict=False):
+                pass
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)  # a life that is over is not yet gone: nobody waited
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def import_what_lives_import(modules):
+    """What a life needs besides; the libraries import much of theirs when it is first used."""
+    for name in json.loads(modules.read_text()):
+        with contextlib.suppress(Exception):  # names in sys.modules that are no modules
+            importlib.import_module(name)
+    modules.unlink()
+
+
 if __name__ == "__main__":
-    directory, call = sys.argv[1], int(sys.argv[2])
-    if call:
-        die_at(call)
-    train(directory)
+    seen = Path(sys.argv[1])
+    for task in sys.stdin:
+        print(live(modules=seen, **json.loads(task)), flush=True)
+        if seen.exists():
+            import_what_lives_import(seen)

@@ -1,12 +1,12 @@
 """kill -9, again and again: every restart succeeds unaided, and nothing tells the runs apart."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +18,53 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.lock import LOCK_NAME
 
 
-def live(folder, at=0, seconds=None):
-    """One life of the program: it dies at a flush or rename, or some time after its first step.
-
-    Returns its exit code.
-    """
+@contextlib.contextmanager
+def lives(folder):
+    """``live(**task)`` of helpers_kill.py, in forks of one process that has imported everything."""
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(here / "helpers_kill.py"), str(folder), str(at)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
+        # XLA's compiler takes longer than the training.
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    command = [sys.executable, str(here / "helpers_kill.py"), str(folder / "modules.json")]
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
         ) as process,
     ):
-        for line in process.stdout:
-            if line.startswith("step") and seconds is not None:
-                time.sleep(seconds)
-                process.kill()
-                seconds = None
-        code = process.wait(timeout=120)
-        said.seek(0)
-        assert code in (0, -signal.SIGKILL), said.read()[-4000:]
-    return code
+
+        def live(folder, **death):
+            print(json.dumps({"folder": str(folder), **death}), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            said.seek(0)
+            assert answer.strip() in ("0", str(-signal.SIGKILL)), said.read()[-4000:]
+            return int(answer)
+
+        yield live
+        process.stdin.close()
+
+
+def deaths(generator):
+    """In the middle of calls to the disk, some time after some step, and while all is beginning."""
+    calls = [{"disk": int(call)} for call in generator.integers(1, 500, size=10)]
+    later = [
+        {"step": int(step), "seconds": seconds}
+        for step, seconds in zip(
+            generator.integers(1, 4, size=10), generator.uniform(0, 0.02, size=10), strict=True
+        )
+    ]
+    early = [{"step": 0, "seconds": seconds} for seconds in generator.uniform(0, 0.2, size=2)]
+    return generator.permutation(calls + later + early)
 
 
 def log_lines(folder):
@@ -55,27 +75,23 @@ def log_lines(folder):
 @pytest.mark.slow
 def test_killed_again_and_again_a_run_comes_to_the_same_end(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert live(whole) == 0
+    died, torn, steps = 0, 0, []
+    store = CheckpointStore(killed)
+    with lives(tmp_path) as live:
+        assert live(whole) == 0
+        for death in deaths(np.random.default_rng(0)):
+            if live(killed, **death) == 0:
+                break
+            died += 1
+            listed = store.list()
+            assert [store.verify(path) for _, path in listed] == [[]] * len(listed)
+            if killed.exists():
+                torn += any(path.name.startswith(".tmp-") for path in killed.iterdir())
+            steps.append(max((step for step, _ in listed), default=0))
+        assert live(killed) == 0
 
-    generator = np.random.default_rng(0)
-    deaths = [{"seconds": s} for s in generator.uniform(0.0, 0.02, size=1)]
-    deaths += [{"at": int(n)} for n in generator.integers(1, 40, size=1)]
-    generator.shuffle(deaths)
-    killed_lives, torn, steps = 0, 0, []
-    for death in deaths:
-        code = live(killed, **death)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        killed_lives += 1
-        store = CheckpointStore(killed)
-        assert [store.verify(path) for _, path in store.list()] == [[]] * len(store.list())
-        torn += any(path.name.startswith(".tmp") for path in killed.iterdir())
-        steps.append(max((step for step, _ in store.list()), default=0))
-    assert live(killed) == 0
-
-    assert killed_lives >= 2, "the run was over too soon: it must be longer"
-    assert torn > 0, "no death met a write"
+    assert died >= 20, f"the run was over after {died} deaths: it must be longer"
+    assert torn >= 5, "the deaths do not meet the writes"
     assert steps == sorted(steps), "a checkpoint that was there is lost"
     with np.load(whole / "final.npz") as first, np.load(killed / "final.npz") as second:
         assert first.files == second.files
