@@ -2,8 +2,8 @@
 
 It has imported everything once and forks for every life, so that a life costs its training only.
 It reads lives from its input, one JSON object a line: ``folder``, and how the life ends: ``disk``
-(the number of the call to the disk in whose middle it kills itself), ``step`` and ``seconds`` (it is
-killed so long after so many steps), or neither. It answers with the exit code of each.
+(the number of the call to the disk in whose middle it kills itself), ``step`` and ``seconds`` (it
+is killed so long after so many steps), or neither. It answers with the exit code of each.
 """
 
 import contextlib
