@@ -51,10 +51,20 @@ class TrainerCallback:
     """Base class: override the events you want.
 
     Every event is called as ``event(args, state, control, **kwargs)`` with the keyword arguments
-    ``trainer, model, optimizer, lr_scheduler, train_dataloader, eval_dataloader``, and ``logs``
-    (``on_log``), ``metrics`` (``on_evaluate``, ``on_predict``) or ``batches``, the number of them
-    since the last such event (``on_prediction_step``). It may change ``control`` in
-    place, or return another one.
+    ``trainer, model, processing_class, optimizer, lr_scheduler, train_dataloader,
+    eval_dataloader``, and ``logs`` (``on_log``) or ``batches``, the number of them since the last
+    such event (``on_prediction_step``). It may change ``control`` in place, or return another one.
+
+    While ``fit`` runs there are also, and None elsewhere or before there is one:
+
+    - ``batch``: the micro-batches of the newest update, NumPy arrays in the structure of the data
+      set; one, unless gradients are accumulated.
+    - ``loss``: of that update, once it has been started; ``float(loss)`` waits for the device.
+    - ``metrics``: those of the training since the last log, by name (in ``on_prediction_step``
+      those of the evaluation so far); looking into it waits for the device. ``on_evaluate`` and
+      ``on_predict`` get a dict of their results under this name.
+
+    Nothing is copied or waited for unless it is looked at.
 
     A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); they are
     saved in checkpoints and restored on resume.
@@ -250,13 +260,16 @@ class ProgressCallback(TrainerCallback):
     """A progress bar with loss, learning rate, steps per second and the time that is left.
 
     Args:
-        disable: True never shows it, False always; None shows it on a terminal only.
+        disable: True never shows it, False always; None shows it on a terminal only, and not if
+            the logger "kbtrain" is quieter than warnings.
     """
 
     every_step = False
 
     def __init__(self, disable: bool | None = None) -> None:
-        self._disable = not sys.stderr.isatty() if disable is None else disable
+        if disable is None:
+            disable = not sys.stderr.isatty() or logger.getEffectiveLevel() > logging.WARNING
+        self._disable = disable
         self._bar: Any = None
         self._evaluation: Any = None
 

@@ -104,7 +104,7 @@ class Wanted:
         return self.gather and self.generate is None
 
 
-def evaluation_loop(
+def evaluate(
     trainer: Trainer, dataloader: Any, prefix: str, gather: bool, keep_outputs: bool = False
 ) -> EvalLoopOutput:
     """Pass once over a data set with the Trainer's model.

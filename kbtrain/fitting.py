@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +25,7 @@ from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_train_step
 from kbtrain.tokens import count_tokens
-from kbtrain.training_args import resolve_steps
+from kbtrain.training_args import TrainingArguments, resolve_steps
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
@@ -57,6 +56,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     metrics = speed("train", seconds, run.samples, state.global_step - run.first_step) | memory
     if run.count_tokens is not None:
         metrics["train_tokens_per_second"] = round(run.tokens / max(seconds, 1e-9), 3)
+    metrics |= run.times.split(seconds)
     metrics["train_loss"] = loss
     trainer.log(metrics)
     # As in Keras: from here on the model holds the weights that were evaluated.
@@ -71,17 +71,18 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
 def _run(trainer: Trainer, checkpoint: Checkpoint | None) -> tuple[Run, float]:
     """All updates of this call, and the seconds they took."""
     run = prepare(trainer, checkpoint)
-    trainer.training_weights = True
+    trainer.current_run, trainer.training_weights = run, True
     trainer.control.new_training()
     trainer.fire("on_train_begin")
     if trainer.args.eval_on_start and checkpoint is None:
         actions.evaluate_at_start(trainer)
-    start = time.perf_counter()
+    run.times.restart()
     with contextlib.closing(run.batches):
         train_loop(trainer, run)
     run.read()
-    trainer.saver.wait()
-    return run, time.perf_counter() - start
+    with run.times.of("other"):
+        trainer.saver.wait()
+    return run, run.times.total
 
 
 def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
@@ -147,15 +148,16 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
-        count_tokens=_token_counter(args.include_num_input_tokens_seen),
+        count_tokens=_token_counter(args),
         pace=Pace.of(args.steps_per_execution),
     )
 
 
-def _token_counter(mode: str) -> Callable[[Block], int] | None:
+def _token_counter(args: TrainingArguments) -> Callable[[Block], int] | None:
+    mode, labels = args.include_num_input_tokens_seen, args.label_names
     if mode == "no":
         return None
-    return lambda block: count_tokens(block.chunks, block.updates, mode)
+    return lambda block: count_tokens(block.chunks, block.updates, mode, labels)
 
 
 def _plan(trainer: Trainer, loader: Loader) -> Plan:

@@ -161,5 +161,31 @@ def is_named_datasets(data: Any) -> bool:
     return not all(hasattr(value, "shape") or _is_plain_list(value) for value in data.values())
 
 
+def evaluation_set(datasets: Any, given: Any) -> Any:
+    """What ``evaluate`` is to evaluate.
+
+    Args:
+        datasets: ``Trainer.eval_dataset``.
+        given: Data, the name of one of several ``datasets``, or None for all of them.
+
+    Raises:
+        ConfigurationError: There is none, or none of that name.
+    """
+    if given is None and datasets is None:
+        raise ConfigurationError("evaluate() needs an eval_dataset. Received: None.")
+    if not isinstance(given, str):
+        return datasets if given is None else given
+    if not is_named_datasets(datasets):
+        raise ConfigurationError(
+            f"evaluate({given!r}) is for an eval_dataset that is a dict of several data sets. "
+            f"Received: {type(datasets).__name__}. Pass the data itself, or nothing."
+        )
+    if given not in datasets:
+        raise ConfigurationError(
+            f"There is no evaluation set {given!r}. There are: {', '.join(map(repr, datasets))}."
+        )
+    return datasets[given]
+
+
 def _is_plain_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and not isinstance(value[0], Mapping | tuple)

@@ -92,8 +92,10 @@ def log_evaluate_save(trainer: Trainer, run: Run) -> None:
     if control.should_evaluate:
         control.should_evaluate = False
         run.read()
-        actions.evaluate(trainer)
+        with run.times.of("other"):
+            actions.evaluate(trainer)
     if control.should_save:
         control.should_save = False
         run.read()
-        actions.save(trainer, run)
+        with run.times.of("other"):
+            actions.save(trainer, run)

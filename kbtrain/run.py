@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator
@@ -11,9 +12,12 @@ from typing import Any
 
 from kbtrain.data import Batches, Block
 from kbtrain.errors import NonFiniteError
+from kbtrain.metrics import MetricSet
+from kbtrain.newest import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.pace import Pace
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
+from kbtrain.step_times import StepTimes
 
 logger = logging.getLogger("kbtrain")
 
@@ -45,6 +49,7 @@ class Run:
         count_tokens: Counts the tokens of a block, or None.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
+        times: Where the time goes.
     """
 
     backend: ModuleType
@@ -62,15 +67,47 @@ class Run:
     count_tokens: Callable[[Block], int] | None = None
     samples: int = 0
     tokens: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+    _block: Block | None = None
+    _result: dict[str, Any] | None = None
     _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> Generator[Block, None, None]:
         """The rest of the current epoch, in blocks that end where something may be due."""
         progress = self.progress
-        return self.batches.blocks(
+        blocks = self.batches.blocks(
             progress.epoch, progress.batch, self.accumulation, self._block_limit
         )
+        with contextlib.closing(blocks):
+            while True:
+                with self.times.of("data"):
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                self._block, self._result = block, None
+                yield block
+
+    def newest(self, metrics: MetricSet | None) -> dict[str, Any]:
+        """The newest update for callbacks: ``batch``, ``loss`` and ``metrics``, read on demand.
+
+        Args:
+            metrics: The metrics of the training.
+        """
+        block, result = self._block, self._result
+        return {
+            "batch": None if block is None else MicroBatches(block),
+            "loss": None if block is None or result is None else self._lazy_loss(block, result),
+            "metrics": LazyMapping(dict if metrics is None else metrics.result),
+        }
+
+    def _lazy_loss(self, block: Block, result: dict[str, Any]) -> LazyNumber:
+        def read() -> float:
+            with self.times.of("compute"):
+                losses: Any = self.backend.to_host(result["loss"])
+            return float(losses[block.updates - 1])
+
+        return LazyNumber(read)
 
     def _block_limit(self) -> int:
         return max(1, min(self.limit(), self.pace.affordable))
@@ -79,13 +116,15 @@ class Run:
         """Start the updates of a block; nothing is waited for."""
         start = time.perf_counter()
         try:
-            result = self.step(self.backend.to_device(block.chunks), block.updates)
+            with self.times.of("compute"):
+                result = self.step(self.backend.to_device(block.chunks), block.updates)
         except Exception as error:
             error.add_note(
                 f"Raised by update {self.state.global_step + 1}, whose micro-batches have the "
                 f"structure and shapes {block.outline}."
             )
             raise
+        self._result = result
         self._pending.append((self.state.global_step + 1, block.updates, result))
         self.state.global_step += block.updates
         self.progress.batch += block.updates * block.micro_batches
@@ -121,7 +160,8 @@ class Run:
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
         blocks = [(first, count) for first, count, _ in ready]
-        results = self.backend.to_host([result for *_, result in ready])
+        with self.times.of("compute"):
+            results = self.backend.to_host([result for *_, result in ready])
         for (first, count), block in zip(blocks, results, strict=True):
             # As numbers of Python: element by element, arrays are ten times slower.
             extras = {name: x.tolist() for name, x in block.pop("extras").items()}
@@ -181,6 +221,9 @@ class Run:
         }
         logs |= {name: total / steps for name, total in (progress.window_extras or {}).items()}
         if self.count_tokens is not None:
+            seconds = max(self.times.total, 1e-9)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            logs["train_runtime"] = round(seconds, 4)
+            logs["train_tokens_per_second"] = round(self.tokens / seconds, 3)
         progress.window_sum, progress.window_steps, progress.window_extras = 0.0, 0, None
         return logs

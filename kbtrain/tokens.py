@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ MASKS = ("attention_mask", "padding_mask")
 """Inputs that say where there is no padding."""
 
 
-def count_tokens(chunks: Iterable[Mapping[str, Any]], updates: int, mode: str) -> int:
+def count_tokens(
+    chunks: Iterable[Mapping[str, Any]],
+    updates: int,
+    mode: str,
+    label_names: Sequence[str] | None = None,
+) -> int:
     """Tokens in the inputs of a block.
 
     Args:
@@ -26,6 +31,7 @@ def count_tokens(chunks: Iterable[Mapping[str, Any]], updates: int, mode: str) -
         updates: Updates in the block; what is behind them has no meaning.
         mode: "all" counts every element of the input, "non_padding" those where the mask is not 0,
             or, without a mask, the elements other than 0.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
 
     Raises:
         DataError: There is no input of whole numbers, or more than one and none by a known name.
@@ -33,7 +39,7 @@ def count_tokens(chunks: Iterable[Mapping[str, Any]], updates: int, mode: str) -
     total = 0
     for chunk in chunks:
         for batch in chunk.values():
-            x = unpack(batch).x
+            x = unpack(batch, label_names).x
             counted = _tokens(x)
             if mode == "non_padding":
                 masks = [x[name] for name in MASKS if isinstance(x, Mapping) and name in x]

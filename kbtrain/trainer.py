@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,42 +12,42 @@ from kbtrain import (
     actions,
     backends,
     building,
+    evaluation,
     fitting,
-    metric_schedule,
-    persistence,
-    registry,
-    reports,
+    optimization,
     rng,
     search,
     timed,
+    trainer_checks,
 )
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
 from kbtrain.callbacks import ProgressCallback, TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.data import ColumnFilter, Loader, as_loader
+from kbtrain.data import ColumnFilter, Loader
 from kbtrain.errors import ConfigurationError, concise
-from kbtrain.evaluation import EvalPrediction, PredictionOutput, evaluation_loop
-from kbtrain.evaluation_weights import swapped_in
+from kbtrain.evaluation import EvalLoopOutput, EvalPrediction, PredictionOutput
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
-from kbtrain.gathering import check_batchwise
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
-from kbtrain.loaders import is_named_datasets, make_loader
+from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
 from kbtrain.loss import as_float, resolve_loss
 from kbtrain.memory import measured
+from kbtrain.processing import padding_collator
+from kbtrain.run import Run
 from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
+from kbtrain.trainer_questions import QuestionMethods
 from kbtrain.trainer_renames import KnownParameters
+from kbtrain.trainer_reports import ReportMethods
+from kbtrain.trainer_search import SearchMethods
 from kbtrain.training_args import TrainingArguments
 from kbtrain.verbosity import set_log_level
 
-logger = logging.getLogger("kbtrain")
 
-
-class Trainer(KnownParameters):
+class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
@@ -63,6 +60,8 @@ class Trainer(KnownParameters):
             (with ``max_steps``), or something that yields batches: a torch ``DataLoader``, a
             ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a batched Grain data set.
         eval_dataset: The same, or a dict of several named ones.
+        processing_class: A tokenizer or processor that is saved with the model; one with a
+            ``pad_token_id`` also pads token data that has no collator.
         model_init: A function that returns the model; each ``fit`` begins with a new one. If
             it takes ``trial``, it gets that of ``hyperparameter_search`` (None outside of one).
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict
@@ -95,6 +94,7 @@ class Trainer(KnownParameters):
         data_collator: Callable[[list[Any]], Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        processing_class: Any = None,
         model_init: Callable[..., keras.Model] | None = None,
         *,
         loss: Any = None,
@@ -114,7 +114,8 @@ class Trainer(KnownParameters):
         self.compute_loss_func = compute_loss_func
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self._check(model, loss, optimizers)
+        self.processing_class = processing_class
+        trainer_checks.check(self, model, loss, callbacks, optimizers)
         rng.set_seed(self.args.seed)
         set_log_level(self.args.log_level)
         self._tracked: dict[str, Any] = {}
@@ -136,6 +137,7 @@ class Trainer(KnownParameters):
         self.state = TrainerState()
         self.control = TrainerControl()
         self.is_in_train = False
+        self.current_run: Run | None = None
         self.callback_handler = CallbackHandler(
             [
                 *make_trackers(tuple(self.args.report_to)),
@@ -146,52 +148,6 @@ class Trainer(KnownParameters):
             self._callback_context,
         )
         self.fire("on_init_end")
-
-    def _check(self, model: Any, loss: Any, optimizers: Any) -> None:
-        """Everything that can be known to be wrong before anything is run."""
-        args = self.args
-        if not isinstance(args, TrainingArguments):
-            raise ConfigurationError(
-                f"args must be a TrainingArguments. Received: {type(args).__name__}."
-            )
-        if (model is None) == (self.model_init is None):
-            given = "both" if model is not None else "neither"
-            raise ConfigurationError(f"Pass either model or model_init. Received: {given}.")
-        if not isinstance(optimizers, tuple) or len(optimizers) != 2:
-            raise ConfigurationError(
-                f"optimizers must be a pair (optimizer, schedule). Received: {optimizers!r}."
-            )
-        if self.model_init is not None and any(item is not None for item in optimizers):
-            raise ConfigurationError(
-                "optimizers cannot be given together with model_init: each new model needs a new "
-                "optimizer. Override create_optimizer instead."
-            )
-        if optimizers[0] is not None and not isinstance(optimizers[0], keras.optimizers.Optimizer):
-            raise ConfigurationError(
-                "optimizers[0] must be a keras.optimizers.Optimizer. "
-                f"Received: {type(optimizers[0]).__name__}."
-            )
-        if loss is not None and self.compute_loss_func is not None:
-            raise ConfigurationError("Pass either loss or compute_loss_func, not both.")
-        if args.eval_strategy != "no" and self.eval_dataset is None:
-            raise ConfigurationError(
-                f"eval_strategy={args.eval_strategy!r} needs an eval_dataset. Received: None."
-            )
-        if args.batch_eval_metrics:
-            check_batchwise(self.compute_metrics)
-        if args.predict_with_generate and self.preprocess_logits_for_metrics is not None:
-            raise ConfigurationError(
-                "preprocess_logits_for_metrics is for the model's outputs, and with "
-                "predict_with_generate=True compute_metrics gets what was generated instead. Do "
-                "in compute_metrics what it did."
-            )
-        if args.eval_minutes is not None and self.eval_dataset is None:
-            raise ConfigurationError(
-                f"eval_minutes={args.eval_minutes} needs an eval_dataset. Received: None."
-            )
-        if optimizers[0] is None:
-            registry.find(registry.OPTIMIZERS, args.optim, "optim")
-        registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
 
     def adopt(self, model: Any) -> None:
         """Take a model, with what it was compiled with where nothing was given instead."""
@@ -222,9 +178,13 @@ class Trainer(KnownParameters):
         return self.bound.loss
 
     def _callback_context(self) -> dict[str, Any]:
-        return {
+        """What every event gets; nothing in it waits for the device until it is looked at."""
+        run = self.current_run
+        return dict.fromkeys(("batch", "loss", "metrics")) | {
+            **({} if run is None else run.newest(self.bound.metrics)),
             "trainer": self,
             "model": self.model,
+            "processing_class": self.processing_class,
             "optimizer": self.optimizer,
             "lr_scheduler": self.lr_scheduler,
             "train_dataloader": self.train_dataloader,
@@ -271,53 +231,20 @@ class Trainer(KnownParameters):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The batches of an evaluation set, in order; may return any iterable of batches."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if data is None:
-            raise ConfigurationError("evaluate() needs an eval_dataset. Received: None.")
+        data = evaluation_set(self.eval_dataset, eval_dataset)
         return self._make_loader(data, "eval_dataset", train=False)
 
     def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
-        return make_loader(data, self.args, self.data_collator, name, train, self._columns)
+        collate = self.data_collator or padding_collator(self.processing_class, data)
+        return make_loader(data, self.args, collate, name, train, self._columns)
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The learning-rate schedule for a run of ``num_training_steps`` updates."""
-        args = self.args
-        factory = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
-        offered: dict[str, Any] = {
-            "learning_rate": args.learning_rate,
-            "num_warmup_steps": args.get_warmup_steps(num_training_steps),
-            "num_training_steps": num_training_steps,
-        }
-        if hasattr(factory, "on_metric"):
-            offered["mode"] = "max" if args.greater_is_better else "min"
-        if args.warmup_steps and "num_warmup_steps" not in inspect.signature(factory).parameters:
-            logger.warning(
-                "lr_scheduler_type=%r has no warmup: warmup_steps=%s has no effect.",
-                args.lr_scheduler_type,
-                args.warmup_steps,
-            )
-        own = dict(args.lr_scheduler_kwargs or {})
-        return registry.call_with_known(factory, offered, own, "lr_scheduler_kwargs")
+        return optimization.make_schedule(self.args, num_training_steps)
 
     def create_optimizer(self) -> keras.optimizers.Optimizer:
         """The optimizer of ``args.optim``; it does not decay norms and biases."""
-        args = self.args
-        factory = registry.find(registry.OPTIMIZERS, args.optim, "optim")
-        offered = {
-            "learning_rate": metric_schedule.learning_rate_argument(self.lr_scheduler),
-            "weight_decay": args.weight_decay,
-        }
-        if registry.takes(factory, "beta_1"):  # RMSprop's or Adagrad's epsilon is another
-            offered |= {
-                "beta_1": args.adam_beta1,
-                "beta_2": args.adam_beta2,
-                "epsilon": args.adam_epsilon,
-            }
-        own = dict(args.optim_args or {})
-        optimizer = registry.call_with_known(factory, offered, own, "optim_args")
-        building.check_optimizer(optimizer, args.optim)
-        building.exclude_from_decay(optimizer, self.model)
-        return optimizer
+        return optimization.make_optimizer(self.args, self.lr_scheduler, self.model)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -359,7 +286,7 @@ class Trainer(KnownParameters):
             self.watch.raise_received(self.state.global_step, newest)
             return output
         finally:
-            self.is_in_train = False
+            self.is_in_train, self.current_run = False, None
             self.callback_handler.close()
 
     train = fit
@@ -371,50 +298,6 @@ class Trainer(KnownParameters):
             return self.model_init(self.trial)
         return self.model_init()
 
-    @concise
-    def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], Mapping[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], Any] | None = None,
-        n_trials: int = 20,
-        direction: str | Sequence[str] = "minimize",
-        backend: str | None = None,
-        hp_name: Callable[[Any], str] | None = None,
-        *,
-        n_jobs: int = 1,
-        **options: Any,
-    ) -> search.BestRun | list[search.BestRun]:
-        """Train with several hyperparameters and say which were best (extra ``optuna``).
-
-        Each trial begins with a new model and writes to ``{output_dir}/run-{number}``.
-
-        Args:
-            hp_space: From an Optuna trial to arguments and their values (``trial.suggest_float``
-                and so on); names that are no arguments are for ``model_init(trial)``.
-            compute_objective: From the results of an evaluation to the value that is optimized, or
-                one for each direction; the default is the loss, or the sum of the other metrics.
-            n_trials: Trials the study has in the end; a resumed study runs those that are missing.
-            direction: "minimize", "maximize", or a list of these.
-            backend: "optuna" or None.
-            hp_name: From a trial to its ``run_name``.
-            n_jobs: Processes. All but this one run the program anew up to this call, and share the
-                device with it. The study is then kept in ``{output_dir}/study.journal``.
-            **options: ``sampler``, ``pruner``, ``storage``, ``study_name``, ``load_if_exists``
-                (to resume a study) and ``timeout`` (seconds), as in Optuna.
-
-        Returns:
-            The best run; for several directions those that no other one beats in all.
-
-        Raises:
-            ConfigurationError: There is no ``model_init`` or ``eval_dataset``, or see the message.
-        """
-        return search.search(
-            self,
-            search.settings(
-                hp_space, compute_objective, n_trials, direction, backend, hp_name, n_jobs, options
-            ),
-        )
-
     # --- evaluation and prediction --------------------------------------------------------------
 
     @concise
@@ -422,11 +305,11 @@ class Trainer(KnownParameters):
         """Evaluate, log the result and return it.
 
         Args:
-            eval_dataset: Data to use instead of ``self.eval_dataset``; a dict of named data sets
-                is evaluated one by one (names become ``eval_{name}_{metric}``).
+            eval_dataset: Data to use instead of ``self.eval_dataset``, or the name of one of its
+                sets. A dict of named data sets is evaluated one by one (``eval_{name}_{metric}``).
             metric_key_prefix: Put before every name.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = evaluation_set(self.eval_dataset, eval_dataset)
         if is_named_datasets(data):
             results: dict[str, Any] = {}
             for name, one in data.items():
@@ -435,7 +318,7 @@ class Trainer(KnownParameters):
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation_loop(self, loader, metric_key_prefix, gather=not loss_only)
+            output = evaluation.evaluate(self, loader, metric_key_prefix, gather=not loss_only)
         output.metrics.update(memory)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
@@ -451,64 +334,30 @@ class Trainer(KnownParameters):
         """
         loader = self._make_loader(test_dataset, "test_dataset", train=False)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation_loop(
+            output = evaluation.evaluate(
                 self, loader, metric_key_prefix, gather=True, keep_outputs=True
             )
         output.metrics.update(memory)
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
-    # --- saving ---------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Save the model for use without kbtrain.
+    @concise
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        prediction_loss_only: bool | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Pass once over batches; nothing is logged, and no event but on_prediction_step comes.
 
         Args:
-            output_dir: A folder, which gets ``model.keras`` and ``training_args.json``, or a path
-                that ends in ``.keras``. The default is ``args.output_dir``.
-
-        Returns:
-            The path of the ``.keras`` file.
+            dataloader: What ``get_eval_dataloader`` returns, or any iterable of batches.
+            prediction_loss_only: Keep no outputs; the default is ``args.prediction_loss_only``.
+            metric_key_prefix: Put before every metric's name.
         """
-        target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
-        if target.suffix != ".keras":
-            target.mkdir(parents=True, exist_ok=True)
-            self.args.to_json_file(target / "training_args.json")
-            target = target / "model.keras"
-        with swapped_in(self.optimizer if self.training_weights else None):
-            persistence.save_keras_file(self.model, target)
-        return target
-
-    def save_state(self) -> Path:
-        """Write ``trainer_state.json`` into the output directory."""
-        path = Path(self.args.output_dir) / "trainer_state.json"
-        persistence.save_json(path, self.state.to_dict())
-        return path
-
-    # --- reports --------------------------------------------------------------------------------
-
-    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Metrics as people read them: MB, h:mm:ss, four decimals."""
-        return reports.metrics_format(metrics)
-
-    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
-        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
-        if self.is_world_process_zero():
-            print(reports.metrics_table(split, metrics))
-
-    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
-        """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""
-        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        license: str | None = None,
-        language: str | None = None,
-        tags: Sequence[str] = (),
-    ) -> Path:
-        """Write ``README.md`` about the run (results, loss plot, settings, versions)."""
-        return reports.create_model_card(self, model_name, license, language, tags)
+        loss_only = prediction_loss_only
+        keep = not (self.args.prediction_loss_only if loss_only is None else loss_only)
+        return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep_outputs=keep)
 
     # --- logging and callbacks ------------------------------------------------------------------
 
@@ -544,23 +393,3 @@ class Trainer(KnownParameters):
     def remove_callback(self, callback: Any) -> None:
         """Remove a callback (object or class)."""
         self.callback_handler.pop(callback)
-
-    # --- questions ------------------------------------------------------------------------------
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this process is the first of all, which writes what is written once."""
-        return self.state.is_world_process_zero
-
-    is_local_process_zero = is_world_process_zero
-
-    def get_decay_parameter_names(self) -> list[str]:
-        """Paths of the trainable variables that weight decay applies to."""
-        return building.decay_parameter_names(self.model)
-
-    def get_num_trainable_parameters(self) -> int:
-        """Number of trainable scalars in the model."""
-        return sum(math.prod(v.shape) for v in self.model.trainable_variables)
-
-    def num_examples(self, dataloader: Any) -> int | None:
-        """Samples in an epoch of ``dataloader``; None if it does not know."""
-        return as_loader(dataloader).num_examples

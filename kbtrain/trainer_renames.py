@@ -7,13 +7,8 @@ from typing import Any, Self
 
 from kbtrain.errors import ConfigurationError
 
-_PROCESSOR = (
-    "Save a tokenizer or processor with its own method; padding belongs to the data_collator."
-)
-
 PARAMETERS: dict[str, str] = {
-    "processing_class": _PROCESSOR,
-    "tokenizer": _PROCESSOR,
+    "tokenizer": "Write processing_class=..., its name since version 5.",
     "optimizer_cls_and_kwargs": "Register the class under the entry points kbtrain.optimizers and "
     "write optim=..., optim_args=..., or override create_optimizer.",
     "optimizer": "Write optimizers=(optimizer, schedule), of which either may be None.",

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from kbtrain import args_kinds as kinds
 from kbtrain.args_documents import Documents
+from kbtrain.args_process import ProcessQuestions
 from kbtrain.args_renames import explain_unknown
 from kbtrain.args_validation import check_consistency, derived_values, normalise, resolve_steps
 from kbtrain.errors import ConfigurationError
@@ -59,7 +60,7 @@ class _KnownNamesOnly:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingArguments(_KnownNamesOnly, Documents):
+class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     """Everything about a run that can be written down: frozen, comparable, kept as JSON.
 
     Building one touches no device, no file and no environment variable (a leading ``~`` in a path
@@ -232,7 +233,9 @@ class TrainingArguments(_KnownNamesOnly, Documents):
     )
     logging_first_step: bool = _option(False, kinds.flag, "Also log the first update step.")
     disable_tqdm: bool | None = _option(
-        None, kinds.optional(kinds.flag), "Show no progress bar. None means automatic."
+        None,
+        kinds.optional(kinds.flag),
+        "Show no progress bar. None shows it on a terminal, unless log_level is above 'warning'.",
     )
     report_to: Sequence[str] = _option(
         "none",

@@ -63,6 +63,10 @@ def test_every_event_but_the_upload_is_fired_with_everything(tmp_path):
     always = {
         "trainer",
         "model",
+        "processing_class",
+        "batch",
+        "loss",
+        "metrics",
         "optimizer",
         "lr_scheduler",
         "train_dataloader",

@@ -167,9 +167,18 @@ def test_tokens_are_logged_and_resumed(tmp_path):
     assert train_logs(trainer, "num_input_tokens_seen") == [8, 16, 24, 32]
     assert trainer.state.num_input_tokens_seen == 32
     assert output.metrics["train_tokens_per_second"] > 0
+    assert all(rate > 0 for rate in train_logs(trainer, "train_tokens_per_second"))
     resumed = make()
     resumed.fit(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert train_logs(resumed, "num_input_tokens_seen") == [8, 16, 24, 32]
+
+
+def test_labels_by_name_are_no_tokens():
+    batch = {"tokens": IDS, "target": IDS}
+    assert tokens.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all", ["target"])
+    with pytest.raises(DataError, match="ids.*target"):
+        tokens.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all")
+    assert tokens.count_tokens([{"single": batch}], 1, "all") == IDS[:1].size
 
 
 def test_no_tokens_are_counted_unless_asked(tmp_path):

@@ -1,0 +1,57 @@
+"""``processing_class``: the tokenizer or processor that belongs to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kbtrain.data import Collate, DataCollatorWithPadding, default_collate
+from kbtrain.data.foreign import yields_batches
+from kbtrain.errors import ConfigurationError
+
+_SAVE = ("save_pretrained", "save_to_preset")
+
+
+def check_processing_class(processing: Any) -> None:
+    """Make sure that it can be saved with a model.
+
+    Raises:
+        ConfigurationError: It has no method for that.
+    """
+    if processing is None or any(callable(getattr(processing, name, None)) for name in _SAVE):
+        return
+    raise ConfigurationError(
+        "processing_class is saved with the model, so it needs a method save_pretrained(folder) "
+        "(tokenizers and processors of transformers) or save_to_preset(folder) (KerasHub). "
+        f"Received: {type(processing).__name__}."
+    )
+
+
+def save(processing: Any, folder: Path) -> None:
+    """Write it into ``folder`` by its own method; None writes nothing."""
+    if processing is not None:
+        name = next(name for name in _SAVE if hasattr(processing, name))
+        getattr(processing, name)(str(folder))
+
+
+def padding_collator(processing: Any, dataset: Any) -> Collate | None:
+    """The collator of a data set that was given none: padding, if there is something to pad with.
+
+    None where there is no ``pad_token_id``, or the data is arrays or batches already.
+    """
+    if getattr(processing, "pad_token_id", None) is None:
+        return None
+    if isinstance(dataset, Mapping | tuple) or hasattr(dataset, "shape") or yields_batches(dataset):
+        return None
+    pad = DataCollatorWithPadding(processing)
+
+    def collate(samples: list[Any]) -> Any:
+        sample = samples[0]
+        return (
+            pad(samples)
+            if isinstance(sample, Mapping) and "input_ids" in sample
+            else default_collate(samples)
+        )
+
+    return collate

@@ -1,0 +1,58 @@
+"""Where the time of the steps goes, by the host's clock alone: nothing is waited for to measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StepTimes:
+    """Seconds of a run by what the host was doing.
+
+    - data: waiting for the next batches. What a thread or a worker makes ahead costs nothing here.
+    - compute: starting steps, and waiting for their results. What the device does while the host
+      is busy with something else costs nothing here.
+    - other: evaluating and saving.
+    - host: all the rest: callbacks, logging, the loop itself.
+
+    Attributes:
+        data, compute, other: Seconds so far.
+    """
+
+    data: float = 0.0
+    compute: float = 0.0
+    other: float = 0.0
+    _begin: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Add the time that passes inside to ``name``; what is measured inside counts once."""
+        start, before = time.perf_counter(), self._measured()
+        try:
+            yield
+        finally:
+            inside = self._measured() - before
+            spent = time.perf_counter() - start - inside
+            setattr(self, name, getattr(self, name) + spent)
+
+    def restart(self) -> None:
+        """Begin now."""
+        self.data = self.compute = self.other = 0.0
+        self._begin = time.perf_counter()
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._begin
+
+    def split(self, seconds: float) -> dict[str, float]:
+        """``train_{data,compute,host}_runtime`` of the steps in a run of ``seconds``."""
+        host = max(0.0, seconds - self._measured())
+        parts = {"data": self.data, "compute": self.compute, "host": host}
+        return {f"train_{name}_runtime": round(value, 4) for name, value in parts.items()}
+
+    def _measured(self) -> float:
+        return self.data + self.compute + self.other

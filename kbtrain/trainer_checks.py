@@ -1,0 +1,115 @@
+"""What of the Trainer's constructor can be known to be wrong before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kbtrain import registry
+from kbtrain.errors import ConfigurationError
+from kbtrain.gathering import check_batchwise
+from kbtrain.processing import check_processing_class
+from kbtrain.training_args import TrainingArguments
+
+if TYPE_CHECKING:
+    from kbtrain.trainer import Trainer
+
+FUNCTIONS = {
+    "data_collator": "(samples) -> batch",
+    "model_init": "() -> keras.Model, or (trial) -> keras.Model",
+    "compute_loss_func": "(outputs, labels) -> loss",
+    "compute_metrics": "(EvalPrediction) -> dict",
+    "preprocess_logits_for_metrics": "(outputs, labels) -> outputs",
+}
+"""Arguments that are functions, with their forms."""
+
+
+def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
+    """Check the arguments of the constructor.
+
+    Args:
+        trainer: Has those that are kept as they are.
+        model: As given, or None.
+        loss: As given, or None.
+        callbacks: As given, or None.
+        optimizers: As given.
+
+    Raises:
+        ConfigurationError: One of them is of another kind, or two do not fit together.
+    """
+    args, given = trainer.args, {**vars(trainer), "model": model, "loss": loss}
+    if not isinstance(args, TrainingArguments):
+        raise ConfigurationError(
+            f"args must be a TrainingArguments. Received: {type(args).__name__}."
+        )
+    for name, form in FUNCTIONS.items():
+        if given[name] is not None and not callable(given[name]):
+            raise ConfigurationError(
+                f"{name} must be a function {form}. Received: {type(given[name]).__name__}."
+            )
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        raise ConfigurationError(
+            "callbacks must be a list of callbacks. "
+            f"Received: {getattr(callbacks, '__name__', type(callbacks).__name__)}."
+        )
+    _check_model(given, optimizers)
+    _check_evaluation(given, args)
+    check_processing_class(given["processing_class"])
+    if optimizers[0] is None:
+        registry.find(registry.OPTIMIZERS, args.optim, "optim")
+    registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
+
+
+def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
+    """The model, and what trains it."""
+    model_init = given["model_init"]
+    if (given["model"] is None) == (model_init is None):
+        which = "neither" if model_init is None else "both"
+        raise ConfigurationError(f"Pass either model or model_init. Received: {which}.")
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise ConfigurationError(
+            f"optimizers must be a pair (optimizer, schedule). Received: {optimizers!r}."
+        )
+    optimizer, schedule = optimizers
+    if model_init is not None and (optimizer is not None or schedule is not None):
+        raise ConfigurationError(
+            "optimizers cannot be given together with model_init: each new model needs a new "
+            "optimizer. Override create_optimizer instead."
+        )
+    if optimizer is not None and not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ConfigurationError(
+            "optimizers[0] must be a keras.optimizers.Optimizer. "
+            f"Received: {type(optimizer).__name__}."
+        )
+    is_schedule = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+    if not (schedule is None or is_schedule or hasattr(schedule, "on_metric")):
+        raise ConfigurationError(
+            "optimizers[1] must be a keras.optimizers.schedules.LearningRateSchedule, such as "
+            "those of optim, or None. A constant learning rate belongs to the optimizer. "
+            f"Received: {type(schedule).__name__}."
+        )
+    if given["loss"] is not None and given["compute_loss_func"] is not None:
+        raise ConfigurationError("Pass either loss or compute_loss_func, not both.")
+
+
+def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None:
+    """What the arguments say about evaluating, and what there is for it."""
+    if given["eval_dataset"] is None:
+        wanted = {
+            "eval_strategy": args.eval_strategy if args.eval_strategy != "no" else None,
+            "eval_minutes": args.eval_minutes,
+            "eval_on_start": args.eval_on_start or None,
+        }
+        for name, value in wanted.items():
+            if value is not None:
+                raise ConfigurationError(f"{name}={value!r} needs an eval_dataset. Received: None.")
+    if args.batch_eval_metrics:
+        check_batchwise(given["compute_metrics"])
+    if args.predict_with_generate and given["preprocess_logits_for_metrics"] is not None:
+        raise ConfigurationError(
+            "preprocess_logits_for_metrics is for the model's outputs, and with "
+            "predict_with_generate=True compute_metrics gets what was generated instead. Do in "
+            "compute_metrics what it did."
+        )

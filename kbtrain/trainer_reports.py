@@ -1,0 +1,76 @@
+"""The Trainer's methods for what a run leaves behind: models, tables, files with results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain import persistence, processing, reports
+from kbtrain.evaluation_weights import swapped_in
+
+if TYPE_CHECKING:
+    import keras
+
+    from kbtrain.state import TrainerState
+    from kbtrain.training_args import TrainingArguments
+
+
+class ReportMethods:
+    """Methods of ``Trainer`` that write, print or format."""
+
+    args: TrainingArguments
+    state: TrainerState
+    optimizer: keras.optimizers.Optimizer | None
+    training_weights: bool
+    processing_class: Any
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Save the model for use without kbtrain.
+
+        Args:
+            output_dir: A folder, which gets ``model.keras``, ``training_args.json`` and the files
+                of ``processing_class``, or a path that ends in ``.keras``. The default is
+                ``args.output_dir``.
+
+        Returns:
+            The path of the ``.keras`` file.
+        """
+        target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
+        if target.suffix != ".keras":
+            target.mkdir(parents=True, exist_ok=True)
+            self.args.to_json_file(target / "training_args.json")
+            processing.save(self.processing_class, target)
+            target = target / "model.keras"
+        with swapped_in(self.optimizer if self.training_weights else None):
+            persistence.save_keras_file(self.model, target)  # type: ignore[attr-defined]
+        return target
+
+    def save_state(self) -> Path:
+        """Write ``trainer_state.json`` into the output directory."""
+        path = Path(self.args.output_dir) / "trainer_state.json"
+        persistence.save_json(path, self.state.to_dict())
+        return path
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Metrics as people read them: MB, h:mm:ss, four decimals."""
+        return reports.metrics_format(metrics)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
+        if self.state.is_world_process_zero:
+            print(reports.metrics_table(split, metrics))
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
+        """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""
+        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        language: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Path:
+        """Write ``README.md`` about the run (results, loss plot, settings, versions)."""
+        return reports.create_model_card(self, model_name, license, language, tags)  # type: ignore[arg-type]

@@ -1,0 +1,321 @@
+"""The Trainer's smaller methods, what callbacks see of the newest update, and where time goes."""
+
+import doctest
+import json
+import logging
+import time
+
+import keras
+import numpy as np
+import pytest
+from helpers import Recorder, arguments, linear_model, make_data, train_logs
+
+from kbtrain import ConfigurationError, Trainer, TrainerCallback, TrainingArguments, args_process
+from kbtrain.step_times import StepTimes
+
+
+def make(tmp_path, model=None, data=None, callbacks=(), **changes):
+    given = {
+        name: changes.pop(name)
+        for name in ("processing_class", "data_collator", "metrics", "optimizers", "eval_dataset")
+        if name in changes
+    }
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "jit_compile": False}
+    data = make_data(16) if data is None else data
+    given = {"eval_dataset": data} | given
+    args = arguments(tmp_path, **(defaults | changes))
+    return Trainer(
+        model or linear_model(), args, train_dataset=data, loss="mse", callbacks=callbacks, **given
+    )
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def test_one_process_answers_for_itself():
+    args = TrainingArguments(log_level="error")
+    assert (args.world_size, args.process_index, args.local_process_index) == (1, 0, 0)
+    assert args.should_log
+    assert args.should_save
+    assert args.get_process_log_level() == logging.ERROR
+    passive = TrainingArguments().get_process_log_level()
+    assert passive == logging.getLogger("kbtrain").getEffectiveLevel()
+    with args.main_process_first(desc="tokenizing"):
+        done = True
+    assert done
+    assert doctest.testmod(args_process).failed == 0
+
+
+def test_samples_of_an_update(tmp_path):
+    trainer = make(tmp_path, gradient_accumulation_steps=3)
+    assert trainer.get_total_train_batch_size() == 12
+    assert trainer.get_total_train_batch_size(TrainingArguments()) == 8
+    assert trainer.is_local_process_zero()
+
+
+def test_learning_rates_of_the_next_update(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(kwargs["trainer"].get_learning_rates())
+
+    trainer = make(tmp_path, callbacks=[Look()], learning_rate=0.1, lr_scheduler_type="linear")
+    with pytest.raises(ConfigurationError, match="no optimizer before fit"):
+        trainer.get_learning_rates()
+    trainer.fit()
+    expected = [0.1 * (1 - step / 4) for step in range(5)]
+    np.testing.assert_allclose(seen, np.array(expected)[:4, None], rtol=1e-6)
+    np.testing.assert_allclose(trainer.get_learning_rates(), [0.0], atol=1e-9)
+    np.testing.assert_allclose(train_logs(trainer, "learning_rate"), expected[:4], rtol=1e-6)
+
+
+def test_learning_rates_of_parameter_groups(tmp_path):
+    groups = [{"match": "bias", "lr_multiplier": 3.0}]
+    trainer = make(tmp_path, parameter_groups=groups, lr_scheduler_type="constant", max_steps=1)
+    trainer.fit()
+    np.testing.assert_allclose(trainer.get_learning_rates(), [0.01, 0.03], rtol=1e-6)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_a_named_evaluation_set(tmp_path):
+    x, y = make_data(8)
+    trainer = make(tmp_path, eval_dataset={"near": (x, y), "far": (x, y + 10)})
+    both = trainer.evaluate()
+    assert trainer.evaluate("far")["eval_loss"] == both["eval_far_loss"]
+    assert trainer.evaluate({"two": (x, y)})["eval_two_loss"] == both["eval_near_loss"]
+    with pytest.raises(ConfigurationError, match="no evaluation set 'fare'.*'near', 'far'"):
+        trainer.evaluate("fare")
+    with pytest.raises(ConfigurationError, match=r"dict of several data sets.*Received: tuple"):
+        make(tmp_path).evaluate("far")
+
+
+def test_the_loop_alone_neither_logs_nor_fires(tmp_path):
+    recorder = Recorder()
+    trainer = make(tmp_path, callbacks=[recorder], per_device_eval_batch_size=8)
+    output = trainer.evaluation_loop(trainer.get_eval_dataloader())
+    assert recorder.events == ["on_init_end", "on_prediction_step", "on_prediction_step"]
+    assert output.num_samples == 16
+    np.testing.assert_array_equal(output.label_ids, make_data(16)[1])
+    loss = np.mean((output.predictions - output.label_ids) ** 2)
+    assert output.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    only = trainer.evaluation_loop([make_data(16)], True, "a")
+    assert only.predictions is None
+    assert only.metrics["a_loss"] == pytest.approx(loss, rel=1e-5)
+    assert trainer.state.log_history == []
+
+
+# --- processing_class -----------------------------------------------------------------------------
+
+
+class Tokenizer:
+    pad_token_id = 9
+
+    def save_pretrained(self, folder):
+        with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as file:
+            json.dump({"pad": self.pad_token_id}, file)
+
+
+def test_a_processing_class_is_saved_and_seen_by_callbacks(tmp_path):
+    recorder, tokenizer = Recorder(), Tokenizer()
+    trainer = make(tmp_path, callbacks=[recorder], processing_class=tokenizer)
+    trainer.save_model(tmp_path / "final")
+    names = {path.name for path in (tmp_path / "final").iterdir()}
+    assert names == {"model.keras", "training_args.json", "tokenizer.json"}
+    assert recorder.kwargs[0]["processing_class"] is tokenizer
+    with pytest.raises(ConfigurationError, match="save_pretrained.*Received: dict"):
+        make(tmp_path, processing_class={})
+
+
+def test_a_processing_class_pads_token_data_that_has_no_collator(tmp_path):
+    samples = [{"input_ids": list(range(1, n)), "labels": n % 2} for n in (3, 5)]
+    trainer = make(tmp_path, data=samples, processing_class=Tokenizer())
+    (batch,) = trainer.get_eval_dataloader().epoch(0)
+    assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    # Other data stays as it is.
+    for data in (make_data(4), list(zip(*make_data(4), strict=True))):
+        (batch,) = make(tmp_path, data=data, processing_class=Tokenizer()).get_eval_dataloader()
+        np.testing.assert_array_equal(batch[0], make_data(4)[0])
+
+
+# --- the newest update, for callbacks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_callbacks_see_the_newest_update(tmp_path, accumulation):
+    x, y = make_data(20)
+    seen = []
+
+    def look(event):
+        def action(args, state, control, kwargs):
+            batch, loss, metrics = kwargs["batch"], kwargs["loss"], kwargs["metrics"]
+            loss = None if loss is None else float(loss)
+            seen.append((event, list(batch), loss, dict(metrics)))
+
+        return action
+
+    recorder = Recorder({event: look(event) for event in ("on_step_begin", "on_step_end")})
+    trainer = make(
+        tmp_path,
+        data=(x, y),
+        callbacks=[recorder],
+        metrics=["mean_squared_error"],
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        max_steps=-1,
+    )
+    trainer.fit()
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 20, 4)]
+    groups = [batches[i : i + accumulation] for i in range(0, 5, accumulation)]
+    losses = train_logs(trainer)
+    assert len(seen) == 2 * len(groups)
+    for i, group in enumerate(groups):
+        for event, batch, loss, metrics in seen[2 * i : 2 * i + 2]:
+            np.testing.assert_equal(batch, group)
+            began = event == "on_step_begin"
+            assert loss is None if began else loss == pytest.approx(losses[i], rel=1e-6)
+            # One update since the last log, or none.
+            value = 0.0 if began else losses[i]
+            assert metrics["mean_squared_error"] == pytest.approx(value, rel=1e-5)
+    context = recorder.kwargs[0]  # on_init_end
+    assert context["batch"] is context["loss"] is context["metrics"] is None
+    assert trainer.current_run is None
+
+
+def test_nothing_is_read_from_the_device_unless_it_is_looked_at(tmp_path, monkeypatch):
+    reads = []
+    recorder = Recorder()
+    trainer = make(
+        tmp_path, callbacks=[recorder], logging_strategy="no", metrics=["mean_squared_error"]
+    )
+    to_host = trainer.backend.to_host
+
+    def counting(tree):
+        reads.append(trainer.state.global_step)
+        return to_host(tree)
+
+    monkeypatch.setattr(trainer.backend, "to_host", counting)
+    monkeypatch.setattr(
+        type(trainer.bound.metrics), "result", lambda self: pytest.fail("metrics were read")
+    )
+    trainer.args = trainer.args.replace(steps_per_execution=1)
+    trainer.fit()
+    assert set(reads) == {4}  # the end of the run alone
+    last = [k for e, k in zip(recorder.events, recorder.kwargs, strict=True) if e == "on_step_end"]
+    assert "not read yet" in repr(last[-1]["loss"])
+    assert f"{last[-1]['loss']:.3f}" == f"{float(np.asarray(last[-1]['loss'])):.3f}"
+    assert "not read yet" in repr(last[-1]["metrics"])
+
+
+def test_the_last_update_of_a_block_is_seen(tmp_path):
+    x, y = make_data(32)
+
+    class Look(TrainerCallback):
+        every_step = False
+        seen = ()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen = (*self.seen, (state.global_step, kwargs["batch"][0], kwargs["loss"]))
+
+    look = Look()
+    make(tmp_path, data=(x, y), callbacks=[look], logging_steps=4, max_steps=8).fit()
+    assert look.seen[-1][0] == 8
+    for step, batch, loss in look.seen:
+        np.testing.assert_array_equal(batch[0], x[4 * step - 4 : 4 * step])
+        assert np.isfinite(loss)
+
+
+# --- where the time goes --------------------------------------------------------------------------
+
+
+def test_a_slow_source_is_seen_in_the_data_time(tmp_path):
+    x, y = make_data(32)
+
+    def slowly():
+        for sample in zip(x, y, strict=True):
+            time.sleep(0.01)
+            yield sample
+
+    class Source:
+        def __iter__(self):
+            return slowly()
+
+    metrics = make(tmp_path, data=Source(), eval_dataset=(x, y), max_steps=8).fit().metrics
+    assert metrics["train_data_runtime"] >= 8 * 4 * 0.01 * 0.7  # the first batch came before
+    parts = [metrics[f"train_{name}_runtime"] for name in ("data", "compute", "host")]
+    assert min(parts) >= 0
+    assert sum(parts) <= metrics["train_runtime"] + 1e-3
+
+
+def test_a_slow_callback_is_host_time_and_evaluations_are_none(tmp_path):
+    class Slow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            time.sleep(0.05)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            time.sleep(0.2)
+
+    run = make(tmp_path, callbacks=[Slow()], eval_strategy="steps", eval_steps=2).fit()
+    times = run.metrics
+    assert times["train_host_runtime"] >= 4 * 0.05
+    parts = [times[f"train_{name}_runtime"] for name in ("data", "compute", "host")]
+    assert times["train_runtime"] - sum(parts) >= 2 * 0.2
+
+
+def test_nested_times_count_once(monkeypatch):
+    now = iter([0.0, 1.0, 5.0, 7.0])
+    monkeypatch.setattr("kbtrain.step_times.time.perf_counter", lambda: next(now))
+    times = StepTimes()
+    with times.of("other"), times.of("compute"):
+        pass
+    assert (times.data, times.compute, times.other) == (0.0, 4.0, 3.0)
+    assert times.split(10.0) == {
+        "train_data_runtime": 0.0,
+        "train_compute_runtime": 4.0,
+        "train_host_runtime": 3.0,
+    }
+
+
+# --- wrong kinds of arguments ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        *(
+            ({name: 3}, rf"{name} must be a function \(.*Received: int")
+            for name in (
+                "data_collator",
+                "compute_loss_func",
+                "compute_metrics",
+                "preprocess_logits_for_metrics",
+            )
+        ),
+        ({"model_init": 3, "model": None}, "model_init must be a function"),
+        ({"callbacks": TrainerCallback}, "must be a list of callbacks. Received: TrainerCallback"),
+        ({"callbacks": Recorder()}, "must be a list of callbacks. Received: Recorder"),
+        ({"optimizers": (None, 0.1)}, r"optimizers\[1\] must be.*Received: float"),
+        ({"optimizers": "adam"}, "pair"),
+        ({"args": {"learning_rate": 1.0}}, "args must be a TrainingArguments. Received: dict"),
+        ({"processing_class": "gpt2"}, "processing_class is saved.*Received: str"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(tmp_path, changes, match):
+    given = {"model": linear_model(), "args": arguments(tmp_path)} | changes
+    with pytest.raises(ConfigurationError, match=match):
+        Trainer(**given)
+
+
+def test_evaluating_at_the_start_needs_data(tmp_path):
+    with pytest.raises(ConfigurationError, match="eval_on_start=True needs an eval_dataset"):
+        make(tmp_path, eval_dataset=None, eval_on_start=True)
+
+
+def test_a_pair_of_optimizer_and_schedule_may_be_a_list(tmp_path):
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 4)
+    trainer = make(tmp_path, optimizers=[keras.optimizers.AdamW(0.1), schedule], max_steps=1)
+    trainer.fit()
+    assert trainer.lr_scheduler is schedule
