@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain import evaluation_weights, rng
+from kbtrain import evaluation_weights, lazy_tensorflow, rng
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -130,7 +130,8 @@ def model_config(model: keras.Model) -> dict[str, Any] | None:
     """How to build the model anew, as JSON; None if the model cannot say."""
     if model not in _configs:
         try:
-            config = keras.saving.serialize_keras_object(model)
+            with lazy_tensorflow.not_imported():
+                config = keras.saving.serialize_keras_object(model)
             config.pop("compile_config", None)
             dump_json("model_config", config)
         except Exception:  # a class of the user's own, whose get_config may do anything
@@ -271,7 +272,8 @@ def save_keras_file(model: keras.Model, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        model.save(temporary)
+        with lazy_tensorflow.not_imported():
+            model.save(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,10 +12,16 @@ import numpy as np
 # Keras has no public door to the generator that unseeded operations draw from.
 from keras.src.random.seed_generator import global_seed_generator
 
+from kbtrain import lazy_tensorflow
+
 
 def set_seed(seed: int) -> None:
-    """Seed Python, NumPy, the backend and Keras' global generator."""
-    keras.utils.set_random_seed(seed)
+    """Seed Python, NumPy, the backend, Keras' global generator, and TensorFlow if it is imported.
+
+    Who has not imported TensorFlow draws nothing from it.
+    """
+    with lazy_tensorflow.not_imported():
+        keras.utils.set_random_seed(seed)
 
 
 def global_seed_variable() -> keras.Variable:
