@@ -103,7 +103,11 @@ class BoundModel:
 
     def variables(self) -> list[keras.Variable]:
         """Everything a step reads or assigns, apart from the optimizer; each once."""
-        listed = [*self.model.variables, *self.metric_variables, rng.global_seed_variable()]
+        listed = [
+            *building.state_variables(self.model),
+            *self.metric_variables,
+            rng.global_seed_variable(),
+        ]
         return unique(listed)
 
     def eval_step(self, with_loss: bool, gather: bool) -> CompiledEvalStep:
@@ -118,8 +122,8 @@ class BoundModel:
             assert self.forward is not None
             variables = self.variables()
             step = make_eval_step(
+                self._backend,
                 self.forward if with_loss else self.forward.predict,
-                self.model.variables,
                 self.metrics if with_loss else None,
                 self._select_outputs if gather else None,
             )

@@ -48,6 +48,18 @@ def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     yield from layer._flatten_layers()
 
 
+def state_variables(model: keras.Model) -> list[keras.Variable]:
+    """All variables of a model. Keras does not count the states of a stateful RNN among them."""
+    states = [
+        state
+        for layer in walk_layers(model)
+        if getattr(layer, "stateful", False)
+        for state in keras.tree.flatten(getattr(layer, "states", None))
+        if isinstance(state, keras.Variable)
+    ]
+    return list({id(v): v for v in [*model.variables, *states]}.values())
+
+
 def use_mixed_precision(model: keras.Model, policy: str) -> None:
     """Give every float32 layer a policy such as ``mixed_bfloat16``: only the arithmetic changes.
 

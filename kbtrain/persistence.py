@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain import evaluation_weights, lazy_tensorflow, rng
+from kbtrain import building, evaluation_weights, lazy_tensorflow, rng
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -106,11 +106,11 @@ def environment(backend: ModuleType) -> dict[str, Any]:
 
 
 def model_variables(model: keras.Model) -> list[keras.Variable]:
-    """The model's own state: weights, moving statistics and seed states, without metrics."""
+    """The model's own state: weights, statistics, seeds, states of RNNs; without metrics."""
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     optimizer = getattr(model, "optimizer", None)
     others = metrics | {id(v) for v in (optimizer.variables if optimizer else [])}
-    return [v for v in model.variables if id(v) not in others]
+    return [v for v in building.state_variables(model) if id(v) not in others]
 
 
 def gather_model(model: keras.Model) -> dict[str, np.ndarray]:

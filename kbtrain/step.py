@@ -80,6 +80,7 @@ def make_train_step(
     # Such an optimizer meets overflow with a smaller scale: only the loss itself is checked.
     scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     state = [*trainable, *optimizer.variables]
+    trained = {id(v) for v in trainable}
 
     def differentiate(batch: Any, num_items: Any) -> tuple[MicroResult, Any, list[Any], list[Any]]:
         def objective(batch: Any) -> tuple[Any, Any]:
@@ -165,7 +166,13 @@ def make_train_step(
         if not scales_itself:
             finite = ops.logical_and(finite, ops.isfinite(norm))
 
+        # A layer may assign its own weights: the optimizer goes on from there.
+        own = [(v, value) for v, value in updates if id(v) in trained]
+        updates = [(v, value) for v, value in updates if id(v) not in trained]
+
         def apply() -> None:
+            for variable, value in own:
+                variable.assign(value)
             backend.apply_optimizer(optimizer, backend.scale(gradients, factor), trainable)
 
         if on_nonfinite == "ignore":
@@ -194,16 +201,16 @@ def make_train_step(
 
 
 def make_eval_step(
+    backend: ModuleType,
     forward: Forward,
-    variables: Sequence[keras.Variable],
     metrics: MetricSet | None,
     select_outputs: Callable[[Any, Any], Any] | None,
 ) -> Callable[[Any], dict[str, Any]]:
     """Build the step of one evaluation batch; it changes nothing but the metrics.
 
     Args:
+        backend: A module of ``kbtrain.backends``.
         forward: See ``Forward``.
-        variables: The model's variables.
         metrics: Metrics to update, if any.
         select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
 
@@ -214,7 +221,7 @@ def make_eval_step(
 
     def eval_step(batch: Any) -> dict[str, Any]:
         # The layers' own updates (seed states) are dropped with the scope.
-        with keras.StatelessScope([(v, v.value) for v in variables], collect_losses=True):
+        with backend.dropping():
             pair, outputs, metric_inputs = forward(batch, None, training=False)
             kept = None if select_outputs is None else select_outputs(outputs, batch)
         if metrics is not None and metric_inputs is not None:

@@ -326,3 +326,117 @@ def test_a_variable_that_only_the_loss_knows_may_change_between_steps(tmp_path):
     first, *others = train_logs(trainer)
     assert first > 0
     assert others == [0.0, 0.0]
+
+
+class Rising(keras.losses.Loss):
+    """Counts its calls, in a variable that belongs to no model; a call counts that often."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = keras.Variable(0.0, trainable=False)
+
+    def call(self, y, outputs):
+        self.calls.assign(self.calls + 1.0)
+        return keras.ops.mean(keras.ops.square(outputs - y), -1) * self.calls
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_may_have_state_of_its_own(accumulation, tmp_path):
+    x, y = make_data(16)
+    x[8:], y[8:] = x[:8], y[:8]
+    loss = Rising()
+    model = with_weights(keras.Sequential([keras.Input((3,)), layers.Dense(1)]))
+    kernel, bias = weights(model)
+    square = np.mean((x @ kernel + bias - y) ** 2)
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            num_train_epochs=2 * accumulation,
+            learning_rate=0.0,
+            gradient_accumulation_steps=accumulation,
+        ),
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+        loss=loss,
+    )
+    loss.calls.assign(0.0)
+    trainer.fit()
+    counted = np.arange(1, 4 * accumulation + 1).reshape(4, accumulation).mean(1)
+    np.testing.assert_allclose(train_logs(trainer), counted * square, rtol=1e-5)
+    # An evaluation changes nothing, and sees what was assigned since it was compiled.
+    for calls in (4 * accumulation, 11):
+        loss.calls.assign(float(calls))
+        result = trainer.evaluate()["eval_loss"]
+        assert result == pytest.approx((calls + 1) * square, rel=1e-5)
+    assert float(keras.ops.convert_to_numpy(loss.calls.value)) == 11
+
+
+def test_a_stateful_rnn_goes_on_where_the_last_batch_ended(tmp_path):
+    """Its states are no variables of the model to Keras."""
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=(16, 5, 3)).astype("float32")
+    y = generator.normal(size=(16, 4)).astype("float32")
+    rnn = layers.SimpleRNN(4, stateful=True)
+    model = with_weights(keras.Sequential([keras.Input(batch_shape=(4, 5, 3)), rnn]))
+    kernel, recurrent, bias = (w.astype("float64") for w in weights(model)[:3])
+    state, losses = np.zeros((4, 4)), []
+    for start in range(0, 16, 4):
+        for step in range(5):
+            state = np.tanh(x[start : start + 4, step] @ kernel + state @ recurrent + bias)
+        losses.append(np.mean((state - y[start : start + 4]) ** 2))
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 0.0, "num_train_epochs": 1}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    args = arguments(tmp_path, **settings, **saving)
+    trainer = Trainer(model, args, train_dataset=(x, y), loss="mse")
+    trainer.fit()
+    np.testing.assert_allclose(train_logs(trainer), losses, rtol=1e-5)
+    rnn.reset_state()
+    trainer = Trainer(model, args, train_dataset=(x, y), loss="mse")
+    trainer.fit(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    np.testing.assert_allclose(train_logs(trainer), losses, rtol=1e-5)
+
+
+class Halving(layers.Layer):
+    """Assigns its own weight in training, as ``SpectralNormalization`` does."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x, training=False):
+        if training:
+            self.w.assign(self.w / 2.0)
+        return x * self.w
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_layer_may_assign_its_own_weights(accumulation, tmp_path):
+    """The gradient is that at the new value, and the optimizer goes on from there."""
+    x, y = make_data(24, outputs=3)
+    w, gradient, losses, expected = np.ones(3), np.zeros(3), [], []
+    for micro in range(6):
+        rows = slice(4 * micro, 4 * micro + 4)
+        w = w / 2
+        error = x[rows] * w - y[rows]
+        gradient = gradient + 2 * np.mean(error * x[rows], 0) / 3 / accumulation
+        losses.append(np.mean(error**2))
+        if micro % accumulation == accumulation - 1:
+            w, gradient = w - 0.5 * gradient, np.zeros(3)
+            expected.append(np.mean(losses[-accumulation:]))
+    model = keras.Sequential([keras.Input((3,)), Halving()])
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            num_train_epochs=1,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0,
+        ),
+        train_dataset=(x, y),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(0.5), None),
+    )
+    trainer.fit()
+    np.testing.assert_allclose(train_logs(trainer), expected, rtol=1e-5)
+    np.testing.assert_allclose(weights(model)[0], w, rtol=1e-5)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
 
 name = "jax"
@@ -46,12 +47,18 @@ def _tracing(variables: Sequence[keras.Variable]) -> Iterator[None]:
         _state = before
 
 
+class _LossScope(_Scope, LossScope):
+    pass
+
+
 def _run_stateless(
-    fn: Callable[[], Any], values: Sequence[Any], collect_losses: bool = False
+    fn: Callable[[], Any],
+    values: Sequence[Any],
+    scope_class: type[_Scope] = _Scope,
 ) -> tuple[Any, dict[int, Any]]:
     """Run ``fn`` with the state at ``values``; return its result and {index: new value}."""
     mapping = list(zip(_state, values, strict=True))
-    with _Scope(mapping, collect_losses=collect_losses) as scope:
+    with scope_class(mapping, collect_losses=scope_class is _LossScope) as scope:
         before = [scope.get_current_value(v) for v in _state]
         result = fn()
         after = [scope.get_current_value(v) for v in _state]
@@ -97,10 +104,8 @@ def compile_step(
     def call(inputs: Any) -> Any:
         key = signature(inputs)
         if key not in traced:
-            # What the step reads beside its state would be a constant for ever: make it state.
-            _strangers.clear()
-            jitted.trace([variable._value for variable in variables], inputs)
-            variables.extend(_strangers)
+            now = [variable._value for variable in variables]
+            variables.extend(_find_strangers(jitted, now, inputs))
             traced.add(key)
         values = [variable._value for variable in variables]
         if len({id(value) for value in values}) != len(values):
@@ -112,6 +117,13 @@ def compile_step(
         return outputs
 
     return call
+
+
+def _find_strangers(jitted: Any, *args: Any) -> list[keras.Variable]:
+    """What a step reads beside its state: it would be a constant for ever, so make it state."""
+    _strangers.clear()
+    jitted.trace(*args)
+    return list(_strangers)
 
 
 def compile_steps(
@@ -205,9 +217,8 @@ def compile_eval_steps(
     """
     changing = list(changing)
     fixed = [v for v in variables if not any(v is other for other in changing)]
-    state = [*fixed, *changing]
     if jit_compile is False:
-        one_by_one = _step_by_step(compile_step(fn, state, False))
+        one_by_one = _step_by_step(compile_step(fn, [*fixed, *changing], False))
 
         def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
             return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
@@ -222,9 +233,9 @@ def compile_eval_steps(
                 lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block
             )
             outputs, changed = _run_stateless(lambda: fn(row), [*constant, *values])
-            return [changed.get(len(fixed) + i, v) for i, v in enumerate(values)], outputs
+            return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
 
-        with _tracing(state):
+        with _tracing([*fixed, *changing]):
             shapes = jax.eval_shape(one, values, start)[1]
             size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
             room = max(1, min(jax.tree.leaves(block)[0].shape[0], output_bytes // max(size, 1)))
@@ -247,8 +258,13 @@ def compile_eval_steps(
         return buffers, values
 
     jitted = jax.jit(pure, donate_argnums=1)
+    traced: set[Any] = set()
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        if (key := signature(block)) not in traced:
+            now = [v._value for v in fixed], [v._value for v in changing]
+            fixed.extend(_find_strangers(jitted, *now, block, np.int32(start), np.int32(count)))
+            traced.add(key)
         values = [v._value for v in changing]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
@@ -289,7 +305,7 @@ def value_and_grad(
         inside = list(outside)
         for index, value in zip(indices, values, strict=True):
             inside[index] = value
-        (value, aux), changed = _run_stateless(lambda: fn(*args), inside, collect_losses=True)
+        (value, aux), changed = _run_stateless(lambda: fn(*args), inside, _LossScope)
         changed_indices[:] = changed
         return value, (aux, list(changed.values()))
 
@@ -298,6 +314,11 @@ def value_and_grad(
     )
     updates = [(_state[i], v) for i, v in zip(changed_indices, new, strict=True)]
     return value, aux, gradients, updates
+
+
+def dropping() -> keras.StatelessScope:
+    """A scope in which assignments are forgotten; losses of layers are collected."""
+    return _Scope([(v, v.value) for v in _state], collect_losses=True)
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

@@ -12,7 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
+from kbtrain.errors import first_lines
 
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
@@ -113,7 +115,8 @@ def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any]
                 result = compiled(inputs)  # compiled as a whole before anything is run
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
                 works = False
-                logger.info("The step runs without XLA, which refuses it: %s", error.message)
+                reason = first_lines(error, 1)
+                logger.info("The step runs without XLA, which refuses it: %s", reason)
             else:
                 works = True
                 return result
@@ -236,16 +239,32 @@ def value_and_grad(
         values = [tf.convert_to_tensor(v.value) for v in variables]
         tape.watch(values)
         mapping = list(zip(variables, values, strict=True))
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with _Scope(mapping, collect_losses=True) as scope:
+            before = [scope.get_current_value(v) for v in variables]
             value, aux = fn(*args)
     gradients = [
         # An embedding's gradient comes as slices, whose norm is wrong where an index repeats.
         tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
         for g, v in zip(tape.gradient(value, values), values, strict=True)
     ]
-    known = {id(v) for v in variables}
-    new = [(v, scope.get_current_value(v)) for v in _state if id(v) not in known]
-    return value, aux, gradients, [(v, n) for v, n in new if n is not None]
+    held = {id(v): value for v, value in zip(variables, before, strict=True)}
+    new = [(v, scope.get_current_value(v)) for v in _state]
+    return value, aux, gradients, [(v, n) for v, n in new if n is not held.get(id(v))]
+
+
+class _Scope(LossScope):
+    """Takes in the variables that nobody told us of: stateful RNNs' states, those of a loss."""
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Note a new value."""
+        if not any(update[0] is known for known in _state):
+            _state.append(update[0])
+        super().add_update(update)
+
+
+def dropping() -> keras.StatelessScope:
+    """A scope in which assignments are forgotten; losses of layers are collected."""
+    return keras.StatelessScope(collect_losses=True)
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

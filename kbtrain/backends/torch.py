@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import torch
 
+from kbtrain.backends.scope import LossScope
 from kbtrain.backends.torch_program import guard
 from kbtrain.backends.torch_runner import InParts, Runner, now
 
@@ -130,16 +131,26 @@ def value_and_grad(
     values = [v.value for v in variables]
     mapping = list(zip(variables, values, strict=True))
     with torch.enable_grad():
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with _Scope(mapping, collect_losses=True) as scope:
+            before = [scope.get_current_value(v) for v in variables]
             value, aux = fn(*args)
         gradients = torch.autograd.grad(value, values, allow_unused=True)
     gradients = [
         torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
     ]
-    known = {id(v) for v in variables}
-    new = [(v, scope.get_current_value(v)) for v in now.variables if id(v) not in known]
-    updates = [(v, n.detach()) for v, n in new if n is not None]
+    held = {id(v): value for v, value in zip(variables, before, strict=True)}
+    new = [(v, scope.get_current_value(v)) for v in now.variables]
+    updates = [(v, n.detach()) for v, n in new if n is not held.get(id(v))]
     return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
+
+
+class _Scope(LossScope):
+    """Takes in the variables that nobody told us of: stateful RNNs' states, those of a loss."""
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Note a new value."""
+        now.know(update[0])
+        super().add_update(update)
 
 
 def _detach(x: Any) -> Any:
@@ -149,6 +160,11 @@ def _detach(x: Any) -> Any:
     if (mask := getattr(x, "_keras_mask", None)) is not None:
         detached._keras_mask = mask
     return detached
+
+
+def dropping() -> keras.StatelessScope:
+    """A scope in which assignments are forgotten; losses of layers are collected."""
+    return keras.StatelessScope(collect_losses=True)
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

@@ -105,7 +105,7 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
 
     The order within each list is the recorded one. A node may move before the changes if it
     neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
-    place) nor overwrites what they have read.
+    place) nor overwrites what they have read, and if its result is a tensor.
     """
     storage = _States()
     owners = Memory(module.graph).owners
@@ -131,7 +131,7 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         reads_changed = any(storage.of(n) & changed for n in inputs)
         waits = any(n in late_set or owners(n) & changed_memory for n in inputs)
         overwrites = any(target in read_late for target in written)
-        if states or reads_changed or waits or overwrites:
+        if states or reads_changed or waits or overwrites or _is_number(node):
             late.append(node)
             late_set.add(node)
             changed |= states
@@ -140,6 +140,14 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         else:
             pure.append(node)
     return pure, late, list(conditions)
+
+
+def _is_number(node: Node) -> bool:
+    """Whether the result is a number of Python, which TorchScript cannot return.
+
+    Keras' SGD reads its learning rate so, to give it to an operation that takes only numbers.
+    """
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 class _States:

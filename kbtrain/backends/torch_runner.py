@@ -50,6 +50,18 @@ class _Now:
         finally:
             self.variables, self.compile_body = before
 
+    def know(self, variable: keras.Variable) -> None:
+        """Make a variable that is being assigned part of the state, if nobody told us of it.
+
+        Raises:
+            Stranger: The step is being recorded; it has to be recorded with this variable.
+        """
+        if any(variable is known for known in self.variables):
+            return
+        if self.capturing:
+            raise Stranger(variable)
+        self.variables.append(variable)
+
     def remember(self, variable: keras.Variable) -> None:
         """Keep the value a variable has now, if somebody may want to go back to it."""
         if self.journal is not None and id(variable) not in self.journal:
@@ -106,10 +118,15 @@ class Runner:
 
     def _capture(self, inputs: Any) -> CapturedStep | None:
         now.capturing = True
-        now.committed.clear()
         try:
-            inductor = self._jit_compile is True
-            return CapturedStep(self.eager, self._variables, inputs, inductor)
+            while True:
+                now.committed.clear()
+                try:
+                    return CapturedStep(
+                        self.eager, self._variables, inputs, self._jit_compile is True
+                    )
+                except Stranger as stranger:
+                    self._variables.append(stranger.variable)
         except InParts:
             logger.debug("The step is captured in parts, one for each micro-batch.")
             return None
@@ -163,3 +180,15 @@ class _FlatStep:
 
 class InParts(NotCapturable):
     """Not an obstacle: a loop whose body is captured by itself."""
+
+
+class Stranger(NotCapturable):
+    """The step assigns a variable that it was not said to have.
+
+    Attributes:
+        variable: That variable.
+    """
+
+    def __init__(self, variable: keras.Variable) -> None:
+        super().__init__(f"it assigns {variable.path}, which is no variable of the model")
+        self.variable = variable
