@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbtrain.callbacks import EarlyStoppingCallback as EarlyStoppingCallback
-    from kbtrain.callbacks import ProgressCallback as ProgressCallback
     from kbtrain.callbacks import TrainerCallback as TrainerCallback
     from kbtrain.data import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
     from kbtrain.data import DataCollatorForPacking as DataCollatorForPacking
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
     from kbtrain.fitting import TrainOutput as TrainOutput
     from kbtrain.parser import ArgumentParser as ArgumentParser
+    from kbtrain.progress import PrinterCallback as PrinterCallback
+    from kbtrain.progress import ProgressCallback as ProgressCallback
     from kbtrain.state import TrainerControl as TrainerControl
     from kbtrain.state import TrainerState as TrainerState
     from kbtrain.trainer import Trainer as Trainer
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from kbtrain.warm_start import load_weights as load_weights
 
 _HOMES = {
-    "callbacks": ("EarlyStoppingCallback", "ProgressCallback", "TrainerCallback"),
+    "callbacks": ("EarlyStoppingCallback", "TrainerCallback"),
     "data": (
         "DataCollatorForLanguageModeling",
         "DataCollatorForPacking",
@@ -68,6 +69,7 @@ _HOMES = {
     "evaluation": ("EvalPrediction", "PredictionOutput"),
     "fitting": ("TrainOutput",),
     "parser": ("ArgumentParser",),
+    "progress": ("PrinterCallback", "ProgressCallback"),
     "state": ("TrainerControl", "TrainerState"),
     "trainer": ("Trainer",),
     "training_args": ("TrainingArguments",),

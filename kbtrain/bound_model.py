@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -74,6 +74,8 @@ class BoundModel:
         elif self.compiled and loss is None:
             self.metrics = CompiledMetrics(model)
         self._metrics_built = False
+        self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
+        self._checks_shapes = True
         self.forward: ForwardPass | None = None
         self._eval_steps: dict[tuple[bool, bool], CompiledEvalStep] = {}
 
@@ -83,14 +85,17 @@ class BoundModel:
         return [] if self.metrics is None else self.metrics.variables
 
     def build(self, batch: Any) -> ForwardPass:
-        """Create all variables from the shapes of a batch (NumPy), once.
+        """Create all variables from the shapes of a batch (NumPy), once; check that it fits.
 
         Raises:
             DataError: The model does not accept such inputs.
         """
         names = self._args.label_names
+        shapes = building.input_shapes(batch, names)
+        if self._checks_shapes and shapes not in self._accepted:
+            self._checks_shapes = building.build_model(self.model, batch, names)
+            self._accepted.add(shapes)
         if self.forward is None:
-            building.build_model(self.model, batch, names)
             self.forward = ForwardPass(
                 self.model, self._compute_loss, self.loss, self._tracked, names
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ import numpy as np
 
 from kbtrain.args_kinds import thaw
 from kbtrain.data import unpack
+from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.metrics import MetricSet
 
@@ -70,13 +71,16 @@ def use_mixed_precision(model: keras.Model, policy: str) -> None:
             layer.dtype_policy = policy
 
 
-def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> None:
+def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> bool:
     """Create the model's variables from the shapes of a batch, and check that the two fit.
 
     Args:
         model: A Keras model, built or not.
         batch: A batch as the loader gives it (NumPy).
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+
+    Returns:
+        Whether shapes alone are enough to tell if the model accepts other inputs.
 
     Raises:
         DataError: The model does not accept such inputs.
@@ -91,12 +95,19 @@ def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | Non
         if model.built and not isinstance(error, ValueError | TypeError):
             raise
         if not model.built and _builds_eagerly(model, x):
-            return
+            return False
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
             f"The model {model.name!r} does not accept the inputs of the data: {shapes}. "
             f"Keras says: {first_lines(error)}"
         ) from None
+    return True
+
+
+def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashable:
+    """Structure, shapes without the number of samples, and dtypes of a batch's inputs."""
+    leaves = leaves_with_paths(unpack(batch, label_names).x)
+    return tuple((path, np.shape(a)[1:], _dtype(a)) for path, a in leaves)
 
 
 def _builds_eagerly(model: keras.Model, x: Any) -> bool:
@@ -131,15 +142,15 @@ def decay_parameter_names(model: keras.Model) -> list[str]:
     ]
 
 
-def check_optimizer(optimizer: Any, name: str) -> None:
-    """Make sure that what a package offers as an optimizer makes one.
+def check_optimizer(optimizer: Any, source: str) -> None:
+    """Make sure that what a package or an overridden method offers as an optimizer is one.
 
     Raises:
-        ConfigurationError: It makes something else.
+        ConfigurationError: It is something else.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ConfigurationError(
-            f"optim={name!r} must make a keras.optimizers.Optimizer. "
+            f"{source} must make a keras.optimizers.Optimizer. "
             f"Received: {type(optimizer).__name__}."
         )
 
@@ -187,9 +198,11 @@ def build_optimizer_state(
     """Create the optimizer's variables.
 
     Raises:
-        ConfigurationError: The variables do not fit the parameter groups.
+        ConfigurationError: The variables do not fit the parameter groups, or the optimizer has a
+            state for other ones.
     """
     if optimizer.built:
+        _check_state_fits(optimizer, model)
         return
     try:
         optimizer.build(model.trainable_variables)
@@ -199,6 +212,19 @@ def build_optimizer_state(
         raise
     if has_groups and hasattr(optimizer, "parameter_groups_table"):
         logger.info("Parameter groups:\n%s", optimizer.parameter_groups_table())
+
+
+def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
+    """A given optimizer keeps its state from fit to fit; that is of no use for another model."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    known = {id(v) for v in getattr(optimizer, "_trainable_variables", model.trainable_variables)}
+    if unknown := [v.path for v in model.trainable_variables if id(v) not in known]:
+        raise ConfigurationError(
+            f"The optimizer ({type(optimizer).__name__}) was used for other variables already: it "
+            f"has no state for {unknown[0]!r}. Make a new one for this model (Keras optimizers "
+            "belong to one set of variables)."
+        )
 
 
 def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:

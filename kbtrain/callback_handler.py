@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks import STEP_EVENTS, TrainerCallback
+from kbtrain.callbacks import EVENTS, STEP_EVENTS, TrainerCallback
 from kbtrain.errors import ConfigurationError
 from kbtrain.state import TrainerControl, TrainerState
 
@@ -33,12 +34,13 @@ class CallbackHandler:
 
     def add(self, callback: Any) -> None:
         """Add a callback object, or a class, which is instantiated."""
-        instance = callback() if isinstance(callback, type) else callback
+        instance = _made(callback) if isinstance(callback, type) else callback
         if not isinstance(instance, TrainerCallback):
             raise ConfigurationError(
                 "A callback must be a TrainerCallback or a subclass of it. "
                 f"Received: {callback!r}. (Keras callbacks have other events.)"
             )
+        _check_events(instance)
         if any(type(other) is type(instance) for other in self.callbacks):
             logger.warning("A callback of class %s was there already.", type(instance).__name__)
         self.callbacks.append(instance)
@@ -91,6 +93,11 @@ class CallbackHandler:
                     f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
                 )
                 raise
+            if result is not None and not isinstance(result, TrainerControl):
+                raise ConfigurationError(
+                    f"{type(callback).__name__}.{event} must return a TrainerControl or None. "
+                    f"Received: {result!r}."
+                )
             control = control if result is None else result
         return control
 
@@ -122,6 +129,36 @@ class CallbackHandler:
         for name in (name for name, values in remaining.items() if values):
             logger.warning(
                 "The checkpoint has a state for the callback %s, which is not in use.", name
+            )
+
+
+def _made(cls: type) -> Any:
+    """An object of a callback's class."""
+    try:
+        inspect.signature(cls).bind()
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"The callback class {cls.__name__} cannot be made without arguments ({problem}): give "
+            "an object instead of the class."
+        ) from None
+    return cls()
+
+
+def _check_events(callback: TrainerCallback) -> None:
+    """Make sure that the events a callback overrides can be called with all that they get.
+
+    Raises:
+        ConfigurationError: One does not take ``**kwargs``.
+    """
+    for event in EVENTS:
+        if getattr(type(callback), event) is getattr(TrainerCallback, event):
+            continue
+        parameters = inspect.signature(getattr(callback, event)).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ConfigurationError(
+                f"{type(callback).__name__}.{event} must be defined as {event}(self, args, state, "
+                "control, **kwargs): an event gets more by name than the three. "
+                f"Received: {event}({', '.join(p.name for p in parameters)})."
             )
 
 

@@ -1,13 +1,10 @@
-"""Callbacks: the events of a run, and the ones that come with kbtrain."""
+"""Callbacks: the events of a run, and early stopping."""
 
 from __future__ import annotations
 
 import logging
 import math
-import sys
 from typing import TYPE_CHECKING, Any
-
-from tqdm.auto import tqdm
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.state import TrainerControl, TrainerState
@@ -244,96 +241,21 @@ def metric_value(metrics: dict[str, Any], name: str | None) -> float:
     """The metric ``name`` (with or without ``eval_``) out of an evaluation's results.
 
     Raises:
-        ConfigurationError: There is none of that name; the message lists those there are.
+        ConfigurationError: There is none of that name (the message lists those there are), or it
+            is no number.
     """
     for key in (name, f"eval_{name}"):
-        if key in metrics:
+        if key not in metrics:
+            continue
+        try:
             return float(metrics[key])
+        except (TypeError, ValueError):
+            raise ConfigurationError(
+                f"metric_for_best_model={name!r} must be a number, to be compared. "
+                f"Received: {key}={metrics[key]!r}."
+            ) from None
     known = ", ".join(sorted(k for k in metrics if k.startswith("eval_")))
     raise ConfigurationError(
         f"metric_for_best_model={name!r} is not among the results of the evaluation: {known}. "
         "Set it to one of these (the prefix eval_ may be left out), or add the metric."
     )
-
-
-class ProgressCallback(TrainerCallback):
-    """A progress bar with loss, learning rate, steps per second and the time that is left.
-
-    Args:
-        disable: True never shows it, False always; None shows it on a terminal only, and not if
-            the logger "kbtrain" is quieter than warnings.
-    """
-
-    every_step = False
-
-    def __init__(self, disable: bool | None = None) -> None:
-        if disable is None:
-            disable = not sys.stderr.isatty() or logger.getEffectiveLevel() > logging.WARNING
-        self._disable = disable
-        self._bar: Any = None
-        self._evaluation: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the bar."""
-        if not self._disable:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Advance the bar of the evaluation."""
-        if self._disable:
-            return
-        if self._evaluation is None:
-            self._evaluation = tqdm(leave=self._bar is None, dynamic_ncols=True, unit="batch")
-        self._evaluation.update(kwargs["batches"])
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the bar of the evaluation."""
-        self._close_evaluation()
-
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remove the bar of the prediction."""
-        self._close_evaluation()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the newest loss, learning rate and evaluation loss beside the bar."""
-        if self._bar is not None:
-            logs = kwargs["logs"]
-            names = {"loss": "loss", "learning_rate": "lr", "eval_loss": "eval_loss"}
-            shown = {new: f"{logs[old]:.4g}" for old, new in names.items() if old in logs}
-            if shown:
-                self._bar.set_postfix(shown)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the finished bar on the screen."""
-        self.close()
-
-    def _close_evaluation(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.close()
-            self._evaluation = None
-
-    def close(self) -> None:
-        """Close both bars."""
-        self._close_evaluation()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -15,7 +15,7 @@ import numpy as np
 from kbtrain import persistence
 from kbtrain.bound_model import CompiledEvalStep
 from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack
-from kbtrain.errors import DataError
+from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
 from kbtrain.gathering import Batchwise, Concatenated, Listed, checked_metrics, prediction
@@ -115,7 +115,16 @@ def evaluate(
         prefix: Put before every metric's name, with an underscore.
         gather: Copy outputs and labels to the host, for ``compute_metrics``.
         keep_outputs: Return them; data without labels is welcome then.
+
+    Raises:
+        ConfigurationError: The prefix is no text.
+        DataError: There is no data, or not of the model's kind.
     """
+    if not isinstance(prefix, str) or not prefix:
+        raise ConfigurationError(
+            "metric_key_prefix must be a text, such as 'eval': it is put before every metric's "
+            f"name. Received: {prefix!r}."
+        )
     bound, backend = trainer.bound, trainer.backend
     with backend.device_scope(trainer.args.use_cpu):
         loader = trainer.eval_dataloader = as_loader(dataloader)

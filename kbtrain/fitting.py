@@ -224,6 +224,7 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
         if schedule is None:
             trainer.lr_scheduler = trainer.create_scheduler(max_steps)
         given = trainer.create_optimizer()
+        building.check_optimizer(given, "create_optimizer")
         building.set_parameter_groups(given, trainer.model, trainer.args.parameter_groups)
     elif trainer.args.parameter_groups:
         raise ConfigurationError(

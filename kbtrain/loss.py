@@ -165,10 +165,11 @@ def resolve_loss(loss: Any) -> Any:
             "and evaluation batches. Use the default reduction (and scale the learning rate), or a "
             "compute_loss_func that returns (sum, count)."
         )
-    if not callable(loss):
+    if isinstance(loss, type) or not callable(loss):
         raise ConfigurationError(
             "loss must be the name of a Keras loss, a keras.losses.Loss, a function "
             f"(y_true, y_pred) -> losses, or a dict or list of these. Received: loss={loss!r}"
+            + (f". Make an object of it: {loss.__name__}()." if isinstance(loss, type) else "")
         )
     return loss
 

@@ -196,6 +196,10 @@ def _add_result(values: dict[str, float], name: str, result: Any) -> None:
 
 
 def _check_metric(item: Any) -> None:
+    if isinstance(item, type):
+        raise ConfigurationError(
+            f"metrics takes objects, not classes. Received: {item!r}. Write {item.__name__}()."
+        )
     if item is None or isinstance(item, keras.metrics.Metric) or callable(item):
         return
     if isinstance(item, str):

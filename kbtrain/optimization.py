@@ -52,7 +52,7 @@ def make_optimizer(
         }
     own = dict(args.optim_args or {})
     optimizer = registry.call_with_known(factory, offered, own, "optim_args")
-    building.check_optimizer(optimizer, args.optim)
+    building.check_optimizer(optimizer, f"optim={args.optim!r}")
     building.exclude_from_decay(optimizer, model)
     return optimizer
 

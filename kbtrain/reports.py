@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import persistence
+from kbtrain.gathering import plain_values
 from kbtrain.training_args import TrainingArguments
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def metrics_format(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
     if "_mem_" in name:
         return f"{int(value) >> 20}MB"
     if name.endswith("_runtime"):
@@ -53,11 +56,12 @@ def metrics_table(split: str, metrics: Mapping[str, Any]) -> str:
 def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined: bool) -> Path:
     """Write ``{split}_results.json``, and add to ``all_results.json`` if `combined`."""
     path = folder / f"{split}_results.json"
-    persistence.save_json(path, dict(metrics))
+    metrics = plain_values(metrics, "save_metrics got")
+    persistence.save_json(path, metrics)
     if combined:
         everything = folder / "all_results.json"
         old = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
-        persistence.save_json(everything, old | dict(metrics))
+        persistence.save_json(everything, old | metrics)
     return path
 
 
@@ -90,10 +94,7 @@ def create_model_card(
     parts = [
         _front_matter(header),
         f"# {name}\n",
-        f"{type(trainer.model).__name__} `{trainer.model.name}` with "
-        f"{trainer.model.count_params():,} parameters, of which "
-        f"{trainer.get_num_trainable_parameters():,} were trained for "
-        f"{trainer.state.global_step:,} updates ({trainer.state.epoch:.2f} epochs).\n",
+        _summary(trainer),
         _last_evaluation(trainer.state),
         "## Training results\n\n" + results_table(trainer.state.log_history) + "\n",
         f"![Loss]({plot.name})\n" if plot else "",
@@ -103,6 +104,18 @@ def create_model_card(
     path = folder / "README.md"
     path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return path
+
+
+def _summary(trainer: Trainer) -> str:
+    """What the model is and how long it was trained."""
+    model, state = trainer.model, trainer.state
+    if not model.built:
+        return f"{type(model).__name__} `{model.name}`, without variables yet.\n"
+    return (
+        f"{type(model).__name__} `{model.name}` with {model.count_params():,} parameters, of which "
+        f"{trainer.get_num_trainable_parameters():,} were trained for {state.global_step:,} "
+        f"updates ({state.epoch:.2f} epochs).\n"
+    )
 
 
 def _front_matter(values: Mapping[str, Any]) -> str:

@@ -22,37 +22,38 @@ from kbtrain import (
 )
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
-from kbtrain.callbacks import ProgressCallback, TrainerCallback
+from kbtrain.callbacks import TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.data import ColumnFilter, Loader
 from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import EvalLoopOutput, EvalPrediction, PredictionOutput
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
+from kbtrain.gathering import plain_values
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
 from kbtrain.loss import as_float, resolve_loss
 from kbtrain.memory import measured
 from kbtrain.processing import padding_collator
+from kbtrain.progress import display
 from kbtrain.run import Run
 from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer_questions import QuestionMethods
-from kbtrain.trainer_renames import KnownParameters
+from kbtrain.trainer_renames import KnownNames
 from kbtrain.trainer_reports import ReportMethods
 from kbtrain.trainer_search import SearchMethods
 from kbtrain.training_args import TrainingArguments
 from kbtrain.verbosity import set_log_level
 
 
-class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
+class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
-        model: A ``keras.Model``. A compiled one brings its loss, metrics and optimizer, as far as
-            none is given here.
+        model: A ``keras.Model``. A compiled one brings loss, metrics and optimizer if not given.
         args: ``TrainingArguments``; the default writes to ``tmp_trainer``.
         data_collator: Makes a batch of a list of samples; the default stacks them.
         train_dataset: Arrays ``(x, y)`` or ``(x, y, sample_weight)``, a dict of arrays (with the
@@ -74,8 +75,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
             ``batch_eval_metrics`` ``(EvalPrediction, compute_result) -> dict``, once per batch.
         callbacks: ``TrainerCallback`` objects or classes.
         optimizers: ``(keras optimizer, learning-rate schedule)``, either may be None.
-        preprocess_logits_for_metrics: ``(outputs, labels) -> outputs``, on the device, before they
-            are copied to the host (an argmax, say).
+        preprocess_logits_for_metrics: ``(outputs, labels) -> what is copied to the host``.
 
     Raises:
         ConfigurationError: Arguments that do not fit together; unknown names.
@@ -127,7 +127,6 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
         self.lr_scheduler: Any = None
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
-        self.bound: BoundModel
         self.trial: Any = None  # of a hyperparameter search
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
@@ -143,7 +142,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
                 *make_trackers(tuple(self.args.report_to)),
                 *timed.callbacks(self.args),
                 *(callbacks or []),
-                ProgressCallback(self.args.disable_tqdm),
+                *display(self.args),
             ],
             self._callback_context,
         )
@@ -169,8 +168,12 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
 
     @property
     def model(self) -> keras.Model:
-        """The model in training."""
+        """The model in training; another one may be assigned."""
         return self.bound.model
+
+    @model.setter
+    def model(self, model: keras.Model) -> None:
+        self.adopt(model)
 
     @property
     def loss(self) -> Any:
@@ -234,6 +237,10 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
         data = evaluation_set(self.eval_dataset, eval_dataset)
         return self._make_loader(data, "eval_dataset", train=False)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The batches of a set to predict, in order; may return any iterable of batches."""
+        return self._make_loader(test_dataset, "test_dataset", train=False)
+
     def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
         collate = self.data_collator or padding_collator(self.processing_class, data)
         return make_loader(data, self.args, collate, name, train, self._columns)
@@ -265,16 +272,16 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
             CheckpointError: The checkpoint is missing, damaged, or of another model; or one could
                 not be written (``on_save_error="raise"``).
             FolderInUseError: Another run is writing to ``output_dir``.
-            TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint was saved. It ends a program
-                that does not catch it, with exit code 143 or 138. After SIGINT it is
-                ``KeyboardInterrupt``. After ``max_time`` the call returns, and ``interruption``
-                is ``"max_time"``.
+            TrainingInterrupted: SIGTERM or SIGUSR1 came and a checkpoint was saved; uncaught it
+                ends the program with 143 or 138. After SIGINT it is ``KeyboardInterrupt``. After
+                ``max_time`` the call returns, and ``interruption`` is ``"max_time"``.
             ConfigurationError, DataError: See the message.
         """
-        resume = resume_from_checkpoint
+        if self.is_in_train:
+            raise ConfigurationError("fit() was called while fit() runs, by a callback perhaps.")
+        args, resume = self.args, resume_from_checkpoint
         if resume is None:
-            resume = self.args.resume_from_checkpoint
-        args = self.args
+            resume = args.resume_from_checkpoint
         self.is_in_train, self.interruption = True, None
         self.watch = Watch(args.enable_jit_checkpoint, args.max_time)
         try:
@@ -332,11 +339,9 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
             test_dataset: Data as for evaluation; labels may be missing.
             metric_key_prefix: Put before every metric's name.
         """
-        loader = self._make_loader(test_dataset, "test_dataset", train=False)
+        loader = self.get_test_dataloader(test_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation.evaluate(
-                self, loader, metric_key_prefix, gather=True, keep_outputs=True
-            )
+            output = evaluation.evaluate(self, loader, metric_key_prefix, True, keep_outputs=True)
         output.metrics.update(memory)
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
@@ -355,8 +360,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
             prediction_loss_only: Keep no outputs; the default is ``args.prediction_loss_only``.
             metric_key_prefix: Put before every metric's name.
         """
-        loss_only = prediction_loss_only
-        keep = not (self.args.prediction_loss_only if loss_only is None else loss_only)
+        default, given = self.args.prediction_loss_only, prediction_loss_only
+        keep = not (default if given is None else given)
         return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep_outputs=keep)
 
     # --- logging and callbacks ------------------------------------------------------------------
@@ -372,7 +377,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Add an entry to ``state.log_history`` and tell the callbacks."""
-        entry = {**logs, "epoch": self.state.epoch}
+        entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
         self.state.remember(entry)
         self.fire("on_log", logs=entry)
 
@@ -392,4 +397,4 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownParameters):
 
     def remove_callback(self, callback: Any) -> None:
         """Remove a callback (object or class)."""
-        self.callback_handler.pop(callback)
+        self.pop_callback(callback)

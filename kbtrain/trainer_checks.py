@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
 
 FUNCTIONS = {
-    "data_collator": "(samples) -> batch",
-    "model_init": "() -> keras.Model, or (trial) -> keras.Model",
-    "compute_loss_func": "(outputs, labels) -> loss",
-    "compute_metrics": "(EvalPrediction) -> dict",
-    "preprocess_logits_for_metrics": "(outputs, labels) -> outputs",
+    "data_collator": ("(samples) -> batch", 1),
+    "model_init": ("() -> keras.Model, or (trial) -> keras.Model", None),
+    "compute_loss_func": ("(outputs, labels) -> loss", 2),
+    "compute_metrics": ("(EvalPrediction) -> dict", 1),
+    "preprocess_logits_for_metrics": ("(outputs, labels) -> outputs", 2),
 }
-"""Arguments that are functions, with their forms."""
+"""Arguments that are functions, with their forms and how many positional arguments they get."""
+
+BY_NAME = ("compute_result", "num_items_in_batch", "sample_weight")
+"""Arguments that some of them get by name, if they have them."""
 
 
 def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
@@ -44,22 +48,57 @@ def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: A
         raise ConfigurationError(
             f"args must be a TrainingArguments. Received: {type(args).__name__}."
         )
-    for name, form in FUNCTIONS.items():
-        if given[name] is not None and not callable(given[name]):
-            raise ConfigurationError(
-                f"{name} must be a function {form}. Received: {type(given[name]).__name__}."
-            )
+    for name, (form, positional) in FUNCTIONS.items():
+        if given[name] is not None:
+            _check_function(name, given[name], form, positional)
     if callbacks is not None and not isinstance(callbacks, list | tuple):
         raise ConfigurationError(
             "callbacks must be a list of callbacks. "
             f"Received: {getattr(callbacks, '__name__', type(callbacks).__name__)}."
         )
+    _check_compute_loss(trainer)
     _check_model(given, optimizers)
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
     if optimizers[0] is None:
         registry.find(registry.OPTIMIZERS, args.optim, "optim")
     registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
+
+
+def _check_function(name: str, function: Any, form: str, positional: int | None) -> None:
+    """Make sure that something can be called as it will be."""
+    made = positional is not None and isinstance(function, type)  # a model's class makes one
+    if not callable(function) or made:
+        kind = function.__name__ if isinstance(function, type) else type(function).__name__
+        what = "the class " if isinstance(function, type) else ""
+        raise ConfigurationError(f"{name} must be a function {form}. Received: {what}{kind}.")
+    if positional is None:
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of compiled code: the call will say
+        return
+    named = {n: None for n in BY_NAME if n in signature.parameters}
+    try:
+        signature.bind(*[None] * positional, **named)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{name} must be a function {form}. Received: one with the arguments {signature}: "
+            f"{problem}."
+        ) from None
+
+
+def _check_compute_loss(trainer: Trainer) -> None:
+    """An overridden ``compute_loss`` is called with all its arguments."""
+    signature = inspect.signature(trainer.compute_loss)
+    try:
+        signature.bind(None, None, return_outputs=True, num_items_in_batch=None)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{type(trainer).__name__}.compute_loss must be defined as compute_loss(self, model, "
+            "inputs, return_outputs=False, num_items_in_batch=None). "
+            f"Received: compute_loss{signature}: {problem}."
+        ) from None
 
 
 def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:

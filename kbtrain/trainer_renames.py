@@ -2,35 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import inspect
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.training_args import TrainingArguments
 
 PARAMETERS: dict[str, str] = {
     "tokenizer": "Write processing_class=..., its name since version 5.",
     "optimizer_cls_and_kwargs": "Register the class under the entry points kbtrain.optimizers and "
     "write optim=..., optim_args=..., or override create_optimizer.",
     "optimizer": "Write optimizers=(optimizer, schedule), of which either may be None.",
-    "prediction_loss_only": "It is a field of TrainingArguments.",
     "tb_writer": "Write report_to=['tensorboard'] in TrainingArguments.",
 }
 """Parameters of the constructor: the reference's own, and what users of 4.x and Keras may try."""
 
+MEMBERS: dict[str, str] = {
+    "training_step": "The step is compiled as a whole. Override compute_loss.",
+    "prediction_step": "The step is compiled as a whole. Use preprocess_logits_for_metrics.",
+    "compute_loss_context_manager": "Mixed precision is a dtype policy.",
+    "autocast_smart_context_manager": "Mixed precision is a dtype policy.",
+    "get_batch_samples": "The loader groups micro-batches; override get_train_dataloader.",
+    "set_initial_training_values": "The plan of a run follows from the arguments and the data.",
+    "get_tp_size": "Layouts belong to keras.distribution.",
+    "get_cp_size": "Layouts belong to keras.distribution.",
+    "get_sp_size": "Layouts belong to keras.distribution.",
+    "create_optimizer_and_scheduler": "Override create_scheduler and create_optimizer, which are "
+    "called in this order.",
+    "get_optimizer_cls_and_kwargs": "Optimizers are found by entry point; override "
+    "create_optimizer.",
+    "get_optimizer_group": "A Keras optimizer has no parameter groups to look up.",
+    "store_flos": "The estimate 6 x tokens x parameters holds for transformers only.",
+    "floating_point_ops": "The estimate 6 x tokens x parameters holds for transformers only.",
+    "init_hf_repo": "kbtrain uploads nothing.",
+    "push_to_hub": "kbtrain uploads nothing: save_model, then upload with huggingface_hub.",
+    "create_accelerator_and_postprocess": "It belongs to Accelerate.",
+    "loss_is_scaled_for_ga": "Accumulation is exact whatever the model: losses are (sum, count).",
+    "model_wrapped": "Nothing wraps the model: `model`.",
+    "label_smoother": "See label_smoothing_factor.",
+    "accelerator": "It belongs to Accelerate.",
+    "end": "Trackers are closed at the end of every fit.",
+}
+"""Methods and attributes of the reference that are not here, and why."""
 
-class KnownParameters:
-    """Explains the reference's parameters before ``__init__`` would fail on them with a TypeError.
 
-    A subclass of the Trainer may well take one of these names itself.
+class KnownNames:
+    """Explains the reference's names where Python would only say that there is no such thing.
+
+    A subclass of the Trainer may well have a parameter of such a name. A method of such a name is
+    an error: it would never be called.
     """
 
+    if not TYPE_CHECKING:  # or every attribute would look as if it existed
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what became of a member of the reference."""
+            reason = f". {MEMBERS[name]}" if name in MEMBERS else ""
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{reason}")
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what ``__init__`` does not take and a user of the reference would give."""
-        strangers = [n for n in kwargs if n in PARAMETERS]
-        taken = inspect.signature(cls.__init__).parameters if strangers else {}
-        for name in strangers:
-            if name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-                raise ConfigurationError(
-                    f"{cls.__name__} has no parameter {name!r}. {PARAMETERS[name]}"
-                )
+        """Refuse what ``__init__`` does not take, with what to write instead."""
+        if overridden := [name for name in MEMBERS if callable(getattr(cls, name, None))]:
+            raise ConfigurationError(
+                f"{cls.__name__}.{overridden[0]} would never be called: the reference has such a "
+                f"method, kbtrain has not. {MEMBERS[overridden[0]]} Otherwise rename it."
+            )
+        taken = inspect.signature(cls.__init__).parameters
+        strangers = [name for name in kwargs if name not in taken]
+        if strangers and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            name, known = strangers[0], [n for n in taken if n != "self"]
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {close[0]}?" if close else f"It has: {', '.join(known)}."
+            if name in (field.name for field in dataclasses.fields(TrainingArguments)):
+                meant = "It is a field of TrainingArguments."
+            raise ConfigurationError(
+                f"{cls.__name__} has no parameter {name!r}. {PARAMETERS.get(name, meant)}"
+            )
         return super().__new__(cls)

@@ -235,7 +235,8 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     disable_tqdm: bool | None = _option(
         None,
         kinds.optional(kinds.flag),
-        "Show no progress bar. None shows it on a terminal, unless log_level is above 'warning'.",
+        "Show no progress bar, but the logs as lines on stderr. None shows a bar on a terminal and "
+        "in a notebook, lines elsewhere, and nothing if log_level is above 'warning'.",
     )
     report_to: Sequence[str] = _option(
         "none",

@@ -1,6 +1,8 @@
 """Callbacks: the events, what they may ask for, early stopping, their state, the progress bar."""
 
 import json
+import logging
+import sys
 
 import keras
 import numpy as np
@@ -10,14 +12,17 @@ from helpers import Recorder, StopAt, arguments, linear_model, make_data, withou
 from kbtrain import (
     ConfigurationError,
     EarlyStoppingCallback,
-    ProgressCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainingArguments,
 )
 from kbtrain.callback_handler import CallbackHandler
 from kbtrain.callbacks import EVENTS, metric_value
+from kbtrain.progress import display
 from kbtrain.state import TrainerState
+from kbtrain.verbosity import set_log_level
 
 
 def make_trainer(output_dir, callbacks=(), model=None, **changes):
@@ -280,8 +285,8 @@ def test_add_pop_remove(tmp_path, caplog):
     trainer.remove_callback(StopAt)
     assert trainer.fit().global_step == 4
     assert recorder.events == []
-    trainer.add_callback(ProgressCallback)
-    assert "ProgressCallback was there already" in caplog.text
+    trainer.add_callback(PrinterCallback)
+    assert "PrinterCallback was there already" in caplog.text
 
 
 @pytest.mark.parametrize("callback", [object(), print, keras.callbacks.Callback()])
@@ -493,15 +498,77 @@ def test_a_handler_without_listeners_does_not_gather_arguments():
     assert handler.fire("on_step_end", args, TrainerState(), control) is control
 
 
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+class WithoutMore(TrainerCallback):
+    def on_log(self, args, state, control, logs):
+        pass
+
+
+class NeedsArguments(TrainerCallback):
+    def __init__(self, path):
+        self.path = path
+
+
+class ReturnsText(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        return "stop"
+
+
+@pytest.mark.parametrize(
+    ("callback", "match"),
+    [
+        (WithoutMore, r"on_log must be defined as on_log\(self, args, state, control, \*\*kwargs"),
+        (NeedsArguments, "NeedsArguments cannot be made without arguments.*path.*give an object"),
+        (ReturnsText, "ReturnsText.on_step_end must return a TrainerControl or None.*'stop'"),
+    ],
+)
+def test_a_callback_that_cannot_work_is_named(tmp_path, callback, match):
+    with pytest.raises(ConfigurationError, match=match):
+        make_trainer(tmp_path, [callback]).fit()
+
+
+def test_a_metric_that_is_no_number_cannot_be_best():
+    with pytest.raises(ConfigurationError, match="must be a number.*eval_acc='high'"):
+        metric_value({"eval_acc": "high"}, "acc")
+
+
 # --- progress bar and JSON lines ------------------------------------------------------------------
 
 
-def test_no_bar_without_a_terminal(tmp_path, capfd):
-    make_trainer(tmp_path, disable_tqdm=None, eval_strategy="epoch").fit()
-    out, err = capfd.readouterr()
+def test_lines_without_a_terminal(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, disable_tqdm=None, eval_strategy="epoch")
+    trainer.fit()
+    out, err = capsys.readouterr()
     assert out == ""
     assert "it/s" not in err
-    assert "4/4" not in err
+    lines = err.splitlines()
+    assert len(lines) == len(trainer.state.log_history) == 6
+    loss = trainer.state.log_history[3]["loss"]
+    assert lines[3].startswith(f"step 4/4: loss {loss:.4g}, grad_norm ")
+    assert lines[4].startswith("step 4/4: eval_loss ")
+
+
+@pytest.mark.parametrize(
+    ("disable", "level", "terminal", "notebook", "shown"),
+    [
+        (None, "passive", False, False, ["PrinterCallback"]),
+        (None, "passive", True, False, ["ProgressCallback"]),
+        (None, "passive", False, True, ["ProgressCallback"]),
+        (True, "passive", True, True, ["PrinterCallback"]),
+        (None, "error", True, False, []),
+        (True, "error", False, False, []),
+        (False, "error", False, False, ["ProgressCallback"]),
+    ],
+)
+def test_what_is_shown(monkeypatch, kbtrain_logger, disable, level, terminal, notebook, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", object())
+    set_log_level(level)
+    displayed = display(TrainingArguments(disable_tqdm=disable, log_level=level))
+    assert [type(callback).__name__ for callback in displayed] == shown
 
 
 def test_a_bar_where_it_is_wanted(tmp_path, capfd):
@@ -509,6 +576,16 @@ def test_a_bar_where_it_is_wanted(tmp_path, capfd):
     _, err = capfd.readouterr()
     assert "4/4" in err
     assert "loss" in err
+
+
+@pytest.fixture
+def kbtrain_logger():
+    """The logger as it was before the test."""
+    logger = logging.getLogger("kbtrain")
+    level, handlers = logger.level, list(logger.handlers)
+    yield logger
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def json_lines(path):

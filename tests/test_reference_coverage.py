@@ -9,7 +9,7 @@ import pytest
 
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.trainer_renames import PARAMETERS
+from kbtrain.trainer_renames import MEMBERS, PARAMETERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 DATA = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))
@@ -54,6 +54,8 @@ def test_no_remark_is_about_a_name_that_is_not_there():
             assert set(remarks) <= set(DATA["sections"][section]), section
     for section, remarks in DATA["refused"].items():
         assert not set(remarks) & make_table.existing()[section], section
+    assert set(MEMBERS) <= set(DATA["sections"]["members of Trainer"])
+    assert not set(MEMBERS) & make_table.existing()["members of Trainer"]
 
 
 MISSING = [

@@ -8,9 +8,17 @@ import time
 import keras
 import numpy as np
 import pytest
-from helpers import Recorder, arguments, linear_model, make_data, train_logs
+from helpers import Recorder, arguments, linear_model, make_data, same, train_logs, weights
 
-from kbtrain import ConfigurationError, Trainer, TrainerCallback, TrainingArguments, args_process
+from kbtrain import (
+    ConfigurationError,
+    DataError,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    args_process,
+    gathering,
+)
 from kbtrain.step_times import StepTimes
 
 
@@ -295,6 +303,16 @@ def test_nested_times_count_once(monkeypatch):
             )
         ),
         ({"model_init": 3, "model": None}, "model_init must be a function"),
+        ({"compute_metrics": lambda: {}}, r"compute_metrics must be.*arguments \(\): too many"),
+        ({"compute_metrics": lambda p, q: {}}, "missing a required argument: 'q'"),
+        ({"compute_loss_func": lambda outputs: 0.0}, r"compute_loss_func must be.*\(outputs\)"),
+        ({"preprocess_logits_for_metrics": lambda x: x}, "preprocess_logits_for_metrics must be"),
+        ({"data_collator": Recorder}, "data_collator must be.*the class Recorder"),
+        ({"loss": keras.losses.MeanSquaredError}, r"Make an object of it: MeanSquaredError\(\)"),
+        ({"metrics": [keras.metrics.Mean]}, r"objects, not classes.*Write Mean\(\)"),
+        ({"compute_metric": len}, "no parameter 'compute_metric'. Did you mean compute_metrics"),
+        ({"learning_rate": 0.1}, "'learning_rate'. It is a field of TrainingArguments"),
+        ({"xyz": 1}, "'xyz'. It has: model, args"),
         ({"callbacks": TrainerCallback}, "must be a list of callbacks. Received: TrainerCallback"),
         ({"callbacks": Recorder()}, "must be a list of callbacks. Received: Recorder"),
         ({"optimizers": (None, 0.1)}, r"optimizers\[1\] must be.*Received: float"),
@@ -307,6 +325,134 @@ def test_arguments_of_the_wrong_kind(tmp_path, changes, match):
     given = {"model": linear_model(), "args": arguments(tmp_path)} | changes
     with pytest.raises(ConfigurationError, match=match):
         Trainer(**given)
+
+
+@pytest.mark.parametrize("action", ["fit", "evaluate", "predict"])
+def test_data_of_another_shape_after_the_first(tmp_path, action):
+    x, y = make_data(16)
+    trainer = make(tmp_path, max_steps=1)
+    trainer.fit()
+    trainer.train_dataset = trainer.eval_dataset = (x[:, :2], y)
+    given = [x[:, :2]] if action == "predict" else []
+    with pytest.raises(
+        DataError, match=r"does not accept the inputs of the data: float32\[\d, 2\]"
+    ):
+        getattr(trainer, action)(*given)
+
+
+def test_results_become_what_json_can_hold(tmp_path):
+    def compute(prediction):
+        return {
+            "tensor": keras.ops.ones(()),
+            "array": np.arange(4).reshape(2, 2),
+            "one": np.array([0.5]),
+            "text": "high",
+            "nested": {"a": [np.float32(2.0)]},
+        }
+
+    data = make_data(4)
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path),
+        eval_dataset=data,
+        loss="mse",
+        compute_metrics=compute,
+    )
+    metrics = trainer.evaluate()
+    expected = {
+        "eval_tensor": 1.0,
+        "eval_array": [[0, 1], [2, 3]],
+        "eval_one": 0.5,
+        "eval_text": "high",
+        "eval_nested": {"a": [2.0]},
+    }
+    assert {name: metrics[name] for name in expected} == expected
+    path = trainer.save_metrics("eval", metrics | {"more": np.float32(0.5)})
+    assert json.loads(path.read_text())["more"] == 0.5
+    trainer.log({"more": np.float32(0.5)})
+    assert trainer.state.log_history[-1]["more"] == 0.5
+    with pytest.raises(ConfigurationError, match=r"log\(\) got.*'thing'. Received: object"):
+        trainer.log({"thing": object()})
+    assert doctest.testmod(gathering).failed == 0
+
+
+def test_a_method_that_would_never_be_called_is_an_error(tmp_path):
+    class Own(Trainer):
+        def training_step(self, model, inputs):
+            return 0.0
+
+    with pytest.raises(ConfigurationError, match="Own.training_step would never.*compute_loss"):
+        Own(linear_model(), arguments(tmp_path))
+    with pytest.raises(
+        AttributeError, match="'Trainer' has no attribute 'accelerator'. It belongs"
+    ):
+        _ = make(tmp_path).accelerator
+    with pytest.raises(AttributeError, match="'Trainer' has no attribute 'nothing'$"):
+        _ = make(tmp_path).nothing
+
+
+class NoArguments(Trainer):
+    def compute_loss(self, model, inputs):
+        return 0.0
+
+
+class NoOptimizer(Trainer):
+    def create_optimizer(self):
+        return None
+
+
+def fit_inside(tmp_path):
+    class Inside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kwargs["trainer"].fit()
+
+    make(tmp_path, callbacks=[Inside()]).fit()
+
+
+def one_optimizer_for_two(tmp_path):
+    optimizers = (keras.optimizers.SGD(0.1), None)
+    make(tmp_path, optimizers=optimizers).fit()
+    make(tmp_path, optimizers=optimizers).fit()
+
+
+@pytest.mark.parametrize(
+    ("action", "match"),
+    [
+        (lambda path: NoArguments(linear_model(), arguments(path)), "compute_loss must be defined"),
+        (
+            lambda path: NoOptimizer(
+                linear_model(), arguments(path), train_dataset=make_data(), loss="mse"
+            ).fit(),
+            "create_optimizer must make a keras.optimizers.Optimizer. Received: NoneType",
+        ),
+        (fit_inside, "while fit\\(\\) runs"),
+        (one_optimizer_for_two, "SGD.*used for other variables already.*kernel"),
+        (
+            lambda path: make(path).evaluate(metric_key_prefix=""),
+            "metric_key_prefix must be a text",
+        ),
+    ],
+)
+def test_mistakes_in_what_is_called(tmp_path, action, match):
+    with pytest.raises(ConfigurationError, match=match):
+        action(tmp_path)
+
+
+def test_a_model_may_be_assigned(tmp_path):
+    data, other = make_data(16), linear_model(seed=1)
+    trainer = make(tmp_path, data=data)
+    trainer.fit()
+    trainer.model = other
+    error = data[0] @ weights(other)[0] + weights(other)[1] - data[1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(error**2), rel=1e-5)
+    before = weights(other)
+    trainer.fit()
+    assert not same(weights(other), before)
+
+
+def test_a_model_card_of_a_model_without_variables(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)], name="bare")
+    assert "`bare`, without variables yet." in make(tmp_path, model).create_model_card().read_text()
 
 
 def test_evaluating_at_the_start_needs_data(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 
 from kbtrain import Trainer, callbacks, state, trackers
 from kbtrain.args_renames import DROPPED, NOT_YET, RENAMED
-from kbtrain.trainer_renames import PARAMETERS
+from kbtrain.trainer_renames import MEMBERS, PARAMETERS
 from kbtrain.training_args import TrainingArguments
 
 HERE = Path(__file__).resolve().parent
@@ -106,7 +106,8 @@ def judge(section: str, name: str, there: bool, data: dict[str, Any]) -> tuple[s
                 return status, text.format(value="...") if table is RENAMED else text
     if section == "parameters of Trainer":
         return "refused", PARAMETERS[name]
-    reason = data["refused"].get(section, {}).get(name)
+    reasons = data["refused"].get(section, {})
+    reason = (MEMBERS if section == "members of Trainer" else reasons).get(name)
     return ("refused", reason) if reason else ("not yet", "")
 
 

@@ -24,6 +24,7 @@ from kbtrain.data.collators import (
 from kbtrain.data.collators_lm import DataCollatorForLanguageModeling, DataCollatorForPacking
 from kbtrain.data.epochs import FixedEpochs
 from kbtrain.data.loader import DataLoader, Loader
+from kbtrain.data.recognise import as_source
 from kbtrain.data.sampling import epoch_order
 from kbtrain.data.sources import (
     ArraySource,
@@ -31,7 +32,6 @@ from kbtrain.data.sources import (
     MapSource,
     Source,
     UnsizedDataError,
-    as_source,
 )
 from kbtrain.data.structure import map_structure, to_numpy
 from kbtrain.data.unused import ColumnFilter

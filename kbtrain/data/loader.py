@@ -14,12 +14,12 @@ import numpy as np
 from kbtrain.data.batch import to_batch
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.lengths import rebalance
+from kbtrain.data.recognise import as_source
 from kbtrain.data.sampling import NEED_LENGTHS, Order, check_strategy, epoch_order
 from kbtrain.data.sources import (
     ArraySource,
     IterableSource,
     Source,
-    as_source,
     failed,
 )
 from kbtrain.data.unused import ColumnFilter

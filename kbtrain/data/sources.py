@@ -1,14 +1,13 @@
 """Where samples come from: arrays, map-style datasets, and iterables, behind one door.
 
-``as_source`` recognises what the user passed. The loader then needs three questions only: is the
-length known, the batch of these indices, the samples of these indices (for a user's collator).
+The loader asks three questions only: is the length known, the batch of these indices, the samples
+of these indices (for a user's collator). ``recognise.as_source`` makes a source of what a user has.
 """
 
 import abc
 import copy
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 from kbtrain.data.batch import common_length, named_leaves, unpack
 from kbtrain.data.collate import default_collate
 from kbtrain.data.columns import Column, as_column, rows, take
-from kbtrain.data.foreign import derives_from, resume_caveat, yields_batches
+from kbtrain.data.foreign import resume_caveat
 from kbtrain.data.lengths import checked, no_lengths
-from kbtrain.data.structure import has_array, map_raw, map_structure
+from kbtrain.data.structure import map_raw, map_structure
 from kbtrain.data.unused import ColumnFilter
 from kbtrain.errors import DataError
 
@@ -306,94 +305,6 @@ def failed(where: str, error: Exception) -> DataError:
         f"{where}: the data's own code raised {type(error).__name__}: {error}. The traceback above "
         "shows where."
     )
-
-
-def as_source(data: Any, *, name: str = "train_dataset") -> Source:
-    """Recognise the kind of data a user passed.
-
-    ==============================================  ==================  ===================
-    data                                            source              a sample is
-    ==============================================  ==================  ===================
-    array, ``(x, y)``, ``(x, y, w)``, dict of them  ``ArraySource``     a row of all arrays
-    ``__len__`` and ``__getitem__``, a list         ``MapSource``       ``data[i]``
-    iterable, generator, generator function         ``IterableSource``  an item
-    ==============================================  ==================  ===================
-
-    A tuple is always the arrays, a list always the samples. An array is anything with
-    ``__array__``: NumPy, torch CPU tensors, TensorFlow and JAX arrays, pandas objects, memory maps,
-    HDF5 datasets; also a list of numbers inside a tuple or dict.
-
-    Args:
-        data: The data, or a ``Source``, which is returned as it is.
-        name: How error messages call it.
-
-    Returns:
-        The source.
-
-    Raises:
-        DataError: The data is of no such kind, is empty, or its arrays differ in length.
-
-    Example:
-        >>> import numpy as np
-        >>> source = as_source((np.zeros((10, 3)), np.arange(10)))
-        >>> len(source), source.gather(range(4, 6))[1]
-        (10, array([4, 5]))
-    """
-    if isinstance(data, Source):
-        return data
-    _refuse(data, name)
-    source = _recognise(data, name)
-    if source.sized and _length(source) == 0:
-        raise DataError(f"{name} is empty: at least one sample is needed. Received: length 0")
-    return source
-
-
-def _recognise(data: Any, name: str) -> Source:
-    kind = type(data)
-    if isinstance(data, (tuple, Mapping)) or has_array(data):
-        return ArraySource(data, name)
-    if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
-        return IterableSource(data, name)
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        return MapSource(data, name)
-    if isinstance(data, Iterable) or callable(data):
-        return IterableSource(data, name)
-    missing = "" if not hasattr(data, "__getitem__") else " It has __getitem__ but no __len__."
-    raise DataError(
-        f"{name} is of no known kind. Expected arrays such as (x, y), a dict of arrays, an object "
-        f"with __len__ and __getitem__, an iterable, or a generator function.{missing} "
-        f"Received: a value of type {kind.__name__}"
-    )
-
-
-def _refuse(data: Any, name: str) -> None:
-    """Raise for the things that look like data and are not."""
-    if data is None:
-        raise DataError(
-            f"No data: {name} is None. Pass arrays such as (x, y), a dataset or a generator."
-        )
-    if isinstance(data, (str, bytes, os.PathLike)):
-        raise DataError(
-            f"{name} must be the data itself, not its place or a text. Load the file, and tokenize "
-            f"or encode text, first. Received: {data!r}"
-        )
-    if isinstance(data, type):
-        raise DataError(f"{name} is a class; pass an instance of it. Received: {data.__name__}")
-    if isinstance(data, (bool, int, float, complex)):
-        raise DataError(f"{name} must hold samples, not a single number. Received: {data!r}")
-    if yields_batches(data):
-        raise DataError(
-            f"{name} yields batches, and samples were expected. Pass the samples (a torch "
-            "DataLoader has them as `.dataset`), or make it a loader with kbtrain.data.as_loader. "
-            f"Received: {type(data).__name__}"
-        )
-
-
-def _length(source: Source) -> int:
-    try:
-        return len(source)
-    except Exception as error:
-        raise failed(f"len({source.name})", error) from error
 
 
 def _columns(data: Any, name: str) -> Any:
