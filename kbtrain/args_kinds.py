@@ -307,6 +307,36 @@ def tokens_seen(value: Any) -> Any:
     return choice("no", "all", "non_padding")(value)
 
 
+def one_device(value: Any) -> str | None:
+    """The name of one device: "cpu", "gpu" or "gpu:1"; a number is that of a GPU."""
+    value = _plain(value)
+    if isinstance(value, list | tuple) and value:
+        if len(value) > 1:
+            raise Unfit("one device: training on several is to come")
+        value = _plain(value[0])
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return f"gpu:{value}"
+    if isinstance(value, str) and re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", value, re.ASCII):
+        return value.replace("cuda", "gpu")
+    raise Unfit("'cpu', 'gpu', 'gpu:1', 'tpu:0', the number of a GPU, or None")
+
+
+def nothing(value: Any) -> None:
+    """None, or what else means that nothing is asked for: False, an empty string or list."""
+    if value is not None and value is not False and value not in ("", [], (), {}):
+        raise Unfit("None: there is one process on one device; several are to come")
+
+
+def debug_options(value: Any) -> tuple[str, ...]:
+    """Names of checks: a list, or a string with blanks between them."""
+    items = value.split() if isinstance(value, str) else value
+    if isinstance(items, list | tuple) and "tpu_metrics_debug" in items:
+        raise Unfit("without 'tpu_metrics_debug', which prints counters of PyTorch/XLA")
+    return tuple(names("underflow_overflow")(() if items is None else items))
+
+
 def options(value: Any) -> FrozenDict:
     """A mapping of JSON values, a JSON object in a string, or None for no options."""
     if isinstance(value, str):

@@ -41,11 +41,11 @@ RENAMED: dict[str, str] = {
     "the model's generate.",
     "generation_num_beams": "Write generation_kwargs={{'num_beams': {value}}} if the model's "
     "generate takes that; a KerasHub model gets its sampler from its own compile.",
-    "sortish_sampler": "Write train_sampling_strategy='group_by_length' (for True).",
     # another meaning here
     "logging_nan_inf_filter": "A NaN is never hidden in the logs. Choose with on_nonfinite what "
     "happens instead: 'raise' (default) stops before the weights are touched, 'skip' leaves the "
     "update out, 'ignore' applies it.",
+    "sortish_sampler": "Write train_sampling_strategy='group_by_length' for True.",
     # Keras
     "batch_size": "Write per_device_train_batch_size={value} (and per_device_eval_batch_size).",
     "beta_1": "Write adam_beta1={value}.",
@@ -125,34 +125,18 @@ DROPPED: dict[str, str] = {
 }
 
 _REMAT = "Until then build the layers inside a keras.RematScope."
-_MEMORY = "Until then choose per_device_train_batch_size and gradient_accumulation_steps yourself."
-_SCRIPT = "Until then keep it as an option of your script; the Trainer does what you call."
-_ONE_DEVICE = "Until then there is one process on one device, so it would change nothing."
 
 # Fields of the reference that are still to come -> what holds until then.
 NOT_YET: dict[str, str] = {
     "activation_checkpointing": _REMAT,
     "activation_checkpointing_kwargs": _REMAT,
-    "auto_find_batch_size": _MEMORY,
-    "average_tokens_across_devices": _ONE_DEVICE,
     "bf16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
-    "dataloader_pin_memory": "Until then batches are copied from ordinary memory.",
     "debug": "Until then on_nonfinite='raise' stops at the first NaN.",
-    "do_eval": _SCRIPT,
-    "do_predict": _SCRIPT,
-    "do_train": _SCRIPT,
     "fp16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
-    "fsdp": _ONE_DEVICE,
-    "full_determinism": "Until then set the backend's own switch for deterministic kernels.",
     "gradient_checkpointing": _REMAT,
     "gradient_checkpointing_kwargs": _REMAT,
-    "log_level_replica": _ONE_DEVICE,
-    "log_on_each_node": _ONE_DEVICE,
     "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",
     "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
-    "parallelism_config": _ONE_DEVICE,
-    "save_on_each_node": _ONE_DEVICE,
-    "tf32": "Until then set the backend's own switch for the precision of matrix products.",
 }
 
 

@@ -62,6 +62,8 @@ def derived_values(args: TrainingArguments) -> dict[str, Any]:
     derived: dict[str, Any] = {}
     if args.eval_strategy == "steps" and args.eval_steps is None:
         derived["eval_steps"] = args.logging_steps
+    if args.eval_strategy != "no":
+        derived["do_eval"] = True
     metric = args.metric_for_best_model
     needed = (
         args.load_best_model_at_end
@@ -134,6 +136,11 @@ def check_consistency(args: TrainingArguments) -> None:
         raise ConfigurationError(
             "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
             "where the device has bfloat16 (it needs no loss scale), else fp16=True."
+        )
+    if args.use_cpu and args.devices is not None and not args.devices.startswith("cpu"):
+        raise ConfigurationError(
+            "use_cpu=True and devices name two different devices. Received: use_cpu=True, "
+            f"devices={args.devices!r}. Leave one of them out."
         )
     if args.load_best_model_at_end and args.save_minutes is not None:
         raise ConfigurationError(

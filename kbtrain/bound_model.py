@@ -25,7 +25,7 @@ class BoundModel:
 
     Args:
         model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
-        args: ``bf16``, ``fp16``, ``label_smoothing_factor``, ``jit_compile``, ``use_cpu``,
+        args: ``bf16``, ``fp16``, ``label_smoothing_factor``, ``jit_compile``, ``devices``,
             ``label_names``.
         backend: A module of ``kbtrain.backends``.
         loss: A resolved loss, or None.
@@ -132,7 +132,7 @@ class BoundModel:
                 self.metrics if with_loss else None,
                 self._select_outputs if gather else None,
             )
-            self._backend.place(variables, self._args.use_cpu)
+            self._backend.place(variables, self._args.chosen_device)
             run = self._backend.compile_eval_steps(
                 step,
                 variables,

@@ -50,6 +50,18 @@ class CheckpointMismatchError(CheckpointError, ValueError):
     """An intact checkpoint of another model, optimizer or run."""
 
 
+class OutOfMemoryError(KbtrainError, MemoryError):
+    """A micro-batch of the training, or a batch of an evaluation, did not fit into memory.
+
+    Attributes:
+        in_training: Whether it was an update.
+    """
+
+    def __init__(self, message: str, in_training: bool = False) -> None:
+        super().__init__(message)
+        self.in_training = in_training
+
+
 class NonFiniteError(KbtrainError, FloatingPointError):
     """The loss or the gradient became NaN or infinite; the weights were left as they were."""
 

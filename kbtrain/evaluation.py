@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kbtrain import persistence
+from kbtrain import execution, persistence
 from kbtrain.bound_model import CompiledEvalStep
 from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack
-from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
 from kbtrain.gathering import Batchwise, Concatenated, Listed, checked_metrics, prediction
@@ -126,7 +126,7 @@ def evaluate(
             f"name. Received: {prefix!r}."
         )
     bound, backend = trainer.bound, trainer.backend
-    with backend.device_scope(trainer.args.use_cpu):
+    with execution.settings(backend, trainer.args):
         loader = trainer.eval_dataloader = as_loader(dataloader)
         batches = Batches(loader)
         first = batches.peek()
@@ -164,7 +164,15 @@ def evaluate(
             every_batch=trainer.callback_handler.need_every_batch(),
         )
         with swapped_in(trainer.optimizer if trainer.training_weights else None):
-            output = evaluation.run(batches, metrics)
+            try:
+                output = evaluation.run(batches, metrics)
+            except Exception as error:
+                if not backend.is_oom(error):
+                    raise
+                raise OutOfMemoryError(
+                    f"The evaluation did not fit into memory: {first_lines(error)}. Lower "
+                    f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
+                ) from error
         if saved is not None:
             persistence.put_back(bound.metric_variables, saved)
         return output

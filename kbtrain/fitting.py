@@ -47,10 +47,20 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
-    """Train from the beginning, or from a checkpoint, to the end."""
+def fit(
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    prepared: Callable[[], None] = lambda: None,
+) -> TrainOutput:
+    """Train from the beginning, or from a checkpoint, to the end.
+
+    Args:
+        trainer: What to train.
+        checkpoint: Where to go on from, if not from the beginning.
+        prepared: Called when everything stands where the first update will find it.
+    """
     with measured(trainer.backend, "train", trainer.args.skip_memory_metrics) as memory:
-        run, seconds = _run(trainer, checkpoint)
+        run, seconds = _run(trainer, checkpoint, prepared)
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
     metrics = speed("train", seconds, run.samples, state.global_step - run.first_step) | memory
@@ -68,9 +78,12 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainOutput:
     return TrainOutput(state.global_step, loss, metrics)
 
 
-def _run(trainer: Trainer, checkpoint: Checkpoint | None) -> tuple[Run, float]:
+def _run(
+    trainer: Trainer, checkpoint: Checkpoint | None, prepared: Callable[[], None]
+) -> tuple[Run, float]:
     """All updates of this call, and the seconds they took."""
     run = prepare(trainer, checkpoint)
+    prepared()
     trainer.current_run, trainer.training_weights = run, True
     trainer.control.new_training()
     trainer.fire("on_train_begin")
@@ -135,7 +148,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         halted,
     )
     variables = unique([*bound.variables(), *optimizer.variables, halted])
-    trainer.backend.place(variables, args.use_cpu)
+    trainer.backend.place(variables, args.chosen_device)
     return Run(
         backend=trainer.backend,
         plan=plan,
@@ -150,6 +163,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(args),
         pace=Pace.of(args.steps_per_execution),
+        pin=args.dataloader_pin_memory,
     )
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from kbtrain.data import Batches, Block
-from kbtrain.errors import NonFiniteError
+from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
 from kbtrain.metrics import MetricSet
 from kbtrain.newest import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.pace import Pace
@@ -47,6 +47,7 @@ class Run:
         first_step: The step this call began at.
         pace: How many updates one call of the compiled step may have.
         count_tokens: Counts the tokens of a block, or None.
+        pin: Copy batches to the device from page-locked memory.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
@@ -65,6 +66,7 @@ class Run:
     first_step: int
     pace: Pace = field(default_factory=Pace)
     count_tokens: Callable[[Block], int] | None = None
+    pin: bool = False
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -117,8 +119,9 @@ class Run:
         start = time.perf_counter()
         try:
             with self.times.of("compute"):
-                result = self.step(self.backend.to_device(block.chunks), block.updates)
+                result = self.step(self.backend.to_device(block.chunks, self.pin), block.updates)
         except Exception as error:
+            self._raise_if_memory(error, self.state.global_step + 1, block.outline)
             error.add_note(
                 f"Raised by update {self.state.global_step + 1}, whose micro-batches have the "
                 f"structure and shapes {block.outline}."
@@ -155,13 +158,18 @@ class Run:
             keep: Newest calls that are left alone.
 
         Raises:
+            OutOfMemoryError: One of them did not fit into memory.
             NonFiniteError: One of them was not finite and ``on_nonfinite`` is ``"raise"``.
         """
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
         blocks = [(first, count) for first, count, _ in ready]
-        with self.times.of("compute"):
-            results = self.backend.to_host([result for *_, result in ready])
+        try:
+            with self.times.of("compute"):
+                results = self.backend.to_host([result for *_, result in ready])
+        except Exception as error:
+            self._raise_if_memory(error, self.state.global_step)
+            raise
         for (first, count), block in zip(blocks, results, strict=True):
             # As numbers of Python: element by element, arrays are ten times slower.
             extras = {name: x.tolist() for name, x in block.pop("extras").items()}
@@ -169,6 +177,17 @@ class Run:
             for i in range(count):
                 more = {name: x[i] for name, x in extras.items()}
                 self._add(first + i, {name: x[i] for name, x in values.items()}, more)
+
+    def _raise_if_memory(self, error: Exception, step: int, outline: Any = None) -> None:
+        """Say what to do if an update did not fit into memory."""
+        if self.backend.is_oom(error):
+            what = "" if outline is None else f" Structure and shapes of its batches: {outline}."
+            raise OutOfMemoryError(
+                f"Update {step} did not fit into memory: {first_lines(error)}.{what} Set "
+                "auto_find_batch_size=True, or lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps by the same factor, which gives the same updates.",
+                in_training=True,
+            ) from error
 
     def _add(self, step: int, result: dict[str, Any], extras: dict[str, float]) -> None:
         """Add one update's results to the sums."""

@@ -11,9 +11,10 @@ import keras
 from kbtrain import (
     actions,
     backends,
+    batch_size,
     building,
     evaluation,
-    fitting,
+    execution,
     optimization,
     rng,
     search,
@@ -271,6 +272,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             NonFiniteError: The loss or gradient became NaN or infinite (``on_nonfinite="raise"``).
             CheckpointError: The checkpoint is missing, damaged, or of another model; or one could
                 not be written (``on_save_error="raise"``).
+            OutOfMemoryError: A micro-batch does not fit into memory.
             FolderInUseError: Another run is writing to ``output_dir``.
             TrainingInterrupted: SIGTERM or SIGUSR1 came and a checkpoint was saved; uncaught it
                 ends the program with 143 or 138. After SIGINT it is ``KeyboardInterrupt``. After
@@ -287,8 +289,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         try:
             with self.watch, self.saver.running(args.save_strategy != "no", args.on_save_error):
                 checkpoint = self.store.resolve(resume)
-                with self.backend.device_scope(args.use_cpu):
-                    output = fitting.fit(self, checkpoint)
+                with execution.settings(self.backend, args):
+                    output = batch_size.fit(self, checkpoint)
             newest = actions.last_checkpoint(self) if self.watch.received else None
             self.watch.raise_received(self.state.global_step, newest)
             return output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kbtrain import registry
+from kbtrain import execution, registry
 from kbtrain.errors import ConfigurationError
 from kbtrain.gathering import check_batchwise
 from kbtrain.processing import check_processing_class
@@ -60,6 +60,7 @@ def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: A
     _check_model(given, optimizers)
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
+    execution.check(trainer.backend, args)
     if optimizers[0] is None:
         registry.find(registry.OPTIMIZERS, args.optim, "optim")
     registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")

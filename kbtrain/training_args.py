@@ -78,7 +78,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
 
     - Length and batches: `output_dir`, `num_train_epochs`, `max_steps`,
       `steps_per_epoch`, `per_device_train_batch_size`, `per_device_eval_batch_size`,
-      `gradient_accumulation_steps`.
+      `gradient_accumulation_steps`, `auto_find_batch_size`.
     - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
       `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `parameter_groups`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
@@ -94,12 +94,16 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
       `save_async`, `on_save_error`, `enable_jit_checkpoint`, `max_time`,
       `load_best_model_at_end`, `metric_for_best_model`, `greater_is_better`,
       `resume_from_checkpoint`, `ignore_data_skip`, `restore_callback_states_from_checkpoint`.
-    - Data and seeds: `seed`, `data_seed`, `dataloader_drop_last`, `remove_unused_columns`,
+    - Data and seeds: `seed`, `data_seed`, `full_determinism`, `dataloader_pin_memory`,
+      `dataloader_drop_last`, `remove_unused_columns`,
       `dataloader_num_workers`,
       `dataloader_prefetch_factor`, `dataloader_persistent_workers`,
       `dataloader_multiprocessing_context`, `train_sampling_strategy`, `length_column_name`.
     - Numerics and execution: `bf16`, `fp16`, `label_smoothing_factor`, `on_nonfinite`,
-      `jit_compile`, `steps_per_execution`, `use_cpu`.
+      `jit_compile`, `steps_per_execution`, `use_cpu`, `devices`, `tf32`.
+    - Several processes or devices, none of which there are yet: `average_tokens_across_devices`,
+      `log_on_each_node`, `log_level_replica`, `save_on_each_node`, `parallelism_config`, `fsdp`.
+    - For scripts: `do_train`, `do_eval`, `do_predict`.
 
     Raises:
         ConfigurationError: If a name is unknown, a value has the wrong type or range, or two
@@ -158,6 +162,12 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     )
     gradient_accumulation_steps: int = _option(
         1, kinds.whole(1), "Micro-batches whose gradients are combined into one update step."
+    )
+    auto_find_batch_size: bool = _option(
+        False,
+        kinds.flag,
+        "When an update does not fit into memory, start again from the initial state with smaller "
+        "micro-batches and more of them, so that an update has the same examples.",
     )
 
     # Optimizer
@@ -441,8 +451,43 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         True, kinds.flag, "On resuming, give callbacks the state they had at the checkpoint."
     )
 
+    # Several processes or devices: what is right for one on one is accepted
+    average_tokens_across_devices: bool = _option(
+        True, kinds.flag, "Divide by the labels of all devices: with one device always so."
+    )
+    log_on_each_node: bool = _option(
+        True, kinds.flag, "Log once on each machine: with one machine always so."
+    )
+    log_level_replica: Literal["passive", "debug", "info", "warning", "error", "critical"] = (
+        _option(
+            "warning",
+            kinds.choice("passive", "debug", "info", "warning", "error", "critical"),
+            "The log_level of all processes but the first: with one process of no effect.",
+        )
+    )
+    save_on_each_node: bool = _option(
+        False, kinds.flag, "Save once on each machine: with one machine always so."
+    )
+    parallelism_config: None = _option(
+        None, kinds.nothing, "Sizes of the dimensions of a mesh of devices; to come."
+    )
+    fsdp: None = _option(None, kinds.nothing, "Weights that are spread over devices; to come.")
+
+    # Switches of a script, which the Trainer does not look at
+    do_train: bool = _option(False, kinds.flag, "For scripts: whether to train.")
+    do_eval: bool = _option(
+        False, kinds.flag, "For scripts: whether to evaluate; True if eval_strategy is not 'no'."
+    )
+    do_predict: bool = _option(False, kinds.flag, "For scripts: whether to predict.")
+
     # Data and seeds
     seed: int = _option(42, kinds.whole(0, kinds.MAX_SEED), "Seed of everything random in the run.")
+    full_determinism: bool = _option(
+        False,
+        kinds.flag,
+        "Use kernels that give the same result each time only; slower on GPUs, where some "
+        "operations then raise an error. Holds during fit, evaluate and predict.",
+    )
     data_seed: int | None = _option(
         None,
         kinds.optional(kinds.whole(0, kinds.MAX_SEED)),
@@ -469,6 +514,12 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "Batches that each worker keeps ready; None means 2. Without workers, batches that a "
         "thread makes ahead; None means none (slow arrays are read ahead in any case). What such a "
         "thread draws from global random generators is not repeated by a resumed run.",
+    )
+    dataloader_pin_memory: bool = _option(
+        True,
+        kinds.flag,
+        "Copy batches to a GPU from page-locked memory, so that the host does not wait (PyTorch; "
+        "the other backends see to it themselves).",
     )
     dataloader_persistent_workers: bool = _option(
         False, kinds.flag, "Keep the worker processes of the training data from epoch to epoch."
@@ -529,8 +580,20 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "as take a tenth of a second. Fewer where something is due or a callback listens to each "
         "step. The numbers do not depend on it.",
     )
+    tf32: bool | None = _option(
+        None,
+        kinds.optional(kinds.flag),
+        "Let products of float32 be computed in TensorFloat-32 on GPUs that have it: True, False, "
+        "or None for the backend's own setting. Holds during fit, evaluate and predict.",
+    )
     use_cpu: bool = _option(
         False, kinds.flag, "Use the CPU even where an accelerator is available."
+    )
+    devices: str | None = _option(
+        None,
+        kinds.one_device,
+        "The device to use: 'cpu', 'gpu', 'gpu:1', 'tpu:0' or the number of a GPU. None means the "
+        "backend's first. Several are to come.",
     )
 
     def __post_init__(self) -> None:
@@ -551,6 +614,11 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     def eval_batch_size(self) -> int:
         """Evaluation examples per batch in this process, which drives one device."""
         return self.per_device_eval_batch_size
+
+    @property
+    def chosen_device(self) -> str | None:
+        """The device of `use_cpu` or `devices`; None leaves it to the backend."""
+        return "cpu" if self.use_cpu else self.devices
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Update steps of warmup in a run of the given length.

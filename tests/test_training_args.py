@@ -33,6 +33,7 @@ FROZEN = {
     "per_device_train_batch_size": (8, 8),
     "per_device_eval_batch_size": (8, 8),
     "gradient_accumulation_steps": (1, 1),
+    "auto_find_batch_size": (False, False),
     "optim": ("adamw", "adamw"),
     "optim_args": (None, {}),
     "learning_rate": (5e-5, 5e-5),
@@ -103,6 +104,19 @@ FROZEN = {
     "jit_compile": ("auto", "auto"),
     "steps_per_execution": ("auto", "auto"),
     "use_cpu": (False, False),
+    "devices": (None, None),
+    "tf32": (None, None),
+    "full_determinism": (False, False),
+    "dataloader_pin_memory": (True, True),
+    "average_tokens_across_devices": (True, True),
+    "log_on_each_node": (True, True),
+    "log_level_replica": ("warning", "warning"),
+    "save_on_each_node": (False, False),
+    "parallelism_config": (None, None),
+    "fsdp": (None, None),
+    "do_train": (False, False),
+    "do_eval": (False, False),
+    "do_predict": (False, False),
 }
 
 # The 114 fields of transformers 5.23.0's TrainingArguments.
@@ -208,6 +222,10 @@ FLAGS = [name for name, field in FIELDS.items() if field.type in ("bool", "bool 
 
 REFUSED = [
     ("save_async", 1),
+    *(("devices", value) for value in ([0, 1], "", "gpu:", -1, True, [], "gpu:1,2")),
+    *(("fsdp", value) for value in (True, "full_shard", ["full_shard"], 0)),
+    ("parallelism_config", {"tp_size": 2}),
+    ("log_level_replica", "loud"),
     ("on_save_error", "ignore"),
     ("enable_jit_checkpoint", "yes"),
     *(("max_time", value) for value in (0, -1, True, "", "90", "1:60:00", "1:00", "0:00:00", [])),
@@ -403,6 +421,13 @@ class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference 
         ("logging_steps", 10.0, 10),
         ("save_steps", 0.2, 0.2),
         ("eval_strategy", Interval.EPOCH, "epoch"),
+        ("devices", 1, "gpu:1"),
+        ("devices", [0], "gpu:0"),
+        ("devices", "cuda:1", "gpu:1"),
+        ("devices", ["cpu"], "cpu"),
+        ("fsdp", False, None),
+        ("fsdp", "", None),
+        ("parallelism_config", None, None),
         ("optim", "adamw_torch", "adamw"),
         ("optim", "adamw_torch_fused", "adamw"),
         ("optim", "adamw_torch_xla", "adamw"),
@@ -525,6 +550,14 @@ def test_ratios_are_compared_as_steps_once_the_steps_are_known():
         check_saves_follow_evaluations(5, 3)
 
 
+def test_do_eval_follows_the_strategy_and_two_devices_contradict():
+    assert TrainingArguments(eval_strategy="epoch").do_eval is True
+    assert TrainingArguments(do_eval=True).do_eval is True
+    assert TrainingArguments(use_cpu=True, devices="cpu:0").chosen_device == "cpu"
+    assert TrainingArguments(devices="gpu:1").chosen_device == "gpu:1"
+    assert "two different devices" in refusal(use_cpu=True, devices="gpu")
+
+
 def test_eval_steps_follow_logging_steps_when_they_are_needed():
     assert TrainingArguments(eval_strategy="steps", logging_steps=20).eval_steps == 20
     assert TrainingArguments(eval_strategy="steps", logging_steps=20, eval_steps=5).eval_steps == 5
@@ -623,8 +656,8 @@ def test_a_misspelt_name_gets_the_closest_one_and_a_strange_name_gets_the_list()
 
 
 def test_all_unknown_names_are_reported_at_once():
-    message = refusal(no_cuda=True, tf32=True, zzz=1)
-    assert [name in message for name in ("`no_cuda`", "`tf32`", "`zzz`")] == [True] * 3
+    message = refusal(no_cuda=True, torch_compile=True, zzz=1)
+    assert [name in message for name in ("`no_cuda`", "`torch_compile`", "`zzz`")] == [True] * 3
 
 
 def test_positional_arguments_are_refused():

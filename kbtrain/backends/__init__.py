@@ -18,8 +18,9 @@
 ``synchronize``              wait until everything that was started is done
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
 ``inference``                code of the user's that wants no gradients
-``place``, ``device_scope``  where variables and batches live
-``device_info``, ...         what the hardware is, how much memory is used, what ran out
+``place``, ``device_scope``  where variables and batches live; ``devices``: where they can
+``numerics``                 TensorFloat-32, deterministic kernels
+``device_info``, ...         what the hardware is, how much memory is used, what ran out, to free it
 ===========================  ======================================================================
 """
 

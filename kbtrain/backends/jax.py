@@ -98,7 +98,7 @@ def compile_step(
             outputs, changed = _run_stateless(lambda: fn(inputs), values)
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
-    jitted = jax.jit(pure, donate_argnums=0)
+    jitted = jax.jit(pure, donate_argnums=0, compiler_options=_options)
     traced: set[Any] = set()
 
     def call(inputs: Any) -> Any:
@@ -257,7 +257,7 @@ def compile_eval_steps(
             )
         return buffers, values
 
-    jitted = jax.jit(pure, donate_argnums=1)
+    jitted = jax.jit(pure, donate_argnums=1, compiler_options=_options)
     traced: set[Any] = set()
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
@@ -398,8 +398,13 @@ def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     return [g * factor.astype(g.dtype) for g in gradients]
 
 
-def to_device(tree: Any) -> Any:
-    """Start copying a structure of NumPy arrays to the device; returns at once."""
+def to_device(tree: Any, pin: bool = False) -> Any:
+    """Start copying a structure of NumPy arrays to the device; returns at once.
+
+    Args:
+        tree: The arrays.
+        pin: Of no use here.
+    """
     return jax.device_put(tree)
 
 
@@ -431,40 +436,73 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
     """Restore what ``rng_state`` returned (nothing on this backend)."""
 
 
+def devices() -> list[str]:
+    """The devices of this process, as ``device_scope`` takes them."""
+    platforms = dict.fromkeys([jax.devices()[0].platform, "cpu"])
+    return [f"{p}:{d.id}" for p in platforms for d in jax.local_devices(backend=p)]
+
+
+def _find(device: str) -> Any:
+    platform, _, index = device.partition(":")
+    return jax.local_devices(backend=platform)[int(index or 0)]
+
+
 @contextlib.contextmanager
-def device_scope(use_cpu: bool) -> Iterator[None]:
-    """New arrays go to the default device, or to the CPU."""
-    if not use_cpu:
+def device_scope(device: str | None) -> Iterator[None]:
+    """New arrays go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    if device is None:
         yield
         return
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(_find(device)):
         yield
 
 
-def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need: here always so."""
-    return contextlib.nullcontext()
-
-
-def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them.
+def place(variables: Sequence[keras.Variable], device: str | None) -> None:
+    """Move the values of ``variables`` to ``device``; without one leave them.
 
     They are not bound to it: JAX would compile once for bound values and once more for those that
     are assigned later and are not, such as a metric's after a reset.
     """
-    if not use_cpu:
+    if device is None:
         return
-    cpu = jax.devices("cpu")[0]
-    with jax.default_device(cpu):
+    target = _find(device)
+    with jax.default_device(target):
         for variable in variables:
-            if variable._value.devices() != {cpu}:
+            if variable._value.devices() != {target}:
                 variable._value = jnp.array(jax.device_get(variable._value))
 
 
-def device_info(use_cpu: bool = False) -> str:
+_options: dict[str, Any] | None = None
+"""Options for XLA that the steps compiled now get."""
+
+
+@contextlib.contextmanager
+def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
+    """Precision of float32 products, and kernels that give the same result each time.
+
+    Args:
+        tf32: Whether they may be computed in TensorFloat-32; None leaves JAX's setting.
+        deterministic: Compile what is compiled inside without kernels whose results vary (there
+            are some on GPUs).
+    """
+    global _options
+    scope: Any = contextlib.nullcontext()
+    if tf32 is not None:
+        scope = jax.default_matmul_precision("tensorfloat32" if tf32 else "highest")
+    before = _options
+    if deterministic:
+        _options = {"xla_gpu_deterministic_ops": True}
+    try:
+        with scope:
+            yield
+    finally:
+        _options = before
+
+
+def device_info(device: str | None = None) -> str:
     """The device in use, as a person would name it."""
-    device = jax.devices("cpu")[0] if use_cpu else jax.devices()[0]
-    return f"{device.platform}:{device.id} ({device.device_kind})"
+    found = jax.devices()[0] if device is None else _find(device)
+    return f"{found.platform}:{found.id} ({found.device_kind})"
 
 
 def memory_stats() -> dict[str, int]:
@@ -476,4 +514,9 @@ def memory_stats() -> dict[str, int]:
 
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` says that the device ran out of memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    named = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return named or isinstance(error, MemoryError)
+
+
+def free_memory() -> None:
+    """Give memory that is held for later back to the device (nothing on this backend)."""

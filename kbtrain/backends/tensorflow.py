@@ -12,6 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# There is no public way to turn determinism off again, or to ask for it.
+from tensorflow.python.framework import config as tf_config
+
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
 from kbtrain.errors import first_lines
@@ -368,8 +371,13 @@ def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     return [g * tf.cast(factor, g.dtype) for g in gradients]
 
 
-def to_device(tree: Any) -> Any:
-    """Copy a structure of NumPy arrays to the device."""
+def to_device(tree: Any, pin: bool = False) -> Any:
+    """Copy a structure of NumPy arrays to the device.
+
+    Args:
+        tree: The arrays.
+        pin: Of no use here.
+    """
     return tf.nest.map_structure(tf.convert_to_tensor, tree)
 
 
@@ -399,40 +407,70 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
         tf.random.get_global_generator().reset(state["generator"])
 
 
+def devices() -> list[str]:
+    """The devices of this process, as ``device_scope`` takes them."""
+    listed = [*tf.config.list_logical_devices("GPU"), *tf.config.list_logical_devices("CPU")]
+    return [d.name.removeprefix("/device:").lower() for d in listed]
+
+
+def _named(device: str) -> str:
+    platform, _, index = device.partition(":")
+    return f"/{platform.upper()}:{index or 0}"
+
+
 @contextlib.contextmanager
-def device_scope(use_cpu: bool) -> Iterator[None]:
-    """New tensors go to the default device, or to the CPU."""
-    if not use_cpu:
+def device_scope(device: str | None) -> Iterator[None]:
+    """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    if device is None:
         yield
         return
-    with tf.device("/CPU:0"):
+    with tf.device(_named(device)):
         yield
 
 
-def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need: here always so."""
-    return contextlib.nullcontext()
-
-
-def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
-    if not use_cpu:
+def place(variables: Sequence[keras.Variable], device: str | None) -> None:
+    """Move the values of ``variables`` to ``device``; without one leave them."""
+    if device is None:
         return
+    name = _named(device)
     for variable in variables:
-        if "CPU" not in variable.value.device:
-            with tf.device("/CPU:0"):
+        if not variable.value.device.endswith(name.removeprefix("/")):
+            with tf.device(name):
                 variable._value = tf.Variable(
                     variable.value, trainable=variable.trainable, name=variable.name
                 )
 
 
-def device_info(use_cpu: bool = False) -> str:
+@contextlib.contextmanager
+def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
+    """Precision of float32 products, and kernels that give the same result each time.
+
+    Args:
+        tf32: Whether they may be computed in TensorFloat-32; None leaves TensorFlow's setting.
+        deterministic: Operations without such a kernel raise an error.
+    """
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    was = tf_config.is_op_determinism_enabled()
+    if tf32 is not None:
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
+        if not was:
+            tf_config.disable_op_determinism()
+
+
+def device_info(device: str | None = None) -> str:
     """The device in use, as a person would name it."""
-    gpus = [] if use_cpu else tf.config.list_logical_devices("GPU")
-    if not gpus:
-        return "cpu:0"
-    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-    return f"gpu:0 ({details.get('device_name', 'unknown')})"
+    name = devices()[0] if device is None else _named(device).removeprefix("/").lower()
+    if name.startswith("cpu"):
+        return name
+    gpu = tf.config.list_physical_devices("GPU")[int(name.partition(":")[2])]
+    details = tf.config.experimental.get_device_details(gpu)
+    return f"{name} ({details.get('device_name', 'unknown')})"
 
 
 def memory_stats() -> dict[str, int]:
@@ -445,4 +483,10 @@ def memory_stats() -> dict[str, int]:
 
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` says that the device ran out of memory."""
-    return isinstance(error, tf.errors.ResourceExhaustedError)
+    # Under XLA it may be an internal error that says so.
+    named = isinstance(error, MemoryError | tf.errors.ResourceExhaustedError)
+    return named or (isinstance(error, tf.errors.OpError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def free_memory() -> None:
+    """Give memory that is held for later back to the device (nothing on this backend)."""

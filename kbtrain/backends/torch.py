@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -265,15 +266,22 @@ def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     return gradients
 
 
-def to_device(tree: Any) -> Any:
-    """Copy a structure of NumPy arrays to the device."""
+def to_device(tree: Any, pin: bool = False) -> Any:
+    """Copy a structure of NumPy arrays to the device.
+
+    Args:
+        tree: The arrays.
+        pin: For a GPU, copy from page-locked memory: the host does not wait for the copy.
+    """
     device = _device()
+    pin = pin and device.type == "cuda"
 
     def to_tensor(x: Any) -> Any:
         array = np.asarray(x)
         if not array.flags.writeable:  # torch shares the memory, and has no read-only tensors
             array = array.copy()
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
     return keras.tree.map_structure(to_tensor, tree)
 
@@ -329,35 +337,68 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
             torch.cuda.set_rng_state(torch.from_numpy(np.array(state[f"cuda_{i}"])), i)
 
 
+def devices() -> list[str]:
+    """The devices of this process, as ``device_scope`` takes them."""
+    return [*(f"gpu:{i}" for i in range(torch.cuda.device_count())), "cpu:0"]
+
+
+def _named(device: str) -> str:
+    platform, _, index = device.partition(":")
+    return "cpu" if platform == "cpu" else f"cuda:{index or 0}"
+
+
 @contextlib.contextmanager
-def device_scope(use_cpu: bool) -> Iterator[None]:
-    """New tensors go to the default device, or to the CPU."""
-    if not use_cpu:
+def device_scope(device: str | None) -> Iterator[None]:
+    """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    if device is None:
         yield
         return
-    with keras.device("cpu"):
+    with keras.device(_named(device)):
         yield
 
 
-def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need."""
-    return torch.no_grad()
+def place(variables: Sequence[keras.Variable], device: str | None) -> None:
+    """Move the values of ``variables`` to ``device``; without one leave them."""
+    if device is None:
+        return
+    target = torch.device(_named(device))
+    for variable in variables:
+        if variable.value.device != target:
+            variable.value.data = variable.value.data.to(target)
 
 
-def place(variables: Sequence[keras.Variable], use_cpu: bool) -> None:
-    """Move the values of ``variables`` to the CPU if ``use_cpu``; else leave them."""
-    if use_cpu:
-        for variable in variables:
-            if variable.value.device.type != "cpu":
-                variable.value.data = variable.value.data.to("cpu")
+@contextlib.contextmanager
+def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
+    """Precision of float32 products, and kernels that give the same result each time.
+
+    Args:
+        tf32: Whether they may be computed in TensorFloat-32; None leaves torch's setting.
+        deterministic: Operations without such a kernel raise an error.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    if tf32 is not None:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    if deterministic:
+        # cuBLAS reads it when it is used for the first time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
-def device_info(use_cpu: bool = False) -> str:
+def device_info(device: str | None = None) -> str:
     """The device in use, as a person would name it."""
-    device = torch.device("cpu") if use_cpu else _device()
-    if device.type != "cuda":
-        return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+    found = _device() if device is None else torch.device(_named(device))
+    if found.type != "cuda":
+        return str(found)
+    return f"{found} ({torch.cuda.get_device_name(found)})"
 
 
 def memory_stats() -> dict[str, int]:
@@ -372,4 +413,14 @@ def memory_stats() -> dict[str, int]:
 
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` says that the device ran out of memory."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+    # Keras gives errors of layers another class, with the text of the original in it.
+    texts = ("out of memory", "allocate memory", "you tried to allocate")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def free_memory() -> None:
+    """Give memory that is held for later back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
