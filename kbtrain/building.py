@@ -218,7 +218,8 @@ def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model)
     """A given optimizer keeps its state from fit to fit; that is of no use for another model."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    known = {id(v) for v in getattr(optimizer, "_trainable_variables", model.trainable_variables)}
+    trained = getattr(optimizer, "_trainable_variables", None) or model.trainable_variables
+    known = {id(v) for v in trained}
     if unknown := [v.path for v in model.trainable_variables if id(v) not in known]:
         raise ConfigurationError(
             f"The optimizer ({type(optimizer).__name__}) was used for other variables already: it "

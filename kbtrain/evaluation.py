@@ -18,7 +18,7 @@ from kbtrain.data import Batches, Block, as_loader, map_structure, signature, un
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
-from kbtrain.gathering import Batchwise, Concatenated, Listed, checked_metrics, prediction
+from kbtrain.gathering import Batchwise, Concatenated, Listed, compute_on_host
 from kbtrain.gathering import EvalPrediction as EvalPrediction
 from kbtrain.generation import make_generator
 from kbtrain.metrics import MetricSet
@@ -248,7 +248,7 @@ class Evaluation:
         if self._batchwise is not None:
             values |= self._batchwise.result()
         elif self._wanted.compute_metrics is not None and "labels" in gathered:
-            values |= checked_metrics(self._wanted.compute_metrics(prediction(gathered)))
+            values |= compute_on_host(self._wanted.compute_metrics, gathered)
         seconds = time.perf_counter() - start
         prefix, keep = self._wanted.prefix, self._wanted.keep_outputs
         prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}

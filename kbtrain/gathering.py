@@ -220,14 +220,14 @@ class Batchwise:
         """Hand on all batches but the newest, which may be the last one."""
         for batch in batches_of(part):
             if self._waiting is not None:
-                self._compute(prediction(self._waiting), compute_result=False)
+                compute_on_host(self._compute, self._waiting, compute_result=False)
             self._waiting = batch if "labels" in batch else None
 
     def result(self) -> dict[str, Any]:
         """Hand on the last batch; what ``compute_metrics`` returns for it."""
         if self._waiting is None:
             return {}
-        return checked_metrics(self._compute(prediction(self._waiting), compute_result=True))
+        return compute_on_host(self._compute, self._waiting, compute_result=True)
 
 
 def batches_of(part: Part) -> Iterator[dict[str, Any]]:
@@ -241,6 +241,25 @@ def batches_of(part: Part) -> Iterator[dict[str, Any]]:
         if part.losses is not None:
             batch["losses"] = np.full(part.size, part.losses[i], np.float32)
         yield batch
+
+
+def compute_on_host(
+    compute_metrics: Callable[..., Any],
+    gathered: Mapping[str, Any],
+    compute_result: bool | None = None,
+) -> dict[str, Any]:
+    """Call ``compute_metrics``, batch by batch if ``compute_result`` is no None.
+
+    Returns:
+        The metrics; nothing from a batch that is not the last one.
+    """
+    kwargs = {} if compute_result is None else {"compute_result": compute_result}
+    try:
+        values = compute_metrics(prediction(gathered), **kwargs)
+    except Exception as error:
+        error.add_note("Raised by compute_metrics.")
+        raise
+    return {} if compute_result is False else checked_metrics(values)
 
 
 def prediction(gathered: Mapping[str, Any]) -> EvalPrediction:

@@ -138,6 +138,11 @@ class ArgumentParser:
         """Explain an option that does not exist, an old name of the reference above all."""
         known = {option for field in self._fields.values() for option in field.options()}
         words = list(words)
+        if words and words[0].endswith((".json", ".yaml", ".yml")):
+            raise ConfigurationError(
+                f"A file with settings is given as --config {words[0]}. Received: {words[0]!r} "
+                "as the first word."
+            )
         for position, word in enumerate(words):
             if word == "--":
                 return

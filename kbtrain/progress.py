@@ -44,7 +44,8 @@ def display(args: TrainingArguments) -> list[TrainerCallback]:
 
 def _can_draw() -> bool:
     """Whether a progress bar can be drawn: on a terminal or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # there is none in a window's program
+    return terminal or "ipykernel" in sys.modules
 
 
 class ProgressCallback(TrainerCallback):

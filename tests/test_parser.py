@@ -169,6 +169,7 @@ def test_the_words_of_the_process_are_the_default(monkeypatch):
         ("--save_strategy best", "eval_strategy='no'"),
         ("--seed", "expected one argument"),
         ("--config nowhere.yaml", "nowhere.yaml"),
+        ("settings.yaml --seed 1", "--config settings.yaml"),
         ("--seed 1 more", "more"),
     ],
 )

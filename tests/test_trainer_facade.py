@@ -438,6 +438,19 @@ def test_mistakes_in_what_is_called(tmp_path, action, match):
         action(tmp_path)
 
 
+@pytest.mark.parametrize("batchwise", [False, True])
+def test_an_error_in_compute_metrics_is_named(tmp_path, batchwise):
+    def compute(prediction, compute_result=True):
+        raise KeyError("f1")
+
+    args = arguments(tmp_path, batch_eval_metrics=batchwise)
+    data = make_data(4)
+    trainer = Trainer(linear_model(), args, eval_dataset=data, loss="mse", compute_metrics=compute)
+    with pytest.raises(KeyError, match="f1") as caught:
+        trainer.evaluate()
+    assert caught.value.__notes__ == ["Raised by compute_metrics."]
+
+
 def test_a_model_may_be_assigned(tmp_path):
     data, other = make_data(16), linear_model(seed=1)
     trainer = make(tmp_path, data=data)
