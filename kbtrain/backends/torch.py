@@ -255,8 +255,9 @@ def apply_optimizer(
 
 def global_norm(gradients: Sequence[Any]) -> Any:
     """Euclidean norm over all elements of all gradients, in float32."""
-    norms = torch._foreach_norm(list(gradients), 2.0, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    wide = any(g.dtype == torch.float64 for g in gradients)
+    norms = torch._foreach_norm(list(gradients), 2.0, torch.float64 if wide else torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:

@@ -1,15 +1,16 @@
 """What Keras layers do on torch, in the operations that torch has fast kernels for.
 
 Used while a step is recorded, so the numbers are those of the layers to rounding, and a step that
-runs eagerly is plain Keras. Three things are replaced: batch normalisation by torch's own kernel
+runs eagerly is plain Keras. Four things are replaced: batch normalisation by torch's own kernel
 (Keras has a dozen passes over the data), copies between channels-last and channels-first layouts
-of the same bytes by nothing, and random numbers from a seed that is a tensor by operations that
-can be recorded.
+of the same bytes by nothing, sums by index by operations that look at no values, and random
+numbers from a seed that is a tensor by operations that can be recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,6 +18,10 @@ from unittest import mock
 import keras
 import torch
 from keras import ops
+
+# Two operations whose Keras code looks at values; metrics such as AUC and MeanIoU use them.
+from keras.src.backend.torch import core as keras_core
+from keras.src.backend.torch import math as keras_math
 
 # The one place where Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
@@ -34,6 +39,8 @@ def native_operations() -> Iterator[None]:
     with (
         mock.patch.object(layer, "call", _batch_normalization(layer.call)),
         mock.patch.object(keras_random, "torch_seed_generator", seeds.generator),
+        mock.patch.object(keras_math, "_segment_reduction_fn", _segment_reduction),
+        mock.patch.object(keras_core, "scatter", _scatter),
         _Operations(seeds),
     ):
         yield
@@ -115,6 +122,32 @@ def _channels_second(
     # (batch, ..., channels) as an image of width 1
     image = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     return image, lambda result: result.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+# --- sums by index --------------------------------------------------------------------------------
+
+
+def _segment_reduction(data: Any, segment_ids: Any, method: str, num_segments: int | None) -> Any:
+    """Keras' ``segment_sum`` and the like, whose own code reads a shape back from a tensor."""
+    count = int(torch.max(segment_ids)) + 1 if num_segments is None else num_segments
+    start = {"amax": -math.inf, "amin": math.inf, "prod": 1.0}.get(method, 0.0)
+    # What belongs to no segment goes into one more, which is dropped.
+    ids = segment_ids.long()
+    ids = torch.where((ids < 0) | (ids >= count), count, ids)
+    ids = ids.reshape(-1, *(1 for _ in data.shape[1:])).expand(data.shape)
+    result = torch.full((count + 1, *data.shape[1:]), start, device=data.device)
+    result = result.scatter_reduce(0, ids, data.float(), method)
+    return result[:-1].type(data.dtype)
+
+
+def _scatter(indices: Any, values: Any, shape: Any) -> Any:
+    """Keras' ``scatter``, which is a loop over the indices in Python."""
+    indices, values = ops.convert_to_tensor(indices).long(), ops.convert_to_tensor(values)
+    depth = indices.shape[-1]
+    places = indices.reshape(-1, depth).unbind(1)
+    values = values.reshape(-1, *shape[depth:])
+    zeros = torch.zeros(tuple(shape), dtype=values.dtype, device=values.device)
+    return zeros.index_put(places, values, accumulate=True)
 
 
 # --- random numbers -------------------------------------------------------------------------------

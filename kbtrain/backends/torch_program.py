@@ -24,6 +24,7 @@ from kbtrain.backends.torch_rewrites import (
     aliases,
     delay_assignments,
     fuse_bias,
+    known_number,
     nodes_in,
     simplify,
 )
@@ -69,16 +70,20 @@ def make_program(
     Raises:
         NotCapturable: The state is changed before a check.
     """
+    if any(_has_unknown_shape(node) for node in module.graph.nodes):
+        raise NotCapturable("the shape of a result depends on values")
     simplify(module)
     delay_assignments(module.graph)
     fuse_bias(module.graph)
     pure, late, conditions = _sort(module)
+    if any(condition in late for condition in conditions):
+        raise NotCapturable("its loss depends on a value that Python reads, or on changed state")
+    pure_set = set(pure)
     nodes = list(module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     returned = nodes_in(next(n for n in nodes if n.op == "output").args[0])
     constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
-    pure_set = set(pure)
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
     part = _pure_part(pure, results, placeholders, constants)
     script = _inductor(part, examples) if inductor else _script(part, examples)
@@ -100,12 +105,17 @@ def make_program(
     return code.compile(arguments)
 
 
+def _has_unknown_shape(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and any(known_number(n) is None for n in value.shape)
+
+
 def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
     """Nodes that can run before any state is changed, the others, and the guards' conditions.
 
     The order within each list is the recorded one. A node may move before the changes if it
     neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
-    place) nor overwrites what they have read, and if its result is a tensor.
+    place) nor overwrites what they have read, and reads no value.
     """
     storage = _States()
     owners = Memory(module.graph).owners
@@ -131,7 +141,7 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
         reads_changed = any(storage.of(n) & changed for n in inputs)
         waits = any(n in late_set or owners(n) & changed_memory for n in inputs)
         overwrites = any(target in read_late for target in written)
-        if states or reads_changed or waits or overwrites or _is_number(node):
+        if states or reads_changed or waits or overwrites or _reads_value(node):
             late.append(node)
             late_set.add(node)
             changed |= states
@@ -142,12 +152,14 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
     return pure, late, list(conditions)
 
 
-def _is_number(node: Node) -> bool:
-    """Whether the result is a number of Python, which TorchScript cannot return.
+def _reads_value(node: Node) -> bool:
+    """Whether the result is a number read from a tensor, which TorchScript would keep for ever.
 
     Keras' SGD reads its learning rate so, to give it to an operation that takes only numbers.
     """
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+    value = node.meta.get("val")
+    symbols = torch.SymInt | torch.SymFloat | torch.SymBool
+    return isinstance(value, symbols) and known_number(value) is None
 
 
 class _States:

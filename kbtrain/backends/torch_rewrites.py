@@ -104,6 +104,9 @@ def simplify(module: GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or any(memory.writes[o] for o in memory.owners(node)):
             continue
+        if (number := known_number(node.meta.get("val"))) is not None:
+            _write_out(node, number)
+            continue
         if node.target is aten.detach.default or _is_times_one(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -116,6 +119,25 @@ def simplify(module: GraphModule) -> None:
             constants[constant] = value
             node.replace_all_uses_with(constant)
             graph.erase_node(node)
+
+
+def known_number(value: Any) -> bool | int | float | None:
+    """The number that ``value`` is in every step; None if it is none, or is read from a tensor."""
+    if isinstance(value, torch.SymInt):  # a shape may have told what it is
+        return value.node.maybe_as_int()
+    return value if isinstance(value, bool | int | float) else None
+
+
+def _write_out(node: Node, number: float) -> None:
+    """Give the users of a node the number it is known to be (one that follows from shapes)."""
+
+    def literal(other: Node) -> Any:
+        return number if other is node else other
+
+    for user in list(node.users):
+        user.args = torch.fx.map_arg(user.args, literal)
+        user.kwargs = torch.fx.map_arg(user.kwargs, literal)
+    node.graph.erase_node(node)
 
 
 def _is_times_one(node: Node) -> bool:
