@@ -84,6 +84,11 @@ class BoundModel:
         """State of the metrics."""
         return [] if self.metrics is None else self.metrics.variables
 
+    @property
+    def advancing_variables(self) -> list[keras.Variable]:
+        """What changes from one batch of an evaluation to the next, beside the metrics."""
+        return [*building.advancing_variables(self.model), rng.global_seed_variable()]
+
     def build(self, batch: Any) -> ForwardPass:
         """Create all variables from the shapes of a batch (NumPy), once; check that it fits.
 
@@ -129,6 +134,7 @@ class BoundModel:
             step = make_eval_step(
                 self._backend,
                 self.forward if with_loss else self.forward.predict,
+                self.advancing_variables,
                 self.metrics if with_loss else None,
                 self._select_outputs if gather else None,
             )
@@ -136,7 +142,7 @@ class BoundModel:
             run = self._backend.compile_eval_steps(
                 step,
                 variables,
-                unique(self.metric_variables) if with_loss else [],
+                unique([*(self.metric_variables if with_loss else []), *self.advancing_variables]),
                 self._args.jit_compile,
             )
             self._eval_steps[key] = CompiledEvalStep(run)

@@ -61,6 +61,14 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
     return list({id(v): v for v in [*model.variables, *states]}.values())
 
 
+def advancing_variables(model: keras.Model) -> list[keras.Variable]:
+    """What changes from one batch to the next in inference, too: seeds, and states of RNNs."""
+    known = {id(v) for v in model.variables}
+    return [
+        v for v in state_variables(model) if id(v) not in known or v.name == "seed_generator_state"
+    ]
+
+
 def use_mixed_precision(model: keras.Model, policy: str) -> None:
     """Give every float32 layer a policy such as ``mixed_bfloat16``: only the arithmetic changes.
 

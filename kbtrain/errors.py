@@ -7,6 +7,7 @@ built-in exception that fits, so ``except ValueError`` and friends keep working.
 import functools
 import re
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -110,6 +111,33 @@ def concise(function: Callable[P, R]) -> Callable[P, R]:
             raise error.with_traceback(None) from error.__cause__
 
     return wrapped
+
+
+EAGER = (
+    "The step runs eagerly, which is slow: its Python looks at values of tensors%s, as `if` and "
+    "float() do, and cannot be compiled. keras.ops.where and keras.ops.cond can be."
+)
+"""What to log about a step that only Python can run; takes the result of ``user_line``."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The errors that led to ``error``, the first one first, itself last."""
+    found = [error]
+    while (earlier := found[0].__cause__ or found[0].__context__) is not None:
+        if earlier in found:
+            break
+        found.insert(0, earlier)
+    return found
+
+
+def user_line(error: BaseException) -> str:
+    """Where in a user's own code an error came up, such as `` (model.py:12)``; may be empty."""
+    own = str(Path(__file__).parent)
+    for cause in causes(error):
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if "site-packages" not in frame.filename and not frame.filename.startswith((own, "<")):
+                return f" ({Path(frame.filename).name}:{frame.lineno})"
+    return ""
 
 
 def first_lines(error: BaseException, lines: int = 4) -> str:

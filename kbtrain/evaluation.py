@@ -152,8 +152,11 @@ def evaluate(
             generate=_generator(trainer) if gather and args.predict_with_generate else None,
         )
         metrics = bound.metrics if with_loss else None
-        # In training the metrics are in the middle of adding up what the next log will say.
-        saved = persistence.copies(bound.metric_variables) if trainer.is_in_train else None
+        # In training the metrics are in the middle of adding up what the next log will say. What
+        # layers draw in an evaluation must not change what they draw after it.
+        kept = [*bound.advancing_variables]
+        kept += bound.metric_variables if trainer.is_in_train else []
+        saved = persistence.copies(kept)
         if metrics is not None:
             metrics.reset()
         evaluation = Evaluation(
@@ -173,8 +176,7 @@ def evaluate(
                     f"The evaluation did not fit into memory: {first_lines(error)}. Lower "
                     f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
                 ) from error
-        if saved is not None:
-            persistence.put_back(bound.metric_variables, saved)
+        persistence.put_back(kept, saved)
         return output
 
 

@@ -94,6 +94,7 @@ class ListedMetrics:
 
     def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Add one batch."""
+        whole = mask is not None and sample_weight is None
         if mask is not None:
             sample_weight = _masked_weight(sample_weight, mask)
         for key, metric in self._metrics():
@@ -101,6 +102,8 @@ class ListedMetrics:
             if key is not None:
                 labels, out = y[key], outputs[key]
                 weight = sample_weight[key] if _is_nested(sample_weight) else sample_weight
+            if whole and "int" in str(metric.dtype):  # one that counts wants whole weights
+                weight = ops.cast(weight, metric.dtype)
             if weight is None:
                 metric.update_state(labels, out)
             else:

@@ -203,14 +203,19 @@ def make_train_step(
 def make_eval_step(
     backend: ModuleType,
     forward: Forward,
+    advancing: Sequence[keras.Variable],
     metrics: MetricSet | None,
     select_outputs: Callable[[Any, Any], Any] | None,
 ) -> Callable[[Any], dict[str, Any]]:
-    """Build the step of one evaluation batch; it changes nothing but the metrics.
+    """Build the step of one evaluation batch.
+
+    It changes the metrics, and what advances from batch to batch. All else that layers assign is
+    forgotten.
 
     Args:
         backend: A module of ``kbtrain.backends``.
         forward: See ``Forward``.
+        advancing: Seeds and states that the next batch goes on with.
         metrics: Metrics to update, if any.
         select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
 
@@ -220,10 +225,12 @@ def make_eval_step(
     """
 
     def eval_step(batch: Any) -> dict[str, Any]:
-        # The layers' own updates (seed states) are dropped with the scope.
-        with backend.dropping():
+        with backend.dropping() as scope:
             pair, outputs, metric_inputs = forward(batch, None, training=False)
             kept = None if select_outputs is None else select_outputs(outputs, batch)
+        for variable in advancing:
+            if (new := scope.get_current_value(variable)) is not None:
+                variable.assign(new)
         if metrics is not None and metric_inputs is not None:
             metrics.update(*metric_inputs)
         result: dict[str, Any] = {}

@@ -440,3 +440,144 @@ def test_a_layer_may_assign_its_own_weights(accumulation, tmp_path):
     trainer.fit()
     np.testing.assert_allclose(train_logs(trainer), expected, rtol=1e-5)
     np.testing.assert_allclose(weights(model)[0], w, rtol=1e-5)
+
+
+class Branching(layers.Layer):
+    """Python that looks at values, which no framework can record."""
+
+    def call(self, x):
+        return 2.0 * x if float(keras.ops.sum(x)) > 0 else x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_python_that_looks_at_values_runs_eagerly(accumulation, tmp_path, caplog):
+    x, y = make_data(24)
+    model = with_weights(keras.Sequential([keras.Input((3,)), Branching(), layers.Dense(1)]))
+    kernel, bias = weights(model)
+    losses = []
+    for batch in np.split(np.arange(24), 6):
+        factor = 2.0 if x[batch].sum() > 0 else 1.0
+        losses.append(np.mean((factor * x[batch] @ kernel + bias - y[batch]) ** 2))
+    settings = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    with caplog.at_level("INFO", "kbtrain"):
+        trainer = Trainer(
+            model,
+            arguments(
+                tmp_path,
+                num_train_epochs=1,
+                learning_rate=0.0,
+                gradient_accumulation_steps=accumulation,
+                **settings,
+            ),
+            train_dataset=(x, y),
+            eval_dataset=(x, y),
+            loss="mse",
+            metrics=["mae"],
+        )
+        trainer.fit()
+    assert "looks at values of tensors (test_fast_paths.py:" in caplog.text
+    expected = np.reshape(losses, (-1, accumulation)).mean(1)
+    np.testing.assert_allclose(train_logs(trainer), expected, rtol=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def scores(name):
+    """Metrics whose Keras code on PyTorch looks at values, unless it is replaced."""
+    if name == "one output":
+        return [keras.metrics.AUC(num_thresholds=20, name="score")], "binary_crossentropy", 1
+    union = keras.metrics.MeanIoU(3, sparse_y_pred=False, name="score")
+    return [union], "sparse_categorical_crossentropy", 3
+
+
+@pytest.mark.parametrize("outputs", ["one output", "three outputs"])
+def test_metrics_that_sum_by_index_do_not_keep_the_step_from_being_recorded(
+    outputs, tmp_path, caplog
+):
+    results = []
+    for jit_compile in ("auto", False):
+        metrics, loss, units = scores(outputs)
+        activation = "sigmoid" if units == 1 else "softmax"
+        layer = layers.Dense(units, activation=activation)
+        x, _ = make_data(16)
+        y = np.random.default_rng(3).integers(0, max(units, 2), (16, 1))
+        with caplog.at_level("INFO", "kbtrain"):
+            trainer = Trainer(
+                with_weights(keras.Sequential([keras.Input((3,)), layer])),
+                arguments(tmp_path, max_steps=2, jit_compile=jit_compile),
+                train_dataset=(x, y),
+                loss=loss,
+                metrics=metrics,
+            )
+            trainer.fit()
+        results.append(train_logs(trainer, "score"))
+    assert "eagerly" not in caplog.text
+    assert results[0][0] > 0
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
+def test_a_learning_rate_that_is_read_as_a_number_is_read_anew_for_each_update(tmp_path):
+    """Keras' SGD with momentum does so on PyTorch; a record must not keep the first value."""
+    x, y = make_data(8)
+    model = with_weights(keras.Sequential([keras.Input((3,)), layers.Dense(1, use_bias=False)]))
+    (kernel,) = (w.astype("float64") for w in weights(model))
+    momentum = np.zeros_like(kernel)
+    for rate in (0.3, 0.1, 0.05):
+        momentum = 0.9 * momentum - rate * 2 * x.T @ (x @ kernel - y) / 8
+        kernel = kernel + momentum
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.3, 0.1, 0.05])
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=3, max_grad_norm=0),
+        train_dataset=(x, y),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(schedule, momentum=0.9), None),
+    )
+    trainer.fit()
+    np.testing.assert_allclose(weights(model)[0], kernel, rtol=1e-5)
+
+
+def test_weights_in_float64_are_trained(tmp_path):
+    x, y = make_data(8)
+    layer = layers.Dense(1, use_bias=False, dtype="float64")
+    model = with_weights(keras.Sequential([keras.Input((3,), dtype="float64"), layer]))
+    (kernel,) = (w.astype("float64") for w in weights(model))
+    gradient = 2 * x.T @ (x @ kernel - y) / 8
+    clipped = gradient * 0.01 / (np.linalg.norm(gradient) + 1e-6)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1, max_grad_norm=0.01),
+        train_dataset=(x.astype("float64"), y.astype("float64")),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(10.0), None),
+    )
+    trainer.fit()
+    np.testing.assert_allclose(weights(model)[0], kernel - 10 * clipped, rtol=1e-5)
+    assert train_logs(trainer, "grad_norm") == [pytest.approx(np.linalg.norm(gradient), rel=1e-5)]
+
+
+class Sampling(layers.Layer):
+    """Draws in inference, too, as a variational autoencoder may."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(3)
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
+
+
+def test_each_batch_of_a_prediction_draws_anew_and_training_does_not_notice(tmp_path):
+    layer = Sampling()
+    model = keras.Sequential([keras.Input((2,)), layer])
+    trainer = Trainer(model, arguments(tmp_path, per_device_eval_batch_size=4))
+    before = weights(model)
+    first, second = (trainer.predict(np.zeros((12, 2), "float32")).predictions for _ in "12")
+    assert len(np.unique(first)) == 24
+    np.testing.assert_array_equal(first, second)
+    assert same(before, weights(model))

@@ -8,6 +8,7 @@
 ``compile_steps``            the same, for several steps in one call
 ``compile_eval_steps``       several evaluation steps in one call, whose outputs may be large
 ``value_and_grad``           loss, gradients and the state the layers want to change
+``dropping``                 a scope in which what layers assign is forgotten
 ``scan``                     a loop inside the step, over a leading axis
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
 ``undoable``                 assignments that can be taken back by such a flag

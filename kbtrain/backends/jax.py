@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
+from kbtrain.errors import EAGER, causes, user_line
 
 name = "jax"
+logger = logging.getLogger("kbtrain")
 
 # The variables of the step being traced. Keras' inner scopes do not see the outer scope's values,
 # so every nested scope has to carry all of them.
@@ -178,10 +181,36 @@ def compile_steps(
             variable.assign(value)
         return outputs
 
+    eager = _step_by_step(compile_step(fn, variables, False))
     if jit_compile is False:
-        return _step_by_step(compile_step(fn, variables, False))
+        return eager
     call = compile_step(steps, variables, jit_compile)
-    return lambda block, count: call((block, np.int32(count)))
+    return _or_eagerly(lambda block, count: call((block, np.int32(count))), eager)
+
+
+def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``; from where Python wants a value that a trace does not have, ``eager``."""
+    use = compiled
+
+    def call(*args: Any) -> Any:
+        nonlocal use
+        try:
+            return use(*args)
+        except Exception as error:
+            if use is eager or not any(isinstance(e, _LOOKS_AT_VALUES) for e in causes(error)):
+                raise
+            logger.warning(EAGER, user_line(error))
+        use = eager
+        return use(*args)
+
+    return call
+
+
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,  # bool() and float(), too
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
@@ -217,12 +246,12 @@ def compile_eval_steps(
     """
     changing = list(changing)
     fixed = [v for v in variables if not any(v is other for other in changing)]
+    one_by_one = _step_by_step(compile_step(fn, [*fixed, *changing], False))
+
+    def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
+        return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
+
     if jit_compile is False:
-        one_by_one = _step_by_step(compile_step(fn, [*fixed, *changing], False))
-
-        def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
-            return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
-
         return eager
 
     def pure(
@@ -274,7 +303,7 @@ def compile_eval_steps(
             variable._value = value
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
 
-    return call
+    return _or_eagerly(call, eager)
 
 
 def _without_aliases(values: list[Any]) -> list[Any]:
@@ -333,6 +362,14 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
         return (carry, [changed.get(i, value) for i, value in enumerate(values)]), output
 
     before = [v.value for v in _state]
+    leaves = jax.tree.leaves((inputs, carry, before))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):  # an eager step
+        outputs = []
+        for i in range(leaves[0].shape[0]):
+            carry, output = fn(carry, jax.tree.map(lambda x, i=i: x[i], inputs))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
     (carry, after), outputs = jax.lax.scan(body, (carry, before), inputs)
     for variable, value in zip(_state, after, strict=True):
         variable.assign(value)

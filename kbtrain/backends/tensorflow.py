@@ -17,7 +17,7 @@ from tensorflow.python.framework import config as tf_config
 
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
-from kbtrain.errors import first_lines
+from kbtrain.errors import EAGER, causes, first_lines, user_line
 
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
@@ -25,8 +25,8 @@ logger = logging.getLogger("kbtrain")
 # The variables of the step being traced (to name the ones that layers ask to change).
 _state: list[keras.Variable] = []
 
-# The variables `commit_if` assigns, while somebody may want to take that back.
-_journal: dict[int, keras.Variable] | None = None
+# The variables `commit_if` assigns and their old values, while somebody may want these back.
+_journal: dict[int, tuple[keras.Variable, Any]] | None = None
 
 
 @contextlib.contextmanager
@@ -80,11 +80,24 @@ def compile_step(
 
     def call(inputs: Any) -> Any:
         key = signature(inputs)
-        if key not in graphs:
+        if key in graphs:
+            return graphs[key](inputs)
+        try:
             graphs[key] = compile_for(inputs)
+            return graphs[key](inputs)
+        except Exception as error:
+            if not _looks_at_values(error):
+                raise
+            logger.warning(EAGER, user_line(error))
+            graphs[key] = traced
         return graphs[key](inputs)
 
     return call
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    """Whether Python wanted the value of a tensor that has none while the graph is made."""
+    return any("symbolic" in str(cause).lower() for cause in causes(error))
 
 
 XLA_CALLS = 200
@@ -191,6 +204,8 @@ def compile_eval_steps(
 
         length = tf.nest.flatten(block)[0].shape[0]
         specs: Any = None
+        if tf.executing_eagerly():  # what cannot be traced runs one step at a time
+            length = 1
         if length > 1:  # traced once to learn the size of the outputs
             probe = tf.function(fn, autograph=False).get_concrete_function(row(0))
             specs = probe.structured_outputs
@@ -287,6 +302,13 @@ def _loop(
     def row(i: Any) -> Any:
         return tf.nest.map_structure(lambda t: t[i], inputs)
 
+    if tf.executing_eagerly():
+        outputs = []
+        for i in range(int(count)):
+            carry, output = fn(carry, row(i))
+            outputs.append(output)
+        return carry, tf.nest.map_structure(lambda *t: tf.stack(t), *outputs)
+
     # The loop's arrays need dtypes and shapes beforehand: trace the body once to learn them.
     traced = tf.function(fn, autograph=False).get_concrete_function(carry, row(0))
     specs = traced.structured_outputs[1]
@@ -313,7 +335,7 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
     for variable, value in updates:
         if _journal is not None:
-            _journal[id(variable)] = variable
+            _journal.setdefault(id(variable), (variable, tf.identity(variable.value)))
         variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable.value))
 
 
@@ -334,15 +356,19 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
         Its result, and ``undo_if(condition)``, which takes the assignments back.
     """
     global _journal
-    # Old values have to be read before the first assignment: trace once to learn of which.
-    journal: dict[int, keras.Variable] = {}
+    journal: dict[int, tuple[keras.Variable, Any]] = {}
     _journal = journal
     try:
-        tf.function(fn, autograph=False).get_concrete_function()
+        if tf.executing_eagerly():
+            result, before = fn(), list(journal.values())
+        else:
+            # Old values have to be read before the first assignment: trace to learn of which.
+            tf.function(fn, autograph=False).get_concrete_function()
+            before = [(v, tf.identity(v.value)) for v, _ in journal.values()]
+            _journal = None
+            result = fn()
     finally:
         _journal = None
-    before = [(v, tf.identity(v.value)) for v in journal.values()]
-    result = fn()
 
     def undo_if(condition: Any) -> None:
         for variable, old in before:

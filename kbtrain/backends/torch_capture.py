@@ -16,11 +16,16 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kbtrain.backends.torch_native import native_operations
 from kbtrain.backends.torch_program import NotCapturable, make_program
+from kbtrain.errors import causes, first_lines, user_line
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, GuardOnDataDependentSymNode)
 
 
 class CapturedStep:
@@ -89,8 +94,11 @@ def _record(
     except NotCapturable:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise NotCapturable(f"{type(error).__name__}: {lines[0]}") from error
+        if any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error)):
+            reason = "its Python looks at values of tensors"
+        else:
+            reason = f"{type(error).__name__}: {first_lines(error, 1)}"
+        raise NotCapturable(reason + user_line(error)) from error
     finally:
         for variable, value in zip(variables, real, strict=True):
             variable._value = value
