@@ -542,6 +542,7 @@ def test_a_learning_rate_that_is_read_as_a_number_is_read_anew_for_each_update(t
     np.testing.assert_allclose(weights(model)[0], kernel, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # JAX has none
 def test_weights_in_float64_are_trained(tmp_path):
     x, y = make_data(8)
     layer = layers.Dense(1, use_bias=False, dtype="float64")
