@@ -1,7 +1,7 @@
 """Regression on scikit-learn's diabetes data: a command line, own metrics, results as files.
 
 Run it with ``KERAS_BACKEND=jax python examples/regression.py`` (or torch, or tensorflow); needs the
-extras ``examples`` and ``cli``. ``--help`` lists all options, the model's and those of training.
+extra ``examples``. ``--help`` lists all options, the model's and those of training.
 
 442 patients, ten measurements each; to be predicted is how far the disease is a year later. The
 test set is used once, at the end, and next to the network there is a linear regression: on so

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import optuna
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from kbtrain import TrainingArguments
 from kbtrain.errors import ConfigurationError
@@ -192,6 +195,25 @@ def test_regression_writes_results_log_and_model_card(tmp_path):
     assert len(rows) == 1 + 20 + 20 + 1  # header, training, evaluation, the whole run
 
 
+def test_image_classification_evaluates_and_saves_the_average(tmp_path):
+    result = run(
+        "image_classification.py", "--output_dir", tmp_path, "--max_steps", 60, "--width", 16,
+        "--warmup_steps", 6, "--per_device_train_batch_size", 8, "--disable_tqdm",
+    )  # fmt: skip
+    found = re.findall(r"weights(?: in training)?: accuracy (\S+), loss (\S+)", result.stdout)
+    (accuracy, loss), (_, loss_in_training) = [tuple(map(float, pair)) for pair in found]
+    assert accuracy > 0.6
+    assert loss != loss_in_training  # which is the better one, so few updates do not decide
+    # The file holds the average, and its augmentation does nothing where it is used.
+    digits = load_digits()
+    images = (digits.images[..., None] / 16).astype("float32")
+    _, images, _, labels = train_test_split(
+        images, digits.target, train_size=300, stratify=digits.target, random_state=0
+    )
+    logits = keras.models.load_model(tmp_path / "digits.keras").predict(images, verbose=0)
+    assert np.mean(logits.argmax(-1) == labels) == pytest.approx(accuracy, abs=5e-5)
+
+
 def test_custom_optimizer_is_found_by_name(tmp_path):
     result = run("custom_optimizer.py", "--output-dir", tmp_path, "--epochs", 4)
     name, accuracy = re.search(r"(\w+): test accuracy (\S+)", result.stdout).groups()
@@ -199,13 +221,43 @@ def test_custom_optimizer_is_found_by_name(tmp_path):
     assert float(accuracy) > 0.8
 
 
-@pytest.mark.slow
 def test_hyperparameter_search_is_resumed(tmp_path):
-    common = ("--output-dir", tmp_path, "--epochs", 1)
-    run("hyperparameter_search.py", *common, "--n-trials", 1)
-    result = run("hyperparameter_search.py", *common, "--n-trials", 2, "--resume")
-    assert len(re.findall(r"Trial \d+ (?:finished|pruned)", result.stderr)) == 1
-    assert float(re.search(r"test accuracy: (\S+)", result.stdout)[1]) > 0.5
+    study = optuna.create_study(
+        storage=f"sqlite:///{tmp_path}/study.db", study_name="digits", direction="maximize"
+    )
+    # Stands for an earlier run, and for its best trial, which is then trained once more.
+    best = {"learning_rate": 1e-2, "per_device_train_batch_size": 16, "width": 64}
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"hyperparameters": best}))
+    result = run(
+        "hyperparameter_search.py", "--output-dir", tmp_path, "--epochs", 1, "--n-trials", 2,
+        "--resume",
+    )  # fmt: skip
+    assert re.findall(r"Trial (\d+) (?:finished|pruned)", result.stderr) == ["1"]
+    assert f"accuracy 1.0000, {best}" in result.stdout
+    assert float(re.search(r"test accuracy: (\S+)", result.stdout)[1]) > 0.8
+
+
+@pytest.mark.slow
+def test_masked_lm_is_where_text_classification_begins(tmp_path):
+    encoder = ("--width", 32, "--depth", 1, "--length", 32, "--disable_tqdm")
+    result = run(
+        "masked_lm.py", "--output_dir", tmp_path / "lm", *encoder, "--max_steps", 80,
+        "--vocabulary", 300, "--learning_rate", "5e-3", "--eval_strategy", "no",
+    )  # fmt: skip
+    found = re.search(r"hidden words: (\S+); by frequency alone (\S+)", result.stdout)
+    assert float(found[1]) < float(found[2])
+
+    result = run(
+        "text_classification.py", "--output_dir", tmp_path / "classifier", *encoder,
+        "--pretrained", tmp_path / "lm", "--num_train_epochs", 3, "--learning_rate", "3e-3",
+    )  # fmt: skip
+    loaded, missing, unexpected = re.search(
+        r"(\d+) variables loaded; (\d+) missing .*; (\d+) unexpected", result.stdout
+    ).groups()
+    assert int(loaded) == 3 + 2 + 16 + 2  # embeddings, their norm, a block, the pooled output
+    assert (int(missing), int(unexpected)) == (1 + 2, 4)  # a dropout's seed, and the two heads
+    # Better than always naming the package with the most texts.
+    assert float(re.search(r"BERT: accuracy (\S+),", result.stdout)[1]) > 0.3
 
 
 # --- the page on migrating ------------------------------------------------------------------------

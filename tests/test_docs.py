@@ -1,0 +1,113 @@
+"""The programs in docs/ run as they are printed; every page and example is listed.
+
+Those of other pages run beside what they are about: test_plugins.py (write-your-own-optimizer.md),
+test_optim_page.py (optim.md) and test_examples.py (migrating.md).
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import kbtrain
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def block(page: str) -> str:
+    """The one program of a page."""
+    (found,) = re.findall(
+        r"^```python\n(.*?)^```$",
+        (ROOT / "docs" / page).read_text("utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    return found
+
+
+def execute(page: str, **names: object) -> dict:
+    exec(compile(block(page), page, "exec"), names)
+    return names
+
+
+def trained(folder: Path, **options: object) -> kbtrain.Trainer:
+    """A run of one update that has saved."""
+    x = np.ones((8, 4), "float32")
+    trainer = kbtrain.Trainer(
+        keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(2, name="dense")], name="sequential"
+        ),
+        kbtrain.TrainingArguments(
+            output_dir=folder,
+            max_steps=1,
+            save_steps=1,
+            logging_steps=1,
+            disable_tqdm=True,
+            run_name="mine",
+        ),
+        train_dataset=(x, x[:, :2]),
+        loss="mse",
+        **options,
+    )
+    trainer.fit()
+    return trainer
+
+
+def test_trackers(tmp_path, capsys):
+    trained(tmp_path, callbacks=[execute("trackers.md")["Printer"]()])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mine 1 {'train/loss'")
+    assert lines[-1] == "mine done"
+
+
+def test_data():
+    names = execute("data.md", kbtrain=kbtrain)
+    assert names["collate"]([[5, 6, 7]])["input_ids"].shape == (1, 64)
+    assert names["args"].train_sampling_strategy == "group_by_length"
+
+
+def test_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--width", "8", "--learning_rate", "1e-3"])
+    monkeypatch.setitem(sys.modules, "train", type(sys)("train"))
+    names = execute("command-line.md", __name__="train")
+    assert (names["model_args"].width, names["args"].learning_rate) == (8, 1e-3)
+
+
+def test_checkpoint_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = trained(tmp_path).model
+    expected = model.get_weights()
+    model.set_weights([np.zeros_like(value) for value in expected])
+    (tmp_path / "checkpoint-1").rename("checkpoint-500")
+    names = execute("checkpoint-format.md", model=model)
+    np.testing.assert_array_equal(names["kernel"], expected[0])
+    np.testing.assert_array_equal(model.get_weights()[0], expected[0])
+
+
+def test_reliability_names_what_exists():
+    (handler,) = [
+        n for n in ast.walk(ast.parse(block("reliability.md"))) if isinstance(n, ast.ExceptHandler)
+    ]
+    assert issubclass(getattr(kbtrain, handler.type.id), SystemExit)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_every_page_and_example_is_listed():
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for page in PAGES:
+        assert page.name == "index.md" or f"({page.name})" in index
+        assert f"- {page.name}\n" in site
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"`{example.name}`" in index
+        assert f"(examples/{example.name})" in readme
