@@ -256,8 +256,8 @@ def test_masked_lm_is_where_text_classification_begins(tmp_path):
     ).groups()
     assert int(loaded) == 3 + 2 + 16 + 2  # embeddings, their norm, a block, the pooled output
     assert (int(missing), int(unexpected)) == (1 + 2, 4)  # a dropout's seed, and the two heads
-    # Better than always naming the package with the most texts.
-    assert float(re.search(r"BERT: accuracy (\S+),", result.stdout)[1]) > 0.3
+    # Begun to learn: always naming the package with the most texts has 0.164.
+    assert float(re.search(r"BERT: accuracy (\S+),", result.stdout)[1]) > 0.18
 
 
 # --- the page on migrating ------------------------------------------------------------------------
