@@ -307,6 +307,20 @@ def tokens_seen(value: Any) -> Any:
     return choice("no", "all", "non_padding")(value)
 
 
+def average(value: Any) -> FrozenDict | None:
+    """Options of an average of the weights: True, its decay, a dict of options, or None."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return FrozenDict()
+    if isinstance(value, numbers.Real):
+        try:
+            return FrozenDict({"decay": real(0.0, below=1.0)(value)})
+        except Unfit as refusal:
+            raise Unfit(f"{refusal} (the decay), True, a dict of options, or None") from None
+    return options(value)
+
+
 def one_device(value: Any) -> str | None:
     """The name of one device: "cpu", "gpu" or "gpu:1"; a number is that of a GPU."""
     value = _plain(value)

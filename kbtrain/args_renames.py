@@ -124,18 +124,9 @@ DROPPED: dict[str, str] = {
     "xpu_backend": _DDP,
 }
 
-_REMAT = "Until then build the layers inside a keras.RematScope."
 
 # Fields of the reference that are still to come -> what holds until then.
 NOT_YET: dict[str, str] = {
-    "activation_checkpointing": _REMAT,
-    "activation_checkpointing_kwargs": _REMAT,
-    "bf16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
-    "debug": "Until then on_nonfinite='raise' stops at the first NaN.",
-    "fp16_full_eval": "Until then evaluation runs in the precision of training (see bf16).",
-    "gradient_checkpointing": _REMAT,
-    "gradient_checkpointing_kwargs": _REMAT,
-    "neftune_noise_alpha": "Until then add a keras.layers.GaussianNoise after the embedding.",
     "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
 }
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.args_kinds import Unfit, shown, steps
+from kbtrain.args_kinds import FrozenDict, Unfit, shown, steps
 from kbtrain.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 METRIC_DRIVEN = ("reduce_lr_on_plateau", "greedy")
 """Names of schedules that answer to ``metric_for_best_model`` after each evaluation."""
+
+
+SYNONYMS = (
+    ("gradient_checkpointing", "activation_checkpointing"),
+    ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+)
+"""Fields of one meaning: one of a pair may be given, both hold it."""
 
 
 def normalise(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -64,6 +71,15 @@ def derived_values(args: TrainingArguments) -> dict[str, Any]:
         derived["eval_steps"] = args.logging_steps
     if args.eval_strategy != "no":
         derived["do_eval"] = True
+    for one, other in SYNONYMS:
+        given = [value for value in (getattr(args, one), getattr(args, other)) if value is not None]
+        if len(given) == 2 and given[0] != given[1]:
+            raise ConfigurationError(
+                f"{one} and {other} are two names of one setting. Received: {one}={given[0]!r}, "
+                f"{other}={given[1]!r}. Give one of them."
+            )
+        default: Any = FrozenDict() if one.endswith("kwargs") else False
+        derived[one] = derived[other] = given[0] if given else default
     metric = args.metric_for_best_model
     needed = (
         args.load_best_model_at_end
@@ -136,6 +152,16 @@ def check_consistency(args: TrainingArguments) -> None:
         raise ConfigurationError(
             "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
             "where the device has bfloat16 (it needs no loss scale), else fp16=True."
+        )
+    if args.debug and args.on_nonfinite != "raise":
+        raise ConfigurationError(
+            "debug='underflow_overflow' explains the error of on_nonfinite='raise'. Received: "
+            f"on_nonfinite={args.on_nonfinite!r}. Leave one of them out."
+        )
+    if args.bf16_full_eval and args.fp16_full_eval:
+        raise ConfigurationError(
+            "An evaluation computes in one precision. Received: bf16_full_eval=True, "
+            "fp16_full_eval=True. Keep one of them."
         )
     if args.use_cpu and args.devices is not None and not args.devices.startswith("cpu"):
         raise ConfigurationError(

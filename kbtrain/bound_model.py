@@ -77,7 +77,7 @@ class BoundModel:
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
         self._checks_shapes = True
         self.forward: ForwardPass | None = None
-        self._eval_steps: dict[tuple[bool, bool], CompiledEvalStep] = {}
+        self._eval_steps: dict[tuple[bool, bool, str | None], CompiledEvalStep] = {}
 
     @property
     def metric_variables(self) -> list[keras.Variable]:
@@ -120,14 +120,17 @@ class BoundModel:
         ]
         return unique(listed)
 
-    def eval_step(self, with_loss: bool, gather: bool) -> CompiledEvalStep:
-        """The compiled evaluation step; one for each of the four forms.
+    def eval_step(
+        self, with_loss: bool, gather: bool, policy: str | None = None
+    ) -> CompiledEvalStep:
+        """The compiled evaluation step; one for each of the forms.
 
         Args:
             with_loss: The data has labels: compute the loss and update the metrics.
             gather: Return the outputs for the host.
+            policy: The dtype policy it runs under, if another one than in training.
         """
-        key = (with_loss, gather)
+        key = (with_loss, gather, policy)
         if key not in self._eval_steps:
             assert self.forward is not None
             variables = self.variables()

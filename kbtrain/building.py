@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kbtrain import registry
 from kbtrain.args_kinds import thaw
 from kbtrain.data import unpack
 from kbtrain.data.structure import leaves_with_paths
@@ -77,6 +79,21 @@ def use_mixed_precision(model: keras.Model, policy: str) -> None:
     for layer in walk_layers(model):
         if layer.dtype_policy.name == "float32":
             layer.dtype_policy = policy
+
+
+@contextlib.contextmanager
+def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
+    """Inside, layers with float32 weights compute by ``policy``; None changes nothing."""
+    changed = [] if policy is None else list(walk_layers(model))
+    mixed = ("float32", "mixed_bfloat16", "mixed_float16")
+    before = [(layer, layer.dtype_policy) for layer in changed if layer.dtype_policy.name in mixed]
+    for layer, _ in before:
+        layer.dtype_policy = policy
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            layer.dtype_policy = own
 
 
 def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> bool:
@@ -198,6 +215,20 @@ def set_parameter_groups(
         optimizer.set_parameter_groups(thaw(groups), model)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(str(error)) from None
+
+
+def with_average(
+    optimizer: keras.optimizers.Optimizer, options: Mapping[str, Any] | None
+) -> keras.optimizers.Optimizer:
+    """The optimizer inside one that averages the weights, or itself without ``args.ema``.
+
+    Raises:
+        ConfigurationError: No package offers averages, or one refuses the options.
+    """
+    if options is None:
+        return optimizer
+    factory = registry.find(registry.WRAPPERS, "ema", "ema")
+    return registry.call_with_known(factory, {"inner_optimizer": optimizer}, dict(options), "ema")
 
 
 def build_optimizer_state(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kbtrain import execution, persistence
+from kbtrain import building, execution, persistence
 from kbtrain.bound_model import CompiledEvalStep
 from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
@@ -126,7 +126,8 @@ def evaluate(
             f"name. Received: {prefix!r}."
         )
     bound, backend = trainer.bound, trainer.backend
-    with execution.settings(backend, trainer.args):
+    policy = None if trainer.is_in_train else trainer.args.full_eval_policy
+    with execution.settings(backend, trainer.args), building.computing_in(bound.model, policy):
         loader = trainer.eval_dataloader = as_loader(dataloader)
         batches = Batches(loader)
         first = batches.peek()
@@ -161,7 +162,7 @@ def evaluate(
             metrics.reset()
         evaluation = Evaluation(
             backend,
-            bound.eval_step(with_loss, wanted.gather_from_model),
+            bound.eval_step(with_loss, wanted.gather_from_model, policy),
             wanted,
             on_batches=lambda count: trainer.fire("on_prediction_step", batches=count),
             every_batch=trainer.callback_handler.need_every_batch(),

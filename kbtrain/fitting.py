@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kbtrain import actions, building, evaluation_weights, metric_schedule, persistence, rng
+from kbtrain import (
+    actions,
+    building,
+    evaluation_weights,
+    metric_schedule,
+    neftune,
+    persistence,
+    recompute,
+    rng,
+)
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.data import Batches, Block, Loader, as_loader
+from kbtrain.diagnosis import Diagnosis
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
@@ -90,9 +100,14 @@ def _run(
     if trainer.args.eval_on_start and checkpoint is None:
         actions.evaluate_at_start(trainer)
     run.times.restart()
-    with contextlib.closing(run.batches):
+    args, model = trainer.args, trainer.model
+    noise = neftune.noise(model, args.neftune_noise_alpha)
+    again = recompute.recomputed(
+        model, trainer.backend, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
+    )
+    with contextlib.closing(run.batches), noise, again:
         train_loop(trainer, run)
-    run.read()
+        run.read()
     with run.times.of("other"):
         trainer.saver.wait()
     return run, run.times.total
@@ -136,10 +151,11 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         progress.move_to(loader.batch_size)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
+    count_items = items_counter(trainer.compute_loss_func, args.label_names)
     step = make_train_step(
         trainer.backend,
         forward,
-        items_counter(trainer.compute_loss_func, args.label_names),
+        count_items,
         optimizer,
         trainable,
         bound.metrics,
@@ -149,7 +165,13 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     )
     variables = unique([*bound.variables(), *optimizer.variables, halted])
     trainer.backend.place(variables, args.chosen_device)
+    explain = None
+    if "underflow_overflow" in args.debug:
+        explain = Diagnosis(
+            trainer.backend, bound.model, forward, count_items, trainable, bound.variables()
+        ).explain
     return Run(
+        explain=explain,
         backend=trainer.backend,
         plan=plan,
         batches=batches,
@@ -234,12 +256,18 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
         given = trainer.model.optimizer
         _warn_of_unused(trainer)
     trainer.lr_scheduler = schedule
+    if given is not None and trainer.args.ema is not None:
+        raise ConfigurationError(
+            "ema is for optimizers that are made from the arguments. This one was given "
+            f"({type(given).__name__}): give it an average yourself, as in optim.EMA(optimizer)."
+        )
     if given is None:
         if schedule is None:
             trainer.lr_scheduler = trainer.create_scheduler(max_steps)
         given = trainer.create_optimizer()
         building.check_optimizer(given, "create_optimizer")
         building.set_parameter_groups(given, trainer.model, trainer.args.parameter_groups)
+        given = building.with_average(given, trainer.args.ema)
     elif trainer.args.parameter_groups:
         raise ConfigurationError(
             "parameter_groups is for optimizers that are made from the arguments. This one was "

@@ -15,6 +15,8 @@ from kbtrain.errors import ConfigurationError
 
 OPTIMIZERS = "kbtrain.optimizers"
 SCHEDULES = "kbtrain.schedules"
+WRAPPERS = "kbtrain.optimizer_wrappers"
+"""Optimizers around another one, which they take as ``inner_optimizer``."""
 REFUSED = ".refused"
 """Added to a group: names that are known and not offered; their entry points load the reason."""
 
@@ -39,7 +41,7 @@ def find(group: str, name: str, field: str) -> Any:
     """Import what ``name`` stands for.
 
     Args:
-        group: ``OPTIMIZERS`` or ``SCHEDULES``.
+        group: ``OPTIMIZERS``, ``SCHEDULES`` or ``WRAPPERS``.
         name: The name of the entry point.
         field: The argument the name was given for, to say so in an error.
 

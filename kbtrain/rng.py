@@ -24,6 +24,15 @@ def set_seed(seed: int) -> None:
         keras.utils.set_random_seed(seed)
 
 
+def global_generator() -> Any:
+    """The generator that Keras draws from where a layer or operation has no seed.
+
+    On JAX it cannot be asked for while a function is traced; what is drawn from it then is a
+    state like any other.
+    """
+    return global_seed_generator()
+
+
 def global_seed_variable() -> keras.Variable:
     """State of the generator that Keras draws from where a layer or operation has no seed."""
     return global_seed_generator().state

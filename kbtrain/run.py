@@ -48,6 +48,8 @@ class Run:
         pace: How many updates one call of the compiled step may have.
         count_tokens: Counts the tokens of a block, or None.
         pin: Copy batches to the device from page-locked memory.
+        explain: Says of an update (the chunks of its block, its number there) what in it was not
+            finite first; None to leave it at that.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
@@ -67,12 +69,13 @@ class Run:
     pace: Pace = field(default_factory=Pace)
     count_tokens: Callable[[Block], int] | None = None
     pin: bool = False
+    explain: Callable[[Any, int], str] | None = None
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
     _block: Block | None = None
     _result: dict[str, Any] | None = None
-    _pending: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    _pending: list[tuple[int, int, Any, dict[str, Any]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -128,7 +131,8 @@ class Run:
             )
             raise
         self._result = result
-        self._pending.append((self.state.global_step + 1, block.updates, result))
+        chunks = None if self.explain is None else block.chunks
+        self._pending.append((self.state.global_step + 1, block.updates, chunks, result))
         self.state.global_step += block.updates
         self.progress.batch += block.updates * block.micro_batches
         self.state.epoch = self.plan.epoch_at(
@@ -163,20 +167,24 @@ class Run:
         """
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
-        blocks = [(first, count) for first, count, _ in ready]
+        blocks = [(first, count, chunks) for first, count, chunks, _ in ready]
         try:
             with self.times.of("compute"):
                 results = self.backend.to_host([result for *_, result in ready])
         except Exception as error:
             self._raise_if_memory(error, self.state.global_step)
             raise
-        for (first, count), block in zip(blocks, results, strict=True):
+        for (first, count, chunks), block in zip(blocks, results, strict=True):
             # As numbers of Python: element by element, arrays are ten times slower.
             extras = {name: x.tolist() for name, x in block.pop("extras").items()}
             values = {name: x.tolist() for name, x in block.items()}
             for i in range(count):
                 more = {name: x[i] for name, x in extras.items()}
-                self._add(first + i, {name: x[i] for name, x in values.items()}, more)
+                result = {name: x[i] for name, x in values.items()}
+                if not result["finite"] and self.on_nonfinite != "ignore":
+                    self._nonfinite(first + i, result, chunks, i)
+                else:
+                    self._add(result, more)
 
     def _raise_if_memory(self, error: Exception, step: int, outline: Any = None) -> None:
         """Say what to do if an update did not fit into memory."""
@@ -189,11 +197,8 @@ class Run:
                 in_training=True,
             ) from error
 
-    def _add(self, step: int, result: dict[str, Any], extras: dict[str, float]) -> None:
+    def _add(self, result: dict[str, Any], extras: dict[str, float]) -> None:
         """Add one update's results to the sums."""
-        if not result["finite"] and self.on_nonfinite != "ignore":
-            self._nonfinite(step, result)
-            return
         loss = result["loss"]
         self.progress.loss_sum += loss
         self.progress.window_sum += loss
@@ -205,7 +210,7 @@ class Run:
             self.progress.window_extras = sums
         self._newest = result
 
-    def _nonfinite(self, step: int, result: dict[str, Any]) -> None:
+    def _nonfinite(self, step: int, result: dict[str, Any], chunks: Any, index: int) -> None:
         loss, norm = result["loss"], result["grad_norm"]
         if self.on_nonfinite == "skip":
             self.progress.skipped += 1
@@ -220,11 +225,16 @@ class Run:
         # Every update after this one was a no-op on the device: the run stands before it.
         self.state.global_step = step - 1
         checkpoint = self.last_checkpoint()
+        why = (
+            "Look for NaN or infinity in the data of this update (debug='underflow_overflow' names "
+            "the layer), lower learning_rate, or set max_grad_norm."
+            if self.explain is None
+            else self.explain(chunks, index)
+        )
         raise NonFiniteError(
             f"Update {step} was not finite: loss {loss}, gradient norm {norm}. The weights are as "
             f"update {step - 1} left them. Last checkpoint: {checkpoint or 'none was saved'}. "
-            "Look for NaN or infinity in the data of this update, lower learning_rate, or set "
-            "max_grad_norm. on_nonfinite='skip' leaves such updates out, 'ignore' applies them."
+            f"{why} on_nonfinite='skip' leaves such updates out, 'ignore' applies them."
         )
 
     def take_window(self) -> dict[str, float]:

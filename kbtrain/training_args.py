@@ -11,7 +11,13 @@ from kbtrain import args_kinds as kinds
 from kbtrain.args_documents import Documents
 from kbtrain.args_process import ProcessQuestions
 from kbtrain.args_renames import explain_unknown
-from kbtrain.args_validation import check_consistency, derived_values, normalise, resolve_steps
+from kbtrain.args_validation import (
+    SYNONYMS,
+    check_consistency,
+    derived_values,
+    normalise,
+    resolve_steps,
+)
 from kbtrain.errors import ConfigurationError
 
 __all__ = ["TrainingArguments", "resolve_steps"]
@@ -80,7 +86,8 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
       `steps_per_epoch`, `per_device_train_batch_size`, `per_device_eval_batch_size`,
       `gradient_accumulation_steps`, `auto_find_batch_size`.
     - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
-      `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `parameter_groups`.
+      `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `ema`,
+      `parameter_groups`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
       `report_to`, `run_name`, `project`, `log_level`,
@@ -99,7 +106,11 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
       `dataloader_num_workers`,
       `dataloader_prefetch_factor`, `dataloader_persistent_workers`,
       `dataloader_multiprocessing_context`, `train_sampling_strategy`, `length_column_name`.
-    - Numerics and execution: `bf16`, `fp16`, `label_smoothing_factor`, `on_nonfinite`,
+    - Numerics and execution: `bf16`, `fp16`, `bf16_full_eval`, `fp16_full_eval`,
+      `neftune_noise_alpha`, `label_smoothing_factor`, `on_nonfinite`,
+      `debug`, `gradient_checkpointing`,
+      `gradient_checkpointing_kwargs`, `activation_checkpointing`,
+      `activation_checkpointing_kwargs`,
       `jit_compile`, `steps_per_execution`, `use_cpu`, `devices`, `tf32`.
     - Several processes or devices, none of which there are yet: `average_tokens_across_devices`,
       `log_on_each_node`, `log_level_replica`, `save_on_each_node`, `parallelism_config`, `fsdp`.
@@ -206,6 +217,13 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         kinds.real(0.0),
         "Largest global L2 norm of the gradients; longer ones are scaled down to it. 0 turns "
         "clipping off, the norm is still logged.",
+    )
+    ema: Mapping[str, Any] | None = _option(
+        None,
+        kinds.average,
+        "Evaluate, export and choose the best of an exponential moving average of the weights: its "
+        "decay (0.999), True, or a dict of options ('decay', 'warmup'). None for none. Training "
+        "goes on from the weights themselves.",
     )
     parameter_groups: Sequence[Mapping[str, Any]] = _option(
         None,
@@ -557,6 +575,22 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "update whose gradients overflow is left out and the scale halved. Prefer bf16 where the "
         "device has it.",
     )
+    bf16_full_eval: bool = _option(
+        False,
+        kinds.flag,
+        "Evaluate and predict in bfloat16 outside of training, whatever it was trained in.",
+    )
+    fp16_full_eval: bool = _option(
+        False,
+        kinds.flag,
+        "Evaluate and predict in float16 outside of training, whatever it was trained in.",
+    )
+    neftune_noise_alpha: float | None = _option(
+        None,
+        kinds.optional(kinds.real(above=0.0)),
+        "Size of the noise (NEFTune) that is added to the outputs of Embedding layers in training: "
+        "uniform within alpha / sqrt(length * width). None for none.",
+    )
     label_smoothing_factor: float = _option(
         0.0,
         kinds.real(0.0, below=1.0),
@@ -567,6 +601,32 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         kinds.choice("raise", "skip", "ignore"),
         "What to do when loss or gradients are NaN or infinite: stop with an error before the "
         "weights are touched ('raise'), leave that update out ('skip') or apply it ('ignore').",
+    )
+    debug: Sequence[str] = _option(
+        (),
+        kinds.debug_options,
+        "['underflow_overflow'] names the first layer, or else the gradients, that were not finite "
+        "in the update at which on_nonfinite='raise' stops. It is run again for that.",
+    )
+    gradient_checkpointing: bool | None = _option(
+        None,
+        kinds.optional(kinds.flag),
+        "Save memory in training: run layers again in the backward pass in place of remembering "
+        "what they computed. The numbers stay the same.",
+    )
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = _option(
+        None,
+        kinds.optional(kinds.options),
+        "Which layers gradient_checkpointing is for: 'layer_names', a list, or 'every_n_layers'. "
+        "None means all of the outermost ones.",
+    )
+    activation_checkpointing: bool | None = _option(
+        None, kinds.optional(kinds.flag), "Another name of gradient_checkpointing."
+    )
+    activation_checkpointing_kwargs: Mapping[str, Any] | None = _option(
+        None,
+        kinds.optional(kinds.options),
+        "Another name of gradient_checkpointing_kwargs.",
     )
     jit_compile: bool | Literal["auto"] = _option(
         "auto",
@@ -620,6 +680,13 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         """The device of `use_cpu` or `devices`; None leaves it to the backend."""
         return "cpu" if self.use_cpu else self.devices
 
+    @property
+    def full_eval_policy(self) -> str | None:
+        """The dtype policy of evaluations outside of training; None for that of training."""
+        if self.bf16_full_eval:
+            return "mixed_bfloat16"
+        return "mixed_float16" if self.fp16_full_eval else None
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Update steps of warmup in a run of the given length.
 
@@ -652,6 +719,9 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         if "metric_for_best_model" in changes:
             # The direction belongs to the metric: "loss" -> "accuracy" must not keep "lower".
             changes.setdefault("greater_is_better", None)
+        for one, other in [*SYNONYMS, *(pair[::-1] for pair in SYNONYMS)]:
+            if one in changes:
+                changes.setdefault(other, None)
         return dataclasses.replace(self, **changes)
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:

@@ -105,6 +105,15 @@ FROZEN = {
     "steps_per_execution": ("auto", "auto"),
     "use_cpu": (False, False),
     "devices": (None, None),
+    "debug": ((), []),
+    "gradient_checkpointing": (None, False),
+    "gradient_checkpointing_kwargs": (None, {}),
+    "activation_checkpointing": (None, False),
+    "activation_checkpointing_kwargs": (None, {}),
+    "ema": (None, None),
+    "neftune_noise_alpha": (None, None),
+    "bf16_full_eval": (False, False),
+    "fp16_full_eval": (False, False),
     "tf32": (None, None),
     "full_determinism": (False, False),
     "dataloader_pin_memory": (True, True),
@@ -222,6 +231,11 @@ FLAGS = [name for name, field in FIELDS.items() if field.type in ("bool", "bool 
 
 REFUSED = [
     ("save_async", 1),
+    *(("debug", value) for value in ("tpu_metrics_debug", "loud", 1)),
+    ("gradient_checkpointing_kwargs", "every"),
+    ("activation_checkpointing_kwargs", [1]),
+    *(("ema", value) for value in (1.0, -0.1, "0.9", [0.9])),
+    ("neftune_noise_alpha", 0),
     *(("devices", value) for value in ([0, 1], "", "gpu:", -1, True, [], "gpu:1,2")),
     *(("fsdp", value) for value in (True, "full_shard", ["full_shard"], 0)),
     ("parallelism_config", {"tp_size": 2}),
@@ -422,6 +436,13 @@ class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference 
         ("save_steps", 0.2, 0.2),
         ("eval_strategy", Interval.EPOCH, "epoch"),
         ("devices", 1, "gpu:1"),
+        ("debug", "", ()),
+        ("debug", None, ()),
+        ("debug", "underflow_overflow", ("underflow_overflow",)),
+        ("ema", 0.99, {"decay": 0.99}),
+        ("ema", True, {}),
+        ("ema", False, None),
+        ("ema", {"decay": 0.9, "warmup": False}, {"decay": 0.9, "warmup": False}),
         ("devices", [0], "gpu:0"),
         ("devices", "cuda:1", "gpu:1"),
         ("devices", ["cpu"], "cpu"),
@@ -548,6 +569,17 @@ def test_ratios_are_compared_as_steps_once_the_steps_are_known():
     assert TrainingArguments(**best(120, 0.1, max_steps=600)).save_steps == 120
     with pytest.raises(ConfigurationError, match="save_steps=5, eval_steps=3"):
         check_saves_follow_evaluations(5, 3)
+
+
+def test_two_names_of_one_setting():
+    args = TrainingArguments(gradient_checkpointing=True)
+    assert args.activation_checkpointing is True
+    assert args.replace(activation_checkpointing=False).gradient_checkpointing is False
+    assert args.replace(seed=1).gradient_checkpointing is True
+    given = TrainingArguments(activation_checkpointing_kwargs={"every_n_layers": 2})
+    assert given.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    message = refusal(gradient_checkpointing=True, activation_checkpointing=False)
+    assert "two names of one setting" in message
 
 
 def test_do_eval_follows_the_strategy_and_two_devices_contradict():

@@ -9,6 +9,7 @@
 ``compile_eval_steps``       several evaluation steps in one call, whose outputs may be large
 ``value_and_grad``           loss, gradients and the state the layers want to change
 ``dropping``                 a scope in which what layers assign is forgotten
+``recompute``                a function that is run again for its gradients
 ``scan``                     a loop inside the step, over a leading axis
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
 ``undoable``                 assignments that can be taken back by such a flag

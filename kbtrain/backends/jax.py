@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+# Keras has no public door to the scope that a step runs in.
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, causes, user_line
@@ -348,6 +351,36 @@ def value_and_grad(
 def dropping() -> keras.StatelessScope:
     """A scope in which assignments are forgotten; losses of layers are collected."""
     return _Scope([(v, v.value) for v in _state], collect_losses=True)
+
+
+def recompute(
+    fn: Callable[[Sequence[Any]], list[Any]],
+    tensors: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> list[Any]:
+    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+
+    Args:
+        fn: May read and assign variables; both times it finds the same values.
+        tensors: Everything else it depends on.
+        variables: Those it reads or assigns (of no use here).
+    """
+    if not _state:  # outside of a step there are no gradients
+        return fn(tensors)
+    scope = get_stateless_scope()
+    held = [scope.get_current_value(v) for v in _state]
+    before = [v._value if x is None else x for v, x in zip(_state, held, strict=True)]
+    changed_indices: list[int] = []
+
+    def pure(values: list[Any], tensors: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs, changed = _run_stateless(lambda: fn(tensors), values, _LossScope)
+        changed_indices[:] = changed
+        return outputs, list(changed.values())
+
+    outputs, new = jax.checkpoint(pure)(before, list(tensors))
+    for index, value in zip(changed_indices, new, strict=True):
+        _state[index].assign(value)
+    return outputs
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

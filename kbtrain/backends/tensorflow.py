@@ -12,6 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# Keras has no public door to the scope that a step runs in.
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+
 # There is no public way to turn determinism off again, or to ask for it.
 from tensorflow.python.framework import config as tf_config
 
@@ -283,6 +286,48 @@ class _Scope(LossScope):
 def dropping() -> keras.StatelessScope:
     """A scope in which assignments are forgotten; losses of layers are collected."""
     return keras.StatelessScope(collect_losses=True)
+
+
+def recompute(
+    fn: Callable[[Sequence[Any]], list[Any]],
+    tensors: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> list[Any]:
+    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+
+    Args:
+        fn: May read and assign variables; both times it finds the same values.
+        tensors: Everything else it depends on.
+        variables: Those it reads or assigns.
+    """
+    if not _state:  # outside of a step there are no gradients
+        return fn(tensors)
+    scope = get_stateless_scope()
+    variables = list({id(v): v for v in variables}.values())
+    held = [None if scope is None else scope.get_current_value(v) for v in variables]
+    before = [
+        tf.convert_to_tensor(v._value if x is None else x)
+        for v, x in zip(variables, held, strict=True)
+    ]
+    count = len(tensors)
+    changed: list[keras.Variable] = []
+
+    # Variables' values are arguments: the gradient of what a closure holds would be lost.
+    def run(*flat: Any) -> list[Any]:
+        mapping = list(zip(variables, flat[count:], strict=True))
+        with LossScope(mapping, collect_losses=True) as scope:
+            given = [scope.get_current_value(v) for v in variables]
+            outputs = fn(flat[:count])
+        after = [scope.get_current_value(v) for v in variables]
+        pairs = list(zip(variables, given, after, strict=True))
+        changed[:] = [v for v, old, new in pairs if new is not old]
+        return [*outputs, *(new for _, old, new in pairs if new is not old)]
+
+    results = list(tf.recompute_grad(run)(*tensors, *before))
+    new = results[len(results) - len(changed) :]
+    for variable, value in zip(list(changed), new, strict=True):
+        variable.assign(value)
+    return results[: len(results) - len(changed)]
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

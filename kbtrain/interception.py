@@ -1,0 +1,47 @@
+"""Standing in for the ``call`` of a model's layers, for as long as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+
+# Keras has no public door to the flag that layers without an argument `training` run under.
+from keras.src.backend.common import global_state
+
+Call = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def replaced_calls(
+    layers: Iterable[keras.layers.Layer], make: Callable[[keras.layers.Layer, Call], Call]
+) -> Iterator[None]:
+    """Inside, each layer runs ``make(layer, call)`` in place of ``call``; nestable.
+
+    The replacement belongs to the object: other layers of the class, copies and saved models
+    know nothing of it.
+    """
+    before = [(layer, vars(layer).get("call")) for layer in layers]
+    for layer, _ in before:
+        vars(layer)["call"] = make(layer, vars(layer).get("call") or _class_call(layer))
+    try:
+        yield
+    finally:
+        for layer, own in before:
+            if own is None:
+                vars(layer).pop("call", None)
+            else:
+                vars(layer)["call"] = own
+
+
+def _class_call(layer: keras.layers.Layer) -> Call:
+    # Looked up when it is called: a backend may replace it while it records a step.
+    return lambda *args, **kwargs: type(layer).call(layer, *args, **kwargs)
+
+
+def in_training() -> bool:
+    """Whether the layer that is being called runs as in training."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return context is not None and bool(context.get_value("training"))
