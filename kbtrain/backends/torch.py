@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import keras
 import numpy as np
@@ -14,12 +13,10 @@ import torch
 
 # Keras has no public door to the scope that a step runs in.
 from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.backend.torch import random as keras_random
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
 
 from kbtrain.backends.scope import LossScope
-from kbtrain.backends.torch_program import guard
+from kbtrain.backends.torch_program import NotCapturable, guard
 from kbtrain.backends.torch_runner import InParts, Runner, now
 
 name = "torch"
@@ -175,18 +172,6 @@ def dropping() -> keras.StatelessScope:
     return keras.StatelessScope(collect_losses=True)
 
 
-_dropout = keras_random.dropout
-
-
-def _seeded_dropout(inputs: Any, rate: float, noise_shape: Any = None, seed: Any = None) -> Any:
-    """Keras' dropout from the state of its seed generator, also where the layer has no seed.
-
-    It would draw from torch's own generator then, and something else the second time.
-    """
-    shape = tuple(inputs.shape) if noise_shape is None else noise_shape
-    return _dropout(inputs, rate, shape, seed)
-
-
 def recompute(
     fn: Callable[[Sequence[Any]], list[Any]],
     tensors: Sequence[Any],
@@ -201,25 +186,17 @@ def recompute(
     """
     if not torch.is_grad_enabled():
         return fn(tensors)
+    if now.capturing:
+        # TorchScript keeps every tensor while it records, and computes what is equal once only.
+        raise NotCapturable("layers are to be run again, which a record would not do")
     scope = get_stateless_scope()
     variables = list({id(v): v for v in variables}.values())
     held = [None if scope is None else scope.get_current_value(v) for v in variables]
     before = [v._value if x is None else x for v, x in zip(variables, held, strict=True)]
     changes: list[tuple[keras.Variable, torch.Tensor]] = []
-    # Those that record a step are not in force where torch.autograd.grad runs this again.
-    modes = _get_current_function_mode_stack()
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mapping = list(zip(variables, before, strict=True))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(keras_random, "dropout", _seeded_dropout))
-            in_force = _get_current_function_mode_stack()
-            for mode in modes:
-                if not any(mode is other for other in in_force):
-                    stack.enter_context(mode)
-            return run_in_scope(mapping, tensors)
-
-    def run_in_scope(mapping: list[Any], tensors: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         with LossScope(mapping, collect_losses=True) as scope:
             given = [scope.get_current_value(v) for v in variables]
             outputs = fn(tensors)
@@ -230,9 +207,7 @@ def recompute(
 
     # It would be stopped early by an exception, which Keras takes for an error of the layer.
     with checkpoint.set_checkpoint_early_stop(False):
-        outputs = checkpoint.checkpoint(
-            run, *tensors, use_reentrant=False, preserve_rng_state=False
-        )
+        outputs = checkpoint.checkpoint(run, *tensors, use_reentrant=False)
     for variable, value in list(changes):
         variable.assign(value)
     return list(outputs)
