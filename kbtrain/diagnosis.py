@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from kbtrain import recompute
 from kbtrain.building import walk_layers
 from kbtrain.forward import ForwardPass
 from kbtrain.interception import Call, replaced_calls
@@ -57,7 +58,7 @@ class Diagnosis:
             where = f"In micro-batch {number}: "
             if bad := _bad_inputs(batch):
                 return f"{where}the data itself is not finite ({bad})."
-            with replaced_calls(layers, self._watched):
+            with recompute.switched_off(), replaced_calls(layers, self._watched):
                 probe = self._backend.compile_step(self._probe, self._variables)
                 found = self._backend.to_host(probe(self._backend.to_device(batch)))
             if (text := self._judge(found)) is not None:

@@ -22,6 +22,19 @@ from kbtrain.interception import Call, in_training, replaced_calls
 
 OPTIONS = ("every_n_layers", "layer_names")
 
+_off = False
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Inside, layers run once, for who wants to look at what they compute."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
 
 def recomputed(
     model: keras.Model, backend: ModuleType, wanted: bool | None, options: Mapping[str, Any] | None
@@ -48,7 +61,7 @@ def recomputed(
 
     def again(layer: keras.layers.Layer, call: Call) -> Call:
         def call_again(*args: Any, **kwargs: Any) -> Any:
-            if not in_training():
+            if _off or not in_training():
                 return call(*args, **kwargs)
             return _Recomputed(layer, call, args, kwargs).run(backend, unseeded)
 

@@ -41,7 +41,12 @@ def message(path, middle, loss="mse", spoil=False, bias=0.1, **changes):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_first_layer_is_named(tmp_path, accumulation):
-    text = message(tmp_path, [Large(name="huge")], gradient_accumulation_steps=accumulation)
+    text = message(
+        tmp_path,
+        [Large(name="huge")],
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=accumulation == 2,
+    )
     assert "Update 1 was not finite" in text
     assert "In micro-batch 0: the first output that is not finite is that of" in text
     assert "huge (Large)" in text
