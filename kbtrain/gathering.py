@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kbtrain.data import map_structure, to_numpy
+from kbtrain.data import map_structure
+from kbtrain.data.structure import as_array
 from kbtrain.errors import ConfigurationError, DataError
 
 PADDING = -100
@@ -319,6 +320,8 @@ def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
 
 
 def _plain(name: Any, value: Any, source: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -326,7 +329,7 @@ def _plain(name: Any, value: Any, source: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(f"{name}[{i}]", v, source) for i, v in enumerate(value)]
     if hasattr(type(value), "__array__"):
-        array = to_numpy(value, str(name))
+        array = as_array(value, str(name))  # in its own precision: metrics are often float64
         if array.dtype.kind in "biuf":
             return array.item() if array.size == 1 else array.tolist()
     raise ConfigurationError(

@@ -345,7 +345,8 @@ def test_results_become_what_json_can_hold(tmp_path):
         return {
             "tensor": keras.ops.ones(()),
             "array": np.arange(4).reshape(2, 2),
-            "one": np.array([0.5]),
+            "one": np.array([0.1]),
+            "scalar": np.float64(0.1),
             "text": "high",
             "nested": {"a": [np.float32(2.0)]},
         }
@@ -362,11 +363,13 @@ def test_results_become_what_json_can_hold(tmp_path):
     expected = {
         "eval_tensor": 1.0,
         "eval_array": [[0, 1], [2, 3]],
-        "eval_one": 0.5,
+        "eval_one": 0.1,
+        "eval_scalar": 0.1,
         "eval_text": "high",
         "eval_nested": {"a": [2.0]},
     }
     assert {name: metrics[name] for name in expected} == expected
+    assert type(metrics["eval_scalar"]) is float
     path = trainer.save_metrics("eval", metrics | {"more": np.float32(0.5)})
     assert json.loads(path.read_text())["more"] == 0.5
     trainer.log({"more": np.float32(0.5)})
