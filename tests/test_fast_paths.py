@@ -495,6 +495,7 @@ def scores(name):
     return [union], "sparse_categorical_crossentropy", 3
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # MeanIoU on JAX
 @pytest.mark.parametrize("outputs", ["one output", "three outputs"])
 def test_metrics_that_sum_by_index_do_not_keep_the_step_from_being_recorded(
     outputs, tmp_path, caplog
