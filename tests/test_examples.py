@@ -289,6 +289,11 @@ def test_every_argument_of_the_script_before_is_kept_or_explained():
     assert [name for name, said in SAID.items() if said not in refused[name]] == []
 
 
+def test_every_refused_argument_is_in_the_table():
+    table = PAGE.partition("## What to write instead")[2]
+    assert [name for name in SAID if f"| `{name}=" not in table] == []
+
+
 SAID = {
     "overwrite_output_dir": "never empties output_dir",
     "evaluation_strategy": "Write eval_strategy='epoch'",
