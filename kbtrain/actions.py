@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain import metric_schedule, persistence
+from kbtrain import metric_schedule, persistence, rng
 from kbtrain.callbacks import metric_value
+from kbtrain.errors import CheckpointDamagedError
+from kbtrain.interruption import EvaluationAbandoned
 from kbtrain.saving import Snapshot
 
 if TYPE_CHECKING:
@@ -30,16 +32,58 @@ def log_window(trainer: Trainer, run: Run) -> None:
     trainer.log(logs)
 
 
-def evaluate(trainer: Trainer) -> None:
-    """Evaluate, tell a learning rate that answers to a metric, see whether it is the best."""
-    metrics = trainer.evaluate()
+def evaluate(trainer: Trainer) -> bool:
+    """Evaluate, tell a learning rate that answers to a metric, see whether it is the best.
+
+    Returns:
+        False if somebody asks the run to stop: then no trace of an evaluation is left.
+    """
+    metrics = _evaluate_or_stop(trainer)
+    if metrics is None:
+        return False
     metric_schedule.tell(trainer.lr_scheduler, trainer.args, metrics)
     note_if_best(trainer, metrics)
+    return True
 
 
-def evaluate_at_start(trainer: Trainer) -> None:
-    """Evaluate before the first update: no learning rate answers to that."""
-    note_if_best(trainer, trainer.evaluate())
+def evaluate_at_start(trainer: Trainer) -> bool:
+    """Evaluate before the first update: no learning rate answers to that.
+
+    Returns:
+        As ``evaluate``.
+    """
+    metrics = _evaluate_or_stop(trainer)
+    if metrics is None:
+        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        logger.warning("%s: stopping before the first step.", trainer.interruption)
+        return False
+    note_if_best(trainer, metrics)
+    return True
+
+
+def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
+    """Evaluate, unless the run is to stop before that is over.
+
+    A set may take hours, and a notice of pre-emption gives seconds. The resumed run begins the
+    evaluation anew.
+
+    Returns:
+        The results; None if there are none. Log, callbacks' states and random states are then what
+        they were.
+    """
+    if trainer.watch.reason(trainer.saver.longest) is not None:
+        return None
+    logged, handler = list(trainer.state.log_history), trainer.callback_handler
+    states = copy.deepcopy(handler.state())
+    random_state = rng.capture(trainer.backend)
+    try:
+        with trainer.watch.abandoning():
+            return trainer.evaluate()
+    except EvaluationAbandoned:
+        trainer.state.log_history[:] = logged
+        handler.load_state(states)
+        rng.restore(trainer.backend, *random_state)
+        return None
 
 
 def note_if_best(trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -64,21 +108,41 @@ def look_around(trainer: Trainer) -> bool:
         Whether the run is to stop here although it has not reached its end.
     """
     trainer.saver.poll()
-    control = trainer.control
     reason = trainer.watch.reason(trainer.saver.longest)
-    if reason is None or control.should_training_stop:
+    if reason is None or trainer.control.should_training_stop:
         return False
-    trainer.interruption = reason
-    control.should_training_stop = True
-    control.should_save = trainer.args.save_strategy != "no"
-    logger.warning(
-        "%s: %s at step %d of %d, then stopping.",
-        reason,
-        "saving" if control.should_save else "not saving (save_strategy='no')",
-        trainer.state.global_step,
-        trainer.state.max_steps,
-    )
+    _stop(trainer, saving=trainer.args.save_strategy != "no")
     return True
+
+
+def leave_unfinished(trainer: Trainer, run: Run, after: str) -> None:
+    """Save and stop in place of an evaluation, which the resumed run begins with.
+
+    Args:
+        trainer: Whose evaluation it is.
+        run: The run.
+        after: "step" or "epoch", where the evaluation was due.
+    """
+    run.progress.unfinished = {"after": after, "save": trainer.control.should_save}
+    logger.warning(
+        "The evaluation of step %d is left to the resumed run.", trainer.state.global_step
+    )
+    _stop(trainer, saving=trainer.args.save_strategy != "no")
+
+
+def _stop(trainer: Trainer, saving: bool) -> None:
+    """Let the loop save, if it can, and end."""
+    if trainer.interruption is None:
+        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        logger.warning(
+            "%s: %s at step %d of %d, then stopping.",
+            trainer.interruption,
+            "saving" if saving else "not saving (save_strategy='no')",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+        )
+    trainer.control.should_training_stop = True
+    trainer.control.should_save = saving
 
 
 def save(trainer: Trainer, run: Run) -> None:
@@ -138,6 +202,20 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
     )
 
 
+def warn_of_former_run(trainer: Trainer) -> None:
+    """Before a fresh start that will save: say so if there are checkpoints of another run."""
+    if listed := trainer.store.list():
+        logger.warning(
+            "%s holds checkpoints of a former run (%s to %s). This one begins at step 0 and "
+            "replaces those of its own steps only: until it is further than they are, "
+            "resume_from_checkpoint=True would go on from the former run. Resume, delete them, or "
+            "choose another output_dir.",
+            trainer.store.directory,
+            listed[0][1].name,
+            listed[-1][1].name,
+        )
+
+
 def last_checkpoint(trainer: Trainer) -> Path | None:
     """The newest checkpoint of the run's folder, to name it in a message."""
     trainer.saver.settle()
@@ -156,7 +234,12 @@ def load_best(trainer: Trainer) -> None:
             state.best_global_step,
         )
         return
-    persistence.restore_model(trainer.model, store.load(path))
+    try:
+        checkpoint = store.load(path)
+    except CheckpointDamagedError as error:
+        logger.warning("load_best_model_at_end: %s The model keeps its last weights.", error)
+        return
+    persistence.restore_model(trainer.model, checkpoint)
     if store.path(state.best_global_step or 0).name != Path(path).name:
         logger.warning(
             "load_best_model_at_end: the best step %s has no checkpoint; these are the weights of "

@@ -233,8 +233,9 @@ class EarlyStoppingCallback(TrainerCallback):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
-        self.best = state["best"]
-        self.early_stopping_patience_counter = state["counter"]
+        best = state["best"]
+        self.best = None if best is None else float(best)
+        self.early_stopping_patience_counter = int(state["counter"])
 
 
 def metric_value(metrics: dict[str, Any], name: str | None) -> float:

@@ -164,21 +164,27 @@ def evaluate(
             backend,
             bound.eval_step(with_loss, wanted.gather_from_model, policy),
             wanted,
-            on_batches=lambda count: trainer.fire("on_prediction_step", batches=count),
+            on_batches=lambda count: _between_batches(trainer, count),
             every_batch=trainer.callback_handler.need_every_batch(),
         )
-        with swapped_in(trainer.optimizer if trainer.training_weights else None):
-            try:
-                output = evaluation.run(batches, metrics)
-            except Exception as error:
-                if not backend.is_oom(error):
-                    raise
-                raise OutOfMemoryError(
-                    f"The evaluation did not fit into memory: {first_lines(error)}. Lower "
-                    f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
-                ) from error
-        persistence.put_back(kept, saved)
-        return output
+        try:
+            with swapped_in(trainer.optimizer if trainer.training_weights else None):
+                return evaluation.run(batches, metrics)
+        except Exception as error:
+            if not backend.is_oom(error):
+                raise
+            raise OutOfMemoryError(
+                f"The evaluation did not fit into memory: {first_lines(error)}. Lower "
+                f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
+            ) from error
+        finally:
+            persistence.put_back(kept, saved)
+
+
+def _between_batches(trainer: Trainer, count: int) -> None:
+    """After a call: tell who listens, and leave if the run is to stop and can come back here."""
+    trainer.fire("on_prediction_step", batches=count)
+    trainer.watch.between_batches(trainer.saver.longest)
 
 
 def _generator(trainer: Trainer) -> Callable[[Any], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -12,6 +13,7 @@ import keras
 from kbtrain import (
     actions,
     building,
+    documents,
     evaluation_weights,
     metric_schedule,
     neftune,
@@ -22,6 +24,7 @@ from kbtrain import (
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
+from kbtrain.checkpoint.disk import parse_checkpoint_name
 from kbtrain.data import Batches, Block, Loader, as_loader
 from kbtrain.diagnosis import Diagnosis
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
@@ -97,8 +100,9 @@ def _run(
     trainer.current_run, trainer.training_weights = run, True
     trainer.control.new_training()
     trainer.fire("on_train_begin")
+    begun = True
     if trainer.args.eval_on_start and checkpoint is None:
-        actions.evaluate_at_start(trainer)
+        begun = actions.evaluate_at_start(trainer)
     run.times.restart()
     args, model = trainer.args, trainer.model
     noise = neftune.noise(model, args.neftune_noise_alpha)
@@ -106,8 +110,9 @@ def _run(
         model, trainer.backend, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
     )
     with contextlib.closing(run.batches), noise, again:
-        train_loop(trainer, run)
-        run.read()
+        if begun:
+            train_loop(trainer, run)
+            run.read()
     with run.times.of("other"):
         trainer.saver.wait()
     return run, run.times.total
@@ -239,7 +244,7 @@ def _restore_schedule(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     try:
         trainer.lr_scheduler.load_state(state)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointMismatchError(f"{checkpoint.path}, lr_scheduler: {error}") from None
 
 
@@ -298,6 +303,22 @@ def _warn_of_unused(trainer: Trainer) -> None:
         )
 
 
+def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:
+    """The state of a checkpoint, with the best one where it lies now: folders may be moved."""
+    state = TrainerState(**documents.fields_of(checkpoint, "trainer_state", TrainerState))
+    if state.global_step != checkpoint.step:
+        documents.damaged(
+            checkpoint, "trainer_state", f"it is of step {state.global_step}, not {checkpoint.step}"
+        )
+    if state.best_model_checkpoint is not None:
+        name = Path(state.best_model_checkpoint).name
+        if parse_checkpoint_name(name) is None:
+            documents.damaged(checkpoint, "trainer_state", f"the best checkpoint is {name!r}")
+        places = [trainer.store.directory / name, checkpoint.path.parent / name]
+        state.best_model_checkpoint = str(next((p for p in places if p.is_dir()), places[0]))
+    return state
+
+
 def _restore(
     trainer: Trainer, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
 ) -> persistence.Progress:
@@ -306,14 +327,16 @@ def _restore(
         trainer.backend, trainer.model, optimizer, trainer.bound.metric_variables, checkpoint
     )
     for change in persistence.compare_arguments(
-        checkpoint.documents["training_args"], trainer.args.to_dict()
+        documents.mapping(checkpoint, "training_args"), trainer.args.to_dict()
     ):
         logger.warning("Resuming with another setting: %s", change)
-    saved = TrainerState.from_dict(checkpoint.documents["trainer_state"])
-    trainer.state.continue_from(saved)
+    trainer.state.continue_from(_saved_state(trainer, checkpoint))
     _restore_schedule(trainer, checkpoint)
     if trainer.args.restore_callback_states_from_checkpoint:
-        trainer.callback_handler.load_state(saved.stateful_callbacks)
+        states = trainer.state.stateful_callbacks
+        documents.attempt(
+            checkpoint, "trainer_state", lambda: trainer.callback_handler.load_state(states)
+        )
     if trainer.args.ignore_data_skip:
         progress.batch = 0
     progress.check_length(num_examples, checkpoint.path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -20,6 +22,13 @@ SIGNALS = tuple(
 """What asks a run to save and stop. (Windows has no SIGUSR1.)"""
 
 MAX_TIME = "max_time"
+
+
+class EvaluationAbandoned(BaseException):
+    """Leaves an evaluation whose end the run cannot wait for; never leaves ``fit``.
+
+    No ``Exception``: what stands around an evaluation of the user's own must not swallow it.
+    """
 
 
 class Watch:
@@ -42,6 +51,8 @@ class Watch:
         self._last_look = self._start
         self._longest_step = 0.0
         self._former: dict[signal.Signals, Any] = {}
+        self._may_abandon = False
+        self._over = False
 
     def __enter__(self) -> Self:
         self._start = self._last_look = time.monotonic()
@@ -95,7 +106,29 @@ class Watch:
         # (one may still be in flight). Before the first checkpoint a tenth of the time, or 30 s.
         spare = min(0.1 * self._max_time, 30.0) if saving is None else 2 * saving
         left = self._start + self._max_time - now
-        return MAX_TIME if left <= self._longest_step + spare else None
+        self._over |= left <= self._longest_step + spare
+        return MAX_TIME if self._over else None
+
+    @contextlib.contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Inside, ``between_batches`` raises as soon as something asks the run to stop."""
+        self._may_abandon = True
+        try:
+            yield
+        finally:
+            self._may_abandon = False
+
+    def between_batches(self, saving: float | None) -> None:
+        """Leave an evaluation that the loop asked for, if the run is to stop now.
+
+        Args:
+            saving: As for ``reason``.
+
+        Raises:
+            EvaluationAbandoned: Inside ``abandoning``, if there is a reason to stop.
+        """
+        if self._may_abandon and self.reason(saving) is not None:
+            raise EvaluationAbandoned
 
     def raise_received(self, step: int, checkpoint: Path | None) -> None:
         """Raise what ends the program after a signal: nothing else keeps a script from going on.

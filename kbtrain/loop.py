@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kbtrain import actions
 from kbtrain.run import Run
-from kbtrain.state import decide_after_epoch, decide_after_step
+from kbtrain.state import TrainerControl, decide_after_epoch, decide_after_step
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
@@ -44,14 +44,20 @@ def train_loop(trainer: Trainer, run: Run) -> None:
     ``run.MAX_PENDING`` calls.
     """
     args, state, progress = trainer.args, trainer.state, run.progress
-    if state.global_step >= run.plan.max_steps:
+    done = state.global_step >= run.plan.max_steps
+    if done and progress.unfinished is None:
         logger.warning("Nothing to do: step %d of %d.", state.global_step, run.plan.max_steps)
+        return
+    trainer.control.should_training_stop |= done
+    if catch_up(trainer, run, "epoch") and trainer.control.should_training_stop:
         return
     for epoch in range(progress.epoch, run.plan.num_epochs):
         trainer.control.new_epoch()
         trainer.fire("on_epoch_begin")
+        if catch_up(trainer, run, "step") and trainer.interruption:
+            return
         with contextlib.closing(run.blocks()) as blocks:
-            for block in blocks:
+            for block in [] if ends_epoch(trainer.control) else blocks:
                 trainer.control.new_step()
                 trainer.fire("on_step_begin")
                 for _ in range(block.micro_batches - 1):
@@ -61,11 +67,11 @@ def train_loop(trainer: Trainer, run: Run) -> None:
                 trainer.fire("on_optimizer_step")
                 decide_after_step(args, state, trainer.control)
                 trainer.fire("on_step_end")
-                interrupted = actions.look_around(trainer)
-                log_evaluate_save(trainer, run)
-                if interrupted:
+                actions.look_around(trainer)
+                log_evaluate_save(trainer, run, "step")
+                if trainer.interruption:
                     return  # what the end of the epoch brings is left to the resumed run
-                if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
+                if ends_epoch(trainer.control):
                     break
         if progress.batch == 0:
             logger.warning(
@@ -78,13 +84,41 @@ def train_loop(trainer: Trainer, run: Run) -> None:
         run.end_epoch(stopped=trainer.control.should_training_stop)
         decide_after_epoch(args, state, trainer.control)
         trainer.fire("on_epoch_end")
-        log_evaluate_save(trainer, run)
+        log_evaluate_save(trainer, run, "epoch")
         if trainer.control.should_training_stop:
             break
 
 
-def log_evaluate_save(trainer: Trainer, run: Run) -> None:
-    """Do what is due, in this order."""
+def ends_epoch(control: TrainerControl) -> bool:
+    """Whether somebody has asked for the end of the epoch, or of all."""
+    return control.should_epoch_stop or control.should_training_stop
+
+
+def catch_up(trainer: Trainer, run: Run, after: str) -> bool:
+    """Do what a signal kept the former run from doing: an evaluation, and the save behind it.
+
+    Args:
+        trainer: The Trainer.
+        run: The run.
+        after: "step" or "epoch"; what was due elsewhere is left alone.
+
+    Returns:
+        Whether there was anything.
+    """
+    unfinished = run.progress.unfinished
+    if unfinished is None or unfinished["after"] != after:
+        return False
+    run.progress.unfinished = None
+    trainer.control.should_evaluate, trainer.control.should_save = True, unfinished["save"]
+    log_evaluate_save(trainer, run, after)
+    return True
+
+
+def log_evaluate_save(trainer: Trainer, run: Run, after: str) -> None:
+    """Do what is due after a "step" or an "epoch", in this order.
+
+    An evaluation that a signal does not let end is left to the resumed run.
+    """
     control = trainer.control
     if control.should_log:
         control.should_log = False
@@ -93,7 +127,9 @@ def log_evaluate_save(trainer: Trainer, run: Run) -> None:
         control.should_evaluate = False
         run.read()
         with run.times.of("other"):
-            actions.evaluate(trainer)
+            finished = actions.evaluate(trainer)
+        if not finished:
+            actions.leave_unfinished(trainer, run, after)
     if control.should_save:
         control.should_save = False
         run.read()

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain import building, evaluation_weights, lazy_tensorflow, rng
+from kbtrain import building, documents, evaluation_weights, lazy_tensorflow, rng
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -49,6 +49,8 @@ class Progress:
         skipped: Updates left out because they were not finite.
         batch_size: Samples of a micro-batch when this was saved.
         num_examples: Samples of an epoch then; None if the data does not know.
+        unfinished: An evaluation that was due and had to be left to the resumed run: ``after`` is
+            "step" or "epoch", ``save`` whether a checkpoint was due behind it.
     """
 
     epoch: int = 0
@@ -60,6 +62,7 @@ class Progress:
     skipped: int = 0
     batch_size: int | None = None
     num_examples: int | None = None
+    unfinished: dict[str, Any] | None = None
 
     def move_to(self, batch_size: int | None) -> None:
         """Convert the position in the data to another batch size, by samples."""
@@ -203,7 +206,9 @@ def restore_run(
         what="optimizer",
         model_names=model_plan.names,
     )
-    rng_arrays = _group(checkpoint, "rng")
+    progress = progress_of(checkpoint)
+    random_state = dict(_group(checkpoint, "rng")), documents.mapping(checkpoint, "rng")
+    documents.attempt(checkpoint, "rng", lambda: rng.restore(backend, *random_state))
     model_plan.apply()
     optimizer_plan.apply()
     saved = checkpoint.arrays.get("metrics", {})
@@ -215,8 +220,23 @@ def restore_run(
             "The metrics have changed since the checkpoint; their first value after the "
             "resume covers the steps from there on only."
         )
-    rng.restore(backend, dict(rng_arrays), checkpoint.documents["rng"])
-    return Progress(**checkpoint.documents["progress"])
+    return progress
+
+
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    """The position of a run, from a checkpoint.
+
+    Raises:
+        CheckpointDamagedError: It says what cannot be.
+    """
+    progress = Progress(**documents.fields_of(checkpoint, "progress", Progress))
+    unfinished = progress.unfinished
+    if unfinished is not None and (
+        unfinished.get("after") not in ("step", "epoch")
+        or not isinstance(unfinished.get("save"), bool)
+    ):
+        documents.damaged(checkpoint, "progress", f"'unfinished' is {unfinished!r}")
+    return progress
 
 
 def copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
@@ -248,22 +268,74 @@ def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
         ) from None
 
 
+_NUMBERS = (
+    "the rest of the run uses the new value, except for a learning rate that answers to a metric, "
+    "which goes on where it was"
+)
+_ORDER = "the rest of the data comes in another order"
+_LENGTH = "an epoch has another number of steps"
+_ROUNDING = "the same numbers are computed with other roundings from here on"
+_BEST = "the best value so far, which new ones are compared with, was measured by the old one"
+
+CONSEQUENCES = {
+    "per_device_train_batch_size": "the position in the data is converted by samples",
+    "gradient_accumulation_steps": _LENGTH,
+    "steps_per_epoch": _LENGTH,
+    "dataloader_drop_last": _LENGTH,
+    "num_train_epochs": "schedules by the length of the run go on along the new one",
+    "max_steps": "schedules by the length of the run go on along the new one",
+    "seed": "the random numbers of the run are restored, but the data order may differ",
+    "data_seed": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "dataloader_num_workers": "random augmentation draws other numbers with workers than without",
+    "logging_steps": "logs come at other steps",
+    "logging_strategy": "logs come at other steps",
+    "eval_steps": "evaluations come at other steps",
+    "eval_strategy": "evaluations come at other steps",
+    "eval_delay": "evaluations come at other steps",
+    "save_steps": "checkpoints come at other steps",
+    "save_strategy": "checkpoints come at other steps",
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "bf16": _ROUNDING,
+    "fp16": _ROUNDING,
+    "jit_compile": _ROUNDING,
+    "use_cpu": _ROUNDING,
+    "on_nonfinite": "an update that is not finite is dealt with in the new way",
+}
+"""What a resumed run does otherwise for a changed argument; others: see ``compare_arguments``."""
+
+HARMLESS = frozenset(
+    [
+        *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level"),
+        *("logging_first_step", "include_num_input_tokens_seen", "skip_memory_metrics"),
+        *("per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
+        *("batch_eval_metrics", "eval_do_concat_batches", "eval_accumulation_steps"),
+        *("eval_on_start", "eval_max_steps", "eval_minutes", "predict_with_generate"),
+        *("generation_max_length", "generation_kwargs", "save_minutes", "save_total_limit"),
+        *("save_only_model", "save_async", "on_save_error", "enable_jit_checkpoint", "max_time"),
+        *("load_best_model_at_end", "resume_from_checkpoint", "ignore_data_skip"),
+        *("restore_callback_states_from_checkpoint", "dataloader_prefetch_factor"),
+        *("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
+        "steps_per_execution",
+    ]
+)
+"""Arguments that do not touch the training of a resumed run, or that say how to resume."""
+
+
 def compare_arguments(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Say which changed arguments make the resumed run differ from the interrupted one."""
-    consequences = {
-        "per_device_train_batch_size": "the position in the data is converted by samples",
-        "gradient_accumulation_steps": "an epoch has another number of steps",
-        "seed": "the random numbers of the run are restored, but the data order may differ",
-        "data_seed": "the rest of the data comes in another order",
-        "train_sampling_strategy": "the rest of the data comes in another order",
-        "logging_steps": "logs come at other steps",
-        "eval_steps": "evaluations come at other steps",
-        "save_steps": "checkpoints come at other steps",
-    }
+    """Say which changed arguments make the resumed run differ from the interrupted one.
+
+    Args:
+        saved: The arguments of the checkpoint, from JSON; one of an older version lacks some.
+        current: Those of this run.
+    """
+    current = json.loads(json.dumps(current))
     return [
-        f"{name} was {saved[name]!r} and is {current[name]!r} now: {what}."
-        for name, what in consequences.items()
-        if name in saved and saved[name] != current[name]
+        f"{name} was {saved[name]!r} and is {value!r} now: {CONSEQUENCES.get(name, _NUMBERS)}."
+        for name, value in current.items()
+        if name in saved and saved[name] != value and name not in HARMLESS
     ]
 
 

@@ -64,7 +64,9 @@ def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[s
     # First, because Keras makes its generator on demand, from a draw of Python's.
     variable = global_seed_variable()
     internal = tuple(int(x) for x in arrays["python"])
-    random.setstate((document["python"]["version"], internal, document["python"]["gauss"]))
+    gauss = document["python"]["gauss"]  # which setstate takes unlooked at
+    gauss = None if gauss is None else float(gauss)
+    random.setstate((document["python"]["version"], internal, gauss))
     state = document["numpy"]
     np.random.set_state(
         (

@@ -96,7 +96,7 @@ class Saver:
         if will_save:
             self._take_folder(on_error)
         try:
-            self.store.clean_leftovers()
+            self.store.clean_leftovers(alone=self._lock.is_held)
             yield
             self.wait()
         except KeyboardInterrupt:

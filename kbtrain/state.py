@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +117,6 @@ class TrainerState:
         values = vars(self) | {"log_history": list(self.log_history)}
         # A deep copy of a log of 100,000 entries would take longer than a checkpoint.
         return values | {"stateful_callbacks": copy.deepcopy(self.stateful_callbacks)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainerState:
-        """Inverse of ``to_dict``; names this version does not know are left out."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def decide_after_step(

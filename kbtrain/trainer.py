@@ -289,6 +289,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         try:
             with self.watch, self.saver.running(args.save_strategy != "no", args.on_save_error):
                 checkpoint = self.store.resolve(resume)
+                if checkpoint is None and args.save_strategy != "no":
+                    actions.warn_of_former_run(self)
                 with execution.settings(self.backend, args):
                     output = batch_size.fit(self, checkpoint)
             newest = actions.last_checkpoint(self) if self.watch.received else None

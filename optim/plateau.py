@@ -161,8 +161,11 @@ class MetricSchedule:
                 f"This is not the state of a {type(self).__name__}, which has "
                 f"{', '.join(self.remembered)}. Received: {', '.join(sorted(state))}"
             )
-        for name, value in state.items():
-            setattr(self, name, _from_json(value))
+        values = {name: _from_json(value) for name, value in state.items()}
+        for name, value in values.items():
+            if isinstance(value, list) != isinstance(getattr(self, name), list):
+                raise ValueError(f"{name} is not of the kind it was saved as. Received: {value!r}")
+        vars(self).update(values)
         if self._variable is not None:
             self._variable.assign(self.rate)
 
@@ -493,6 +496,8 @@ def _to_json(value: Any) -> Any:
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"A state is made of numbers. Received: {value!r}")
     return float(value) if isinstance(value, str) else value
 
 

@@ -293,6 +293,12 @@ def test_leftovers_of_dead_processes_and_of_this_one_are_removed(store, dead_pid
     assert names(store.directory) == sorted([stays.name, ".tmp-other", "checkpoint-5"])
 
 
+def test_whoever_is_alone_removes_those_of_a_number_that_is_in_use_again(store):
+    """In a container the program before was process 1, and somebody always is."""
+    gone = leftover(store, "tmp", 12, os.getppid())
+    assert store.clean_leftovers(alone=True) == [gone]
+
+
 def test_a_folder_being_written_is_no_leftover(store, monkeypatch):
     fsync, cleaned = os.fsync, []
 

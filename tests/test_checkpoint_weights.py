@@ -184,20 +184,42 @@ def test_a_group_beyond_the_limit_is_spread_over_files(tmp_path):
     model["big"] = np.zeros(100)
     path = store.save(1, {"model": model, "optimizer": {}, "rng": {"a": np.zeros(1)}})
     assert shard_names(path) == [
-        *(f"model-0000{i}-of-00004.weights.h5" for i in (1, 2, 3, 4)), "optimizer.h5", "rng.h5",
+        *(f"model_0000{i}.weights.h5" for i in range(4)), "optimizer.h5", "rng.h5",
     ]  # fmt: skip
     loaded = CheckpointStore(tmp_path).load(path)
     assert list(loaded.arrays["model"]) == list(model)
     for name, array in model.items():
         np.testing.assert_array_equal(loaded.arrays["model"][name], array)
-    (path / "model-00002-of-00004.weights.h5").unlink()
-    assert store.verify(path) == ["model-00002-of-00004.weights.h5: missing"]
+    (path / "model_00001.weights.h5").unlink()
+    assert store.verify(path) == ["model_00001.weights.h5: missing"]
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002", "x-12345-of-99999"])
+@pytest.mark.parametrize("build", [sequential, functional, own, bfloat16], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shard_bytes", [1, 100])
+def test_plain_keras_loads_what_is_spread_over_files(tmp_path, build, shard_bytes):
+    model, other = build(), build()
+    randomise(model, 0)
+    randomise(other, 1)
+    path = CheckpointStore(tmp_path, shard_bytes).save(
+        1, {"model": gather_model(model)}, places={"model": places(model)}
+    )
+    assert len(shard_names(path)) > 1
+    other.load_weights(path / "model.weights.json")
+    for first, second in zip(model.get_weights(), other.get_weights(), strict=True):
+        assert first.tobytes() == second.tobytes()
+    if build is own:
+        np.testing.assert_array_equal(other.layers[0].note, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002", "x-12345-of-99999", "model_00001.weights", "Model_7.weights"],
+)
 def test_names_that_look_like_shards_are_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="Received: "):
         CheckpointStore(tmp_path).save(1, {name: {}})
+    with pytest.raises(CheckpointError, match="Received: "):
+        CheckpointStore(tmp_path).save(1, {}, {"model.weights": {}})
 
 
 def test_a_run_in_shards_goes_on_exactly(tmp_path):

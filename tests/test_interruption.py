@@ -8,10 +8,17 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import Recorder, StopAt, arguments, linear_model, make_data, weights, without_timings
 
-from kbtrain import Trainer, TrainerCallback, TrainingInterrupted, interruption
+from kbtrain import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingInterrupted,
+    interruption,
+)
 from kbtrain.checkpoint import CheckpointStore
 
 
@@ -202,6 +209,155 @@ def test_handlers_are_restored_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError):
         make_trainer(tmp_path, [Recorder({"on_step_end": fail})]).fit()
     assert handlers() == before
+
+
+# --- during an evaluation -------------------------------------------------------------------------
+
+
+class SendInEvaluation(TrainerCallback):
+    """Sends a signal in the middle of an evaluation; counts the batches of all of them."""
+
+    def __init__(self, step, number=signal.SIGTERM, at_batch=2):
+        self.step, self.number, self.at_batch, self.seen = step, number, at_batch, {}
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        done = self.seen[state.global_step] = self.seen.get(state.global_step, 0) + 1
+        if (state.global_step, done) == (self.step, self.at_batch):
+            os.kill(os.getpid(), self.number)
+
+
+class Noisy:
+    """An evaluation set that draws from NumPy's global generator."""
+
+    def __init__(self):
+        self.x, self.y = make_data(8, seed=5)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.x[index] + np.float32(np.random.normal()), self.y[index]
+
+
+EVALUATING = {
+    "per_device_eval_batch_size": 1,
+    "metric_for_best_model": "first_loss",
+    "load_best_model_at_end": True,
+    "report_to": "json",
+}
+WITH_STEPS = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+WITH_EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+
+
+def evaluating(folder, callbacks, **changes):
+    trainer = make_trainer(
+        folder, [EarlyStoppingCallback(50), *callbacks], **(EVALUATING | changes)
+    )
+    trainer.eval_dataset = {"first": Noisy(), "second": Noisy()}
+    return trainer
+
+
+def story(trainer):
+    """All that a run leaves behind, also in its log file."""
+    log = (Path(trainer.args.output_dir) / "log.jsonl").read_text().splitlines()
+    state = trainer.state
+    return (
+        outcome(trainer),
+        without_timings([json.loads(line) for line in log])[:-1],
+        (state.best_metric, state.best_global_step, trainer.callback_handler.state()),
+        [step for step, _ in trainer.store.list()],
+        np.random.random(),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The uninterrupted runs: by steps and by epochs."""
+
+    def run(name, changes):
+        trainer = evaluating(tmp_path_factory.mktemp(name), [], **changes)
+        trainer.fit()
+        return story(trainer)
+
+    return {"steps": run("steps", WITH_STEPS), "epochs": run("epochs", WITH_EPOCHS)}
+
+
+@pytest.mark.parametrize("batch", [2, 11], ids=["first set", "second set"])
+@pytest.mark.parametrize(
+    ("strategy", "step"), [("steps", 5), ("steps", 12), ("epochs", 4), ("epochs", 12)]
+)
+def test_an_evaluation_is_left_at_once_and_made_up_for(
+    tmp_path, evaluated, caplog, strategy, step, batch
+):
+    changes = WITH_STEPS if strategy == "steps" else WITH_EPOCHS
+    send = SendInEvaluation(step, at_batch=batch)
+    with pytest.raises(TrainingInterrupted, match=f"step {step}.*checkpoint-{step}"):
+        evaluating(tmp_path, [send], **changes).fit()
+    assert send.seen[step] == batch
+    assert f"The evaluation of step {step} is left to the resumed run" in caplog.text
+    assert saved_steps(tmp_path)[-1] == step
+    again = evaluating(tmp_path, [], **changes)
+    again.fit(resume_from_checkpoint=True)
+    assert story(again) == evaluated[strategy]
+
+
+def test_an_evaluation_may_be_left_again_and_again(tmp_path, evaluated):
+    for batch in (1, 2, 3):
+        with pytest.raises(TrainingInterrupted):
+            evaluating(tmp_path, [SendInEvaluation(5, at_batch=batch)], **WITH_STEPS).fit("auto")
+    again = evaluating(tmp_path, [], **WITH_STEPS)
+    again.fit(resume_from_checkpoint=True)
+    assert story(again) == evaluated["steps"]
+
+
+def test_a_signal_in_a_step_does_not_wait_for_the_evaluation_behind_it(tmp_path, evaluated):
+    counter = SendInEvaluation(-1)
+    with pytest.raises(TrainingInterrupted):
+        evaluating(tmp_path, [Send(5, signal.SIGTERM), counter], **WITH_STEPS).fit()
+    assert counter.seen == {}
+    again = evaluating(tmp_path, [], **WITH_STEPS)
+    again.fit(resume_from_checkpoint=True)
+    assert story(again) == evaluated["steps"]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step(tmp_path):
+    send = SendInEvaluation(0, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="step 0"):
+        evaluating(tmp_path, [send], eval_on_start=True, **WITH_STEPS).fit()
+    assert send.seen == {0: 2}
+    assert saved_steps(tmp_path) == []
+
+
+def test_max_time_does_not_wait_for_an_evaluation_either(tmp_path, clock, evaluated):
+    class Slow(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            clock[0] += 1.0
+
+    trainer = evaluating(tmp_path, [Slow()], max_time=10, **WITH_STEPS)
+    trainer.saver.longest = 0.5
+    output = trainer.fit()
+    assert (output.global_step, trainer.interruption) == (5, "max_time")
+    again = evaluating(tmp_path, [], **WITH_STEPS)
+    again.fit(resume_from_checkpoint=True)
+    assert story(again)[0] == evaluated["steps"][0]
+
+
+def test_an_evaluation_of_the_users_own_is_not_left(tmp_path):
+    """Between two steps, in a callback: what would come back to the middle of it?"""
+    results = []
+    send = SendInEvaluation(3)
+
+    def evaluate(args, state, control, kwargs):
+        if state.global_step == 3:
+            results.append(kwargs["trainer"].evaluate(make_data(4), "mine"))
+
+    trainer = make_trainer(
+        tmp_path, [Recorder({"on_step_end": evaluate}), send], per_device_eval_batch_size=1
+    )
+    with pytest.raises(TrainingInterrupted, match="step 3"):
+        trainer.fit()
+    assert "mine_loss" in results[0]
+    assert send.seen == {3: 4}
 
 
 # --- max_time -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The negative controls take one part out of a checkpoint and show that then the e
 without them the tests above could pass on a run in which that part does not matter.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -12,8 +13,9 @@ import pytest
 from helpers import StopAt, arguments, linear_model, make_data, train_logs
 from helpers_resume import in_new_process, make_trainer, results
 
-from kbtrain import CheckpointMismatchError, Trainer
+from kbtrain import CheckpointMismatchError, Trainer, TrainingArguments
 from kbtrain.checkpoint import CheckpointStore
+from kbtrain.persistence import CONSEQUENCES, HARMLESS, compare_arguments
 
 STEPS = {"plain": 18, "accumulation": 9, "short group": 6}
 
@@ -342,6 +344,7 @@ def test_data_of_another_length_is_taken_if_the_epoch_begins_anew(tmp_path, capl
         ({"per_device_train_batch_size": 2}, "converted by samples"),
         ({"seed": 7}, "data order may differ"),
         ({"data_seed": 7}, "another order"),
+        ({"learning_rate": 0.5}, "uses the new value"),
     ],
 )
 def test_other_settings_are_named_with_their_consequences(tmp_path, caplog, changes, words):
@@ -349,3 +352,18 @@ def test_other_settings_are_named_with_their_consequences(tmp_path, caplog, chan
     (name,) = changes
     assert f"Resuming with another setting: {name} was" in caplog.text
     assert words in caplog.text
+
+
+def test_every_argument_is_compared_or_known_to_do_no_harm():
+    """One that is new and in neither list is taken for a number of the training."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert not CONSEQUENCES.keys() & HARMLESS
+    assert CONSEQUENCES.keys() | HARMLESS <= names
+    rest = sorted(names - CONSEQUENCES.keys() - HARMLESS)
+    saved = TrainingArguments().to_dict()
+    assert compare_arguments(saved, saved) == []
+    assert [m.split()[0] for m in compare_arguments(dict.fromkeys(rest, "x"), saved)] == [
+        name for name in saved if name in rest
+    ]
+    assert compare_arguments(dict.fromkeys(HARMLESS, "x"), saved) == []
+    assert compare_arguments({}, saved) == []

@@ -226,8 +226,9 @@ def train(folder, callbacks=(), resume=None, **changes):
         per_device_train_batch_size=4,
     )
     trainer = Trainer(
-        linear_model(), args, train_dataset=make_data(), loss="mse", callbacks=list(callbacks)
-    )
+        linear_model(), args, train_dataset=make_data(), eval_dataset=make_data(), loss="mse",
+        callbacks=list(callbacks),
+    )  # fmt: skip
     trainer.fit(resume)
     return trainer
 
@@ -426,6 +427,75 @@ def test_captured_values_share_no_memory_with_the_model(tmp_path):
         assert array.flags.owndata
 
 
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["with spaces", "größe-尺寸", "linked"])
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    folder = tmp_path / name
+    if name == "linked":
+        (tmp_path / "real").mkdir()
+        folder.symlink_to(tmp_path / "real")
+    train(folder, save_total_limit=1)
+    assert train(folder, resume=True, max_steps=9).state.global_step == 9
+    assert os.listdir(folder) == ["checkpoint-9"]
+
+
+def test_a_program_may_go_elsewhere_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "begin").mkdir()
+    (tmp_path / "end").mkdir()
+    monkeypatch.chdir(tmp_path / "begin")
+    away = [At(3, lambda trainer: os.chdir(tmp_path / "end"))]
+    train("run", away, report_to="json", load_best_model_at_end=True, eval_strategy="steps",
+          eval_steps=2, save_total_limit=1)  # fmt: skip
+    assert os.listdir(tmp_path / "end") == []
+    assert sorted(os.listdir(tmp_path / "begin" / "run")) == ["checkpoint-8", "log.jsonl"]
+    text = (tmp_path / "begin" / "run" / "log.jsonl").read_text()
+    assert [s for line in text.splitlines() if "loss" in (s := json.loads(line))][-1]["step"] == 8
+
+
+def test_what_bears_a_checkpoints_name_and_is_none(tmp_path):
+    for name in ("checkpoint-00002", "checkpoint-abc", "checkpoint-2 (copy)", "checkpoint-99"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-4").write_text("a file where a checkpoint is to be")
+    trainer = train(tmp_path, resume="auto", save_total_limit=2)
+    assert [step for step, _ in trainer.store.list()] == [6, 8, 99]
+    assert trainer.store.latest_intact().step == 8
+    assert (tmp_path / "checkpoint-00002").is_dir()
+
+
+def test_checkpoints_of_a_former_run_are_pointed_out(tmp_path, caplog):
+    train(tmp_path)
+    assert "former run" not in caplog.text
+    train(tmp_path, resume=True, max_steps=9)
+    assert "former run" not in caplog.text
+    train(tmp_path, max_steps=4)
+    assert "checkpoints of a former run (checkpoint-2 to checkpoint-9)" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["deleted", "damaged"])
+def test_the_best_checkpoint_may_be_lost_before_it_is_loaded(tmp_path, caplog, fault):
+    def lose(trainer):
+        trainer.saver.settle()
+        best = trainer.store.path(6)
+        if fault == "deleted":
+            shutil.rmtree(best)
+        else:
+            (best / "model.weights.h5").write_bytes(b"")
+
+    def degrade(trainer):
+        for variable in trainer.model.trainable_variables:
+            variable.assign(100 * np.ones(variable.shape))
+
+    trainer = train(
+        tmp_path, [At(7, degrade), At(8, lose)], load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=2, learning_rate=0.05,
+    )  # fmt: skip
+    assert trainer.state.best_global_step == 6
+    assert "The model keeps its last weights" in caplog.text or "keeps its last" in caplog.text
+    assert all(w.max() > 50 for w in weights(trainer.model))
+
+
 # --- the system's own refusals --------------------------------------------------------------------
 
 
@@ -484,6 +554,27 @@ def test_a_disk_that_is_really_full(small_disk, caplog):
     text = (small_disk / "run" / "log.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_a_disk_that_becomes_read_only(small_disk, caplog):
+    """Root, too, is refused by the system itself."""
+    if small_disk is None:
+        return
+
+    def remount(how):
+        def act(trainer):
+            trainer.saver.settle()
+            subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+        return act
+
+    trainer = train(
+        small_disk / "run", [At(3, remount("ro")), At(7, remount("rw"))], report_to="json"
+    )
+    assert trainer.state.global_step == 8
+    assert "Read-only file system" in caplog.text
+    assert "that this process can write to" in caplog.text
+    assert sorted(os.listdir(small_disk / "run")) == ["checkpoint-2", "checkpoint-8", "log.jsonl"]
 
 
 def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch):

@@ -7,48 +7,27 @@ ones that were written, is in ``manifest.py``; where they lie and when they coun
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import h5py
-import ml_dtypes
 import numpy as np
 
 from kbtrain.checkpoint.disk import FileEntry, open_regular, write_bytes
+from kbtrain.checkpoint.dtypes import DTYPES, NATIVE
+from kbtrain.checkpoint.places import (
+    TRAILER,
+    TRAILER_SIZE,
+    ArrayOutline,
+    find_places,
+    read_place,
+)
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 ARRAYS_FORMAT = "kbtrain-arrays"
 ARRAYS_VERSION = 1
-
-# Types HDF5 has itself. The list is closed: what a file may contain must not depend on the machine.
-NATIVE = frozenset(
-    np.dtype(name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "complex64", "complex128"),
-    )
-)
-# Types HDF5 does not have: stored as the unsigned integers of the same bits.
-_EXTENDED = {
-    name: np.dtype(getattr(ml_dtypes, name))
-    for name in (
-        "bfloat16",
-        *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
-        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-        *("int2", "int4", "uint2", "uint4"),
-    )
-    if hasattr(ml_dtypes, name)
-}
-DTYPES = {dtype.name: dtype for dtype in NATIVE} | _EXTENDED
-
-
-# After the end of the HDF5 data, where HDF5 does not look: the checksum of all before. libhdf5 must
-# not be shown altered files: a single byte can send it into an endless loop.
-TRAILER = b"\nkbtrain-arrays sha256 %s\n"
-_TRAILER_SIZE = len(TRAILER % (b"0" * 64))
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -80,7 +59,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
     """Read arrays from an open file whose checksum the caller has found right.
 
-    Without that, libhdf5 may not come back (see ``TRAILER``).
+    Without that, libhdf5 may not come back, which reads the files of former versions.
 
     Args:
         file: The file; its position does not matter.
@@ -90,7 +69,9 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
         CheckpointDamagedError: As ``read_arrays``.
         CheckpointError: As ``read_arrays``.
     """
-    with _opened(file, name) as (h5, size):
+    if (places := find_places(file, name)) is not None:
+        return {place.outline.name: read_place(file, place, name) for place in places}
+    with _opened(file, name) as (h5, size):  # as former versions wrote it
         return _read_h5(h5, size, name)
 
 
@@ -112,25 +93,6 @@ def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
         ) from error
 
 
-class ArrayOutline(NamedTuple):
-    """An array of a file without its values.
-
-    Attributes:
-        name: The array's name.
-        dtype: Its dtype.
-        shape: Its shape.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
 def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
     """List the arrays of an open file whose checksum the caller has found right.
 
@@ -142,6 +104,8 @@ def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
         CheckpointDamagedError: As ``read_arrays``.
         CheckpointError: As ``read_arrays``.
     """
+    if (places := find_places(file, name)) is not None:
+        return [place.outline for place in places]
     with _opened(file, name) as (h5, size):
         return [outline for outline, _ in _read_index(h5, [size], name)]
 
@@ -197,7 +161,7 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
 def _check_trailer(file: io.FileIO, name: str) -> None:
     try:
-        remaining = file.seek(0, 2) - _TRAILER_SIZE
+        remaining = file.seek(0, 2) - TRAILER_SIZE
         file.seek(max(remaining, 0))
         trailer = file.read()
         file.seek(0)

@@ -54,6 +54,11 @@ class RunLock:
         self._descriptor: int | None = None
         self._made_folder = False
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the system keeps other processes away."""
+        return self._descriptor is not None
+
     def acquire(self) -> None:
         """Take the lock, or keep it; if somebody deleted its file, take it anew.
 

@@ -26,7 +26,10 @@ DOCUMENT_SUFFIX = ".json"
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
-_SHARD = re.compile(r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5", re.ASCII)
+_SHARD = re.compile(
+    r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5|model_[0-9]+\.weights\.h5|model\.weights\.json",
+    re.ASCII | re.IGNORECASE,
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
@@ -53,12 +56,13 @@ def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
     """Return the name of the file, or of one of several, that holds a group of arrays.
 
     Example:
-        >>> arrays_file("model"), arrays_file("optimizer", 2, 3)
-        ('model.weights.h5', 'optimizer-00002-of-00003.h5')
+        >>> arrays_file("model"), arrays_file("model", 1, 3), arrays_file("optimizer", 2, 3)
+        ('model.weights.h5', 'model_00000.weights.h5', 'optimizer-00002-of-00003.h5')
     """
+    if group == "model":  # as Keras' load_weights wants them
+        return f"model_{shard - 1:05d}.weights.h5" if shards > 1 else "model.weights.h5"
     part = f"-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
-    # Keras' load_weights asks for this ending.
-    return group + part + (".weights" if group == "model" else "") + ARRAYS_SUFFIX
+    return group + part + ARRAYS_SUFFIX
 
 
 def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
@@ -76,7 +80,7 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
             raise CheckpointError(
                 "The name of an array group or document must consist of letters, digits, '_', '-' "
                 "and '.', not begin with '.' or '-', have 100 characters at most, not be "
-                "'manifest' and not end like '-00001-of-00002'. "
+                "'manifest' or 'model.weights' and not end like '-00001-of-00002'. "
                 f"Received: {name.rpartition('.')[0]!r}"
             )
     folded = [name.casefold() for name in names]

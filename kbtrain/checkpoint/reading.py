@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.format import (
-    ArrayOutline,
-    parse_json,
-    read_verified_arrays,
-    read_verified_outline,
-)
+from kbtrain.checkpoint.format import parse_json, read_verified_arrays, read_verified_outline
 from kbtrain.checkpoint.manifest import (
     DOCUMENT_SUFFIX,
     MANIFEST_NAME,
@@ -24,6 +19,7 @@ from kbtrain.checkpoint.manifest import (
     open_verified,
     read_manifest,
 )
+from kbtrain.checkpoint.places import ArrayOutline
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 

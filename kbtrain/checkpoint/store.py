@@ -83,7 +83,7 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # a program may go elsewhere meanwhile
         self.shard_bytes = shard_bytes
         # Both only steer `rotate`: what this store wrote last is never deleted by it, and what it
         # found damaged does not count as a checkpoint to keep.
@@ -152,14 +152,17 @@ class CheckpointStore:
     ) -> None:
         files = {}
         for group, values in arrays.items():
-            shards = _shards(values, self.shard_bytes)
-            others = places.get(group)
-            for number, shard in enumerate(shards, 1):
-                name = arrays_file(group, number, len(shards))
+            parts = _shards(values, self.shard_bytes)
+            shards = {arrays_file(group, n, len(parts)): part for n, part in enumerate(parts, 1)}
+            others, first = places.get(group), next(iter(shards))
+            for name, shard in shards.items():
                 links = others.links if others else {}
-                extra = others.values if others and number == 1 else {}
+                extra = others.values if others and name == first else {}
                 entry = write_arrays(folder / name, shard, links, extra)
                 files[name] = entry._replace(group=group)
+            if others and len(shards) > 1:
+                name = f"{group}.weights{DOCUMENT_SUFFIX}"
+                files[name] = write_json(folder / name, _weight_map(shards, others))
         for stem, value in documents.items():
             name = stem + DOCUMENT_SUFFIX
             files[name] = write_json(folder / name, value)
@@ -337,12 +340,16 @@ class CheckpointStore:
             self._remove_quietly(hidden)
         return deleted
 
-    def clean_leftovers(self) -> Paths:
+    def clean_leftovers(self, alone: bool = False) -> Paths:
         """Remove what dead processes left half done; call it before a run begins to write.
 
         Unfinished and half-deleted folders of processes that no longer run, and of this process
         unless it is writing them now, are removed. A checkpoint that was set aside to be replaced
         is put back if its successor never arrived.
+
+        Args:
+            alone: No other process can be writing here, so that a process which runs under the
+                number of a former one (in containers it is always 1) does not protect its leftover.
 
         Returns:
             The hidden folders that are gone.
@@ -351,7 +358,8 @@ class CheckpointStore:
         for hidden in self._hidden():
             if hidden.path in _IN_PROGRESS:
                 continue
-            if hidden.pid != os.getpid() and disk.process_is_alive(hidden.pid):
+            ours = alone or hidden.pid == os.getpid()
+            if not ours and disk.process_is_alive(hidden.pid):
                 continue
             try:
                 final = self.directory / disk.checkpoint_name(hidden.step)
@@ -496,6 +504,23 @@ def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.n
         shards[-1][name] = array
         size += bytes_of_one
     return shards
+
+
+def _weight_map(shards: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> dict[str, Any]:
+    """Return what Keras reads to find the file of a layer's values: ``model.weights.json``."""
+    files_of: dict[str, list[str]] = {}
+    found = [
+        (place, file)
+        for file, arrays in shards.items()
+        for place, name in places.links.items()
+        if name in arrays
+    ]
+    for place, file in [*found, *((place, next(iter(shards))) for place in places.values)]:
+        files = files_of.setdefault("/" + place.rpartition("/")[0], [])
+        if file not in files:
+            files.append(file)
+    total = sum(np.asarray(array).nbytes for part in shards.values() for array in part.values())
+    return {"metadata": {"total_size": total}, "weight_map": files_of}
 
 
 def _read_back(folder: Path, final: Path) -> None:

@@ -17,7 +17,9 @@ import h5py
 import numpy as np
 
 from kbtrain.checkpoint.disk import DeferredErrorFile, FileEntry
-from kbtrain.checkpoint.format import ARRAYS_FORMAT, ARRAYS_VERSION, DTYPES, NATIVE, TRAILER
+from kbtrain.checkpoint.dtypes import DTYPES, NATIVE
+from kbtrain.checkpoint.format import ARRAYS_FORMAT, ARRAYS_VERSION
+from kbtrain.checkpoint.places import INDEX_LINE, TRAILER
 from kbtrain.errors import CheckpointError
 
 CHUNK_BYTES = 2**22
@@ -38,9 +40,10 @@ def write_arrays(
 
     Every array becomes one contiguous dataset under ``/arrays``, at the path its name spells
     (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` keeps the exact names, their
-    order, dtypes and shapes. Values are kept bit for bit, NaN payloads included; bfloat16 and
-    float8 are stored as unsigned integers with an attribute ``dtype``. The checksum of the HDF5
-    data follows it. Equal arrays under equal names give equal bytes.
+    order, dtypes, shapes and places in the file. Values are kept bit for bit, NaN payloads
+    included; bfloat16 and float8 are stored as unsigned integers with an attribute ``dtype``. The
+    place of the index and the checksum of the HDF5 data follow it. Equal arrays under equal names
+    give equal bytes.
 
     Args:
         path: The file to create; it must not exist.
@@ -84,6 +87,9 @@ def write_arrays(
             ) from error
         file.raise_deferred()
         digest = _fill(file, writer.regions)
+        line = INDEX_LINE % writer.index
+        file.write(line)
+        digest.update(line)
         trailer = TRAILER % digest.hexdigest().encode()
         file.write(trailer)
         digest.update(trailer)  # goes on from the state it has: both checksums in one pass
@@ -92,10 +98,16 @@ def write_arrays(
 
 
 class _Layout:
-    """Creates the datasets of a file; ``regions`` are those whose bytes are still to come."""
+    """Creates the datasets of a file.
+
+    Attributes:
+        regions: Offset and array of those whose bytes are still to come.
+        index: Offset and size of the index.
+    """
 
     def __init__(self, h5: h5py.File, file: DeferredErrorFile) -> None:
         self.regions: list[Region] = []
+        self.index = (0, 0)
         self._h5, self._file = h5, file
         self._datasets: dict[str, h5py.Dataset] = {}
 
@@ -111,10 +123,17 @@ class _Layout:
                 dataset.attrs["dtype"] = array.dtype.name
             self._datasets[name] = dataset
             index.append(
-                {"name": name, "path": path, "dtype": array.dtype.name, "shape": array.shape}
+                {
+                    "name": name,
+                    "path": path,
+                    "dtype": array.dtype.name,
+                    "shape": array.shape,
+                    "offset": dataset.id.get_offset() or 0,  # None if it has no bytes
+                }
             )
         text = json.dumps(index).encode()
-        self._h5.create_dataset("index", data=np.frombuffer(text, dtype="uint8"))
+        written = self._h5.create_dataset("index", data=np.frombuffer(text, dtype="uint8"))
+        self.index = (written.id.get_offset(), len(text))
 
     def others(
         self,

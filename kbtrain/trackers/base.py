@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import numbers
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import TrainerCallback
@@ -108,7 +109,11 @@ class Tracker(TrainerCallback):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
-        self.run = state["run"]
+        run = state["run"]
+        path = PurePath(run or "")  # TypeError if it is no text
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"The identity of a run is no path elsewhere. Received: {run!r}")
+        self.run = run
 
     def _numbers(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """The logs that are numbers; says once of each other one that it is left out."""

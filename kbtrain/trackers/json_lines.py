@@ -30,6 +30,7 @@ class JsonLinesCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._path = Path(FILE_NAME)
         self._begin: list[str] | None = None  # what the file is to begin with, if not yet written
         self._waiting: list[str] = []
         self._warned = False
@@ -38,11 +39,12 @@ class JsonLinesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut the file back to the step the run begins at."""
-        path = _path(args)
+        # Once: a program may go to another folder meanwhile.
+        self._path = (Path(args.output_dir) / FILE_NAME).absolute()
         self._begin, self._waiting, self._warned = [], [], False
         if state.global_step:
-            self._begin = _known(_lines(path), state)
-        self._write(path)
+            self._begin = _known(_lines(self._path), state)
+        self._write(self._path)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,7 +52,7 @@ class JsonLinesCallback(TrainerCallback):
         """Append one line."""
         record = {**kwargs["logs"], "epoch": state.epoch, "step": state.global_step}
         self._waiting.append(json.dumps(record) + "\n")
-        self._write(_path(args))
+        self._write(self._path)
 
     def _write(self, path: Path) -> None:
         """Write what is waiting; the file keeps whole lines whatever happens."""
@@ -86,10 +88,6 @@ def _append(path: Path, data: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def _path(args: TrainingArguments) -> Path:
-    return Path(args.output_dir) / FILE_NAME
 
 
 def _known(lines: list[str], state: TrainerState) -> list[str]:

@@ -1,0 +1,91 @@
+"""The documents of a checkpoint as values that can be relied on: nothing is believed unlooked at.
+
+Checksums say that a document is as it was written, not that kbtrain wrote it. Whatever JSON there
+is, it becomes a value of the right types or a ``CheckpointDamagedError``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from kbtrain.checkpoint import Checkpoint
+from kbtrain.errors import CheckpointDamagedError
+
+T = TypeVar("T")
+
+
+def mapping(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Return a document that has to be there and to be a mapping.
+
+    Raises:
+        CheckpointDamagedError: It is not.
+    """
+    value = checkpoint.documents.get(name)
+    if not isinstance(value, dict):
+        damaged(checkpoint, name, f"expected a mapping. Received: {type(value).__name__}")
+    return value
+
+
+def fields_of(checkpoint: Checkpoint, name: str, cls: type[Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass out of a document; what the class does not know is left out.
+
+    Args:
+        checkpoint: Where the document is.
+        name: The document.
+        cls: A dataclass of plain types; a number for ``int`` is 0 or more.
+
+    Raises:
+        CheckpointDamagedError: A field is of another type than the class says.
+    """
+    found = mapping(checkpoint, name)
+    expected = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls) if field.name in found]
+    for key in known:
+        if not _is(found[key], expected[key]):
+            problem = f"{key!r} is not of type {expected[key]}. Received: {found[key]!r}"
+            damaged(checkpoint, name, problem)
+    return {key: found[key] for key in known}
+
+
+def attempt(checkpoint: Checkpoint, name: str, action: Callable[[], T]) -> T:
+    """Do what takes over a part of a checkpoint, and name the part if that fails.
+
+    Raises:
+        CheckpointDamagedError: It failed.
+    """
+    try:
+        return action()
+    except Exception as error:  # whatever values of any kind lead to
+        damaged(checkpoint, name, f"it cannot be taken over ({type(error).__name__}: {error})")
+
+
+def damaged(checkpoint: Checkpoint, name: str, problem: str) -> NoReturn:
+    """Raise the error for a document that kbtrain did not write."""
+    raise CheckpointDamagedError(
+        f"The checkpoint {checkpoint.path} is damaged: {name}.json: {problem:.300}. Its checksums "
+        "are right, so it was written like this. Resume from another one."
+    )
+
+
+def _is(value: Any, expected: Any) -> bool:
+    """Whether a value of JSON has a type, as dataclasses write it."""
+    origin, inner = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, one) for one in inner)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(_is(item, inner[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
+    if expected is Any:
+        return True
+    if isinstance(value, bool):
+        return expected is bool
+    if expected is float:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    if expected is int:
+        return isinstance(value, int) and 0 <= value < 2**63
+    return isinstance(value, expected)
