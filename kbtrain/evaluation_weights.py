@@ -33,7 +33,7 @@ def swapped_in(optimizer: Any) -> Iterator[bool]:
     elif hasattr(source, "swap_in_evaluation_weights"):
         swapped = source.swap_in_evaluation_weights()
         try:
-            yield True
+            yield swapped
         finally:
             if swapped:
                 source.swap_back()

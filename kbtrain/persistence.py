@@ -121,9 +121,23 @@ def gather_model(model: keras.Model) -> dict[str, np.ndarray]:
     return capture(name_variables(model_variables(model)))
 
 
+_places: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
+
+
 def places(model: keras.Model) -> KerasLayout:
-    """Where ``model.load_weights`` looks for the variables that ``gather_model`` returns."""
-    return keras_layout(model, name_variables(model_variables(model)))
+    """Where ``model.load_weights`` looks for the variables that ``gather_model`` returns.
+
+    Keras' walk through a model takes milliseconds, so it is made once, unless layers store more
+    than variables, which may be something else each time.
+    """
+    variables = model_variables(model)
+    identities = [id(variable) for variable in variables]
+    known, layout = _places.get(model, ([], KerasLayout()))
+    if known != identities:
+        layout = keras_layout(model, name_variables(variables))
+        if not layout.values:
+            _places[model] = identities, layout
+    return layout
 
 
 _configs: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()

@@ -43,7 +43,7 @@ class EvaluationWeights:
         """Put the weights to evaluate into the variables; `swap_back` undoes it.
 
         Returns:
-            Whether that was done: False if they are there already.
+            Whether that was done: False if they are there already, or are the trained ones.
         """
         if self._trained is not None or not self.built:  # type: ignore[attr-defined]
             return False
@@ -53,6 +53,8 @@ class EvaluationWeights:
                 if (result := self._evaluated(variable)) is not None:
                     trained.append((variable, ops.copy(ops.convert_to_tensor(variable))))
                     variable.assign(result[0])
+        if not trained:
+            return False
         self._trained = _Trained(trained)
         return True
 

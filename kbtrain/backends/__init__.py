@@ -17,6 +17,7 @@
 ``global_norm``, ``scale``   over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
 ``start_to_host``            the same, begun now and waited for later
+``host_copy``                a variable's value in host memory that nothing else uses
 ``synchronize``              wait until everything that was started is done
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
 ``inference``                code of the user's that wants no gradients

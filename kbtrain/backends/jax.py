@@ -490,6 +490,11 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return lambda: jax.device_get(tree)
 
 
+def host_copy(value: Any) -> np.ndarray:
+    """A variable's value as an array of its own, copied once."""
+    return np.array(value)
+
+
 def synchronize() -> None:
     """Wait until all computations that were started are done."""
     jax.block_until_ready(jnp.zeros(()) + 0)

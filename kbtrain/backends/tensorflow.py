@@ -462,6 +462,11 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return lambda: to_host(tree)
 
 
+def host_copy(value: Any) -> np.ndarray:
+    """A variable's value as an array of its own, copied once: ``numpy()`` is a copy already."""
+    return np.asarray(value.numpy())
+
+
 def synchronize() -> None:
     """Wait until all computations that were started are done."""
     tf.test.experimental.sync_devices()

@@ -360,6 +360,11 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return wait
 
 
+def host_copy(value: Any) -> np.ndarray:
+    """A variable's value as an array of its own, copied once on the host."""
+    return np.array(keras.ops.convert_to_numpy(value))
+
+
 def synchronize() -> None:
     """Wait until all computations that were started are done."""
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from kbtrain import backends
 from kbtrain.errors import CheckpointMismatchError
 
 _AUTO_SUFFIX = re.compile(r"(.+?)_(\d+)(#\d+)?", re.ASCII)
@@ -255,9 +256,7 @@ def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> l
 
 def _to_host(variable: keras.Variable) -> np.ndarray:
     try:
-        array = keras.ops.convert_to_numpy(variable.value)
-        own = array.flags.owndata and array.flags.writeable
-        return array if own else np.array(array)
+        return backends.load().host_copy(variable.value)
     except TypeError:
         # Not every framework hands out float8; all hand out its bits.
         bits = keras.ops.convert_to_numpy(keras.ops.view(variable.value, "uint8"))
