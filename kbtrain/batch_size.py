@@ -7,7 +7,7 @@ import gc
 import logging
 from typing import TYPE_CHECKING, Any
 
-from kbtrain import fitting, metric_schedule, persistence, rng
+from kbtrain import documents, fitting, metric_schedule, persistence, rng
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.errors import ConfigurationError, OutOfMemoryError
 
@@ -50,7 +50,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
     if not trainer.args.auto_find_batch_size:
         return fitting.fit(trainer, checkpoint)
     if checkpoint is not None:
-        _go_on_with(trainer, checkpoint.documents["training_args"])
+        _go_on_with(trainer, documents.mapping(checkpoint, "training_args"))
     start = _Start(trainer)
     kept = trainer.store.list()
     while True:
@@ -71,9 +71,11 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
 def _go_on_with(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Begin with the size that the saved run had found, if its updates had as many samples."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    found = {name: saved[name] for name in names}
+    found = {name: saved.get(name) for name in names}
     batch_size, accumulation = found.values()
     args = trainer.args
+    if not isinstance(batch_size, int) or not isinstance(accumulation, int):
+        return
     if batch_size * accumulation == args.train_batch_size * args.gradient_accumulation_steps:
         trainer.args = args.replace(**found)
 

@@ -109,7 +109,9 @@ def catch_up(trainer: Trainer, run: Run, after: str) -> bool:
     if unfinished is None or unfinished["after"] != after:
         return False
     run.progress.unfinished = None
-    trainer.control.should_evaluate, trainer.control.should_save = True, unfinished["save"]
+    # A run that evaluates no more has no data for it.
+    evaluates = trainer.args.eval_strategy != "no" or trainer.eval_dataset is not None
+    trainer.control.should_evaluate, trainer.control.should_save = evaluates, unfinished["save"]
     log_evaluate_save(trainer, run, after)
     return True
 

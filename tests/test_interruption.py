@@ -310,6 +310,14 @@ def test_an_evaluation_may_be_left_again_and_again(tmp_path, evaluated):
     assert story(again) == evaluated["steps"]
 
 
+def test_a_run_that_evaluates_no_more_goes_on_without(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        evaluating(tmp_path, [SendInEvaluation(5)], **WITH_STEPS).fit()
+    again = make_trainer(tmp_path)
+    again.eval_dataset = None
+    assert again.fit(resume_from_checkpoint=True).global_step == 12
+
+
 def test_a_signal_in_a_step_does_not_wait_for_the_evaluation_behind_it(tmp_path, evaluated):
     counter = SendInEvaluation(-1)
     with pytest.raises(TrainingInterrupted):
