@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 REPEATS = 5
@@ -225,7 +226,7 @@ def train_alone(who: str) -> None:
 
 
 def long_run(steps: int) -> dict[str, float]:
-    """Growth of the process over the second half of a run of many tiny steps, logs included."""
+    """The process over a run of many tiny steps with a log every hundred, and its state's file."""
     from workloads import WORKLOADS, loss
 
     from kbtrain import Trainer, TrainerCallback
@@ -241,14 +242,18 @@ def long_run(steps: int) -> dict[str, float]:
     workload = WORKLOADS["mlp"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = settings(
-            folder, per_device_train_batch_size=32, max_steps=steps, logging_steps=steps // 1000
+            folder, per_device_train_batch_size=32, max_steps=steps, logging_steps=100
         )
         model, data = workload.make(), workload.data(32_000)
-        Trainer(model, arguments, train_dataset=data, loss=loss(), callbacks=[Memory()]).fit()
-    return {
-        f"{steps} steps: memory after a tenth, MB": sizes[100],
-        f"{steps} steps: memory at the end, MB": sizes[-1],
+        trainer = Trainer(model, arguments, train_dataset=data, loss=loss(), callbacks=[Memory()])
+        trainer.fit()
+        trainer.save_state()
+        state = Path(folder, "trainer_state.json").stat().st_size
+    found = {
+        f"{steps} steps: memory after {share} %, MB": sizes[len(sizes) * share // 100 - 1]
+        for share in (10, 50, 100)
     }
+    return {**found, f"{steps} steps: trainer_state.json, KiB": state / 1024}
 
 
 PARTS: dict[str, Callable[[], dict[str, float]]] = {
@@ -259,12 +264,14 @@ PARTS: dict[str, Callable[[], dict[str, float]]] = {
     "checkpoint": checkpoint_stall,
     "memory": peak_memory,
     "long": lambda: long_run(100_000),
+    "longest": lambda: long_run(1_000_000),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=str([*PARTS]))
+    usual = [part for part in PARTS if part != "longest"]  # minutes
+    parser.add_argument("parts", nargs="*", default=usual, metavar="PART", help=str([*PARTS]))
     parser.add_argument("--json", help="write all figures to this file")
     options = parser.parse_args()
     results: dict[str, float] = {}

@@ -49,7 +49,12 @@ def as_float(value: Any) -> Any:
 
 def mean(total: Any, count: Any) -> Any:
     """``total / count``, and ``total`` itself (0, or NaN if it is NaN) where nothing counts."""
-    return total / ops.where(count == 0, ops.ones_like(count), count)
+    return total / divisor(count)
+
+
+def divisor(count: Any) -> Any:
+    """What a sum is divided by for its mean: ``count``, and 1 where nothing counts."""
+    return ops.where(count == 0, ops.ones_like(count), count)
 
 
 # --- what a user's function may return ------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import keras
 from keras import ops
 
-from kbtrain.loss import LossPair, as_float, mean
+from kbtrain.loss import LossPair, as_float, divisor, mean
 from kbtrain.metrics import MetricSet
 
 
@@ -95,7 +95,7 @@ def make_train_step(
             objective, trainable, batch
         )
         if scales_itself:
-            count = ops.where(result.count == 0, ops.ones_like(result.count), result.count)
+            count = divisor(result.count)
             gradients = [as_float(g) * count for g in gradients]
         return result, metric_inputs, gradients, updates
 

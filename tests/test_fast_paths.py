@@ -135,6 +135,7 @@ def test_the_compiled_step_gives_the_numbers_of_the_eager_one(case, tmp_path, ca
     with caplog.at_level("INFO", "kbtrain"):
         fast = train(case, tmp_path / "a", max_steps=2)
     assert "eagerly" not in caplog.text
+    assert "in Python" not in caplog.text
     plain = train(case, tmp_path / "b", max_steps=2, jit_compile=False)
     for key in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(train_logs(fast, key), train_logs(plain, key), rtol=2e-5)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -22,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kbtrain.backends.torch_native import native_operations
-from kbtrain.backends.torch_program import NotCapturable, make_program
+from kbtrain.backends.torch_program import NotCapturable, make_program, same_random_state
 from kbtrain.errors import causes, first_lines, user_line
 
 _LOOKS_AT_VALUES = (DataDependentOutputException, GuardOnDataDependentSymNode)
@@ -89,7 +88,7 @@ def _record(
     python, numpy = random.getstate(), np.random.get_state(legacy=True)
     record = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
-        with _same_random_state(), native_operations():
+        with same_random_state(), native_operations():
             graph = record(*keras.tree.flatten(inputs), *[t.detach() for t in real])
     except NotCapturable:
         raise
@@ -107,12 +106,6 @@ def _record(
         np.random.set_state(numpy)
         raise NotCapturable("the model draws Python or NumPy random numbers")
     return graph, outputs[0]
-
-
-def _same_random_state() -> AbstractContextManager[Any]:
-    """What is drawn inside does not count: a run is the same whenever it captures a step."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    return torch.random.fork_rng(devices)
 
 
 def _equal(a: Any, b: Any) -> bool:

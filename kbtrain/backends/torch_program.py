@@ -8,12 +8,10 @@ finite check: where it does not hold, nothing has been changed.
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
-import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +26,8 @@ from kbtrain.backends.torch_rewrites import (
     nodes_in,
     simplify,
 )
+from kbtrain.backends.torch_script import NotScriptable, to_script
+from kbtrain.backends.torch_views import copy_where_needed, plain_products, shorten_views
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
@@ -42,6 +42,12 @@ class NotCapturable(Exception):
 
 class GuardFailed(Exception):
     """The guard's condition was false; no variable has been changed."""
+
+
+def same_random_state() -> AbstractContextManager[Any]:
+    """What is drawn inside does not count: a run is the same whenever it captures a step."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices)
 
 
 def guard(condition: torch.Tensor) -> None:
@@ -74,6 +80,9 @@ def make_program(
         raise NotCapturable("the shape of a result depends on values")
     simplify(module)
     delay_assignments(module.graph)
+    plain_products(module.graph)
+    shorten_views(module.graph)
+    copy_where_needed(module.graph)
     fuse_bias(module.graph)
     pure, late, conditions = _sort(module)
     if any(condition in late for condition in conditions):
@@ -86,7 +95,7 @@ def make_program(
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
     part = _pure_part(pure, results, placeholders, constants)
-    script = _inductor(part, examples) if inductor else _script(part, examples)
+    script = _inductor(part, examples) if inductor else _script(part)
 
     code = _Code()
     names: dict[Node, str] = {}
@@ -117,39 +126,32 @@ def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
     neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
     place) nor overwrites what they have read, and reads no value.
     """
-    storage = _States()
     owners = Memory(module.graph).owners
-    changed_memory: set[Node] = set()
-    pure: list[Node] = []
-    late: list[Node] = []
-    late_set: set[Node] = set()
     changed: set[Node] = set()
     read_late: set[Node] = set()
+    late: dict[Node, None] = {}
+    pure: list[Node] = []
     conditions: dict[Node, None] = {}
     for node in module.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         if node.target is GUARD:
             condition = nodes_in(node.args)[0]
-            if condition not in conditions and changed:
+            if condition not in conditions and any(map(_is_state, changed)):
                 raise NotCapturable("it changes the state before a check")
             conditions[condition] = None
             continue
-        written = aliases(node, write=True)
-        states = {state for target in written for state in storage.of(target)}
-        inputs = node.all_input_nodes
-        reads_changed = any(storage.of(n) & changed for n in inputs)
-        waits = any(n in late_set or owners(n) & changed_memory for n in inputs)
-        overwrites = any(target in read_late for target in written)
-        if states or reads_changed or waits or overwrites or _reads_value(node):
-            late.append(node)
-            late_set.add(node)
-            changed |= states
-            changed_memory |= {owner for target in written for owner in owners(target)}
-            read_late.update(inputs)
+        written = {owner for target in aliases(node, write=True) for owner in owners(target)}
+        read = {owner for source in node.all_input_nodes for owner in owners(source)}
+        waits = read & changed or any(source in late for source in node.all_input_nodes)
+        unmovable = any(map(_is_state, written)) or written & read_late
+        if unmovable or waits or _reads_value(node):
+            late[node] = None
+            changed |= written
+            read_late |= read
         else:
             pure.append(node)
-    return pure, late, list(conditions)
+    return pure, list(late), list(conditions)
 
 
 def _reads_value(node: Node) -> bool:
@@ -162,23 +164,9 @@ def _reads_value(node: Node) -> bool:
     return isinstance(value, symbols) and known_number(value) is None
 
 
-class _States:
-    """Which inputs of the graph each node may share memory with."""
-
-    def __init__(self) -> None:
-        self._inputs: dict[Node, frozenset[Node]] = {}
-
-    def of(self, node: Node) -> frozenset[Node]:
-        """The placeholders whose memory ``node`` may be."""
-        if node not in self._inputs:
-            if node.op == "placeholder":
-                self._inputs[node] = frozenset([node])
-            else:
-                sources = aliases(node, write=False) + aliases(node, write=True)
-                if node.target is operator.getitem:
-                    sources = nodes_in(node.args[0])
-                self._inputs[node] = frozenset(i for s in sources for i in self.of(s))
-        return self._inputs[node]
+def _is_state(owner: Node) -> bool:
+    """Whether memory is there before and after the step, and not its own."""
+    return owner.op != "call_function"
 
 
 # --- the part without effects ---------------------------------------------------------------------
@@ -195,12 +183,9 @@ def _pure_part(
     for node in placeholders:
         mapping[node] = graph.placeholder(node.name)
     for node, tensor in constants.items():
-        # TorchScript takes each tensor once only.
-        known = [name for name, other in root.named_buffers() if other is tensor]
-        if not known:
-            known = [f"constant{len(mapping)}"]
-            root.register_buffer(known[0], tensor)
-        mapping[node] = graph.get_attr(known[0])
+        name = f"constant{len(mapping)}"
+        root.register_buffer(name, tensor)
+        mapping[node] = graph.get_attr(name)
     for node in pure:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     graph.output(tuple(mapping[n] for n in results))
@@ -214,7 +199,7 @@ def _inductor(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = torch.compile(module, fullgraph=True, dynamic=False)
-            with torch.random.fork_rng(_cuda_devices()):
+            with same_random_state():
                 compiled(*examples)
             return compiled
     except Exception as error:
@@ -225,67 +210,16 @@ def _inductor(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable
             type(error).__name__,
             lines[0],
         )
-        return _script(module, examples)
+        return _script(module)
 
 
-def _script(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """The function as TorchScript; in Python where that is refused."""
-    for node in module.graph.nodes:
-        if (position := _mask_position(node)) is not None:
-            node.target = _traceable(node.target)
-            mask = [int(wanted) for wanted in node.args[position]]
-            node.args = (*node.args[:position], mask, *node.args[position + 1 :])
-    module.recompile()
+def _script(module: GraphModule) -> Callable[..., Any]:
+    """The function as TorchScript; in Python where that has no word for something."""
     try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(_cuda_devices()),
-            warnings.catch_warnings(),
-        ):
-            # TorchScript is deprecated in favour of torch.compile, which takes a minute here.
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(module, tuple(examples), check_trace=False)
-        return traced.forward  # without torch.nn.Module's hooks
-    except (RuntimeError, ValueError) as error:
-        logger.info("The captured step runs in Python, TorchScript refuses it: %s", error)
+        return to_script(module)
+    except NotScriptable as error:
+        logger.info("The captured step runs in Python, TorchScript cannot express it: %s", error)
         return module
-
-
-def _cuda_devices() -> list[int]:
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
-
-
-_LIBRARY = torch.library.Library("kbtrain", "DEF")
-
-
-def _mask_position(node: Node) -> int | None:
-    """Where an operation takes a list of booleans, which TorchScript cannot record."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for position, value in enumerate(node.args):
-        if isinstance(value, list | tuple) and value and isinstance(value[0], bool):
-            return position
-    return None
-
-
-@functools.cache
-def _traceable(operation: Any) -> Any:
-    """The same operation with integers for booleans, and empty tensors where it returns None."""
-    schema = str(operation._schema).replace("SymInt", "int")
-    name = f"{operation._schema.name}_{operation._overloadname}".replace("aten::", "")
-    signature = re.sub(r"bool\[\d*\]", "int[]", schema[schema.index("(") :])
-
-    def run(*args: Any) -> tuple[torch.Tensor, ...]:
-        given = [
-            [bool(item) for item in value] if argument.type.str() == "List[bool]" else value
-            for argument, value in zip(operation._schema.arguments, args, strict=True)
-        ]
-        results = operation(*given)
-        return tuple(args[0].new_empty(0) if r is None else r for r in results)
-
-    _LIBRARY.define(f"{name}{signature}")
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.kbtrain, name).default
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ else has no effect, can be compiled as one, and can be thrown away if a check fa
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from typing import Any
@@ -21,7 +22,11 @@ aten = torch.ops.aten
 ASSIGN = aten.copy_.default
 MM = aten.mm.default
 CONVOLUTION = aten.convolution.default
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.permute.default)
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+)
 
 
 def nodes_in(value: Any) -> list[Node]:
@@ -263,30 +268,32 @@ def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> 
     product = shaped.args[0] if shaped.target in _VIEWS else shaped
     if not isinstance(product, Node) or product.target not in (MM, CONVOLUTION):
         return
+    if list(shaped.users) != [add] or (product is not shaped and list(product.users) != [shaped]):
+        return
     flat = bias.args[0] if bias.target is aten.view.default else bias
-    channels = shaped.meta["val"].shape[-1]
-    fits = (
-        isinstance(flat, Node)
-        and tuple(flat.meta["val"].shape) == (channels,)
-        and bias.meta["val"].numel() == bias.meta["val"].shape[-1]
-        and flat.meta["val"].dtype == add.meta["val"].dtype == product.meta["val"].dtype
-        and list(shaped.users) == [add]
-        and (product is shaped or list(product.users) == [shaped])
-    )
+    channels = _channels(shaped, product)
+    if channels is None or not isinstance(flat, Node):
+        return
+    held, given = flat.meta["val"], bias.meta["val"]
     begin, end = memory.position[product], memory.position[add]
+    fits = (
+        given.numel() == held.numel() == math.prod(channels)
+        and tuple(given.shape)[-len(channels) :] == channels
+        and shaped.meta["val"].shape == add.meta["val"].shape
+        and held.is_contiguous()
+        and held.dtype == add.meta["val"].dtype == product.meta["val"].dtype
+    )
     if not fits or any(
         memory.written_between(n, begin, end) for n in [*product.all_input_nodes, flat]
     ):
         return
     with graph.inserting_before(add):
+        if held.dim() != 1:
+            flat = graph.call_function(aten.view.default, (flat, [held.numel()]))
+            flat.meta["val"] = held.view(-1)
         if product.target is MM:
-            if product is not shaped and shaped.args[1][-1] != channels:
-                return
             fused = graph.call_function(aten.addmm.default, (flat, *product.args))
         else:
-            last_axis = shaped.target is aten.permute.default and shaped.args[1][-1] == 1
-            if product.args[2] is not None or not last_axis:
-                return
             arguments = (*product.args[:2], flat, *product.args[3:])
             fused = graph.call_function(CONVOLUTION, arguments)
         fused.meta["val"] = product.meta["val"]
@@ -295,4 +302,20 @@ def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> 
             result = graph.call_function(shaped.target, (fused, *shaped.args[1:]))
             result.meta["val"] = shaped.meta["val"]
     add.replace_all_uses_with(result)
-    graph.erase_node(add)
+    for node in dict.fromkeys((add, shaped, product)):
+        graph.erase_node(node)
+
+
+def _channels(shaped: Node, product: Node) -> tuple[int, ...] | None:
+    """The last axes of ``shaped`` that the channels of a product lie along; None if unclear."""
+    shape = tuple(shaped.meta["val"].shape)
+    if product.target is CONVOLUTION:
+        last_axis = shaped.target is aten.permute.default and shaped.args[1][-1] == 1
+        return shape[-1:] if product.args[2] is None and last_axis else None
+    if shaped.target is aten.permute.default or not shaped.meta["val"].is_contiguous():
+        return None
+    width = product.meta["val"].shape[-1]
+    for axes in range(1, len(shape) + 1):
+        if math.prod(shape[-axes:]) == width:
+            return shape[-axes:]
+    return None
