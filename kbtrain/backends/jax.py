@@ -522,6 +522,11 @@ def _find(device: str) -> Any:
     return jax.local_devices(backend=platform)[int(index or 0)]
 
 
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need: here always so."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
     """New arrays go to ``device`` ("cpu", "gpu:1"), or to the default one."""

@@ -494,6 +494,11 @@ def _named(device: str) -> str:
     return f"/{platform.upper()}:{index or 0}"
 
 
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need: here always so."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
     """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""

@@ -398,6 +398,11 @@ def _named(device: str) -> str:
     return "cpu" if platform == "cpu" else f"cuda:{index or 0}"
 
 
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need."""
+    return torch.no_grad()
+
+
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
     """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
