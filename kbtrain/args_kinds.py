@@ -263,6 +263,17 @@ def words(value: Any) -> tuple[str, ...]:
         raise Unfit("a list of strings that are not empty") from None
 
 
+def patterns(value: Any) -> tuple[str, ...]:
+    """A list of regular expressions (one string counts as a list of one)."""
+    items = words(value)
+    for item in items:
+        try:
+            re.compile(item)
+        except re.error as error:
+            raise Unfit(f"regular expressions ({item!r} is none: {error})") from None
+    return items
+
+
 def names(*allowed: str) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 

@@ -127,7 +127,6 @@ DROPPED: dict[str, str] = {
 
 # Fields of the reference that are still to come -> what holds until then.
 NOT_YET: dict[str, str] = {
-    "optim_target_modules": "Until then an optimizer of your own can be given to the Trainer.",
 }
 
 

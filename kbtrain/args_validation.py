@@ -148,6 +148,12 @@ def check_consistency(args: TrainingArguments) -> None:
             f"{args.generation_max_length}, generation_kwargs={dict(args.generation_kwargs)}. "
             "Leave out one of them."
         )
+    if args.optim_target_modules is not None and "target_modules" in args.optim_args:
+        raise ConfigurationError(
+            "`optim_target_modules` is the same as target_modules in `optim_args`, and both are "
+            f"set. Received: optim_target_modules={list(args.optim_target_modules)}, "
+            f"optim_args={shown(args.optim_args)}. Leave one out."
+        )
     if args.bf16 and args.fp16:
         raise ConfigurationError(
             "The model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "

@@ -51,6 +51,9 @@ def make_optimizer(
             "epsilon": args.adam_epsilon,
         }
     own = dict(args.optim_args or {})
+    if args.optim_target_modules is not None:
+        registry.check_takes(factory, "target_modules", args.optim, "optim_target_modules")
+        own["target_modules"] = list(args.optim_target_modules)
     optimizer = registry.call_with_known(factory, offered, own, "optim_args")
     building.check_optimizer(optimizer, f"optim={args.optim!r}")
     building.exclude_from_decay(optimizer, model)

@@ -83,6 +83,34 @@ def takes(factory: Any, argument: str) -> bool:
     return argument in inspect.signature(factory).parameters
 
 
+def check_takes(factory: Any, argument: str, name: str, field: str) -> None:
+    """Refuse an argument for an optimizer that has no use for it.
+
+    Args:
+        factory: What `name` stands for.
+        argument: The argument it needs to have.
+        name: The name of the optimizer.
+        field: The field of the arguments that stands for `argument`.
+
+    Raises:
+        ConfigurationError: The factory does not take it; says which optimizers do.
+    """
+    if takes(factory, argument):
+        return
+    able = [other for other in names(OPTIMIZERS) if _takes(other, argument)]
+    raise ConfigurationError(
+        f"`{field}` is for optimizers that take {argument}: {', '.join(able) or 'none here'}. "
+        f"Received: optim={name!r}. Leave {field} out, or choose one of these."
+    )
+
+
+def _takes(name: str, argument: str) -> bool:
+    try:
+        return takes(find(OPTIMIZERS, name, "optim"), argument)
+    except (ConfigurationError, TypeError, ValueError):  # another package's fault, another day
+        return False
+
+
 def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], what: str) -> Any:
     """Call ``factory`` with those of ``offered`` it takes, and with all of ``own``.
 

@@ -85,9 +85,8 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     - Length and batches: `output_dir`, `num_train_epochs`, `max_steps`,
       `steps_per_epoch`, `per_device_train_batch_size`, `per_device_eval_batch_size`,
       `gradient_accumulation_steps`, `auto_find_batch_size`.
-    - Optimizer: `optim`, `optim_args`, `learning_rate`, `weight_decay`, `adam_beta1`,
-      `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `ema`,
-      `parameter_groups`.
+    - Optimizer: `optim`, `optim_args`, `optim_target_modules`, `learning_rate`, `weight_decay`,
+      `adam_beta1`, `adam_beta2`, `adam_epsilon`, `max_grad_norm`, `ema`, `parameter_groups`.
     - Schedule: `lr_scheduler_type`, `lr_scheduler_kwargs`, `warmup_steps`.
     - Logging: `logging_strategy`, `logging_steps`, `logging_first_step`, `disable_tqdm`,
       `report_to`, `run_name`, `project`, `log_level`,
@@ -193,6 +192,13 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         kinds.key_values,
         "More keyword arguments for the optimizer: a dict, a JSON object, or 'key=value,key=value' "
         "whose values are read as bool, number or text.",
+    )
+    optim_target_modules: Sequence[str] | None = _option(
+        None,
+        kinds.optional(kinds.patterns),
+        "Regular expressions, searched for in the paths of variables, for those that a low-rank "
+        "optimizer (galore_adamw, apollo_adamw) projects; 'all-linear' or None for its default: "
+        "all matrices apart from embeddings.",
     )
     learning_rate: float = _option(
         5e-5, kinds.real(0.0), "Peak learning rate, after warmup; per update step."

@@ -94,7 +94,9 @@ class Adan(Optimizer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of one tensor, see `Optimizer.update`."""
         beta_1, beta_2, beta_3 = self.betas
-        difference = ops.where(step < 1.5, 0.0, gradient - slots["previous_gradient"])
+        # Nothing at the first update: there is no gradient before it.
+        later = ops.cast(step > 1.5, "float32")
+        difference = later * (gradient - slots["previous_gradient"])
         looking_ahead = gradient + beta_2 * difference
         new = {
             "momentum": moving_average(slots["momentum"], gradient, beta_1),

@@ -104,10 +104,10 @@ class AdEMAMix(Optimizer):
         slow = slow + self._slow_share(step) * (gradient - slow)
         denominator = adam_denominator(moments, step, self.beta_2, self.epsilon)
         fast = moments["momentum"] * (1.0 / bias_correction(self.beta_1, step))
-        direction = (fast + self._slow_weight(step) * slow) / denominator
+        direction = learning_rate * (fast + self._slow_weight(step) * slow)
         if weight_decay:
-            direction = direction + weight_decay * parameter
-        return parameter - learning_rate * direction, {**moments, "slow_momentum": slow}
+            parameter = parameter - (learning_rate * weight_decay) * parameter
+        return parameter - direction / denominator, {**moments, "slow_momentum": slow}
 
     def _slow_weight(self, step: Tensor) -> Any:
         """Alpha at a step."""

@@ -7,8 +7,8 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from optim.checks import check_range
-from optim.low_rank import LowRank, check_integer, sides_of
+from optim.checks import check_integer, check_range
+from optim.low_rank import LowRank, sides_of
 from optim.moments import adam_denominator, bias_correction
 from optim.optimizer import CommonArguments, Slot, Tensor
 
@@ -61,7 +61,8 @@ class APOLLOAdamW(LowRank):
         update_proj_gap: number of updates for which a projection is kept.
         scale: the movements of the projected matrices are multiplied by its root; not negative.
         target_modules: regular expressions, or a single one, searched for in the paths of
-            variables; ``None`` for all matrices apart from biases and embeddings.
+            variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
+            embeddings.
         scale_type: ``"channel"`` for a factor for each row or column along the larger side,
             ``"tensor"`` for one for the whole matrix.
         norm_growth_limit: largest growth of the norm of a matrix's movement from one update to the
@@ -158,10 +159,7 @@ class APOLLOAdamW(LowRank):
         number = ops.cast(ops.floor((step - 1.0) / float(self.update_proj_gap)), "int32")
         normal = random_normal(sides.projection(self.rank), self.seed, slots["key"], number)
         projection = normal * (1.0 / math.sqrt(self.rank))
-        if sides.wide:
-            projected = ops.matmul(ops.transpose(projection), matrix)
-        else:
-            projected = ops.matmul(matrix, projection)
+        projected = sides.project(matrix, projection)
         new = self.moments(slots, projected)
         # M / (sqrt(V) + epsilon_t), and the bias corrections on their own.
         root = ops.sqrt(bias_correction(self.adamw.beta_2, step))

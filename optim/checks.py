@@ -1,6 +1,7 @@
 """Checks of hyperparameters, with one wording for all optimizers and schedules."""
 
 import math
+import re
 from numbers import Real
 from typing import Any
 
@@ -89,3 +90,46 @@ def check_count(name: str, value: Any, low: int) -> int:
             f"`{name}` must be a whole number of steps, at least {low}. Received: {name}={value!r}"
         )
     return int(value)
+
+
+def check_integer(name: str, value: Any, low: int) -> int:
+    """Check a hyperparameter that is a whole number.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the user gave.
+        low: smallest allowed value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: if it is not an integer of at least ``low``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"`{name}` must be an integer >= {low}. Received: {name}={value!r}")
+    return value
+
+
+def check_pattern(name: str, value: Any) -> str:
+    """Check a regular expression.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the user gave.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: if it is not a regular expression.
+    """
+    try:
+        if not isinstance(value, str):
+            raise TypeError("it is not a string")
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must be a regular expression ({error}). Received: {name}={value!r}"
+        ) from None
+    return value

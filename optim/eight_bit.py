@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from optim.checks import check_pattern
 from optim.optimizer import Optimizer, Slot, Tensor
 
 BLOCK = 256
@@ -109,13 +110,7 @@ class EightBit(Optimizer):
 
     def __init__(self, *args: Any, keep: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.keep = EMBEDDINGS if keep is None else keep
-        try:
-            re.compile(self.keep)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`keep` must be a regular expression ({error}). Received: keep={keep!r}"
-            ) from None
+        self.keep = EMBEDDINGS if keep is None else check_pattern("keep", keep)
         config = {**self.get_config(), "learning_rate": 0.0, "name": None}
         for key in ("keep", "parameter_groups"):
             config.pop(key, None)

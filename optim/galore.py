@@ -50,7 +50,8 @@ class GaLoreAdamW(LowRank):
         update_proj_gap: number of updates for which a projection is kept.
         scale: factor of the movements of the projected matrices, not negative.
         target_modules: regular expressions, or a single one, searched for in the paths of
-            variables; ``None`` for all matrices apart from biases and embeddings.
+            variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
+            embeddings.
         beta_1: decay rate of the mean of the gradient, in [0, 1).
         beta_2: decay rate of the mean of its square, in [0, 1).
         epsilon: keeps the denominator away from zero, not negative.
@@ -128,17 +129,10 @@ class GaLoreAdamW(LowRank):
         matrix = ops.reshape(gradient, tuple(sides))
         due = ops.equal(ops.mod(step - 1.0, float(self.update_proj_gap)), 0.0)
         projection = kernels.refresh(due, principal, matrix, slots["projection"])
-        if sides.wide:
-            projected = ops.matmul(ops.transpose(projection), matrix)
-        else:
-            projected = ops.matmul(matrix, projection)
-        new = self.moments(slots, projected)
+        new = self.moments(slots, sides.project(matrix, projection))
         denominator = adam_denominator(new, step, self.adamw.beta_2, self.adamw.epsilon)
         direction = new["momentum"] / denominator
-        if sides.wide:
-            lifted = ops.matmul(projection, direction)
-        else:
-            lifted = ops.matmul(direction, ops.transpose(projection))
+        lifted = sides.lift(direction, projection)
         factor = learning_rate * (self.scale / bias_correction(self.adamw.beta_1, step))
         movement = factor * ops.reshape(lifted, shape)
         if weight_decay:

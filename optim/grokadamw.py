@@ -95,9 +95,9 @@ class GrokAdamW(Optimizer):
         moments = adam_moments(slots, gradient + self.lamb * slow, self.beta_1, self.beta_2)
         denominator = adam_denominator(moments, step, self.beta_2, self.epsilon)
         scale = learning_rate / bias_correction(self.beta_1, step)
-        movement = scale * moments["momentum"] / denominator
         if weight_decay:
-            movement = movement + (learning_rate * weight_decay) * parameter
+            parameter = parameter - (learning_rate * weight_decay) * parameter
+        movement = scale * moments["momentum"] / denominator
         return parameter - movement, {**moments, "slow_gradient": slow}
 
     def get_config(self) -> dict[str, Any]:

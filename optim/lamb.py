@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from optim.moments import adam_denominator, adam_moments, bias_correction
-from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range
+from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -70,6 +70,7 @@ class LAMB(Optimizer):
         """
         return {"momentum": shape, "velocity": shape}
 
+    @elementwise
     def update(
         self,
         parameter: Tensor,
@@ -82,7 +83,7 @@ class LAMB(Optimizer):
         """One update of one tensor, see `Optimizer.update`."""
         slots = adam_moments(slots, gradient, self.beta_1, self.beta_2)
         denominator = adam_denominator(slots, step, self.beta_2, self.epsilon)
-        direction = slots["momentum"] / (bias_correction(self.beta_1, step) * denominator)
+        direction = slots["momentum"] * (1.0 / bias_correction(self.beta_1, step)) / denominator
         if weight_decay:
             direction = direction + weight_decay * parameter
         size, length = norm(parameter), norm(direction)

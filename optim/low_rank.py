@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
+from keras import ops
+
 from optim.adamw import AdamW
-from optim.checks import check_range
+from optim.checks import check_integer, check_pattern, check_range
 from optim.eight_bit import EMBEDDINGS
 from optim.moments import adam_moments
 from optim.muon import matrix_sides
@@ -36,6 +38,18 @@ class Sides(NamedTuple):
         """Shape of the matrix that does it: the smaller side times ``rank``."""
         return min(self), rank
 
+    def project(self, matrix: Tensor, projection: Tensor) -> Tensor:
+        """A matrix with its smaller side projected."""
+        if self.wide:
+            return ops.matmul(ops.transpose(projection), matrix)
+        return ops.matmul(matrix, projection)
+
+    def lift(self, projected: Tensor, projection: Tensor) -> Tensor:
+        """A projected matrix in the space it came from."""
+        if self.wide:
+            return ops.matmul(projection, projected)
+        return ops.matmul(projected, ops.transpose(projection))
+
 
 class LowRank(Optimizer):
     """Base of the optimizers whose moments are those of a projected gradient.
@@ -51,7 +65,8 @@ class LowRank(Optimizer):
         update_proj_gap: number of updates for which a projection is kept.
         scale: factor of the movements of the projected matrices.
         target_modules: regular expressions, or a single one, searched for in the paths of
-            variables; ``None`` for all matrices apart from biases and embeddings.
+            variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
+            embeddings.
         beta_1: decay rate of the mean of the gradient, in [0, 1).
         beta_2: decay rate of the mean of its square, in [0, 1).
         epsilon: keeps the denominator away from zero, not negative.
@@ -79,14 +94,31 @@ class LowRank(Optimizer):
         self.rank = check_integer("rank", rank, 1)
         self.update_proj_gap = check_integer("update_proj_gap", update_proj_gap, 1)
         self.scale = check_range("scale", scale, 0.0)
-        patterns = [target_modules] if isinstance(target_modules, str) else target_modules
-        self._targets = None if patterns is None else _checked_patterns(patterns)
+        self._targets = _targets(target_modules)
         self.adamw = AdamW(0.0, beta_1, beta_2, epsilon, weight_decay, kernel=self.kernel)
 
     @property
     def target_modules(self) -> list[str] | None:
         """The regular expressions of the variables that are projected, or None for the default."""
         return None if self._targets is None else list(self._targets)
+
+    def build(self, variables: list[Any]) -> None:
+        """Create the state.
+
+        Args:
+            variables: the variables that will be updated, in the order of the gradients.
+
+        Raises:
+            ValueError: if one of `target_modules` matches none of them.
+        """
+        paths = [_path(variable) for variable in variables]
+        for pattern in self._targets or ():
+            if paths and not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    f"`target_modules`: {pattern!r} is found in no variable's path. Paths look "
+                    f"like {paths[0]!r}. Received: target_modules={self.target_modules}"
+                )
+        super().build(variables)
 
     def rule_for(self, variable: Any) -> Optimizer:
         """This rule for the matrices it is meant for, AdamW's for the rest.
@@ -97,7 +129,7 @@ class LowRank(Optimizer):
         Returns:
             This optimizer, or the AdamW it holds.
         """
-        path = getattr(variable, "path", None) or variable.name
+        path = _path(variable)
         if self._targets is None:
             target = not path.endswith("bias") and not re.search(EMBEDDINGS, path)
         else:
@@ -144,33 +176,24 @@ def sides_of(shape: tuple[int, ...]) -> Sides:
     return Sides(*matrix_sides(shape))
 
 
-def check_integer(name: str, value: Any, low: int) -> int:
-    """Check a hyperparameter that is a whole number.
-
-    Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it is not an integer of at least ``low``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"`{name}` must be an integer >= {low}. Received: {name}={value!r}")
-    return value
+def _path(variable: Any) -> str:
+    return str(getattr(variable, "path", None) or variable.name)
 
 
-def _checked_patterns(patterns: Any) -> tuple[str, ...]:
+ALL_LINEAR = "all-linear"
+"""As `target_modules`: all matrices apart from biases and embeddings, the default."""
+
+
+def _targets(target_modules: Any) -> tuple[str, ...] | None:
+    """The regular expressions of `target_modules`, None for the default."""
+    if target_modules is None or target_modules in (ALL_LINEAR, [ALL_LINEAR], (ALL_LINEAR,)):
+        return None
+    single = isinstance(target_modules, str)
     try:
-        patterns = tuple(patterns)
-        for pattern in patterns:
-            re.compile(pattern)
-    except (re.error, TypeError) as error:
+        patterns = (target_modules,) if single else tuple(target_modules)
+    except TypeError:
         raise ValueError(
-            f"`target_modules` must be regular expressions ({error}). "
-            f"Received: target_modules={patterns!r}"
+            "`target_modules` must be a regular expression, a list of them, or "
+            f"{ALL_LINEAR!r}. Received: target_modules={target_modules!r}"
         ) from None
-    return patterns
+    return tuple(check_pattern("target_modules", pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""What the rules have in common: running means, their bias, Adam's step, L2 decay."""
+"""What the rules have in common: running means and their bias, the steps of Adam and RAdam, L2."""
 
 import math
 from typing import Any
@@ -95,3 +95,39 @@ def adam_denominator(
     """
     velocity = slots.get("velocity_max", slots["velocity"])
     return ops.rsqrt(bias_correction(beta_2, step)) * ops.sqrt(velocity) + epsilon
+
+
+def rectify(beta_2: float, step: Tensor, limit: float = 5.0) -> tuple[Tensor, Tensor]:
+    r"""Whether the variance is tractable at a step, and the factor that rectifies it.
+
+    As it is written, :math:`\rho_t` is the small difference of two numbers near
+    :math:`\rho_\infty`, and float32 would get the update at which the rectification begins wrong
+    for a :math:`\beta_2` near 1. With :math:`a = -\ln \beta_2` and :math:`x = a t` it is
+
+    .. math:: \rho_t = \rho_\infty - 2/a + (2/a)\,(1 - x / (e^x - 1))
+
+    whose first difference is a constant (computed in float64), and whose last factor has a series.
+
+    Args:
+        beta_2: decay rate of the mean square, in [0, 1).
+        step: float32 scalar, at least 1.
+        limit: what :math:`\rho_t` must exceed for the variance to count as tractable, at least 4.
+
+    Returns:
+        A boolean scalar, and a float32 scalar that is 1 where the first is false.
+    """
+    rho_inf = 2.0 / (1.0 - beta_2) - 1.0
+    if rho_inf <= limit:  # never tractable: rho stays below its limit
+        return ops.less(step, 0.0), ops.ones_like(step)
+    a = -math.log(beta_2)
+    x = step * a
+    small = ops.minimum(x, 1.0)
+    square = small * small
+    series = square * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
+    lost = ops.where(x < 1.0, 0.5 * small - series, 1.0 - x / ops.expm1(ops.maximum(x, 1.0)))
+    rho = (rho_inf - 2.0 / a) + (2.0 / a) * lost
+    rectified = rho > limit
+    rho = ops.where(rectified, rho, 5.0)  # any at which the factor is finite
+    constant = rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0))
+    factor = ops.sqrt((rho - 4.0) * (rho - 2.0) / rho * constant)
+    return rectified, ops.where(rectified, factor, 1.0)

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from optim.adamw import AdamW
-from optim.checks import check_flag
+from optim.checks import check_flag, check_integer, check_pattern
 from optim.moments import moving_average
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
@@ -101,8 +101,6 @@ class Muon(Optimizer):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(learning_rate, weight_decay=weight_decay, **common)
-        if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
-            raise ValueError(f"`ns_steps` must be an integer >= 1. Received: ns_steps={ns_steps!r}")
         if ns_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"`ns_dtype` must be 'float32' or 'bfloat16'. Received: ns_dtype={ns_dtype!r}"
@@ -112,8 +110,8 @@ class Muon(Optimizer):
         self.momentum = check_range("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
         self.match_rms = check_flag("match_rms", match_rms)
-        self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
-        self.exclude = NOT_HIDDEN if exclude is None else _checked_pattern(exclude)
+        self.ns_steps, self.ns_dtype = check_integer("ns_steps", ns_steps, 1), ns_dtype
+        self.exclude = NOT_HIDDEN if exclude is None else check_pattern("exclude", exclude)
         self.adamw_multiplier = check_range("adamw_multiplier", adamw_multiplier, 0.0)
         self.adamw = AdamW(0.0, beta_1, beta_2, epsilon, weight_decay, kernel=self.kernel)
 
@@ -234,13 +232,3 @@ def matrix_sides(shape: tuple[int, ...]) -> tuple[int, int]:
         return 1, math.prod(shape)
     cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
     return max(cuts, key=min)
-
-
-def _checked_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`exclude` must be a regular expression ({error}). Received: exclude={pattern!r}"
-        ) from None
-    return pattern

@@ -1,13 +1,12 @@
 """RAdam: Adam with a rectified learning rate instead of a warm-up."""
 
-import math
 from typing import Any, Unpack
 
 import keras
 from keras import ops
 
 from optim.checks import check_flag
-from optim.moments import adam_moments, add_l2, bias_correction
+from optim.moments import adam_moments, add_l2, bias_correction, rectify
 from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise
 
 
@@ -99,10 +98,12 @@ class RAdam(Optimizer):
             gradient = add_l2(gradient, parameter, weight_decay)
         slots = adam_moments(slots, gradient, self.beta_1, self.beta_2)
         rectified, rectification = rectify(self.beta_2, step)
-        corrected = ops.sqrt(bias_correction(self.beta_2, step))
-        adaptive = rectification * corrected / (ops.sqrt(slots["velocity"]) + self.epsilon)
+        corrected = rectification * ops.sqrt(bias_correction(self.beta_2, step))
+        # (sqrt(v) + epsilon) / corrected, and 1 as long as that is not defined.
+        scale = ops.where(rectified, 1.0 / corrected, 0.0)
+        offset = ops.where(rectified, self.epsilon / corrected, 1.0)
         rate = learning_rate / bias_correction(self.beta_1, step)
-        movement = rate * slots["momentum"] * ops.where(rectified, adaptive, 1.0)
+        movement = rate * slots["momentum"] / (scale * ops.sqrt(slots["velocity"]) + offset)
         return decayed - movement, slots
 
     def get_config(self) -> dict[str, Any]:
@@ -114,38 +115,3 @@ class RAdam(Optimizer):
             "epsilon": self.epsilon,
             "decoupled_weight_decay": self.decoupled_weight_decay,
         }
-
-
-def rectify(beta_2: float, step: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Whether the variance is tractable at a step, and the factor that rectifies it.
-
-    As it is written, :math:`\rho_t` is the small difference of two numbers near
-    :math:`\rho_\infty`, and float32 would get the update at which the rectification begins wrong
-    for a :math:`\beta_2` near 1. With :math:`a = -\ln \beta_2` and :math:`x = a t` it is
-
-    .. math:: \rho_t = \rho_\infty - 2/a + (2/a)\,(1 - x / (e^x - 1))
-
-    whose first difference is a constant (computed in float64), and whose last factor has a series.
-
-    Args:
-        beta_2: decay rate of the mean square, in [0, 1).
-        step: float32 scalar, at least 1.
-
-    Returns:
-        A boolean scalar, and a float32 scalar that is 1 where the first is false.
-    """
-    rho_inf = 2.0 / (1.0 - beta_2) - 1.0
-    if rho_inf <= 5.0:  # never tractable: rho stays below its limit
-        return ops.less(step, 0.0), ops.ones_like(step)
-    a = -math.log(beta_2)
-    x = step * a
-    small = ops.minimum(x, 1.0)
-    square = small * small
-    series = square * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
-    lost = ops.where(x < 1.0, 0.5 * small - series, 1.0 - x / ops.expm1(ops.maximum(x, 1.0)))
-    rho = (rho_inf - 2.0 / a) + (2.0 / a) * lost
-    rectified = rho > 5.0
-    rho = ops.where(rectified, rho, 5.0)
-    constant = rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0))
-    factor = ops.sqrt((rho - 4.0) * (rho - 2.0) / rho * constant)
-    return rectified, ops.where(rectified, factor, 1.0)

@@ -104,11 +104,11 @@ class RMSprop(Optimizer):
             average = moving_average(slots["average_gradient"], gradient, self.rho)
             new["average_gradient"] = average
             variance = ops.maximum(velocity - average * average, 0.0)
-        direction = gradient / (ops.sqrt(variance) + self.epsilon)
-        if self.momentum:
-            direction = self.momentum * slots["momentum"] + direction
-            new["momentum"] = direction
-        return parameter - learning_rate * direction, new
+        denominator = ops.sqrt(variance) + self.epsilon
+        if not self.momentum:
+            return parameter - learning_rate * gradient / denominator, new
+        new["momentum"] = self.momentum * slots["momentum"] + gradient / denominator
+        return parameter - learning_rate * new["momentum"], new
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

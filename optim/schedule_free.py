@@ -1,6 +1,5 @@
 """Schedule-free AdamW, SGD and RAdam: averaging in place of a decaying learning rate."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -8,8 +7,8 @@ import keras
 from keras import ops
 
 from optim.checks import check_flag
-from optim.moments import bias_correction, moving_average
-from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
+from optim.moments import bias_correction, moving_average, rectify
+from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range, elementwise
 
 
 class _ScheduleFree(Optimizer):
@@ -57,6 +56,7 @@ class _ScheduleFree(Optimizer):
         """Which way to go: the direction, a factor of the learning rate, and the new slots."""
         raise NotImplementedError
 
+    @elementwise
     def update(
         self,
         parameter: Tensor,
@@ -76,10 +76,9 @@ class _ScheduleFree(Optimizer):
         total = slots["weight_sum"] + weight
         # While the rate has been 0 throughout, nothing has moved and there is nothing to average.
         share = ops.where(total > 0, weight / ops.maximum(total, 1e-30), 0.0)
-        distance, movement = slots["distance"], rate * direction
-        kept = self._beta * (1.0 - share)
-        parameter = parameter + share * distance - (1.0 - kept) * movement
-        distance = (1.0 - share) * distance - kept * movement
+        distance, kept = slots["distance"], self._beta * (1.0 - share)
+        parameter = parameter + share * distance - (rate * (1.0 - kept)) * direction
+        distance = (1.0 - share) * distance - (rate * kept) * direction
         new |= {"distance": distance, "weight_sum": total, "largest_rate": largest}
         return parameter, new
 
@@ -177,9 +176,13 @@ class ScheduleFreeAdamW(_ScheduleFree):
     ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
         """Adam's, without momentum."""
         velocity = moving_average(slots["velocity"], gradient * gradient, self.beta_2)
-        root_scale = ops.rsqrt(bias_correction(self.beta_2, step))
-        direction = gradient / (root_scale * ops.sqrt(velocity) + self.epsilon)
-        return direction, 1.0, {"velocity": velocity}
+        scale, offset, factor = self.adaptation(step)
+        direction = gradient / (scale * ops.sqrt(velocity) + offset)
+        return direction, factor, {"velocity": velocity}
+
+    def adaptation(self, step: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Factor of the root of the mean square, what is added to it, and factor of the rate."""
+        return ops.rsqrt(bias_correction(self.beta_2, step)), self.epsilon, 1.0
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -258,33 +261,16 @@ class ScheduleFreeRAdam(ScheduleFreeAdamW):
         )
         self.silent_sgd_phase = check_flag("silent_sgd_phase", silent_sgd_phase)
 
-    def direction(
-        self, gradient: Tensor, slots: dict[str, Tensor], step: Tensor
-    ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """Adam's with a rectified rate, once that is defined."""
-        adam, _, new = super().direction(gradient, slots, step)
-        limit = 2.0 / (1.0 - self.beta_2) - 1.0
-        length = self._length(limit, step)
-        defined = length > 4.0
-        safe = ops.where(defined, length, 5.0)
-        ratio = (safe - 4.0) * (safe - 2.0) / safe * (limit / ((limit - 4.0) * (limit - 2.0)))
+    def adaptation(self, step: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Adam's with a rectified rate, once that is defined; the gradient itself before."""
+        rectified, factor = rectify(self.beta_2, step, 4.0)
+        scale, epsilon, _ = super().adaptation(step)
         before = 0.0 if self.silent_sgd_phase else 1.0
-        factor = ops.where(defined, ops.sqrt(ratio), before)
-        return ops.where(defined, adam, gradient), factor, new
-
-    def _length(self, limit: float, step: Tensor) -> Tensor:
-        r""":math:`\rho_t`, which as it is written is the small difference of two large numbers.
-
-        With :math:`\beta_2^t = e^{-x}` the second one is :math:`(2t/x)\, x / (e^x - 1)`, and the
-        power series of :math:`1 - x / (e^x - 1)` begins with :math:`x / 2`.
-        """
-        rate = -math.log(self.beta_2)
-        x = rate * step
-        square = x * x
-        tail = 1.0 / 720.0 - square * (1.0 / 30240.0 - square / 1209600.0)
-        series = x / 2.0 - square * (1.0 / 12.0 - square * tail)
-        direct = 1.0 - x / ops.expm1(ops.maximum(x, 1.0))
-        return (limit - 2.0 / rate) + (2.0 / rate) * ops.where(x < 1.0, series, direct)
+        return (
+            ops.where(rectified, scale, 0.0),
+            ops.where(rectified, epsilon, 1.0),
+            ops.where(rectified, factor, before),
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

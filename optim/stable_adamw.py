@@ -1,13 +1,12 @@
 """StableAdamW: AdamW with Adafactor's clipping of the update, per tensor."""
 
-import math
 from typing import Any, Unpack
 
 import keras
 from keras import ops
 
 from optim.moments import bias_correction
-from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range
+from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -77,6 +76,7 @@ class StableAdamW(Optimizer):
         """
         return {"momentum": shape, "velocity": shape}
 
+    @elementwise
     def update(
         self,
         parameter: Tensor,
@@ -93,11 +93,11 @@ class StableAdamW(Optimizer):
         momentum = slots["momentum"] + share_1 * (gradient - slots["momentum"])
         velocity = slots["velocity"] + share_2 * (square - slots["velocity"])
         floor = max(self.epsilon * self.epsilon, SMALLEST)
-        growth = ops.sqrt(ops.sum(square / ops.maximum(velocity, floor)) / max(size(square), 1))
+        growth = ops.sqrt(ops.mean(square / ops.maximum(velocity, floor)))
         rate = learning_rate / ops.maximum(1.0, growth)
-        movement = rate * momentum / (ops.sqrt(velocity) + self.epsilon)
         if weight_decay:
-            movement = movement + (rate * weight_decay) * parameter
+            parameter = parameter - (rate * weight_decay) * parameter
+        movement = rate * momentum / (ops.sqrt(velocity) + self.epsilon)
         return parameter - movement, {"momentum": momentum, "velocity": velocity}
 
     def get_config(self) -> dict[str, Any]:
@@ -112,8 +112,3 @@ class StableAdamW(Optimizer):
 
 SMALLEST = 1e-30
 """Below it a square in float32 has lost its digits."""
-
-
-def size(x: Tensor) -> int:
-    """The number of elements, from the shape."""
-    return math.prod(x.shape)

@@ -1,4 +1,4 @@
-"""Parameter groups through TrainingArguments."""
+"""Which variables get what, through TrainingArguments: groups, target modules."""
 
 import logging
 
@@ -130,3 +130,60 @@ def test_kbtrain_and_optim_agree_on_what_is_not_decayed():
     assert building.NO_DECAY_NAMES.pattern == optim.decay.NO_DECAY_NAMES.pattern
     assert building.NO_DECAY_LAYERS == optim.decay.NO_DECAY_LAYERS
     assert building.decay_parameter_names(model()) == optim.decay_parameter_names(model())
+
+
+# ---- target modules ------------------------------------------------------------------------------
+
+
+def projected(trainer):
+    """Paths of the variables that are projected."""
+    optimizer = trainer.optimizer
+    return {
+        v.path.removeprefix("net/")
+        for v in trainer.model.trainable_variables
+        if optimizer.rule_of(v) is optimizer
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (None, {"first/kernel"}),
+        ("all-linear", {"first/kernel"}),
+        (["first", "middle"], {"first/kernel"}),
+        ("middle|last", set()),  # vectors, and a matrix of one column
+    ],
+)
+def test_target_modules(tmp_path, targets, expected):
+    trainer = make_trainer(
+        tmp_path,
+        groups=None,
+        optim="galore_adamw",
+        optim_args={"rank": 1},
+        optim_target_modules=targets,
+    )
+    trainer.fit()
+    assert projected(trainer) == expected
+
+
+def test_target_modules_that_match_nothing(tmp_path):
+    changes = {"optim": "apollo_adamw", "optim_args": {"rank": 1}}
+    trainer = make_trainer(tmp_path, groups=None, optim_target_modules=["ffn"], **changes)
+    with pytest.raises(ValueError, match="'ffn' is found in no variable's path"):
+        trainer.fit()
+
+
+def test_target_modules_are_for_some_optimizers_only(tmp_path):
+    trainer = make_trainer(tmp_path, groups=None, optim="adamw", optim_target_modules="first")
+    with pytest.raises(ConfigurationError, match="apollo_adamw, .*galore_adamw.*optim='adamw'"):
+        trainer.fit()
+
+
+def test_target_modules_are_given_once(tmp_path):
+    with pytest.raises(ConfigurationError, match="Leave one out"):
+        arguments(
+            tmp_path,
+            optim="galore_adamw",
+            optim_args={"target_modules": ["a"]},
+            optim_target_modules="a",
+        )
