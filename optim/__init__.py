@@ -60,6 +60,7 @@ from optim.schedules import (
     Schedule,
 )
 from optim.sgd import SGD
+from optim.soap import SOAP
 from optim.stable_adamw import StableAdamW
 from optim.warmup_stable_decay import WarmupStableDecay
 
@@ -100,6 +101,7 @@ __all__ = [
     "ReduceLROnPlateau",
     "RelativeStep",
     "SGD",
+    "SOAP",
     "Schedule",
     "ScheduleFreeAdamW",
     "ScheduleFreeRAdam",

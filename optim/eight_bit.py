@@ -43,12 +43,17 @@ def code_values(signed: bool) -> np.ndarray:
     return np.sort(np.asarray(values, "float32"))
 
 
-def quantized(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """The nearest codes of a tensor, and the scales of its blocks.
+def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of a tensor, and the scales of its blocks.
+
+    The nearest codes, or with ``step`` one of the two neighbours, each as often as it is near: then
+    the mean over many updates is the number itself. What decides is a hash of the number's bits and
+    the step, so the same run rounds the same way again.
 
     Args:
         x: float32 tensor of any shape, not empty.
         signed: whether it has negative elements. If not, what is not 0 gets a code that is not 0.
+        step: float32 scalar, for the random choice.
 
     Returns:
         uint8 tensor of shape (blocks, `BLOCK`) and float32 tensor of shape (blocks,).
@@ -58,13 +63,33 @@ def quantized(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = ops.reshape(flat, (-1, BLOCK))
     scales = ops.max(ops.abs(blocks), axis=1)
     relative = blocks / ops.expand_dims(ops.maximum(scales, 1e-37), 1)
+    relative = ops.reshape(relative, (-1,))
     table = code_values(signed)
-    borders = (table[:-1] + table[1:]) / 2
-    if not signed:
-        borders[0] = 0.0
-    found = ops.searchsorted(ops.convert_to_tensor(borders), ops.reshape(relative, (-1,)))
+    if step is None:
+        borders = (table[:-1] + table[1:]) / 2
+        if not signed:
+            borders[0] = 0.0
+        found = ops.searchsorted(ops.convert_to_tensor(borders), relative)
+    else:
+        # Of the values above -1 the last one that is not larger; the gap above it is to be shared.
+        below = ops.searchsorted(ops.convert_to_tensor(table[1:-1]), relative, side="right")
+        gaps = ops.take(ops.convert_to_tensor(np.diff(table)), below)
+        above = relative - ops.take(ops.convert_to_tensor(table[:-1]), below)
+        found = below + ops.cast(above > _random(relative, step) * gaps, below.dtype)
     codes = ops.cast(ops.reshape(found, tuple(blocks.shape)), "uint8")
     return codes, scales
+
+
+def _random(x: Tensor, step: Tensor) -> Tensor:
+    """A number in [0, 1) made of each element's bits and the step."""
+    bits = ops.bitwise_xor(ops.view(x, "int32"), ops.cast(step, "int32") * _FACTORS[0])
+    for factor in _FACTORS:
+        shifted = ops.bitwise_and(ops.right_shift(bits, 15), (1 << 17) - 1)
+        bits = ops.bitwise_xor(bits, shifted) * factor
+    return ops.cast(ops.bitwise_and(ops.right_shift(bits, 9), (1 << 23) - 1), "float32") * 2.0**-23
+
+
+_FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 
 def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
@@ -103,10 +128,13 @@ class EightBit(Optimizer):
     Attributes:
         full_precision: the class whose rule this is; set by the subclass.
         squares: names of the slots that are means of squares.
+        dithered: names of the slots that are rounded up or down at random, so that movements
+            smaller than the gaps between codes are not lost.
     """
 
     full_precision: type[Optimizer]
     squares: frozenset[str] = frozenset({"velocity"})
+    dithered: frozenset[str] = frozenset()
 
     def __init__(self, *args: Any, keep: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -177,7 +205,8 @@ class EightBit(Optimizer):
                 new[name] = value
                 continue
             square = name in self.squares
-            codes, scales = quantized(ops.sqrt(value) if square else value, not square)
+            at = step if name in self.dithered else None
+            codes, scales = quantized(ops.sqrt(value) if square else value, not square, at)
             new |= {f"{name}_codes": codes, f"{name}_scales": scales}
         return parameter, new
 

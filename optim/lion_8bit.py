@@ -41,6 +41,7 @@ class Lion8bit(EightBit, Lion):
     """
 
     full_precision = Lion
+    dithered = frozenset({"momentum"})
 
     def __init__(
         self,
