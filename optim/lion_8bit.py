@@ -13,7 +13,9 @@ from optim.optimizer import CommonArguments
 class Lion8bit(EightBit, Lion):
     """`optim.Lion` with its state in 8 bits, block by block.
 
-    One slot of 1.016 bytes an element, in place of 4: see `optim.eight_bit.EightBit`.
+    One slot of 1.016 bytes an element, in place of 4: see `optim.eight_bit.EightBit`. The momentum
+    moves by less than the gap between two codes in most updates, so it is rounded up or down at
+    random, each as often as it is near.
 
     Args:
         learning_rate: a number, a learning-rate schedule or a callable without arguments.

@@ -58,6 +58,41 @@ def test_nearest_code_of_each_block(tools, rng, signed, size, scale):
         assert np.all(back[x > 0] > 0)
 
 
+def test_random_rounding_is_right_in_the_mean(tools, rng):
+    x = rng.standard_normal(BLOCK).astype("float32")
+    x[:4] = [0.0, -7.0, 1e-9, 7.0]
+    steps = 64
+    back = []
+    for step in range(1, steps + 1):
+        at = ops.convert_to_tensor(float(step), "float32")
+        codes, scales = quantized(ops.convert_to_tensor(x), True, at)
+        back.append(tools.to_numpy(restored(codes, scales, (BLOCK,), True)))
+    back = np.array(back, "float64")
+    again, _ = quantized(ops.convert_to_tensor(x), True, at)
+    np.testing.assert_array_equal(tools.to_numpy(again), tools.to_numpy(codes))
+    values = 7.0 * code_values(True).astype("float64")
+    place = np.clip(np.searchsorted(values, x.astype("float64"), side="right"), 1, 255)
+    below, above = values[place - 1], values[place]
+    inside = np.clip(x, values[0], None)
+    assert np.all((np.abs(back - below) < 1e-6) | (np.abs(back - above) < 1e-6))
+    # Five standard deviations of a mean of numbers that are one or the other.
+    assert np.all(np.abs(back.mean(0) - inside) <= 2.5 * (above - below) / steps**0.5 + 1e-6)
+    assert np.all(back[:, 0] == 0.0)
+
+
+def test_lion_follows_movements_below_the_gaps(tools):
+    """One code in ten of its momentum moves per update, if it is rounded to the nearest."""
+    gradients = np.linspace(0.15, 1.0, SMALLEST).astype("float32")
+    variable = keras.Variable(np.zeros(SMALLEST, "float32"), name="v")
+    optimizer = optim.Lion8bit(1e-3)
+    tools.run(optimizer, [variable], [[gradients]] * 150)
+    slots = optimizer.slots_of(variable)
+    found = restored(slots["momentum_codes"], slots["momentum_scales"], (SMALLEST,), True)
+    expected = gradients * (1 - 0.99**150)
+    mean = (tools.to_numpy(found) / expected).reshape(-1, 256).mean(axis=1)
+    np.testing.assert_allclose(mean, 1.0, atol=0.01)
+
+
 def test_zeros_and_one_outlier(tools):
     zero = ops.zeros((2, BLOCK))
     codes, scales = quantized(zero, True)

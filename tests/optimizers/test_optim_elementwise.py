@@ -93,3 +93,156 @@ def test_a_rule_that_overrides_a_marked_one_is_not_marked(tools):
     variable = keras.Variable(np.zeros(2, "float32"))
     tools.run(Normalised(1.0), [variable], [[np.array([3.0, -4.0], "float32")]])
     np.testing.assert_allclose(tools.to_numpy(variable), [-0.6, 0.8], rtol=1e-6)
+
+
+# ---- what the kernel of PyTorch joins, and what it must not --------------------------------------
+#
+# Each of these is a formula that is computed twice: with `keras.ops` in float32 as a rule, and with
+# NumPy in float64.
+
+
+def adam(xp, p, g, s, lr):
+    m, v = s["a"] + 0.1 * (g - s["a"]), s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * 0.1 * p - lr * m / (0.5 * xp.sqrt(v) + 1e-3), {"a": m, "b": v}
+
+
+def no_mean(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * g / (xp.sqrt(v) + 1e-3), {"a": g, "b": v}
+
+
+def old_numerator(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * s["a"] / (xp.sqrt(v) + 1e-3), {"a": s["a"] + g, "b": v}
+
+
+def of_something_else(xp, p, g, s, lr):
+    x = g + s["a"]
+    m, v = s["a"] + 0.1 * (g - s["a"]), s["b"] + 0.01 * (x * x - s["b"])
+    return p + lr * m / (xp.sqrt(v) + 1e-3), {"a": m, "b": v}
+
+
+def quotient_used_twice(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    u = g / (xp.sqrt(v) + 1e-3)
+    return p - lr * u, {"a": s["a"] + u, "b": v}
+
+
+def square_mean_used_twice(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * g / (xp.sqrt(v) + 1e-3), {"a": v * g, "b": v}
+
+
+def old_square_mean_used_later(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    p = p - lr * g / (xp.sqrt(v) + 1e-3)
+    return p - lr * s["b"], {"a": s["b"], "b": v}
+
+
+def in_another_place(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * g / (xp.sqrt(v) + 1e-3), {"a": v, "b": s["a"] + g * g}
+
+
+def mean_used_twice(xp, p, g, s, lr):
+    m, v = s["a"] + 0.1 * (g - s["a"]), s["b"] + 0.01 * (g * g - s["b"])
+    p = p - lr * m / (xp.sqrt(v) + 1e-3)
+    return p - lr * m, {"a": m, "b": v}
+
+
+def nearly_one(xp, p, g, s, lr):
+    m, v = s["a"] + 0.1 * (g - s["a"]), s["b"] + 1e-5 * (g * g - s["b"])
+    return p - lr * m / (xp.sqrt(v) + 1e-3), {"a": m, "b": v}
+
+
+def norms(xp, p, g, s, lr):
+    m = s["a"] + 0.1 * (g - s["a"])
+    ratio = xp.sqrt(xp.sum(p * p)) / xp.sqrt(xp.sum(m * m))
+    return p - lr * ratio * m, {"a": m, "b": s["b"] + ratio * g}
+
+
+def sum_of_adam(xp, p, g, s, lr):
+    m, v = s["a"] + 0.1 * (g - s["a"]), s["b"] + 0.01 * (g * g - s["b"])
+    u = m / (xp.sqrt(v) + 1e-3)
+    return p - lr * xp.sum(u * u) * u, {"a": m, "b": v}
+
+
+def mean_over_all(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    rate = lr / xp.maximum(1.0, xp.sqrt(xp.mean(g * g / xp.maximum(v, 1e-6))))
+    return p - rate * g / (xp.sqrt(v) + 1e-3), {"a": s["a"] + xp.abs(g), "b": v}
+
+
+def old_values_after_a_sum(xp, p, g, s, lr):
+    m = s["a"] + 0.1 * (g - s["a"])
+    total = xp.sum(m) / 100.0
+    return p - lr * total * s["a"], {"a": s["b"] - m, "b": m}
+
+
+def sum_of_what_is_given(xp, p, g, s, lr):
+    return p - lr * xp.sum(g) * g, {"a": s["a"] + xp.sum(s["a"]) * 0.1 + g, "b": s["b"] + p}
+
+
+FORMULAS = [
+    adam,
+    no_mean,
+    old_numerator,
+    of_something_else,
+    quotient_used_twice,
+    square_mean_used_twice,
+    old_square_mean_used_later,
+    in_another_place,
+    mean_used_twice,
+    nearly_one,
+    norms,
+    sum_of_adam,
+    mean_over_all,
+    old_values_after_a_sum,
+    sum_of_what_is_given,
+]
+
+
+class ByFormula(optim.Optimizer):
+    """A rule with two slots that begin at 0.5."""
+
+    formula = None
+
+    def slot_shapes(self, shape):
+        return {name: optim.Slot(shape, initializer=0.5) for name in "ab"}
+
+    @elementwise
+    def update(self, parameter, gradient, slots, step, learning_rate, weight_decay):
+        return type(self).formula(ops, parameter, gradient, slots, learning_rate)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_formula(tools, rng, formula):
+    rule = type("Formula", (ByFormula,), {"formula": staticmethod(formula)})
+    sizes = (6, 70_001)  # the second one is longer than a piece
+    starts = [rng.standard_normal(size).astype("float32") for size in sizes]
+    gradients = [[rng.standard_normal(size).astype("float32") for size in sizes] for _ in range(3)]
+    gradients = [[g if g.size < 9 else g * 1e-2 for g in given] for given in gradients]
+    variables = [keras.Variable(start) for start in starts]
+    optimizer = rule(1e-3)
+    tools.run(optimizer, variables, gradients)
+    for i, (variable, start) in enumerate(zip(variables, starts, strict=True)):
+        p, slots = start.astype("float64"), {name: np.full(start.shape, 0.5) for name in "ab"}
+        for given in gradients:
+            p, slots = formula(np, p, given[i].astype("float64"), slots, 1e-3)
+        expected = {"parameter": p, **slots}
+        found = {"parameter": variable, **optimizer.slots_of(variable)}
+        for name, value in expected.items():
+            result = tools.to_numpy(found[name])
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(
+                result, value, rtol=1e-5, atol=2e-6 * scale, err_msg=f"{name} {i}"
+            )
+
+
+def test_the_gradient_is_left_as_it_is(tools, rng):
+    rule = type("Formula", (ByFormula,), {"formula": staticmethod(no_mean)})
+    variable = keras.Variable(np.ones(4, "float32"))
+    gradient = ops.convert_to_tensor(np.array([1.0, np.inf, -2.0, 0.0], "float32"))
+    rule(1e-3).apply([gradient], [variable])
+    np.testing.assert_array_equal(tools.to_numpy(gradient), [1.0, np.inf, -2.0, 0.0])
+    assert np.isfinite(tools.to_numpy(variable)[[0, 2, 3]]).all()

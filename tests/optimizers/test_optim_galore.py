@@ -198,9 +198,9 @@ def test_who_gets_which_rule(tools, rng):
         ({"rank": 2.0}, "rank"),
         ({"update_proj_gap": True}, "update_proj_gap"),
         ({"scale": float("inf")}, "scale"),
-        ({"target_modules": "("}, "target_modules.*regular expressions"),
-        ({"target_modules": [3]}, "target_modules.*regular expressions"),
-        ({"target_modules": 3}, "target_modules.*regular expressions"),
+        ({"target_modules": "("}, "target_modules.*regular expression"),
+        ({"target_modules": [3]}, "target_modules.*regular expression"),
+        ({"target_modules": 3}, "target_modules.*regular expression"),
         ({"beta_1": 1.0}, "beta_1"),
     ],
 )
