@@ -101,7 +101,8 @@ class SOAP(Optimizer):
         self.precondition_frequency = frequency
         self.max_precond_dim = check_integer("max_precond_dim", max_precond_dim, 1)
         self.epsilon = check_range("epsilon", epsilon, 0.0)
-        self.adamw = AdamW(0.0, *self.betas, epsilon, weight_decay, kernel=self.kernel)
+        first, second = self.betas
+        self.adamw = AdamW(0.0, first, second, epsilon, weight_decay, kernel=self.kernel)
 
     def rule_for(self, variable: Any) -> Optimizer:
         """This rule for matrices, AdamW's for the rest.
