@@ -126,8 +126,7 @@ DROPPED: dict[str, str] = {
 
 
 # Fields of the reference that are still to come -> what holds until then.
-NOT_YET: dict[str, str] = {
-}
+NOT_YET: dict[str, str] = {}
 
 
 def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
