@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from helpers import arguments, make_data, same, train_logs, weights, with_weights
+from helpers import arguments, make_data, train_logs, weights, with_weights
 from keras import ops
 
-from kbtrain import Trainer
+from kbtrain import Trainer, backends
 from kbtrain.errors import ConfigurationError
+from kbtrain.recompute import recomputed
 
 
 class Block(keras.layers.Layer):
@@ -69,11 +70,17 @@ def test_weights_statistics_and_random_states_are_the_same(tmp_path, changes):
 
 
 def test_what_a_user_chooses(tmp_path):
-    names = [layer.name for layer in model().layers[0].layers]
-    assert len(names) == 2
-    every = fitted(tmp_path, True, gradient_checkpointing_kwargs={"every_n_layers": 2})
-    assert same(weights(every.model), weights(fitted(tmp_path, True, gradient_checkpointing_kwargs={
-        "every_n_layers": 2}).model))  # fmt: skip
+    the_model = model()
+    first, second = the_model.layers[0].layers
+    dropout, last = the_model.layers[1:]
+    for options, expected in [
+        ({}, {first, second, dropout, last}),
+        ({"every_n_layers": 2}, {first, dropout}),
+        ({"layer_names": [second.name, last.name]}, {second, last}),
+    ]:
+        with recomputed(the_model, backends.load(), True, options):
+            assert {x for x in the_model._flatten_layers() if "call" in vars(x)} == expected
+        assert not any("call" in vars(x) for x in the_model._flatten_layers())
     for options, message in [
         ({"use_reentrant": False}, "no option 'use_reentrant'"),
         ({"layer_names": ["nowhere"]}, "no layer 'nowhere'. It has: block"),
