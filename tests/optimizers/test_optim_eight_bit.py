@@ -58,6 +58,24 @@ def test_nearest_code_of_each_block(tools, rng, signed, size, scale):
         assert np.all(back[x > 0] > 0)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_around_every_border(tools, signed):
+    values = code_values(signed)
+    borders = (values[:-1] + values[1:]) / 2
+    if not signed:
+        borders[0] = 0.0  # what is not 0 gets a code that is not 0
+    near = [np.nextafter(borders, np.float32(side)) for side in (-2, 2)]
+    x = np.concatenate([borders, values, *near])
+    x = x[np.abs(x) >= np.finfo("float32").tiny]  # smaller ones may be 0 to a compiler
+    x = x if signed else x[x > 0]
+    blocks = -(-len(x) // (BLOCK - 1))
+    padded = np.append(x, np.zeros(blocks * (BLOCK - 1) - len(x), "float32"))
+    scaled = np.insert(padded.reshape(blocks, BLOCK - 1), 0, 1.0, axis=1)  # 1: the block's scale
+    codes, _ = quantized(ops.convert_to_tensor(scaled), signed)
+    expected = np.searchsorted(borders, scaled)
+    np.testing.assert_array_equal(tools.to_numpy(codes), expected)
+
+
 def test_random_rounding_is_right_in_the_mean(tools, rng):
     x = rng.standard_normal(BLOCK).astype("float32")
     x[:4] = [0.0, -7.0, 1e-9, 7.0]
