@@ -21,7 +21,6 @@ from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import optim
 from kbtrain import ArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 DEFAULTS = [
@@ -29,7 +28,7 @@ DEFAULTS = [
     *("--learning_rate", "1e-2", "--lr_scheduler_type", "constant_with_warmup"),
     *("--warmup_steps", "30", "--weight_decay", "0.05", "--per_device_eval_batch_size", "256"),
     *("--eval_strategy", "steps", "--eval_steps", "0.2", "--logging_steps", "0.2"),
-    *("--save_strategy", "no"),
+    *("--save_strategy", "no", "--ema", '{"decay": 0.99}'),
 ]
 """Options of this program; what is given on the command line comes later and wins."""
 
@@ -41,9 +40,6 @@ class ModelArguments:
     width: int = dataclasses.field(default=32, metadata={"help": "Filters of the first block."})
     augment: float = dataclasses.field(
         default=0.13, metadata={"help": "Largest shift, as a part of the image."}
-    )
-    ema_decay: float = dataclasses.field(
-        default=0.99, metadata={"help": "Share of the old average that an update keeps."}
     )
 
 
@@ -69,16 +65,6 @@ def make_model(width: int, augment: float) -> keras.Model:
     return model
 
 
-class AveragingTrainer(Trainer):
-    """A Trainer whose optimizer, whichever the arguments choose, keeps an average to evaluate."""
-
-    ema_decay = 0.99
-
-    def create_optimizer(self) -> keras.optimizers.Optimizer:
-        """Wrap what ``--optim`` names."""
-        return optim.EMA(super().create_optimizer(), decay=self.ema_decay)
-
-
 class KeepTrained(TrainerCallback):
     """Keeps the weights in training; after ``fit`` the model holds their average instead."""
 
@@ -101,7 +87,7 @@ def main(words: list[str]) -> None:
         random_state=0,
     )
     kept = KeepTrained()
-    trainer = AveragingTrainer(
+    trainer = Trainer(
         make_model(options.width, options.augment),
         args,
         train_dataset=(x_train, y_train),
@@ -110,7 +96,6 @@ def main(words: list[str]) -> None:
         metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         callbacks=[kept],
     )
-    trainer.ema_decay = options.ema_decay
     output = trainer.fit()
     in_training = kept.weights
     averaged = trainer.evaluate()
