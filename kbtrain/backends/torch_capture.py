@@ -24,6 +24,15 @@ from kbtrain.backends.torch_native import native_operations
 from kbtrain.backends.torch_program import NotCapturable, make_program, same_random_state
 from kbtrain.errors import causes, first_lines, user_line
 
+# Without a rule for fake tensors, recording a fused optimizer runs it on real ones made of zeros:
+# four times the size of the model for a moment. They change their arguments and return nothing.
+_RULES = torch.library.Library("aten", "IMPL")
+for _operation in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_", "_fused_adagrad_"):
+    for _overload in getattr(torch.ops.aten, _operation).overloads():
+        _name = _operation if _overload == "default" else f"{_operation}.{_overload}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
+            _RULES.impl(_name, lambda *args, **kwargs: None, "Meta")
+
 _LOOKS_AT_VALUES = (DataDependentOutputException, GuardOnDataDependentSymNode)
 
 
