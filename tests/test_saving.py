@@ -1,6 +1,7 @@
 """The saver: background writes, one at a time, errors that come out, failures of the disk."""
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -581,12 +582,26 @@ def test_a_folder_that_becomes_read_only(small_disk, caplog):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
-def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch):
+def steps_in_json(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def steps_in_csv(path):
+    with path.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "steps"), [("json", steps_in_json), ("csv", steps_in_csv)], ids=["json", "csv"]
+)
+def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch, tracker, steps):
     """Each line once, whole, as soon as there is room."""
     opened, full = Path.open, [False]
+    file = tmp_path / {"json": "log.jsonl", "csv": "log.csv"}[tracker]
 
     def refusing(path, *args, **kwargs):
-        if full[0] and path.name == "log.jsonl":
+        if full[0] and path.stem == "log":
             raise FULL
         return opened(path, *args, **kwargs)
 
@@ -595,9 +610,8 @@ def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch):
     def switch(value):
         return lambda trainer: full.__setitem__(0, value)
 
-    train(tmp_path, [At(3, switch(True)), At(6, switch(False))], report_to="json")
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    train(tmp_path, [At(3, switch(True)), At(6, switch(False))], report_to=tracker)
+    assert steps(file) == list(range(1, 9))
     assert caplog.text.count("Could not write") == 1
 
 

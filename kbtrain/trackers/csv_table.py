@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import TrainerCallback
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.trackers.json_lines import append_whole
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
 
 FILE_NAME = "log.csv"
 
@@ -21,19 +26,27 @@ class CsvCallback(TrainerCallback):
 
     A row whose names all have a column is appended; a new name (the first evaluation, say) writes
     the file anew with one more column. A resumed run first drops the rows after the step it resumes
-    from; a fresh run begins a new file.
+    from; a fresh run begins a new file. If the disk refuses (full, no permission), a warning says
+    so, and the rows are kept and written with the next one.
     """
 
     def __init__(self) -> None:
+        self._path = Path(FILE_NAME)
         self._columns: list[str] = []
+        self._begin: list[dict[str, Any]] | None = None  # what the table is to begin with
+        self._waiting: list[dict[str, Any]] = []
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut the table back to the step the run begins at."""
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / FILE_NAME
-            self._write(path, _known(_rows(path), state) if state.global_step else [])
+            # Once: a program may go to another folder meanwhile.
+            self._path = (Path(args.output_dir) / FILE_NAME).absolute()
+            self._begin = _known(_rows(self._path), state) if state.global_step else []
+            self._waiting, self._warned = [], False
+            self._write()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,26 +54,47 @@ class CsvCallback(TrainerCallback):
         """Append one row."""
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / FILE_NAME
+        if self._begin is None and not self._columns:  # logged outside of a training
+            self._path = (Path(args.output_dir) / FILE_NAME).absolute()
         row = {"step": state.global_step, "epoch": state.epoch, **kwargs["logs"]}
-        if not path.exists() or not set(row) <= set(self._columns):
-            self._write(path, [*_rows(path), row])
-            return
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        self._waiting.append(row)
+        self._write()
 
-    def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        names = dict.fromkeys(["step", "epoch"])
-        for row in rows:
-            names |= dict.fromkeys(row)
-        self._columns = list(names)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp-csv")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
+    def _write(self) -> None:
+        """Write what is waiting; the file keeps whole rows whatever happens."""
+        known = self._begin is None and self._path.exists()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if known and all(set(row) <= set(self._columns) for row in self._waiting):
+                append_whole(self._path, _text(self._columns, self._waiting))
+            else:
+                begin = _rows(self._path) if self._begin is None else self._begin
+                self._replace([*begin, *self._waiting])
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "Could not write %s: %s. Training goes on; the rows are kept and written as "
+                    "soon as the disk takes them.",
+                    self._path,
+                    error.strerror or error,
+                )
+            self._warned = True
+        else:
+            self._begin = None
+            self._waiting.clear()
+
+    def _replace(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys(["step", "epoch", *(name for row in rows for name in row)]))
+        temporary = self._path.with_suffix(".tmp-csv")
+        temporary.write_bytes(_text(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+        os.replace(temporary, self._path)
+        self._columns = columns
+
+
+def _text(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue().encode()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

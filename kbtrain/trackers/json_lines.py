@@ -64,7 +64,7 @@ class JsonLinesCallback(TrainerCallback):
                 os.replace(temporary, path)
                 self._begin = None
             if self._waiting:
-                _append(path, "".join(self._waiting).encode())
+                append_whole(path, "".join(self._waiting).encode())
                 self._waiting.clear()
         except OSError as error:
             if not self._warned:
@@ -77,7 +77,7 @@ class JsonLinesCallback(TrainerCallback):
             self._warned = True
 
 
-def _append(path: Path, data: bytes) -> None:
+def append_whole(path: Path, data: bytes) -> None:
     """Append all or nothing: half a line would end up in the middle of the file."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
