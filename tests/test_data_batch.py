@@ -372,7 +372,9 @@ def test_to_numpy_is_idempotent(x):
     assert_same(to_numpy(x), x)
 
 
-@pytest.mark.parametrize("module", ["batch", "collate", "columns", "loader", "sampling", "sources"])
+@pytest.mark.parametrize(
+    "module", ["batch", "collate", "columns", "loader", "recognise", "sampling"]
+)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"kbtrain.data.{module}"))
     assert result.failed == 0

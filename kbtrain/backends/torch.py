@@ -169,7 +169,8 @@ def _detach(x: Any) -> Any:
 
 def dropping() -> keras.StatelessScope:
     """A scope in which assignments are forgotten; losses of layers are collected."""
-    return keras.StatelessScope(collect_losses=True)
+    # With the values: a regularizer asks the scope for the one of its weight.
+    return keras.StatelessScope([(v, v.value) for v in now.variables], collect_losses=True)
 
 
 def recompute(
