@@ -83,8 +83,8 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
     return codes, scales
 
 
-# A binary search for each element takes PyTorch 30 times longer than all the rest. The upper half of
-# a float32's bits tells its place among the borders already, but for the one that may cross the
+# A binary search for each element takes PyTorch four times as long as all the rest. The upper half
+# of a float32's bits tells its place among the borders already, but for the one that may cross the
 # range of numbers with these bits, and that one is compared with.
 
 
