@@ -188,17 +188,18 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
-        count_tokens=_token_counter(args),
+        count_tokens=_token_counter(trainer),
         pace=Pace.of(args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
 
 
-def _token_counter(args: TrainingArguments) -> Callable[[Block], int] | None:
-    mode, labels = args.include_num_input_tokens_seen, args.label_names
+def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
+    mode, labels = trainer.args.include_num_input_tokens_seen, trainer.args.label_names
     if mode == "no":
         return None
-    return lambda block: count_tokens(block.chunks, block.updates, mode, labels)
+    padding = getattr(trainer.processing_class, "pad_token_id", None) or 0
+    return lambda block: count_tokens(block.chunks, block.updates, mode, labels, padding)
 
 
 def _plan(trainer: Trainer, loader: Loader) -> Plan:

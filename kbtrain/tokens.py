@@ -23,6 +23,7 @@ def count_tokens(
     updates: int,
     mode: str,
     label_names: Sequence[str] | None = None,
+    padding: int = 0,
 ) -> int:
     """Tokens in the inputs of a block.
 
@@ -30,8 +31,9 @@ def count_tokens(
         chunks: ``Block.chunks``: batches with the updates along the first axis.
         updates: Updates in the block; what is behind them has no meaning.
         mode: "all" counts every element of the input, "non_padding" those where the mask is not 0,
-            or, without a mask, the elements other than 0.
+            or, without a mask, the elements other than ``padding``.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+        padding: The token that fills up short texts.
 
     Raises:
         DataError: There is no input of whole numbers, or more than one and none by a known name.
@@ -43,7 +45,7 @@ def count_tokens(
             counted = _tokens(x)
             if mode == "non_padding":
                 masks = [x[name] for name in MASKS if isinstance(x, Mapping) and name in x]
-                counted = (masks[0] if masks else counted) != 0
+                counted = np.asarray(masks[0]) != 0 if masks else counted != padding
                 total += int(np.count_nonzero(counted[:updates]))
             else:
                 total += counted[:updates].size

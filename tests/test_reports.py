@@ -19,7 +19,8 @@ X, Y = make_data(16)
 def make_trainer(folder, model=None, data=(X, Y), **changes):
     settings = {"max_steps": 4, "per_device_train_batch_size": 4} | changes
     given = {"loss": settings.pop("loss", "mse")} if settings.get("loss", 1) is not None else {}
-    given |= {k: settings.pop(k) for k in ("compute_loss_func", "callbacks") if k in settings}
+    others = ("compute_loss_func", "callbacks", "processing_class")
+    given |= {k: settings.pop(k) for k in others if k in settings}
     settings.pop("loss", None)
     args = arguments(folder, **settings)
     return Trainer(model or linear_model(), args, train_dataset=data, eval_dataset=data, **given)
@@ -145,6 +146,28 @@ def test_tokens_of_a_block(batch, mode, updates, expected):
 def test_without_a_clear_input_of_tokens_it_says_what_there_is(x):
     with pytest.raises(DataError, match="input_ids, token_ids, tokens.*float|input_ids.*int32"):
         tokens.count_tokens([{"single": (x, IDS)}], 1, "all")
+
+
+def test_the_tokenizer_says_what_padding_is(tmp_path):
+    class Tokenizer:
+        pad_token_id = 7
+
+        def save_pretrained(self, folder):
+            pass
+
+    ids = np.array([[1, 2, 7, 7], [3, 0, 0, 7]], np.int32)
+    layers = [keras.Input((4,), dtype="int32"), keras.layers.Embedding(10, 2)]
+    model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(1)])
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        (ids, Y[:2]),
+        processing_class=Tokenizer(),
+        include_num_input_tokens_seen="non_padding",
+        max_steps=1,
+    )
+    trainer.fit()
+    assert trainer.state.num_input_tokens_seen == 5
 
 
 def test_tokens_are_logged_and_resumed(tmp_path):
