@@ -69,9 +69,9 @@ class SOAP(Optimizer):
         >>> variable = keras.Variable(np.zeros((2, 2), "float32"), name="kernel")
         >>> optimizer = optim.SOAP(0.5, weight_decay=0.0)
         >>> for _ in range(2):
-        ...     optimizer.apply([keras.ops.array([[3.0, 3.0], [3.0, 3.0]])], [variable])
-        >>> keras.ops.convert_to_numpy(variable).round(4).tolist()
-        [[-0.25, -0.25], [-0.25, -0.25]]
+        ...     optimizer.apply([keras.ops.array([[3.0, 0.0], [0.0, 1.0]])], [variable])
+        >>> (keras.ops.convert_to_numpy(variable).round(4) + 0.0).tolist()
+        [[-0.5, 0.0], [0.0, -0.5]]
 
     Reference:
         - [Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam](https://arxiv.org/abs/2409.11321)
