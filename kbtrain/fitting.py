@@ -38,7 +38,7 @@ from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
 from kbtrain.step import make_train_step
 from kbtrain.tokens import count_tokens
-from kbtrain.training_args import TrainingArguments, resolve_steps
+from kbtrain.training_args import resolve_steps
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
