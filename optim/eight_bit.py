@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from optim.checks import check_pattern
+from optim.kernels import backend
 from optim.optimizer import Optimizer, Slot, Tensor
 
 BLOCK = 256
@@ -68,16 +69,16 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
     if step is None:
         lowest, borders = _nearest(signed)
         at_least = _looked_up(lowest, relative)
-        beyond = relative > ops.take(ops.convert_to_tensor(borders), at_least)
+        beyond = relative > backend.take(ops.convert_to_tensor(borders), at_least)
         found = at_least + ops.cast(beyond, at_least.dtype)
     else:
         # Of the values above -1 the last one that is not larger; the gap above it is to be shared.
         lowest, inner = _not_larger(signed)
         at_least = _looked_up(lowest, relative)
-        beyond = relative >= ops.take(ops.convert_to_tensor(inner), at_least)
+        beyond = relative >= backend.take(ops.convert_to_tensor(inner), at_least)
         below = at_least + ops.cast(beyond, at_least.dtype)
-        gaps = ops.take(ops.convert_to_tensor(np.diff(table)), below)
-        above = relative - ops.take(ops.convert_to_tensor(table[:-1]), below)
+        gaps = backend.take(ops.convert_to_tensor(np.diff(table)), below)
+        above = relative - backend.take(ops.convert_to_tensor(table[:-1]), below)
         found = below + ops.cast(above > _random(relative, step) * gaps, below.dtype)
     codes = ops.cast(ops.reshape(found, tuple(blocks.shape)), "uint8")
     return codes, scales
@@ -119,7 +120,7 @@ def _closed(borders: np.ndarray) -> np.ndarray:
 def _looked_up(lowest: np.ndarray, x: Tensor) -> Tensor:
     """How many borders are below every number with the upper bits of each element of ``x``."""
     upper = ops.bitwise_and(ops.right_shift(ops.view(x, "int32"), 16), (1 << 16) - 1)
-    return ops.take(ops.convert_to_tensor(lowest), upper)
+    return backend.take(ops.convert_to_tensor(lowest), upper)
 
 
 def _random(x: Tensor, step: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool
         float32 tensor.
     """
     table = ops.convert_to_tensor(code_values(signed))
-    relative = ops.take(table, ops.cast(codes, "int32"))
+    relative = backend.take(table, ops.cast(codes, "int32"))
     flat = ops.reshape(relative * ops.expand_dims(scales, 1), (-1,))
     return ops.reshape(flat[: math.prod(shape)], shape)
 

@@ -48,3 +48,8 @@ def execute(
 def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
     """``compute(operand, current)`` if it is due, else ``current``; XLA executes one of the two."""
     return lax.cond(due, compute, lambda operand, current: current, operand, current)
+
+
+def take(table: Any, indices: Any) -> Any:
+    """``table[indices]``, as it is."""
+    return table.at[indices].get(mode="promise_in_bounds")

@@ -68,3 +68,8 @@ def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current:
         lambda: tf.ensure_shape(compute(operand, current), current.shape),
         lambda: tf.identity(current),
     )
+
+
+def take(table: Any, indices: Any) -> Any:
+    """``table[indices]``, as it is."""
+    return tf.gather(table, indices)

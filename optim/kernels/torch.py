@@ -230,6 +230,11 @@ FUSED: dict[str, Callable[..., None]] = {
 }
 
 
+def take(table: Any, indices: Any) -> Any:
+    """``table[indices]``, without the care that Keras takes of indices below 0."""
+    return torch.index_select(table, 0, indices.reshape(-1)).reshape(indices.shape)
+
+
 # ---- what is computed now and then ---------------------------------------------------------------
 
 _COMPUTE: list[Callable[[Any, Any], Any]] = []
