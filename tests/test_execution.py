@@ -25,7 +25,7 @@ def switches():
         tf32 = FRAMEWORK.config.experimental.tensor_float_32_execution_enabled()
         config = sys.modules["tensorflow.python.framework.config"]
         return (tf32,), (config.is_op_determinism_enabled(),)
-    return (FRAMEWORK.config.jax_default_matmul_precision,), (BACKEND._options,)
+    return (FRAMEWORK.config.jax_default_matmul_precision,), (BACKEND.compiler_options(),)
 
 
 EXPECTED = {
