@@ -299,6 +299,22 @@ def test_csv_grows_a_column_for_a_new_name(tmp_path):
     assert rows[0]["late"] == ""
 
 
+@pytest.mark.parametrize(("name", "file"), [("json", "log.jsonl"), ("csv", "log.csv")])
+def test_an_evaluation_without_a_training_is_in_the_output_directory(
+    tmp_path, monkeypatch, name, file
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    output_dir = tmp_path / "output"
+    trainer = make_trainer(output_dir, report_to=name)
+    loss = trainer.evaluate()["eval_loss"]
+    reader = {"json": read_json, "csv": read_csv}[name]
+    assert reader(output_dir, {})[0.0, "eval/loss"] == pytest.approx(loss)
+    assert [p.name for p in output_dir.iterdir()] == [file]
+    assert not list(elsewhere.iterdir())
+
+
 # --- names and packages ---------------------------------------------------------------------------
 
 

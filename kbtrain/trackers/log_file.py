@@ -1,0 +1,136 @@
+"""What the logs that are one file in the output directory share: when they write, and what if not.
+
+A run that is resumed goes on after what its checkpoint knows of, and a disk that refuses does not
+end a training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks import TrainerCallback
+from kbtrain.state import TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from kbtrain.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
+
+
+class LogFile(TrainerCallback):
+    """Base class: implement `read`, `step_of`, `record` and `put`.
+
+    A resumed run first drops what comes after the step it resumes from, so every step is there
+    once; a fresh run begins a new file. If the disk refuses (full, no permission), a warning says
+    so, and what was to be written is kept and written with the next log.
+
+    Attributes:
+        file_name: Name of the file.
+        unit: What it consists of, for the warning: "lines", "rows".
+    """
+
+    file_name: str
+    unit: str
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._begin: list[Any] | None = None  # what the file is to begin with, if not yet written
+        self._waiting: list[Any] = []
+        self._warned = False
+
+    def read(self, path: Path) -> list[Any]:
+        """The records of a file, none if it does not exist."""
+        raise NotImplementedError
+
+    def step_of(self, record: Any) -> float:
+        """The step of a record."""
+        raise NotImplementedError
+
+    def record(self, logs: dict[str, Any], state: TrainerState) -> Any:
+        """A log as the file holds it."""
+        raise NotImplementedError
+
+    def put(self, path: Path, begin: Sequence[Any] | None, waiting: Sequence[Any]) -> None:
+        """Write: the whole file is ``begin`` and then ``waiting``, without ``begin`` add to it.
+
+        Raises:
+            OSError: Nothing of ``waiting`` is in the file.
+        """
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut the file back to the step the run begins at."""
+        if not state.is_world_process_zero:
+            return
+        self._path = self._path_of(args)
+        self._begin, self._waiting, self._warned = [], [], False
+        if state.global_step:
+            self._begin = self._known(self.read(self._path), state)
+        self._write(self._path)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add one record."""
+        if not state.is_world_process_zero:
+            return
+        if self._path is None:  # logged outside of a training
+            self._path = self._path_of(args)
+        self._waiting.append(self.record(kwargs["logs"], state))
+        self._write(self._path)
+
+    def _path_of(self, args: TrainingArguments) -> Path:
+        # Made once: a program may go to another folder meanwhile.
+        return (Path(args.output_dir) / self.file_name).absolute()
+
+    def _known(self, records: list[Any], state: TrainerState) -> list[Any]:
+        """The records that the resumed state knows of: it may have been saved between two logs."""
+        before = [record for record in records if self.step_of(record) < state.global_step]
+        at_step = [record for record in records if self.step_of(record) == state.global_step]
+        known = sum(1 for entry in state.log_history if entry.get("step") == state.global_step)
+        return before + at_step[:known]
+
+    def _write(self, path: Path) -> None:
+        """Write what is waiting; the file keeps whole records whatever happens."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.put(path, self._begin, self._waiting)
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "Could not write %s: %s. Training goes on; the %s are kept and written as "
+                    "soon as the disk takes them.",
+                    path,
+                    error.strerror or error,
+                    self.unit,
+                )
+            self._warned = True
+        else:
+            self._begin = None
+            self._waiting.clear()
+
+
+def replace_whole(path: Path, data: bytes) -> None:
+    """Put a new file in the place of an old one, all or nothing."""
+    temporary = path.with_suffix(f".tmp-{path.suffix[1:]}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all or nothing: half a line would end up in the middle of the file."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+        except OSError:
+            file.truncate(end)
+            raise
