@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +12,7 @@ from keras import ops
 
 from kbtrain import recompute
 from kbtrain.building import walk_layers
+from kbtrain.data import micro_batches
 from kbtrain.forward import ForwardPass
 from kbtrain.interception import Call, replaced_calls
 from kbtrain.loss import as_float
@@ -54,7 +55,7 @@ class Diagnosis:
             index: The number of the update in it.
         """
         layers = [layer for layer in walk_layers(self._model) if layer is not self._model]
-        for number, batch in enumerate(_micro_batches(chunks, index)):
+        for number, batch in enumerate(micro_batches(chunks, index)):
             where = f"In micro-batch {number}: "
             if bad := _bad_inputs(batch):
                 return f"{where}the data itself is not finite ({bad})."
@@ -124,17 +125,6 @@ def _largest(tensors: Sequence[Any]) -> Any:
         total = ops.where(ops.isfinite(value), total, value)
     finite = ops.all(ops.stack([ops.all(ops.isfinite(as_float(x))) for x in tensors]))
     return ops.where(finite, total, as_float(float("inf")))
-
-
-def _micro_batches(chunks: Sequence[dict[str, Any]], index: int) -> Iterator[Any]:
-    for chunk in chunks:
-        for kind, block in chunk.items():
-            update = keras.tree.map_structure(lambda x: np.asarray(x[index]), block)
-            if kind == "single":
-                yield update
-                continue
-            for i in range(keras.tree.flatten(update)[0].shape[0]):
-                yield keras.tree.map_structure(lambda x, i=i: x[i], update)
 
 
 def _bad_inputs(batch: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from kbtrain.data import Block, map_structure
+from kbtrain.data import Block, micro_batches
 
 
 class LazyNumber:
@@ -90,19 +90,4 @@ class MicroBatches(Sequence[Any]):
         return list(self)[index]
 
     def __iter__(self) -> Iterator[Any]:
-        update = self._block.updates - 1
-        for chunk in self._block.chunks:
-            ((kind, rows),) = chunk.items()
-            batch = map_structure(lambda x: x[update], rows)
-            if kind == "single":
-                yield batch
-                continue
-            count = len(next(_leaves(batch)))
-            for i in range(count):
-                yield map_structure(lambda x, i=i: x[i], batch)
-
-
-def _leaves(batch: Any) -> Iterator[np.ndarray]:
-    found: list[np.ndarray] = []
-    map_structure(found.append, batch)
-    return iter(found)
+        yield from micro_batches(self._block.chunks, self._block.updates - 1)

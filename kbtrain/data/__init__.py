@@ -14,7 +14,7 @@ from kbtrain.data.batch import (
     unpack,
 )
 from kbtrain.data.batch_loader import BatchLoader, as_loader
-from kbtrain.data.blocks import Batches, Block
+from kbtrain.data.blocks import Batches, Block, micro_batches
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.collators import (
     DataCollatorForSeq2Seq,
@@ -63,6 +63,7 @@ __all__ = [
     "default_collate",
     "epoch_order",
     "map_structure",
+    "micro_batches",
     "signature",
     "stack",
     "to_batch",

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,23 @@ class Block:
     micro_batches: int
     samples: int
     outline: Hashable
+
+
+def micro_batches(chunks: Sequence[Mapping[str, Any]], update: int) -> Iterator[Any]:
+    """The micro-batches of one update, cut out of a block's chunks.
+
+    Args:
+        chunks: ``Block.chunks``.
+        update: Its number in the block.
+    """
+    for chunk in chunks:
+        for kind, rows in chunk.items():
+            batch = map_structure(lambda x: np.asarray(x[update]), rows)
+            if kind == "single":
+                yield batch
+                continue
+            for i in range(batch_size(batch)):
+                yield map_structure(lambda x, i=i: x[i], batch)
 
 
 class Batches:
