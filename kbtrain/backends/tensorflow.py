@@ -16,7 +16,6 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from kbtrain.backends.scope import LossScope
 
-# There is no public way to turn determinism off again, or to ask for it.
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.tensorflow_device import (  # noqa: F401
     device_info,

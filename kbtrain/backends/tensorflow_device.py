@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+# There is no public way to turn determinism off again, or to ask for it.
 from tensorflow.python.framework import config as tf_config
 
 
