@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras import ops
 from optim.checks import check_pattern
 from optim.kernels import backend
 from optim.optimizer import Optimizer, Slot, Tensor
+from optim.parameter_groups import path_of
 
 BLOCK = 256
 """Numbers that share a scale."""
@@ -67,16 +69,10 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
     relative = ops.reshape(relative, (-1,))
     table = code_values(signed)
     if step is None:
-        lowest, borders = _nearest(signed)
-        at_least = _looked_up(lowest, relative)
-        beyond = relative > backend.take(ops.convert_to_tensor(borders), at_least)
-        found = at_least + ops.cast(beyond, at_least.dtype)
+        found = _looked_up(relative, *_nearest(signed), ops.greater)
     else:
         # Of the values above -1 the last one that is not larger; the gap above it is to be shared.
-        lowest, inner = _not_larger(signed)
-        at_least = _looked_up(lowest, relative)
-        beyond = relative >= backend.take(ops.convert_to_tensor(inner), at_least)
-        below = at_least + ops.cast(beyond, at_least.dtype)
+        below = _looked_up(relative, *_not_larger(signed), ops.greater_equal)
         gaps = backend.take(ops.convert_to_tensor(np.diff(table)), below)
         above = relative - backend.take(ops.convert_to_tensor(table[:-1]), below)
         found = below + ops.cast(above > _random(relative, step) * gaps, below.dtype)
@@ -117,10 +113,17 @@ def _closed(borders: np.ndarray) -> np.ndarray:
     return np.append(borders, np.float32(np.inf))
 
 
-def _looked_up(lowest: np.ndarray, x: Tensor) -> Tensor:
-    """How many borders are below every number with the upper bits of each element of ``x``."""
+def _looked_up(
+    x: Tensor, lowest: np.ndarray, borders: np.ndarray, passed: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """How many borders each element of ``x`` has passed, which ``lowest`` knows but for the last.
+
+    ``lowest`` says how many all numbers with these upper bits have passed.
+    """
     upper = ops.bitwise_and(ops.right_shift(ops.view(x, "int32"), 16), (1 << 16) - 1)
-    return backend.take(ops.convert_to_tensor(lowest), upper)
+    count = backend.take(ops.convert_to_tensor(lowest), upper)
+    beyond = passed(x, backend.take(ops.convert_to_tensor(borders), count))
+    return count + ops.cast(beyond, count.dtype)
 
 
 def _random(x: Tensor, step: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ class EightBit(Optimizer):
         Returns:
             This optimizer, or one of the class `full_precision`.
         """
-        path = getattr(variable, "path", None) or variable.name
+        path = path_of(variable)
         small = math.prod(tuple(variable.shape)) < SMALLEST
         return self._full if small or re.search(self.keep, path) else self
 

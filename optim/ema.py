@@ -10,6 +10,7 @@ from optim.checks import check_flag
 from optim.evaluation_weights import EvaluationWeights
 from optim.kernels import backend as kernels
 from optim.optimizer import Optimizer, check_range
+from optim.parameter_groups import path_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
     def _new_average(self, variable: Any) -> Any:
         if self._overwrite_variable_with_gradient(variable):
             return None
-        prefix = getattr(variable, "path", None) or variable.name
+        prefix = path_of(variable)
         with kernels.colocated(variable):
             return self.add_variable(
                 shape=tuple(variable.shape),

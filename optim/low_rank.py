@@ -12,6 +12,7 @@ from optim.eight_bit import EMBEDDINGS
 from optim.moments import adam_moments
 from optim.muon import matrix_sides
 from optim.optimizer import CommonArguments, Optimizer, Tensor
+from optim.parameter_groups import path_of
 
 
 class Sides(NamedTuple):
@@ -111,7 +112,7 @@ class LowRank(Optimizer):
         Raises:
             ValueError: if one of `target_modules` matches none of them.
         """
-        paths = [_path(variable) for variable in variables]
+        paths = [path_of(variable) for variable in variables]
         for pattern in self._targets or ():
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
@@ -129,7 +130,7 @@ class LowRank(Optimizer):
         Returns:
             This optimizer, or the AdamW it holds.
         """
-        path = _path(variable)
+        path = path_of(variable)
         if self._targets is None:
             target = not path.endswith("bias") and not re.search(EMBEDDINGS, path)
         else:
@@ -174,10 +175,6 @@ def sides_of(shape: tuple[int, ...]) -> Sides:
         Its rows and columns; a vector or a scalar has one row.
     """
     return Sides(*matrix_sides(shape))
-
-
-def _path(variable: Any) -> str:
-    return str(getattr(variable, "path", None) or variable.name)
 
 
 ALL_LINEAR = "all-linear"

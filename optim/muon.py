@@ -12,6 +12,7 @@ from optim.adamw import AdamW
 from optim.checks import check_flag, check_integer, check_pattern
 from optim.moments import moving_average
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
+from optim.parameter_groups import path_of
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic; its slope at 0 is as large as it can be, its limit only roughly 1."""
@@ -124,10 +125,8 @@ class Muon(Optimizer):
         Returns:
             This optimizer, or the AdamW it holds.
         """
-        path = getattr(variable, "path", None) or variable.name
-        # An attention layer's biases have two axes.
-        matrix = min(matrix_sides(tuple(variable.shape))) > 1 and not path.endswith("bias")
-        return self if matrix and not re.search(self.exclude, path) else self.adamw
+        hidden = is_matrix(variable) and not re.search(self.exclude, path_of(variable))
+        return self if hidden else self.adamw
 
     def learning_rate_multiplier_of(self, variable: Any) -> float:
         """AdamW's share of the learning rate for what has its rule.
@@ -217,6 +216,16 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
         x = a * x + ops.matmul(b * gram + c * ops.matmul(gram, gram), x)
     x = ops.cast(x, "float32")
     return x if wide else ops.transpose(x)
+
+
+def is_matrix(variable: Any) -> bool:
+    """Whether a variable is a matrix by its shape, and no bias: those of attention have two axes.
+
+    Args:
+        variable: a Keras variable.
+    """
+    sides = matrix_sides(tuple(variable.shape))
+    return min(sides) > 1 and not path_of(variable).endswith("bias")
 
 
 def matrix_sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from optim.checks import check_range
 from optim.evaluation_weights import EvaluationWeights
 from optim.grouped import Grouped
 from optim.kernels import backend as kernels
-from optim.parameter_groups import Group, assign
+from optim.parameter_groups import Group, assign, path_of
 
 Tensor = Any
 """A tensor of the running backend."""
@@ -371,7 +371,7 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         }
 
     def _add_slot(self, variable: Any, name: str, slot: Slot) -> Any:
-        prefix = getattr(variable, "path", None) or variable.name
+        prefix = path_of(variable)
         same_shape = tuple(slot.shape) == tuple(variable.shape)
         with kernels.colocated(variable):
             return self.add_variable(
@@ -617,7 +617,7 @@ def _initializer(initializer: Any, variable: Any) -> Any:
     if isinstance(initializer, Real):
         return keras.initializers.Constant(float(initializer))
     if initializer == "path":
-        path = getattr(variable, "path", None) or variable.name
+        path = path_of(variable)
         number = zlib.crc32(path.encode()) >> 1
         return lambda shape, dtype: ops.full(shape, number, dtype)
     if initializer != "parameter":

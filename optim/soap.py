@@ -11,6 +11,7 @@ from optim.checks import check_integer
 from optim.kernels import backend as kernels
 from optim.low_rank import sides_of
 from optim.moments import bias_correction, moving_average
+from optim.muon import is_matrix
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
 SIDES = ("left", "right")
@@ -113,9 +114,7 @@ class SOAP(Optimizer):
         Returns:
             This optimizer, or the AdamW it holds.
         """
-        path = getattr(variable, "path", None) or variable.name
-        matrix = min(sides_of(tuple(variable.shape))) > 1 and not path.endswith("bias")
-        return self if matrix else self.adamw
+        return self if is_matrix(variable) else self.adamw
 
     def slot_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...] | Slot]:
         """The running means, and for each side its preconditioner and basis.
