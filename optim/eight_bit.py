@@ -2,48 +2,29 @@
 
 import math
 import re
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from optim.checks import check_pattern
+from optim.codes import (
+    BLOCK,
+    HASH_FACTORS,
+    SMALLEST_SCALE,
+    code_values,
+    nearest,
+    not_larger,
+)
 from optim.kernels import backend
-from optim.optimizer import Optimizer, Slot, Tensor
+from optim.optimizer import Optimizer, Slot, Tensor, fused
 from optim.parameter_groups import path_of
-
-BLOCK = 256
-"""Numbers that share a scale."""
 
 SMALLEST = 4096
 """Tensors with fewer elements keep float32 state: there is nothing to save."""
 
 EMBEDDINGS = r"embed"
 """Paths of variables that keep float32 state: their rows have gradients of very different size."""
-
-
-@cache
-def code_values(signed: bool) -> np.ndarray:
-    """The 256 numbers in [-1, 1], or [0, 1], that a code can stand for, in ascending order.
-
-    A dynamic scale has, for every power of ten down to 1e-7, a number of evenly spaced values that
-    doubles with the power: fine near 1, and still there at 1e-7.
-
-    Args:
-        signed: whether there are negative ones.
-
-    Returns:
-        Float32 array of 256 numbers with 0 and 1 among them.
-    """
-    values = [0.0, 1.0]
-    for power in range(7):
-        count = 2 ** (power if signed else power + 1)
-        edges = np.linspace(0.1, 1.0, count + 1)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (power - 6)
-        values += [*middles, *(-middles if signed else ())]
-    return np.sort(np.asarray(values, "float32"))
 
 
 def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,14 +46,14 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
     flat = ops.pad(ops.reshape(x, (size,)), [[0, -size % BLOCK]])
     blocks = ops.reshape(flat, (-1, BLOCK))
     scales = ops.max(ops.abs(blocks), axis=1)
-    relative = blocks / ops.expand_dims(ops.maximum(scales, 1e-37), 1)
+    relative = blocks / ops.expand_dims(ops.maximum(scales, SMALLEST_SCALE), 1)
     relative = ops.reshape(relative, (-1,))
-    table = code_values(signed)
     if step is None:
-        found = _looked_up(relative, *_nearest(signed), ops.greater)
+        found = _found(nearest(signed), relative)
     else:
         # Of the values above -1 the last one that is not larger; the gap above it is to be shared.
-        below = _looked_up(relative, *_not_larger(signed), ops.greater_equal)
+        table = code_values(signed)
+        below = _found(not_larger(signed), relative)
         gaps = backend.take(ops.convert_to_tensor(np.diff(table)), below)
         above = relative - backend.take(ops.convert_to_tensor(table[:-1]), below)
         found = below + ops.cast(above > _random(relative, step) * gaps, below.dtype)
@@ -80,62 +61,20 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
     return codes, scales
 
 
-# A binary search for each element takes PyTorch four times as long as all the rest. The upper half
-# of a float32's bits tells its place among the borders already, but for the one that may cross the
-# range of numbers with these bits, and that one is compared with.
-
-
-@cache
-def _nearest(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For `_looked_up`: the borders between the codes, of which the larger ones belong to none."""
-    table = code_values(signed)
-    borders = (table[:-1] + table[1:]) / 2
-    if not signed:
-        borders[0] = 0.0
-    return np.searchsorted(borders, _smallest()).astype("int32"), _closed(borders)
-
-
-@cache
-def _not_larger(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For `_looked_up`: the codes' numbers without the two ends, of which equal ones count."""
-    inner = code_values(signed)[1:-1]
-    return np.searchsorted(inner, _smallest(), side="right").astype("int32"), _closed(inner)
-
-
-def _smallest() -> np.ndarray:
-    """The smallest number whose upper 16 bits are 0, 1, ..., 65535. Float32 array."""
-    upper = np.arange(1 << 16, dtype="uint32")
-    lower = np.where(upper >> 15, 0xFFFF, 0).astype("uint32")  # negative: the largest distance
-    return (upper << 16 | lower).view("float32")
-
-
-def _closed(borders: np.ndarray) -> np.ndarray:
-    return np.append(borders, np.float32(np.inf))
-
-
-def _looked_up(
-    x: Tensor, lowest: np.ndarray, borders: np.ndarray, passed: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """How many borders each element of ``x`` has passed, which ``lowest`` knows but for the last.
-
-    ``lowest`` says how many all numbers with these upper bits have passed.
-    """
-    upper = ops.bitwise_and(ops.right_shift(ops.view(x, "int32"), 16), (1 << 16) - 1)
-    count = backend.take(ops.convert_to_tensor(lowest), upper)
-    beyond = passed(x, backend.take(ops.convert_to_tensor(borders), count))
-    return count + ops.cast(beyond, count.dtype)
+def _found(finder: np.ndarray, x: Tensor) -> Tensor:
+    """How many borders are below each element of ``x``, see `optim.codes`."""
+    bits = ops.view(x, "int32")
+    upper = ops.bitwise_and(ops.right_shift(bits, 16), (1 << 16) - 1)
+    return ops.abs(ops.right_shift(backend.take(ops.convert_to_tensor(finder), upper) + bits, 16))
 
 
 def _random(x: Tensor, step: Tensor) -> Tensor:
     """A number in [0, 1) made of each element's bits and the step."""
-    bits = ops.bitwise_xor(ops.view(x, "int32"), ops.cast(step, "int32") * _FACTORS[0])
-    for factor in _FACTORS:
+    bits = ops.bitwise_xor(ops.view(x, "int32"), ops.cast(step, "int32") * HASH_FACTORS[0])
+    for factor in HASH_FACTORS:
         shifted = ops.bitwise_and(ops.right_shift(bits, 15), (1 << 17) - 1)
         bits = ops.bitwise_xor(bits, shifted) * factor
     return ops.cast(ops.bitwise_and(ops.right_shift(bits, 9), (1 << 23) - 1), "float32") * 2.0**-23
-
-
-_FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 
 def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
@@ -173,12 +112,14 @@ class EightBit(Optimizer):
 
     Attributes:
         full_precision: the class whose rule this is; set by the subclass.
+        full: an optimizer of that class, with the same hyperparameters.
         squares: names of the slots that are means of squares.
         dithered: names of the slots that are rounded up or down at random, so that movements
             smaller than the gaps between codes are not lost.
     """
 
     full_precision: type[Optimizer]
+    full: Optimizer
     squares: frozenset[str] = frozenset({"velocity"})
     dithered: frozenset[str] = frozenset()
 
@@ -188,7 +129,7 @@ class EightBit(Optimizer):
         config = {**self.get_config(), "learning_rate": 0.0, "name": None}
         for key in ("keep", "parameter_groups"):
             config.pop(key, None)
-        self._full = self.full_precision.from_config(config)
+        self.full = self.full_precision.from_config(config)
 
     def rule_for(self, variable: Any) -> Optimizer:
         """This rule for large tensors, full precision for small ones and what ``keep`` matches.
@@ -199,9 +140,8 @@ class EightBit(Optimizer):
         Returns:
             This optimizer, or one of the class `full_precision`.
         """
-        path = path_of(variable)
         small = math.prod(tuple(variable.shape)) < SMALLEST
-        return self._full if small or re.search(self.keep, path) else self
+        return self.full if small or re.search(self.keep, path_of(variable)) else self
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Codes and scales in place of every slot of the variable's shape.
@@ -214,7 +154,7 @@ class EightBit(Optimizer):
         """
         blocks = -(-math.prod(shape) // BLOCK)
         slots: dict[str, Any] = {}
-        for name, slot in self._full.slot_shapes(shape).items():
+        for name, slot in self.full.slot_shapes(shape).items():
             if slot == shape:
                 zero = int(np.searchsorted(code_values(name not in self.squares), 0.0))
                 slots[f"{name}_codes"] = Slot((blocks, BLOCK), "uint8", zero)
@@ -223,6 +163,7 @@ class EightBit(Optimizer):
                 slots[name] = slot
         return slots
 
+    @fused("eight_bit")
     def update(
         self,
         parameter: Tensor,
@@ -235,14 +176,14 @@ class EightBit(Optimizer):
         """One update of one tensor, see `Optimizer.update`."""
         shape = tuple(parameter.shape)
         wide = {}
-        for name in self._full.slot_shapes(shape):
+        for name in self.full.slot_shapes(shape):
             if f"{name}_codes" not in slots:
                 wide[name] = slots[name]
                 continue
             square = name in self.squares
             value = restored(slots[f"{name}_codes"], slots[f"{name}_scales"], shape, not square)
             wide[name] = value * value if square else value
-        parameter, wide = self._full.update(
+        parameter, wide = self.full.update(
             parameter, gradient, wide, step, learning_rate, weight_decay
         )
         new = {}

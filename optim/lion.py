@@ -78,7 +78,9 @@ class Lion(Optimizer):
         weight_decay: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of one tensor, see `Optimizer.update`."""
-        direction = ops.sign(moving_average(slots["momentum"], gradient, self.beta_1))
+        mixed = moving_average(slots["momentum"], gradient, self.beta_1)
+        # PyTorch's sign of NaN is 0: the weight would stay where it is without a word.
+        direction = ops.sign(mixed) + 0.0 * mixed
         if weight_decay:
             direction = direction + weight_decay * parameter
         momentum = moving_average(slots["momentum"], gradient, self.beta_2)

@@ -12,6 +12,7 @@ import torch
 # caller, so nothing may be changed in place.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from optim.kernels.torch_eight_bit import run_eight_bit
 from optim.kernels.torch_elementwise import run_elementwise
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -68,6 +69,9 @@ def _fused(rule: Any) -> Any:
     name = getattr(type(rule).update, "fused", None) or ""
     if name == "sgd" and rule.dampening:  # only PyTorch's first step differs, and it is not told
         name = ""
+    if name == "eight_bit":
+        kernel = _fused(rule.full)
+        return kernel and functools.partial(run_eight_bit, kernel)
     elementwise = getattr(type(rule).update, "elementwise", False)
     return FUSED.get(name) or (run_elementwise if elementwise else None)
 

@@ -270,6 +270,17 @@ def test_no_variables_at_all(name):
 
 
 @every_optimizer
+def test_a_gradient_that_is_not_a_number_is_seen(name):
+    optimizer, variables = make(name), pair()
+    broken = [g.copy() for g in GRADIENTS]
+    for gradient in broken:
+        gradient[0] = np.nan
+    after_one(optimizer, broken, variables)
+    result = after_one(optimizer, GRADIENTS, variables)  # SOAP's first update moves nothing
+    assert all(np.isnan(value[0]).all() for value in result)
+
+
+@every_optimizer
 def test_global_clipnorm(name):
     norm = np.sqrt(sum(np.sum(g.astype("float64") ** 2) for g in GRADIENTS))
     clipped = after_one(make(name, global_clipnorm=0.1), GRADIENTS)
