@@ -34,6 +34,7 @@ from kbtrain.backends.jax_device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.jax_trace import trace
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, causes, user_line
@@ -187,12 +188,12 @@ def compile_steps(
             outputs = jax.tree.map(lambda x: x[None], outputs)
         else:
             size = jax.tree.leaves(block)[0].shape[0]
-            shapes = jax.eval_shape(one, before, 0)[1]
+            run, (_, shapes) = trace(one, before, jnp.int32(0))
             buffers = jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
 
             def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
                 index, values, buffers = loop
-                values, outputs = one(values, index)
+                values, outputs = run(values, index)
                 buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
                 return index + 1, values, buffers
 
@@ -287,17 +288,17 @@ def compile_eval_steps(
             return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
 
         with _tracing([*fixed, *changing]):
-            shapes = jax.eval_shape(one, values, start)[1]
+            run, (_, shapes) = trace(one, values, start)
             size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
             room = max(1, min(jax.tree.leaves(block)[0].shape[0], output_bytes // max(size, 1)))
             if room == 1:
-                values, outputs = one(values, start)
+                values, outputs = run(values, start)
                 return jax.tree.map(lambda x: x[None], outputs), values
             buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
 
             def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
                 index, values, buffers = loop
-                values, outputs = one(values, start + index)
+                values, outputs = run(values, start + index)
                 buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
                 return index + 1, values, buffers
 
@@ -422,7 +423,9 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
             outputs.append(output)
         return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
-    (carry, after), outputs = jax.lax.scan(body, (carry, before), inputs)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    run, _ = trace(body, (carry, before), row)
+    (carry, after), outputs = jax.lax.scan(run, (carry, before), inputs)
     for variable, value in zip(_state, after, strict=True):
         variable.assign(value)
     return carry, outputs
