@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kbtrain.errors import FolderInUseError as FolderInUseError
     from kbtrain.errors import KbtrainError as KbtrainError
     from kbtrain.errors import NonFiniteError as NonFiniteError
+    from kbtrain.errors import OutputError as OutputError
     from kbtrain.errors import TrainingInterrupted as TrainingInterrupted
     from kbtrain.evaluation import EvalPrediction as EvalPrediction
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
@@ -64,6 +65,7 @@ _HOMES = {
         "FolderInUseError",
         "KbtrainError",
         "NonFiniteError",
+        "OutputError",
         "TrainingInterrupted",
     ),
     "evaluation": ("EvalPrediction", "PredictionOutput"),

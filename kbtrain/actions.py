@@ -78,7 +78,9 @@ def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
     random_state = rng.capture(trainer.backend)
     try:
         with trainer.watch.abandoning():
-            return trainer.evaluate()
+            keys = trainer.ignore_keys_for_eval
+            # Not passed for nothing: a subclass may have an `evaluate` without it.
+            return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
     except EvaluationAbandoned:
         trainer.state.log_history[:] = logged
         handler.load_state(states)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import keras
 
 from kbtrain import building, rng
 from kbtrain.data import unpack
+from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass
 from kbtrain.label_smoothing import smoothed
 from kbtrain.loss import resolve_loss
@@ -77,7 +79,7 @@ class BoundModel:
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
         self._checks_shapes = True
         self.forward: ForwardPass | None = None
-        self._eval_steps: dict[tuple[bool, bool, str | None], CompiledEvalStep] = {}
+        self._eval_steps: dict[Hashable, CompiledEvalStep] = {}
 
     @property
     def metric_variables(self) -> list[keras.Variable]:
@@ -121,7 +123,11 @@ class BoundModel:
         return unique(listed)
 
     def eval_step(
-        self, with_loss: bool, gather: bool, policy: str | None = None
+        self,
+        with_loss: bool,
+        gather: bool,
+        policy: str | None = None,
+        ignore_keys: Collection[str] = (),
     ) -> CompiledEvalStep:
         """The compiled evaluation step; one for each of the forms.
 
@@ -129,8 +135,10 @@ class BoundModel:
             with_loss: The data has labels: compute the loss and update the metrics.
             gather: Return the outputs for the host.
             policy: The dtype policy it runs under, if another one than in training.
+            ignore_keys: Outputs that stay on the device, of a model that returns a dict.
         """
-        key = (with_loss, gather, policy)
+        ignored = frozenset(ignore_keys)
+        key = (with_loss, gather, policy, ignored)
         if key not in self._eval_steps:
             assert self.forward is not None
             variables = self.variables()
@@ -139,7 +147,7 @@ class BoundModel:
                 self.forward if with_loss else self.forward.predict,
                 self.advancing_variables,
                 self.metrics if with_loss else None,
-                self._select_outputs if gather else None,
+                functools.partial(self._select_outputs, ignored=ignored) if gather else None,
             )
             self._backend.place(variables, self._args.chosen_device)
             run = self._backend.compile_eval_steps(
@@ -151,8 +159,16 @@ class BoundModel:
             self._eval_steps[key] = CompiledEvalStep(run)
         return self._eval_steps[key]
 
-    def _select_outputs(self, outputs: Any, batch: Any) -> Any:
+    def _select_outputs(self, outputs: Any, batch: Any, ignored: Collection[str]) -> Any:
         """What of a batch's outputs goes to the host."""
+        if ignored and isinstance(outputs, Mapping):
+            names = list(outputs)
+            outputs = {name: outputs[name] for name in names if name not in ignored}
+            if not outputs:
+                raise ConfigurationError(
+                    "ignore_keys leaves nothing of the model's outputs. "
+                    f"Received: ignore_keys={sorted(ignored)}, outputs {names}."
+                )
         if self._preprocess is None:
             return outputs
         return self._preprocess(outputs, unpack(batch, self._args.label_names).y)

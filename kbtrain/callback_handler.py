@@ -58,6 +58,10 @@ class CallbackHandler:
     def listeners(self, event: str) -> list[TrainerCallback]:
         """The callbacks that override ``event``."""
         if event not in self._listeners:
+            if event not in EVENTS:
+                raise ConfigurationError(
+                    f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
+                )
             base = getattr(TrainerCallback, event)
             self._listeners[event] = [
                 c for c in self.callbacks if getattr(type(c), event) is not base

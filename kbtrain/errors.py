@@ -5,12 +5,13 @@ built-in exception that fits, so ``except ValueError`` and friends keep working.
 """
 
 import functools
+import inspect
 import re
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,10 @@ class FolderInUseError(CheckpointError):
 
 class CheckpointMismatchError(CheckpointError, ValueError):
     """An intact checkpoint of another model, optimizer or run."""
+
+
+class OutputError(KbtrainError, OSError):
+    """A file with results, a model or a model card could not be written."""
 
 
 class OutOfMemoryError(KbtrainError, MemoryError):
@@ -109,8 +114,29 @@ def concise(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except KbtrainError as error:
             raise error.with_traceback(None) from error.__cause__
+        except TypeError as error:
+            frame = error.__traceback__
+            if frame is None or frame.tb_next is not None:
+                raise  # it came out of the function, not from the attempt to call it
+            raise _wrong_call(function, kwargs, error) from None
 
     return wrapped
+
+
+RENAMED = {
+    "model_path": "resume_from_checkpoint",
+}
+"""Parameters of methods in the reference, now or once, that have another name."""
+
+
+def _wrong_call(
+    function: Callable[..., Any], given: Iterable[str], error: TypeError
+) -> ConfigurationError:
+    """Say what a method takes, to who called it with something else."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    renamed = [n for n in given if n in RENAMED and n not in known and RENAMED[n] in known]
+    hint = f" Write {RENAMED[renamed[0]]}=... for {renamed[0]}." if renamed else ""
+    return ConfigurationError(f"{error}.{hint} It takes: {', '.join(known)}.")
 
 
 EAGER = (

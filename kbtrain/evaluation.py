@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from kbtrain.gathering import Batchwise, Concatenated, Listed, compute_on_host
 from kbtrain.gathering import EvalPrediction as EvalPrediction
 from kbtrain.generation import make_generator
 from kbtrain.metrics import MetricSet
+
+logger = logging.getLogger("kbtrain")
 
 UNREAD_CALLS = 16
 """Calls whose losses stay on the device; bounds memory and keeps the device busy."""
@@ -105,7 +108,12 @@ class Wanted:
 
 
 def evaluate(
-    trainer: Trainer, dataloader: Any, prefix: str, gather: bool, keep_outputs: bool = False
+    trainer: Trainer,
+    dataloader: Any,
+    prefix: str,
+    gather: bool,
+    keep_outputs: bool = False,
+    ignore_keys: Sequence[str] | None = None,
 ) -> EvalLoopOutput:
     """Pass once over a data set with the Trainer's model.
 
@@ -115,9 +123,10 @@ def evaluate(
         prefix: Put before every metric's name, with an underscore.
         gather: Copy outputs and labels to the host, for ``compute_metrics``.
         keep_outputs: Return them; data without labels is welcome then.
+        ignore_keys: Outputs to leave out, of a model that returns a dict.
 
     Raises:
-        ConfigurationError: The prefix is no text.
+        ConfigurationError: The prefix is no text, or ``ignore_keys`` no list of texts.
         DataError: There is no data, or not of the model's kind.
     """
     if not isinstance(prefix, str) or not prefix:
@@ -125,6 +134,7 @@ def evaluate(
             "metric_key_prefix must be a text, such as 'eval': it is put before every metric's "
             f"name. Received: {prefix!r}."
         )
+    check_ignore_keys(ignore_keys)
     bound, backend = trainer.bound, trainer.backend
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
     with execution.settings(backend, trainer.args), building.computing_in(bound.model, policy):
@@ -162,7 +172,7 @@ def evaluate(
             metrics.reset()
         evaluation = Evaluation(
             backend,
-            bound.eval_step(with_loss, wanted.gather_from_model, policy),
+            bound.eval_step(with_loss, wanted.gather_from_model, policy, ignore_keys or ()),
             wanted,
             on_batches=lambda count: _between_batches(trainer, count),
             every_batch=trainer.callback_handler.need_every_batch(),
@@ -179,6 +189,20 @@ def evaluate(
             ) from error
         finally:
             persistence.put_back(kept, saved)
+
+
+def check_ignore_keys(keys: Any) -> None:
+    """Make sure that ``ignore_keys`` is a list of names, or None.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    is_list = isinstance(keys, list | tuple | set | frozenset)
+    if keys is not None and not (is_list and all(isinstance(key, str) for key in keys)):
+        raise ConfigurationError(
+            "ignore_keys must be a list of keys of the model's outputs, such as ['hidden']. "
+            f"Received: ignore_keys={keys!r}. (A prefix is written metric_key_prefix=...)"
+        )
 
 
 def _between_batches(trainer: Trainer, count: int) -> None:
@@ -255,9 +279,10 @@ class Evaluation:
             values |= metrics.result()
         gathered = {} if self._gathered is None else self._gathered.take()
         if self._batchwise is not None:
-            values |= self._batchwise.result()
+            values |= self._without_loss(self._batchwise.result())
         elif self._wanted.compute_metrics is not None and "labels" in gathered:
-            values |= compute_on_host(self._wanted.compute_metrics, gathered)
+            computed = compute_on_host(self._wanted.compute_metrics, gathered)
+            values |= self._without_loss(computed)
         seconds = time.perf_counter() - start
         prefix, keep = self._wanted.prefix, self._wanted.keep_outputs
         prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}
@@ -268,6 +293,17 @@ class Evaluation:
             prefixed,
             self._samples,
         )
+
+    def _without_loss(self, computed: dict[str, Any]) -> dict[str, Any]:
+        """The results of ``compute_metrics`` without one that would hide the loss."""
+        names = {"loss", f"{self._wanted.prefix}_loss"} if self._wanted.with_loss else set()
+        if hidden := sorted(names & computed.keys()):
+            logger.warning(
+                "compute_metrics returned %r, which is the name of the loss: it is left out. "
+                "Choose another name.",
+                hidden[0],
+            )
+        return {name: value for name, value in computed.items() if name not in names}
 
     def _limit(self) -> int:
         """Batches that the next block may have."""

@@ -21,6 +21,7 @@ from kbtrain import (
     recompute,
     rng,
 )
+from kbtrain.args_changes import compare_arguments
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
@@ -327,7 +328,7 @@ def _restore(
     progress = persistence.restore_run(
         trainer.backend, trainer.model, optimizer, trainer.bound.metric_variables, checkpoint
     )
-    for change in persistence.compare_arguments(
+    for change in compare_arguments(
         documents.mapping(checkpoint, "training_args"), trainer.args.to_dict()
     ):
         logger.warning("Resuming with another setting: %s", change)

@@ -310,12 +310,16 @@ def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
         source: What the error begins with, such as "compute_metrics returned".
 
     Raises:
-        ConfigurationError: A value is neither numbers nor text.
+        ConfigurationError: There is no dict, or a value is neither numbers nor text.
 
     Example:
         >>> plain_values({"f1": np.float32(0.5), "matrix": np.eye(2, dtype=int)}, "this is")
         {'f1': 0.5, 'matrix': [[1, 0], [0, 1]]}
     """
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f"{source} no dict from names to numbers. Received: {type(values).__name__}."
+        )
     return {str(name): _plain(name, value, source) for name, value in values.items()}
 
 

@@ -17,6 +17,7 @@ from kbtrain.data import (
 )
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.foreign import yields_batches
+from kbtrain.data.structure import has_array
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 from kbtrain.workers import WorkerLoader
@@ -158,7 +159,8 @@ def is_named_datasets(data: Any) -> bool:
     """Whether ``data`` is a dict of several data sets rather than one data set of columns."""
     if not isinstance(data, Mapping) or not data or any(key in data for key in LABEL_KEYS):
         return False
-    return not all(hasattr(value, "shape") or _is_plain_list(value) for value in data.values())
+    # A datasets.Dataset has a shape, too; only arrays can be converted to one.
+    return not all(has_array(value) or _is_plain_list(value) for value in data.values())
 
 
 def evaluation_set(datasets: Any, given: Any) -> Any:

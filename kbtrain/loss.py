@@ -57,7 +57,53 @@ def divisor(count: Any) -> Any:
     return ops.where(count == 0, ops.ones_like(count), count)
 
 
+TAKEN = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+"""Names of a log that a value or a metric of the user's would hide."""
+
+
+def as_extra(name: Any, value: Any, source: str) -> Any:
+    """A value to log as a scalar tensor: the mean of all its elements.
+
+    Args:
+        name: Its name in the logs.
+        value: A number or a tensor.
+        source: What errors begin with, such as "track() got".
+
+    Raises:
+        ConfigurationError: The name is no text or has a meaning already, or there is no number.
+    """
+    check_name(name, source)
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError  # each backend has an error of its own for it
+        return ops.mean(as_float(value))
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"{source} something that is no number or tensor under the name {name!r}. "
+            f"Received: {type(value).__name__}."
+        ) from None
+
+
+def check_name(name: Any, source: str) -> None:
+    """Make sure that values can be logged under a name.
+
+    Raises:
+        ConfigurationError: It is no text, or the Trainer logs something else under it.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(f"{source} a name that is no text. Received: {name!r}.")
+    if name in TAKEN:
+        raise ConfigurationError(
+            f"{source} the name {name!r}, under which the Trainer logs something else: it would be "
+            f"hidden. Choose another one than {', '.join(TAKEN)}."
+        )
+
+
 # --- what a user's function may return ------------------------------------------------------------
+
+
+def _extras(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {n: as_extra(n, v, "The loss came with values to log, with") for n, v in values.items()}
 
 
 def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
@@ -77,7 +123,7 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         value, extras = (value.sum, value.count), value.extras
     elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
         value, extras = value
-    extras = {name: as_float(v) for name, v in extras.items()}
+    extras = _extras(extras)
     if isinstance(value, tuple) and len(value) == 2:
         total, count = as_float(value[0]), as_float(value[1])
         if len(total.shape) or len(count.shape):
@@ -344,7 +390,7 @@ def call_loss_func(
             f"sum divided by num_items_in_batch. Received a tensor of shape {tuple(value.shape)}."
         )
     # Already divided by the update's total: undo it, so that the pair adds up like every other.
-    return LossPair(value * num_items, items, {k: as_float(v) for k, v in extras.items()})
+    return LossPair(value * num_items, items, _extras(extras))
 
 
 def count_items(y: Any, batch_size: int) -> Any:

@@ -11,7 +11,7 @@ from keras import ops
 from keras.src.backend.common.masking import set_keras_mask  # no public door, see kbtrain.loss
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.loss import as_float
+from kbtrain.loss import as_float, check_name
 
 
 class MetricSet(Protocol):
@@ -55,17 +55,20 @@ class ListedMetrics:
         """Resolve the names, which may depend on the shapes, and create the variables."""
         if self._flat is None:
             pairs = list(self._select(y, outputs))
-            self._flat = [
+            flat = [
                 (key, _as_metric(item, labels, out))
                 for key, items, labels, out in pairs
                 for item in (items if isinstance(items, list | tuple) else [items])
                 if item is not None
             ]
-            names = [self._name(key, metric) for key, metric in self._flat]
+            names = [self._name(key, metric) for key, metric in flat]
+            for name in names:
+                check_name(name, "metrics has")
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ConfigurationError(
                     f"Two metrics have the same name {twice[0]!r}; give one another `name=`."
                 )
+            self._flat = flat  # only now: whoever tries again after an error is to get it again
         self.update(x, y, outputs, sample_weight, mask)
         self.reset()
 

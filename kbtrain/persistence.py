@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import weakref
 from collections.abc import Mapping, Sequence
@@ -31,6 +29,7 @@ from kbtrain.checkpoint import (
 from kbtrain.checkpoint.format import dump_json
 from kbtrain.checkpoint.layout import KerasLayout, keras_layout
 from kbtrain.errors import CheckpointMismatchError
+from kbtrain.output_files import writing
 
 logger = logging.getLogger("kbtrain")
 
@@ -264,14 +263,6 @@ def put_back(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) 
         variable.assign(value)
 
 
-def save_json(path: Path, document: Any) -> None:
-    """Write a JSON file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     try:
         return checkpoint.arrays[name]
@@ -282,84 +273,7 @@ def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
         ) from None
 
 
-_NUMBERS = (
-    "the rest of the run uses the new value, except for a learning rate that answers to a metric, "
-    "which goes on where it was"
-)
-_ORDER = "the rest of the data comes in another order"
-_LENGTH = "an epoch has another number of steps"
-_ROUNDING = "the same numbers are computed with other roundings from here on"
-_BEST = "the best value so far, which new ones are compared with, was measured by the old one"
-
-CONSEQUENCES = {
-    "per_device_train_batch_size": "the position in the data is converted by samples",
-    "gradient_accumulation_steps": _LENGTH,
-    "steps_per_epoch": _LENGTH,
-    "dataloader_drop_last": _LENGTH,
-    "num_train_epochs": "schedules by the length of the run go on along the new one",
-    "max_steps": "schedules by the length of the run go on along the new one",
-    "seed": "the random numbers of the run are restored, but the data order may differ",
-    "data_seed": _ORDER,
-    "train_sampling_strategy": _ORDER,
-    "length_column_name": _ORDER,
-    "dataloader_num_workers": "random augmentation draws other numbers with workers than without",
-    "logging_steps": "logs come at other steps",
-    "logging_strategy": "logs come at other steps",
-    "eval_steps": "evaluations come at other steps",
-    "eval_strategy": "evaluations come at other steps",
-    "eval_delay": "evaluations come at other steps",
-    "save_steps": "checkpoints come at other steps",
-    "save_strategy": "checkpoints come at other steps",
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
-    "bf16": _ROUNDING,
-    "fp16": _ROUNDING,
-    "jit_compile": _ROUNDING,
-    "use_cpu": _ROUNDING,
-    "on_nonfinite": "an update that is not finite is dealt with in the new way",
-}
-"""What a resumed run does otherwise for a changed argument; others: see ``compare_arguments``."""
-
-HARMLESS = frozenset(
-    [
-        *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level"),
-        *("logging_first_step", "include_num_input_tokens_seen", "skip_memory_metrics"),
-        *("per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics"),
-        *("batch_eval_metrics", "eval_do_concat_batches", "eval_accumulation_steps"),
-        *("eval_on_start", "eval_max_steps", "eval_minutes", "predict_with_generate"),
-        *("generation_max_length", "generation_kwargs", "save_minutes", "save_total_limit"),
-        *("save_only_model", "save_async", "on_save_error", "enable_jit_checkpoint", "max_time"),
-        *("load_best_model_at_end", "resume_from_checkpoint", "ignore_data_skip"),
-        *("restore_callback_states_from_checkpoint", "dataloader_prefetch_factor"),
-        *("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
-        "steps_per_execution",
-    ]
-)
-"""Arguments that do not touch the training of a resumed run, or that say how to resume."""
-
-
-def compare_arguments(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Say which changed arguments make the resumed run differ from the interrupted one.
-
-    Args:
-        saved: The arguments of the checkpoint, from JSON; one of an older version lacks some.
-        current: Those of this run.
-    """
-    current = json.loads(json.dumps(current))
-    return [
-        f"{name} was {saved[name]!r} and is {value!r} now: {CONSEQUENCES.get(name, _NUMBERS)}."
-        for name, value in current.items()
-        if name in saved and saved[name] != value and name not in HARMLESS
-    ]
-
-
 def save_keras_file(model: keras.Model, path: Path) -> None:
     """Write ``model`` as a ``.keras`` file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with lazy_tensorflow.not_imported():
-            model.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as temporary, lazy_tensorflow.not_imported():
+        model.save(temporary)

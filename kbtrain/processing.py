@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kbtrain.data import Collate, DataCollatorWithPadding, default_collate
 from kbtrain.data.foreign import yields_batches
+from kbtrain.data.structure import has_array
 from kbtrain.errors import ConfigurationError
 
 _SAVE = ("save_pretrained", "save_to_preset")
@@ -42,16 +43,16 @@ def padding_collator(processing: Any, dataset: Any) -> Collate | None:
     """
     if getattr(processing, "pad_token_id", None) is None:
         return None
-    if isinstance(dataset, Mapping | tuple) or hasattr(dataset, "shape") or yields_batches(dataset):
+    if isinstance(dataset, Mapping | tuple) or has_array(dataset) or yields_batches(dataset):
         return None
-    pad = DataCollatorWithPadding(processing)
+    return _PadTokens(processing)
 
-    def collate(samples: list[Any]) -> Any:
+
+class _PadTokens(DataCollatorWithPadding):
+    """Pads token data and stacks any other."""
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
         sample = samples[0]
-        return (
-            pad(samples)
-            if isinstance(sample, Mapping) and "input_ids" in sample
-            else default_collate(samples)
-        )
-
-    return collate
+        if isinstance(sample, Mapping) and "input_ids" in sample:
+            return super().__call__(samples)
+        return default_collate(samples)

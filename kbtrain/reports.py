@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain import persistence
 from kbtrain.gathering import plain_values
+from kbtrain.output_files import read_json, save_json, save_text, writing
 from kbtrain.training_args import TrainingArguments
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def metrics_format(metrics: Mapping[str, Any]) -> dict[str, str]:
         >>> metrics_format({"eval_loss": 0.123456, "epoch": 3.0})
         {'eval_loss': '0.1235', 'epoch': '3.0'}
     """
-    return {name: _shown(name, value) for name, value in metrics.items()}
+    return {n: _shown(n, value) for n, value in plain_values(metrics, "metrics_format got").items()}
 
 
 def _shown(name: str, value: Any) -> str:
@@ -57,11 +58,10 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
     """Write ``{split}_results.json``, and add to ``all_results.json`` if `combined`."""
     path = folder / f"{split}_results.json"
     metrics = plain_values(metrics, "save_metrics got")
-    persistence.save_json(path, metrics)
+    save_json(path, metrics)
     if combined:
         everything = folder / "all_results.json"
-        old = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
-        persistence.save_json(everything, old | metrics)
+        save_json(everything, read_json(everything) | metrics)
     return path
 
 
@@ -81,7 +81,6 @@ def create_model_card(
         The path of the card.
     """
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     name = model_name or trainer.args.run_name or folder.name or "model"
     plot = _plot(trainer.state, folder / "loss.png")
     header = {
@@ -102,7 +101,7 @@ def create_model_card(
         "## Versions\n\n" + "\n".join(f"- {n} {v}" for n, v in versions.items()) + "\n",
     ]
     path = folder / "README.md"
-    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    save_text(path, "\n".join(part for part in parts if part))
     return path
 
 
@@ -198,5 +197,6 @@ def _plot(state: TrainerState, path: Path) -> Path | None:
     axes.set_ylabel("loss")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary)
     return path

@@ -34,7 +34,7 @@ from kbtrain.gathering import plain_values
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
-from kbtrain.loss import as_float, resolve_loss
+from kbtrain.loss import as_extra, resolve_loss
 from kbtrain.memory import measured
 from kbtrain.processing import padding_collator
 from kbtrain.progress import display
@@ -129,6 +129,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
         self.trial: Any = None  # of a hyperparameter search
+        self.ignore_keys_for_eval: Sequence[str] | None = None
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.saver = Saver(self.store)
@@ -257,13 +258,18 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
     # --- training -------------------------------------------------------------------------------
 
     @concise
-    def fit(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+    def fit(
+        self,
+        resume_from_checkpoint: bool | str | Path | None = None,
+        ignore_keys_for_eval: Sequence[str] | None = None,
+    ) -> TrainOutput:
         """Train.
 
         Args:
             resume_from_checkpoint: True continues from the newest intact checkpoint of
                 ``output_dir`` (an error if there is none), ``"auto"`` does so if there is one, a
                 path names one. The default is ``args.resume_from_checkpoint``.
+            ignore_keys_for_eval: ``ignore_keys`` of the evaluations in this call.
 
         Returns:
             Updates done, mean loss, and metrics.
@@ -281,10 +287,12 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         """
         if self.is_in_train:
             raise ConfigurationError("fit() was called while fit() runs, by a callback perhaps.")
+        evaluation.check_ignore_keys(ignore_keys_for_eval)
         args, resume = self.args, resume_from_checkpoint
         if resume is None:
             resume = args.resume_from_checkpoint
         self.is_in_train, self.interruption = True, None
+        self.ignore_keys_for_eval = ignore_keys_for_eval
         self.watch = Watch(args.enable_jit_checkpoint, args.max_time)
         try:
             with self.watch, self.saver.running(args.save_strategy != "no", args.on_save_error):
@@ -312,40 +320,57 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
     # --- evaluation and prediction --------------------------------------------------------------
 
     @concise
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, Any]:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, Any]:
         """Evaluate, log the result and return it.
 
         Args:
             eval_dataset: Data to use instead of ``self.eval_dataset``, or the name of one of its
                 sets. A dict of named data sets is evaluated one by one (``eval_{name}_{metric}``).
+            ignore_keys: Outputs that ``compute_metrics`` does not get, of a model that returns a
+                dict; they stay on the device.
             metric_key_prefix: Put before every name.
         """
         data = evaluation_set(self.eval_dataset, eval_dataset)
         if is_named_datasets(data):
             results: dict[str, Any] = {}
             for name, one in data.items():
-                results |= self.evaluate(one, f"{metric_key_prefix}_{name}")
+                results |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation.evaluate(self, loader, metric_key_prefix, gather=not loss_only)
+            output = evaluation.evaluate(
+                self, loader, metric_key_prefix, gather=not loss_only, ignore_keys=ignore_keys
+            )
         output.metrics.update(memory)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
         return output.metrics
 
     @concise
-    def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
         """The model's outputs for ``test_dataset``, in its order, with metrics if it has labels.
 
         Args:
             test_dataset: Data as for evaluation; labels may be missing.
+            ignore_keys: Outputs to leave out, of a model that returns a dict.
             metric_key_prefix: Put before every metric's name.
         """
         loader = self.get_test_dataloader(test_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation.evaluate(self, loader, metric_key_prefix, True, keep_outputs=True)
+            output = evaluation.evaluate(
+                self, loader, metric_key_prefix, True, keep_outputs=True, ignore_keys=ignore_keys
+            )
         output.metrics.update(memory)
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
@@ -355,6 +380,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         self,
         dataloader: Any,
         prediction_loss_only: bool | None = None,
+        ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Pass once over batches; nothing is logged, and no event but on_prediction_step comes.
@@ -362,11 +388,12 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         Args:
             dataloader: What ``get_eval_dataloader`` returns, or any iterable of batches.
             prediction_loss_only: Keep no outputs; the default is ``args.prediction_loss_only``.
+            ignore_keys: Outputs to leave out, of a model that returns a dict.
             metric_key_prefix: Put before every metric's name.
         """
         default, given = self.args.prediction_loss_only, prediction_loss_only
         keep = not (default if given is None else given)
-        return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep_outputs=keep)
+        return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep, ignore_keys)
 
     # --- logging and callbacks ------------------------------------------------------------------
 
@@ -375,9 +402,12 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
 
         Args:
             name: The name in the logs (with ``eval_`` before it in evaluations).
-            value: A tensor, of which the mean is taken.
+            value: A number or a tensor, of which the mean is taken.
+
+        Raises:
+            ConfigurationError: The name has a meaning already, or the value is no number.
         """
-        self._tracked[name] = keras.ops.mean(as_float(value))
+        self._tracked[name] = as_extra(name, value, "track() got")
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Add an entry to ``state.log_history`` and tell the callbacks."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import persistence, processing, reports
+from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation_weights import swapped_in
+from kbtrain.output_files import explained, save_json, save_text
 
 if TYPE_CHECKING:
     import keras
@@ -35,12 +38,21 @@ class ReportMethods:
 
         Returns:
             The path of the ``.keras`` file.
+
+        Raises:
+            ConfigurationError: ``output_dir`` is no path.
+            OutputError: It cannot be written to.
         """
+        if not isinstance(output_dir, str | os.PathLike | None):
+            raise ConfigurationError(
+                "save_model takes the path of a folder or of a .keras file. "
+                f"Received: {output_dir!r}."
+            )
         target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
         if target.suffix != ".keras":
-            target.mkdir(parents=True, exist_ok=True)
-            self.args.to_json_file(target / "training_args.json")
-            processing.save(self.processing_class, target)
+            save_text(target / "training_args.json", self.args.to_json_string() + "\n")
+            with explained(target):
+                processing.save(self.processing_class, target)
             target = target / "model.keras"
         with swapped_in(self.optimizer if self.training_weights else None):
             persistence.save_keras_file(self.model, target)  # type: ignore[attr-defined]
@@ -49,7 +61,7 @@ class ReportMethods:
     def save_state(self) -> Path:
         """Write ``trainer_state.json`` into the output directory."""
         path = Path(self.args.output_dir) / "trainer_state.json"
-        persistence.save_json(path, self.state.to_dict())
+        save_json(path, self.state.to_dict())
         return path
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:

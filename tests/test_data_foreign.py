@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import StopAt, arguments, linear_model, make_data, same, weights, with_weights
 
-from kbtrain import Trainer
+from kbtrain import DataCollatorWithPadding, Trainer
 from kbtrain.data import BatchLoader, ColumnFilter, DataLoader, as_loader, as_source
 from kbtrain.data.foreign import resume_caveat, yields_batches
 from kbtrain.errors import ConfigurationError, DataError
@@ -309,6 +309,22 @@ def test_a_collator_sees_every_column(tmp_path):
 
     Trainer(two_inputs(), arguments(tmp_path, max_steps=1), collate, ROWS, loss="mse").fit()
     assert seen == {"left", "right", "text", "length", "label"}
+
+
+def test_our_collators_get_what_they_look_at_and_what_the_model_takes(tmp_path, caplog):
+    """A text that was tokenized is still there in most tables."""
+    inputs = keras.Input((None,), name="input_ids", dtype="int32")
+    outputs = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, 2)(inputs))
+    rows = [
+        {"input_ids": list(range(1, 2 + n % 3)), "text": "a b", "none": None, "labels": [0.0, 1.0]}
+        for n in range(8)
+    ]
+    collate = DataCollatorWithPadding(pad_token_id=0)
+    args = arguments(tmp_path, max_steps=2)
+    model = keras.Model({"input_ids": inputs}, outputs)
+    Trainer(model, args, collate, rows, loss="mse").fit()
+    assert "(it takes input_ids): text, none." in caplog.text
+    assert "(it takes input_ids): attention_mask." in caplog.text
 
 
 def test_columns_can_be_kept(tmp_path):

@@ -496,3 +496,42 @@ def test_some_of_the_labels_are_an_error(tmp_path):
     trainer = make(tmp_path, two_headed(), args={"label_names": ["start", "end"]})
     with pytest.raises(DataError, match=r"only some of them.*Received: keys \['x', 'start'\]"):
         trainer.predict({"x": x, "start": y})
+
+
+# --- ignore_keys ----------------------------------------------------------------------------------
+
+
+def test_outputs_of_a_dict_can_be_left_out(tmp_path):
+    inputs = keras.Input((3,))
+    hidden = keras.layers.Dense(4, name="hidden")(inputs)
+    model = keras.Model(
+        inputs, {"hidden": hidden, "out": keras.layers.Dense(1, name="out")(hidden)}
+    )
+    x, y = make_data(8)
+    seen = []
+
+    def compute(prediction):
+        seen.append(sorted(prediction.predictions))
+        return {}
+
+    trainer = make(
+        tmp_path,
+        model,
+        loss=None,
+        compute_loss_func=lambda outputs, labels: keras.ops.mean((outputs["out"] - labels) ** 2),
+        compute_metrics=compute,
+        train_dataset=(x, y),
+        eval_dataset=(x, y),
+        args={"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+    )
+    whole = trainer.predict(x).predictions
+    assert sorted(whole) == ["hidden", "out"]
+    part = trainer.predict(x, ["hidden"]).predictions
+    assert list(part) == ["out"]
+    np.testing.assert_array_equal(part["out"], whole["out"])
+    loss = trainer.evaluate(ignore_keys=["hidden", "not there"])["eval_loss"]
+    assert loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    trainer.fit(ignore_keys_for_eval=("out",))
+    assert seen == [["out"], ["hidden", "out"], ["hidden"]]
+    with pytest.raises(ConfigurationError, match="leaves nothing.*'hidden', 'out'"):
+        trainer.predict(x, ["hidden", "out"])

@@ -357,7 +357,7 @@ def test_an_evaluation_of_the_users_own_is_not_left(tmp_path):
 
     def evaluate(args, state, control, kwargs):
         if state.global_step == 3:
-            results.append(kwargs["trainer"].evaluate(make_data(4), "mine"))
+            results.append(kwargs["trainer"].evaluate(make_data(4), None, "mine"))
 
     trainer = make_trainer(
         tmp_path, [Recorder({"on_step_end": evaluate}), send], per_device_eval_batch_size=1

@@ -5,6 +5,7 @@ wandb, mlflow and trackio are stand-ins here (tests/fake_trackers.py).
 
 import csv
 import doctest
+import errno
 import json
 import logging
 import struct
@@ -418,3 +419,22 @@ def test_a_tracker_that_cannot_be_closed_hides_no_error(tmp_path, caplog):
 @pytest.mark.parametrize("module", [base])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_stop_the_training(tmp_path, caplog, monkeypatch):
+    from tensorboardX import RecordWriter
+
+    write, calls = RecordWriter.write, []
+
+    def failing(self, data):
+        calls.append(None)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", failing)
+    trainer = make_trainer(tmp_path, report_to=["tensorboard"])
+    trainer.fit()
+    assert caplog.text.count("could not write") == 1
+    files = list((tmp_path / "runs").glob("*/events*"))
+    assert len(files) == 2  # nothing is written behind half a record

@@ -13,6 +13,7 @@ from helpers import Recorder, arguments, linear_model, make_data, same, train_lo
 from kbtrain import (
     ConfigurationError,
     DataError,
+    OutputError,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -109,7 +110,7 @@ def test_the_loop_alone_neither_logs_nor_fires(tmp_path):
     np.testing.assert_array_equal(output.label_ids, make_data(16)[1])
     loss = np.mean((output.predictions - output.label_ids) ** 2)
     assert output.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
-    only = trainer.evaluation_loop([make_data(16)], True, "a")
+    only = trainer.evaluation_loop([make_data(16)], True, None, "a")
     assert only.predictions is None
     assert only.metrics["a_loss"] == pytest.approx(loss, rel=1e-5)
     assert trainer.state.log_history == []
@@ -135,6 +136,22 @@ def test_a_processing_class_is_saved_and_seen_by_callbacks(tmp_path):
     assert recorder.kwargs[0]["processing_class"] is tokenizer
     with pytest.raises(ConfigurationError, match="save_pretrained.*Received: dict"):
         make(tmp_path, processing_class={})
+
+
+class Table(list):
+    """Like a ``datasets.Dataset``: samples, and yet a shape."""
+
+    shape = (2, 2)
+
+
+def test_a_table_with_a_shape_is_samples(tmp_path):
+    samples = Table({"input_ids": list(range(1, n)), "labels": n % 2} for n in (3, 5))
+    trainer = make(tmp_path, data=samples, processing_class=Tokenizer())
+    (batch,) = trainer.get_eval_dataloader().epoch(0)
+    assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4]]
+    pairs = Table(zip(*make_data(4), strict=True))
+    trainer = make(tmp_path, eval_dataset={"near": pairs, "far": pairs})
+    assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
 
 
 def test_a_processing_class_pads_token_data_that_has_no_collator(tmp_path):
@@ -434,6 +451,29 @@ def one_optimizer_for_two(tmp_path):
             lambda path: make(path).evaluate(metric_key_prefix=""),
             "metric_key_prefix must be a text",
         ),
+        (
+            lambda path: make(path).fit(model_path="x"),
+            "model_path.* Write resume_from_checkpoint=.* It takes: resume_from_checkpoint, ignore",
+        ),
+        (lambda path: make(path).predict(), "missing.*test_dataset.*It takes: test_dataset, "),
+        (lambda path: make(path).evaluate(None, "test"), "ignore_keys='test'.*metric_key_prefix="),
+        (lambda path: make(path).fit(None, 3), "ignore_keys must be a list"),
+        (lambda path: make(path).track("a", "b"), "track.. got.*no number.*'a'.*Received: str"),
+        (lambda path: make(path).track("loss", 1.0), "'loss'.*would be hidden"),
+        (lambda path: make(path).track(3, 1.0), "no text. Received: 3"),
+        (lambda path: make(path).log(3), "log.. got no dict.*Received: int"),
+        (lambda path: make(path).save_metrics("train", 4), "save_metrics got no dict"),
+        (lambda path: make(path).log_metrics("train", None), "no dict.*Received: NoneType"),
+        (lambda path: make(path).save_model(3), "save_model takes the path.*Received: 3"),
+        (lambda path: make(path).fire("on_lunch"), "no event 'on_lunch'. There are: on_init_end"),
+        (
+            lambda path: make(path, metrics=[keras.metrics.MeanSquaredError("loss")]).evaluate(),
+            "metrics has the name 'loss'",
+        ),
+        (
+            lambda path: make(path, metrics=[keras.metrics.MeanSquaredError("m")] * 2).fit(),
+            "Two metrics have the same name 'm'",
+        ),
     ],
 )
 def test_mistakes_in_what_is_called(tmp_path, action, match):
@@ -481,3 +521,77 @@ def test_a_pair_of_optimizer_and_schedule_may_be_a_list(tmp_path):
     trainer = make(tmp_path, optimizers=[keras.optimizers.AdamW(0.1), schedule], max_steps=1)
     trainer.fit()
     assert trainer.lr_scheduler is schedule
+
+
+def test_a_loss_may_not_log_under_the_names_of_the_log(tmp_path):
+    """It would take the place of the loss in the log, and in the choice of the best model."""
+    data = make_data(8)
+    for name in ("loss", "grad_norm", "learning_rate", "epoch", "step", 7):
+        trainer = Trainer(
+            linear_model(),
+            arguments(tmp_path, max_steps=1, jit_compile=False),
+            train_dataset=data,
+            compute_loss_func=lambda o, y, n=name: (keras.ops.mean((o - y) ** 2), {n: 777.0}),
+        )
+        with pytest.raises(ConfigurationError, match=str(name)):
+            trainer.fit()
+
+
+def test_values_to_log_may_come_per_sample(tmp_path):
+    x, y = make_data(8)
+
+    def loss(outputs, labels):
+        return keras.ops.mean((outputs - labels) ** 2), {"labels": labels}
+
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, logging_steps=1)
+    trainer = Trainer(
+        linear_model(), args, train_dataset=(x, y), eval_dataset=(x, y), compute_loss_func=loss
+    )
+    trainer.fit()
+    assert train_logs(trainer, "labels") == [pytest.approx(y.mean(), rel=1e-5)]
+    assert trainer.evaluate()["eval_labels"] == pytest.approx(y.mean(), rel=1e-5)
+
+
+def test_compute_metrics_does_not_hide_the_loss(tmp_path, caplog):
+    """As in the reference, where the loss is put into the results last."""
+    x, y = make_data(8)
+    for names in (["loss"], ["eval_loss"]):
+        trainer = Trainer(
+            linear_model(),
+            arguments(tmp_path),
+            eval_dataset=(x, y),
+            loss="mse",
+            compute_metrics=lambda p, n=names: dict.fromkeys(n, -1.0) | {"n": len(p.predictions)},
+        )
+        kernel, bias = weights(trainer.model)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(np.mean((x @ kernel + bias - y) ** 2))
+        assert metrics["eval_n"] == 8
+        assert f"compute_metrics returned {names[0]!r}" in caplog.text
+
+
+# --- files of results -----------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    folder = tmp_path / "file" / "out"
+    trainer = make(folder)
+    for write in (
+        trainer.save_model,
+        trainer.save_state,
+        trainer.create_model_card,
+        lambda: trainer.save_metrics("eval", {"a": 1}),
+    ):
+        with pytest.raises(OutputError, match=r"Could not write .*out.*Choose another folder"):
+            write()
+
+
+def test_results_are_not_added_to_what_is_no_table_of_results(tmp_path):
+    (tmp_path / "all_results.json").write_text("{", encoding="utf-8")
+    trainer = make(tmp_path)
+    with pytest.raises(OutputError, match="all_results.json holds no JSON object"):
+        trainer.save_metrics("eval", {"a": 1})
+    trainer.save_metrics("eval", {"a": 1}, combined=False)
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"a": 1}
+    assert not list(tmp_path.glob(".tmp-*"))

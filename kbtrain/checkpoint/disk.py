@@ -4,6 +4,7 @@ Nothing here knows what is inside a checkpoint. The functions raise ``OSError`` 
 the callers say in the user's words what it means.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -124,6 +126,22 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to: at the end it takes its name, complete or not at all.
+
+    Its name ends like that of ``path``, for writers that look at the ending.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name with nothing in it
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_regular(path: Path) -> io.FileIO:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 
+from kbtrain.checkpoint.disk import replacing
 from kbtrain.checkpoint.manifest import open_verified, read_manifest
 from kbtrain.checkpoint.reading import read_checkpoint
 from kbtrain.errors import CheckpointError, ConfigurationError, first_lines
@@ -33,24 +33,24 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
         ConfigurationError: Another ending, or a module that cannot be imported.
         CheckpointError: The checkpoint is damaged, or does not hold what the file needs.
     """
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    weights = target.name.endswith(".weights.h5")
+    if not weights and target.suffix != ".keras":
+        raise ConfigurationError(
+            f"The file to write must end in .keras or .weights.h5. Received: {target}"
+        )
     try:
-        if target.name.endswith(".weights.h5"):
-            _export_weights(path, temporary)
-        elif target.suffix == ".keras":
-            _import(modules)
-            build_model(path).save(temporary)
-        else:
-            raise ConfigurationError(
-                f"The file to write must end in .keras or .weights.h5. Received: {target}"
-            )
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            if weights:
+                _export_weights(path, temporary)
+            else:
+                _import(modules)
+                build_model(path).save(temporary)
+    except CheckpointError:
+        raise  # that the checkpoint is not there is an OSError, too
     except OSError as error:
         raise CheckpointError(
             f"Could not write {target}: {error.strerror or error}. Choose another place."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def build_model(path: Path) -> keras.Model:

@@ -86,6 +86,11 @@ class DataCollatorWithPadding:
             number = token_id("pad_token_id", self.pad_token_id, self.tokenizer)
             object.__setattr__(self, "pad_token_id", number)
 
+    @property
+    def takes(self) -> frozenset[str]:
+        """The columns it looks at. A loader leaves out others that the model does not take."""
+        return frozenset(("input_ids", "word_ids", *_FILL, *self.padding_values))
+
     def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
         """Collate samples; see the class."""
         return self.collate(fields(samples))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -224,6 +224,8 @@ class DataCollatorForPacking:
     rows: int | None = None
     pad_token_id: int = 0
     return_attention_mask: bool = False
+    takes: ClassVar[frozenset[str]] = frozenset(("input_ids",))
+    """The columns it looks at, besides labels."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""

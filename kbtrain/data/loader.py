@@ -6,7 +6,7 @@ the two numbers are all a checkpoint needs, and two epochs may be read at the sa
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -74,7 +74,8 @@ class DataLoader:
             collator of each batch, so that random choices belong to the position in the data.
         accumulation: Batches of one update; the strategies by length look at whole updates.
         length_column: Where samples say how long they are, for the strategies by length.
-        columns: Leaves out columns that are not used, after a user's collator.
+        columns: Leaves out columns that are not used: after a user's collator, and before one that
+            has an attribute ``takes``, the names of the columns it looks at.
         read_ahead: Batches that a thread makes ahead in training; None leaves that to who reads
             (``kbtrain.data.Batches``).
 
@@ -267,6 +268,9 @@ class DataLoader:
         if self._collate is None:
             # Before they are put together, because what is not used may be of any kind.
             return default_collate([columns(sample, self.name) for sample in samples])
+        if (taken := getattr(self._collate, "takes", None)) is not None:
+            # One of ours, that says what it looks at. The rest may be of any kind here, too.
+            samples = [columns(sample, self.name, taken) for sample in samples]
         try:
             # A collator that draws random numbers wants to know its place, see its class.
             collate = self._collate.at(epoch, number) if self._positioned else self._collate
@@ -281,7 +285,7 @@ class DataLoader:
         return DataError(f"Batch {number} of {self.source.name}: {error}")
 
 
-def every_column(batch: Any, name: str) -> Any:
+def every_column(batch: Any, name: str, taken: Collection[str] = ()) -> Any:
     """In place of a ``ColumnFilter`` where nothing is left out."""
     return batch
 

@@ -12,8 +12,8 @@ logger = logging.getLogger("kbtrain")
 class ColumnFilter:
     """Removes from dicts what is neither an input of the model nor a label or weight.
 
-    It says so once. If not one of a dict's inputs is known, the names of the two do not correspond
-    (a single unnamed input, say), and everything stays.
+    It says so once of each. If not one of a dict's inputs is known, the names of the two do not
+    correspond (a single unnamed input, say), and everything stays.
 
     Args:
         inputs: Names of the model's inputs.
@@ -28,29 +28,32 @@ class ColumnFilter:
     def __init__(self, inputs: Collection[str], label_names: Collection[str] | None = None) -> None:
         self._inputs = frozenset(inputs)
         self._others = frozenset((*LABEL_KEYS, SAMPLE_WEIGHT_KEY, *(label_names or ())))
-        self._said = False
+        self._said: set[Any] = set()
 
-    def __call__(self, batch: Any, name: str) -> Any:
+    def __call__(self, batch: Any, name: str, taken: Collection[str] = ()) -> Any:
         """The batch (or sample, or columns) without what is not used.
 
         Args:
             batch: A dict, or a tuple whose first part is one; anything else comes back as it is.
             name: How the message calls the data.
+            taken: Further keys that are used, by the collator that gets a sample.
         """
         if isinstance(batch, tuple) and batch and isinstance(batch[0], Mapping):
-            first = self._filter(batch[0], name, frozenset())
+            first = self._filter(batch[0], name, frozenset(), taken)
             return batch if first is batch[0] else (first, *batch[1:])
         if isinstance(batch, Mapping):
-            return self._filter(batch, name, self._others)
+            return self._filter(batch, name, self._others, taken)
         return batch
 
-    def _filter(self, batch: Mapping[Any, Any], name: str, others: frozenset[str]) -> Any:
+    def _filter(
+        self, batch: Mapping[Any, Any], name: str, others: frozenset[str], taken: Collection[str]
+    ) -> Any:
         inputs = [key for key in batch if key not in others]
-        unused = [key for key in inputs if key not in self._inputs]
+        unused = [key for key in inputs if key not in self._inputs and key not in taken]
         if not unused or len(unused) == len(inputs):
             return batch
-        if not self._said:
-            self._said = True
+        if not self._said.issuperset(unused):
+            self._said.update(unused)
             logger.warning(
                 "%s has columns that the model does not take (it takes %s): %s. They are left out "
                 "of the batches; remove_unused_columns=False keeps them.",

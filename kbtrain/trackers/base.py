@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class Tracker(TrainerCallback):
         self._is_open = self._trained = False
         self._completed = True
         self._left_out: set[str] = set()
+        self._warned = False
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
         """Begin a run, or go on with `run` if that is not None.
@@ -73,7 +75,23 @@ class Tracker(TrainerCallback):
             self.close()
             self.run = None
         self._trained, self._completed = True, False
-        self._ensure_open(args, state, kwargs["trainer"])
+        with self._going_on():
+            self._ensure_open(args, state, kwargs["trainer"])
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A full disk or a lost connection costs what is logged meanwhile, not the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "%s could not write: %s. Training goes on; what is logged meanwhile is lost "
+                    "to it, and each log is tried again.",
+                    type(self).__name__,
+                    error,
+                )
+            self._warned = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,8 +99,10 @@ class Tracker(TrainerCallback):
         """Write the numbers among the logs."""
         if not state.is_world_process_zero:
             return
-        self._ensure_open(args, state, kwargs["trainer"])
-        self.write(rewrite(self._numbers(kwargs["logs"])), state.global_step)
+        values = rewrite(self._numbers(kwargs["logs"]))
+        with self._going_on():
+            self._ensure_open(args, state, kwargs["trainer"])
+            self.write(values, state.global_step)
         if not self.stays_open and not kwargs["trainer"].is_in_train:
             self.close()
 

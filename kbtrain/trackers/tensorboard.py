@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
@@ -50,7 +51,6 @@ class TensorBoardCallback(Tracker):
         """Write one scalar for each value."""
         for name, value in values.items():
             self._add(summary=self._summary.scalar(name, value), step=step)
-        self._writer.flush()
 
     def finish(self, completed: bool) -> None:
         """Close the event file."""
@@ -58,4 +58,11 @@ class TensorBoardCallback(Tracker):
 
     def _add(self, **content: Any) -> None:
         event = self._events.Event(wall_time=time.time(), **content)
-        self._writer.write(event.SerializeToString())
+        try:
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
+        except OSError:
+            self._is_open = False  # readers stop at half a record: the next log begins a new file
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            raise
