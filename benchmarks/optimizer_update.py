@@ -13,6 +13,7 @@ noisy machine disturbs all of them alike; read the ratios, which are medians ove
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import json
@@ -213,6 +214,13 @@ def resident(field: str) -> int | None:
     return int(line.split()[1]) * 1024
 
 
+def give_back() -> None:
+    """Let the C library return what is free, so that it does not hide what a step takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def extra_memory(candidate: Candidate) -> float | None:
     """MiB that one update needs on top of what is there before it."""
     import sys
@@ -225,6 +233,7 @@ def extra_memory(candidate: Candidate) -> float | None:
         candidate.wait()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     gc.collect()
+    give_back()
     before_step = resident("VmRSS")
     if before_step is None:
         return None

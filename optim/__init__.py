@@ -35,16 +35,18 @@ from optim.cosine import (
 from optim.decay import decay_parameter_names, exclude_norms_and_biases
 from optim.ema import EMA
 from optim.evaluation_weights import SwapEvaluationWeights
+from optim.feed_metric import FeedMetricSchedule
 from optim.galore import GaLoreAdamW
 from optim.grokadamw import GrokAdamW
 from optim.lamb import LAMB
 from optim.lion import Lion
 from optim.lion_8bit import Lion8bit
+from optim.metric_schedule import MetricSchedule
 from optim.muon import Muon
 from optim.nadam import NAdam
 from optim.optimizer import Optimizer, Slot
 from optim.parameter_groups import groups_for, layerwise_lr_decay
-from optim.plateau import FeedMetricSchedule, GreedyLR, MetricSchedule, ReduceLROnPlateau
+from optim.plateau import GreedyLR, ReduceLROnPlateau
 from optim.plotting import plot_schedule
 from optim.radam import RAdam
 from optim.registry import get, get_scheduler, names, scheduler_names

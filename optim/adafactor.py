@@ -108,13 +108,13 @@ class Adafactor(Optimizer):
         **common: Unpack[CommonArguments],
     ) -> None:
         relative = learning_rate is None
-        if relative_step is not None and bool(relative_step) != relative:
+        if relative_step is not None and check_flag("relative_step", relative_step) != relative:
             raise ValueError(
                 "`relative_step=True` is Adafactor's own learning rate, which is used if and only "
                 "if no `learning_rate` is given: pass one of the two. "
                 f"Received: learning_rate={learning_rate!r}, relative_step={relative_step!r}"
             )
-        if warmup_init and not relative:
+        if check_flag("warmup_init", warmup_init) and not relative:
             raise ValueError(
                 "`warmup_init=True` belongs to Adafactor's own learning rate. Leave it out, or "
                 "pass no `learning_rate`. "
@@ -123,8 +123,10 @@ class Adafactor(Optimizer):
         rate = RelativeStep(warmup_init) if relative else learning_rate
         super().__init__(rate, weight_decay=weight_decay, **common)
         self.relative_step = relative
-        self.warmup_init = check_flag("warmup_init", warmup_init)
-        self.scale_parameter = relative if scale_parameter is None else bool(scale_parameter)
+        self.warmup_init = warmup_init
+        if scale_parameter is None:
+            scale_parameter = relative
+        self.scale_parameter = check_flag("scale_parameter", scale_parameter)
         self.epsilon_1 = check_range("epsilon_1", epsilon_1, 0.0)
         self.epsilon_2 = check_range("epsilon_2", epsilon_2, 0.0)
         self.clip_threshold = check_range("clip_threshold", clip_threshold, 1e-30)

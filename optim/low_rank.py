@@ -185,12 +185,10 @@ def _targets(target_modules: Any) -> tuple[str, ...] | None:
     """The regular expressions of `target_modules`, None for the default."""
     if target_modules is None or target_modules in (ALL_LINEAR, [ALL_LINEAR], (ALL_LINEAR,)):
         return None
-    single = isinstance(target_modules, str)
-    try:
-        patterns = (target_modules,) if single else tuple(target_modules)
-    except TypeError:
+    if not isinstance(target_modules, str | Sequence):
         raise ValueError(
             "`target_modules` must be a regular expression, a list of them, or "
             f"{ALL_LINEAR!r}. Received: target_modules={target_modules!r}"
-        ) from None
+        )
+    patterns = (target_modules,) if isinstance(target_modules, str) else target_modules
     return tuple(check_pattern("target_modules", pattern) for pattern in patterns)

@@ -1,78 +1,31 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from optim import precision
+from optim.averaging import Averaging
 from optim.checks import check_range
-from optim.evaluation_weights import EvaluationWeights
+from optim.common import CommonArguments, check_common
 from optim.grouped import Grouped
 from optim.kernels import backend as kernels
 from optim.parameter_groups import Group, assign, path_of
+from optim.rules import Slot, Tensor, Treatment, advance, elementwise, fused, initializer_of
 
-Tensor = Any
-"""A tensor of the running backend."""
-
-Rule = TypeVar("Rule", bound=Callable[..., Any])
-
-
-class CommonArguments(TypedDict, total=False):
-    """The arguments every optimizer takes, with Keras' names and meanings; see `Optimizer`."""
-
-    clipnorm: float | None
-    clipvalue: float | None
-    global_clipnorm: float | None
-    use_ema: bool
-    ema_momentum: float
-    ema_overwrite_frequency: int | None
-    loss_scale_factor: float | None
-    gradient_accumulation_steps: int | None
-    name: str | None
-    kernel: str | None
-    parameter_groups: Sequence[Mapping[str, Any]] | None
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A piece of state that is not a float32 tensor of zeros.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype, as Keras names it.
-        initializer: its first value: a number, a Keras initializer or the name of one,
-            ``"parameter"`` for the value the variable has when the optimizer is built, or
-            ``"path"`` for an integer in [0, 2 ** 31) made of the variable's path.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    initializer: Any = "zeros"
-
-
-class Treatment(NamedTuple):
-    """How one variable is updated; variables with equal treatments can share a kernel call.
-
-    Attributes:
-        rule: the optimizer whose pure part (`Optimizer.update` and hyperparameters) is executed.
-        weight_decay: see `Optimizer.weight_decay_of`.
-        learning_rate_multiplier: see `Optimizer.learning_rate_multiplier_of`.
-    """
-
-    rule: "Optimizer"
-    weight_decay: float
-    learning_rate_multiplier: float
-
-    def learning_rate(self, learning_rate: Tensor) -> Tensor:
-        """The optimizer's learning rate as this treatment has it."""
-        multiplier = self.learning_rate_multiplier
-        return learning_rate if multiplier == 1.0 else learning_rate * multiplier
+__all__ = [
+    "CommonArguments",
+    "Optimizer",
+    "Slot",
+    "Tensor",
+    "Treatment",
+    "check_range",
+    "elementwise",
+    "fused",
+]
 
 
 @dataclass(frozen=True)
@@ -88,44 +41,7 @@ class _State:
     slots: list[dict[str, Any]]
 
 
-def fused(name: str) -> Callable[[Rule], Rule]:
-    """Mark an `Optimizer.update` as the rule that the kernels of this name also execute.
-
-    The mark sits on the function, so a subclass that overrides ``update`` is never given to the
-    kernel of its parent's rule.
-
-    Args:
-        name: key in the ``FUSED`` table of the backend's kernel module; a backend without the key
-            executes the rule itself.
-
-    Returns:
-        A decorator.
-    """
-
-    def mark(rule: Rule) -> Rule:
-        rule.fused = name  # type: ignore[attr-defined]
-        return rule
-
-    return mark
-
-
-def elementwise(rule: Rule) -> Rule:
-    """Mark an `Optimizer.update` whose result at an element depends on that element alone.
-
-    Scalars (the step, the learning rate, slots of shape ``()``) may enter; sums, norms and products
-    of matrices may not. A kernel may then execute the rule on pieces of a tensor.
-
-    Args:
-        rule: the method.
-
-    Returns:
-        The same method. As with `fused`, the mark is not inherited by a method that overrides it.
-    """
-    rule.elementwise = True  # type: ignore[attr-defined]
-    return rule
-
-
-class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
+class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
     """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
 
     A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
@@ -147,8 +63,8 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
 
     Args:
         learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
-            the number of updates so far), a schedule that answers to a metric (`optim.plateau`) or
-            a callable without arguments.
+            the number of updates so far), a schedule that answers to a metric
+            (`optim.metric_schedule`) or a callable without arguments.
         weight_decay: decoupled decay, as a fraction of ``learning_rate * variable`` per update.
             `exclude_from_weight_decay` leaves variables out.
         clipnorm: largest norm of the gradient of one variable.
@@ -202,30 +118,30 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         kernel: str | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        if isinstance(learning_rate, Real):
-            learning_rate = check_range("learning_rate", learning_rate, 0.0)
-        if weight_decay is not None:
-            weight_decay = check_range("weight_decay", weight_decay, 0.0)
         if kernel not in (None, "reference"):
             raise ValueError(
                 "`kernel` must be None (the fastest execution on this backend) or 'reference' "
                 f"(the rule as it is written). Received: kernel={kernel!r}"
             )
+        checked = check_common(
+            learning_rate,
+            {
+                "weight_decay": weight_decay,
+                "clipnorm": clipnorm,
+                "clipvalue": clipvalue,
+                "global_clipnorm": global_clipnorm,
+                "use_ema": use_ema,
+                "ema_momentum": ema_momentum,
+                "ema_overwrite_frequency": ema_overwrite_frequency,
+                "loss_scale_factor": loss_scale_factor,
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+            },
+        )
         # Such a schedule is no function: it moves the variable that a number would have made.
         metric_schedule = learning_rate if hasattr(learning_rate, "on_metric") else None
-        super().__init__(
-            learning_rate if metric_schedule is None else metric_schedule.rate,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            name=name,
-        )
+        if metric_schedule is not None:
+            checked["learning_rate"] = metric_schedule.rate
+        super().__init__(**checked, name=name)
         self.kernel = kernel
         self.metric_schedule = metric_schedule
         if metric_schedule is not None:
@@ -305,22 +221,6 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         group = self.group_of(variable)
         return 1.0 if group is None else group.lr_multiplier
 
-    def evaluated(
-        self, parameter: Tensor, slots: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The value to evaluate where it is not the one that is trained; a pure function.
-
-        Args:
-            parameter: the trained value, float32.
-            slots: slot name -> tensor.
-
-        Returns:
-            ``None`` if it is the trained value. Else the value to evaluate, and the slots with
-            which training would continue from there if it became the trained one; given those two,
-            this function returns them unchanged.
-        """
-        return None
-
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
         config = {**super().get_config(), "kernel": self.kernel}
@@ -376,7 +276,7 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         with kernels.colocated(variable):
             return self.add_variable(
                 shape=slot.shape,
-                initializer=_initializer(slot.initializer, variable),
+                initializer=initializer_of(slot, variable),
                 dtype=slot.dtype,
                 name=f"{prefix}_{name}".replace("/", "_").replace(":", "_"),
                 layout=getattr(variable, "_layout", None) if same_shape else None,
@@ -511,7 +411,8 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         treatment = self.treatment_of(variable)
         old_value = ops.convert_to_tensor(variable)
         old_slots = {name: ops.convert_to_tensor(slot) for name, slot in slots.items()}
-        value, new_slots = treatment.rule._advance(
+        value, new_slots = advance(
+            treatment.rule,
             old_value,
             gradient,
             old_slots,
@@ -533,96 +434,9 @@ class Optimizer(EvaluationWeights, Grouped, keras.optimizers.Optimizer):
         for name, slot in slots.items():
             self.assign(slot, moved.get(name, new_slots[name]))
 
-    def _advance(
-        self,
-        value: Tensor,
-        gradient: Tensor,
-        slots: dict[str, Tensor],
-        step: Tensor,
-        learning_rate: Tensor,
-        weight_decay: float,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The rule on a value of any float dtype. Pure."""
-        dtype = keras.utils.standardize_dtype(value.dtype)
-        scalars = (step, learning_rate, weight_decay)
-        if dtype == "float32":
-            return self.update(value, gradient, slots, *scalars)
-        if precision.needs_residual(dtype):
-            rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
-            total = precision.join(value, slots["residual"], dtype)
-            total, rule_slots = self.update(total, gradient, rule_slots, *scalars)
-            value, residual = precision.split(total, dtype)
-            return value, {**rule_slots, "residual": residual}
-        # A wider variable keeps its digits: it is moved by the float32 difference.
-        narrow = ops.cast(value, "float32")
-        moved, slots = self.update(narrow, gradient, slots, *scalars)
-        return value + ops.cast(moved - narrow, dtype), slots
-
-    # ---- what is evaluated ----------------------------------------------------------------------
-
-    def _evaluated(self, variable: Any) -> tuple[Any, dict[str, Any]] | None:
-        if self.use_ema:
-            average = self._model_variables_moving_average[self._get_variable_index(variable)]
-            return None if average is None else (_copy(average, variable.dtype), {})
-        rule = self.rule_of(variable)
-        if type(rule).evaluated is Optimizer.evaluated:
-            return None
-        slots = {n: ops.convert_to_tensor(slot) for n, slot in self.slots_of(variable).items()}
-        dtype = keras.utils.standardize_dtype(variable.dtype)
-        value = ops.convert_to_tensor(variable)
-        if precision.needs_residual(dtype):
-            value = precision.join(value, slots.pop("residual"), dtype)
-        result = rule.evaluated(ops.cast(value, "float32"), slots)
-        return None if result is None else (_copy(result[0], dtype), result[1])
-
     # ---- counting updates, averaging ------------------------------------------------------------
 
     def _get_current_learning_rate(self) -> Any:
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             return self._learning_rate(self.iterations)
         return super()._get_current_learning_rate()
-
-    def _update_model_variables_moving_average(self, trainable_variables: list[Any]) -> None:
-        if not self.use_ema:
-            return
-        share = 1.0 - self.ema_momentum
-        if self.gradient_accumulation_steps:
-            updated = (self._iterations + 1) % self.gradient_accumulation_steps == 0
-            share = ops.where(updated, share, 0.0)
-        # Up to the first update the average is the variable itself.
-        share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), "float32")
-        for variable, average in zip(
-            trainable_variables, self._model_variables_moving_average, strict=True
-        ):
-            if average is not None:
-                change = ops.cast(ops.convert_to_tensor(variable), "float32") - average
-                average.assign(average + share * change)
-
-    def _overwrite_model_variables_with_average_value(self, trainable_variables: list[Any]) -> None:
-        # Here rather than in Keras, because the average has another dtype than the variable.
-        for variable, average in zip(
-            trainable_variables, self._model_variables_moving_average, strict=True
-        ):
-            if average is not None:
-                self.assign(variable, ops.cast(average, variable.dtype))
-
-
-def _copy(value: Any, dtype: str) -> Tensor:
-    """In memory of its own: a variable that shared it would be donated with another one on JAX."""
-    return ops.copy(ops.cast(ops.convert_to_tensor(value), dtype))
-
-
-def _initializer(initializer: Any, variable: Any) -> Any:
-    """A `Slot.initializer` as Keras takes it."""
-    if isinstance(initializer, Real):
-        return keras.initializers.Constant(float(initializer))
-    if initializer == "path":
-        path = path_of(variable)
-        number = zlib.crc32(path.encode()) >> 1
-        return lambda shape, dtype: ops.full(shape, number, dtype)
-    if initializer != "parameter":
-        return initializer
-    # By value: TensorFlow cannot lift an initializer that reads a variable out of a traced step.
-    with kernels.outside_of_tracing():
-        value = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(variable), "float32"))
-    return lambda shape, dtype: ops.cast(np.array(value), dtype)

@@ -99,7 +99,7 @@ def get_scheduler(
 
     Returns:
         A function of the number of updates done so far, or a schedule that answers to a metric
-        (`optim.plateau`).
+        (`optim.metric_schedule`).
 
     Raises:
         ValueError: if the name is unknown or offered by two distributions, a count that the

@@ -110,6 +110,16 @@ def parameters(name):
     return found
 
 
+def optional_arguments(name):
+    """Names of its own arguments whose default is None, patterns among them."""
+    factory = optim.registry.load(optim.registry.OPTIMIZERS, name)
+    return [
+        key
+        for key, parameter in inspect.signature(factory.__init__).parameters.items()
+        if parameter.default is None
+    ]
+
+
 def compiled(optimizer, variables):
     """``call(gradients)``, compiled as the Trainer compiles a step, and its count of traces."""
     optimizer.build(variables)

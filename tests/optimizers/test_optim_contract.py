@@ -18,6 +18,7 @@ from helpers_contract import (
     host,
     make,
     minimise,
+    optional_arguments,
     parameters,
     small_model,
     snapshot,
@@ -216,6 +217,16 @@ def test_wrong_hyperparameters_are_named(name):
             message = str(caught.value)
             assert "Received" in message, argument
             assert str(value) in message, argument
+
+
+@every_optimizer
+def test_wrong_optional_arguments_are_named(name):
+    """Those whose default is None; those common to all are tested with one optimizer."""
+    for argument in optional_arguments(name):
+        for value in (float("nan"), -3.5, {"a": 1}, [0.5]):
+            with pytest.raises((ValueError, TypeError), match=f"`{argument}") as caught:
+                make(name, **{argument: value})
+            assert "Received" in str(caught.value), argument
 
 
 @every_optimizer

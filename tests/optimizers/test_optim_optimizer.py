@@ -349,3 +349,29 @@ def test_kernel_modules_have_the_same_names():
     for name in names:
         assert callable(getattr(kernels, name))
     assert isinstance(kernels.FUSED, dict)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("learning_rate", (NAN, -1.0)),
+        ("weight_decay", (NAN, -1.0, "0.1", [0.1], True)),
+        ("clipnorm", (NAN, -1.0, "0.1", [0.1], float("inf"))),
+        ("clipvalue", (NAN, -1.0, "0.1", [0.1])),
+        ("global_clipnorm", (NAN, -1.0, "0.1", [0.1])),
+        ("use_ema", ("False", None, 1)),
+        ("ema_momentum", (NAN, -0.1, 1.5, "0.9", None)),
+        ("ema_overwrite_frequency", (NAN, 0, -1, 1.5, "2")),
+        ("loss_scale_factor", (NAN, 0.0, -1.0, "2")),
+        ("gradient_accumulation_steps", (NAN, 1, -2, 2.5, "2", float("inf"))),
+        ("kernel", ("fast", 1)),
+    ],
+)
+def test_wrong_common_arguments_are_named(argument, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{argument}`") as caught:
+            optim.AdamW(**{argument: value})
+        assert f"Received: {argument}={value!r}" in str(caught.value)

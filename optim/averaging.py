@@ -1,0 +1,82 @@
+"""`Averaging`: the part of an optimizer that knows what is evaluated, and keeps averages."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from optim import precision
+from optim.evaluation_weights import EvaluationWeights
+
+
+class Averaging(EvaluationWeights):
+    """Part of `optim.Optimizer`: the moving average of Keras' arguments, and `evaluated`."""
+
+    use_ema: bool
+    ema_momentum: float
+    gradient_accumulation_steps: int | None
+    iterations: Any
+    rule_of: Any
+    slots_of: Any
+    assign: Any
+    _iterations: Any
+    _get_variable_index: Any
+    _model_variables_moving_average: list[Any]
+
+    def evaluated(self, parameter: Any, slots: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """The value to evaluate where it is not the one that is trained; a pure function.
+
+        Args:
+            parameter: the trained value, float32.
+            slots: slot name -> tensor.
+
+        Returns:
+            ``None`` if it is the trained value. Else the value to evaluate, and the slots with
+            which training would continue from there if it became the trained one; given those two,
+            this function returns them unchanged.
+        """
+        return None
+
+    def _evaluated(self, variable: Any) -> tuple[Any, dict[str, Any]] | None:
+        if self.use_ema:
+            average = self._model_variables_moving_average[self._get_variable_index(variable)]
+            return None if average is None else (_copy(average, variable.dtype), {})
+        rule = self.rule_of(variable)
+        if type(rule).evaluated is Averaging.evaluated:
+            return None
+        slots = {n: ops.convert_to_tensor(slot) for n, slot in self.slots_of(variable).items()}
+        dtype = keras.utils.standardize_dtype(variable.dtype)
+        value = ops.convert_to_tensor(variable)
+        if precision.needs_residual(dtype):
+            value = precision.join(value, slots.pop("residual"), dtype)
+        result = rule.evaluated(ops.cast(value, "float32"), slots)
+        return None if result is None else (_copy(result[0], dtype), result[1])
+
+    def _update_model_variables_moving_average(self, trainable_variables: list[Any]) -> None:
+        if not self.use_ema:
+            return
+        share = 1.0 - self.ema_momentum
+        if self.gradient_accumulation_steps:
+            updated = (self._iterations + 1) % self.gradient_accumulation_steps == 0
+            share = ops.where(updated, share, 0.0)
+        # Up to the first update the average is the variable itself.
+        share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), "float32")
+        for variable, average in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            if average is not None:
+                change = ops.cast(ops.convert_to_tensor(variable), "float32") - average
+                average.assign(average + share * change)
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: list[Any]) -> None:
+        # Here rather than in Keras, because the average has another dtype than the variable.
+        for variable, average in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            if average is not None:
+                self.assign(variable, ops.cast(average, variable.dtype))
+
+
+def _copy(value: Any, dtype: str) -> Any:
+    """In memory of its own: a variable that shared it would be donated with another one on JAX."""
+    return ops.copy(ops.cast(ops.convert_to_tensor(value), dtype))
