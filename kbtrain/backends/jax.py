@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -437,16 +438,55 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
         variable.assign(jnp.where(condition, value, variable.value))
 
 
+CONDITIONAL_BYTES = 1 << 20
+"""Size of the variables from which on a CPU decides whether to update, not what to keep."""
+
+
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
-    A select rather than ``lax.cond``: XLA fuses it into the update, so no buffer is copied.
+    Small state is selected, and so is all state on a GPU, where reading a flag would stop the
+    queue. On a CPU a select of large state costs more than the update: old and new values both
+    have to be there, so XLA copies every slot that the rule reads twice (docs/decisions.md).
     """
     before = [v.value for v in variables]
+    size = sum(value.nbytes for value in before)
+    traced = any(isinstance(value, jax.core.Tracer) for value in before)
+    if traced and size >= CONDITIONAL_BYTES and _runs_on_cpu():
+        _branch(condition, fn)
+        return
     fn()
     for variable, old in zip(variables, before, strict=True):
         if variable.value is not old:
             variable.assign(jnp.where(condition, variable.value, old))
+
+
+def _runs_on_cpu() -> bool:
+    """Whether what is being traced will run on a CPU."""
+    device = jax.config.jax_default_device  # a platform's name, a device or None
+    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
+
+
+def _branch(condition: Any, fn: Callable[[], None]) -> None:
+    """``lax.cond``: all that ``fn`` assigns, or everything as it was."""
+    before = [v.value for v in _state]
+    indices: list[int] = []
+
+    def run(values: list[Any]) -> list[Any]:
+        _, changed = _run_stateless(fn, values)
+        indices[:] = changed
+        return list(changed.values())
+
+    # Traced here rather than by `cond`: what is left alone has to be known in both branches.
+    traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(run)(before))
+    after = jax.lax.cond(
+        condition,
+        lambda *values: traced(*values),
+        lambda *values: [values[i] for i in indices],
+        *before,
+    )
+    for index, value in zip(indices, after, strict=True):
+        _state[index].assign(value)
 
 
 def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:

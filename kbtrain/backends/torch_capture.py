@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_native import native_operations
 from kbtrain.backends.torch_program import NotCapturable, make_program, same_random_state
 from kbtrain.errors import causes, first_lines, user_line
@@ -44,6 +45,7 @@ class CapturedStep:
         variables: Everything it reads or assigns.
         inputs: Example inputs; their values do not matter.
         inductor: Compile the record further by ``torch.compile``.
+        kept: Memory that it shares with the records for other shapes.
 
     Attributes:
         outputs: The structure of its outputs.
@@ -57,12 +59,13 @@ class CapturedStep:
         fn: Callable[[Any], Any],
         variables: Sequence[keras.Variable],
         inputs: Any,
-        inductor: bool = False,
+        inductor: bool,
+        kept: Kept,
     ) -> None:
         self._variables = list(variables)
         flat = keras.tree.flatten(inputs)
         graph, self.outputs = _record(fn, self._variables, inputs)
-        self._program = make_program(graph, [*flat, *self._state()], inductor)
+        self._program = make_program(graph, [*flat, *self._state()], inductor, kept)
 
     def _state(self) -> list[torch.Tensor]:
         return [variable._value for variable in self._variables]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kbtrain.backends.torch_kept import Kept, keep_gradients
 from kbtrain.backends.torch_rewrites import (
     Memory,
     aliases,
@@ -61,7 +62,7 @@ def _check(*conditions: torch.Tensor) -> None:
 
 
 def make_program(
-    module: GraphModule, examples: Sequence[torch.Tensor], inductor: bool
+    module: GraphModule, examples: Sequence[torch.Tensor], inductor: bool, kept: Kept
 ) -> Callable[..., list[Any]]:
     """Compile a recorded step.
 
@@ -69,6 +70,7 @@ def make_program(
         module: The recorded step.
         examples: A value for each of its inputs.
         inductor: Compile the part without effects by ``torch.compile``, not TorchScript.
+        kept: Memory that the programs of one step share (``torch_kept``).
 
     Returns:
         The program, a function of the same inputs that returns a list of tensors.
@@ -84,6 +86,8 @@ def make_program(
     shorten_views(module.graph)
     copy_where_needed(module.graph)
     fuse_bias(module.graph)
+    if not inductor:  # which arranges memory itself
+        keep_gradients(module, kept)
     pure, late, conditions = _sort(module)
     if any(condition in late for condition in conditions):
         raise NotCapturable("its loss depends on a value that Python reads, or on changed state")

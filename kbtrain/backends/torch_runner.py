@@ -12,6 +12,7 @@ import keras
 import torch
 
 from kbtrain.backends.torch_capture import CapturedStep
+from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_program import GuardFailed, NotCapturable
 from kbtrain.data import signature
 
@@ -92,6 +93,7 @@ class Runner:
         self._captured: dict[Any, CapturedStep | None] = {}
         self._commits: dict[Any, list[keras.Variable]] = {}
         self._bodies: dict[Any, Runner] = {}
+        self._kept: Kept = {}
 
     def __call__(self, inputs: Any) -> Any:
         """Run the function."""
@@ -123,7 +125,7 @@ class Runner:
                 now.committed.clear()
                 try:
                     return CapturedStep(
-                        self.eager, self._variables, inputs, self._jit_compile is True
+                        self.eager, self._variables, inputs, self._jit_compile is True, self._kept
                     )
                 except Stranger as stranger:
                     self._variables.append(stranger.variable)
