@@ -173,7 +173,7 @@ def make_train_step(
         def apply() -> None:
             for variable, value in own:
                 variable.assign(value)
-            backend.apply_optimizer(optimizer, backend.scale(gradients, factor), trainable)
+            backend.apply_optimizer(optimizer, gradients, factor, trainable)
 
         if on_nonfinite == "ignore":
             good = ops.ones_like(finite)

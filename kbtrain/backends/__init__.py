@@ -13,8 +13,8 @@
 ``scan``                     a loop inside the step, over a leading axis
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
 ``undoable``                 assignments that can be taken back by such a flag
-``apply_optimizer``          one update of a Keras optimizer
-``global_norm``, ``scale``   over a list of gradients, in one pass
+``apply_optimizer``          one update of a Keras optimizer, with gradients times a factor
+``global_norm``              over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
 ``start_to_host``            the same, begun now and waited for later
 ``host_copy``                a variable's value in host memory that nothing else uses

@@ -509,12 +509,16 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
 def apply_optimizer(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Any],
+    factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables``; the stateless form, because some optimizers branch on the device."""
+    """Update ``variables`` with the gradients times ``factor``, a scalar.
+
+    The stateless form, because some optimizers branch on the device.
+    """
     state = optimizer.variables
     values, slots = optimizer.stateless_apply(
-        [v.value for v in state], list(gradients), [v.value for v in variables]
+        [v.value for v in state], _scale(gradients, factor), [v.value for v in variables]
     )
     for variable, value in zip([*variables, *state], [*values, *slots], strict=True):
         variable.assign(value)
@@ -525,7 +529,7 @@ def global_norm(gradients: Sequence[Any]) -> Any:
     return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype("float32"))) for g in gradients))
 
 
-def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     """Multiply every gradient by one scalar, keeping dtypes."""
     return [g * factor.astype(g.dtype) for g in gradients]
 

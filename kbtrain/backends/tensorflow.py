@@ -46,6 +46,9 @@ _state: list[keras.Variable] = []
 # The variables `commit_if` assigns and their old values, while somebody may want these back.
 _journal: dict[int, tuple[keras.Variable, Any]] | None = None
 
+# Whether most of what the step being traced trains is large tables, which a batch reads rows of.
+_mostly_tables = False
+
 
 @contextlib.contextmanager
 def _tracing(variables: Sequence[keras.Variable]) -> Iterator[None]:
@@ -118,18 +121,25 @@ def _looks_at_values(error: BaseException) -> bool:
     return any("symbolic" in str(cause).lower() for cause in causes(error))
 
 
+LARGE_BYTES = 1 << 20
+"""Size of trained variables from which on passes over memory count: an elementwise update is
+compiled by itself."""
+
 XLA_CALLS = 200
 """Updates from which on the seconds that XLA takes to compile are worth it."""
 
 
 def _pays_off(concrete: Any) -> bool:
-    """Whether XLA is likely to be faster: always on a GPU; on a CPU not for convolutions.
+    """Whether XLA is likely to be faster: always on a GPU; on a CPU not for all.
 
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
-    XLA's convolutions take twice as long as the graph's on a CPU (docs/decisions.md).
+    On a CPU XLA's convolutions take twice as long as the graph's, and around the update of large
+    tables it copies them; the graph does not, and its update is XLA's, too (docs/decisions.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return True
+    if _mostly_tables:
+        return False
     definition = concrete.graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     return not any("Conv" in node.op for node in nodes)
@@ -279,13 +289,19 @@ def value_and_grad(
             before = [scope.get_current_value(v) for v in variables]
             value, aux = fn(*args)
     gradients = [
-        # An embedding's gradient comes as slices, whose norm is wrong where an index repeats.
-        tf.zeros_like(v) if g is None else tf.convert_to_tensor(g)
+        tf.zeros_like(v) if g is None else _dense(g, v)
         for g, v in zip(tape.gradient(value, values), values, strict=True)
     ]
     held = {id(v): value for v, value in zip(variables, before, strict=True)}
     new = [(v, scope.get_current_value(v)) for v in _state]
     return value, aux, gradients, [(v, n) for v, n in new if n is not held.get(id(v))]
+
+
+def _dense(gradient: Any, value: Any) -> Any:
+    """An embedding's gradient comes as slices, whose norm is wrong where an index repeats."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, value.shape[0])
+    return gradient
 
 
 class _Scope(LossScope):
@@ -438,22 +454,56 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     return result, undo_if
 
 
+# fmt: off
+_ELEMENTWISE = frozenset([
+    "Abs", "Add", "AddN", "AddV2", "AssignAddVariableOp", "AssignSubVariableOp",
+    "AssignVariableOp", "Cast", "Const", "Cos", "Div", "DivNoNan", "Equal", "Exp", "Expm1",
+    "Floor", "FloorMod", "Greater", "GreaterEqual", "Identity", "IdentityN", "Less", "LessEqual",
+    "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Mul", "Neg",
+    "NoOp", "NotEqual", "OnesLike", "Placeholder", "Pow", "ReadVariableOp", "RealDiv",
+    "Reciprocal", "Rsqrt", "Select", "SelectV2", "Sigmoid", "Sign", "Sqrt", "Square",
+    "SquaredDifference", "StopGradient", "Sub", "Tanh", "ZerosLike",
+])
+# fmt: on
+"""What XLA makes one pass of, and certainly compiles."""
+
+
 def apply_optimizer(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Any],
+    factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables``."""
-    optimizer.apply(list(gradients), list(variables))
+    """Update ``variables`` with the gradients times ``factor``, a scalar.
+
+    In a graph each operation of the rule is a pass over memory. So where the rule is elementwise
+    and the variables are large, XLA compiles it, also in a step that otherwise runs as a graph.
+    """
+
+    def apply(gradients: Sequence[Any], factor: Any) -> None:
+        optimizer.apply(_scale(gradients, factor), list(variables))
+
+    gradients = list(gradients)
+    if tf.inside_function() and sum(_bytes(g) for g in gradients) >= LARGE_BYTES:
+        traced = tf.function(apply, autograph=False).get_concrete_function(gradients, factor)
+        if all(operation.type in _ELEMENTWISE for operation in traced.graph.get_operations()):
+            compiled = tf.function(lambda *given: traced(*given), jit_compile=True, autograph=False)
+            compiled(gradients, factor)
+            return
+    apply(gradients, factor)
+
+
+def _bytes(tensor: Any) -> int:
+    return (tensor.shape.num_elements() or 0) * tensor.dtype.size
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
     """Euclidean norm over all elements of all gradients, in float32."""
-    squares = [tf.reduce_sum(tf.square(tf.cast(g, "float32"))) for g in gradients]
-    return tf.sqrt(tf.add_n(squares))
+    halves = [tf.nn.l2_loss(tf.cast(g, "float32")) for g in gradients]  # needs no squares in memory
+    return tf.sqrt(2.0 * tf.add_n(halves))
 
 
-def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     """Multiply every gradient by one scalar, keeping dtypes."""
     return [g * tf.cast(factor, g.dtype) for g in gradients]
 

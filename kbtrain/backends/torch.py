@@ -310,10 +310,11 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
 def apply_optimizer(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Any],
+    factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables``."""
-    optimizer.apply(list(gradients), list(variables))
+    """Update ``variables`` with the gradients times ``factor``, a scalar."""
+    optimizer.apply(_scale(gradients, factor), list(variables))
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
@@ -323,7 +324,7 @@ def global_norm(gradients: Sequence[Any]) -> Any:
     return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
-def scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     """Multiply every gradient by one scalar, in place, keeping dtypes."""
     gradients = list(gradients)
     torch._foreach_mul_(gradients, factor)
