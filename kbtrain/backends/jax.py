@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -35,7 +34,7 @@ from kbtrain.backends.jax_device import (  # noqa: F401
     to_device,
     to_host,
 )
-from kbtrain.backends.jax_trace import trace
+from kbtrain.backends.jax_trace import on_cpu, trace
 from kbtrain.backends.scope import LossScope
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, causes, user_line
@@ -452,19 +451,13 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
     before = [v.value for v in variables]
     size = sum(value.nbytes for value in before)
     traced = any(isinstance(value, jax.core.Tracer) for value in before)
-    if traced and size >= CONDITIONAL_BYTES and _runs_on_cpu():
+    if traced and size >= CONDITIONAL_BYTES and on_cpu():
         _branch(condition, fn)
         return
     fn()
     for variable, old in zip(variables, before, strict=True):
         if variable.value is not old:
             variable.assign(jnp.where(condition, variable.value, old))
-
-
-def _runs_on_cpu() -> bool:
-    """Whether what is being traced will run on a CPU."""
-    device = jax.config.jax_default_device  # a platform's name, a device or None
-    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
 
 
 def _branch(condition: Any, fn: Callable[[], None]) -> None:
@@ -478,13 +471,8 @@ def _branch(condition: Any, fn: Callable[[], None]) -> None:
         return list(changed.values())
 
     # Traced here rather than by `cond`: what is left alone has to be known in both branches.
-    traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(run)(before))
-    after = jax.lax.cond(
-        condition,
-        lambda *values: traced(*values),
-        lambda *values: [values[i] for i in indices],
-        *before,
-    )
+    update, _ = trace(run, before)
+    after = jax.lax.cond(condition, update, lambda values: [values[i] for i in indices], before)
     for index, value in zip(indices, after, strict=True):
         _state[index].assign(value)
 

@@ -28,13 +28,14 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
         again, and the shapes of its result.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    if _on_cpu() and _has_unusual(closed.jaxpr):
+    if on_cpu() and _has_unusual(closed.jaxpr):
         closed = _rewritten(closed)
     flat, structure = jaxpr_as_fun(closed), jax.tree.structure(shapes)
     return lambda *args: jax.tree.unflatten(structure, flat(*jax.tree.leaves(args))), shapes
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether what is traced now will run on a CPU."""
     chosen = jax.config.jax_default_device
     platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
     return str(platform).startswith("cpu")
