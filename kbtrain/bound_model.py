@@ -14,6 +14,7 @@ from kbtrain import building, rng
 from kbtrain.data import unpack
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass
+from kbtrain.label_check import LabelCheck
 from kbtrain.label_smoothing import smoothed
 from kbtrain.loss import resolve_loss
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
@@ -36,12 +37,15 @@ class BoundModel:
         compute_loss: ``Trainer.compute_loss``.
         preprocess: ``preprocess_logits_for_metrics``, or None.
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
+        checks_labels: Integer labels go to ``loss`` as they are: look if the model has such
+            classes.
 
     Attributes:
         loss: The loss in use.
         loss_weights: Weights of the losses of several outputs, from ``compile``.
         metrics: The metrics in use, or None.
         forward: One pass of a batch; None until ``build``.
+        label_check: Looks at labels on the host; None without labels, or if they are not checked.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class BoundModel:
         compute_loss: ComputeLoss,
         preprocess: Callable[[Any, Any], Any] | None,
         tracked: dict[str, Any],
+        checks_labels: bool,
     ) -> None:
         self.model: keras.Model = building.check_model(model)
         self._args, self._backend = args, backend
@@ -78,6 +83,9 @@ class BoundModel:
         self._metrics_built = False
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
         self._checks_shapes = True
+        self._checks_labels = checks_labels
+        self._output_shapes: Any = None
+        self.label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
         self._eval_steps: dict[Hashable, CompiledEvalStep] = {}
 
@@ -100,14 +108,18 @@ class BoundModel:
         names = self._args.label_names
         shapes = building.input_shapes(batch, names)
         if self._checks_shapes and shapes not in self._accepted:
-            self._checks_shapes = building.build_model(self.model, batch, names)
+            self._output_shapes = building.build_model(self.model, batch, names)
+            self._checks_shapes = self._output_shapes is not None
             self._accepted.add(shapes)
         if self.forward is None:
             self.forward = ForwardPass(
                 self.model, self._compute_loss, self.loss, self._tracked, names
             )
         # Metrics need labels: a prediction may come first, and have none.
-        has_labels = unpack(batch, names).y is not None
+        labels = unpack(batch, names).y
+        has_labels = labels is not None
+        if self._checks_labels and has_labels and self._output_shapes is not None:
+            self.label_check = LabelCheck(self.model, self.loss, labels, self._output_shapes, names)
         if self.metrics is not None and has_labels and not self._metrics_built:
             building.build_metrics(self.metrics, self.forward, batch)
             self._metrics_built = True

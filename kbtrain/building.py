@@ -96,7 +96,7 @@ def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
             layer.dtype_policy = own
 
 
-def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> bool:
+def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> Any:
     """Create the model's variables from the shapes of a batch, and check that the two fit.
 
     Args:
@@ -105,7 +105,7 @@ def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | Non
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
 
     Returns:
-        Whether shapes alone are enough to tell if the model accepts other inputs.
+        What the model returns, as shapes; None if shapes alone are not enough to tell.
 
     Raises:
         DataError: The model does not accept such inputs.
@@ -115,18 +115,23 @@ def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | Non
         lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), x
     )
     try:
-        model(specs)
+        outputs = model(specs)
     except Exception as error:
         if model.built and not isinstance(error, ValueError | TypeError):
             raise
         if not model.built and _builds_eagerly(model, x):
-            return False
+            return None
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
             f"The model {model.name!r} does not accept the inputs of the data: {shapes}. "
             f"Keras says: {first_lines(error)}"
         ) from None
-    return True
+    if outputs is None:
+        raise ConfigurationError(
+            f"The model {model.name!r} returns None. Let its call return tensors, or a dict with "
+            "the key 'loss'."
+        )
+    return outputs
 
 
 def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashable:

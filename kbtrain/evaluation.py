@@ -22,6 +22,7 @@ from kbtrain.gathering import PADDING as PADDING
 from kbtrain.gathering import Batchwise, Concatenated, Listed, compute_on_host
 from kbtrain.gathering import EvalPrediction as EvalPrediction
 from kbtrain.generation import make_generator
+from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 
 logger = logging.getLogger("kbtrain")
@@ -176,6 +177,7 @@ def evaluate(
             wanted,
             on_batches=lambda count: _between_batches(trainer, count),
             every_batch=trainer.callback_handler.need_every_batch(),
+            label_check=bound.label_check if with_loss else None,
         )
         try:
             with swapped_in(trainer.optimizer if trainer.training_weights else None):
@@ -237,6 +239,7 @@ class Evaluation:
         wanted: What is asked of it.
         on_batches: Called after each call to the device with the number of its batches.
         every_batch: Every batch is to be a call of its own.
+        label_check: Looks at the labels; None does not.
     """
 
     def __init__(
@@ -246,7 +249,9 @@ class Evaluation:
         wanted: Wanted,
         on_batches: Callable[[int], None],
         every_batch: bool,
+        label_check: LabelCheck | None = None,
     ) -> None:
+        self._label_check = label_check
         self._backend, self._step, self._wanted = backend, step, wanted
         self._on_batches, self._every_batch = on_batches, every_batch
         self._started: collections.deque[_Started] = collections.deque()
@@ -320,6 +325,8 @@ class Evaluation:
         """Start the batches of a block, in as many calls as their outputs need."""
         begin = time.perf_counter()
         ((_, rows),) = block.chunks[0].items()
+        if self._label_check is not None:
+            self._label_check(rows, block.updates, ("batch",), self._batches)
         measure = self._step.pace.is_worth_measuring(signature(rows))
         tensors = self._backend.to_device(rows)
         first = 0

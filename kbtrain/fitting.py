@@ -178,6 +178,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         ).explain
     return Run(
         explain=explain,
+        label_check=bound.label_check,
         backend=trainer.backend,
         plan=plan,
         batches=batches,

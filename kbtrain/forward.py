@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import keras
 from keras import ops
 
 from kbtrain.data import unpack
-from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.errors import ConfigurationError, DataError, KbtrainError
 from kbtrain.loss import (
     LossPair,
     as_float,
@@ -141,7 +142,7 @@ def default_loss(
         DataError: The data has no labels, and the loss needs some.
     """
     x, y, sample_weight = unpack(batch, label_names)
-    outputs = model(x)
+    outputs = _call(model, x)
     size = keras.tree.flatten(x)[0].shape[0]
     if loss is None and loss_func is None:
         return _own_loss(model, outputs, size), outputs
@@ -160,6 +161,22 @@ def default_loss(
     return pair, outputs
 
 
+def _call(model: keras.Model, x: Any) -> Any:
+    try:
+        return model(x)
+    except ValueError as error:
+        # Only real inputs are compared with the rank of keras.Input.
+        if isinstance(error, KbtrainError) or "Invalid input shape for input" not in str(error):
+            raise
+        shapes = keras.tree.map_structure(lambda t: str(tuple(t.shape)), x)
+        expected = re.search(r"Expected shape (\(.*?\))", str(error))
+        raise DataError(
+            f"The model {model.name!r} does not accept the inputs of the data: one of these has "
+            f"another shape than its keras.Input. Received: {shapes}."
+            + (f" Expected: {expected[1]}." if expected else "")
+        ) from None
+
+
 def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
     if isinstance(outputs, Mapping) and "loss" in outputs:
         return as_pair(outputs["loss"], size)
@@ -174,6 +191,8 @@ def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
 def _keys(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a dict with the keys {sorted(map(str, batch))}"
+    if ops.is_tensor(batch):
+        return "one array"
     return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple) else "")
 
 

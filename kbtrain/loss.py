@@ -239,7 +239,8 @@ def _loss_by_name(name: str) -> Any:
         ) from None
 
 
-def _is_sparse(loss: Any) -> bool:
+def is_sparse(loss: Any) -> bool:
+    """Whether it is a cross-entropy of integer labels."""
     return (
         isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
         or loss is keras.losses.sparse_categorical_crossentropy
@@ -248,7 +249,7 @@ def _is_sparse(loss: Any) -> bool:
 
 def ignored_labels(loss: Any, y: Any) -> Any:
     """Boolean tensor, True where a sparse integer label counts; None where nothing is ignored."""
-    if y is None or not _is_sparse(loss) or not ops.is_tensor(y):
+    if y is None or not is_sparse(loss) or not ops.is_tensor(y):
         return None
     if not keras.backend.is_int_dtype(y.dtype) or "uint" in keras.backend.standardize_dtype(
         y.dtype
@@ -266,6 +267,12 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         outputs: The model's output, with its Keras mask if it has one.
         sample_weight: See ``weighted_sum``.
     """
+    for what, tree in (("labels", y), ("model's outputs", outputs)):
+        if not ops.is_tensor(tree):
+            raise ConfigurationError(
+                f"There is one loss, but the {what} are {_describe(tree)}. Give the loss in the "
+                "same form: a dict or a list with one entry for each output."
+            )
     keep = ignored_labels(loss, y)
     if keep is not None:
         y = ops.where(keep, y, ops.zeros_like(y))
@@ -320,7 +327,9 @@ def structured_loss_pair(
 
     def pick(tree: Any, name: Any, what: str) -> Any:
         try:
-            return tree[name]
+            if ops.is_tensor(tree) and len(names) > 1:
+                raise TypeError  # an index would take a sample of it
+            return tree if ops.is_tensor(tree) and name == 0 else tree[name]
         except (KeyError, IndexError, TypeError):
             raise ConfigurationError(
                 f"The loss for {name!r} has no {what}: the losses are keyed by {names}, "
@@ -350,6 +359,8 @@ def _describe(tree: Any) -> str:
         return f"a dict with {list(tree)}"
     if isinstance(tree, list | tuple):
         return f"a {type(tree).__name__} of {len(tree)}"
+    if ops.is_tensor(tree):
+        return f"one array {keras.backend.standardize_dtype(tree.dtype)}{list(tree.shape)}"
     return f"one {type(tree).__name__}"
 
 

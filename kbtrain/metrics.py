@@ -10,7 +10,7 @@ import keras
 from keras import ops
 from keras.src.backend.common.masking import set_keras_mask  # no public door, see kbtrain.loss
 
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.loss import as_float, check_name
 
 
@@ -69,7 +69,8 @@ class ListedMetrics:
                     f"Two metrics have the same name {twice[0]!r}; give one another `name=`."
                 )
             self._flat = flat  # only now: whoever tries again after an error is to get it again
-        self.update(x, y, outputs, sample_weight, mask)
+        for metric, labels, out, weights in self._calls(y, outputs, sample_weight, mask):
+            _first_update(metric, labels, out, weights)
         self.reset()
 
     def _select(self, y: Any, outputs: Any) -> Any:
@@ -97,6 +98,11 @@ class ListedMetrics:
 
     def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
         """Add one batch."""
+        for metric, labels, out, weights in self._calls(y, outputs, sample_weight, mask):
+            metric.update_state(labels, out, **weights)
+
+    def _calls(self, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> Any:
+        """Each metric with its labels, outputs, and weights if it gets any (as keywords)."""
         whole = mask is not None and sample_weight is None
         if mask is not None:
             sample_weight = _masked_weight(sample_weight, mask)
@@ -107,10 +113,7 @@ class ListedMetrics:
                 weight = sample_weight[key] if _is_nested(sample_weight) else sample_weight
             if whole and "int" in str(metric.dtype):  # one that counts wants whole weights
                 weight = ops.cast(weight, metric.dtype)
-            if weight is None:
-                metric.update_state(labels, out)
-            else:
-                metric.update_state(labels, out, sample_weight=weight)
+            yield metric, labels, out, {} if weight is None else {"sample_weight": weight}
 
     def result(self) -> dict[str, float]:
         """Current values by name; a metric that returns a dict adds its own names."""
@@ -173,6 +176,24 @@ class CompiledMetrics:
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""
         return [v for metric in self._metrics() for v in metric.variables]
+
+
+def _first_update(metric: keras.metrics.Metric, labels: Any, outputs: Any, weights: Any) -> None:
+    """Add a batch to one metric; labels that do not fit are explained."""
+    try:
+        metric.update_state(labels, outputs, **weights)
+    except Exception as error:
+        fn = getattr(metric, "_fn", None)  # of a function given as a metric
+        if not (fn or type(metric)).__module__.startswith("keras."):
+            raise  # a user's own metric: the error is theirs to see as it is
+        shapes = keras.tree.map_structure(
+            lambda t: f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}",
+            [labels, outputs],
+        )
+        raise DataError(
+            f"The metric {metric.name!r} does not fit labels {shapes[0]} and model outputs "
+            f"{shapes[1]}. Keras says: {first_lines(error)}"
+        ) from None
 
 
 def _masked_weight(sample_weight: Any, mask: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kbtrain.data import Batches, Block
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
+from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 from kbtrain.newest import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.pace import Pace
@@ -50,6 +51,7 @@ class Run:
         pin: Copy batches to the device from page-locked memory.
         explain: Says of an update (the chunks of its block, its number there) what in it was not
             finite first; None to leave it at that.
+        label_check: Looks at the labels of the first epoch; None does not.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
@@ -70,6 +72,7 @@ class Run:
     count_tokens: Callable[[Block], int] | None = None
     pin: bool = False
     explain: Callable[[Any, int], str] | None = None
+    label_check: LabelCheck | None = None
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -120,6 +123,8 @@ class Run:
     def update(self, block: Block) -> None:
         """Start the updates of a block; nothing is waited for."""
         start = time.perf_counter()
+        if self.label_check is not None:
+            self._check_labels(self.label_check, block)
         try:
             with self.times.of("compute"):
                 result = self.step(self.backend.to_device(block.chunks, self.pin), block.updates)
@@ -149,11 +154,18 @@ class Run:
         elif len(self._pending) >= MAX_PENDING:
             self.read(keep=RUN_AHEAD)
 
+    def _check_labels(self, check: LabelCheck, block: Block) -> None:
+        for chunk in block.chunks:
+            for kind, batches in chunk.items():
+                axes = ("update",) if kind == "single" else ("update", "micro-batch")
+                check(batches, block.updates, axes, self.state.global_step + 1)
+
     def end_epoch(self, stopped: bool) -> None:
         """Move on to the next epoch, unless the run was stopped in the middle of this one."""
         length = self.plan.batches_per_epoch
         if not stopped or (length is not None and self.progress.batch >= length):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+            self.label_check = None
 
     def read(self, keep: int = 0) -> None:
         """Wait for the updates that were started and add up their results.

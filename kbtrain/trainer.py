@@ -162,6 +162,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             compute_loss=self.compute_loss,
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
+            checks_labels=self.compute_loss_func is None
+            and getattr(self.compute_loss, "__func__", None) is Trainer.compute_loss,
         )
         if self.args.predict_with_generate:
             check_generates(model, self.args)

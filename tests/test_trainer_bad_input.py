@@ -403,6 +403,41 @@ def test_a_finished_run_has_nothing_to_do(finished, caplog):
     assert "Nothing to do" in caplog.text
 
 
+def two_outputs():
+    inputs = keras.Input((3,))
+    heads = {name: keras.layers.Dense(2, name=name)(inputs) for name in ("p", "q")}
+    return keras.Model(inputs, heads)
+
+
+class ReturnsNothing(keras.Model):
+    def call(self, x):
+        return None
+
+
+FIVE_WIDE = np.zeros((8, 3, 5), "float32")
+
+
+@pytest.mark.parametrize(
+    ("make_model", "x", "loss", "metrics", "match"),
+    [
+        (two_outputs, None, "mse", None, "one loss, but the model's outputs are a dict"),
+        (linear_model, None, ["mse", "mae"], None, r"no label: .* one array float32\[8, 1\]"),
+        (ReturnsNothing, None, "mse", None, "returns None"),
+        (linear_model, None, "mse", [keras.metrics.F1Score, "mse"], "metric 'f1_score' does not"),
+        (linear_model, FIVE_WIDE, "mse", None, r"\(8, 3, 5\). Expected: \(None, 3\)"),
+    ],
+)
+def test_a_model_its_data_and_what_measures_it_have_other_forms(
+    make_model, x, loss, metrics, match, tmp_path
+):
+    data = make_data(8) if x is None else (x, make_data(8)[1])
+    metrics = metrics and [m() if isinstance(m, type) else m for m in metrics]
+    if metrics:  # F1 wants as many columns of labels as of outputs
+        data = data[0], np.zeros(8, "float32")
+    trainer = make(tmp_path, make_model(), data, loss=loss, metrics=metrics)
+    refused(tmp_path, KbtrainError, match, trainer.fit)
+
+
 @pytest.mark.parametrize("metrics", [None, ["accuracy"]])
 def test_labels_that_do_not_fit_the_loss(metrics, tmp_path):
     """No frames of a framework either: the traceback ends in `fit`."""
