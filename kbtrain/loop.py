@@ -73,7 +73,7 @@ def train_loop(trainer: Trainer, run: Run) -> None:
                     return  # what the end of the epoch brings is left to the resumed run
                 if ends_epoch(trainer.control):
                     break
-        if progress.batch == 0:
+        if progress.batch == 0 and not ends_epoch(trainer.control):
             logger.warning(
                 "No data in epoch %d: training ends at step %d of %d.",
                 epoch,

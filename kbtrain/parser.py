@@ -24,8 +24,9 @@ class ArgumentParser:
     Every field is an option, ``--learning_rate`` as well as ``--learning-rate``, with its type,
     default and help text (``metadata={"help": ...}``). ``--config FILE`` reads a JSON or YAML file
     of the same names; it may be given several times, later files win over earlier ones and options
-    over files. A flag may stand alone (``--bf16``) or with a value (``--bf16 false``), a list takes
-    its values one after the other (``--report_to json csv``), a dict is JSON.
+    over files. A flag may stand alone (``--bf16``) or with a value (``--bf16 false``), and one that
+    is True by default has an opposite (``--no_remove_unused_columns``). A list takes its values one
+    after the other (``--report_to json csv``), a dict is JSON.
 
     The command line itself is built with jsonargparse (the extra ``cli``); files and dicts are
     read without it (YAML needs PyYAML, of the same extra).
@@ -92,7 +93,7 @@ class ArgumentParser:
             SystemExit: After ``--help``, or (with status 2 and a message) after a mistake.
             ConfigurationError: jsonargparse is not installed.
         """
-        words = list(sys.argv[1:] if args is None else args)
+        words = self._plain_flags(sys.argv[1:] if args is None else args)
         parser = self._command_line()
         try:
             self._check_names(words)
@@ -133,6 +134,23 @@ class ArgumentParser:
                 if self._owners[name] is owner:
                     group.add_argument(*field.options(), **field.keywords())
         return parser
+
+    def _plain_flags(self, words: Sequence[str]) -> list[str]:
+        """The words with flags in one form: the reference also takes 0 and 1, and --no_NAME."""
+        flags = {name for name, field in self._fields.items() if field.is_flag}
+        result: list[str] = []
+        for word in words:
+            option, equals, value = word.partition("=")
+            name = option[2:].replace("-", "_") if option.startswith("--") else ""
+            denied = name.removeprefix("no_")
+            if result and result[-1][2:].replace("-", "_") in flags:
+                word = _TRUTH.get(word.lower(), word)
+            elif name in flags and equals:
+                word = f"{option}={_TRUTH.get(value.lower(), value)}"
+            elif name not in self._fields and denied in flags and self._fields[denied].default:
+                word = f"--{denied}=false"
+            result.append(word)
+        return result
 
     def _check_names(self, words: Iterable[str]) -> None:
         """Explain an option that does not exist, an old name of the reference above all."""
@@ -211,7 +229,7 @@ class _Field:
 
     def __init__(self, field: dataclasses.Field[Any], hint: Any) -> None:
         self.name, self.metadata = field.name, field.metadata
-        self.hint, self.enum = _without_enum(hint)
+        self.hint, self.enum = _without_enum(field.metadata.get("command_line", hint))
         # A kind of kbtrain checks and converts by itself, and knows more than a type can say.
         self.checks_itself = "kind" in field.metadata
         if field.default_factory is not dataclasses.MISSING:
@@ -219,6 +237,11 @@ class _Field:
         else:
             self.default = field.default
         self.required = self.default is dataclasses.MISSING
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is True or False (or None, the default) and nothing else."""
+        return bool in _members(self.hint) and set(_members(self.hint)) <= {bool, type(None)}
 
     def options(self) -> list[str]:
         """All spellings of the option, the first of which names it."""
@@ -237,16 +260,21 @@ class _Field:
         members = _members(self.hint)
         if any(get_origin(m) in (list, tuple, Sequence) or m in (list, tuple) for m in members):
             items = [a for m in members for a in get_args(m) if a is not Ellipsis]
-            keywords |= {"type": items[0] if items else str, "nargs": "+"}
-        elif any(get_origin(m) in (dict, Mapping) or m is dict for m in members):
-            if self.checks_itself:  # a kind reads "key=value,key=value" as well
-                keywords["type"] = dict[str, Any] | str
+            kind = items[0] if items else str
+            if get_origin(kind) is Mapping:  # one by one, or all in one JSON list
+                kind = dict[str, Any] | list[dict[str, Any]]
+            keywords |= {"type": kind, "nargs": "+"}
         elif bool in members or Literal[True] in members:
             keywords |= {"nargs": "?", "const": True}
+        elif self.checks_itself and any(get_origin(m) is Mapping for m in members):
+            keywords["type"] = dict[str, Any] | str  # a kind reads "key=value,key=value" as well
         return keywords
 
     def value(self, parsed: Any) -> Any:
         """What the dataclass gets for a value of the command line."""
+        if isinstance(parsed, list):
+            parts = [part if isinstance(part, list) else [part] for part in parsed]
+            parsed = [item for part in parts for item in part]
         return self.enum(parsed) if self.enum is not None and parsed is not None else parsed
 
     def checked(self, value: Any, source: Any) -> Any:
@@ -262,6 +290,10 @@ class _Field:
             return self.value(parser.parse_object({self.name: value}).get(self.name))
         except Exception as problem:
             raise ConfigurationError(f"{self.name} in {source}: {problem}") from None
+
+
+_TRUTH = dict.fromkeys(("1", "t", "y"), "true") | dict.fromkeys(("0", "f", "n"), "false")
+"""What the reference reads as a flag's value besides the words for it."""
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.contents import Places
 from kbtrain.checkpoint.lock import RunLock
-from kbtrain.checkpoint.store import Places
 from kbtrain.errors import CheckpointError, is_disk_trouble
 
 logger = logging.getLogger("kbtrain")

@@ -39,9 +39,17 @@ def _resume(value: Any) -> str | Literal[True] | None:
         raise kinds.Unfit("True, 'auto', a path that is not empty, or None") from None
 
 
-def _option(default: Any, kind: kinds.Kind, help: str) -> Any:
-    """A field with its default, what it accepts, and its meaning and unit."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
+def _option(default: Any, kind: kinds.Kind, help: str, command_line: Any = None) -> Any:
+    """A field with its default, what it accepts, and its meaning and unit.
+
+    Args:
+        default: What it is if not given.
+        kind: Checks and converts.
+        help: Its meaning and unit.
+        command_line: The type its option takes, where that is more than what is stored.
+    """
+    more = {} if command_line is None else {"command_line": command_line}
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **more})
 
 
 class _KnownNamesOnly:
@@ -230,6 +238,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "Evaluate, export and choose the best of an exponential moving average of the weights: its "
         "decay (0.999), True, or a dict of options ('decay', 'warmup'). None for none. Training "
         "goes on from the weights themselves.",
+        command_line=dict[str, Any] | float | bool | None,
     )
     parameter_groups: Sequence[Mapping[str, Any]] = _option(
         None,
@@ -298,6 +307,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         kinds.tokens_seen,
         "Count the tokens of the training and log them with their rate: 'all' elements of the "
         "input, those that are 'non_padding', or 'no'. True means 'all', False 'no'.",
+        command_line=Literal["no", "all", "non_padding"] | bool,
     )
     skip_memory_metrics: bool = _option(
         True,
@@ -441,6 +451,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         kinds.optional(kinds.duration),
         "Longest time of one call of fit, in seconds or as 'HH:MM:SS': before it is over the run "
         "saves (unless save_strategy='no') and fit returns. None means no limit.",
+        command_line=float | str | None,
     )
     load_best_model_at_end: bool = _option(
         False,
@@ -465,6 +476,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "Where training goes on: True for the newest intact checkpoint of output_dir, 'auto' for "
         "that or a fresh start if there is none, a path for that checkpoint, None for a fresh "
         "start.",
+        command_line=bool | str | None,
     )
     ignore_data_skip: bool = _option(
         False,

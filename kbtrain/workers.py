@@ -8,6 +8,7 @@ the two numbers that a checkpoint holds.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import random
 import traceback
 from collections.abc import Generator, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.data import DataLoader
-from kbtrain.errors import DataError
+from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.extras import require
 
 ENDLESS = 2**62
@@ -110,6 +111,12 @@ class WorkerLoader:
                 self.close()
 
     def _start(self, first: int, batches: int) -> Iterator[Any]:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise ConfigurationError(
+                "dataloader_num_workers starts processes that import this program, and one of them "
+                'came to the training again. Put the training under `if __name__ == "__main__":`. '
+                f"Received: dataloader_num_workers={self._workers}."
+            )
         # Grain reads an absl flag, which is an error in a program that parses none.
         flags = require("absl.flags", "grain", "dataloader_num_workers").FLAGS
         if not flags.is_parsed():

@@ -205,6 +205,19 @@ def test_stop_the_epoch(tmp_path):
     assert happened(recorder, "on_epoch_end") == [1, 2, 6]
 
 
+def test_an_epoch_can_be_left_out(tmp_path, caplog):
+    begun = []
+
+    def action(args, state, control, kwargs):
+        begun.append(state.global_step)
+        control.should_epoch_stop = len(begun) == 2
+
+    recorder = Recorder({"on_epoch_begin": action})
+    assert make_trainer(tmp_path, [recorder], num_train_epochs=3).fit().global_step == 8
+    assert begun == [0, 4, 4]
+    assert "No data" not in caplog.text  # there is some, and nobody wanted it
+
+
 def test_save_evaluate_and_log_on_request(tmp_path):
     requests = [ask("should_save", [2]), ask("should_evaluate", [1, 3]), ask("should_log", [3])]
     recorder = Recorder()

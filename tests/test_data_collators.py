@@ -33,6 +33,31 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize(
+    "collate",
+    [
+        DataCollatorWithPadding(pad_token_id=0),
+        DataCollatorForLanguageModeling(mlm=False, pad_token_id=0),
+        DataCollatorForPacking(max_length=4),
+    ],
+)
+def test_an_empty_text_does_not_make_the_tokens_floats(collate):
+    big = 2**24 + 1  # float32 has no such number
+    for samples in ([[], [big]], [[big], []], [[], []]):
+        ids = collate([{"input_ids": sample} for sample in samples])["input_ids"]
+        assert ids.dtype.kind == "i"
+        assert (big in ids) == ([big] in samples)
+    with pytest.raises(DataError, match="must be a list of token numbers. Received: 3 in sample 1"):
+        collate([{"input_ids": [1]}, {"input_ids": 3}])
+
+
+def test_numbers_of_several_kinds_keep_their_values():
+    """The first sample's kind would cut off what comes after the point in the others."""
+    collate = DataCollatorWithPadding(pad_token_id=0, padding_values={"speed": -1})
+    samples = [{"input_ids": [1], "speed": [1]}, {"input_ids": [1, 2], "speed": [0.5, 1.5]}]
+    assert collate(samples)["speed"].tolist() == [[1.0, -1.0], [0.5, 1.5]]
+
+
+@pytest.mark.parametrize(
     "module",
     [
         kbtrain.data.collators,

@@ -68,6 +68,10 @@ class SequentialSampler:
     pass
 
 
+class _InfiniteConstantSampler:
+    """What torch gives the loader of a stream."""
+
+
 class DatasetV2:
     """What is asked of tf.data."""
 
@@ -200,6 +204,7 @@ def test_a_run_is_resumed_exactly(tmp_path, make):
         (Shuffled(), "on_epoch_end"),
         (iter([1]), "it is an iterator"),
         (TorchLoader(SequentialSampler()), None),
+        (TorchLoader(_InfiniteConstantSampler()), None),
         (DatasetV2(), None),
         (Plain(), None),
         (BATCHES, None),

@@ -68,6 +68,12 @@ def refusal(capsys, line, *types):
         ("--save_total_limit null", {"save_total_limit": None}),
         ("--run_name 2024", {"run_name": "2024"}),
         ("--output_dir 7", {"output_dir": "7"}),
+        ("--bf16=0 --use-cpu 1", {"bf16": False, "use_cpu": True}),
+        ("--no_remove_unused_columns", {"remove_unused_columns": False}),
+        ("--no-save-async --seed 1", {"save_async": False, "seed": 1}),
+        ("--resume_from_checkpoint True", {"resume_from_checkpoint": True}),
+        ("--include_num_input_tokens_seen true", {"include_num_input_tokens_seen": "all"}),
+        ("--max_time 90", {"max_time": 90.0}),
     ],
 )
 def test_options_become_fields(line, expected):
@@ -155,8 +161,29 @@ def test_the_words_of_the_process_are_the_default(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("--max_time 01:30:00", {"max_time": "01:30:00"}),
+        ("--ema 0.99", {"ema": 0.99}),
+        ("--ema", {"ema": True}),
+        ('--ema {"decay":0.9}', {"ema": {"decay": 0.9}}),
+        ('--parameter_groups [{"match":"a"}]', {"parameter_groups": [{"match": "a"}]}),
+        (
+            '--parameter_groups {"match":"a"} {"match":"b"}',
+            {"parameter_groups": [{"match": "a"}, {"match": "b"}]},
+        ),
+    ],
+)
+def test_an_option_takes_what_the_argument_takes(line, given):
+    assert parse(line) == (TrainingArguments(**given),)
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("--no_bf16", "no_bf16"),
+        ("--bf16 maybe", "maybe"),
+        ("--max_time soon", "HH:MM:SS"),
         ("--evaluation_strategy epoch", "Write eval_strategy='epoch'"),
         ("--warmup-ratio=0.1", "Write warmup_steps="),
         ("--no_cuda", "Write use_cpu"),

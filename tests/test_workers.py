@@ -182,3 +182,13 @@ def test_what_the_data_raises_in_the_thread_comes_at_its_batch(tmp_path, caplog)
     with pytest.raises(DataError, match="Batch 2 of train_dataset") as caught:
         next(blocks)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_program_without_a_guard_is_told_so(monkeypatch):
+    """What a worker sees while it imports a program that goes straight into the training."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with (
+        contextlib.closing(WorkerLoader(loader(), workers=1)) as workers,
+        pytest.raises(ConfigurationError, match="came to the training again.*__main__"),
+    ):
+        next(workers.epoch(0))

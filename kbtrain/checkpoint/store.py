@@ -11,43 +11,20 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.format import write_json
-from kbtrain.checkpoint.manifest import (
-    DOCUMENT_SUFFIX,
-    MANIFEST_NAME,
-    Manifest,
-    arrays_file,
-    check_stems,
-    write_manifest,
-)
+from kbtrain.checkpoint.contents import SHARD_BYTES, Places, write_contents
+from kbtrain.checkpoint.manifest import MANIFEST_NAME, check_stems
 from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
-from kbtrain.checkpoint.writing import write_arrays
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigurationError,
 )
-
-SHARD_BYTES = 4 * 2**30
-
-
-class Places(Protocol):
-    """Where other readers look for the arrays of a group (``layout.KerasLayout`` is one)."""
-
-    @property
-    def links(self) -> Mapping[str, str]:
-        """HDF5 path -> name of the array."""
-
-    @property
-    def values(self) -> Mapping[str, np.ndarray]:
-        """HDF5 path -> what is there besides."""
-
 
 Log = Callable[[str], None]
 Listing = list[tuple[int, Path]]
@@ -132,7 +109,8 @@ class CheckpointStore:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self._temporary_folder(step) as folder:
-                self._write_contents(folder, step, arrays, documents, info or {}, places or {})
+                contents = (arrays, documents, info or {}, places or {}, self.shard_bytes)
+                write_contents(folder, step, *contents)
                 _read_back(folder, final)
                 self._publish(folder, final, step)
         except OSError as error:
@@ -140,34 +118,6 @@ class CheckpointStore:
         self._last_saved = final
         self._damaged.discard(final)
         return final
-
-    def _write_contents(
-        self,
-        folder: Path,
-        step: int,
-        arrays: Mapping[str, Mapping[str, np.ndarray]],
-        documents: Mapping[str, Any],
-        info: Mapping[str, Any],
-        places: Mapping[str, Places],
-    ) -> None:
-        files = {}
-        for group, values in arrays.items():
-            parts = _shards(values, self.shard_bytes)
-            shards = {arrays_file(group, n, len(parts)): part for n, part in enumerate(parts, 1)}
-            others, first = places.get(group), next(iter(shards))
-            for name, shard in shards.items():
-                links = others.links if others else {}
-                extra = others.values if others and name == first else {}
-                entry = write_arrays(folder / name, shard, links, extra)
-                files[name] = entry._replace(group=group)
-            if others and len(shards) > 1:
-                name = f"{group}.weights{DOCUMENT_SUFFIX}"
-                files[name] = write_json(folder / name, _weight_map(shards, others))
-        for stem, value in documents.items():
-            name = stem + DOCUMENT_SUFFIX
-            files[name] = write_json(folder / name, value)
-        write_manifest(folder, Manifest(step=step, files=files, info=info))
-        disk.fsync_directory(folder)
 
     def explain_failure(self, what: Path, error: OSError) -> CheckpointError:
         """Say in the user's words why a folder of the run cannot be written, and what helps.
@@ -490,37 +440,6 @@ class CheckpointStore:
             disk.remove_tree(hidden)
         except OSError as error:
             _tell(None, f"Could not remove all of {hidden}: {error}")
-
-
-def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:
-    """Divide arrays, in their order, into files of at most ``limit`` bytes or one array each."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, array in values.items():
-        bytes_of_one = np.asarray(array).nbytes
-        if shards[-1] and size + bytes_of_one > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = array
-        size += bytes_of_one
-    return shards
-
-
-def _weight_map(shards: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> dict[str, Any]:
-    """Return what Keras reads to find the file of a layer's values: ``model.weights.json``."""
-    files_of: dict[str, list[str]] = {}
-    found = [
-        (place, file)
-        for file, arrays in shards.items()
-        for place, name in places.links.items()
-        if name in arrays
-    ]
-    for place, file in [*found, *((place, next(iter(shards))) for place in places.values)]:
-        files = files_of.setdefault("/" + place.rpartition("/")[0], [])
-        if file not in files:
-            files.append(file)
-    total = sum(np.asarray(array).nbytes for part in shards.values() for array in part.values())
-    return {"metadata": {"total_size": total}, "weight_map": files_of}
 
 
 def _read_back(folder: Path, final: Path) -> None:

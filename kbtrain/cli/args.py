@@ -41,6 +41,10 @@ def describe(field: dataclasses.Field[object], width: int) -> str:
         Name, type and default in the first line, the meaning below it.
     """
     meaning = textwrap.fill(
-        field.metadata["help"], width, initial_indent="    ", subsequent_indent="    "
+        field.metadata["help"],
+        width,
+        initial_indent="    ",
+        subsequent_indent="    ",
+        break_on_hyphens=False,  # names of options are looked for as they are written
     )
     return f"{field.name}: {field.type} = {field.default!r}\n{meaning}"

@@ -14,6 +14,7 @@ from kbtrain.data.padding import (
     IGNORED,
     check_positive,
     fields,
+    lengths,
     pad,
     round_up,
     stack,
@@ -97,25 +98,20 @@ class DataCollatorWithPadding:
 
     def collate(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         """The batch of the samples' fields (``kbtrain.data.padding.fields``)."""
-        if "input_ids" not in columns:
-            raise DataError(
-                "Samples need the field 'input_ids': its length is that of the sample. "
-                f"Received: {list(columns)}"
-            )
-        lengths = [len(ids) for ids in columns["input_ids"]]
-        length = self.length(max(lengths))
+        counts = lengths(columns)
+        length = self.length(max(counts))
         if self.return_attention_mask and "attention_mask" not in columns:
-            columns = {**columns, "attention_mask": [np.ones(n, np.int64) for n in lengths]}
+            columns = {**columns, "attention_mask": [np.ones(n, np.int64) for n in counts]}
         fill = self.fill()
         batch = {}
         for name, arrays in columns.items():
             if name not in fill or not self.padding or self.padding == "do_not_pad":
                 batch[name] = stack(name, arrays)
                 continue
-            if [a.shape[:1] for a in arrays] != [(n,) for n in lengths]:
+            if [a.shape[:1] for a in arrays] != [(n,) for n in counts]:
                 raise DataError(
                     f"{name!r} must have one value for each of the sample's input_ids. Received: "
-                    f"lengths {[a.shape[:1] for a in arrays][:4]} and {lengths[:4]}"
+                    f"lengths {[a.shape[:1] for a in arrays][:4]} and {counts[:4]}"
                 )
             batch[name] = pad(arrays, fill[name], length, str(self.padding_side))
         return batch

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kbtrain.data.collators import DataCollatorWithPadding
-from kbtrain.data.padding import IGNORED, check_positive, fields, token_id
+from kbtrain.data.padding import IGNORED, check_positive, fields, lengths, token_id
 from kbtrain.errors import ConfigurationError, DataError
 
 Draw = Callable[[int], np.ndarray]
@@ -237,11 +237,9 @@ class DataCollatorForPacking:
     def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
         """Pack samples; see the class."""
         columns = fields(samples)
-        if "input_ids" not in columns:
-            raise DataError(f"Samples need the field 'input_ids'. Received: {list(columns)}")
+        places = self._places(lengths(columns))
         texts = columns["input_ids"]
         targets = columns.get("labels", texts)
-        places = self._places([len(text) for text in texts])
         needed = 1 + max(row for row, _ in places)
         if self.rows is not None and needed > self.rows:
             raise DataError(

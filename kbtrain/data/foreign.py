@@ -95,7 +95,9 @@ def resume_caveat(data: Any) -> str | None:
         )
     sampler = getattr(data, "sampler", None)
     if sampler is not None and hasattr(data, "dataset"):
-        if type(sampler).__name__ == "SequentialSampler" or hasattr(sampler, "set_epoch"):
+        # The second is what torch gives the loader of a stream, whose order is the stream's own.
+        in_order = type(sampler).__name__ in ("SequentialSampler", "_InfiniteConstantSampler")
+        if in_order or hasattr(sampler, "set_epoch"):
             return None
         return (
             f"its {type(sampler).__name__} draws the order anew (for an exact resume pass "

@@ -44,8 +44,35 @@ def fields(samples: Sequence[Any]) -> dict[str, list[np.ndarray]]:
         name = LABEL_KEYS[0] if key in LABEL_KEYS else str(key)
         if name in columns:
             raise DataError(f"A sample may have one of the keys {LABEL_KEYS}. Received: {keys}")
-        columns[name] = [cast(as_array(sample[key], f"sample[{key!r}]")) for sample in samples]
+        columns[name] = _alike([as_array(sample[key], f"sample[{key!r}]") for sample in samples])
     return columns
+
+
+def _alike(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays in one dtype for the values of all; to NumPy an empty list holds floats."""
+    kinds = {array.dtype for array in arrays if array.size} or {np.dtype(np.int64)}
+    common = kinds.pop() if len(kinds) == 1 else np.result_type(*kinds)
+    return [cast(array.astype(common, copy=False)) for array in arrays]
+
+
+def lengths(columns: Mapping[str, Sequence[np.ndarray]]) -> list[int]:
+    """How many tokens each sample has.
+
+    Raises:
+        DataError: There are none, or a number in place of a list of them.
+    """
+    if "input_ids" not in columns:
+        raise DataError(
+            "Samples need the field 'input_ids': its length is that of the sample. "
+            f"Received: {list(columns)}"
+        )
+    for position, ids in enumerate(columns["input_ids"]):
+        if ids.ndim == 0:
+            raise DataError(
+                f"'input_ids' of each sample must be a list of token numbers. Received: {ids} in "
+                f"sample {position} of the batch"
+            )
+    return [len(ids) for ids in columns["input_ids"]]
 
 
 def stack(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
