@@ -78,7 +78,7 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     _block: Block | None = None
     _result: dict[str, Any] | None = None
-    _pending: list[tuple[int, int, Any, dict[str, Any]]] = field(default_factory=list)
+    _pending: list[tuple[int, int, Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -128,6 +128,9 @@ class Run:
         try:
             with self.times.of("compute"):
                 result = self.step(self.backend.to_device(block.chunks, self.pin), block.updates)
+                # Queued behind these updates: waiting for the copy later does not wait for what
+                # was started meanwhile.
+                wait = self.backend.start_to_host(result)
         except Exception as error:
             self._raise_if_memory(error, self.state.global_step + 1, block.outline)
             error.add_note(
@@ -137,7 +140,7 @@ class Run:
             raise
         self._result = result
         chunks = None if self.explain is None else block.chunks
-        self._pending.append((self.state.global_step + 1, block.updates, chunks, result))
+        self._pending.append((self.state.global_step + 1, block.updates, chunks, wait))
         self.state.global_step += block.updates
         self.progress.batch += block.updates * block.micro_batches
         self.state.epoch = self.plan.epoch_at(
@@ -182,7 +185,7 @@ class Run:
         blocks = [(first, count, chunks) for first, count, chunks, _ in ready]
         try:
             with self.times.of("compute"):
-                results = self.backend.to_host([result for *_, result in ready])
+                results = [wait() for *_, wait in ready]
         except Exception as error:
             self._raise_if_memory(error, self.state.global_step)
             raise
