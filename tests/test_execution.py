@@ -105,3 +105,55 @@ def test_pinning_changes_nothing_on_the_cpu():
     for pin in (False, True):
         there = BACKEND.to_device({"x": [x]}, pin)
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(there["x"][0]), x)
+
+
+# --- flags that stay on the device ----------------------------------------------------------------
+
+
+def two_of_three_updates(path, **changes):
+    """What a run leaves behind that meets NaN in its second update."""
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4) for _ in range(3))])
+    x = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+    x[5] = np.nan
+    args = arguments(
+        path,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        learning_rate=0.1,
+        on_nonfinite="skip",
+        **changes,
+    )
+    trainer = Trainer(model, args, train_dataset=(x, x), loss="mse")
+    trainer.fit()
+    return weights(model) + [keras.ops.convert_to_numpy(v) for v in trainer.optimizer.variables]
+
+
+@pytest.mark.parametrize(
+    ("optim", "copied"),
+    [
+        ("adamw", 1),  # the count of updates
+        ("sgd", 1),
+        ("lion", 1 + 6 + 6),  # and all weights and momentums: torch has no such kernel
+    ],
+)
+def test_an_update_is_left_out_without_reading_the_flag(tmp_path, monkeypatch, optim, copied):
+    plain = two_of_three_updates(tmp_path, optim=optim, jit_compile=False)
+    found = []
+    if BACKEND.name == "torch":  # as on a GPU; the others never read it
+        program, skips = (
+            importlib.import_module(f"kbtrain.backends.torch_{room}")
+            for room in ("program", "skips")
+        )
+
+        def drop_selections(graph):
+            skips.drop_selections(graph)
+            kept = [str(node.target) for node in graph.nodes].count("aten.clone.default")
+            found.append(kept)
+
+        monkeypatch.setattr(BACKEND, "_on_cpu", lambda condition: False)
+        monkeypatch.setattr(program, "drop_selections", drop_selections)
+    for value, want in zip(two_of_three_updates(tmp_path, optim=optim), plain, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-7)
+    assert found == [copied] * (BACKEND.name == "torch")

@@ -35,6 +35,7 @@ from kbtrain.backends.torch_device import (  # noqa: F401
 )
 from kbtrain.backends.torch_program import NotCapturable, guard
 from kbtrain.backends.torch_runner import InParts, Runner, now
+from kbtrain.backends.torch_skips import FlaggedOptimizers
 
 name = "torch"
 
@@ -271,8 +272,8 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
-    On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue, so the
-    old values are kept and selected instead.
+    On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue: there
+    fused optimizers are given the flag, and for what else changes old values are kept and selected.
     """
     if _on_cpu(condition):
         if now.capturing:
@@ -283,7 +284,8 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
         return
     values = [v.value for v in variables]
     before = [value.clone() for value in values]
-    fn()
+    with FlaggedOptimizers(condition):
+        fn()
     for value, old in zip(values, before, strict=True):
         value.copy_(torch.where(condition, value, old))
 

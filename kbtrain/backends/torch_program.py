@@ -28,6 +28,7 @@ from kbtrain.backends.torch_rewrites import (
     simplify,
 )
 from kbtrain.backends.torch_script import NotScriptable, to_script
+from kbtrain.backends.torch_skips import drop_selections
 from kbtrain.backends.torch_views import copy_where_needed, plain_products, shorten_views
 
 aten = torch.ops.aten
@@ -80,6 +81,7 @@ def make_program(
     """
     if any(_has_unknown_shape(node) for node in module.graph.nodes):
         raise NotCapturable("the shape of a result depends on values")
+    drop_selections(module.graph)
     simplify(module)
     delay_assignments(module.graph)
     plain_products(module.graph)
