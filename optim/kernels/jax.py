@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 from keras import ops
 
@@ -40,9 +41,27 @@ def float32_gradient(gradient: Any, variable: Any) -> Any:
 def execute(
     optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
 ) -> None:
-    """Run the rule once per variable; assignments go through a `keras.StatelessScope`, if any."""
+    """Run the rule once per variable; assignments go through a `keras.StatelessScope`, if any.
+
+    XLA is free to begin with the first operation of all variables, and keeps what a rule needs in
+    between for all of them. So a rule that cannot be one loop over its tensor waits for the one
+    before it.
+    """
+    zero = None
     for gradient, variable in zip(gradients, variables, strict=True):
+        if zero is not None:
+            gradient = gradient + zero
         optimizer.update_variable(gradient, variable, step, learning_rate)
+        one_loop = getattr(type(optimizer.rule_of(variable)).update, "elementwise", False)
+        if not one_loop and isinstance(gradient, Tracer):
+            zero = _zero_after(ops.convert_to_tensor(variable))
+
+
+def _zero_after(value: Any) -> Any:
+    """A zero that is not known before ``value`` is, and that XLA does not know to be one."""
+    first = lax.convert_element_type(value[(slice(1),) * value.ndim], "float32")
+    bits = lax.bitcast_convert_type(first, "int32")
+    return lax.convert_element_type(lax.population_count(bits).sum() >> 6, "float32")
 
 
 def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
