@@ -145,6 +145,23 @@ def test_the_compiled_step_gives_the_numbers_of_the_eager_one(case, tmp_path, ca
     # Not the weights: a bias before a batch norm has no gradient but noise, which Adam makes large.
 
 
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_what_is_drawn_does_not_depend_on_the_length_of_the_run(tmp_path):
+    settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
+    short = train("dense, batch norm, dropout", tmp_path / "a", max_steps=3, **settings)
+    stop = [StopAt(3)]
+    long = train("dense, batch norm, dropout", tmp_path / "b", stop, max_steps=400, **settings)
+    assert len(train_logs(long)) == 3
+    np.testing.assert_allclose(train_logs(long), train_logs(short), rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_numbers_do_not_depend_on_how_many_updates_run_in_one_call(case, tmp_path, monkeypatch):
     sizes = []

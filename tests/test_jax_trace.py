@@ -18,6 +18,12 @@ CONVOLUTIONS = {
          "padding": [(1, 1), (0, 2)]},
     ),
     "groups": ((2, 4, 7, 8), (6, 2, 3, 2), ("NCHW", "OIHW", "NCHW"), {"feature_group_count": 2}),
+    "groups of samples": (
+        (6, 3, 7, 8), (4, 3, 3, 2), ("NCHW", "OIHW", "HWNC"), {"batch_group_count": 2},
+    ),
+    "groups of samples, the fast order": (
+        (6, 7, 8, 3), (3, 2, 3, 6), ("NHWC", "HWIO", "NHWC"), {"batch_group_count": 3},
+    ),
     "three axes": ((2, 3, 4, 5, 6), (4, 3, 2, 2, 3), ("NCDHW", "OIDHW", "NDHWC"), {}),
     "the fast one": ((2, 7, 8, 3), (3, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {}),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 On CPUs XLA has a fast convolution for channels-last data and kernels. Other orders, such as those
 of a kernel's gradient, it turns into that one by itself, but not inside a loop: there they take ten
-to thirty times as long. So what runs in a loop has them turned beforehand.
+to thirty times as long. So what runs in a loop has them turned beforehand. The same holds for
+groups of samples, as in the gradient of a depthwise kernel.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def _has_unusual(jaxpr: Jaxpr) -> bool:
 
 
 def _is_unusual(eqn: Any) -> bool:
-    """Whether it is a convolution in another order than the fast one."""
-    if eqn.primitive.name != "conv_general_dilated" or eqn.params["batch_group_count"] != 1:
+    """Whether it is a convolution of another form than the fast one."""
+    if eqn.primitive.name != "conv_general_dilated":
         return False
     given = eqn.params["dimension_numbers"]
-    return tuple(given) != tuple(_usual_order(len(given.lhs_spec)))
+    usual = tuple(given) == tuple(_usual_order(len(given.lhs_spec)))
+    return not usual or eqn.params["batch_group_count"] != 1
 
 
 def _usual_order(rank: int) -> Any:
@@ -101,9 +103,14 @@ def _convolve(primitive: Any, params: dict[str, Any], data: Any, kernel: Any) ->
         source = dict(zip(after, before, strict=True))
         return jnp.transpose(array, [source[axis] for axis in range(array.ndim)])
 
-    result = primitive.bind(
-        turned(data, given.lhs_spec, usual.lhs_spec),
-        turned(kernel, given.rhs_spec, usual.rhs_spec),
-        **{**params, "dimension_numbers": usual},
-    )
+    data = turned(data, given.lhs_spec, usual.lhs_spec)
+    kernel = turned(kernel, given.rhs_spec, usual.rhs_spec)
+    changed = {"dimension_numbers": usual}
+    if (groups := params["batch_group_count"]) > 1:
+        # As in a depthwise kernel's gradient. Groups of samples become groups of channels.
+        batch, *space, channels = data.shape
+        data = data.reshape(groups, batch // groups, *space, channels)
+        data = jnp.moveaxis(data, 0, -2).reshape(batch // groups, *space, groups * channels)
+        changed |= {"batch_group_count": 1, "feature_group_count": groups}
+    result = primitive.bind(data, kernel, **{**params, **changed})
     return turned(result, usual.out_spec, given.out_spec)

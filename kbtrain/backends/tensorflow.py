@@ -133,8 +133,9 @@ def _pays_off(concrete: Any) -> bool:
     """Whether XLA is likely to be faster: always on a GPU; on a CPU not for all.
 
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
-    On a CPU XLA's convolutions take twice as long as the graph's, and around the update of large
-    tables it copies them; the graph does not, and its update is XLA's, too (docs/decisions.md).
+    On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
+    as long; and around the update of large tables it copies them; the graph does not, and its
+    update is XLA's, too (docs/decisions.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return True
@@ -142,7 +143,7 @@ def _pays_off(concrete: Any) -> bool:
         return False
     definition = concrete.graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    return not any("Conv" in node.op for node in nodes)
+    return not any("Conv" in node.op or "StatelessRandom" in node.op for node in nodes)
 
 
 def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any], Any]:
