@@ -340,8 +340,11 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         data = evaluation_set(self.eval_dataset, eval_dataset)
         if is_named_datasets(data):
             results: dict[str, Any] = {}
+            # By name and not for nothing: a subclass may have an `evaluate` without it.
+            keys: dict[str, Any] = {} if ignore_keys is None else {"ignore_keys": ignore_keys}
             for name, one in data.items():
-                results |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                prefix = f"{metric_key_prefix}_{name}"
+                results |= self.evaluate(one, metric_key_prefix=prefix, **keys)
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)

@@ -101,6 +101,17 @@ def test_a_named_evaluation_set(tmp_path):
         make(tmp_path).evaluate("far")
 
 
+class OwnEvaluate(Trainer):
+    def evaluate(self, eval_dataset=None, metric_key_prefix="eval"):
+        return super().evaluate(eval_dataset, metric_key_prefix=metric_key_prefix) | {"own": 1}
+
+
+def test_an_evaluate_without_ignore_keys_may_override_ours(tmp_path):
+    sets = {"near": make_data(4), "far": make_data(4)}
+    trainer = OwnEvaluate(linear_model(), arguments(tmp_path), eval_dataset=sets, loss="mse")
+    assert {"eval_near_loss", "eval_far_loss", "own"} <= trainer.evaluate().keys()
+
+
 def test_the_loop_alone_neither_logs_nor_fires(tmp_path):
     recorder = Recorder()
     trainer = make(tmp_path, callbacks=[recorder], per_device_eval_batch_size=8)
