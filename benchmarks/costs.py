@@ -184,26 +184,27 @@ def copying_ratios(trainer: Any) -> list[float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Largest resident size of a process that trains the GPT."""
+    """Largest resident size of a process that trains a model."""
     found: dict[str, float] = {}
-    code = "import sys; sys.path.insert(0, '.'); import costs; costs.train_alone(sys.argv[1])"
-    sizes = {who: fresh(code, who) for who in ("raw", "keras fit", "kbtrain")}
-    for who in ("raw", "keras fit", "kbtrain"):
-        found[f"gpt: peak memory, {who}, MB"] = sizes[who] / 1024
-    found["gpt: peak memory, kbtrain / raw"] = sizes["kbtrain"] / sizes["raw"]
+    code = "import sys; sys.path.insert(0, '.'); import costs; costs.train_alone(*sys.argv[1:])"
+    for name in ("gpt", "convnet", "recommender"):
+        sizes = {who: fresh(code, name, who) for who in ("raw", "keras fit", "kbtrain")}
+        for who, size in sizes.items():
+            found[f"{name}: peak memory, {who}, MB"] = size / 1024
+        found[f"{name}: peak memory, kbtrain / raw"] = sizes["kbtrain"] / sizes["raw"]
     return found
 
 
-def train_alone(who: str) -> None:
-    """Train the GPT for ten steps and print the process's peak in KiB."""
+def train_alone(name: str, who: str) -> None:
+    """Train a model for ten steps and print the process's peak in KiB."""
     import keras
     from workloads import WORKLOADS, loss
 
-    workload = WORKLOADS["gpt"]
+    workload = WORKLOADS[name]
     x, y = workload.data(workload.batch * 10)
     if who == "raw":
         native = importlib.import_module(f"native_{keras.backend.backend()}")
-        step = next(iter(native.loops("gpt", workload.make, loss()).values()))
+        step = next(iter(native.loops(name, workload.make, loss()).values()))
         for i in range(10):
             rows = slice(i * workload.batch, (i + 1) * workload.batch)
             value = step(x[rows], y[rows])

@@ -80,11 +80,15 @@ class _LossScope(_Scope, LossScope):
 def _run_stateless(
     fn: Callable[[], Any],
     values: Sequence[Any],
-    scope_class: type[_Scope] = _Scope,
+    of_loss: bool = False,
 ) -> tuple[Any, dict[int, Any]]:
-    """Run ``fn`` with the state at ``values``; return its result and {index: new value}."""
+    """Run ``fn`` with the state at ``values``; return its result and {index: new value}.
+
+    With ``of_loss`` it is run for its gradient: losses of layers are collected.
+    """
     mapping = list(zip(_state, values, strict=True))
-    with scope_class(mapping, collect_losses=scope_class is _LossScope) as scope:
+    scope_class = _LossScope if of_loss else _Scope
+    with scope_class(mapping, collect_losses=of_loss) as scope:
         before = [scope.get_current_value(v) for v in _state]
         result = fn()
         after = [scope.get_current_value(v) for v in _state]
@@ -125,14 +129,10 @@ def compile_step(
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
     jitted = jax.jit(pure, donate_argnums=0, compiler_options=compiler_options())
-    traced: set[Any] = set()
+    complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
-        key = signature(inputs)
-        if key not in traced:
-            now = [variable._value for variable in variables]
-            variables.extend(_find_strangers(jitted, now, inputs))
-            traced.add(key)
+        complete(inputs, lambda: ([v._value for v in variables], inputs))
         values = [variable._value for variable in variables]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
@@ -145,11 +145,26 @@ def compile_step(
     return call
 
 
-def _find_strangers(jitted: Any, *args: Any) -> list[keras.Variable]:
-    """What a step reads beside its state: it would be a constant for ever, so make it state."""
-    _strangers.clear()
-    jitted.trace(*args)
-    return list(_strangers)
+def _completing(
+    variables: list[keras.Variable], jitted: Any
+) -> Callable[[Any, Callable[[], tuple[Any, ...]]], None]:
+    """What a step reads beside its state would be a constant for ever, so it is made state.
+
+    Returns:
+        ``complete(inputs, arguments)``, to be called before ``jitted``: where it has not seen
+        inputs like these, it is traced with its ``arguments()`` and ``variables`` are completed.
+    """
+    known: set[Any] = set()
+
+    def complete(inputs: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+        if (key := signature(inputs)) in known:
+            return
+        _strangers.clear()
+        jitted.trace(*arguments())
+        variables.extend(_strangers)
+        known.add(key)
+
+    return complete
 
 
 def compile_steps(
@@ -310,18 +325,17 @@ def compile_eval_steps(
         return buffers, values
 
     jitted = jax.jit(pure, donate_argnums=1, compiler_options=compiler_options())
-    traced: set[Any] = set()
+    complete = _completing(fixed, jitted)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
-        if (key := signature(block)) not in traced:
-            now = [v._value for v in fixed], [v._value for v in changing]
-            fixed.extend(_find_strangers(jitted, *now, block, np.int32(start), np.int32(count)))
-            traced.add(key)
+        numbers = np.int32(start), np.int32(count)
+        state = [fixed, changing]
+        complete(block, lambda: (*([v._value for v in part] for part in state), block, *numbers))
         values = [v._value for v in changing]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         constant = [v._value for v in fixed]
-        outputs, values = jitted(constant, values, block, np.int32(start), np.int32(count))
+        outputs, values = jitted(constant, values, block, *numbers)
         for variable, value in zip(changing, values, strict=True):
             variable._value = value
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
@@ -357,7 +371,7 @@ def value_and_grad(
         inside = list(outside)
         for index, value in zip(indices, values, strict=True):
             inside[index] = value
-        (value, aux), changed = _run_stateless(lambda: fn(*args), inside, _LossScope)
+        (value, aux), changed = _run_stateless(lambda: fn(*args), inside, of_loss=True)
         changed_indices[:] = changed
         return value, (aux, list(changed.values()))
 
@@ -393,7 +407,7 @@ def recompute(
     changed_indices: list[int] = []
 
     def pure(values: list[Any], tensors: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs, changed = _run_stateless(lambda: fn(tensors), values, _LossScope)
+        outputs, changed = _run_stateless(lambda: fn(tensors), values, of_loss=True)
         changed_indices[:] = changed
         return outputs, list(changed.values())
 

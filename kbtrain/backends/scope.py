@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -23,3 +24,33 @@ class LossScope(keras.StatelessScope):
         if held is not None:  # adds zero, and the gradient of `held`
             value = ops.stop_gradient(value) + (held - ops.stop_gradient(held))
         super().add_update((variable, value))
+
+
+class NoticingScope(LossScope):
+    """Takes in the variables that nobody told us of: stateful RNNs' states, those of a loss.
+
+    Args:
+        variables: Those that are differentiated.
+        values: Their values.
+        know: Called with each variable that is assigned.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[keras.Variable],
+        values: Sequence[Any],
+        know: Callable[[keras.Variable], None],
+    ) -> None:
+        super().__init__(list(zip(variables, values, strict=True)), collect_losses=True)
+        self._know = know
+        self._held = {id(v): self.get_current_value(v) for v in variables}
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Note a new value."""
+        self._know(update[0])
+        super().add_update(update)
+
+    def changes(self, variables: Sequence[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
+        """Those of ``variables`` that were assigned, with their new values."""
+        new = [(v, self.get_current_value(v)) for v in variables]
+        return [(v, n) for v, n in new if n is not self._held.get(id(v))]

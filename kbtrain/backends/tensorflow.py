@@ -14,7 +14,7 @@ import tensorflow as tf
 # Keras has no public door to the scope that a step runs in.
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
-from kbtrain.backends.scope import LossScope
+from kbtrain.backends.scope import LossScope, NoticingScope
 
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.tensorflow_device import (  # noqa: F401
@@ -33,6 +33,12 @@ from kbtrain.backends.tensorflow_device import (  # noqa: F401
     synchronize,
     to_device,
     to_host,
+)
+from kbtrain.backends.tensorflow_update import (  # noqa: F401
+    LARGE_BYTES,
+    apply_optimizer,
+    global_norm,
+    size_of,
 )
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, causes, first_lines, user_line
@@ -120,10 +126,6 @@ def _looks_at_values(error: BaseException) -> bool:
     """Whether Python wanted the value of a tensor that has none while the graph is made."""
     return any("symbolic" in str(cause).lower() for cause in causes(error))
 
-
-LARGE_BYTES = 1 << 20
-"""Size of trained variables from which on passes over memory count: an elementwise update is
-compiled by itself."""
 
 XLA_CALLS = 200
 """Updates from which on the seconds that XLA takes to compile are worth it."""
@@ -285,17 +287,13 @@ def value_and_grad(
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         values = [tf.convert_to_tensor(v.value) for v in variables]
         tape.watch(values)
-        mapping = list(zip(variables, values, strict=True))
-        with _Scope(mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(v) for v in variables]
+        with NoticingScope(variables, values, _know) as scope:
             value, aux = fn(*args)
     gradients = [
         tf.zeros_like(v) if g is None else _dense(g, v)
         for g, v in zip(tape.gradient(value, values), values, strict=True)
     ]
-    held = {id(v): value for v, value in zip(variables, before, strict=True)}
-    new = [(v, scope.get_current_value(v)) for v in _state]
-    return value, aux, gradients, [(v, n) for v, n in new if n is not held.get(id(v))]
+    return value, aux, gradients, scope.changes(_state)
 
 
 def _dense(gradient: Any, value: Any) -> Any:
@@ -305,14 +303,9 @@ def _dense(gradient: Any, value: Any) -> Any:
     return gradient
 
 
-class _Scope(LossScope):
-    """Takes in the variables that nobody told us of: stateful RNNs' states, those of a loss."""
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Note a new value."""
-        if not any(update[0] is known for known in _state):
-            _state.append(update[0])
-        super().add_update(update)
+def _know(variable: keras.Variable) -> None:
+    if not any(variable is known for known in _state):
+        _state.append(variable)
 
 
 def dropping() -> keras.StatelessScope:
@@ -453,60 +446,6 @@ def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
             variable.assign(tf.where(condition, old, variable.value))
 
     return result, undo_if
-
-
-# fmt: off
-_ELEMENTWISE = frozenset([
-    "Abs", "Add", "AddN", "AddV2", "AssignAddVariableOp", "AssignSubVariableOp",
-    "AssignVariableOp", "Cast", "Const", "Cos", "Div", "DivNoNan", "Equal", "Exp", "Expm1",
-    "Floor", "FloorMod", "Greater", "GreaterEqual", "Identity", "IdentityN", "Less", "LessEqual",
-    "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Mul", "Neg",
-    "NoOp", "NotEqual", "OnesLike", "Placeholder", "Pow", "ReadVariableOp", "RealDiv",
-    "Reciprocal", "Rsqrt", "Select", "SelectV2", "Sigmoid", "Sign", "Sqrt", "Square",
-    "SquaredDifference", "StopGradient", "Sub", "Tanh", "ZerosLike",
-])
-# fmt: on
-"""What XLA makes one pass of, and certainly compiles."""
-
-
-def apply_optimizer(
-    optimizer: keras.optimizers.Optimizer,
-    gradients: Sequence[Any],
-    factor: Any,
-    variables: Sequence[keras.Variable],
-) -> None:
-    """Update ``variables`` with the gradients times ``factor``, a scalar.
-
-    In a graph each operation of the rule is a pass over memory. So where the rule is elementwise
-    and the variables are large, XLA compiles it, also in a step that otherwise runs as a graph.
-    """
-
-    def apply(gradients: Sequence[Any], factor: Any) -> None:
-        optimizer.apply(_scale(gradients, factor), list(variables))
-
-    gradients = list(gradients)
-    if tf.inside_function() and sum(_bytes(g) for g in gradients) >= LARGE_BYTES:
-        traced = tf.function(apply, autograph=False).get_concrete_function(gradients, factor)
-        if all(operation.type in _ELEMENTWISE for operation in traced.graph.get_operations()):
-            compiled = tf.function(lambda *given: traced(*given), jit_compile=True, autograph=False)
-            compiled(gradients, factor)
-            return
-    apply(gradients, factor)
-
-
-def _bytes(tensor: Any) -> int:
-    return (tensor.shape.num_elements() or 0) * tensor.dtype.size
-
-
-def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32."""
-    halves = [tf.nn.l2_loss(tf.cast(g, "float32")) for g in gradients]  # needs no squares in memory
-    return tf.sqrt(2.0 * tf.add_n(halves))
-
-
-def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
-    """Multiply every gradient by one scalar, keeping dtypes."""
-    return [g * tf.cast(factor, g.dtype) for g in gradients]
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import torch
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from torch.utils import checkpoint
 
-from kbtrain.backends.scope import LossScope
+from kbtrain.backends.scope import LossScope, NoticingScope
 
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.torch_device import (  # noqa: F401
@@ -152,28 +152,15 @@ def value_and_grad(
         variable the loss does not depend on has a zero gradient, as on JAX.
     """
     values = [v.value for v in variables]
-    mapping = list(zip(variables, values, strict=True))
     with torch.enable_grad():
-        with _Scope(mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(v) for v in variables]
+        with NoticingScope(variables, values, now.know) as scope:
             value, aux = fn(*args)
         gradients = torch.autograd.grad(value, values, allow_unused=True)
     gradients = [
         torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
     ]
-    held = {id(v): value for v, value in zip(variables, before, strict=True)}
-    new = [(v, scope.get_current_value(v)) for v in now.variables]
-    updates = [(v, n.detach()) for v, n in new if n is not held.get(id(v))]
+    updates = [(v, new.detach()) for v, new in scope.changes(now.variables)]
     return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
-
-
-class _Scope(LossScope):
-    """Takes in the variables that nobody told us of: stateful RNNs' states, those of a loss."""
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Note a new value."""
-        now.know(update[0])
-        super().add_update(update)
 
 
 def _detach(x: Any) -> Any:
