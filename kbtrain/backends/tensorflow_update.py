@@ -11,6 +11,9 @@ import tensorflow as tf
 LARGE_BYTES = 1 << 20
 """Size of trained variables from which on passes over memory count."""
 
+BYTES_PER_VARIABLE = 1 << 18
+"""Their mean size from which on compiling the update pays: each takes megabytes to compile."""
+
 # fmt: off
 _ELEMENTWISE = frozenset([
     "Abs", "Add", "AddN", "AddV2", "AssignAddVariableOp", "AssignSubVariableOp",
@@ -41,7 +44,8 @@ def apply_optimizer(
         optimizer.apply(_scale(gradients, factor), list(variables))
 
     gradients = list(gradients)
-    if tf.inside_function() and sum(size_of(g) for g in gradients) >= LARGE_BYTES:
+    least = max(LARGE_BYTES, len(gradients) * BYTES_PER_VARIABLE)
+    if tf.inside_function() and sum(map(size_of, gradients)) >= least:
         traced = tf.function(apply, autograph=False).get_concrete_function(gradients, factor)
         if all(operation.type in _ELEMENTWISE for operation in traced.graph.get_operations()):
             compiled = tf.function(lambda *given: traced(*given), jit_compile=True, autograph=False)
