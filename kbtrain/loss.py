@@ -267,8 +267,9 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         outputs: The model's output, with its Keras mask if it has one.
         sample_weight: See ``weighted_sum``.
     """
+    own = not isinstance(loss, keras.losses.Loss)  # a function may take any labels
     for what, tree in (("labels", y), ("model's outputs", outputs)):
-        if not ops.is_tensor(tree):
+        if not ops.is_tensor(tree) and not (own and tree is y):
             raise ConfigurationError(
                 f"There is one loss, but the {what} are {_describe(tree)}. Give the loss in the "
                 "same form: a dict or a list with one entry for each output."
