@@ -72,9 +72,10 @@ def differing(
 
 def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
     """Make the weights to evaluate the trained ones, as Keras does at the end of ``fit``."""
+    before = [variable.value for variable in variables]
     optimizer.finalize_variable_values(variables)
-    if _source(optimizer) is not None:
-        for variable in variables:
+    for variable, value in zip(variables, before, strict=True):
+        if variable.value is not value:  # it may be the optimizer's own, not a copy of it
             variable.assign(_copy(variable))
 
 
