@@ -227,19 +227,26 @@ def test_nothing_is_read_from_the_device_unless_it_is_looked_at(tmp_path, monkey
     trainer = make(
         tmp_path, callbacks=[recorder], logging_strategy="no", metrics=["mean_squared_error"]
     )
-    to_host = trainer.backend.to_host
+    start_to_host = trainer.backend.start_to_host
 
     def counting(tree):
-        reads.append(trainer.state.global_step)
-        return to_host(tree)
+        wait = start_to_host(tree)
 
-    monkeypatch.setattr(trainer.backend, "to_host", counting)
+        def counted():
+            reads.append(trainer.state.global_step)
+            return wait()
+
+        return counted
+
+    monkeypatch.setattr(trainer.backend, "start_to_host", counting)
+    monkeypatch.setattr(trainer.backend, "to_host", lambda tree: pytest.fail("something was read"))
     monkeypatch.setattr(
         type(trainer.bound.metrics), "result", lambda self: pytest.fail("metrics were read")
     )
     trainer.args = trainer.args.replace(steps_per_execution=1)
     trainer.fit()
     assert set(reads) == {4}  # the end of the run alone
+    monkeypatch.undo()
     last = [k for e, k in zip(recorder.events, recorder.kwargs, strict=True) if e == "on_step_end"]
     assert "not read yet" in repr(last[-1]["loss"])
     assert f"{last[-1]['loss']:.3f}" == f"{float(np.asarray(last[-1]['loss'])):.3f}"

@@ -127,7 +127,7 @@ def compiled(optimizer, variables):
 
     def step(gradients):
         traces.append(1)
-        BACKEND.apply_optimizer(optimizer, gradients, variables)
+        BACKEND.apply_optimizer(optimizer, gradients, ops.ones(()), variables)
         return optimizer.iterations + 0
 
     return BACKEND.compile_step(step, [*variables, *optimizer.variables]), traces

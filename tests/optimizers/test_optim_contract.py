@@ -351,7 +351,7 @@ def test_gradient_of_an_embedding(name):
         _, _, gradients, _ = BACKEND.value_and_grad(
             lambda: (ops.sum(model(tokens) ** 2), ()), variables
         )
-        BACKEND.apply_optimizer(optimizer, gradients, variables)
+        BACKEND.apply_optimizer(optimizer, gradients, ops.ones(()), variables)
         float32_gradient = optim.kernels.backend.float32_gradient
         return [float32_gradient(g, v) for g, v in zip(gradients, variables, strict=True)]
 
