@@ -91,6 +91,6 @@ WORKLOADS = {
     "gpt": Workload(gpt, 8, 8, lambda n: (_integers(256, n, 128), _integers(256, n, 128))),
     "convnet": Workload(convnet, 64, 12, lambda n: (_normal(n, 32, 32, 3), _integers(10, n))),
     "recommender": Workload(
-        recommender, 256, 4, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
+        recommender, 256, 12, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
     ),
 }
