@@ -8,6 +8,7 @@ the two numbers that a checkpoint holds.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import random
 import traceback
@@ -101,11 +102,7 @@ class WorkerLoader:
             self._live = (self._start(first, batches), first)
         try:
             for number in range(start_batch, len(self)):
-                assert self._live is not None
-                running, position = self._live
-                batch = self._next(running, number)
-                self._live = (running, position + 1)
-                yield batch
+                yield self._next(number)
         finally:
             if not self._persistent:
                 self.close()
@@ -121,15 +118,22 @@ class WorkerLoader:
         flags = require("absl.flags", "grain", "dataloader_num_workers").FLAGS
         if not flags.is_parsed():
             flags.mark_as_parsed()
+        # Workers that ended leave their queues to the garbage collector: 25 semaphores each, whose
+        # release must not come in the middle of the start of others (Python 3.13.0 warns of it).
+        # `close` has collected them, unless an exception held on to them.
+        gc.collect()
         made = _batches_dataset(self._grain, self.loader, first, batches)
         options = self._grain.MultiprocessingOptions(self._workers, self._prefetch)
         # One thread in each worker, because the global generators belong to the batch being made.
         one = self._grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
         return iter(made.to_iter_dataset(one).mp_prefetch(options))
 
-    def _next(self, running: Iterator[Any], number: int) -> Any:
+    def _next(self, number: int) -> Any:
+        assert self._live is not None
         try:
-            return next(running)
+            batch = next(self._live[0])
+            self._live = (self._live[0], self._live[1] + 1)
+            return batch
         except BaseException as error:
             self.close()
             if isinstance(error, (DataError, MemoryError)) or not isinstance(error, Exception):
@@ -145,6 +149,8 @@ class WorkerLoader:
         live, self._live = self._live, None
         if live is not None:
             live[0].close()
+            del live
+            gc.collect()  # see `_start`
 
 
 def _batches_dataset(grain: Any, loader: DataLoader, first: int, count: int) -> Any:

@@ -1,11 +1,13 @@
 """Worker processes: the same batches in the same order, whoever makes them."""
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
 import random
 import sys
+from multiprocessing import synchronize
 
 import numpy as np
 import pytest
@@ -45,6 +47,27 @@ def test_workers_make_the_batches_that_one_process_would():
             processes = {int(p) for batch in batches for p in batch["process"]}
             assert len(processes) == 2
             assert os.getpid() not in processes
+
+
+def test_workers_that_ended_leave_no_semaphores_to_the_garbage_collector():
+    """Python 3.13.0 warned when it came upon them in the middle of the start of other processes."""
+
+    def semaphores():
+        return sum(isinstance(known, synchronize.SemLock) for known in gc.get_objects())
+
+    gc.collect()
+    before = semaphores()
+    gc.disable()
+    try:
+        for persistent in (False, True):
+            with contextlib.closing(WorkerLoader(loader(), 1, persistent=persistent)) as workers:
+                batches = workers.epoch(0)
+                next(batches)
+                assert semaphores() > before
+                batches.close()
+            assert semaphores() == before
+    finally:
+        gc.enable()
 
 
 def test_persistent_workers_go_on_to_the_next_epoch_and_can_be_moved():
