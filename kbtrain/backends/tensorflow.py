@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,6 @@ _state: list[keras.Variable] = []
 # The variables `commit_if` assigns and their old values, while somebody may want these back.
 _journal: dict[int, tuple[keras.Variable, Any]] | None = None
 
-# Whether most of what the step being traced trains is large tables, which a batch reads rows of.
-_mostly_tables = False
-
 
 @contextlib.contextmanager
 def _tracing(variables: Sequence[keras.Variable]) -> Iterator[None]:
@@ -80,7 +78,7 @@ def compile_step(
         fn: Function of a structure of tensors, free of host side effects.
         variables: Everything ``fn`` reads or assigns.
         jit_compile: ``True`` compiles with XLA, ``False`` runs the graph, ``"auto"`` decides by
-            what is in the graph and how often it will run (``_pays_off``).
+            what is in the graph and how often it will run (``_against_xla``).
         calls: About how often it will run.
 
     Returns:
@@ -101,8 +99,10 @@ def compile_step(
             return tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if jit_compile == "auto" and calls >= XLA_CALLS:
             concrete = graph.get_concrete_function(inputs)
-            if _pays_off(concrete):
+            reason = _against_xla(concrete, variables)
+            if not reason:
                 return _with_fallback(concrete, graph)
+            logger.info("The step runs as a graph, without XLA: %s.", reason)
         return graph
 
     def call(inputs: Any) -> Any:
@@ -131,8 +131,8 @@ XLA_CALLS = 200
 """Updates from which on the seconds that XLA takes to compile are worth it."""
 
 
-def _pays_off(concrete: Any) -> bool:
-    """Whether XLA is likely to be faster: always on a GPU; on a CPU not for all.
+def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
+    """Why XLA is not likely to be faster; empty where it is: always on a GPU, on a CPU not for all.
 
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
     On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
@@ -140,12 +140,26 @@ def _pays_off(concrete: Any) -> bool:
     update is XLA's, too (docs/decisions.md).
     """
     if tf.config.list_logical_devices("GPU"):
-        return True
-    if _mostly_tables:
-        return False
-    definition = concrete.graph.as_graph_def()
+        return ""
+    definition = concrete.graph.as_graph_def(add_shapes=True)
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    return not any("Conv" in node.op or "StatelessRandom" in node.op for node in nodes)
+    if any("Conv" in node.op for node in nodes):
+        return "on a CPU its convolutions are slower"
+    if any("StatelessRandom" in node.op for node in nodes):
+        return "on a CPU its random numbers are slower"
+    tables = sum(map(_table_bytes, nodes))
+    if 2 * tables >= sum(size_of(v.value) for v in variables if v.trainable) > 0:
+        return "on a CPU it copies large tables"
+    return ""
+
+
+def _table_bytes(node: Any) -> int:
+    """Bytes of the gradient that ``node`` makes, if a large table's: they come by ``_dense``."""
+    if node.op != "UnsortedSegmentSum":
+        return 0
+    sizes = [side.size for side in node.attr["_output_shapes"].list.shape[0].dim]
+    size = math.prod(sizes) * tf.as_dtype(node.attr["T"].type).size
+    return size if size >= LARGE_BYTES else 0
 
 
 def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -166,6 +180,7 @@ def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any]
                 logger.info("The step runs without XLA, which refuses it: %s", reason)
             else:
                 works = True
+                logger.info("The step is compiled by XLA.")
                 return result
         return graph(inputs)
 
