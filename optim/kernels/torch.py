@@ -14,6 +14,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from optim.kernels.torch_eight_bit import run_eight_bit
 from optim.kernels.torch_elementwise import run_elementwise
+from optim.kernels.torch_operation import LIBRARY
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -243,8 +244,7 @@ def take(table: Any, indices: Any) -> Any:
 
 _COMPUTE: list[Callable[[Any, Any], Any]] = []
 
-_LIBRARY = torch.library.Library("optim", "FRAGMENT")
-_LIBRARY.define("refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor")
+LIBRARY.define("refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor")
 
 
 def _refresh(
@@ -256,11 +256,11 @@ def _refresh(
     return _COMPUTE[compute](operand, current).contiguous()
 
 
-_LIBRARY.impl("refresh", _refresh, "CompositeExplicitAutograd")
+LIBRARY.impl("refresh", _refresh, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "optim::refresh",
     lambda due, operand, current, compute: torch.empty_like(current),
-    lib=_LIBRARY,
+    lib=LIBRARY,
 )
 
 

@@ -10,7 +10,6 @@ a part of a captured training step.
 """
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from optim.codes import (
     nearest_to_root,
     not_larger,
 )
+from optim.kernels.torch_operation import Numbered, define_in_place
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
 _PIECE = 131072
@@ -202,14 +202,7 @@ def _update(
 
 # ---- one operation for PyTorch -------------------------------------------------------------------
 
-_WORK: list[_Work] = []
-_NUMBERS: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
-
-_LIBRARY = torch.library.Library("optim", "FRAGMENT")
-_LIBRARY.define(
-    "run_eight_bit(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] slots, Tensor step, "
-    "Tensor learning_rate, float weight_decay, int work) -> ()"
-)
+_WORK: Numbered[_Work] = Numbered()
 
 
 def _run(
@@ -245,13 +238,11 @@ def _run(
             )
 
 
-def _nothing(*args: Any) -> None:
-    """Tensors without memory have nothing to update."""
-
-
-_LIBRARY.impl("run_eight_bit", _run, "CPU")
-_LIBRARY.impl("run_eight_bit", _run, "CUDA")
-_LIBRARY.impl("run_eight_bit", _nothing, "Meta")
+define_in_place(
+    "run_eight_bit(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] slots, Tensor step, "
+    "Tensor learning_rate, float weight_decay, int work) -> ()",
+    _run,
+)
 
 
 def run_eight_bit(
@@ -277,11 +268,13 @@ def run_eight_bit(
         weight_decay: a Python number.
     """
     names = [name.removesuffix("_codes") for name in slots if name.endswith("_codes")]
-    if rule not in _NUMBERS:
+
+    def make() -> _Work:
         kinds = {name: (name in rule.squares, name in rule.dithered) for name in names}
-        _WORK.append(_Work(rule.full, kernel, kinds))
-        _NUMBERS[rule] = len(_WORK) - 1
+        return _Work(rule.full, kernel, kinds)
+
+    number = _WORK.number(rule, None, make)
     stored = [slot for n in names for part in ("codes", "scales") for slot in slots[f"{n}_{part}"]]
     torch.ops.optim.run_eight_bit(
-        parameters, gradients, stored, step, learning_rate, weight_decay, _NUMBERS[rule]
+        parameters, gradients, stored, step, learning_rate, weight_decay, number
     )

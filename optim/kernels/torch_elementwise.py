@@ -13,7 +13,6 @@ The whole of it is one operation to PyTorch, ``optim::run_program``, so that it 
 part of a captured training step.
 """
 
-import weakref
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from optim.kernels.torch_calls import SAME, SUMS, Joining, name_of
+from optim.kernels.torch_operation import Numbered, define_in_place
 from optim.kernels.torch_pieces import Piece, Writer
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
@@ -259,14 +259,7 @@ def _ancestors(nodes: list[Node], roots: list[Node]) -> set[Node]:
 
 # ---- one operation for PyTorch -------------------------------------------------------------------
 
-_PROGRAMS: list[Program] = []
-_NUMBERS: "weakref.WeakKeyDictionary[Any, dict[Any, int]]" = weakref.WeakKeyDictionary()
-
-_LIBRARY = torch.library.Library("optim", "FRAGMENT")
-_LIBRARY.define(
-    "run_program(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] slots, Tensor step, "
-    "Tensor learning_rate, int program) -> ()"
-)
+_PROGRAMS: Numbered[Program] = Numbered()
 
 
 def _run(
@@ -280,13 +273,11 @@ def _run(
     _PROGRAMS[program].run(parameters, gradients, slots, step, learning_rate)
 
 
-def _nothing(*args: Any) -> None:
-    """Tensors without memory have nothing to update."""
-
-
-_LIBRARY.impl("run_program", _run, "CPU")
-_LIBRARY.impl("run_program", _run, "CUDA")
-_LIBRARY.impl("run_program", _nothing, "Meta")
+define_in_place(
+    "run_program(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] slots, Tensor step, "
+    "Tensor learning_rate, int program) -> ()",
+    _run,
+)
 
 
 def run_elementwise(
@@ -309,11 +300,9 @@ def run_elementwise(
         learning_rate: float32 scalar.
         weight_decay: a Python number.
     """
-    numbers = _NUMBERS.setdefault(rule, {})
-    key = (weight_decay, parameters[0].device)
-    if key not in numbers:
-        _PROGRAMS.append(Program(rule, weight_decay, parameters[0].device))
-        numbers[key] = len(_PROGRAMS) - 1
-    program = numbers[key]
-    flat = [slot for name in _PROGRAMS[program].slots for slot in slots[name]]
-    torch.ops.optim.run_program(parameters, gradients, flat, step, learning_rate, program)
+    device = parameters[0].device
+    number = _PROGRAMS.number(
+        rule, (weight_decay, device), lambda: Program(rule, weight_decay, device)
+    )
+    flat = [slot for name in _PROGRAMS[number].slots for slot in slots[name]]
+    torch.ops.optim.run_program(parameters, gradients, flat, step, learning_rate, number)
