@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain import metric_schedule, persistence, rng
+from kbtrain import metric_schedule, persistence, processing, rng
 from kbtrain.callbacks import metric_value
-from kbtrain.errors import CheckpointDamagedError
+from kbtrain.errors import CheckpointDamagedError, CheckpointError
 from kbtrain.interruption import EvaluationAbandoned
 from kbtrain.saving import Snapshot
 
@@ -201,7 +202,34 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
         places={"model": persistence.places(trainer.model)},
         keep=args.save_total_limit,
         protect=(Path(best),) if best else (),
+        other_files=_processing_files(trainer, run, documents),
     )
+
+
+def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> Mapping[str, bytes]:
+    """What ``processing_class`` writes; it is asked once in a run, as that takes time.
+
+    Raises:
+        CheckpointError: It cannot, and ``on_save_error`` is ``"raise"``; otherwise a warning says
+            so, and the checkpoint is written without.
+    """
+    if trainer.processing_class is None:
+        return {}
+    if run.processing_files is None:
+        step = trainer.state.global_step
+        try:
+            run.processing_files = processing.files_of(
+                trainer.processing_class, trainer.store, step, documents
+            )
+        except CheckpointError as error:
+            if trainer.args.on_save_error == "raise":
+                raise
+            logger.warning(
+                "%s. The checkpoint is written without it (on_save_error='warn'); a resumed run "
+                "does not need it.",
+                error,
+            )
+    return run.processing_files or {}
 
 
 def warn_of_former_run(trainer: Trainer) -> None:

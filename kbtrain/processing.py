@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbtrain.checkpoint.manifest import check_other_files
+from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.data import Collate, DataCollatorWithPadding, default_collate
 from kbtrain.data.foreign import yields_batches
 from kbtrain.data.structure import has_array
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import CheckpointError, ConfigurationError
 
 _SAVE = ("save_pretrained", "save_to_preset")
 
@@ -34,6 +36,40 @@ def save(processing: Any, folder: Path) -> None:
     if processing is not None:
         name = next(name for name in _SAVE if hasattr(processing, name))
         getattr(processing, name)(str(folder))
+
+
+def files_of(
+    processing: Any, store: CheckpointStore, step: int, documents: Iterable[str]
+) -> dict[str, bytes]:
+    """What its own method writes, for a checkpoint.
+
+    In the calling thread, and not where checkpoints are written in the background: a tokenizer may
+    not be saved while it is at work.
+
+    Args:
+        processing: The tokenizer or processor.
+        store: Where the checkpoint is going to be.
+        step: Its step.
+        documents: Names of the documents in it.
+
+    Returns:
+        Path in the folder -> content.
+
+    Raises:
+        CheckpointError: It could not be saved, or writes what a checkpoint has already.
+    """
+    try:
+        with store.temporary_folder(step) as folder:
+            save(processing, folder)
+            found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        check_other_files(files, documents)
+    except Exception as error:  # a method of the user's own may do anything
+        raise CheckpointError(
+            f"processing_class ({type(processing).__name__}) could not be saved for "
+            f"{store.path(step)}: {type(error).__name__}: {error}"
+        ) from error
+    return files
 
 
 def padding_collator(processing: Any, dataset: Any) -> Collate | None:

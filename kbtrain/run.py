@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -55,6 +55,7 @@ class Run:
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
+        processing_files: What ``processing_class`` wrote for the first checkpoint: path -> content.
     """
 
     backend: ModuleType
@@ -76,6 +77,7 @@ class Run:
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
+    processing_files: Mapping[str, bytes] | None = None
     _block: Block | None = None
     _result: dict[str, Any] | None = None
     _pending: list[tuple[int, int, Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)

@@ -35,6 +35,7 @@ class Snapshot:
         places: Group -> where other readers look for its arrays.
         keep: How many checkpoints to leave afterwards; None keeps all.
         protect: Checkpoints that are not deleted.
+        other_files: Path in the folder -> content, besides arrays and documents.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Snapshot:
     places: Mapping[str, Places] = field(default_factory=dict)
     keep: int | None = None
     protect: tuple[Path, ...] = ()
+    other_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -184,7 +186,8 @@ class Saver:
         start, one = time.perf_counter(), job.snapshot
         try:
             self._lock_folder()
-            self.store.save(one.step, one.arrays, one.documents, one.info, one.places)
+            contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
+            self.store.save(one.step, *contents)
             self.store.rotate(one.keep, one.protect)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
         except BaseException as error:

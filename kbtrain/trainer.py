@@ -62,8 +62,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             (with ``max_steps``), or something that yields batches: a torch ``DataLoader``, a
             ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a batched Grain data set.
         eval_dataset: The same, or a dict of several named ones.
-        processing_class: A tokenizer or processor that is saved with the model; one with a
-            ``pad_token_id`` also pads token data that has no collator.
+        processing_class: A tokenizer or processor that is saved with the model and in every
+            checkpoint; one with a ``pad_token_id`` also pads token data that has no collator.
         model_init: A function that returns the model; each ``fit`` begins with a new one. If
             it takes ``trial``, it gets that of ``hyperparameter_search`` (None outside of one).
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict

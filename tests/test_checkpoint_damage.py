@@ -28,6 +28,7 @@ FILES = (
     "optimizer.h5",
     "trainer_state.json",
     "training_args.json",
+    "assets/vocabulary.txt",
     MANIFEST_NAME,
 )
 
@@ -45,6 +46,7 @@ def save(store, step):
             "training_args": {"learning_rate": 1e-3},
         },
         info={"backend": "any"},
+        other_files={"assets/vocabulary.txt": b"to be or not to be"},
     )
 
 
@@ -161,6 +163,13 @@ def test_two_files_exchanged(store):
     assert_found_and_survived(store, path)
 
 
+def test_a_folder_inside_that_leads_elsewhere(store):
+    """Same bytes, but not those of this checkpoint."""
+    path = store.directory / "checkpoint-30"
+    link(path / "assets")
+    assert "symbolic link" in assert_found_and_survived(store, path)
+
+
 def test_all_problems_are_named(store):
     path = store.directory / "checkpoint-30"
     DAMAGE["deleted"](path / "model.weights.h5")
@@ -249,6 +258,31 @@ def test_a_manifest_cannot_name_files_elsewhere(store, name):
     assert repr(name) in assert_found_and_survived(store, path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/etc/passwd",
+        "a/../../x",
+        "..",
+        "a/./x",
+        "",
+        "a//x",
+        "C:x",
+        "a\\x",
+        "x\0",
+        "y" * 1001,
+    ],
+)
+def test_nor_further_files_elsewhere(store, name):
+    path = store.directory / "checkpoint-30"
+    seal(path, files={}, other_files={name: ENTRY})
+    assert repr(name) in assert_found_and_survived(store, path)
+    with pytest.raises(CheckpointError, match="plain relative path"):
+        store.save(40, {}, {}, other_files={name: b""})
+    assert not (store.directory / "checkpoint-40").exists()
+
+
 WRONG = [
     *({"step": step} for step in (-1, 1.5, "30", None, True, 2**63, ...)),
     *(
@@ -276,6 +310,10 @@ WRONG = [
     ),
     *({"format_version": version} for version in (0, -1, "1", 1.0, None, True, ...)),
     *({"info": info} for info in ([], None, "x", ...)),
+    *(
+        {"files": {}, "other_files": others}
+        for others in ([], None, {"x": 3}, {"x": {"size": -1, "sha256": "0" * 64}})
+    ),
     *({"format": name} for name in ("other", 1, ...)),
 ]
 
@@ -367,7 +405,7 @@ def test_any_json_or_bytes_for_a_manifest(template, value, sealed):
 
 
 @QUICK
-@given(st.sampled_from(FILES[:-1]), st.binary(max_size=200))
+@given(st.sampled_from(FILES[:4]), st.binary(max_size=200))
 def test_any_bytes_for_a_file_that_the_manifest_vouches_for(template, file, data):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "checkpoint-30"

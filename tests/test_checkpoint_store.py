@@ -86,6 +86,30 @@ def test_a_checkpoint_comes_back_whole(store):
         np.testing.assert_array_equal(read, array)
 
 
+def test_files_that_others_keep_in_a_checkpoint(store):
+    """They lie where their reader looks, and are checked like all else; resuming ignores them."""
+    others = {"vocab.txt": b"a b c", "assets/tokenizer/merges": b"", "assets/x.json": b"{}"}
+    path = save(store, 7, other_files=others)
+    assert {name: (path / name).read_bytes() for name in others} == others
+    assert store.verify(path) == []
+    assert store.load(path).documents.keys() == {"trainer_state"}
+    assert disk.tree_size(path) == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    (path / "assets" / "x.json").write_bytes(b"[]")
+    assert "assets/x.json" in store.verify(path)[0]
+    save(store, 8, other_files=others)
+    assert store.rotate(1) == [path]
+    assert names(store.directory) == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    "path", ["Manifest.json", "trainer_STATE.json", "optimizer.h5", "model.weights.json/x"]
+)
+def test_others_cannot_take_the_place_of_what_is_there_anyway(store, path):
+    with pytest.raises(CheckpointError, match=f"Received: '{path}' beside .*trainer_state"):
+        save(store, 7, other_files={path: b""})
+    assert not store.directory.exists()
+
+
 def test_building_a_store_touches_nothing(store):
     assert not store.directory.exists()
     assert store.list() == []
@@ -168,7 +192,7 @@ def fail_at(monkeypatch, target, name, call):
 
 
 WRITING = [
-    *((os, "fsync", call) for call in range(1, 7)),
+    *((os, "fsync", call) for call in range(1, 9)),
     *((h5py.Group, "create_dataset", call) for call in (1, 2, 3)),
     (os, "rename", 1),
     (disk.Path, "mkdir", 2),
@@ -187,7 +211,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(
     with monkeypatch.context() as patch:
         fail_at(patch, target, name, call)
         with pytest.raises(CheckpointError, match=r"write checkpoint-10 .*No space left") as caught:
-            save(store, 10)
+            save(store, 10, other_files={"assets/vocabulary.txt": b"a"})
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert names(store.directory) == sorted(before)
     for _, path in store.list():

@@ -19,6 +19,7 @@ def run(tmp_path):
             {"model": {"net/kernel": np.ones((2, 3), "float32")}, "optimizer": {}},
             {"trainer_state": {"best_global_step": 20, "best_metric": 0.25, "max_steps": 200}},
             {"backend": "any", "versions": {"keras": "3"}},
+            other_files={"assets/words": b"one two"},
         )
     return store.directory
 
@@ -73,6 +74,7 @@ def test_show_has_arrays_shapes_dtypes_step_and_best(run, capsys):
     assert "net/kernel float32 (2, 3)" in text
     assert "model: 6 values" in text
     assert "optimizer: 0 arrays, 0 bytes" in text
+    assert "other files: 1, 7 bytes\nassets/words" in text.replace("\n ", "\n")
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])

@@ -3,6 +3,7 @@
 import doctest
 import json
 import logging
+import re
 import time
 
 import keras
@@ -11,6 +12,7 @@ import pytest
 from helpers import Recorder, arguments, linear_model, make_data, same, train_logs, weights
 
 from kbtrain import (
+    CheckpointError,
     ConfigurationError,
     DataError,
     OutputError,
@@ -20,6 +22,7 @@ from kbtrain import (
     args_process,
     gathering,
 )
+from kbtrain.checkpoint import CheckpointStore
 from kbtrain.step_times import StepTimes
 
 
@@ -147,6 +150,55 @@ def test_a_processing_class_is_saved_and_seen_by_callbacks(tmp_path):
     assert recorder.kwargs[0]["processing_class"] is tokenizer
     with pytest.raises(ConfigurationError, match="save_pretrained.*Received: dict"):
         make(tmp_path, processing_class={})
+
+
+def saved_with(tmp_path, processing_class, **changes):
+    changes = {"save_strategy": "steps", "save_steps": 2} | changes
+    make(tmp_path, processing_class=processing_class, **changes).fit()
+    return CheckpointStore(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"save_async": False}, {"save_only_model": True}], ids=str)
+def test_a_processing_class_is_in_every_checkpoint(tmp_path, changes):
+    store = saved_with(tmp_path, Tokenizer(), **changes)
+    assert [step for step, _ in store.list()] == [2, 4]
+    for _, path in store.list():
+        assert json.loads((path / "tokenizer.json").read_text()) == {"pad": 9}
+        assert "tokenizer.json" in store.load(path).manifest.other_files
+    assert not [p for p in tmp_path.iterdir() if not p.name.startswith("checkpoint-")]
+
+
+def test_a_resumed_run_needs_no_processing_class(tmp_path):
+    saved_with(tmp_path, Tokenizer(), max_steps=2)
+    trainer = make(tmp_path)
+    trainer.fit(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+class Broken:
+    def save_pretrained(self, folder):
+        with open(f"{folder}/half", "w", encoding="utf-8"):
+            raise KeyError("no vocabulary")
+
+
+class Meddling:
+    def save_pretrained(self, folder):
+        with open(f"{folder}/trainer_state.json", "w", encoding="utf-8") as file:
+            file.write("{}")
+
+
+@pytest.mark.parametrize("processing_class", [Broken(), Meddling()])
+def test_a_processing_class_that_cannot_be_saved(tmp_path, caplog, processing_class):
+    """A run does not lose its checkpoints over it, unless asked to."""
+    store = saved_with(tmp_path / "warn", processing_class)
+    name = rf"processing_class \({type(processing_class).__name__}\) could not be saved"
+    assert len(re.findall(name, caplog.text)) == 2
+    for _, path in store.list():
+        assert store.verify(path) == []
+        assert not store.load(path).manifest.other_files
+    with pytest.raises(CheckpointError, match=f"{name}.*checkpoint-2"):
+        saved_with(tmp_path / "raise", processing_class, on_save_error="raise")
+    assert not (tmp_path / "raise").exists()
 
 
 class Table(list):

@@ -39,8 +39,9 @@ def write_contents(
     info: Mapping[str, Any],
     places: Mapping[str, Places],
     shard_bytes: int,
+    other_files: Mapping[str, bytes],
 ) -> None:
-    """Fill an empty folder: arrays, documents, and the manifest last; all flushed to the disk.
+    """Fill an empty folder: the manifest comes last; all is flushed to the disk.
 
     Args:
         folder: Where to; it exists.
@@ -50,6 +51,7 @@ def write_contents(
         info: Noted in the manifest.
         places: Group -> where other readers look for its arrays.
         shard_bytes: A group that takes more is spread over several files.
+        other_files: Path in the folder -> content.
 
     Raises:
         CheckpointError: Something cannot be stored.
@@ -59,20 +61,31 @@ def write_contents(
     for group, values in arrays.items():
         parts = _shards(values, shard_bytes)
         shards = {arrays_file(group, n, len(parts)): part for n, part in enumerate(parts, 1)}
-        others, first = places.get(group), next(iter(shards))
+        layout, first = places.get(group), next(iter(shards))
         for name, shard in shards.items():
-            links = others.links if others else {}
-            extra = others.values if others and name == first else {}
+            links = layout.links if layout else {}
+            extra = layout.values if layout and name == first else {}
             entry = write_arrays(folder / name, shard, links, extra)
             files[name] = entry._replace(group=group)
-        if others and len(shards) > 1:
+        if layout and len(shards) > 1:
             name = f"{group}.weights{DOCUMENT_SUFFIX}"
-            files[name] = write_json(folder / name, _weight_map(shards, others))
+            files[name] = write_json(folder / name, _weight_map(shards, layout))
     for stem, value in documents.items():
         name = stem + DOCUMENT_SUFFIX
         files[name] = write_json(folder / name, value)
-    write_manifest(folder, Manifest(step=step, files=files, info=info))
+    others = _write_others(folder, other_files)
+    write_manifest(folder, Manifest(step=step, files=files, info=info, other_files=others))
     disk.fsync_directory(folder)
+
+
+def _write_others(folder: Path, other_files: Mapping[str, bytes]) -> dict[str, disk.FileEntry]:
+    entries = {}
+    for path, data in other_files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        entries[path] = disk.write_bytes(folder / path, data)
+    for below in sorted({p for path in entries for p in Path(path).parents[:-1]}):
+        disk.fsync_directory(folder / below)
+    return entries
 
 
 def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:

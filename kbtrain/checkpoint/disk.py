@@ -179,9 +179,9 @@ def remove_tree(path: Path) -> None:
 
 
 def tree_size(path: Path) -> int:
-    """Return the bytes of the regular files in a folder, those of its folders not counted."""
-    with os.scandir(path) as found:
-        return sum(e.stat().st_size for e in found if e.is_file(follow_symlinks=False))
+    """Return the bytes of the regular files in a folder and below it."""
+    regular = [e for e in path.rglob("*") if e.is_file() and not e.is_symlink()]
+    return sum(file.stat().st_size for file in regular)
 
 
 def describe_space(directory: Path) -> str:

@@ -30,6 +30,7 @@ _SHARD = re.compile(
     r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5|model_[0-9]+\.weights\.h5|model\.weights\.json",
     re.ASCII | re.IGNORECASE,
 )
+_PART = re.compile(r"[^/\\:\x00-\x1f]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
@@ -44,12 +45,20 @@ class Manifest:
         files: File name -> size and checksum.
         info: What the writer wanted to be known: backend, package versions, ...
         format_version: Version of the checkpoint format.
+        other_files: Path in the folder, with ``/`` -> size and checksum of a file that is neither
+            arrays nor a document.
     """
 
     step: int
     files: Mapping[str, FileEntry]
     info: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    other_files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def all_files(self) -> list[tuple[str, FileEntry]]:
+        """``files`` and ``other_files``."""
+        return [*self.files.items(), *self.other_files.items()]
 
 
 def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
@@ -91,6 +100,34 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
         )
 
 
+def check_other_files(paths: Iterable[str], documents: Iterable[str]) -> None:
+    """Check the paths of files that are neither arrays nor documents.
+
+    Args:
+        paths: Relative to the checkpoint's folder, with ``/``.
+        documents: Names of the documents beside them.
+
+    Raises:
+        CheckpointError: A path cannot be in a checkpoint, or is kept for what is there anyway.
+    """
+    taken = {stem.casefold() + DOCUMENT_SUFFIX for stem in documents} | {MANIFEST_NAME}
+    for path in paths:
+        first = path.partition("/")[0].casefold()
+        own = first in taken or first.endswith((ARRAYS_SUFFIX, ".weights" + DOCUMENT_SUFFIX))
+        if own or not is_other_path(path):
+            raise CheckpointError(
+                "A further file of a checkpoint must have a plain relative path, with / between "
+                "folders, and no name that the checkpoint itself uses. "
+                f"Received: {path!r} beside {', '.join(sorted(taken))} and arrays in *.h5"
+            )
+
+
+def is_other_path(path: str) -> bool:
+    """Return whether a file that is neither arrays nor a document may lie there."""
+    parts = path.split("/")
+    return len(path) <= 1000 and all(_PART.fullmatch(p) and p not in (".", "..") for p in parts)
+
+
 def is_file_name(name: str) -> bool:
     """Return whether a checkpoint of this format may contain a file of this name."""
     stem, dot, suffix = name.rpartition(".")
@@ -108,24 +145,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         CheckpointError: If ``info`` cannot be written as JSON.
         OSError: If the disk refuses.
     """
-    data = dump_json(
-        "manifest",
-        {
-            "checksum": "0" * 64,
-            "files": {
-                name: {"sha256": entry.sha256, "size": entry.size}
-                | ({"group": entry.group} if entry.group is not None else {})
-                for name, entry in manifest.files.items()
-            },
-            "format": FORMAT,
-            "format_version": manifest.format_version,
-            "info": manifest.info,
-            "step": manifest.step,
-        },
-    )
+    value = {
+        "checksum": "0" * 64,
+        "files": _as_json(manifest.files),
+        "format": FORMAT,
+        "format_version": manifest.format_version,
+        "info": manifest.info,
+        "step": manifest.step,
+    }
+    if manifest.other_files:
+        value["other_files"] = _as_json(manifest.other_files)
+    data = dump_json("manifest", value)
     # Keys are sorted, so the first occurrence is the manifest's own field whatever `info` holds.
     own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
     write_bytes(folder / MANIFEST_NAME, data.replace(_NO_CHECKSUM, own, 1))
+
+
+def _as_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    return {
+        name: {"sha256": entry.sha256, "size": entry.size}
+        | ({"group": entry.group} if entry.group is not None else {})
+        for name, entry in files.items()
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -188,6 +229,9 @@ def check_size(folder: Path, name: str, entry: FileEntry) -> None:
 
 
 def _opened(folder: Path, name: str) -> io.FileIO:
+    for parent in Path(name).parents[:-1]:  # a link there would lead out of the folder
+        if (folder / parent).is_symlink():
+            raise CheckpointDamagedError(f"{name}: {parent} is a symbolic link")
     try:
         return open_regular(folder / name)
     except OSError as error:
@@ -220,18 +264,30 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
             f"{FORMAT_VERSION} and older. Update kbtrain to use it."
         )
     files, info, step = value.get("files"), value.get("info"), value.get("step")
+    others = value.get("other_files", {})
     if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
         raise _damaged("'step', 'files' or 'info' is missing or of a wrong type")
+    if not isinstance(others, dict):
+        raise _damaged("'other_files' is of a wrong type")
     entries: dict[str, FileEntry] = {}
     for name, entry in files.items():
         if not is_file_name(name):
             raise _damaged(f"{name!r} cannot be a file of a checkpoint")
-        size = entry.get("size") if isinstance(entry, dict) else None
-        digest = entry.get("sha256") if isinstance(entry, dict) else None
-        if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise _damaged(f"the size or checksum of {name!r} is not one")
-        entries[name] = FileEntry(size, digest, _group(name, entry, version))
-    return Manifest(step=step, files=entries, info=info, format_version=version)
+        noted = _parse_entry(name, entry)
+        entries[name] = noted._replace(group=_group(name, entry, version))
+    for name in others:
+        if not is_other_path(name):
+            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+    noted_others = {name: _parse_entry(name, entry) for name, entry in others.items()}
+    return Manifest(step, entries, info, version, noted_others)
+
+
+def _parse_entry(name: str, entry: Any) -> FileEntry:
+    size = entry.get("size") if isinstance(entry, dict) else None
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise _damaged(f"the size or checksum of {name!r} is not one")
+    return FileEntry(size, digest)
 
 
 def _group(name: str, entry: Mapping[str, Any], version: int) -> str | None:

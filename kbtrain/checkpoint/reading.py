@@ -60,6 +60,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     _add_shard(arrays.setdefault(entry.group, {}), file, name)
                 else:
                     documents[_stem(name)] = parse_json(name, file.read())
+        for name, entry in manifest.other_files.items():
+            with open_verified(path, name, entry):
+                pass
     except (CheckpointDamagedError, OSError) as error:
         raise _damaged_checkpoint(path, str(error)) from error
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
@@ -89,6 +92,7 @@ class CheckpointOutline:
         state: ``trainer_state.json``, empty if there is none.
         progress: ``progress.json``, empty if there is none.
         arrays: Group -> its arrays; empty if they were not asked for.
+        other_files: Path -> bytes of the files that are neither arrays nor documents.
     """
 
     path: Path
@@ -99,6 +103,7 @@ class CheckpointOutline:
     state: Mapping[str, Any]
     progress: Mapping[str, Any]
     arrays: Mapping[str, list[ArrayOutline]]
+    other_files: Mapping[str, int]
 
 
 def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
@@ -127,12 +132,23 @@ def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
                     documents[_stem(name)] = parse_json(name, file.read())
             else:
                 check_size(path, name, entry)
+        for name, entry in manifest.other_files.items():
+            check_size(path, name, entry)
     except (CheckpointDamagedError, OSError) as error:
         raise _damaged_checkpoint(path, str(error)) from error
     state, progress = (_mapping(documents[name]) for name in ("trainer_state", "progress"))
-    size = sum(entry.size for entry in manifest.files.values())
+    size = sum(entry.size for _, entry in manifest.all_files)
+    others = {name: entry.size for name, entry in manifest.other_files.items()}
     return CheckpointOutline(
-        path, manifest.step, manifest.format_version, manifest.info, size, state, progress, found
+        path=path,
+        step=manifest.step,
+        format_version=manifest.format_version,
+        info=manifest.info,
+        size=size,
+        state=state,
+        progress=progress,
+        arrays=found,
+        other_files=others,
     )
 
 
@@ -148,7 +164,7 @@ def find_problems(path: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     problems = []
-    for name, entry in manifest.files.items():
+    for name, entry in manifest.all_files:
         try:
             with open_verified(path, name, entry):
                 pass

@@ -17,7 +17,7 @@ import numpy as np
 
 from kbtrain.checkpoint import disk
 from kbtrain.checkpoint.contents import SHARD_BYTES, Places, write_contents
-from kbtrain.checkpoint.manifest import MANIFEST_NAME, check_stems
+from kbtrain.checkpoint.manifest import MANIFEST_NAME, check_other_files, check_stems
 from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -74,6 +74,7 @@ class CheckpointStore:
         documents: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
         places: Mapping[str, Places] | None = None,
+        other_files: Mapping[str, bytes] | None = None,
     ) -> Path:
         """Write ``checkpoint-{step}``, replacing an existing one.
 
@@ -89,6 +90,7 @@ class CheckpointStore:
             documents: Name -> JSON value; each becomes ``{name}.json``.
             info: Noted in the manifest: backend, package versions, ...
             places: Group -> where other readers look for its arrays (see ``Places``).
+            other_files: Path in the folder, with ``/`` -> content: what others keep there.
 
         Returns:
             The checkpoint's folder.
@@ -103,13 +105,13 @@ class CheckpointStore:
             raise ConfigurationError(
                 f"`step` must be a whole number from 0 to {disk.MAX_STEP}. Received: step={step!r}"
             )
-        step, documents = int(step), documents or {}
+        step, documents, others = int(step), documents or {}, other_files or {}
         check_stems(arrays, documents)
+        check_other_files(others, documents)
         final = self.directory / disk.checkpoint_name(step)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with self._temporary_folder(step) as folder:
-                contents = (arrays, documents, info or {}, places or {}, self.shard_bytes)
+            with self.temporary_folder(step) as folder:
+                contents = (arrays, documents, info or {}, places or {}, self.shard_bytes, others)
                 write_contents(folder, step, *contents)
                 _read_back(folder, final)
                 self._publish(folder, final, step)
@@ -345,8 +347,13 @@ class CheckpointStore:
         return [hidden for hidden in parsed if hidden is not None]
 
     @contextmanager
-    def _temporary_folder(self, step: int) -> Iterator[Path]:
-        """Make a hidden folder and remove it, whatever happens, if it is still there at the end."""
+    def temporary_folder(self, step: int) -> Iterator[Path]:
+        """Make a hidden folder and remove it, whatever happens, if it is still there at the end.
+
+        Args:
+            step: The checkpoint it is for: if the process dies, ``clean_leftovers`` removes it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
         folder = disk.hidden_path(self.directory, "tmp", step)
         _IN_PROGRESS.add(folder)
         try:

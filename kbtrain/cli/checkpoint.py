@@ -101,6 +101,11 @@ def show(arguments: argparse.Namespace) -> int:
         width = max((len(array.name) for array in arrays), default=0)
         for array in arrays:
             print(f"  {array.name:<{width}}  {array.dtype:<10} {array.shape}")
+    if outline.other_files:
+        total = sum(outline.other_files.values())
+        print(f"\nother files: {len(outline.other_files)}, {total:,} bytes")
+        for name in outline.other_files:
+            print(f"  {name}")
     return 0
 
 
