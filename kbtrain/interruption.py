@@ -51,6 +51,7 @@ class Watch:
         self._last_look = self._start
         self._longest_step = 0.0
         self._former: dict[signal.Signals, Any] = {}
+        self._interrupts = 0
         self._may_abandon = False
         self._over = False
 
@@ -85,7 +86,10 @@ class Watch:
         self._former.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
+        # Counted by itself: on one Ctrl-C some launchers send a SIGTERM of their own besides, in
+        # any order, and that is no reason to lose what was not saved.
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
 

@@ -131,20 +131,26 @@ def test_the_last_step_of_an_epoch_leaves_its_end_to_the_resumed_run(tmp_path, w
     assert outcome(again) == whole
 
 
-def test_a_second_sigint_stops_at_once(tmp_path):
-    send = Send(3, signal.SIGINT, signal.SIGINT)
+@pytest.mark.parametrize("before", [(), (signal.SIGTERM,), (signal.SIGUSR1,)], ids=str)
+def test_a_second_sigint_stops_at_once(tmp_path, before):
+    send = Send(3, *before, signal.SIGINT, signal.SIGINT)
     trainer = make_trainer(tmp_path, [send])
-    before = handlers()
+    former = handlers()
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert handlers() == before
+    assert handlers() == former
     assert saved_steps(tmp_path) == []
     assert not trainer.is_in_train
 
 
-def test_sigterm_twice_is_sigterm(tmp_path):
-    send = Send(3, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
-    trainer = make_trainer(tmp_path, [send])
+@pytest.mark.parametrize(
+    "later",
+    [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)],
+    ids=str,
+)
+def test_sigterm_and_more_is_sigterm(tmp_path, later):
+    """One SIGINT behind a SIGTERM is no second SIGINT: the step ends and is saved."""
+    trainer = make_trainer(tmp_path, [Send(3, signal.SIGTERM, *later)])
     with pytest.raises(TrainingInterrupted, match="SIGTERM"):
         trainer.fit()
     assert saved_steps(tmp_path) == [3]
