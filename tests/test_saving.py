@@ -456,15 +456,19 @@ def test_a_program_may_go_elsewhere_meanwhile(tmp_path, monkeypatch):
     assert [s for line in text.splitlines() if "loss" in (s := json.loads(line))][-1]["step"] == 8
 
 
-def test_what_bears_a_checkpoints_name_and_is_none(tmp_path):
+def test_what_bears_a_checkpoints_name_and_is_none(tmp_path, caplog):
     for name in ("checkpoint-00002", "checkpoint-abc", "checkpoint-2 (copy)", "checkpoint-99"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-4").write_text("a file where a checkpoint is to be")
     trainer = train(tmp_path, resume="auto", save_total_limit=2)
     assert [step for step, _ in trainer.store.list()] == [6, 8]
     assert sorted(os.listdir(tmp_path)) == [
-        "checkpoint-00002", "checkpoint-2 (copy)", "checkpoint-6", "checkpoint-8", "checkpoint-abc",
+        "checkpoint-00002", "checkpoint-2 (copy)", "checkpoint-4", "checkpoint-6", "checkpoint-8",
+        "checkpoint-abc",
     ]  # fmt: skip
+    assert (tmp_path / "checkpoint-4").read_text() == "a file where a checkpoint is to be"
+    assert "Could not write checkpoint-4" in caplog.text
+    assert "a file has that name" in caplog.text
 
 
 def test_checkpoints_of_a_former_run_are_pointed_out(tmp_path, caplog):

@@ -76,7 +76,7 @@ class CheckpointStore:
         places: Mapping[str, Places] | None = None,
         other_files: Mapping[str, bytes] | None = None,
     ) -> Path:
-        """Write ``checkpoint-{step}``, replacing an existing one.
+        """Write ``checkpoint-{step}``, replacing a folder of that name, but no file.
 
         When this returns, the checkpoint is on the disk and would outlive a power cut. When it
         raises, nothing has changed: no partial folder is left, and a checkpoint of the same step
@@ -109,6 +109,11 @@ class CheckpointStore:
         check_stems(arrays, documents)
         check_other_files(others, documents)
         final = self.directory / disk.checkpoint_name(step)
+        if os.path.lexists(final) and not final.is_dir():
+            raise CheckpointError(
+                f"Could not write {final.name} in {self.directory}: a file has that name. It was "
+                "left as it is; move it elsewhere, or choose another output_dir."
+            ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
         try:
             with self.temporary_folder(step) as folder:
                 contents = (arrays, documents, info or {}, places or {}, self.shard_bytes, others)
