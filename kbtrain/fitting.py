@@ -29,7 +29,6 @@ from kbtrain.checkpoint.disk import parse_checkpoint_name
 from kbtrain.data import Batches, Block, Loader, as_loader
 from kbtrain.diagnosis import Diagnosis
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
-from kbtrain.evaluation import speed
 from kbtrain.forward import items_counter
 from kbtrain.loaders import in_epochs, warn_of_inexact_resume
 from kbtrain.loop import train_loop
@@ -77,11 +76,7 @@ def fit(
         run, seconds = _run(trainer, checkpoint, prepared)
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
-    metrics = speed("train", seconds, run.samples, state.global_step - run.first_step) | memory
-    if run.count_tokens is not None:
-        metrics["train_tokens_per_second"] = round(run.tokens / max(seconds, 1e-9), 3)
-    metrics |= run.times.split(seconds)
-    metrics["train_loss"] = loss
+    metrics = run.speed(seconds) | memory | {"train_loss": loss}
     trainer.log(metrics)
     # As in Keras: from here on the model holds the weights that were evaluated.
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kbtrain.data import Batches, Block
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
+from kbtrain.evaluation import speed
 from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 from kbtrain.newest import LazyMapping, LazyNumber, MicroBatches
@@ -267,9 +268,18 @@ class Run:
         }
         logs |= {name: total / steps for name, total in (progress.window_extras or {}).items()}
         if self.count_tokens is not None:
-            seconds = max(self.times.total, 1e-9)
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            logs["train_runtime"] = round(seconds, 4)
-            logs["train_tokens_per_second"] = round(self.tokens / seconds, 3)
+            logs |= self.speed(self.times.total)
         progress.window_sum, progress.window_steps, progress.window_extras = 0.0, 0, None
         return logs
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Samples, steps and tokens per second, and where the time of the steps went.
+
+        Args:
+            seconds: What this call has taken so far.
+        """
+        rates = speed("train", seconds, self.samples, self.state.global_step - self.first_step)
+        if self.count_tokens is not None:
+            rates["train_tokens_per_second"] = round(self.tokens / max(seconds, 1e-9), 3)
+        return rates | self.times.split(seconds)

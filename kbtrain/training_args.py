@@ -305,8 +305,9 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
     include_num_input_tokens_seen: Literal["no", "all", "non_padding"] = _option(
         "no",
         kinds.tokens_seen,
-        "Count the tokens of the training and log them with their rate: 'all' elements of the "
-        "input, those that are 'non_padding', or 'no'. True means 'all', False 'no'.",
+        "Count the tokens of the training: 'all' elements of the input, those that are "
+        "'non_padding', or 'no'. Each log then has them, and the speed so far with its parts "
+        "(data, compute, host). True means 'all', False 'no'.",
         command_line=Literal["no", "all", "non_padding"] | bool,
     )
     skip_memory_metrics: bool = _option(

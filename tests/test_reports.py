@@ -191,6 +191,17 @@ def test_tokens_are_logged_and_resumed(tmp_path):
     assert trainer.state.num_input_tokens_seen == 32
     assert output.metrics["train_tokens_per_second"] > 0
     assert all(rate > 0 for rate in train_logs(trainer, "train_tokens_per_second"))
+    # The speed so far, with its parts, is in each log, and what counts only grows.
+    for name in ("train_runtime", "train_data_runtime", "train_compute_runtime"):
+        seen = train_logs(trainer, name)
+        assert len(seen) == 5
+        assert seen[-1] == output.metrics[name]
+        assert seen == sorted(seen)
+    for log in [entry for entry in trainer.state.log_history if "loss" in entry]:
+        rate, seconds = log["train_samples_per_second"], log["train_runtime"]
+        assert rate * seconds == pytest.approx(4 * log["step"], rel=0.2)
+        parts = [log[f"train_{part}_runtime"] for part in ("data", "compute", "host")]
+        assert sum(parts) <= seconds + 1e-3
     resumed = make()
     resumed.fit(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert train_logs(resumed, "num_input_tokens_seen") == [8, 16, 24, 32]
@@ -208,6 +219,7 @@ def test_no_tokens_are_counted_unless_asked(tmp_path):
     trainer = make_trainer(tmp_path)
     assert "train_tokens_per_second" not in trainer.fit().metrics
     assert train_logs(trainer, "num_input_tokens_seen") == []
+    assert len(train_logs(trainer, "train_runtime")) == 1  # at the end
 
 
 # --- memory ---------------------------------------------------------------------------------------
