@@ -317,6 +317,22 @@ def test_leftovers_of_dead_processes_and_of_this_one_are_removed(store, dead_pid
     assert names(store.directory) == sorted([stays.name, ".tmp-other", "checkpoint-5"])
 
 
+def test_files_that_a_dead_process_was_replacing_are_removed(store, dead_pid, monkeypatch):
+    store.directory.mkdir()
+    old = store.directory / f".tmp-{dead_pid}-0a1b2c3d-log.jsonl"
+    others = [
+        store.directory / f".tmp-{os.getppid()}-0a1b2c3d-log.jsonl",
+        store.directory / f".tmp-{dead_pid}-notes",
+    ]
+    for path in (old, *others):
+        path.write_bytes(b"half")
+    monkeypatch.chdir(store.directory)
+    with disk.replacing(disk.Path("results.json")) as temporary:
+        temporary.write_bytes(b"{}")
+        assert store.clean_leftovers() == [old]
+    assert names(store.directory) == sorted([*(path.name for path in others), "results.json"])
+
+
 def test_whoever_is_alone_removes_those_of_a_number_that_is_in_use_again(store):
     """In a container the program before was process 1, and somebody always is."""
     gone = leftover(store, "tmp", 12, os.getppid())

@@ -128,6 +128,10 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
     return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
 
+_REPLACING: set[Path] = set()
+_BESIDE = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{8}-.+", re.ASCII | re.DOTALL)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside ``path`` to write to: at the end it takes its name, complete or not at all.
@@ -135,6 +139,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Its name ends like that of ``path``, for writers that look at the ending.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    _REPLACING.add(temporary.absolute())
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -142,6 +147,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _REPLACING.discard(temporary.absolute())
+
+
+def abandoned_files(directory: Path) -> list[Path]:
+    """Return what ``replacing`` left in a folder when its process was killed."""
+    found = []
+    for path in (directory / name for name in entries(directory) if name.startswith(".tmp-")):
+        match = _BESIDE.fullmatch(path.name)
+        if match is None or path.absolute() in _REPLACING or not path.is_file():
+            continue
+        if int(match[1]) == os.getpid() or not process_is_alive(int(match[1])):
+            found.append(path)
+    return found
 
 
 def open_regular(path: Path) -> io.FileIO:

@@ -301,15 +301,15 @@ class CheckpointStore:
         """Remove what dead processes left half done; call it before a run begins to write.
 
         Unfinished and half-deleted folders of processes that no longer run, and of this process
-        unless it is writing them now, are removed. A checkpoint that was set aside to be replaced
-        is put back if its successor never arrived.
+        unless it is writing them now, are removed; files for people (logs, results) likewise. A
+        checkpoint that was set aside to be replaced is put back if its successor never arrived.
 
         Args:
             alone: No other process can be writing here, so that a process which runs under the
                 number of a former one (in containers it is always 1) does not protect its leftover.
 
         Returns:
-            The hidden folders that are gone.
+            The hidden folders and files that are gone.
         """
         gone = []
         for hidden in self._hidden():
@@ -328,6 +328,10 @@ class CheckpointStore:
                 gone.append(hidden.path)
             except OSError as error:
                 _tell(None, f"Could not remove the leftover {hidden.path}: {error}")
+        with suppress(OSError):  # small, and in nobody's way
+            for path in disk.abandoned_files(self.directory):
+                path.unlink()
+                gone.append(path)
         return gone
 
     def list(self) -> Listing:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import TrainerCallback
+from kbtrain.checkpoint.disk import replacing
 from kbtrain.state import TrainerControl, TrainerState
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ class LogFile(TrainerCallback):
 
 def replace_whole(path: Path, data: bytes) -> None:
     """Put a new file in the place of an old one, all or nothing."""
-    temporary = path.with_suffix(f".tmp-{path.suffix[1:]}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def append_whole(path: Path, data: bytes) -> None:
