@@ -1,6 +1,10 @@
 """Weights from checkpoints and Keras files: all of them, or what fits, with a report."""
 
+import dataclasses
+import hashlib
+import io
 import logging
+import shutil
 
 import h5py
 import keras
@@ -17,6 +21,8 @@ from kbtrain import (
     Trainer,
     load_weights,
 )
+from kbtrain.checkpoint.disk import FileEntry
+from kbtrain.checkpoint.manifest import read_manifest, write_manifest
 
 LAYERS = keras.layers
 
@@ -173,6 +179,52 @@ def test_export_a_model(sources, tmp_path):
     assert [w.tobytes() for w in model.get_weights()] == [w.tobytes() for w in sources[1]]
     x = np.ones((2, 3), "float32")
     assert model(x).shape == (2, 1)
+
+
+def forge(source, folder, name, data):
+    """A checkpoint with a file that is not kbtrain's, and a manifest that vouches for it."""
+    shutil.copytree(source, folder)
+    manifest = read_manifest(folder)
+    files = dict(manifest.files)
+    for file in (name, "manifest.json"):
+        (folder / file).unlink()
+    (folder / name).write_bytes(data)
+    entry = FileEntry(len(data), hashlib.sha256(data).hexdigest(), files[name].group)
+    write_manifest(folder, dataclasses.replace(manifest, files={**files, name: entry}))
+
+
+def strange_file(kind, outside):
+    if kind == "garbage":
+        return b"\x89HDF\r\n\x1a\n" + bytes(range(256))
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        if kind == "link":
+            file["layers"] = h5py.ExternalLink(str(outside), "/layers")
+        else:
+            group = file.create_group("layers")
+            group["again"] = group
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["garbage", "link", "loop"])
+def test_export_of_a_forged_file_of_arrays(sources, tmp_path, capsys, kind):
+    from kbtrain.cli import main
+
+    folder, target = tmp_path / "checkpoint-1", tmp_path / "out.weights.h5"
+    data = strange_file(kind, sources[0]["checkpoint"] / "model.weights.h5")
+    forge(sources[0]["checkpoint"], folder, "model.weights.h5", data)
+    assert main(["checkpoint", "export", str(folder), str(target)]) == 2
+    assert "model.weights.h5 is not as kbtrain wrote it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_export_of_a_configuration_that_is_no_model(sources, tmp_path, capsys):
+    from kbtrain.cli import main
+
+    folder = tmp_path / "checkpoint-1"
+    forge(sources[0]["checkpoint"], folder, "model_config.json", b"[1, 2]")
+    assert main(["checkpoint", "export", str(folder), str(tmp_path / "x.keras")]) == 2
+    assert "describes no model. Received: list" in capsys.readouterr().err
 
 
 def test_export_says_what_is_missing(tmp_path, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,12 @@ import h5py
 from kbtrain.checkpoint.disk import replacing
 from kbtrain.checkpoint.manifest import open_verified, read_manifest
 from kbtrain.checkpoint.reading import read_checkpoint
-from kbtrain.errors import CheckpointError, ConfigurationError, first_lines
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    ConfigurationError,
+    first_lines,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -79,6 +85,10 @@ def build_model(path: Path) -> keras.Model:
             "your own, register them with keras.saving.register_keras_serializable and name the "
             "module with --import."
         ) from error
+    if not isinstance(model, keras.Model):
+        raise CheckpointError(
+            f"model_config.json of {path} describes no model. Received: {type(model).__name__}."
+        )
     restore_model_arrays(model, checkpoint.arrays)
     return model
 
@@ -90,7 +100,8 @@ def _export_weights(path: Path, target: Path) -> None:
         for name, entry in read_manifest(path).files.items():
             if entry.group != "model":
                 continue
-            with open_verified(path, name, entry) as file, h5py.File(file, "r") as old:
+            opened = open_verified(path, name, entry)
+            with opened as file, _readable(path, name), h5py.File(file, "r") as old:
                 copied += _merge(old, new)
     if not copied:
         raise CheckpointError(
@@ -100,12 +111,32 @@ def _export_weights(path: Path, target: Path) -> None:
         )
 
 
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    """Say of a file that is unaltered, and yet none of kbtrain's, that it is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk, while writing
+        raise CheckpointDamagedError(
+            f"The checkpoint {path} is damaged: {name} is not as kbtrain wrote it "
+            f"({type(error).__name__}: {first_lines(error)})."
+        ) from None
+
+
 def _merge(old: Any, new: Any, top: bool = True) -> int:
-    """Copy the tree of ``old`` into ``new``, where a part of it may be already."""
+    """Copy the tree of ``old`` into ``new``, where a part of it may be already.
+
+    Raises:
+        ValueError: It leads out of the file.
+    """
     copied = 0
     for name in old:
         if top and name in _OWN:
             continue
+        if not isinstance(old.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name!r} is a link to somewhere else")
         if isinstance(old[name], h5py.Group):
             copied += _merge(old[name], new.require_group(name), top=False)
         else:

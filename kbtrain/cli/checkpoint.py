@@ -111,8 +111,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 def export_model(arguments: argparse.Namespace) -> int:
     """The model of one checkpoint as a Keras file; of a run, its newest."""
+    from kbtrain.lazy_tensorflow import not_imported  # loads Keras
+
     path = _checkpoints(arguments.path)[-1]
-    export(path, arguments.target, arguments.modules)
+    with not_imported():
+        export(path, arguments.target, arguments.modules)
     print(f"Wrote {arguments.target} from {path}.")
     return 0
 
