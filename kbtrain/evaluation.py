@@ -410,10 +410,15 @@ class Totals:
             self._extras[name] = _add_each(self._extras.get(name, 0.0), weighted.tolist())
 
     def result(self) -> dict[str, float]:
-        """The mean loss, and the means of the extras by name."""
+        """The mean loss, and the means of the extras by name; the sums where nothing counts."""
+        if self._count == 0:
+            logger.warning(
+                "No label of the evaluation counts: all are ignored or padded. The loss is %s.",
+                self._sum,
+            )
         total = self._count or 1.0
         extras = {name: value / total for name, value in sorted(self._extras.items())}
-        return {"loss": self._sum / total if self._count else 0.0, **extras}
+        return {"loss": self._sum / total, **extras}
 
 
 def _add_each(total: float, values: list[float]) -> float:

@@ -201,6 +201,16 @@ def test_a_nan_is_not_hidden(tmp_path):
     assert np.isnan(metrics["eval_mean_absolute_error"])
 
 
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_a_set_without_a_label_that_counts(tmp_path, value, caplog):
+    def nothing(outputs, labels):
+        return keras.ops.sum(outputs) * 0.0 * value, keras.ops.zeros(())
+
+    trainer = make(tmp_path, loss=None, compute_loss_func=nothing)
+    np.testing.assert_equal(trainer.evaluate(make_data(4))["eval_loss"], 0.0 * value)
+    assert "No label of the evaluation counts" in caplog.text
+
+
 def test_an_empty_loader_is_an_error(tmp_path):
     class Own(Trainer):
         def get_eval_dataloader(self, eval_dataset=None):
