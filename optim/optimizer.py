@@ -1,6 +1,6 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -397,7 +397,12 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         self.update_variable(gradient, variable, self._step(), ops.cast(learning_rate, "float32"))
 
     def update_variable(
-        self, gradient: Tensor, variable: Any, step: Tensor, learning_rate: Tensor
+        self,
+        gradient: Tensor,
+        variable: Any,
+        step: Tensor,
+        learning_rate: Tensor,
+        through: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None,
     ) -> None:
         """Execute the rule for one variable, as it is written, and assign the results.
 
@@ -406,20 +411,23 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
             variable: the variable to update.
             step: float32 scalar, 1 at the first update.
             learning_rate: float32 scalar, not yet multiplied for this variable.
+            through: called as ``through(pure, value, gradient, slots)``, returns what
+                ``pure(value, gradient, slots)`` would: the new value and slots.
         """
         slots = self.slots_of(variable)
         treatment = self.treatment_of(variable)
         old_value = ops.convert_to_tensor(variable)
         old_slots = {name: ops.convert_to_tensor(slot) for name, slot in slots.items()}
-        value, new_slots = advance(
-            treatment.rule,
-            old_value,
-            gradient,
-            old_slots,
-            step,
-            treatment.learning_rate(learning_rate),
-            treatment.weight_decay,
-        )
+        rate = treatment.learning_rate(learning_rate)
+
+        def pure(value: Tensor, gradient: Tensor, slots: dict[str, Tensor]) -> Any:
+            rule, decay = treatment.rule, treatment.weight_decay
+            return advance(rule, value, gradient, slots, step, rate, decay)
+
+        if through is None:
+            value, new_slots = pure(old_value, gradient, old_slots)
+        else:
+            value, new_slots = through(pure, old_value, gradient, old_slots)
         # An old value that moves to another variable: what was read may be the variable itself,
         # which the assignments change one by one.
         old = [old_value, *old_slots.values()]

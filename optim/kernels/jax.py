@@ -6,12 +6,16 @@ hand-written kernel here.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax import lax
 from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 from keras import ops
+
+from optim.kernels.jax_order import Pure, after, in_place, zero_after
 
 FUSED: dict[str, Callable[..., None]] = {}
 
@@ -45,23 +49,54 @@ def execute(
 
     XLA is free to begin with the first operation of all variables, and keeps what a rule needs in
     between for all of them. So a rule that cannot be one loop over its tensor waits for the one
-    before it.
+    before it. On a CPU results also wait for those that read their old values
+    (`optim.kernels.jax_order`).
     """
     zero = None
     for gradient, variable in zip(gradients, variables, strict=True):
-        if zero is not None:
-            gradient = gradient + zero
-        optimizer.update_variable(gradient, variable, step, learning_rate)
-        one_loop = getattr(type(optimizer.rule_of(variable)).update, "elementwise", False)
-        if not one_loop and isinstance(gradient, Tracer):
-            zero = _zero_after(ops.convert_to_tensor(variable))
+        rule = type(optimizer.rule_of(variable)).update
+        through = _Through(zero, getattr(rule, "elementwise", False))
+        optimizer.update_variable(gradient, variable, step, learning_rate, through)
+        if isinstance(gradient, Tracer) and not through.one_loop:
+            zero = zero_after(ops.convert_to_tensor(variable))
 
 
-def _zero_after(value: Any) -> Any:
-    """A zero that is not known before ``value`` is, and that XLA does not know to be one."""
-    first = lax.convert_element_type(value[(slice(1),) * value.ndim], "float32")
-    bits = lax.bitcast_convert_type(first, "int32")
-    return lax.convert_element_type(lax.population_count(bits).sum() >> 6, "float32")
+@dataclass
+class _Through:
+    """How the rule of one variable is executed.
+
+    Attributes:
+        zero: what it waits for, if anything.
+        one_loop: whether the rule is elementwise; after the call, whether it is one loop, too.
+    """
+
+    zero: Any
+    one_loop: bool
+
+    def __call__(self, pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> Any:
+        if self.zero is not None:
+            gradient = after(self.zero, gradient)
+            slots = {
+                name: after(self.zero, slot) if slot.ndim and slot.dtype == "uint8" else slot
+                for name, slot in slots.items()
+            }
+        if not (self.one_loop and isinstance(gradient, Tracer) and _on_cpu()):
+            return pure(value, gradient, slots)
+        if gradient.size < LARGE:
+            return pure(value, gradient, slots)
+        result, self.one_loop = in_place(pure, value, gradient, slots)
+        return result
+
+
+LARGE = 1 << 14
+"""Elements from which on it matters whether a tensor is copied."""
+
+
+def _on_cpu() -> bool:
+    """Whether what is traced now will run on a CPU."""
+    chosen = jax.config.jax_default_device
+    platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
+    return str(platform).startswith("cpu")
 
 
 def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
