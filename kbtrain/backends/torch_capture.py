@@ -1,29 +1,34 @@
 """Capture of a torch step: from Python over Keras layers to a fixed list of ATen operations.
 
 A step is run once on fake tensors, which records every operation, forward, backward and update,
-for these shapes; `torch_program` makes a program of the record. What depends on values in Python
-(``if`` on a tensor, ``.item()``) cannot be recorded: torch says so during the capture, and the step
-runs as it is.
+for these shapes (`torch_record`); `torch_program` makes a program of the record. What depends on
+values in Python (``if`` on a tensor, ``.item()``) cannot be recorded: torch says so during the
+capture, and the step runs as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_native import native_operations
 from kbtrain.backends.torch_program import NotCapturable, make_program, same_random_state
+from kbtrain.backends.torch_record import record
 from kbtrain.errors import causes, first_lines, user_line
+
+logger = logging.getLogger("kbtrain")
 
 # Without a rule for fake tensors, recording a fused optimizer runs it on real ones made of zeros:
 # four times the size of the model for a moment. They change their arguments and return nothing.
@@ -64,8 +69,9 @@ class CapturedStep:
     ) -> None:
         self._variables = list(variables)
         flat = keras.tree.flatten(inputs)
-        graph, self.outputs = _record(fn, self._variables, inputs)
-        self._program = make_program(graph, [*flat, *self._state()], inductor, kept)
+        with _no_collection(), torch.no_grad():
+            recorded, self.outputs = _record(fn, self._variables, inputs)
+            self._program = make_program(recorded, [*flat, *self._state()], inductor, kept)
 
     def _state(self) -> list[torch.Tensor]:
         return [variable._value for variable in self._variables]
@@ -81,7 +87,7 @@ class CapturedStep:
 
 def _record(
     fn: Callable[[Any], Any], variables: list[keras.Variable], inputs: Any
-) -> tuple[GraphModule, Any]:
+) -> tuple[Any, Any]:
     """The step as one graph of ATen operations, and the structure of its outputs.
 
     The variables' values are inputs of the graph, after those of the step.
@@ -98,10 +104,10 @@ def _record(
         return keras.tree.flatten(result)
 
     python, numpy = random.getstate(), np.random.get_state(legacy=True)
-    record = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)
+    examples = [*keras.tree.flatten(inputs), *(t.detach() for t in real)]
     try:
         with same_random_state(), native_operations():
-            graph = record(*keras.tree.flatten(inputs), *[t.detach() for t in real])
+            recorded = _recorded(flat_step, examples)
     except NotCapturable:
         raise
     except Exception as error:
@@ -117,7 +123,30 @@ def _record(
         random.setstate(python)
         np.random.set_state(numpy)
         raise NotCapturable("the model draws Python or NumPy random numbers")
-    return graph, outputs[0]
+    return recorded, outputs[0]
+
+
+def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
+    """The record of a step; that of ``make_fx`` where Python looks at values, say."""
+    try:
+        return record(step, examples)
+    except NotCapturable:
+        raise
+    except Exception as error:  # whatever it is, make_fx decides whether it is one
+        logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
+    return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nobody looks for garbage inside: among hundreds of thousands of new objects it takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _equal(a: Any, b: Any) -> bool:

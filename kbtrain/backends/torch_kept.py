@@ -8,7 +8,7 @@ page, which on a CPU takes longer than the fused update of the whole table (docs
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from kbtrain.backends.torch_rewrites import Memory, nodes_in
 
@@ -38,7 +38,7 @@ def _embedding_gradient(
 _LIBRARY.impl("embedding_gradient", _embedding_gradient, "CPU")
 
 
-def keep_gradients(module: GraphModule, kept: Kept) -> None:
+def keep_gradients(module: torch.nn.Module, kept: Kept) -> None:
     """Let the gradients of large embeddings use memory of ``kept``.
 
     To the record the operation is one that allocates its result: nothing outside of the step has a
@@ -46,7 +46,7 @@ def keep_gradients(module: GraphModule, kept: Kept) -> None:
     the same order.
 
     Args:
-        module: A recorded graph; changed in place.
+        module: A recorded step; changed in place.
         kept: Memory of other records of the same step; what is missing is added.
     """
     graph = module.graph

@@ -27,7 +27,7 @@ from kbtrain.backends.torch_rewrites import (
     nodes_in,
     simplify,
 )
-from kbtrain.backends.torch_script import NotScriptable, to_script
+from kbtrain.backends.torch_script import NotScriptable, Part, to_script
 from kbtrain.backends.torch_skips import drop_selections
 from kbtrain.backends.torch_views import copy_where_needed, plain_products, shorten_views
 
@@ -63,12 +63,12 @@ def _check(*conditions: torch.Tensor) -> None:
 
 
 def make_program(
-    module: GraphModule, examples: Sequence[torch.Tensor], inductor: bool, kept: Kept
+    module: torch.nn.Module, examples: Sequence[torch.Tensor], inductor: bool, kept: Kept
 ) -> Callable[..., list[Any]]:
     """Compile a recorded step.
 
     Args:
-        module: The recorded step.
+        module: The recorded step: a ``torch.nn.Module`` with a ``graph``.
         examples: A value for each of its inputs.
         inductor: Compile the part without effects by ``torch.compile``, not TorchScript.
         kept: Memory that the programs of one step share (``torch_kept``).
@@ -100,7 +100,7 @@ def make_program(
     constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
-    part = _pure_part(pure, results, placeholders, constants)
+    part = Part(placeholders, constants, _used(pure, results), results)
     script = _inductor(part, examples) if inductor else _script(part)
 
     code = _Code()
@@ -125,7 +125,7 @@ def _has_unknown_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and any(known_number(n) is None for n in value.shape)
 
 
-def _sort(module: GraphModule) -> tuple[list[Node], list[Node], list[Node]]:
+def _sort(module: torch.nn.Module) -> tuple[list[Node], list[Node], list[Node]]:
     """Nodes that can run before any state is changed, the others, and the guards' conditions.
 
     The order within each list is the recorded one. A node may move before the changes if it
@@ -178,33 +178,38 @@ def _is_state(owner: Node) -> bool:
 # --- the part without effects ---------------------------------------------------------------------
 
 
-def _pure_part(
-    pure: list[Node],
-    results: list[Node],
-    placeholders: list[Node],
-    constants: dict[Node, torch.Tensor],
-) -> GraphModule:
-    """A function of all inputs with the nodes without effects."""
+def _used(nodes: list[Node], results: list[Node]) -> list[Node]:
+    """The nodes that the results need, and those with an effect of their own."""
+    needed = set(results)
+    used = []
+    for node in reversed(nodes):
+        if node in needed or node.is_impure():
+            used.append(node)
+            needed.update(node.all_input_nodes)
+    return used[::-1]
+
+
+def _as_module(part: Part) -> GraphModule:
+    """The function as a module that runs in Python."""
     graph, mapping, root = Graph(), {}, torch.nn.Module()
-    for node in placeholders:
+    for node in part.inputs:
         mapping[node] = graph.placeholder(node.name)
-    for node, tensor in constants.items():
+    for node, tensor in part.constants.items():
         name = f"constant{len(mapping)}"
         root.register_buffer(name, tensor)
         mapping[node] = graph.get_attr(name)
-    for node in pure:
+    for node in part.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    graph.output(tuple(mapping[n] for n in results))
-    graph.eliminate_dead_code()
+    graph.output(tuple(mapping[n] for n in part.results))
     return GraphModule(root, graph)
 
 
-def _inductor(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
     """The function compiled by ``torch.compile``; as TorchScript where that fails."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled = torch.compile(module, fullgraph=True, dynamic=False)
+            compiled = torch.compile(_as_module(part), fullgraph=True, dynamic=False)
             with same_random_state():
                 compiled(*examples)
             return compiled
@@ -216,16 +221,16 @@ def _inductor(module: GraphModule, examples: Sequence[torch.Tensor]) -> Callable
             type(error).__name__,
             lines[0],
         )
-        return _script(module)
+        return _script(part)
 
 
-def _script(module: GraphModule) -> Callable[..., Any]:
+def _script(part: Part) -> Callable[..., Any]:
     """The function as TorchScript; in Python where that has no word for something."""
     try:
-        return to_script(module)
+        return to_script(part)
     except NotScriptable as error:
         logger.info("The captured step runs in Python, TorchScript cannot express it: %s", error)
-        return module
+        return _as_module(part)
 
 
 # --- the program ----------------------------------------------------------------------------------

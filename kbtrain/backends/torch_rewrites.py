@@ -15,7 +15,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
@@ -92,14 +92,14 @@ class Memory:
         return self.written_between(node, position, float("inf"))
 
 
-def simplify(module: GraphModule) -> None:
+def simplify(module: torch.nn.Module) -> None:
     """Leave out what does nothing in a recorded graph, and compute once what is always the same.
 
     ``detach`` means nothing without gradients, nor does a product with 1. Small tensors that
     depend on shapes alone (zeros, ones, ranges, and what is computed from them) become constants.
 
     Args:
-        module: A recorded graph; changed in place.
+        module: A recorded step; changed in place.
     """
     graph = module.graph
     memory = Memory(graph)

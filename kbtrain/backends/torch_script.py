@@ -10,40 +10,52 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 
 class NotScriptable(Exception):
     """The graph has something that TorchScript has no word for; the message says what."""
 
 
-def to_script(module: GraphModule) -> Callable[..., Any]:
-    """Compile a graph.
+class Part(NamedTuple):
+    """A part of a recorded graph, as a function.
+
+    Attributes:
+        inputs: What it is given.
+        constants: Nodes that stand for tensors, with these.
+        nodes: The operations, in order.
+        results: What it returns, as a tuple.
+    """
+
+    inputs: list[Node]
+    constants: dict[Node, torch.Tensor]
+    nodes: list[Node]
+    results: list[Node]
+
+
+def to_script(part: Part) -> Callable[..., Any]:
+    """Compile a function.
 
     Args:
-        module: A graph of ATen (or registered) operations; its output is a tuple of nodes.
+        part: Its operations, those of ATen or registered ones.
 
     Returns:
-        A function of the graph's inputs that returns a tuple of tensors.
+        A function of the inputs that returns a tuple of tensors.
 
     Raises:
         NotScriptable: There is an operation or an argument that cannot be expressed.
     """
     writer = _Writer()
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    fixed = [node for node in module.graph.nodes if node.op == "get_attr"]
-    constants = [getattr(module, str(node.target)) for node in fixed]
-    for node in [*inputs, *fixed]:
+    constants = list(part.constants.values())
+    for node in [*part.inputs, *part.constants]:
         writer.values[node] = writer.graph.addInput(node.name)
     try:
-        for node in module.graph.nodes:
-            if node.op == "call_function":
-                writer.operation(node)
-            elif node.op == "output":
-                writer.finish(node.args[0])
+        for node in part.nodes:
+            writer.operation(node)
+        writer.finish(part.results)
     except (RuntimeError, TypeError) as error:  # torch's own: a constant of an unknown kind, say
         raise NotScriptable(str(error).strip().splitlines()[-1]) from error
     function = torch._C._create_function_from_graph("step", writer.graph)
