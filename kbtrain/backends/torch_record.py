@@ -93,8 +93,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _DEVICE:
-            return func(*args)
+        if func is _DEVICE:  # asked for more often than anything is computed
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func not in _KNOWN:
             _examine(func)
         graph_args = tuple([self._argument(x) for x in args])

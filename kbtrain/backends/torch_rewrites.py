@@ -9,6 +9,7 @@ else has no effect, can be compiled as one, and can be thrown away if a check fa
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import defaultdict
@@ -43,14 +44,24 @@ def aliases(node: Node, write: bool) -> list[Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     found: list[Node] = []
-    arguments = node.target._schema.arguments
-    given = dict(zip([argument.name for argument in arguments], node.args, strict=False))
-    given |= node.kwargs
-    for argument in arguments:
-        info = argument.alias_info
-        if info is not None and info.is_write == write and argument.name in given:
-            found += nodes_in(given[argument.name])
+    for position, name in _shared(node.target)[write]:
+        if position < len(node.args):
+            found += nodes_in(node.args[position])
+        elif name in node.kwargs:
+            found += nodes_in(node.kwargs[name])
     return found
+
+
+@functools.cache
+def _shared(operation: Any) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Position and name of the arguments that an operation returns a view of, or writes to."""
+    views: list[tuple[int, str]] = []
+    written: list[tuple[int, str]] = []
+    for position, argument in enumerate(operation._schema.arguments):
+        if argument.alias_info is not None:
+            found = written if argument.alias_info.is_write else views
+            found.append((position, argument.name))
+    return views, written
 
 
 class Memory:
