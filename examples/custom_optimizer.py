@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--output-dir", default="runs/signum")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
+    keras.utils.set_random_seed(0)
     digits = load_digits()
     x_train, x_test, y_train, y_test = train_test_split(
         (digits.data / 16).astype("float32"), digits.target, test_size=300, random_state=0

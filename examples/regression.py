@@ -52,6 +52,7 @@ def main(words: list[str]) -> dict[str, float]:
     """Train, evaluate on the test set, write results, log and model card."""
     parser = ArgumentParser(ModelArguments, TrainingArguments)
     options, args = parser.parse_args([*DEFAULTS, *words])
+    keras.utils.set_random_seed(args.seed)  # the weights to begin with
 
     data = load_diabetes()
     x = (data.data / data.data.std(axis=0)).astype("float32")

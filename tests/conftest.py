@@ -1,9 +1,24 @@
-"""What every test needs: quiet frameworks. KERAS_BACKEND alone decides which one is tested."""
+"""What every test needs: quiet frameworks, and examples that are the same every time.
+
+KERAS_BACKEND alone decides which framework is tested.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
+
+from hypothesis import HealthCheck, settings
+
+# The examples are a function of the test alone, and no clock decides whether they are quick enough.
+settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("suite")
 
 # Read by TensorFlow and by JAX's compiler when they are imported, here and in subprocesses. Only
 # fatal messages remain; an error of consequence is a Python exception, which this does not touch.

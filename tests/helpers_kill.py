@@ -3,7 +3,8 @@
 It has imported everything once and forks for every life, so that a life costs its training only.
 It reads lives from its input, one JSON object a line: ``folder``, and how the life ends: ``disk``
 (the number of the call to the disk in whose middle it kills itself), ``step`` and ``seconds`` (it
-is killed so long after so many steps), or neither. It answers with the exit code of each.
+is killed so long after so many steps), or neither. It answers with the exit code of each. A life
+that is to be killed waits for it a few steps later, however busy the machine is.
 """
 
 import contextlib
@@ -27,13 +28,17 @@ STEPS = 96
 
 
 class Tell(TrainerCallback):
-    """Tells the killer how far the run is."""
+    """Tells the killer how far the run is; after its last step it waits for its end."""
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, pipe, last):
+        self.pipe, self.left = pipe, last
 
     def on_step_end(self, args, state, control, **kwargs):
         os.write(self.pipe, b"%d\n" % state.global_step)
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                time.sleep(600)
 
 
 def die():
@@ -81,7 +86,7 @@ class Noisy:
         return self.x[index] + np.float32(0.1 * noise), self.y[index]
 
 
-def train(folder, pipe):
+def train(folder, pipe, last):
     """A run with everything random in it that saves at every other step."""
     layers = [
         keras.Input((3,)),
@@ -106,7 +111,7 @@ def train(folder, pipe):
         args,
         train_dataset=Noisy(),
         loss="mse",
-        callbacks=[Tell(pipe)],
+        callbacks=[Tell(pipe, last)],
     )
     trainer.fit(resume_from_checkpoint="auto")
     arrays = {str(i): w for i, w in enumerate(weights(trainer.model))}
@@ -123,7 +128,7 @@ def live(folder, modules, disk=0, step=None, seconds=0.0):
             die_at(disk)
         code = 1
         try:
-            train(folder, writing)
+            train(folder, writing, None if step is None else step + 3)
             modules.write_text(json.dumps(list(sys.modules)))
             code = 0
         except BaseException:

@@ -13,7 +13,7 @@ import pytest
 from helpers import Recorder, StopAt, arguments, fit, linear_model, make_data, same, weights
 
 from kbtrain import Trainer
-from kbtrain.data import Batches, DataLoader
+from kbtrain.data import Batches, DataLoader, prefetch
 from kbtrain.data import blocks as blocks_module
 from kbtrain.data.prefetch import Prefetched
 
@@ -24,9 +24,21 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left():
-    assert not threads()
+    before = threads()
     yield
-    assert not threads()
+    assert [thread for thread in threads() if thread not in before] == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it: no load makes fast data slow."""
+    now = [0.0]
+
+    class Time:
+        perf_counter = staticmethod(lambda: now[0])
+
+    monkeypatch.setattr(prefetch, "time", Time)
+    return now
 
 
 @pytest.fixture
@@ -74,11 +86,10 @@ def test_no_more_items_are_made_than_asked_for():
     assert len(made) == 5
 
 
-def test_a_thread_starts_after_two_slow_items_and_not_for_fast_ones():
+def test_a_thread_starts_after_two_slow_items_and_not_for_fast_ones(clock):
     def make(slow):
         for i in range(6):
-            if i in slow:
-                time.sleep(0.02)
+            clock[0] += 0.02 if i in slow else 0.005
             yield i
 
     for slow, expected in [((), False), ((0, 2, 4), False), ((0, 1), True), ((3, 4), True)]:
@@ -166,6 +177,7 @@ def test_blocks_read_ahead_are_the_same(limit):
     assert list(itertools.chain(*found)) == list(itertools.chain(*expected))
 
 
+@pytest.mark.usefixtures("clock")
 def test_fast_arrays_need_no_thread():
     seen = []
     with contextlib.closing(

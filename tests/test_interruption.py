@@ -18,6 +18,7 @@ from kbtrain import (
     TrainerCallback,
     TrainingInterrupted,
     interruption,
+    saving,
 )
 from kbtrain.checkpoint import CheckpointStore
 
@@ -383,9 +384,10 @@ def clock(monkeypatch):
     now = [1000.0]
 
     class Time:
-        monotonic = staticmethod(lambda: now[0])
+        monotonic = perf_counter = staticmethod(lambda: now[0])
 
     monkeypatch.setattr(interruption, "time", Time)
+    monkeypatch.setattr(saving, "time", Time)  # what a checkpoint takes decides when to stop
     return now
 
 

@@ -633,10 +633,12 @@ def test_a_reader_never_meets_anything_but_whole_checkpoints(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     saver = Saver(CheckpointStore(tmp_path))
-    with saver.running(True, "raise"):
-        for step in range(40):
-            saver.save(snapshot(step, keep=3), True, "raise")
-    stop.set()
-    reader.join()
+    try:
+        with saver.running(True, "raise"):
+            for step in range(40):
+                saver.save(snapshot(step, keep=3), True, "raise")
+    finally:
+        stop.set()
+        reader.join()
     # A folder may be deleted while it is read: then it is gone, and a newer one is there.
     assert [message for message in seen if "altered" in message or "bytes instead" in message] == []
