@@ -37,8 +37,7 @@ class BoundModel:
         compute_loss: ``Trainer.compute_loss``.
         preprocess: ``preprocess_logits_for_metrics``, or None.
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
-        checks_labels: Integer labels go to ``loss`` as they are: look if the model has such
-            classes.
+        own_compute_loss: ``compute_loss`` is overridden: what it does with the batch is not known.
 
     Attributes:
         loss: The loss in use.
@@ -60,7 +59,7 @@ class BoundModel:
         compute_loss: ComputeLoss,
         preprocess: Callable[[Any, Any], Any] | None,
         tracked: dict[str, Any],
-        checks_labels: bool,
+        own_compute_loss: bool,
     ) -> None:
         self.model: keras.Model = building.check_model(model)
         self._args, self._backend = args, backend
@@ -83,7 +82,9 @@ class BoundModel:
         self._metrics_built = False
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
         self._checks_shapes = True
-        self._checks_labels = checks_labels
+        self._own_compute_loss = own_compute_loss
+        # Only where integer labels go to ``loss`` as they are.
+        self._checks_labels = not has_loss_func and not own_compute_loss
         self._output_shapes: Any = None
         self.label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
@@ -108,7 +109,9 @@ class BoundModel:
         names = self._args.label_names
         shapes = building.input_shapes(batch, names)
         if self._checks_shapes and shapes not in self._accepted:
-            self._output_shapes = building.build_model(self.model, batch, names)
+            self._output_shapes = building.build_model(
+                self.model, batch, names, picks_columns=self._own_compute_loss
+            )
             self._checks_shapes = self._output_shapes is not None
             self._accepted.add(shapes)
         if self.forward is None:

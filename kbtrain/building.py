@@ -96,13 +96,20 @@ def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
             layer.dtype_policy = own
 
 
-def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | None = None) -> Any:
+def build_model(
+    model: keras.Model,
+    batch: Any,
+    label_names: Sequence[str] | None = None,
+    picks_columns: bool = False,
+) -> Any:
     """Create the model's variables from the shapes of a batch, and check that the two fit.
 
     Args:
         model: A Keras model, built or not.
         batch: A batch as the loader gives it (NumPy).
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+        picks_columns: The loss calls the model itself: a built one need not take all the columns
+            of a batch.
 
     Returns:
         What the model returns, as shapes; None if shapes alone are not enough to tell.
@@ -120,6 +127,8 @@ def build_model(model: keras.Model, batch: Any, label_names: Sequence[str] | Non
         if model.built and not isinstance(error, ValueError | TypeError):
             raise
         if not model.built and _builds_eagerly(model, x):
+            return None
+        if model.built and picks_columns and isinstance(x, Mapping):
             return None
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(

@@ -162,8 +162,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             compute_loss=self.compute_loss,
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
-            checks_labels=self.compute_loss_func is None
-            and getattr(self.compute_loss, "__func__", None) is Trainer.compute_loss,
+            own_compute_loss=getattr(self.compute_loss, "__func__", None)
+            is not Trainer.compute_loss,
         )
         if self.args.predict_with_generate:
             check_generates(model, self.args)
@@ -414,8 +414,14 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         """
         self._tracked[name] = as_extra(name, value, "track() got")
 
-    def log(self, logs: Mapping[str, Any]) -> None:
-        """Add an entry to ``state.log_history`` and tell the callbacks."""
+    def log(self, logs: Mapping[str, Any], start_time: float | None = None) -> None:
+        """Add an entry to ``state.log_history`` and tell the callbacks.
+
+        Args:
+            logs: Names and numbers.
+            start_time: For subclasses that hand it on, as in the reference; of no effect, as logs
+                of the training have their speed already.
+        """
         entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
         self.state.remember(entry)
         self.fire("on_log", logs=entry)

@@ -417,6 +417,35 @@ def test_compute_loss_can_be_overridden(tmp_path):
     assert train_logs(trainer, "mse") == [pytest.approx(np.mean(error**2), rel=1e-6)]
 
 
+def test_compute_loss_as_it_is_written_for_the_reference(tmp_path):
+    """It takes labels and inputs out of the batch by name, and hands a start_time on."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            y = inputs.pop("labels")
+            outputs = model(inputs["features"])
+            loss = keras.ops.mean(inputs["weight"] * keras.ops.square(outputs - y))
+            return (loss, outputs) if return_outputs else loss
+
+        def log(self, logs, start_time=None):
+            super().log(logs | {"mine": 1.0}, start_time)
+
+    x, y = make_data(8)
+    weight = np.linspace(0.0, 1.0, 8, dtype="float32")[:, None]
+    columns = {"features": x, "weight": weight, "labels": y}
+    data = [{name: column[i] for name, column in columns.items()} for i in range(8)]
+    model = linear_model()
+    kernel, bias = weights(model)
+    given = {"train_dataset": data, "eval_dataset": data}
+    settings = {"learning_rate": 0.0, "remove_unused_columns": False}
+    trainer = Own(model, arguments(tmp_path, max_steps=2, **settings), **given)
+    trainer.fit()
+    expected = np.mean(weight * (x @ kernel + bias - y) ** 2)
+    assert train_logs(trainer) == [pytest.approx(expected, rel=1e-5)] * 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert all(entry["mine"] == 1.0 for entry in trainer.state.log_history)
+
+
 def test_compute_loss_can_build_on_the_default(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
