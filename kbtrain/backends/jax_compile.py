@@ -114,31 +114,7 @@ def compile_steps(
     def steps(inputs: tuple[Any, Any]) -> Any:
         block, count = inputs
         before = [v.value for v in now.state]
-
-        def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
-            row = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block
-            )
-            outputs, changed = run_stateless(lambda: fn(row), values)
-            return [changed.get(i, value) for i, value in enumerate(values)], outputs
-
-        if jax.tree.leaves(block)[0].shape[0] == 1:
-            after, outputs = one(before, 0)
-            outputs = jax.tree.map(lambda x: x[None], outputs)
-        else:
-            size = jax.tree.leaves(block)[0].shape[0]
-            run, (_, shapes) = trace(one, before, jnp.int32(0))
-            buffers = jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
-
-            def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
-                index, values, buffers = loop
-                values, outputs = run(values, index)
-                buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
-                return index + 1, values, buffers
-
-            _, after, outputs = jax.lax.while_loop(
-                lambda loop: loop[0] < count, body, (jnp.int32(0), before, buffers)
-            )
+        outputs, after = _loop(fn, [], before, block, 0, count)
         for variable, value in zip(now.state, after, strict=True):
             variable.assign(value)
         return outputs
@@ -219,34 +195,8 @@ def compile_eval_steps(
     def pure(
         constant: list[Any], values: list[Any], block: Any, start: Any, count: Any
     ) -> tuple[Any, list[Any]]:
-        def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
-            row = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block
-            )
-            outputs, changed = run_stateless(lambda: fn(row), [*constant, *values])
-            return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
-
         with now.tracing([*fixed, *changing]):
-            run, (_, shapes) = trace(one, values, start)
-            size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-            room = max(1, min(jax.tree.leaves(block)[0].shape[0], output_bytes // max(size, 1)))
-            if room == 1:
-                values, outputs = run(values, start)
-                return jax.tree.map(lambda x: x[None], outputs), values
-            buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
-
-            def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
-                index, values, buffers = loop
-                values, outputs = run(values, start + index)
-                buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
-                return index + 1, values, buffers
-
-            _, values, buffers = jax.lax.while_loop(
-                lambda loop: (loop[0] < count) & (loop[0] < room),
-                body,
-                (jnp.int32(0), values, buffers),
-            )
-        return buffers, values
+            return _loop(fn, constant, values, block, start, count, output_bytes)
 
     jitted = jax.jit(pure, donate_argnums=1, compiler_options=compiler_options())
     complete = _completing(fixed, jitted)
@@ -265,6 +215,59 @@ def compile_eval_steps(
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
 
     return _or_eagerly(call, eager)
+
+
+def _loop(
+    fn: Callable[[Any], Any],
+    constant: list[Any],
+    values: list[Any],
+    block: Any,
+    start: Any,
+    count: Any,
+    output_bytes: int | None = None,
+) -> tuple[Any, list[Any]]:
+    """Run ``fn`` on the entries of ``block`` from ``start`` on, in a loop, while tracing.
+
+    Args:
+        fn: One step; its state is ``[*constant, *values]``.
+        constant: Values of the state that it leaves alone.
+        values: Values of the state that it changes.
+        block: Inputs along a leading axis.
+        start: Number of the first entry.
+        count: Number of entries, at most.
+        output_bytes: Size of the outputs, at most, unless those of one entry are larger.
+
+    Returns:
+        The outputs along a leading axis, and the new ``values``.
+    """
+
+    def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
+        row = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block)
+        outputs, changed = run_stateless(lambda: fn(row), [*constant, *values])
+        return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
+
+    room = jax.tree.leaves(block)[0].shape[0]
+    run: Any = one
+    if room > 1:
+        run, (_, shapes) = trace(one, values, jnp.int32(0))
+        if output_bytes is not None:
+            size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+            room = max(1, min(room, output_bytes // max(size, 1)))
+    if room == 1:
+        values, outputs = run(values, start)
+        return jax.tree.map(lambda x: x[None], outputs), values
+    buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
+
+    def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+        index, values, buffers = loop
+        values, outputs = run(values, start + index)
+        buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
+        return index + 1, values, buffers
+
+    _, values, buffers = jax.lax.while_loop(
+        lambda loop: (loop[0] < count) & (loop[0] < room), body, (jnp.int32(0), values, buffers)
+    )
+    return buffers, values
 
 
 def _without_aliases(values: list[Any]) -> list[Any]:
