@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable
@@ -41,6 +42,7 @@ class CallbackHandler:
                 f"Received: {callback!r}. (Keras callbacks have other events.)"
             )
         _check_events(instance)
+        _warn_of_what_nobody_calls(instance)
         if any(type(other) is type(instance) for other in self.callbacks):
             logger.warning("A callback of class %s was there already.", type(instance).__name__)
         self.callbacks.append(instance)
@@ -164,6 +166,27 @@ def _check_events(callback: TrainerCallback) -> None:
                 "control, **kwargs): an event gets more by name than the three. "
                 f"Received: {event}({', '.join(p.name for p in parameters)})."
             )
+
+
+def _warn_of_what_nobody_calls(callback: TrainerCallback) -> None:
+    """Say so where a method looks like an event, or a state like the reference's, and is not."""
+    cls = type(callback)
+    for name in dir(cls):
+        if not name.startswith("on_") or name in EVENTS or not callable(getattr(cls, name)):
+            continue
+        if near := difflib.get_close_matches(name, EVENTS, n=1, cutoff=0.75):
+            logger.warning(
+                "%s.%s is never called: there is no such event. Did you mean %s?",
+                cls.__name__,
+                name,
+                near[0],
+            )
+    if hasattr(cls, "from_state") and not _has_state(callback):
+        logger.warning(
+            "The state of %s is not saved: that takes the two methods state(self), which returns "
+            "values for JSON, and load_state(self, state). from_state is not called.",
+            cls.__name__,
+        )
 
 
 def _has_state(callback: Any) -> bool:

@@ -316,14 +316,14 @@ def _run(trainer: Trainer, report: _Report) -> Any:
     trainer.fit(resume_from_checkpoint=False)
     if report.step != trainer.state.global_step or trainer.args.load_best_model_at_end:
         report.metrics = trainer.evaluate()
-    return report.compute(report.metrics)
+    return report.objective()
 
 
 class _Report(TrainerCallback):
     """Keeps the newest results, tells them to the trial and stops one that is hopeless."""
 
     def __init__(self, optuna: Any, compute: Callable[[dict[str, float]], Any], prune: bool):
-        self._optuna, self.compute, self._prune = optuna, compute, prune
+        self._optuna, self._compute, self._prune = optuna, compute, prune
         self.trial: Any = None
         self.metrics: dict[str, float] = {}
         self.step = -1
@@ -340,9 +340,23 @@ class _Report(TrainerCallback):
         self.metrics |= kwargs["metrics"]
         if not kwargs["trainer"].is_in_train or not self._prune:
             return
-        self.trial.report(float(self.compute(self.metrics)), state.global_step)
+        self.trial.report(float(self.objective()), state.global_step)
         if self.trial.should_prune():
             raise self._optuna.TrialPruned(f"at step {state.global_step}")
+
+    def objective(self) -> Any:
+        """What the trial is judged by, from the newest results.
+
+        Raises:
+            ConfigurationError: ``compute_objective`` asks for one that is not there.
+        """
+        try:
+            return self._compute(self.metrics)
+        except KeyError as error:
+            raise ConfigurationError(
+                f"compute_objective asks for {error}, which is not among the results of the "
+                f"evaluation: {', '.join(self.metrics)}."
+            ) from error
 
 
 # --- several processes ----------------------------------------------------------------------------

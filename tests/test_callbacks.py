@@ -288,6 +288,29 @@ def test_when_logs_are_due(tmp_path, changes, steps):
 # --- adding and removing --------------------------------------------------------------------------
 
 
+def test_what_looks_like_an_event_and_is_none_is_pointed_out(tmp_path, caplog):
+    class Hopeful(TrainerCallback):
+        def on_step_ends(self, args, state, control, **kwargs):
+            raise AssertionError
+
+        def on_my_own_business(self):
+            raise AssertionError
+
+        def state(self):
+            return {"args": {}, "attributes": {}}
+
+        @classmethod
+        def from_state(cls, state):
+            raise AssertionError
+
+    make_trainer(tmp_path, [Hopeful()])
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert "Hopeful.on_step_ends is never called" in warnings[0]
+    assert "Did you mean on_step_end?" in warnings[0]
+    assert "load_state(self, state)" in warnings[1]
+
+
 def test_add_pop_remove(tmp_path, caplog):
     trainer = make_trainer(tmp_path)
     recorder = Recorder()

@@ -223,6 +223,13 @@ def test_an_unknown_hyperparameter_is_no_use_without_a_model_that_takes_it(tmp_p
         )
 
 
+def test_an_objective_that_the_evaluation_does_not_give_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="asks for 'eval_f1'.*evaluation: eval_loss"):
+        make_trainer(tmp_path).hyperparameter_search(
+            rates, compute_objective=lambda metrics: metrics["eval_f1"], n_trials=1
+        )
+
+
 def test_a_search_needs_model_init_and_data_to_evaluate(tmp_path):
     trainer = Trainer(Line(), arguments(tmp_path), train_dataset=(X, Y), loss="mse")
     with pytest.raises(ConfigurationError, match="model_init"):
