@@ -156,9 +156,7 @@ def principal(matrix: Tensor, current: Tensor) -> Tensor:
     largest = ops.max(ops.abs(ops.where(finite, matrix, 0.0)))
     # Relative to the largest element: squares of gradients below 1e-19 are 0 in float32.
     safe = ops.where(finite, matrix, 0.0) / ops.maximum(largest, 1e-37)
-    left, _, right = ops.svd(safe, full_matrices=False)
-    vectors = left if matrix.shape[0] < matrix.shape[1] else ops.transpose(right)
-    vectors = vectors[:, : current.shape[1]]
+    vectors = kernels.singular_vectors(safe)[:, : current.shape[1]]
     backwards = ops.sum(vectors * current, axis=0, keepdims=True) < 0.0
     vectors = ops.where(backwards, -vectors, vectors)
     return ops.where(ops.all(finite), vectors, float("nan"))

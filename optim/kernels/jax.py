@@ -107,3 +107,9 @@ def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current:
 def take(table: Any, indices: Any) -> Any:
     """``table[indices]``, as it is."""
     return table.at[indices].get(mode="promise_in_bounds")
+
+
+def singular_vectors(matrix: Any) -> Any:
+    """The singular vectors on the smaller side of a matrix, as columns, the largest first."""
+    left, _, right = ops.svd(matrix, full_matrices=False)
+    return left if matrix.shape[0] < matrix.shape[1] else ops.transpose(right)

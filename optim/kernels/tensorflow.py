@@ -73,3 +73,9 @@ def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current:
 def take(table: Any, indices: Any) -> Any:
     """``table[indices]``, as it is."""
     return tf.gather(table, indices)
+
+
+def singular_vectors(matrix: Any) -> Any:
+    """The singular vectors on the smaller side of a matrix, as columns, the largest first."""
+    left, _, right = keras.ops.svd(matrix, full_matrices=False)
+    return left if matrix.shape[0] < matrix.shape[1] else keras.ops.transpose(right)

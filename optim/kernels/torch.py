@@ -240,6 +240,16 @@ def take(table: Any, indices: Any) -> Any:
     return torch.index_select(table, 0, indices.reshape(-1)).reshape(indices.shape)
 
 
+def singular_vectors(matrix: Any) -> Any:
+    """The singular vectors on the smaller side of a matrix, as columns, the largest first.
+
+    They are eigenvectors of a product with itself, which takes a third of the time of a singular
+    value decomposition. In float64 squares lose nothing that float32 has.
+    """
+    wide = (matrix if matrix.shape[0] < matrix.shape[1] else matrix.T).double()
+    return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).float()
+
+
 # ---- what is computed now and then ---------------------------------------------------------------
 
 _COMPUTE: list[Callable[[Any, Any], Any]] = []
