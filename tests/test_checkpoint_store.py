@@ -218,6 +218,17 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(
     assert store.latest_intact().step == 10
 
 
+@pytest.mark.parametrize(("files", "left", "said"), [(12, 0, True), (12, 1, False), (0, 0, False)])
+def test_a_disk_that_takes_no_more_files(store, monkeypatch, files, left, said):
+    """The system's error is that of a full disk, though there is room for bytes."""
+    system = os.statvfs_result((4096, 4096, 100, 50, 50, files, left, left, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: system)
+    fail_at(monkeypatch, os, "fsync", 1)
+    with pytest.raises(CheckpointError, match="0 MB are free") as caught:
+        save(store, 5)
+    assert ("no inodes are left" in str(caught.value)) is said
+
+
 def fail_once(monkeypatch, target, name, call):
     count = fail_at(monkeypatch, target, name, call)
     failing = getattr(target, name)

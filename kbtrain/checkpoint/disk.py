@@ -203,12 +203,16 @@ def tree_size(path: Path) -> int:
 
 
 def describe_space(directory: Path) -> str:
-    """Return one sentence about the free space where a folder is, empty if that cannot be told."""
+    """Say how much space is free where a folder is; empty if that cannot be told."""
     try:
         free = shutil.disk_usage(directory).free
+        system = os.statvfs(directory) if hasattr(os, "statvfs") else None
     except OSError:
         return ""
-    return f"{free / 1e6:,.0f} MB are free on that disk."
+    text = f"{free / 1e6:,.0f} MB are free on that disk."
+    if system is not None and system.f_files and not system.f_favail:
+        text += " It has no room for one more file, of whatever size (no inodes are left)."
+    return text
 
 
 class DeferredErrorFile(io.RawIOBase):
