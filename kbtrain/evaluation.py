@@ -24,6 +24,7 @@ from kbtrain.gathering import EvalPrediction as EvalPrediction
 from kbtrain.generation import make_generator
 from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
+from kbtrain.step_times import speed
 
 logger = logging.getLogger("kbtrain")
 
@@ -425,16 +426,6 @@ def _add_each(total: float, values: list[float]) -> float:
     for value in values:
         total += value
     return total
-
-
-def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, float]:
-    """Runtime in seconds, samples and steps per second, rounded as in the reference."""
-    seconds = max(seconds, 1e-9)
-    return {
-        f"{prefix}_runtime": round(seconds, 4),
-        f"{prefix}_samples_per_second": round(samples / seconds, 3),
-        f"{prefix}_steps_per_second": round(steps / seconds, 3),
-    }
 
 
 def as_plain(array: np.ndarray) -> np.ndarray:

@@ -12,14 +12,13 @@ from typing import Any
 
 from kbtrain.data import Batches, Block
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
-from kbtrain.evaluation import speed
 from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 from kbtrain.newest import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.pace import Pace
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
-from kbtrain.step_times import StepTimes
+from kbtrain.step_times import StepTimes, speed
 
 logger = logging.getLogger("kbtrain")
 

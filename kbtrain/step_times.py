@@ -1,4 +1,4 @@
-"""Where the time of the steps goes, by the host's clock alone: nothing is waited for to measure."""
+"""Speed, and where the time goes, by the host's clock alone: nothing is waited for to measure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+
+def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, float]:
+    """Runtime in seconds, samples and steps per second, rounded as in the reference."""
+    seconds = max(seconds, 1e-9)
+    return {
+        f"{prefix}_runtime": round(seconds, 4),
+        f"{prefix}_samples_per_second": round(samples / seconds, 3),
+        f"{prefix}_steps_per_second": round(steps / seconds, 3),
+    }
 
 
 @dataclass

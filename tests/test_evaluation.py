@@ -14,7 +14,8 @@ from helpers import (
 )
 
 from kbtrain import ConfigurationError, DataError, EvalPrediction, Trainer
-from kbtrain.evaluation import PADDING, speed
+from kbtrain.evaluation import PADDING
+from kbtrain.step_times import speed
 
 
 def make(tmp_path, model=None, size=4, **kwargs):
