@@ -1,4 +1,4 @@
-"""What every test needs: quiet frameworks, and examples that are the same every time.
+"""What every test needs: quiet frameworks, examples that are the same every time, an order.
 
 KERAS_BACKEND alone decides which framework is tested.
 """
@@ -33,3 +33,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where processes take whole files, none begins with one late."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
