@@ -111,3 +111,12 @@ def test_every_page_and_example_is_listed():
     for example in (ROOT / "examples").glob("*.py"):
         assert f"`{example.name}`" in index
         assert f"(examples/{example.name})" in readme
+
+
+def test_every_test_that_the_page_on_reliability_names_is_there():
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    sources = [path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    tests = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    named = set(re.findall(r"(?:::|`)(test_\w+)`", page))
+    assert len(named) > 30
+    assert named <= tests
