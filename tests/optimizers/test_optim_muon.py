@@ -49,6 +49,13 @@ def test_iteration(tools, rng, shape, scale):
     assert np.all((singular > 0.3) & (singular < 1.3))
 
 
+def test_many_iterations_of_a_matrix_with_small_singular_values(tools, rng):
+    left, _, right = np.linalg.svd(rng.standard_normal((6, 20)), full_matrices=False)
+    matrix = ((left * np.logspace(0, -4, 6)) @ right).astype("float32")
+    result = tools.to_numpy(orthogonalized(ops.convert_to_tensor(matrix), 10))
+    np.testing.assert_allclose(result, newton_schulz(matrix, 10), atol=1e-3)
+
+
 def test_iteration_in_bfloat16_and_of_nothing(tools, rng):
     matrix = rng.standard_normal((6, 8)).astype("float32")
     low = tools.to_numpy(orthogonalized(ops.convert_to_tensor(matrix), 5, "bfloat16"))
