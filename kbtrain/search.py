@@ -17,6 +17,7 @@ from kbtrain.callbacks import TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import ConfigurationError
 from kbtrain.extras import require
+from kbtrain.loaders import is_named_datasets
 from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 
@@ -339,6 +340,10 @@ class _Report(TrainerCallback):
         self.step = state.global_step
         self.metrics |= kwargs["metrics"]
         if not kwargs["trainer"].is_in_train or not self._prune:
+            return
+        data = kwargs["trainer"].eval_dataset
+        sets = [f"eval_{name}_" for name in data] if is_named_datasets(data) else []
+        if not all(any(key.startswith(one) for key in self.metrics) for one in sets):
             return
         self.trial.report(float(self.objective()), state.global_step)
         if self.trial.should_prune():

@@ -223,6 +223,18 @@ def test_an_unknown_hyperparameter_is_no_use_without_a_model_that_takes_it(tmp_p
         )
 
 
+def test_an_objective_of_several_sets_waits_for_all_of_them(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    trainer.eval_dataset = {"near": (X, Y), "far": (X, Y)}
+    best = trainer.hyperparameter_search(
+        rates,
+        compute_objective=lambda metrics: metrics["eval_near_loss"] + metrics["eval_far_loss"],
+        n_trials=1,
+        sampler=grid(RATES[:1]),
+    )
+    assert best.objective == pytest.approx(2 * expected_loss(RATES[0]), rel=1e-4)
+
+
 def test_an_objective_that_the_evaluation_does_not_give_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="asks for 'eval_f1'.*evaluation: eval_loss"):
         make_trainer(tmp_path).hyperparameter_search(
