@@ -114,7 +114,7 @@ class _Recorder(TorchDispatchMode):
             for i, item in enumerate(result):
                 if isinstance(item, torch.Tensor):
                     self._know(item, self._record.graph.call_function(operator.getitem, (node, i)))
-                elif item is not None:
+                elif not isinstance(item, bool | int | float | None):
                     raise Unrecorded(f"{func} returns a {type(item).__name__}")
         elif result is not None:
             self._number(result, node)
