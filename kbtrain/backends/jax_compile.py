@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from kbtrain.backends.jax_device import compiler_options
+from kbtrain.backends.jax_device import compiler_options, free_memory
 from kbtrain.backends.jax_state import now, run_stateless
 from kbtrain.backends.jax_trace import trace
 from kbtrain.data import signature
@@ -56,10 +56,12 @@ def compile_step(
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
-        complete(inputs, lambda: ([v._value for v in variables], inputs))
+        new = complete(inputs, lambda: ([v._value for v in variables], inputs))
         values = [variable._value for variable in variables]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
+        if new:
+            _compile(jitted, values, inputs)
         outputs, values = jitted(values, inputs)
         # `assign` would convert and check each value again: ten times the cost of the whole call.
         for variable, value in zip(variables, values, strict=True):
@@ -71,24 +73,36 @@ def compile_step(
 
 def _completing(
     variables: list[keras.Variable], jitted: Any
-) -> Callable[[Any, Callable[[], tuple[Any, ...]]], None]:
+) -> Callable[[Any, Callable[[], tuple[Any, ...]]], bool]:
     """What a step reads beside its state would be a constant for ever, so it is made state.
 
     Returns:
         ``complete(inputs, arguments)``, to be called before ``jitted``: where it has not seen
-        inputs like these, it is traced with its ``arguments()`` and ``variables`` are completed.
+        inputs like these, it is traced with its ``arguments()``, ``variables`` are completed, and
+        the answer is true.
     """
     known: set[Any] = set()
 
-    def complete(inputs: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    def complete(inputs: Any, arguments: Callable[[], tuple[Any, ...]]) -> bool:
         if (key := signature(inputs)) in known:
-            return
+            return False
         now.strangers.clear()
         jitted.trace(*arguments())
         variables.extend(now.strangers)
         known.add(key)
+        return True
 
     return complete
+
+
+def _compile(jitted: Any, *args: Any) -> None:
+    """Compile for these arguments; the next call finds it done.
+
+    What the compiler leaves with the C library goes back to the system (a hundred megabytes),
+    before the step asks for memory of its own.
+    """
+    jitted.lower(*args).compile()
+    free_memory()
 
 
 def compile_steps(
@@ -204,11 +218,15 @@ def compile_eval_steps(
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
         numbers = np.int32(start), np.int32(count)
         state = [fixed, changing]
-        complete(block, lambda: (*([v._value for v in part] for part in state), block, *numbers))
+        new = complete(
+            block, lambda: (*([v._value for v in part] for part in state), block, *numbers)
+        )
         values = [v._value for v in changing]
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         constant = [v._value for v in fixed]
+        if new:
+            _compile(jitted, constant, values, block, *numbers)
         outputs, values = jitted(constant, values, block, *numbers)
         for variable, value in zip(changing, values, strict=True):
             variable._value = value

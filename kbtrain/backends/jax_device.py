@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -142,4 +144,7 @@ def is_oom(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give memory that is held for later back to the device (nothing on this backend)."""
+    """Give memory that the C library holds for later back to the system, where it can do that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
