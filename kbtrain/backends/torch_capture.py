@@ -8,11 +8,9 @@ capture, and the step runs as it is.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -22,9 +20,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from kbtrain.backends.torch_graph import Graphs, with_graph
 from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_native import native_operations
-from kbtrain.backends.torch_program import NotCapturable, make_program, same_random_state
+from kbtrain.backends.torch_program import (
+    NotCapturable,
+    make_program,
+    no_collection,
+    same_random_state,
+)
 from kbtrain.backends.torch_record import record
 from kbtrain.errors import causes, first_lines, user_line
 
@@ -51,6 +55,7 @@ class CapturedStep:
         inputs: Example inputs; their values do not matter.
         inductor: Compile the record further by ``torch.compile``.
         kept: Memory that it shares with the records for other shapes.
+        graphs: The CUDA graphs of these.
 
     Attributes:
         outputs: The structure of its outputs.
@@ -66,12 +71,14 @@ class CapturedStep:
         inputs: Any,
         inductor: bool,
         kept: Kept,
+        graphs: Graphs,
     ) -> None:
         self._variables = list(variables)
-        flat = keras.tree.flatten(inputs)
-        with _no_collection(), torch.no_grad():
+        examples = [*keras.tree.flatten(inputs), *self._state()]
+        with no_collection(), torch.no_grad():
             recorded, self.outputs = _record(fn, self._variables, inputs)
-            self._program = make_program(recorded, [*flat, *self._state()], inductor, kept)
+            program = make_program(recorded, examples, inductor, kept)
+        self._run = with_graph(program, examples, graphs)
 
     def _state(self) -> list[torch.Tensor]:
         return [variable._value for variable in self._variables]
@@ -82,7 +89,7 @@ class CapturedStep:
         Raises:
             GuardFailed: The guard did not hold; nothing was changed.
         """
-        return self._program(*inputs, *self._state())
+        return self._run(inputs, self._state())
 
 
 def _record(
@@ -135,18 +142,6 @@ def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
     except Exception as error:  # whatever it is, make_fx decides whether it is one
         logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
     return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nobody looks for garbage inside: among hundreds of thousands of new objects it takes long."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _equal(a: Any, b: Any) -> bool:

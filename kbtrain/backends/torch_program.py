@@ -8,11 +8,12 @@ finite check: where it does not hold, nothing has been changed.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -46,10 +47,38 @@ class GuardFailed(Exception):
     """The guard's condition was false; no variable has been changed."""
 
 
-def same_random_state() -> AbstractContextManager[Any]:
+class Program(NamedTuple):
+    """A recorded step that can be run.
+
+    Attributes:
+        run: A function of the step's inputs that returns a list of tensors.
+        changes: Which of its inputs it changes, by number.
+        holds: Tensors it uses besides them.
+        waits: Why the device cannot run it alone (the host looks at a value); None if it can.
+    """
+
+    run: Callable[..., list[Any]]
+    changes: list[int]
+    holds: list[torch.Tensor]
+    waits: str | None
+
+
+def same_random_state() -> contextlib.AbstractContextManager[Any]:
     """What is drawn inside does not count: a run is the same whenever it captures a step."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Nobody looks for garbage inside: among hundreds of thousands of new objects it takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def guard(condition: torch.Tensor) -> None:
@@ -64,7 +93,7 @@ def _check(*conditions: torch.Tensor) -> None:
 
 def make_program(
     module: torch.nn.Module, examples: Sequence[torch.Tensor], inductor: bool, kept: Kept
-) -> Callable[..., list[Any]]:
+) -> Program:
     """Compile a recorded step.
 
     Args:
@@ -72,9 +101,6 @@ def make_program(
         examples: A value for each of its inputs.
         inductor: Compile the part without effects by ``torch.compile``, not TorchScript.
         kept: Memory that the programs of one step share (``torch_kept``).
-
-    Returns:
-        The program, a function of the same inputs that returns a list of tensors.
 
     Raises:
         NotCapturable: The state is changed before a check.
@@ -90,14 +116,15 @@ def make_program(
     fuse_bias(module.graph)
     if not inductor:  # which arranges memory itself
         keep_gradients(module, kept)
-    pure, late, conditions = _sort(module)
+    memory = Memory(module.graph)
+    pure, late, conditions = _sort(module, memory)
     if any(condition in late for condition in conditions):
         raise NotCapturable("its loss depends on a value that Python reads, or on changed state")
     pure_set = set(pure)
     nodes = list(module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     returned = nodes_in(next(n for n in nodes if n.op == "output").args[0])
-    constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr"}
+    constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr" and n.users}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
     part = Part(placeholders, constants, _used(pure, results), results)
@@ -117,7 +144,27 @@ def make_program(
         call = code.call(node, names)
         code.lines.append(f"{code.name(node, names)} = {call}")
     code.lines.append(f"return [{', '.join(names[n] for n in returned)}]")
-    return code.compile(arguments)
+    changed = {owner for node in late for owner in _written(node, memory)}
+    return Program(
+        code.compile(arguments),
+        [i for i, node in enumerate(placeholders) if node in changed],
+        list(constants.values()),
+        "a condition is checked" if conditions else _reason_to_wait([*part.nodes, *late], changed),
+    )
+
+
+def _reason_to_wait(nodes: Sequence[Node], changed: set[Node]) -> str | None:
+    if any(node.op == "get_attr" for node in changed):
+        return "it changes a tensor that is no variable"
+    for node in nodes:
+        if _reads_value(node):
+            return "a number is read from a tensor"
+        if _UNSAFE in getattr(node.target, "tags", ()):
+            return f"{node.target} looks at values"
+    return None
+
+
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # since torch 2.9
 
 
 def _has_unknown_shape(node: Node) -> bool:
@@ -125,14 +172,14 @@ def _has_unknown_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and any(known_number(n) is None for n in value.shape)
 
 
-def _sort(module: torch.nn.Module) -> tuple[list[Node], list[Node], list[Node]]:
+def _sort(module: torch.nn.Module, memory: Memory) -> tuple[list[Node], list[Node], list[Node]]:
     """Nodes that can run before any state is changed, the others, and the guards' conditions.
 
     The order within each list is the recorded one. A node may move before the changes if it
     neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
     place) nor overwrites what they have read, and reads no value.
     """
-    owners = Memory(module.graph).owners
+    owners = memory.owners
     changed: set[Node] = set()
     read_late: set[Node] = set()
     late: dict[Node, None] = {}
@@ -147,7 +194,7 @@ def _sort(module: torch.nn.Module) -> tuple[list[Node], list[Node], list[Node]]:
                 raise NotCapturable("it changes the state before a check")
             conditions[condition] = None
             continue
-        written = {owner for target in aliases(node, write=True) for owner in owners(target)}
+        written = _written(node, memory)
         read = {owner for source in node.all_input_nodes for owner in owners(source)}
         waits = read & changed or any(source in late for source in node.all_input_nodes)
         unmovable = any(map(_is_state, written)) or written & read_late
@@ -168,6 +215,11 @@ def _reads_value(node: Node) -> bool:
     value = node.meta.get("val")
     symbols = torch.SymInt | torch.SymFloat | torch.SymBool
     return isinstance(value, symbols) and known_number(value) is None
+
+
+def _written(node: Node, memory: Memory) -> set[Node]:
+    """Whose memory a node writes to."""
+    return {owner for target in aliases(node, write=True) for owner in memory.owners(target)}
 
 
 def _is_state(owner: Node) -> bool:

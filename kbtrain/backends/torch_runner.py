@@ -12,6 +12,7 @@ import keras
 import torch
 
 from kbtrain.backends.torch_capture import CapturedStep
+from kbtrain.backends.torch_graph import Graphs
 from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_program import GuardFailed, NotCapturable
 from kbtrain.data import signature
@@ -94,6 +95,7 @@ class Runner:
         self._commits: dict[Any, list[keras.Variable]] = {}
         self._bodies: dict[Any, Runner] = {}
         self._kept: Kept = {}
+        self._graphs: Graphs = Graphs()
 
     def __call__(self, inputs: Any) -> Any:
         """Run the function."""
@@ -125,7 +127,12 @@ class Runner:
                 now.committed.clear()
                 try:
                     return CapturedStep(
-                        self.eager, self._variables, inputs, self._jit_compile is True, self._kept
+                        self.eager,
+                        self._variables,
+                        inputs,
+                        self._jit_compile is True,
+                        self._kept,
+                        self._graphs,
                     )
                 except Stranger as stranger:
                     self._variables.append(stranger.variable)

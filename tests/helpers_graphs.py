@@ -1,0 +1,225 @@
+"""Trains on PyTorch with the stand-in for CUDA graphs: `python helpers_graphs.py FOLDER`.
+
+Prints one JSON object: for each case what happened with graphs, and how far the numbers are from
+those of the same run without.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import fake_cuda_graphs
+import keras
+import numpy as np
+import torch
+from fake_cuda_graphs import machine
+from helpers import make_data, train_logs, weights, with_weights
+from keras import layers
+
+from kbtrain import Trainer, TrainerCallback, TrainingArguments
+from kbtrain.backends import torch_graph
+from kbtrain.errors import NonFiniteError
+
+FOLDER = Path(sys.argv[1])
+ON_GPU = torch.cuda.is_available()
+messages: list[str] = []
+
+
+class Listener(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+
+
+logging.getLogger("kbtrain").addHandler(Listener())
+logging.getLogger("kbtrain").setLevel(logging.INFO)
+fake_cuda_graphs.install()
+
+
+def model(*extra, outputs=1):
+    """Dropout without a seed of its own draws from torch's generator; moving averages."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    h = layers.BatchNormalization()(layers.Dense(6, activation="tanh")(inputs))
+    for layer in (layers.Dropout(0.3), *extra, layers.Dense(outputs)):
+        h = layer(h)
+    return with_weights(keras.Model(inputs, h))
+
+
+class Moves(TrainerCallback):
+    """Gives the first variable other memory, and what was its memory to somebody else."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            value = kwargs["model"].trainable_variables[0].value
+            old, value.data = value.data, value.data.clone()
+            old.fill_(1e30)
+
+
+def train(name, make=model, data=None, callbacks=(), fit=None, **settings):
+    defaults = {
+        "output_dir": str(FOLDER / name),
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not ON_GPU,
+    }
+    trainer = Trainer(
+        make(),
+        TrainingArguments(**(defaults | settings)),
+        train_dataset=make_data(24) if data is None else data,
+        eval_dataset=make_data(32, seed=1),
+        loss="mse",
+        metrics=["mae"],
+        callbacks=list(callbacks),
+    )
+    error = None
+    try:
+        trainer.fit(**(fit or {}))
+    except NonFiniteError as caught:
+        error = str(caught).partition(":")[0]
+    return trainer, error
+
+
+def numbers(trainer):
+    evaluated = trainer.evaluate()
+    predicted = trainer.predict(make_data(32, seed=2)).predictions
+    logged = [train_logs(trainer, key) for key in ("loss", "grad_norm", "learning_rate", "mae")]
+    found = [*weights(trainer.model), *logged, evaluated["eval_loss"], predicted]
+    return [np.asarray(x, "float64") for x in found]
+
+
+def run(name, graphs, **arguments):
+    """One run: its numbers, and what happened with graphs."""
+    torch_graph.RUNS_BEFORE = 3 if graphs else 10**9
+    machine.captures = machine.replays = 0
+    messages.clear()
+    trainer, error = train(name, **arguments)
+    steps, found = trainer.state.global_step, numbers(trainer)
+    assert machine.current is machine.default
+    return found, {
+        "captures": machine.captures,
+        "replays": machine.replays,
+        "messages": [m for m in messages if "CUDA graph" in m],
+        "error": error,
+        "steps": steps,
+    }
+
+
+without: dict[str, list[np.ndarray]] = {}
+
+
+def compare(name, like=None, **arguments):
+    """The same run with graphs and without, or with those of an earlier one that had none."""
+    found, report = run(f"{name} with", True, **arguments)
+    if like is None:
+        without[name], nothing = run(f"{name} without", False, **arguments)
+        assert nothing["captures"] == 0
+    pairs = zip(found, without[like or name], strict=True)
+    return report | {"equal": all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)}
+
+
+def reading():
+    """A layer that looks at a value, but not in the record."""
+    return model(Reads())
+
+
+@torch.library.custom_op("kbtrain_tests::read", mutates_args=())
+def read(x: torch.Tensor) -> torch.Tensor:
+    return x * float(bool((x.detach().sum() * 0 == 0).item()))
+
+
+read.register_fake(lambda x: torch.empty_like(x))
+read.register_autograd(lambda context, gradient: gradient)
+
+
+NOISE = [3, -2, 1]
+
+
+@torch.library.custom_op("kbtrain_tests::noisy", mutates_args=())
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    """As additions in the order of chance are: no two runs are the same."""
+    NOISE.append(NOISE.pop(0))
+    return x * (1 + 1e-6 * NOISE[0])
+
+
+noisy.register_fake(lambda x: torch.empty_like(x))
+noisy.register_autograd(lambda context, gradient: gradient)
+
+
+class Noisy(layers.Layer):
+    def call(self, x):
+        return noisy(x)
+
+
+class Reads(layers.Layer):
+    def call(self, x):
+        return read(x)
+
+
+def resumed():
+    """Half of a run, then the other half; graphs come about in both."""
+    torch_graph.RUNS_BEFORE = 3
+    saving = {"save_strategy": "steps", "save_steps": 7}
+    whole, _ = train("whole", max_steps=14, **saving)
+    train("half", max_steps=14, callbacks=[Stops()], **saving)
+    machine.replays = 0
+    rest, _ = train("half", max_steps=14, fit={"resume_from_checkpoint": True}, **saving)
+    same = zip(weights(whole.model), weights(rest.model), strict=True)
+    return {"replays": machine.replays, "equal": all(np.array_equal(a, b) for a, b in same)}
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 7
+
+
+def with_nan():
+    x, y = make_data(48)
+    x[41] = np.nan  # in the 11th batch
+    return x, y
+
+
+def main():
+    reports = {
+        "plain": compare("plain"),
+        "blocks": compare("blocks", logging_steps=100),
+        "two shapes": compare("two shapes", per_device_train_batch_size=5, max_steps=30),
+        "evaluations": compare("evaluations", eval_strategy="steps", eval_steps=5),
+        "accumulation": compare("accumulation", gradient_accumulation_steps=3),
+        "not finite": compare("not finite", data=with_nan()),
+        "moved": compare("moved", callbacks=[Moves({8})], max_steps=16),
+        "reading": compare("reading", make=reading),
+        "resumed": resumed(),
+        "noisy": run("noisy", True, make=lambda: model(Noisy()))[1],
+    }
+    torch_graph.MOST_BEGINNINGS, most = 1, torch_graph.MOST_BEGINNINGS
+    reports["moving"] = compare("moving", "plain", callbacks=[Moves({6})])
+    torch_graph.MOST_BEGINNINGS = most
+    torch_graph.MOST_GRAPHS, most = 0, torch_graph.MOST_GRAPHS
+    reports["too many"] = compare("too many", "plain")
+    torch_graph.MOST_GRAPHS = most
+    torch_graph.MOST_BYTES, most = 8, torch_graph.MOST_BYTES
+    reports["too large"] = compare("too large", "plain")
+    torch_graph.MOST_BYTES = most
+    machine.wrong = 1e-3
+    reports["wrong"] = compare("wrong", "plain")
+    sys.__stdout__.write(json.dumps(reports))
+    sys.__stdout__.flush()
+    os._exit(0) if ON_GPU else None
+
+
+if __name__ == "__main__":
+    main()
