@@ -96,18 +96,25 @@ class Adan(Optimizer):
         beta_1, beta_2, beta_3 = self.betas
         # Nothing at the first update: there is no gradient before it.
         later = ops.cast(step > 1.5, "float32")
-        difference = later * (gradient - slots["previous_gradient"])
-        looking_ahead = gradient + beta_2 * difference
+        # At the first update the difference is that to zeros, and does not count.
+        difference, old = gradient - slots["previous_gradient"], slots["difference"]
+        looking_ahead = gradient + (later * beta_2) * difference
+        share = later * (1.0 - beta_2)
+        if beta_2 < 0.5:  # see `moving_average`
+            moved = (1.0 - share) * old + share * difference
+        else:
+            moved = old + share * (difference - old)
         new = {
             "momentum": moving_average(slots["momentum"], gradient, beta_1),
-            "difference": moving_average(slots["difference"], difference, beta_2),
+            "difference": moved,
             "velocity": moving_average(slots["velocity"], looking_ahead * looking_ahead, beta_3),
             "previous_gradient": gradient,
         }
         root = ops.rsqrt(bias_correction(beta_3, step)) * ops.sqrt(new["velocity"])
-        momentum_rate = learning_rate / bias_correction(beta_1, step)
-        difference_rate = learning_rate * beta_2 / bias_correction(beta_2, step)
-        direction = momentum_rate * new["momentum"] + difference_rate * new["difference"]
+        correction = bias_correction(beta_1, step)
+        # One factor for the sum: a kernel has one for nothing.
+        ratio = beta_2 * correction / bias_correction(beta_2, step)
+        direction = (learning_rate / correction) * (new["momentum"] + ratio * new["difference"])
         movement = direction / (root + self.epsilon)
         if weight_decay:
             decay = learning_rate * weight_decay

@@ -103,8 +103,10 @@ class AdEMAMix(Optimizer):
         slow = slots["slow_momentum"]
         slow = slow + self._slow_share(step) * (gradient - slow)
         denominator = adam_denominator(moments, step, self.beta_2, self.epsilon)
-        fast = moments["momentum"] * (1.0 / bias_correction(self.beta_1, step))
-        direction = learning_rate * (fast + self._slow_weight(step) * slow)
+        # One factor for the sum: a kernel has one for nothing.
+        correction = bias_correction(self.beta_1, step)
+        both = moments["momentum"] + (self._slow_weight(step) * correction) * slow
+        direction = (learning_rate / correction) * both
         if weight_decay:
             parameter = parameter - (learning_rate * weight_decay) * parameter
         return parameter - direction / denominator, {**moments, "slow_momentum": slow}

@@ -104,9 +104,12 @@ class NAdam(Optimizer):
         # 1 - mu * (1 - used), of two terms that are not negative.
         used = (1.0 - mu) + mu * slots["momentum_used"]
         used_next = (1.0 - mu_next) + mu_next * used
-        gradient_rate = learning_rate * (1.0 - mu) / used
-        momentum_rate = learning_rate * mu_next / used_next
-        movement = (gradient_rate * gradient + momentum_rate * moments["momentum"]) / denominator
+        # The rates of the gradient and of the momentum; one factor for the sum: a kernel has one
+        # for nothing.
+        gradient_rate = (1.0 - mu) / used
+        momentum_rate = mu_next / used_next
+        both = gradient + (momentum_rate / gradient_rate) * moments["momentum"]
+        movement = (learning_rate * gradient_rate) * both / denominator
         return decayed - movement, {**moments, "momentum_used": used}
 
     def _momentum(self, step: Tensor) -> Tensor:
