@@ -55,6 +55,8 @@ class Joining:
     def __init__(self, is_wide: dict[Node, bool], on_cpu: bool) -> None:
         self._is_wide = is_wide
         self._on_cpu = on_cpu
+        # Running mean squares that were made by an earlier list of nodes: of what, by which share.
+        self._mean_squares: dict[Node, tuple[Node, Any]] = {}
 
     def wide(self, value: Any) -> bool:
         """Whether an argument has one value per element."""
@@ -82,7 +84,8 @@ class Joining:
         if self._on_cpu:
             for node in list(calls):
                 if node in calls and calls[node].name in ("addcdiv", "div"):
-                    self._fuse_adam(node, calls, places)
+                    self._fuse_adam(node, nodes, calls, places)
+            self._note_mean_squares(calls)
         return calls
 
     def _add(self, node: Node, calls: dict[Node, Call], uses: dict[Node, int]) -> None:
@@ -166,8 +169,18 @@ class Joining:
 
     # ---- the step of Adam ------------------------------------------------------------------------
 
+    def _note_mean_squares(self, calls: dict[Node, Call]) -> None:
+        for node, call in calls.items():
+            square = calls.get(call.args[1]) if call.name == "lerp" else None
+            if square is not None and square.name == "mul" and square.args[0] is square.args[1]:
+                self._mean_squares[node] = square.args[0], call.args[2]
+
     def _fuse_adam(
-        self, node: Node, calls: dict[Node, Call], places: list[tuple[Node, Any]]
+        self,
+        node: Node,
+        nodes: list[Node],
+        calls: dict[Node, Call],
+        places: list[tuple[Node, Any]],
     ) -> None:
         """Make a quotient by a root of a running mean square one call, with the running mean."""
         call = calls[node]
@@ -192,27 +205,36 @@ class Joining:
         if inner is None or inner.name != "sqrt" or any(uses[n] != 1 for n in chain):
             return
         velocity = inner.args[0]
-        moved = self._moved_in_place(velocity, calls, places, uses)
-        square = calls.get(moved.args[1]) if moved is not None else None
-        if moved is None or square is None or square.name != "mul" or uses[moved.args[1]] != 1:
-            return
-        share, x = moved.args[2], square.args[0]
-        if square.args[1] is not x or not isinstance(share, float) or share < _SMALLEST_SHARE:
-            return
+        if velocity in self._mean_squares and velocity not in calls:
+            x, share = self._mean_squares[velocity]
+            if all(x not in n.all_input_nodes for n in nodes):
+                return  # it may not be there any more
+            before, made = velocity, []
+        else:
+            moved = self._moved_in_place(velocity, calls, places, uses)
+            square = calls.get(moved.args[1]) if moved is not None else None
+            if moved is None or square is None or square.name != "mul" or uses[moved.args[1]] != 1:
+                return
+            share, x = moved.args[2], square.args[0]
+            if square.args[1] is not x or not isinstance(share, float) or share < _SMALLEST_SHARE:
+                return
+            before, made = moved.args[0], [velocity, moved.args[1]]
         sign, factor = call.numbers.get("value", (1, 1))
         if call.name == "div":
             top, factor = self._without_factor(top, calls, uses)
         mean, kept = top, None
         advanced = self._moved_in_place(top, calls, places, uses)
-        if advanced is not None and advanced.args[1] is x and isinstance(advanced.args[2], float):
+        if advanced is not None and advanced.args[1] is x and self._number(advanced.args[2]):
             mean, kept = advanced.args[0], advanced.args[2]
             del calls[top]
-        for old in (*chain, velocity, moved.args[1]):
+        for old in (*chain, *made):
             del calls[old]
         numbers = {"factor": (sign, factor), "scale": scale, "epsilon": epsilon, "share_2": share}
+        if not made:
+            numbers["moved"] = True
         if kept is not None:
             numbers["share_1"] = kept
-        calls[node] = Call("adam", [mean, x, moved.args[0], *call.args[:-2]], numbers)
+        calls[node] = Call("adam", [mean, x, before, *call.args[:-2]], numbers)
 
     def _moved_in_place(
         self,
@@ -255,6 +277,8 @@ _LATE = torch.tensor(2.0**60, device="cpu")
 # A share of nothing would make the correction 1 - (1 - share) ** step vanish, and this one is lost
 # in the rounding of what it is added to.
 _NO_SHARE = 2.0**-53
+# A share of nothing of a square is lost in a mean that has at least this share of it already.
+_SMALLEST_MOVED_SHARE = 2.0**-24
 # The smallest scale of a root: what is added to it, divided by this, is still a float32.
 _NO_SCALE = 1e-25
 
@@ -269,6 +293,7 @@ def adam_(
     epsilon: float,
     share_2: float,
     share_1: float = _NO_SHARE,
+    moved: bool = False,
 ) -> None:
     """``base += factor * mean / (scale * sqrt(velocity) + epsilon)`` in one pass, on the CPU.
 
@@ -282,7 +307,15 @@ def adam_(
         epsilon: a number, not negative.
         share_2: in (0, 1].
         share_1: in (0, 1]; without it ``mean`` stays as it is.
+        moved: whether ``velocity`` has been moved already.
     """
+    if moved:
+        if share_2 < _SMALLEST_MOVED_SHARE:
+            if share_1 != _NO_SHARE:
+                mean.lerp_(x, share_1)
+            base.addcdiv_(mean, velocity.sqrt().mul_(scale).add_(epsilon), value=factor)
+            return
+        share_2 = _NO_SHARE
     scale = scale or _NO_SCALE
     torch._fused_adam_(
         [base],

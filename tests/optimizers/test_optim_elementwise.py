@@ -173,6 +173,27 @@ def mean_over_all(xp, p, g, s, lr):
     return p - rate * g / (xp.sqrt(v) + 1e-3), {"a": s["a"] + xp.abs(g), "b": v}
 
 
+def sum_before_the_root(xp, p, g, s, lr):
+    v = s["b"] + 50.0 * lr * (g * g - s["b"])
+    rate = lr / xp.maximum(1.0, xp.sum(g * g / xp.maximum(v, 1e-6)) / 1e5)
+    m = s["a"] + 300.0 * lr * (g - s["a"])
+    return p - rate * m / (xp.sqrt(v) + 1e-3), {"a": m, "b": v}
+
+
+def root_of_what_no_gradient_moved(xp, p, g, s, lr):
+    v = s["b"] + (lr - lr) * (g * g - s["b"])
+    rate = lr / (1.0 + xp.sum(g * v))
+    m = s["a"] + 300.0 * lr * (g - s["a"])
+    return p - 1e-7 * rate * m / (xp.sqrt(v) + 1e-7), {"a": m, "b": 0.0 * v}
+
+
+def old_gradient_after_a_sum(xp, p, g, s, lr):
+    x = s["a"]
+    v = s["b"] + 0.01 * (x * x - s["b"])
+    rate = lr / (1.0 + xp.sum(v))
+    return p - rate * g / (xp.sqrt(v) + 1e-3), {"a": g, "b": v}
+
+
 def old_values_after_a_sum(xp, p, g, s, lr):
     m = s["a"] + 0.1 * (g - s["a"])
     total = xp.sum(m) / 100.0
@@ -197,6 +218,9 @@ FORMULAS = [
     norms,
     sum_of_adam,
     mean_over_all,
+    sum_before_the_root,
+    root_of_what_no_gradient_moved,
+    old_gradient_after_a_sum,
     old_values_after_a_sum,
     sum_of_what_is_given,
 ]
