@@ -166,10 +166,11 @@ class Capture:
 def install():
     """Let tensors of the CPU be captured as those of a GPU are."""
     from kbtrain.backends import torch as backend
-    from kbtrain.backends import torch_graph
+    from kbtrain.backends import torch_graph, torch_random
 
     if not torch.cuda.is_available():
         torch_graph.KIND = "cpu"
+        torch_random._on_gpu = lambda seed: True
         backend._on_cpu = lambda condition: False
         torch.cuda.get_rng_state = lambda device: torch.get_rng_state()
         torch.cuda.set_rng_state = lambda state, device: torch.set_rng_state(state)

@@ -131,6 +131,11 @@ def compare(name, like=None, **arguments):
     return report | {"equal": all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)}
 
 
+def seeded():
+    """Layers that draw from seeds of their own."""
+    return model(layers.Dropout(0.2, seed=3), layers.GaussianNoise(0.1, seed=2))
+
+
 def reading():
     """A layer that looks at a value, but not in the record."""
     return model(Reads())
@@ -201,6 +206,7 @@ def main():
         "accumulation": compare("accumulation", gradient_accumulation_steps=3),
         "not finite": compare("not finite", data=with_nan()),
         "moved": compare("moved", callbacks=[Moves({8})], max_steps=16),
+        "seeded": compare("seeded", make=seeded),
         "reading": compare("reading", make=reading),
         "resumed": resumed(),
         "noisy": run("noisy", True, make=lambda: model(Noisy()))[1],

@@ -37,6 +37,7 @@ def reports(tmp_path_factory):
         # An evaluation and a prediction have four batches.
         ("plain", 3, 8),
         ("blocks", 3, 8),
+        ("seeded", 3, 8),
         ("two shapes", 4, 22),
         ("evaluations", 3, 8 + 12),
         ("accumulation", 3, 3 * 12 - 4),

@@ -25,8 +25,9 @@ from keras.src.backend.torch import math as keras_math
 
 # The one place where Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
-from keras.src.random.seed_generator import draw_seed
 from torch.overrides import TorchFunctionMode
+
+from kbtrain.backends.torch_random import Seeds, draw
 
 aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ aten = torch.ops.aten
 def native_operations() -> Iterator[None]:
     """Replace the operations above, for code that is being recorded."""
     layer = keras.layers.BatchNormalization
-    seeds = _Seeds()
+    seeds = Seeds()
     with (
         mock.patch.object(layer, "call", _batch_normalization(layer.call)),
         mock.patch.object(keras_random, "torch_seed_generator", seeds.generator),
@@ -52,7 +53,7 @@ def native_operations() -> Iterator[None]:
 class _Operations(TorchFunctionMode):
     """Sees every torch function that is called, and replaces some."""
 
-    def __init__(self, seeds: _Seeds) -> None:
+    def __init__(self, seeds: Seeds) -> None:
         super().__init__()
         self._seeds = seeds
 
@@ -63,7 +64,7 @@ class _Operations(TorchFunctionMode):
         if func is torch.Tensor.contiguous and not kwargs and _is_channels_last(args):
             return args[0]
         if (seed := self._seeds.of(kwargs.get("generator"))) is not None:
-            return _draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
+            return draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
         return func(*args, **kwargs)
 
 
@@ -148,98 +149,3 @@ def _scatter(indices: Any, values: Any, shape: Any) -> Any:
     values = values.reshape(-1, *shape[depth:])
     zeros = torch.zeros(tuple(shape), dtype=values.dtype, device=values.device)
     return zeros.index_put(places, values, accumulate=True)
-
-
-# --- random numbers -------------------------------------------------------------------------------
-
-
-class _Seeds:
-    """Stands in for ``torch_seed_generator``: remembers which seed each generator is to have."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[torch.Generator, torch.Tensor]] = []
-
-    def generator(self, seed: Any) -> torch.Generator | None:
-        """A generator that never draws; `of` finds its seed."""
-        device = keras_random.get_device()
-        if device == "meta":
-            return None
-        generator = torch.Generator(device=device)
-        self._known.append((generator, draw_seed(seed)))
-        return generator
-
-    def of(self, generator: Any) -> torch.Tensor | None:
-        """The seed (two integers) of a generator made here; None for any other."""
-        for known, seed in self._known:
-            if known is generator:
-                return seed
-        return None
-
-
-def _seeded(seed: torch.Tensor) -> torch.Generator:
-    """What Keras' ``torch_seed_generator`` makes of a drawn seed."""
-    generator = torch.Generator(device=seed.device)
-    generator.manual_seed(int(seed[0] + seed[1]) & 0xFFFFFFFF)
-    return generator
-
-
-_LIBRARY = torch.library.Library("kbtrain_random", "DEF")
-
-
-def _define(signature: str, run: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    """Make an operation that a record can hold; ``shape`` gives a tensor like its result."""
-    name = signature.partition("(")[0]
-    _LIBRARY.define(signature)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kbtrain_random::{name}", shape, lib=_LIBRARY)
-
-
-_define(
-    "rand(Tensor seed, int[] size, ScalarType dtype) -> Tensor",
-    lambda seed, size, dtype: torch.rand(
-        size, generator=_seeded(seed), dtype=dtype, device=seed.device
-    ),
-    lambda seed, size, dtype: seed.new_empty(size, dtype=dtype),
-)
-_define(
-    "normal(Tensor seed, float mean, float std, int[] size, ScalarType dtype) -> Tensor",
-    lambda seed, mean, std, size, dtype: torch.normal(
-        mean, std, size=size, generator=_seeded(seed), dtype=dtype, device=seed.device
-    ),
-    lambda seed, mean, std, size, dtype: seed.new_empty(size, dtype=dtype),
-)
-_define(
-    "randint(Tensor seed, int low, int high, int[] size, ScalarType dtype) -> Tensor",
-    lambda seed, low, high, size, dtype: torch.randint(
-        low, high, size=size, generator=_seeded(seed), dtype=dtype, device=seed.device
-    ),
-    lambda seed, low, high, size, dtype: seed.new_empty(size, dtype=dtype),
-)
-_define(
-    "bernoulli(Tensor seed, Tensor p) -> Tensor",
-    lambda seed, p: torch.bernoulli(p, generator=_seeded(seed)),
-    lambda seed, p: torch.empty_like(p),
-)
-_define(
-    "multinomial(Tensor seed, Tensor p, int count) -> Tensor",
-    lambda seed, p, count: torch.multinomial(p, count, True, generator=_seeded(seed)),
-    lambda seed, p, count: p.new_empty((*p.shape[:-1], count), dtype=torch.int64),
-)
-
-
-def _draw(func: Any, seed: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """``func`` with a generator of that seed, as one operation that can be recorded."""
-    operations = torch.ops.kbtrain_random
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    if func is torch.rand:
-        return operations.rand(seed, list(kwargs.get("size") or args[0]), dtype)
-    if func is torch.normal:
-        mean, std = (float(value) for value in args)
-        return operations.normal(seed, mean, std, list(kwargs["size"]), dtype)
-    if func is torch.randint:
-        return operations.randint(seed, kwargs["low"], kwargs["high"], list(kwargs["size"]), dtype)
-    if func is torch.bernoulli:
-        return operations.bernoulli(seed, args[0].detach())
-    if func is torch.multinomial:
-        return operations.multinomial(seed, args[0].detach(), args[1])
-    raise NotImplementedError(f"a seeded torch.{func.__name__} cannot be recorded")

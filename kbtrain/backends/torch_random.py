@@ -1,0 +1,220 @@
+"""Random numbers from a seed that is a tensor, in operations that a record can hold.
+
+Keras makes a generator of the seed of a layer, which it has to read for that. On a CPU that costs
+nothing, and the record does the same, with the same numbers. On a GPU it would stop the queue for
+every layer in every step, and no CUDA graph could hold it: there the numbers are computed from the
+seed on the device. They are those of SplitMix64, which advances a counter by a constant and mixes
+its bits, so that every number of a tensor can be computed by itself:
+
+    z = key + (i + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z ^ (z >> 31)
+
+modulo 2^64, where the key is mixed from the two integers of the seed.
+
+Reference: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# The one place where Keras turns the state of a seed generator into a torch generator.
+from keras.src.backend.torch import random as keras_random
+from keras.src.random.seed_generator import draw_seed
+
+
+class Seeds:
+    """Stands in for ``torch_seed_generator``: remembers which seed each generator is to have."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def generator(self, seed: Any) -> torch.Generator | None:
+        """A generator that never draws; `of` finds its seed."""
+        device = keras_random.get_device()
+        if device == "meta":
+            return None
+        generator = torch.Generator(device=device)
+        self._known.append((generator, draw_seed(seed)))
+        return generator
+
+    def of(self, generator: Any) -> torch.Tensor | None:
+        """The seed (two integers) of a generator made here; None for any other."""
+        for known, seed in self._known:
+            if known is generator:
+                return seed
+        return None
+
+
+def _seeded(seed: torch.Tensor) -> torch.Generator:
+    """What Keras' ``torch_seed_generator`` makes of a drawn seed."""
+    generator = torch.Generator(device=seed.device)
+    generator.manual_seed(int(seed[0] + seed[1]) & 0xFFFFFFFF)
+    return generator
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_FRACTION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+"""Bits of a number below 1 that are exact in a dtype."""
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    """``z >> by`` as if it had no sign."""
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _mix_(z: torch.Tensor) -> torch.Tensor:
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_FACTORS[0])
+    z.bitwise_xor_(_shifted(z, 27)).mul_(_FACTORS[1])
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def random_bits(key: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """64 random bits for each element.
+
+    Args:
+        key: An int64 scalar.
+        size: Shape of the result.
+    """
+    count = math.prod(size)
+    numbers = torch.arange(1, count + 1, dtype=torch.int64, device=key.device)
+    return _mix_(numbers.mul_(_STEP).add_(key)).view(tuple(size))
+
+
+def _bits(seed: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    first, second = seed.long().unbind()
+    return random_bits(_mix_(_mix_(first + _STEP) + second * _STEP), size)
+
+
+def _below_one(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Evenly spread in [0, 1)."""
+    digits = _FRACTION[dtype]
+    return _shifted(bits, 64 - digits).to(dtype).mul_(2.0**-digits)
+
+
+def _rand(seed: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return _below_one(_bits(seed, size), dtype)
+
+
+def _normal(
+    seed: torch.Tensor, mean: float, std: float, size: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """By Box and Muller: half of the bits for the length, half for the angle."""
+    wide = torch.promote_types(dtype, torch.float32)
+    bits = _bits(seed, size)
+    length = (_shifted(bits, 32) + 1).to(wide).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = bits.bitwise_and_((1 << 32) - 1).to(wide).mul_(2.0**-31 * math.pi)
+    return length.mul_(angle.cos_()).mul_(std).add_(mean).to(dtype)
+
+
+def _randint(
+    seed: torch.Tensor, low: int, high: int, size: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    return _shifted(_bits(seed, size), 1).remainder_(high - low).add_(low).to(dtype)
+
+
+def _bernoulli(seed: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return (_rand(seed, p.shape, torch.float32) < p).to(p.dtype)
+
+
+def _multinomial(seed: torch.Tensor, p: torch.Tensor, count: int) -> torch.Tensor:
+    """Waiting times at the rates ``p``: the class that comes first."""
+    bits = _bits(seed, (*p.shape[:-1], count, p.shape[-1]))
+    inside = (_shifted(bits, 41) + 0.5).mul_(2.0**-23)  # neither 0 nor 1
+    return (p.float().unsqueeze(-2) / -inside.log_()).argmax(-1)
+
+
+# --- as operations --------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("kbtrain_random", "DEF")
+
+
+def _define(
+    signature: str,
+    on_host: Callable[..., Any],
+    on_device: Callable[..., Any],
+    shape: Callable[..., Any],
+) -> None:
+    """Make an operation that a record can hold; ``shape`` gives a tensor like its result."""
+    name = signature.partition("(")[0]
+
+    def run(seed: torch.Tensor, *args: Any) -> torch.Tensor:
+        return on_device(seed, *args) if _on_gpu(seed) else on_host(_seeded(seed), *args)
+
+    _LIBRARY.define(signature)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kbtrain_random::{name}", shape, lib=_LIBRARY)
+
+
+def _on_gpu(seed: torch.Tensor) -> bool:
+    return seed.is_cuda
+
+
+_define(
+    "rand(Tensor seed, int[] size, ScalarType dtype) -> Tensor",
+    lambda generator, size, dtype: torch.rand(
+        size, generator=generator, dtype=dtype, device=generator.device
+    ),
+    _rand,
+    lambda seed, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "normal(Tensor seed, float mean, float std, int[] size, ScalarType dtype) -> Tensor",
+    lambda generator, mean, std, size, dtype: torch.normal(
+        mean, std, size=size, generator=generator, dtype=dtype, device=generator.device
+    ),
+    _normal,
+    lambda seed, mean, std, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "randint(Tensor seed, int low, int high, int[] size, ScalarType dtype) -> Tensor",
+    lambda generator, low, high, size, dtype: torch.randint(
+        low, high, size=size, generator=generator, dtype=dtype, device=generator.device
+    ),
+    _randint,
+    lambda seed, low, high, size, dtype: seed.new_empty(size, dtype=dtype),
+)
+_define(
+    "bernoulli(Tensor seed, Tensor p) -> Tensor",
+    lambda generator, p: torch.bernoulli(p, generator=generator),
+    _bernoulli,
+    lambda seed, p: torch.empty_like(p),
+)
+_define(
+    "multinomial(Tensor seed, Tensor p, int count) -> Tensor",
+    lambda generator, p, count: torch.multinomial(p, count, True, generator=generator),
+    _multinomial,
+    lambda seed, p, count: p.new_empty((*p.shape[:-1], count), dtype=torch.int64),
+)
+
+
+def draw(func: Any, seed: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """``func`` with a generator of that seed, as one operation that can be recorded."""
+    operations = torch.ops.kbtrain_random
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    if func is torch.rand:
+        return operations.rand(seed, list(kwargs.get("size") or args[0]), dtype)
+    if func is torch.normal:
+        mean, std = (float(value) for value in args)
+        return operations.normal(seed, mean, std, list(kwargs["size"]), dtype)
+    if func is torch.randint:
+        return operations.randint(seed, kwargs["low"], kwargs["high"], list(kwargs["size"]), dtype)
+    if func is torch.bernoulli:
+        return operations.bernoulli(seed, args[0].detach())
+    if func is torch.multinomial:
+        return operations.multinomial(seed, args[0].detach(), args[1])
+    raise NotImplementedError(f"a seeded torch.{func.__name__} cannot be recorded")
