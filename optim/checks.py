@@ -111,6 +111,32 @@ def check_integer(name: str, value: Any, low: int) -> int:
     return value
 
 
+def check_gradient(gradient: Any, variable: Any) -> None:
+    """Check that a gradient can be that of a variable.
+
+    Worth a look at every one: some would be broadcast, and a fused kernel reads beyond the end of
+    one that is too short.
+
+    Args:
+        gradient: a tensor.
+        variable: the variable it was given for.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    if gradient.shape == variable.shape:
+        return
+    # A shape that is traced may be known in part only.
+    fits = getattr(gradient.shape, "is_compatible_with", None)
+    if fits is None or not fits(variable.shape):
+        name = getattr(variable, "path", None) or variable.name
+        raise ValueError(
+            f"The gradient for {name!r} must have the shape of the variable, "
+            f"{tuple(variable.shape)}: gradients are taken in the order of the variables. "
+            f"Received: a gradient of shape {tuple(gradient.shape)}"
+        )
+
+
 def check_pattern(name: str, value: Any) -> str:
     """Check a regular expression.
 

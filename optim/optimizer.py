@@ -9,7 +9,7 @@ from keras import ops
 
 from optim import precision
 from optim.averaging import Averaging
-from optim.checks import check_range
+from optim.checks import check_gradient, check_range
 from optim.common import CommonArguments, check_common
 from optim.grouped import Grouped
 from optim.kernels import backend as kernels
@@ -360,11 +360,21 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         Args:
             grads: one gradient per variable; ``None`` leaves the variable and its state alone.
             trainable_variables: the variables; needed at the first call unless `build` was called.
+
+        Raises:
+            ValueError: if there are not as many gradients as variables, or one has another shape.
         """
+        if trainable_variables is not None and len(grads) != len(list(trainable_variables)):
+            raise ValueError(
+                "`apply` takes one gradient per variable, None for a variable without one. "
+                f"Received: {len(grads)} gradients, {len(list(trainable_variables))} variables"
+            )
         with kernels.no_gradient():
             super().apply(grads, trainable_variables)
 
     def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Any]) -> None:
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            check_gradient(gradient, variable)
         # Dense and float32 before Keras clips or accumulates them.
         grads = [
             kernels.float32_gradient(gradient, variable)
@@ -393,6 +403,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
             variable: the variable to update.
             learning_rate: the learning rate of this update.
         """
+        check_gradient(gradient, variable)
         gradient = kernels.float32_gradient(gradient, variable)
         self.update_variable(gradient, variable, self._step(), ops.cast(learning_rate, "float32"))
 

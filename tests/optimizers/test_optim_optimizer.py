@@ -375,3 +375,32 @@ def test_wrong_common_arguments_are_named(argument, values):
         with pytest.raises(ValueError, match=f"`{argument}`") as caught:
             optim.AdamW(**{argument: value})
         assert f"Received: {argument}={value!r}" in str(caught.value)
+
+
+class TestGradientsThatCannotBeRight:
+    """Where a kernel walks raw memory, a gradient that is too short would be read past its end."""
+
+    @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+    def test_of_another_shape(self, name):
+        variables = [keras.Variable(np.ones(n, "float32"), name=f"v{n}") for n in (4, 3)]
+        optimizer = optim.get(name, learning_rate=0.1)
+        for shape in [(2,), (3, 1), (), (5,)]:
+            gradients = [ops.ones((4,)), ops.ones(shape)]
+            with pytest.raises(ValueError, match=r"'v3' must have the shape .*\(3,\)") as caught:
+                optimizer.apply(gradients, variables)
+            assert f"Received: a gradient of shape {shape}" in str(caught.value)
+        assert all(np.all(ops.convert_to_numpy(v) == 1.0) for v in variables)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_of_another_number(self, count):
+        variables = [keras.Variable(np.ones(3, "float32")) for _ in range(2)]
+        gradients = [ops.ones((3,)) for _ in range(count)]
+        with pytest.raises(ValueError, match=f"Received: {count} gradients, 2 variables"):
+            optim.AdamW().apply(gradients, variables)
+
+    def test_for_one_variable(self):
+        variable = keras.Variable(np.ones(3, "float32"))
+        optimizer = optim.AdamW()
+        optimizer.build([variable])
+        with pytest.raises(ValueError, match="must have the shape"):
+            optimizer.update_step(ops.ones(()), variable, 0.1)
