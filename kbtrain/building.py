@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,14 +122,18 @@ def build_model(
     specs = keras.tree.map_structure(
         lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), x
     )
+    was_built = model.built
     try:
-        outputs = model(specs)
+        with warnings.catch_warnings():
+            # Keras' advice for a call that it cannot run on shapes. We try values next.
+            warnings.filterwarnings("ignore", ".*looks like it has unbuilt state")
+            outputs = model(specs)
     except Exception as error:
-        if model.built and not isinstance(error, ValueError | TypeError):
-            raise
-        if not model.built and _builds_eagerly(model, x):
+        if _runs_on_values(model, x):
             return None
-        if model.built and picks_columns and isinstance(x, Mapping):
+        if was_built and not isinstance(error, ValueError | TypeError):
+            raise
+        if was_built and picks_columns and isinstance(x, Mapping):
             return None
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
@@ -149,13 +154,14 @@ def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashab
     return tuple((path, np.shape(a)[1:], _dtype(a)) for path, a in leaves)
 
 
-def _builds_eagerly(model: keras.Model, x: Any) -> bool:
-    """Some subclassed models cannot be run symbolically (Python control flow on values)."""
+def _runs_on_values(model: keras.Model, x: Any) -> bool:
+    """Some models cannot be run on shapes alone (Python control flow on values)."""
     try:
-        model(x)
+        outputs = model(keras.tree.map_structure(keras.ops.convert_to_tensor, x))
     except Exception:
         return False
-    return True
+    leaves = keras.tree.flatten(outputs)
+    return bool(leaves) and all(keras.ops.is_tensor(leaf) for leaf in leaves)
 
 
 def _dtype(array: Any) -> str:

@@ -169,4 +169,4 @@ def user_line(error: BaseException) -> str:
 def first_lines(error: BaseException, lines: int = 4) -> str:
     """The beginning of an error's message, in one line and without Keras' bold type."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return " ".join(line.strip() for line in text[:lines] if line.strip())
+    return " ".join([line.strip() for line in text if line.strip()][:lines])

@@ -506,6 +506,34 @@ def test_python_that_looks_at_values_runs_eagerly(accumulation, tmp_path, caplog
     assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+class BranchingModel(keras.Model):
+    """Not built beforehand, and cannot be by shapes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1, kernel_initializer="ones")
+
+    def call(self, x):
+        y = self.dense(x)
+        return 2.0 * y if float(keras.ops.stop_gradient(keras.ops.sum(y))) > 0 else y
+
+
+def test_a_model_that_looks_at_values_is_built_by_values(tmp_path):
+    x, y = make_data(8)
+    losses = []
+    for batch in (slice(0, 4), slice(4, 8)):
+        factor = 2.0 if x[batch].sum() > 0 else 1.0
+        losses.append(np.mean((factor * x[batch].sum(1, keepdims=True) - y[batch]) ** 2))
+    settings = arguments(
+        tmp_path, num_train_epochs=1, learning_rate=0.0, per_device_train_batch_size=4
+    )
+    model = BranchingModel()
+    for _ in range(2):  # the second time it is built
+        trainer = Trainer(model, settings, train_dataset=(x, y), loss="mse")
+        trainer.fit()
+        np.testing.assert_allclose(train_logs(trainer), losses, rtol=1e-5)
+
+
 def scores(name):
     """Metrics whose Keras code on PyTorch looks at values, unless it is replaced."""
     if name == "one output":

@@ -15,7 +15,7 @@ from kbtrain.backends.jax_device import compiler_options, free_memory
 from kbtrain.backends.jax_state import now, run_stateless
 from kbtrain.backends.jax_trace import trace
 from kbtrain.data import signature
-from kbtrain.errors import EAGER, causes, user_line
+from kbtrain.errors import EAGER, ConfigurationError, causes, user_line
 
 logger = logging.getLogger("kbtrain")
 
@@ -133,7 +133,7 @@ def compile_steps(
             variable.assign(value)
         return outputs
 
-    eager = _step_by_step(compile_step(fn, variables, False))
+    eager = _explaining(_step_by_step(compile_step(fn, variables, False)))
     if jit_compile is False:
         return eager
     call = compile_step(steps, variables, jit_compile)
@@ -149,13 +149,36 @@ def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Call
         try:
             return use(*args)
         except Exception as error:
-            if use is eager or not any(isinstance(e, _LOOKS_AT_VALUES) for e in causes(error)):
+            if use is eager or not _looks_at_values(error):
                 raise
             logger.warning(EAGER, user_line(error))
         use = eager
         return use(*args)
 
     return call
+
+
+def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Without jit Python may look at values, but not at those that are differentiated."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return eager(*args)
+        except Exception as error:
+            if not _looks_at_values(error):
+                raise
+            raise ConfigurationError(
+                f"The step's Python takes a tensor that depends on the weights{user_line(error)} "
+                "for a number or a NumPy array, as float() does: JAX does not allow that while it "
+                "differentiates. Look at keras.ops.stop_gradient(tensor) instead; or use "
+                "keras.ops.where and keras.ops.cond, which can be compiled."
+            ) from None
+
+    return call
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
 
 
 _LOOKS_AT_VALUES = (
