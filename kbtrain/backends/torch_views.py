@@ -27,10 +27,18 @@ _CHAINED = (
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
-_ATTENTION = (
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-)
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: None,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: None,
+    aten._scaled_dot_product_flash_attention: 3,
+    aten._scaled_dot_product_flash_attention_backward: 4,
+    aten._scaled_dot_product_efficient_attention: 3,
+    aten._scaled_dot_product_efficient_attention_backward: 4,
+    aten._scaled_dot_product_cudnn_attention: 3,
+    aten._scaled_dot_product_cudnn_attention_backward: 4,
+}
+"""Attention, and how many of its first arguments may be strided views (query, key and value, after
+the gradient); None for all. A mask for a GPU has to be aligned."""
 
 
 def plain_products(graph: Graph) -> None:
@@ -127,12 +135,21 @@ def copy_where_needed(graph: Graph) -> None:
             continue
         if node.kwargs.get("memory_format") is not torch.contiguous_format:
             continue
-        attention = all(user.target in _ATTENTION for user in node.users)
+        attention = all(_takes_view(user, node) for user in node.users)
         if attention and source.meta["val"].stride(-1) == 1:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
         else:
             node.target, node.kwargs = aten.contiguous.default, {}
+
+
+def _takes_view(user: Node, node: Node) -> bool:
+    """Whether attention may be given ``node`` as a view whose last axis is dense."""
+    packet = getattr(user.target, "overloadpacket", None)
+    if packet not in _ATTENTION:
+        return False
+    places = _ATTENTION[packet]
+    return places is None or not (node in user.args[places:] or node in user.kwargs.values())
 
 
 def _call(graph: Graph, operation: Any, *args: Any) -> Node:
