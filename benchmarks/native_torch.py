@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from workloads import USERS_AND_ITEMS
+from workloads import MILLIONS_124, SMALL, USERS_AND_ITEMS, GptSize, in_bf16
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Block(nn.Module):
@@ -29,11 +31,13 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    def __init__(self, depth: int = 4, width: int = 256, length: int = 128, heads: int = 8) -> None:
+    def __init__(self, size: GptSize = SMALL) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        width = size.width
+        self.tokens = nn.Embedding(size.vocabulary, width)
+        self.positions = nn.Embedding(size.length, width)
+        self.blocks = nn.Sequential(*[Block(width, size.heads) for _ in range(size.depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, size.vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tokens(tokens) + self.positions.weight
@@ -47,7 +51,9 @@ class ChannelsFirst(nn.Module):
 
 class Flip(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x) if self.training else x
+        if not self.training:
+            return x
+        return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def _convnet() -> nn.Module:
@@ -66,6 +72,7 @@ def _recommender() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)),
     "gpt": Gpt,
+    "gpt124m": lambda: Gpt(MILLIONS_124),
     "convnet": _convnet,
     "recommender": _recommender,
 }
@@ -76,17 +83,24 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def loops(workload: str, make: Any, loss: Any) -> dict[str, Callable[[Any, Any], Any]]:
-    model = MODELS[workload]()
+    model = MODELS[workload]().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    bf16 = in_bf16()
 
     def run(x: Any, y: Any) -> Any:
-        value = cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            value = cross_entropy(model(_on_device(x)), _on_device(y))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         return value
 
     return {"torch loop": run}
+
+
+def _on_device(x: Any) -> torch.Tensor:
+    tensor = torch.from_numpy(x)
+    return tensor if DEVICE == "cpu" else tensor.pin_memory().to(DEVICE, non_blocking=True)
 
 
 def wait(value: Any) -> None:

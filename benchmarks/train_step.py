@@ -8,6 +8,10 @@ Printed are the medians over the rounds and the medians of the ratios within a r
 hand-written loops do not clip gradients and check nothing; kbtrain runs with its defaults, which do
 both. The Hugging Face Trainer and Lightning take part where they are installed (`pip install
 ".[bench]"`), also next to another backend, on PyTorch.
+
+On a GPU, with the share of its peak that a GPT's operations make (model FLOPs utilisation):
+
+    KERAS_BACKEND=torch python benchmarks/train_step.py gpt124m --bf16 --peak-tflops 989
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
-from workloads import WORKLOADS, loss
+from workloads import WORKLOADS, Workload, loss
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
 
@@ -55,9 +60,12 @@ class Rounds(TrainerCallback):
 
 
 def measure(
-    name: str, rounds: int, with_trainers: bool, jit_compile: bool | Literal["auto"]
+    name: str,
+    workload: Workload,
+    rounds: int,
+    with_trainers: bool,
+    jit_compile: bool | Literal["auto"],
 ) -> dict[str, list[float]]:
-    workload = WORKLOADS[name]
     size, steps = workload.batch, workload.steps
     x, y = workload.data(size * steps)
     batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
@@ -69,7 +77,7 @@ def measure(
     fitted = workload.make()
     fitted.compile(optimizer=keras.optimizers.AdamW(1e-3, weight_decay=0.01), loss=loss())
     others["keras fit"] = lambda: fitted.fit(x, y, batch_size=size, verbose=0)
-    trainers = _trainers(name, x, y) if with_trainers else {}
+    trainers = _trainers(name, workload, x, y) if with_trainers else {}
     others |= {trainer_name: trainer.round for trainer_name, trainer in trainers.items()}
     callback = Rounds(others, steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,13 +100,13 @@ def measure(
     return callback.seconds
 
 
-def _trainers(name: str, x: Any, y: Any) -> dict[str, Any]:
+def _trainers(name: str, workload: Workload, x: Any, y: Any) -> dict[str, Any]:
     """The trainers for PyTorch; where that is not installed there are none."""
     try:
         module = importlib.import_module("trainers_torch")
     except ModuleNotFoundError:
         return {}
-    return module.trainers(name, x, y, WORKLOADS[name].batch, WORKLOADS[name].steps)
+    return module.trainers(name, x, y, workload.batch, workload.steps)
 
 
 def _round(
@@ -119,6 +127,14 @@ def rows(seconds: dict[str, list[float]]) -> Iterator[tuple[str, float, float, f
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(mine, values, strict=True)]
         yield name, statistics.median(values), min(ratios), statistics.median(ratios), max(ratios)
+
+
+def flops_per_step(workload: Workload) -> float:
+    """The operations that the model itself needs for a step; 0 where nobody has counted them."""
+    if workload.size is None:
+        return 0.0
+    per_token = workload.size.flops_per_token(workload.make().count_params())
+    return workload.batch * workload.size.length * per_token
 
 
 def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
@@ -143,8 +159,17 @@ def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), metavar="WORKLOAD")
+    usual = [name for name in WORKLOADS if name != "gpt124m"]
+    parser.add_argument("workloads", nargs="*", default=usual, metavar="WORKLOAD")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="another batch size")
+    parser.add_argument("--steps", type=int, help="another number of steps in a round")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16, for everybody")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="what the device can do, 10^12 operations per second: prints what share a GPT makes",
+    )
     parser.add_argument("--no-trainers", action="store_true", help="leave out HF and Lightning")
     parser.add_argument(
         "--jit-compile",
@@ -154,20 +179,32 @@ def main() -> None:
     parser.add_argument("--json", help="write all measurements to this file")
     parser.add_argument("--plot", help="draw the medians into this file")
     options = parser.parse_args()
+    if options.bf16:
+        keras.config.set_dtype_policy("mixed_bfloat16")
     backend = keras.backend.backend()
-    results = {}
+    results, shares = {}, {}
     print(f"{backend}, keras {keras.__version__}, {platform.processor() or platform.machine()}")
-    print(f"{'workload':11} {'contender':22} {'us/step':>10}   kbtrain/it (lowest, highest)")
-    for workload in options.workloads:
-        results[workload] = measure(
-            workload, options.rounds, not options.no_trainers, options.jit_compile or "auto"
+    print(f"{'workload':11} {'contender':22} {'us/step':>10}   kbtrain/it (lowest, highest)   MFU")
+    for name in options.workloads:
+        given = {"batch": options.batch, "steps": options.steps}
+        workload = replace(WORKLOADS[name], **{k: v for k, v in given.items() if v})
+        results[name] = measure(
+            name, workload, options.rounds, not options.no_trainers, options.jit_compile or "auto"
         )
-        for name, seconds, low, middle, high in rows(results[workload]):
-            ratio = "" if name == "kbtrain" else f"{middle:10.2f} ({low:.2f}, {high:.2f})"
-            print(f"{workload:11} {name:22} {seconds * 1e6:10.0f} {ratio}", flush=True)
+        flops = flops_per_step(workload) if options.peak_tflops else 0.0
+        for contender, seconds, low, middle, high in rows(results[name]):
+            line = f"{name:11} {contender:22} {seconds * 1e6:10.0f}"
+            ratio = "" if contender == "kbtrain" else f"{middle:10.2f} ({low:.2f}, {high:.2f})"
+            line += f" {ratio:30}"
+            if flops:
+                share = flops / (seconds * options.peak_tflops * 1e12)
+                shares[f"{name}, {contender}"] = share
+                line += f" {share:.3f}"
+            print(line.rstrip(), flush=True)
     if options.json:
+        found = {"backend": backend, "bf16": options.bf16, "seconds_per_step": results}
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"backend": backend, "seconds_per_step": results}, file, indent=2)
+            json.dump(found | {"model_flops_utilisation": shares}, file, indent=2)
     if options.plot:
         plot(results, options.plot)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from native_torch import MODELS, cross_entropy
 from torch import nn
+from workloads import in_bf16
 
 ROUNDS = 10_000  # more than anyone asks for
 
@@ -108,6 +109,7 @@ def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
                 lr_scheduler_type="constant",
                 optim="adamw_torch_fused",
                 disable_tqdm=True,
+                bf16=in_bf16(),
                 use_cpu=not torch.cuda.is_available(),
             )
             trainer = transformers.Trainer(
@@ -146,6 +148,7 @@ def _lightning(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
             max_epochs=-1,
             accelerator="auto",
             devices=1,
+            precision="bf16-mixed" if in_bf16() else "32-true",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -13,6 +13,40 @@ from keras import layers
 USERS_AND_ITEMS = 1_000_000
 
 
+@dataclass(frozen=True)
+class GptSize:
+    """The numbers that a GPT is made of; `heads` divides `width`."""
+
+    depth: int = 4
+    width: int = 256
+    length: int = 128
+    heads: int = 8
+    vocabulary: int = 256
+
+    def flops_per_token(self, parameters: int) -> float:
+        """Operations that a training step needs for one token, whatever it does besides.
+
+        PaLM's count (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B): 6 N for
+        the products with N parameters, forward and backward, and 12 L H Q T for attention with L
+        layers of H heads of Q numbers over T tokens. Tables that are looked up in are no products:
+        they are not counted.
+
+        Args:
+            parameters: Those of the whole model.
+        """
+        products = parameters - (self.vocabulary + self.length) * self.width
+        return 6 * products + 12 * self.depth * self.width * self.length
+
+
+SMALL = GptSize()
+MILLIONS_124 = GptSize(depth=12, width=768, length=1024, heads=12, vocabulary=24_576)
+
+
+def in_bf16() -> bool:
+    """Whether products are to be computed in bfloat16, parameters staying in float32."""
+    return keras.config.dtype_policy().compute_dtype == "bfloat16"
+
+
 class Positions(layers.Layer):
     """Adds a learned vector to each position."""
 
@@ -28,17 +62,16 @@ def mlp() -> keras.Model:
     return keras.Model(inputs, layers.Dense(4)(layers.Dense(64, activation="relu")(inputs)))
 
 
-def gpt(
-    depth: int = 4, width: int = 256, length: int = 128, heads: int = 8, vocabulary: int = 256
-) -> keras.Model:
-    tokens = keras.Input((length,), dtype="int32")
-    h = Positions()(layers.Embedding(vocabulary, width)(tokens))
-    for _ in range(depth):
+def gpt(size: GptSize = SMALL) -> keras.Model:
+    tokens = keras.Input((size.length,), dtype="int32")
+    h = Positions()(layers.Embedding(size.vocabulary, size.width)(tokens))
+    for _ in range(size.depth):
         a = layers.LayerNormalization()(h)
-        h = h + layers.MultiHeadAttention(heads, width // heads)(a, a, use_causal_mask=True)
-        m = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(h))
-        h = h + layers.Dense(width)(m)
-    return keras.Model(tokens, layers.Dense(vocabulary)(layers.LayerNormalization()(h)))
+        attention = layers.MultiHeadAttention(size.heads, size.width // size.heads)
+        h = h + attention(a, a, use_causal_mask=True)
+        m = layers.Dense(4 * size.width, activation="gelu")(layers.LayerNormalization()(h))
+        h = h + layers.Dense(size.width)(m)
+    return keras.Model(tokens, layers.Dense(size.vocabulary)(layers.LayerNormalization()(h)))
 
 
 def convnet() -> keras.Model:
@@ -66,12 +99,14 @@ class Workload:
         batch: Batch size.
         steps: Steps in one round.
         data: ``data(rows)`` gives ``(x, y)``.
+        size: Of a GPT, whose operations can be counted.
     """
 
     make: Callable[[], keras.Model]
     batch: int
     steps: int
     data: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    size: GptSize | None = None
 
 
 def loss() -> keras.losses.Loss:
@@ -86,11 +121,18 @@ def _integers(high: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, high, shape).astype("int32")
 
 
+def _texts(size: GptSize) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    shape = size.vocabulary, size.length
+    return lambda n: (_integers(shape[0], n, shape[1]), _integers(shape[0], n, shape[1]))
+
+
 WORKLOADS = {
     "mlp": Workload(mlp, 32, 1000, lambda n: (_normal(n, 16), _integers(4, n))),
-    "gpt": Workload(gpt, 8, 8, lambda n: (_integers(256, n, 128), _integers(256, n, 128))),
+    "gpt": Workload(gpt, 8, 8, _texts(SMALL), SMALL),
     "convnet": Workload(convnet, 64, 12, lambda n: (_normal(n, 32, 32, 3), _integers(10, n))),
     "recommender": Workload(
         recommender, 256, 12, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
     ),
+    # For a GPU: 124 million parameters.
+    "gpt124m": Workload(lambda: gpt(MILLIONS_124), 8, 8, _texts(MILLIONS_124), MILLIONS_124),
 }
