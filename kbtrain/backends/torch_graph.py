@@ -11,7 +11,8 @@ they are, its inputs are copied to memory of the graph, its results out of it. H
 Where something does not fit, the plain step goes on, and the log says why: the host has to look at
 a value, memory is short, a capture fails. If a variable gets other memory, all begins anew.
 
-Graphs share memory: it holds nothing from one launch to the next, and launches follow one another.
+Graphs share memory: it holds nothing from one launch to the next, and the launches of a thread
+follow one another.
 
 No GPU was there to try this on. It was tried with a stand-in for torch's graphs (`tests/`), which
 records operations and repeats them, on a CPU and on a pretended GPU (docs/decisions.md).
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -55,7 +57,14 @@ KIND = "cuda"
 Graphs = weakref.WeakSet
 """The graphs of one step."""
 
-_ALIVE: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, torch.device] = weakref.WeakKeyDictionary()
+_Place = tuple[torch.device, int]
+"""A device and a thread: what one thread launches follows one another, and can share memory."""
+
+_ALIVE: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, _Place] = weakref.WeakKeyDictionary()
+"""All graphs: only a pool that one of them uses can be used by another."""
+
+_CAPTURING = threading.Lock()
+_TOO_LARGE = "its inputs and results are too large to copy them in each step"
 
 Run = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[torch.Tensor]]
 
@@ -101,7 +110,7 @@ class _Graphed:
 
     def __init__(self, program: Program, device: torch.device, graphs: Graphs) -> None:
         self._program = program
-        self._device = device
+        self._place = device, threading.get_ident()
         self._graphs = graphs
         self._addresses: list[int] = []
         self._beginnings = self._runs = 0
@@ -114,17 +123,20 @@ class _Graphed:
         self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Run the program."""
-        if self._is_plain:
+        device, thread = self._place
+        if self._is_plain or threading.get_ident() != thread:
             return self._program.run(*inputs, *state)
         addresses = [tensor.data_ptr() for tensor in (*state, *self._program.holds)]
         if addresses != self._addresses:
             self._begin(inputs, addresses)
+            if self._is_plain:
+                return self._program.run(*inputs, *state)
         if self._given:
             torch._foreach_copy_(self._given, list(inputs))
         if self._is_proven:
             return self._replay()
         self._runs += 1
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(device):
             if self._graph is not None:
                 return self._prove(state)
             if self._runs > RUNS_BEFORE:
@@ -133,12 +145,16 @@ class _Graphed:
 
     def _begin(self, inputs: Sequence[torch.Tensor], addresses: list[int]) -> None:
         self._drop()
-        self._addresses, self._runs = addresses, 0
-        self._given = [torch.empty_like(tensor) for tensor in inputs]
+        self._addresses, self._runs, self._given = addresses, 0, []
         self._beginnings += 1
         if self._beginnings > MOST_BEGINNINGS:
             self._give_up("its variables have other memory again and again")
-        elif any(a.stride() != b.stride() for a, b in zip(self._given, inputs, strict=True)):
+            return
+        if _size(inputs) > MOST_BYTES:
+            self._give_up(_TOO_LARGE)
+            return
+        self._given = [torch.empty_like(tensor) for tensor in inputs]
+        if any(a.stride() != b.stride() for a, b in zip(self._given, inputs, strict=True)):
             self._give_up("an input has gaps in memory")
 
     def _drop(self) -> None:
@@ -154,39 +170,37 @@ class _Graphed:
 
         What the side stream allocates is only used again after it has waited for this one.
         """
-        here, side = torch.cuda.current_stream(), _stream(self._device)
+        here, side = torch.cuda.current_stream(), _stream(self._place)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             results = self._program.run(*self._given, *state)
         here.wait_stream(side)
         if not self._is_plain and _size([*self._given, *results]) > MOST_BYTES:
-            self._give_up("its inputs and results are too large to copy them in each step")
+            self._give_up(_TOO_LARGE)
         return [result.clone() for result in results]
 
     def _capture(self, state: Sequence[torch.Tensor]) -> None:
         if len(self._graphs) >= MOST_GRAPHS:
             self._give_up(f"inputs of {MOST_GRAPHS} other shapes have one")
             return
-        here = torch.cuda.current_stream()
-        graph = torch.cuda.CUDAGraph()
-        # Only a pool that another graph uses can be used again.
-        pool = next((g.pool() for g, device in _ALIVE.items() if device == self._device), None)
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
-            with (
-                no_collection(),  # which could free memory of the device in the middle of it
-                torch.cuda.graph(
+            # One capture at a time; garbage could give memory back to the device in the middle.
+            with _CAPTURING, no_collection():
+                pools = (other.pool() for other, place in _ALIVE.items() if place == self._place)
+                with torch.cuda.graph(
                     graph,
-                    pool=pool,
-                    stream=_stream(self._device),
+                    pool=next(pools, None),
+                    stream=_stream(self._place),
                     capture_error_mode="thread_local",  # other threads may do what they do
-                ),
-            ):
-                self._results = self._program.run(*self._given, *state)
+                ):
+                    self._results = self._program.run(*self._given, *state)
+                _ALIVE[graph] = self._place
         except Exception as error:
             torch.cuda.set_stream(here)  # torch leaves the other one where it fails
             self._give_up(f"its capture failed ({_first_error(error)})")
             return
-        self._graph, _ALIVE[graph] = graph, self._device
+        self._graph = graph
         self._graphs.add(graph)
 
     def _replay(self) -> list[torch.Tensor]:
@@ -199,14 +213,15 @@ class _Graphed:
         tensors = [*self._given, *state]
         changed = [tensors[i] for i in self._program.changes]
         before: list[torch.Tensor] = []
-        random = _random_state(self._device)
+        device = self._place[0]
+        random = _random_state(device)
 
         def trial(run: Callable[[], list[torch.Tensor]]) -> _Outcome:
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(old)
-            _set_random_state(random, self._device)
+            _set_random_state(random, device)
             results = run()
-            return results, _summary([*results, *changed]), _random_state(self._device)
+            return results, _summary([*results, *changed]), _random_state(device)
 
         def plainly() -> list[torch.Tensor]:
             return self._plainly(state)
@@ -244,9 +259,9 @@ _Outcome = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: graphs of one stream can share memory."""
-    return torch.cuda.Stream(device)
+def _stream(place: _Place) -> torch.cuda.Stream:
+    """The stream of all captures there: graphs of one stream can share memory."""
+    return torch.cuda.Stream(place[0])
 
 
 def _first_error(error: Exception) -> str:
