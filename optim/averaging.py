@@ -1,5 +1,6 @@
 """`Averaging`: the part of an optimizer that knows what is evaluated, and keeps averages."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -37,12 +38,22 @@ class Averaging(EvaluationWeights):
         """
         return None
 
+    def _check_averaged_once(self, rules: Iterable[Any]) -> None:
+        """A moving average beside the average that a group's rule evaluates would hide that one."""
+        own = [type(rule).__name__ for rule in rules if evaluates_another_value(rule)]
+        if self.use_ema and own:
+            raise ValueError(
+                "`use_ema=True` averages weights of which some are evaluated as an average "
+                f"already, by {own[0]} in `parameter_groups`. Leave one of the two out. "
+                "Received: use_ema=True"
+            )
+
     def _evaluated(self, variable: Any) -> tuple[Any, dict[str, Any]] | None:
         if self.use_ema:
             average = self._model_variables_moving_average[self._get_variable_index(variable)]
             return None if average is None else (_copy(average, variable.dtype), {})
         rule = self.rule_of(variable)
-        if type(rule).evaluated is Averaging.evaluated:
+        if not evaluates_another_value(rule):
             return None
         slots = {n: ops.convert_to_tensor(slot) for n, slot in self.slots_of(variable).items()}
         dtype = keras.utils.standardize_dtype(variable.dtype)
@@ -75,6 +86,11 @@ class Averaging(EvaluationWeights):
         ):
             if average is not None:
                 self.assign(variable, ops.cast(average, variable.dtype))
+
+
+def evaluates_another_value(rule: Any) -> bool:
+    """Whether what a rule trains is not what is evaluated, as with the schedule-free ones."""
+    return type(rule).evaluated is not Averaging.evaluated
 
 
 def _copy(value: Any, dtype: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from optim.averaging import evaluates_another_value
 from optim.checks import check_flag
 from optim.evaluation_weights import EvaluationWeights
 from optim.kernels import backend as kernels
@@ -83,11 +84,7 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
                 "LossScaleOptimizer(EMA(optimizer)). Received: inner_optimizer=LossScaleOptimizer"
             )
         if _averages_already(inner_optimizer):
-            raise ValueError(
-                "The inner optimizer evaluates an average of its own (`use_ema=True`, or a "
-                "schedule-free one): use it without `EMA`. "
-                f"Received: inner_optimizer={type(inner_optimizer).__name__}"
-            )
+            raise _averaged_twice(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.decay = check_range("decay", decay, 0.0, 1.0)
@@ -105,6 +102,10 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
             return
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
+        if isinstance(self.inner_optimizer, Optimizer):
+            for rule in map(self.inner_optimizer.rule_of, variables):
+                if evaluates_another_value(rule):
+                    raise _averaged_twice(rule)
         super().build(variables)
         self._averages = _Averages([self._new_average(variable) for variable in variables])
 
@@ -225,5 +226,13 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
 
 
 def _averages_already(optimizer: Any) -> bool:
-    own = isinstance(optimizer, Optimizer) and type(optimizer).evaluated is not Optimizer.evaluated
+    own = isinstance(optimizer, Optimizer) and evaluates_another_value(optimizer)
     return own or optimizer.use_ema or isinstance(optimizer, EMA)
+
+
+def _averaged_twice(optimizer: Any) -> ValueError:
+    return ValueError(
+        "The inner optimizer evaluates an average of its own (`use_ema=True`, or a schedule-free "
+        "one, also in one of its groups): use it without `EMA`. "
+        f"Received: inner_optimizer={type(optimizer).__name__}"
+    )

@@ -248,6 +248,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
             else group.optimizer._resolve_rule(variable)
             for variable, group in zip(variables, groups, strict=True)
         ]
+        self._check_averaged_once(rules)
         slots = [
             {}
             if self._overwrite_variable_with_gradient(variable)

@@ -22,9 +22,15 @@ from typing import Any
 import keras
 
 from optim import registry
-from optim.checks import check_range
+from optim.checks import check_pattern, check_range
 
 KEYS = ("match", "lr_multiplier", "weight_decay", "optimizer")
+
+OF_THE_WHOLE = (
+    *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor"),
+    *("gradient_accumulation_steps", "metric_schedule"),
+)
+"""What an optimizer does with all variables together, so that a group's own would not be used."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,13 @@ def parse_groups(groups: Sequence[Mapping[str, Any]] | None) -> tuple[Group, ...
     """
     if groups is None:
         return ()
-    if isinstance(groups, str | Mapping) or not isinstance(groups, Sequence):
-        raise TypeError(
-            "`parameter_groups` must be a list of dictionaries. Received: "
-            f"parameter_groups={groups!r}"
-        )
+    _check_list("parameter_groups", groups)
     return tuple(_parse_group(index, group) for index, group in enumerate(groups))
+
+
+def _check_list(name: str, groups: Any) -> None:
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Sequence):
+        raise TypeError(f"`{name}` must be a list of dictionaries. Received: {name}={groups!r}")
 
 
 def _parse_group(index: int, group: Any) -> Group:
@@ -158,6 +165,12 @@ def _parse_optimizer(where: str, optimizer: Any) -> Any:
         raise TypeError(
             f"{where}['optimizer'] must be an optimizer of `optim`, the name of one or "
             f"{{'name': ..., argument: value}}. Received: {optimizer!r}"
+        )
+    if unused := [name for name in OF_THE_WHOLE if getattr(optimizer, name, None)]:
+        raise ValueError(
+            f"{where}['optimizer'] has a {unused[0]}, which would not be used: that is one for all "
+            "variables. Give it to the optimizer that has the groups. "
+            f"Received: {unused[0]}={getattr(optimizer, unused[0])!r}"
         )
     if optimizer.parameter_groups:
         raise ValueError(f"{where}['optimizer'] has groups of its own; put them into this list.")
@@ -248,6 +261,7 @@ def groups_for(model: keras.Model, groups: Sequence[Mapping[str, Any]]) -> list[
 
     Raises:
         ValueError: if the model has no variables yet, or no layer of a class.
+        TypeError: if ``groups`` is no list of dictionaries.
 
     Example:
         >>> import keras, optim
@@ -256,6 +270,7 @@ def groups_for(model: keras.Model, groups: Sequence[Mapping[str, Any]]) -> list[
         >>> optim.groups_for(model, [{"match": "Embedding", "lr_multiplier": 0.1}])
         [{'match': ['net/words/embeddings'], 'lr_multiplier': 0.1}]
     """
+    _check_list("groups", groups)
     if not model.trainable_variables:
         raise ValueError(
             f"The model {model.name!r} has no trainable variables. Build it first: call it on a "
@@ -264,8 +279,10 @@ def groups_for(model: keras.Model, groups: Sequence[Mapping[str, Any]]) -> list[
     layers = list(model._flatten_layers(include_self=False))
     known = {base.__name__ for layer in layers for base in type(layer).__mro__}
     resolved = []
-    for group in groups:
-        match = group.get("match") if isinstance(group, Mapping) else None
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            raise TypeError(f"groups[{index}] must be a dictionary. Received: {group!r}")
+        match = group.get("match")
         if isinstance(match, type) or (isinstance(match, str) and match in known):
             group = {**group, "match": _paths_inside(model, layers, match)}
         resolved.append(dict(group))
@@ -311,6 +328,7 @@ def layerwise_lr_decay(
     Raises:
         ValueError: if ``decay`` is out of range, a level matches nothing, or the model has no
             variables yet.
+        TypeError: if ``levels`` is no list.
 
     Example:
         >>> import keras, optim
@@ -329,15 +347,29 @@ def layerwise_lr_decay(
     variables = model.trainable_variables
     if not variables:
         raise ValueError(f"The model {model.name!r} has no trainable variables. Build it first.")
-    if levels is not None:
-        matches: list[Any] = list(levels)
-    else:
-        matches = _one_per_layer(model)
+    matches: list[Any] = _one_per_layer(model) if levels is None else _checked(levels, variables)
     count = len(matches)
     return [
         {"match": match, "lr_multiplier": decay ** (count - 1 - index)}
         for index, match in enumerate(matches)
     ]
+
+
+def _checked(levels: Any, variables: Sequence[Any]) -> list[str]:
+    """The levels, each a regular expression that matches the path of some variable."""
+    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
+        raise TypeError(
+            f"`levels` must be a list of regular expressions. Received: levels={levels!r}"
+        )
+    paths = [path_of(variable) for variable in variables]
+    for index, level in enumerate(levels):
+        pattern = check_pattern(f"levels[{index}]", level)
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"levels[{index}] matches none of the {len(paths)} trained variables: "
+                f"{_some(paths)}. Received: {level!r}"
+            )
+    return list(levels)
 
 
 def _one_per_layer(model: keras.Model) -> list[list[str]]:

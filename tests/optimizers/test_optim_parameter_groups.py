@@ -239,6 +239,12 @@ def test_a_decay_that_nobody_can_get():
             "Give the group an 'lr_multiplier'",
         ),
         ([{"match": "a", "optimizer": keras.optimizers.SGD()}], TypeError, "must be an optimizer"),
+        (
+            [{"match": "a", "optimizer": {"name": "sgd", "clipnorm": 1.0}}],
+            ValueError,
+            "has a clipnorm, which would not be used",
+        ),
+        ([{"match": "a", "optimizer": optim.AdamW(use_ema=True)}], ValueError, "has a use_ema"),
     ],
 )
 def test_mistakes(groups, error, message):
@@ -250,6 +256,14 @@ def test_groups_inside_of_groups():
     inner = optim.AdamW(parameter_groups=[{"match": "a", "lr_multiplier": 2}])
     with pytest.raises(ValueError, match="has groups of its own"):
         parse_groups([{"match": "a", "optimizer": inner}])
+
+
+def test_no_average_of_what_is_evaluated_as_an_average():
+    groups = [{"match": "kernel", "optimizer": "schedule_free_sgd"}]
+    with pytest.raises(ValueError, match="by ScheduleFreeSGD in `parameter_groups`"):
+        optim.AdamW(use_ema=True, parameter_groups=groups).build(variables("kernel", "bias"))
+    with pytest.raises(ValueError, match="also in one of its groups"):
+        optim.EMA(optim.AdamW(parameter_groups=groups)).build(variables("kernel", "bias"))
 
 
 def test_groups_come_before_the_state():
@@ -336,6 +350,11 @@ class TestTypesOfLayers:
         with pytest.raises(ValueError, match="has to be looked up in the model"):
             optimizer.build(network().trainable_variables)
 
+    @pytest.mark.parametrize("groups", [None, {"match": "Dense"}, "Dense", [5]])
+    def test_what_is_no_list_of_groups(self, groups):
+        with pytest.raises(TypeError, match="must be a .*dictionar.* Received: "):
+            optim.groups_for(network(), groups)
+
     def test_a_model_without_variables(self):
         model = keras.Sequential([keras.layers.Dense(1)])
         with pytest.raises(ValueError, match="Build it first"):
@@ -362,6 +381,19 @@ class TestLayerwiseDecay:
         multipliers = [optimizer.treatment_of(v)[2] for v in model.trainable_variables]
         assert multipliers == [0.25] + [0.5] * 4 + [1.0] * 2
 
+    @pytest.mark.parametrize(
+        ("levels", "error", "message"),
+        [
+            (["words", "bloc", "heads"], ValueError, r"levels\[2\] matches none of the 7"),
+            (["words", "("], ValueError, r"`levels\[1\]` must be a regular expression"),
+            ("words", TypeError, "`levels` must be a list"),
+            ([], TypeError, "`levels` must be a list"),
+        ],
+    )
+    def test_mistaken_levels(self, levels, error, message):
+        with pytest.raises(error, match=message):
+            optim.layerwise_lr_decay(network(), 0.5, levels)
+
     @pytest.mark.parametrize("decay", [0.0, 1.5, "x"])
     def test_out_of_range(self, decay):
         with pytest.raises(ValueError, match="decay"):
@@ -377,6 +409,15 @@ class TestDecay:
         optimizer = optim.exclude_norms_and_biases(optim.AdamW(weight_decay=0.1), model)
         optimizer.build(model.trainable_variables)
         decays = [optimizer.weight_decay_of(v) for v in model.trainable_variables]
+        assert decays == [0.1, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0]
+
+    @pytest.mark.parametrize("around", [keras.optimizers.LossScaleOptimizer, optim.EMA])
+    def test_the_innermost_optimizer_is_told(self, around):
+        model, inner = network(), optim.AdamW(weight_decay=0.1)
+        optimizer = around(inner)
+        assert optim.exclude_norms_and_biases(optimizer, model) is optimizer
+        optimizer.build(model.trainable_variables)
+        decays = [inner.weight_decay_of(v) for v in model.trainable_variables]
         assert decays == [0.1, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0]
 
     @pytest.mark.parametrize(
