@@ -51,7 +51,8 @@ def exclude_norms_and_biases(
     Keras does not save exclusions with a model: call this again for an optimizer that was loaded.
 
     Args:
-        optimizer: any Keras optimizer that has not been built.
+        optimizer: any Keras optimizer that has not been built; of one around others, such as
+            `keras.optimizers.LossScaleOptimizer`, the innermost is told.
         model: a built model.
 
     Returns:
@@ -65,8 +66,11 @@ def exclude_norms_and_biases(
         >>> [optimizer.weight_decay_of(variable) for variable in model.trainable_variables]
         [0.1, 0.0]
     """
+    innermost: Any = optimizer
+    while hasattr(innermost, "inner_optimizer"):
+        innermost = innermost.inner_optimizer
     if excluded := _not_decayed(model):
-        optimizer.exclude_from_weight_decay(var_list=excluded)
+        innermost.exclude_from_weight_decay(var_list=excluded)
     return optimizer
 
 
