@@ -54,7 +54,7 @@ def find(group: str, name: str, field: str) -> Any:
         for refusal in _entries(group + REFUSED).get(name, []):
             raise ConfigurationError(f"{field}={name!r} is not offered: {refusal.load()}")
         known = names(group)
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         listing = ", ".join(known) or (
             "none: is the distribution kbtrain installed (pip install), not only on the path?"

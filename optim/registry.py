@@ -6,6 +6,7 @@ by one in ``kbtrain.schedules``; the ones of this package come through the same 
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -102,10 +103,10 @@ def get_scheduler(
         (`optim.metric_schedule`).
 
     Raises:
-        ValueError: if the name is unknown or offered by two distributions, a count that the
-            schedule needs is missing, or an argument is wrong.
+        ValueError: if the name is unknown or offered by two distributions, a count or an argument
+            that the schedule needs is missing, or an argument is wrong.
         ImportError: if the package that offers the name cannot be imported.
-        TypeError: if what it offers is not a schedule.
+        TypeError: if what it offers is not a schedule, or the specific arguments no dictionary.
 
     Example:
         >>> import optim
@@ -121,6 +122,11 @@ def get_scheduler(
         if parameters[key].default is inspect.Parameter.empty:
             raise ValueError(f"The schedule {name!r} needs `{key}`. Received: {key}=None")
         del counts[key]
+    if not isinstance(scheduler_specific_kwargs, Mapping | None):
+        raise TypeError(
+            "`scheduler_specific_kwargs` must be a dictionary. Received: "
+            f"scheduler_specific_kwargs={scheduler_specific_kwargs!r}"
+        )
     specific = dict(scheduler_specific_kwargs or {})
     _check_specific(name, parameters, specific)
     schedule = factory(learning_rate=learning_rate, **counts, **specific)
@@ -151,6 +157,18 @@ def _check_specific(name: str, parameters: Any, specific: dict[str, Any]) -> Non
             f"{', '.join(unusable)}. It takes: {expected}. "
             f"Received: scheduler_specific_kwargs={specific!r}"
         )
+    missing = [
+        key
+        for key in usable
+        if key not in specific
+        and parameters[key].default is inspect.Parameter.empty
+        and parameters[key].kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+    if missing:
+        raise ValueError(
+            f"The schedule {name!r} needs `{missing[0]}` among its scheduler_specific_kwargs. "
+            f"Received: scheduler_specific_kwargs={specific!r}"
+        )
 
 
 def load(group: str, name: str) -> Any:
@@ -172,7 +190,7 @@ def load(group: str, name: str) -> Any:
     if name not in entries:
         _refuse(group, name)
         known = sorted(entries)
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"No installed package offers {name!r} in the group {group!r}.{hint} "

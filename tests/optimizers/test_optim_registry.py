@@ -100,6 +100,12 @@ def test_unknown_name_lists_the_known_ones(function):
     assert "Did you mean" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "ADAMW"])
+def test_a_name_in_other_letters_is_recognised(name):
+    with pytest.raises(ValueError, match="Did you mean 'adamw'"):
+        optim.get(name)
+
+
 @pytest.mark.parametrize("error", [ModuleNotFoundError("no module"), ZeroDivisionError("oops")])
 def test_broken_package_is_named_and_breaks_nothing_else(install, error):
     install(registry.OPTIMIZERS, entry("broken", error, dist="bad-package"))
@@ -155,6 +161,12 @@ class TestGetScheduler:
         assert type(constant) is optim.Constant
         warmup = optim.get_scheduler("constant_with_warmup", 0.5, 5, 9)
         assert warmup.get_config() == {"learning_rate": 0.5, "num_warmup_steps": 5}
+
+    def test_missing_specific_argument_is_named(self):
+        with pytest.raises(ValueError, match="needs `num_decay_steps` among its scheduler_spec"):
+            optim.get_scheduler("warmup_stable_decay", 0.1, 1, 9)
+        with pytest.raises(TypeError, match="must be a dictionary. Received: .*'num_cycles'"):
+            optim.get_scheduler("cosine", 0.1, 1, 9, "num_cycles")
 
     def test_specific_arguments_are_passed(self):
         schedule = optim.get_scheduler("cosine", 0.5, 1, 9, {"num_cycles": 2, "clamp": False})
