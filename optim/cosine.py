@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from optim.checks import check_closed, check_count, check_range
+from optim.checks import check_closed, check_count, check_flag, check_range
 from optim.optimizer import Tensor
 from optim.schedules import FiniteSchedule
 
@@ -114,7 +114,7 @@ class CosineWithWarmup(FiniteSchedule):
     ) -> None:
         super().__init__(learning_rate, num_warmup_steps, num_training_steps)
         self.num_cycles = check_range("num_cycles", num_cycles, 0.0)
-        self.clamp = bool(clamp)
+        self.clamp = check_flag("clamp", clamp)
 
     def done(self, step: Tensor) -> Tensor:
         """Updates after the warm-up, at most all of them if clamped."""

@@ -16,6 +16,7 @@ class FeedMetricSchedule(keras.callbacks.Callback):
             of Keras' own; the default is the one the optimizer was made with.
 
     Raises:
+        TypeError: if ``schedule`` does not answer to a metric.
         ValueError: when training begins: the optimizer has no such schedule, or cannot be given
             one; after an epoch: the logs have no such metric.
 
@@ -37,6 +38,11 @@ class FeedMetricSchedule(keras.callbacks.Callback):
 
     def __init__(self, monitor: str = "val_loss", schedule: MetricSchedule | None = None) -> None:
         super().__init__()
+        if schedule is not None and not hasattr(schedule, "on_metric"):
+            raise TypeError(
+                "`schedule` must be one that answers to a metric, such as optim.ReduceLROnPlateau. "
+                f"Received: schedule={schedule!r}"
+            )
         self.monitor = monitor
         self.schedule = schedule
         self._fed: MetricSchedule | None = None

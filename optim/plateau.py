@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from optim.checks import check_count, check_range
+from optim.checks import check_count, check_flag, check_range
 from optim.metric_schedule import MetricSchedule
 
 
@@ -144,7 +144,7 @@ class GreedyLR(MetricSchedule):
     ) -> None:
         self.warmup = check_count("warmup", warmup, 0)
         self.max_lr = check_range("max_lr", max_lr, 0.0)
-        self.smooth = bool(smooth)
+        self.smooth = check_flag("smooth", smooth)
         self.window_size = check_count("window_size", window_size, 1)
         self.reset_start = check_count("reset_start", reset_start, 1)
         super().__init__(

@@ -153,7 +153,10 @@ def test_arguments_are_checked(factory, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"warmup": -1}, {"max_lr": -1.0}, {"window_size": 0}, {"reset_start": 0}, {"max_lr": 1e-9}],
+    [
+        *({"warmup": -1}, {"max_lr": -1.0}, {"window_size": 0}, {"reset_start": 0}),
+        *({"max_lr": 1e-9}, {"smooth": "False"}),
+    ],
 )
 def test_arguments_of_greedy_are_checked(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be "):
@@ -268,6 +271,10 @@ class TestFeedMetricSchedule:
         model = tools.linear_model(optim.AdamW(optim.GreedyLR(0.1)), [0.0])
         with pytest.raises(ValueError, match="Give one of them only"):
             fit(model, [1.0], optim.FeedMetricSchedule("pretended", optim.GreedyLR(0.1)))
+
+    def test_what_is_no_such_schedule(self):
+        with pytest.raises(TypeError, match="answers to a metric.* Received: schedule='greedy'"):
+            optim.FeedMetricSchedule("pretended", "greedy")
 
     def test_a_rate_that_is_a_function_of_the_step(self, tools):
         model = tools.linear_model(optim.AdamW(optim.Constant(0.1)), [0.0])

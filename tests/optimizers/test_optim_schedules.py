@@ -337,6 +337,7 @@ def test_in_a_compiled_model(schedule, tools, jit_compile):
         ("num_training_steps", float("inf")),
         ("num_training_steps", True),
         ("num_cycles", -0.5),
+        ("clamp", "False"),
     ],
 )
 def test_arguments_are_checked(argument, value):
