@@ -25,8 +25,10 @@ class Adan(Optimizer):
         p_t &= \frac{p_{t-1} - \eta\, (\hat m_t + \beta_2 \hat v_t) / (\sqrt{\hat n_t} + \epsilon)}
                    {1 + \eta \lambda}
 
-    The paper writes :math:`1 - \beta` where its code, optax and this class write :math:`\beta`. The
-    three are one argument, because they do not mean what Adam's of the same number mean.
+    The paper writes :math:`1 - \beta` where its code and this class write :math:`\beta`. optax does
+    so in the means, but has :math:`1 - \beta_2` in front of :math:`d_t` and :math:`\hat v_t`: 0.08
+    by default, for the paper's 0.92. The three are one argument, because they do not mean what
+    Adam's of the same number mean.
 
     Args:
         learning_rate: a number, a learning-rate schedule or a callable without arguments.
