@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from optim.checks import check_flag
+from optim.kernels import backend as kernels
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 
 
@@ -202,4 +203,4 @@ class Adafactor(Optimizer):
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return ops.sqrt(ops.mean(x * x))
+    return ops.sqrt(kernels.mean_square(x))

@@ -5,6 +5,7 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
+from optim.kernels import backend as kernels
 from optim.moments import adam_denominator, adam_moments, bias_correction
 from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise
 
@@ -103,4 +104,4 @@ class LAMB(Optimizer):
 
 def norm(x: Tensor) -> Tensor:
     """The Euclidean norm of all elements of a float32 tensor, a scalar."""
-    return ops.sqrt(ops.sum(x * x))
+    return ops.sqrt(kernels.squared_norm(x))

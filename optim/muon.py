@@ -10,6 +10,7 @@ from keras import ops
 
 from optim.adamw import AdamW
 from optim.checks import check_flag, check_integer, check_pattern
+from optim.kernels import backend as kernels
 from optim.moments import moving_average
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 from optim.parameter_groups import path_of
@@ -213,7 +214,7 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
     x = matrix if wide else ops.transpose(matrix)
     # By the largest element first: squares of gradients below 1e-19 are 0 in float32.
     x = x / ops.maximum(ops.max(ops.abs(x)), 1e-30)
-    x = ops.cast(x / (ops.sqrt(ops.sum(x * x)) + 1e-7), dtype)
+    x = ops.cast(x / (ops.sqrt(kernels.squared_norm(x)) + 1e-7), dtype)
     if dtype == "float32" and 2 * x.shape[0] <= x.shape[1]:
         for done in range(0, steps, _AT_ONCE):
             x = ops.matmul(_polynomial(x, min(_AT_ONCE, steps - done)), x)

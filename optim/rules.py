@@ -80,8 +80,9 @@ def fused(name: str) -> Callable[[Rule], Rule]:
 def elementwise(rule: Rule) -> Rule:
     """Mark an `Optimizer.update` whose result at an element depends on that element alone.
 
-    Scalars (the step, the learning rate, slots of shape ``()``) may enter; sums, norms and products
-    of matrices may not. A kernel may then execute the rule on pieces of a tensor.
+    Scalars may enter: the step, the learning rate, slots of shape ``()``, and the sum or mean of
+    all elements of something (`keras.ops.sum`, `keras.ops.mean`). Shapes, other reductions and
+    products of matrices may not. A kernel may then execute the rule on pieces of a tensor.
 
     Args:
         rule: the method.

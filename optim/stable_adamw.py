@@ -5,6 +5,7 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
+from optim.kernels import backend as kernels
 from optim.moments import bias_correction
 from optim.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise
 
@@ -93,7 +94,8 @@ class StableAdamW(Optimizer):
         momentum = slots["momentum"] + share_1 * (gradient - slots["momentum"])
         velocity = slots["velocity"] + share_2 * (square - slots["velocity"])
         floor = max(self.epsilon * self.epsilon, SMALLEST)
-        growth = ops.sqrt(ops.mean(square / ops.maximum(velocity, floor)))
+        relative = gradient / ops.sqrt(ops.maximum(velocity, floor))
+        growth = ops.sqrt(kernels.mean_square(relative))
         rate = learning_rate / ops.maximum(1.0, growth)
         if weight_decay:
             parameter = parameter - (rate * weight_decay) * parameter

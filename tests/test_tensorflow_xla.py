@@ -62,3 +62,41 @@ def test_what_is_in_the_step_decides(tmp_path):
         "small table, 200": [COMPILED],
         "large table among larger layers, 200": [COMPILED],
     }
+
+
+NORMS = """
+import json
+import numpy as np
+import tensorflow as tf
+from kbtrain.backends import tensorflow_update
+from optim.kernels import tensorflow as kernels
+
+shapes = [(), (1,), (7, 3), (4096,), (64, 65), (5, 4099), (128, 96, 2)]
+generator = np.random.default_rng(0)
+drawn = [generator.normal(size=shape).astype("float32") for shape in shapes]
+expected = [float(np.square(x.astype("float64")).sum()) for x in drawn]
+for compiled in (False, True):
+    def norms(tensors):
+        single = [kernels.squared_norm(x) for x in tensors], list(map(kernels.mean_square, tensors))
+        return *single, tensorflow_update.global_norm(tensors)
+    got = tf.function(norms, jit_compile=compiled, autograph=False)([*map(tf.constant, drawn)])
+    squares, means, norm = tf.nest.map_structure(float, got)
+    print(json.dumps([squares, means, norm]))
+print(json.dumps([expected, [e / x.size for e, x in zip(expected, drawn)], sum(expected) ** 0.5]))
+hidden = tf.function(tensorflow_update.global_norm, jit_compile=True, autograph=False)
+broken = drawn[4].copy()
+broken[63, 64] = np.nan
+print(bool(np.isnan(hidden([tf.constant(broken)]).numpy())))
+"""
+
+
+def test_sums_of_squares_are_right_with_xla_and_without():
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", NORMS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *lines, is_nan = result.stdout.splitlines()[-4:]
+    graph, compiled, expected = map(json.loads, lines)
+    for got in (graph, compiled):
+        for values, wanted in zip(got, expected, strict=True):
+            assert values == pytest.approx(wanted, rel=1e-5)
+    assert is_nan == "True"

@@ -95,13 +95,13 @@ def compile_step(
         # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
         # warns of many functions with the same code; a partial has none.)
         graph = tf.function(functools.partial(traced), autograph=False)
+        compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if jit_compile is True:
-            return tf.function(functools.partial(traced), jit_compile=True, autograph=False)
+            return compiled
         if jit_compile == "auto" and calls >= XLA_CALLS:
-            concrete = graph.get_concrete_function(inputs)
-            reason = _against_xla(concrete, variables)
+            reason = _against_xla(graph.get_concrete_function(inputs), variables)
             if not reason:
-                return _with_fallback(concrete, graph)
+                return _with_fallback(compiled, graph)
             logger.info("The step runs as a graph, without XLA: %s.", reason)
         return graph
 
@@ -162,9 +162,10 @@ def _table_bytes(node: Any) -> int:
     return size if size >= LARGE_BYTES else 0
 
 
-def _with_fallback(concrete: Any, graph: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The traced graph under XLA; the graph as it is if XLA cannot compile it."""
-    compiled = tf.function(lambda inputs: concrete(inputs), jit_compile=True, autograph=False)
+def _with_fallback(
+    compiled: Callable[[Any], Any], graph: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """The step under XLA; the step as a graph if XLA cannot compile it."""
     works: bool | None = None
 
     def call(inputs: Any) -> Any:

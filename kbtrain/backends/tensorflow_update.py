@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 LARGE_BYTES = 1 << 20
 """Size of trained variables from which on passes over memory count."""
@@ -17,12 +18,13 @@ BYTES_PER_VARIABLE = 1 << 18
 # fmt: off
 _ELEMENTWISE = frozenset([
     "Abs", "Add", "AddN", "AddV2", "AssignAddVariableOp", "AssignSubVariableOp",
-    "AssignVariableOp", "Cast", "Const", "Cos", "Div", "DivNoNan", "Equal", "Exp", "Expm1",
-    "Floor", "FloorMod", "Greater", "GreaterEqual", "Identity", "IdentityN", "Less", "LessEqual",
-    "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Mul", "Neg",
-    "NoOp", "NotEqual", "OnesLike", "Placeholder", "Pow", "ReadVariableOp", "RealDiv",
-    "Reciprocal", "Rsqrt", "Select", "SelectV2", "Sigmoid", "Sign", "Sqrt", "Square",
-    "SquaredDifference", "StopGradient", "Sub", "Tanh", "ZerosLike",
+    "AssignVariableOp", "Bitcast", "Cast", "Const", "Cos", "Div", "DivNoNan", "Equal", "Exp",
+    "Expm1", "Floor", "FloorMod", "Greater", "GreaterEqual", "Identity", "IdentityN", "Less",
+    "LessEqual", "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum",
+    "Mul", "Neg", "NoOp", "NotEqual", "OnesLike", "Placeholder", "PopulationCount", "Pow",
+    "ReadVariableOp", "RealDiv", "Reciprocal", "Reshape", "RightShift", "Rsqrt", "Select",
+    "SelectV2", "Sigmoid", "Sign", "Slice", "Sqrt", "Square", "SquaredDifference", "StopGradient",
+    "Sub", "Tanh", "ZerosLike",
 ])
 # fmt: on
 """What XLA makes one pass of, and certainly compiles."""
@@ -46,9 +48,9 @@ def apply_optimizer(
     gradients = list(gradients)
     least = max(LARGE_BYTES, len(gradients) * BYTES_PER_VARIABLE)
     if tf.inside_function() and sum(map(size_of, gradients)) >= least:
-        traced = tf.function(apply, autograph=False).get_concrete_function(gradients, factor)
+        compiled = tf.function(apply, jit_compile=True, autograph=False)
+        traced = compiled.get_concrete_function(gradients, factor)
         if all(operation.type in _ELEMENTWISE for operation in traced.graph.get_operations()):
-            compiled = tf.function(lambda *given: traced(*given), jit_compile=True, autograph=False)
             compiled(gradients, factor)
             return
     apply(gradients, factor)
@@ -61,8 +63,39 @@ def size_of(tensor: Any) -> int:
 
 def global_norm(gradients: Sequence[Any]) -> Any:
     """Euclidean norm over all elements of all gradients, in float32."""
-    halves = [tf.nn.l2_loss(tf.cast(g, "float32")) for g in gradients]  # needs no squares in memory
-    return tf.sqrt(2.0 * tf.add_n(halves))
+    square = _squared_norm if _for_xla_on_cpu() else _squared_norm_of_a_graph
+    return tf.sqrt(tf.add_n([square(tf.cast(g, "float32")) for g in gradients]))
+
+
+def _for_xla_on_cpu() -> bool:
+    """Whether what is traced now is compiled by XLA for a CPU."""
+    graph = tf.compat.v1.get_default_graph()
+    compiled = control_flow_util.GraphOrParentsInXlaContext(graph)
+    return compiled and not tf.config.list_logical_devices("GPU")
+
+
+def _squared_norm_of_a_graph(tensor: Any) -> Any:
+    return 2.0 * tf.nn.l2_loss(tensor)  # needs no squares in memory
+
+
+SLICES = 16
+"""A power of two."""
+
+
+def _squared_norm(tensor: Any) -> Any:
+    """The sum of squares in vectors: XLA on a CPU adds one number of a sum after the other."""
+    count = tensor.shape.num_elements()
+    if count is None or count < 1 << 12:
+        return tf.reduce_sum(tensor * tensor)
+    flat = tf.reshape(tensor, [-1])
+    even = count - count % SLICES
+    slices = tf.unstack(tf.reshape(flat[:even] if even < count else flat, [SLICES, -1]))
+    # Squares of slices, not slices of squares, which XLA would keep in memory.
+    sums = [part * part for part in slices]
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    rest = flat[even:]
+    return tf.reduce_sum(sums[0]) + (tf.reduce_sum(rest * rest) if even < count else 0.0)
 
 
 def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:

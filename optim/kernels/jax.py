@@ -15,7 +15,8 @@ from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 from keras import ops
 
-from optim.kernels.jax_order import Pure, after, in_place, zero_after
+from optim.kernels.jax_order import after, in_place, zero_after
+from optim.order import LARGE, Pure
 
 FUSED: dict[str, Callable[..., None]] = {}
 
@@ -88,10 +89,6 @@ class _Through:
         return result
 
 
-LARGE = 1 << 14
-"""Elements from which on it matters whether a tensor is copied."""
-
-
 def _on_cpu() -> bool:
     """Whether what is traced now will run on a CPU."""
     chosen = jax.config.jax_default_device
@@ -107,6 +104,16 @@ def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current:
 def take(table: Any, indices: Any) -> Any:
     """``table[indices]``, as it is."""
     return table.at[indices].get(mode="promise_in_bounds")
+
+
+def squared_norm(x: Any) -> Any:
+    """The sum of the squares of all elements of a tensor."""
+    return ops.sum(x * x)
+
+
+def mean_square(x: Any) -> Any:
+    """The mean of the squares of all elements of a tensor."""
+    return ops.mean(x * x)
 
 
 def singular_vectors(matrix: Any) -> Any:

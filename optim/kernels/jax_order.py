@@ -1,20 +1,12 @@
-"""JAX on a CPU: the results of a rule in an order in which each can overwrite its old value.
+"""JAX on a CPU: a rule whose results overwrite their old values (see `optim.order`)."""
 
-XLA makes a loop of its own of every result there. Where two of them read the same old value, it
-does not know which one comes last, and copies the old value for the other. So the result that
-overwrites a value is told to wait for the others that read it.
-"""
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-Pure = Callable[..., tuple[Any, dict[str, Any]]]
-"""``(value, gradient, slots) -> (new value, new slots)``."""
+from optim.order import Plan, Pure
 
 
 def zero_after(value: Any) -> Any:
@@ -50,126 +42,41 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> tu
 
     inputs = [value, *slots.values(), gradient]
     closed = jax.make_jaxpr(flat)(*inputs)
-    plan = _Plan(closed.jaxpr)
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    results, one_loop = plan.run(known, inputs)
-    return (results[0], dict(zip(names, results[1:], strict=True))), one_loop
+    traced = closed.jaxpr
+    plan = _plan(traced)
+    known = dict(zip(traced.constvars, closed.consts, strict=True))
+    known |= dict(zip(traced.invars, inputs, strict=True))
+    known |= {var: var.val for var in traced.outvars if isinstance(var, Literal)}
+    sums = [var for eqn in traced.eqns if _shrinks(eqn) for var in eqn.outvars]
+
+    def evaluate(result: Any, known: dict[Any, Any]) -> Any:
+        return _evaluate(traced, plan, result, known)
+
+    results, complete = plan.run(known, sums, evaluate, zero_after, after)
+    return (results[0], dict(zip(names, results[1:], strict=True))), complete and not sums
 
 
-@dataclass
-class _Plan:
-    """Which result of a traced rule reads what, and so which one comes first.
+def _plan(traced: Jaxpr) -> Plan:
+    """Which result of a traced rule reads what."""
+    made_of = {
+        var: [operand for operand in eqn.invars if not isinstance(operand, Literal)]
+        for eqn in traced.eqns
+        for var in eqn.outvars
+    }
+    every = [*traced.invars, *traced.constvars, *made_of]
+    tensors = frozenset(var for var in every if var.aval.shape)
+    return Plan(traced.invars, traced.outvars, made_of, tensors)
 
-    Attributes:
-        jaxpr: the rule; result i overwrites input i.
-        large: numbers of the results that are tensors.
-        made_by: variable -> the operation that makes it.
-        reuses: number of a result -> the other results that it is made from.
-        reads: number of a result -> the tensors among the inputs that it is made from besides.
-    """
 
-    jaxpr: Jaxpr
-    large: list[int] = field(init=False)
-    made_by: dict[Any, Any] = field(init=False)
-    reuses: dict[int, set[int]] = field(init=False, default_factory=dict)
-    reads: dict[int, set[Any]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        outs = self.jaxpr.outvars
-        self.large = [i for i, var in enumerate(outs) if var.aval.shape]
-        self.made_by = {var: eqn for eqn in self.jaxpr.eqns for var in eqn.outvars}
-        for i in self.large:
-            # Made from other new values where they are there, unless their old ones are read, too.
-            others = {j for j in self.large if outs[j] in self.made_by and outs[j] is not outs[i]}
-            while True:
-                reached = set(self.operands(outs[i], {outs[j] for j in others}))
-                both = {j for j in others if self.jaxpr.invars[j] in reached}
-                if not both:
-                    break
-                others -= both
-            self.reuses[i] = {j for j in others if outs[j] in reached}
-            self.reads[i] = reached & set(self.jaxpr.invars)
-
-    def operands(self, result: Any, stop: Iterable[Any]) -> list[Any]:
-        """The tensors that a result is made from: inputs, and those at which to stop."""
-        stop = set(stop)
-        found, seen, todo = [], set(), [result]
-        while todo:
-            var = todo.pop()
-            if isinstance(var, Literal) or var in seen or not var.aval.shape:
-                continue
-            seen.add(var)
-            if var in stop or var not in self.made_by:
-                found.append(var)
-            else:
-                todo += self.made_by[var].invars
-        return found
-
-    def readers(self, i: int) -> list[int]:
-        """The other results that are made from the old value of result ``i``."""
-        return [j for j in self.large if j != i and self.jaxpr.invars[i] in self.reads[j]]
-
-    def order(self) -> tuple[list[int], bool]:
-        """The results, each after those it is made from and the readers of its old value.
-
-        Returns:
-            Their numbers, and whether there is such an order. Where there is none, a result comes
-            before a reader of its old value, which is then copied.
-        """
-        done: list[int] = []
-        complete = True
-        while left := [i for i in self.large if i not in done]:
-            made = [i for i in left if self.reuses[i] <= set(done)]
-            ready = [i for i in made if set(self.readers(i)) <= set(done)]
-            complete = complete and bool(ready)
-            done.append((ready or made)[0])
-        return done, complete
-
-    def run(self, known: dict[Any, Any], inputs: list[Any]) -> tuple[list[Any], bool]:
-        """The results, and whether nothing has to be kept besides them."""
-        outs = self.jaxpr.outvars
-        known = {**known, **dict(zip(self.jaxpr.invars, inputs, strict=True))}
-        sums = [var for eqn in self.jaxpr.eqns if _shrinks(eqn) for var in eqn.outvars]
-        for var in [*sums, *(var for var in outs if not var.aval.shape)]:
-            self.evaluate(var, known)
-        order, complete = self.order()
-        done: dict[int, Any] = {}
-        for i in order:
-            readers = [done[j] for j in self.readers(i) if j in done]
-            if not readers:
-                done[i] = self.evaluate(outs[i], known)
-                continue
-            # Anew from operands that wait, so that it shares nothing with those it waits for.
-            zero = sum(map(zero_after, readers[1:]), zero_after(readers[0]))
-            waiting = {var: value for var, value in known.items() if not var.aval.shape}
-            for var in self.operands(outs[i], [outs[j] for j in self.reuses[i]]):
-                waiting[var] = after(zero, known[var])
-            done[i] = known[outs[i]] = self.evaluate(outs[i], waiting)
-        results = [done[i] if i in done else known[var] for i, var in enumerate(outs)]
-        return results, complete and not sums
-
-    def evaluate(self, result: Any, known: dict[Any, Any]) -> Any:
-        """The value of a variable, made from known ones; it is then known, too."""
-        if isinstance(result, Literal):
-            return result.val
-        used, needed, todo = {}, set(), [result]
-        while todo:
-            var = todo.pop()
-            if isinstance(var, Literal):
-                continue
-            if var in known:
-                used[var] = known[var]
-            elif id(eqn := self.made_by[var]) not in needed:
-                needed.add(id(eqn))
-                todo += eqn.invars
-        part = self.jaxpr.replace(
-            constvars=[],
-            invars=list(used),
-            outvars=[result],
-            eqns=[eqn for eqn in self.jaxpr.eqns if id(eqn) in needed],
-        )
-        (known[result],) = jaxpr_as_fun(ClosedJaxpr(part, []))(*used.values())
-        return known[result]
+def _evaluate(traced: Jaxpr, plan: Plan, result: Any, known: dict[Any, Any]) -> Any:
+    """The value of a variable, made from known ones."""
+    needed = plan.needed(result, known)
+    used = {var: value for var, value in known.items() if var in needed}
+    eqns = [
+        eqn for eqn in traced.eqns if any(var in needed and var not in used for var in eqn.outvars)
+    ]
+    part = traced.replace(constvars=[], invars=list(used), outvars=[result], eqns=eqns)
+    return jaxpr_as_fun(ClosedJaxpr(part, []))(*used.values())[0]
 
 
 def _shrinks(eqn: Any) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from optim.kernels.tensorflow_order import for_xla_on_cpu, in_place
+
 FUSED: dict[str, Callable[..., None]] = {}
 
 
@@ -49,15 +51,20 @@ def execute(
     """Run the rule once per variable.
 
     Under a `tf.distribute` strategy Keras' own walk does it (sum over the replicas, then
-    `Optimizer.update_step` in every variable's update context).
+    `Optimizer.update_step` in every variable's update context). Where XLA compiles for a CPU,
+    the results of an elementwise rule wait for those that read their old values
+    (`optim.kernels.tensorflow_order`).
     """
     if tf.distribute.has_strategy():
         keras.optimizers.Optimizer._backend_update_step(
             optimizer, gradients, variables, learning_rate
         )
         return
+    ordered = for_xla_on_cpu()
     for gradient, variable in zip(gradients, variables, strict=True):
-        optimizer.update_variable(gradient, variable, step, learning_rate)
+        rule = type(optimizer.rule_of(variable)).update
+        through = in_place if ordered and getattr(rule, "elementwise", False) else None
+        optimizer.update_variable(gradient, variable, step, learning_rate, through)
 
 
 def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
@@ -73,6 +80,35 @@ def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current:
 def take(table: Any, indices: Any) -> Any:
     """``table[indices]``, as it is."""
     return tf.gather(table, indices)
+
+
+def squared_norm(x: Any) -> Any:
+    """The sum of the squares of all elements of a tensor.
+
+    On a CPU XLA adds one number after the other. Slices of the tensor are added as vectors.
+    """
+    count = x.shape.num_elements()
+    if count is None or count < 1 << 12 or not for_xla_on_cpu():
+        return tf.reduce_sum(x * x)
+    flat = tf.reshape(x, [-1])
+    even = count - count % SLICES
+    slices = tf.unstack(tf.reshape(flat[:even] if even < count else flat, [SLICES, -1]))
+    # Squares of slices, not slices of squares, which XLA would keep in memory.
+    sums = [part * part for part in slices]
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    rest = flat[even:]
+    return tf.reduce_sum(sums[0]) + (tf.reduce_sum(rest * rest) if even < count else 0.0)
+
+
+def mean_square(x: Any) -> Any:
+    """The mean of the squares of all elements of a tensor."""
+    count = tf.size(x) if x.shape.num_elements() is None else x.shape.num_elements()
+    return squared_norm(x) / tf.cast(count, "float32")
+
+
+SLICES = 16
+"""A power of two."""
 
 
 def singular_vectors(matrix: Any) -> Any:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import torch
 
 # The one question Keras has no public answer to: inside a stateless scope values belong to the
@@ -238,6 +239,16 @@ FUSED: dict[str, Callable[..., None]] = {
 def take(table: Any, indices: Any) -> Any:
     """``table[indices]``, without the care that Keras takes of indices below 0."""
     return torch.index_select(table, 0, indices.reshape(-1)).reshape(indices.shape)
+
+
+def squared_norm(x: Any) -> Any:
+    """The sum of the squares of all elements of a tensor."""
+    return keras.ops.sum(x * x)
+
+
+def mean_square(x: Any) -> Any:
+    """The mean of the squares of all elements of a tensor."""
+    return keras.ops.mean(x * x)
 
 
 def singular_vectors(matrix: Any) -> Any:
