@@ -6,7 +6,7 @@ the variables use by now; what a graph has computed is lost when another one run
 """
 
 import contextlib
-import random
+import warnings
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,8 +31,8 @@ class Machine:
         self.captures = self.replays = 0
         self.capturing = False
         self.alive = []
+        self.watching = 0
         self.wrong = 0.0
-        self.noise = 0.0
 
 
 machine = Machine()
@@ -66,8 +66,8 @@ class CUDAGraph:
             for old, new in zip(made, results, strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
-                    if old.is_floating_point() and (machine.wrong or machine.noise):
-                        old.mul_(1 + machine.wrong + random.uniform(0, machine.noise))
+                    if old.is_floating_point() and machine.wrong:
+                        old.mul_(1 + machine.wrong)
 
     def spoil(self):
         """What is in the memory of the graph is of no use to anybody."""
@@ -121,8 +121,21 @@ def detached(x):
     return x.detach() if is_tensor(x) else x
 
 
-def refuse(*args, **kwargs):
-    raise RuntimeError(ERROR)
+def looking(original):
+    """A method of tensors that has to wait for the value."""
+
+    def look(self, *args, **kwargs):
+        if machine.capturing:
+            raise RuntimeError(ERROR)
+        if machine.watching:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return original(self, *args, **kwargs)
+
+    return look
+
+
+def watch(mode):
+    machine.watching = {"default": 0, "warn": 1}.get(mode, mode)
 
 
 class Capture:
@@ -135,7 +148,6 @@ class Capture:
         graph._pool = pool or object()
         self.graph, self.stream = graph, stream
         self.recording = Recording(graph)
-        self.reads = contextlib.ExitStack()
 
     def __enter__(self):
         machine.captures += 1
@@ -143,15 +155,10 @@ class Capture:
         self.context = use_stream(self.stream)
         self.context.__enter__()
         self.random = torch.get_rng_state()
-        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
-            original = getattr(torch.Tensor, name)
-            setattr(torch.Tensor, name, refuse)
-            self.reads.callback(setattr, torch.Tensor, name, original)
         self.recording.__enter__()
 
     def __exit__(self, kind, error, trace):
         self.recording.__exit__(kind, error, trace)
-        self.reads.close()
         machine.capturing = False
         torch.set_rng_state(self.random)
         for storage, old in self.recording.before.values():
@@ -174,6 +181,10 @@ def install():
         backend._on_cpu = lambda condition: False
         torch.cuda.get_rng_state = lambda device: torch.get_rng_state()
         torch.cuda.set_rng_state = lambda state, device: torch.set_rng_state(state)
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
+        setattr(torch.Tensor, name, looking(getattr(torch.Tensor, name)))
+    torch.cuda.get_sync_debug_mode = lambda: machine.watching
+    torch.cuda.set_sync_debug_mode = watch
     torch.cuda.CUDAGraph = CUDAGraph
     torch.cuda.graph = Capture
     torch.cuda.Stream = Stream

@@ -138,40 +138,57 @@ def seeded():
 
 def reading():
     """A layer that looks at a value, but not in the record."""
-    return model(Reads())
+    return model(Own(read))
 
 
-@torch.library.custom_op("kbtrain_tests::read", mutates_args=())
+def unfit():
+    """A layer whose operation fails in a capture, and says nothing before."""
+    return model(Own(refuses))
+
+
+def operation(name):
+    """An operation that a record does not look into, with the gradient of the identity."""
+
+    def define(function):
+        op = torch.library.custom_op(f"kbtrain_tests::{name}", function, mutates_args=())
+        op.register_fake(lambda x: torch.empty_like(x))
+        op.register_autograd(lambda context, gradient: gradient)
+        return op
+
+    return define
+
+
+@operation("read")
 def read(x: torch.Tensor) -> torch.Tensor:
     return x * float(bool((x.detach().sum() * 0 == 0).item()))
 
 
-read.register_fake(lambda x: torch.empty_like(x))
-read.register_autograd(lambda context, gradient: gradient)
+@operation("refuses")
+def refuses(x: torch.Tensor) -> torch.Tensor:
+    if machine.capturing:
+        raise RuntimeError("this is not for a graph")
+    return x.clone()
 
 
 NOISE = [3, -2, 1]
 
 
-@torch.library.custom_op("kbtrain_tests::noisy", mutates_args=())
+@operation("noisy")
 def noisy(x: torch.Tensor) -> torch.Tensor:
     """As additions in the order of chance are: no two runs are the same."""
     NOISE.append(NOISE.pop(0))
     return x * (1 + 1e-6 * NOISE[0])
 
 
-noisy.register_fake(lambda x: torch.empty_like(x))
-noisy.register_autograd(lambda context, gradient: gradient)
+class Own(layers.Layer):
+    """A layer of one operation."""
 
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
-class Noisy(layers.Layer):
     def call(self, x):
-        return noisy(x)
-
-
-class Reads(layers.Layer):
-    def call(self, x):
-        return read(x)
+        return self.function(x)
 
 
 def resumed():
@@ -208,8 +225,9 @@ def main():
         "moved": compare("moved", callbacks=[Moves({8})], max_steps=16),
         "seeded": compare("seeded", make=seeded),
         "reading": compare("reading", make=reading),
+        "unfit": compare("unfit", make=unfit, per_device_train_batch_size=5, max_steps=30),
         "resumed": resumed(),
-        "noisy": run("noisy", True, make=lambda: model(Noisy()))[1],
+        "noisy": run("noisy", True, make=lambda: model(Own(noisy)))[1],
     }
     torch_graph.MOST_BEGINNINGS, most = 1, torch_graph.MOST_BEGINNINGS
     reports["moving"] = compare("moving", "plain", callbacks=[Moves({6})])
@@ -220,6 +238,9 @@ def main():
     torch_graph.MOST_BYTES, most = 8, torch_graph.MOST_BYTES
     reports["too large"] = compare("too large", "plain")
     torch_graph.MOST_BYTES = most
+    torch_graph.IS_SAFE = False
+    reports["old"] = compare("old", "plain")
+    torch_graph.IS_SAFE = True
     machine.wrong = 1e-3
     reports["wrong"] = compare("wrong", "plain")
     sys.__stdout__.write(json.dumps(reports))

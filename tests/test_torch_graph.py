@@ -68,7 +68,8 @@ def test_a_resumed_run_goes_on_bit_for_bit_random_numbers_included(reports):
 @pytest.mark.parametrize(
     ("case", "why"),
     [
-        ("reading", "its capture failed (operation not permitted when stream is capturing)"),
+        ("reading", "the host waits for the device in it"),
+        ("unfit", "its capture failed (this is not for a graph)"),
         ("moving", "its variables have other memory again and again"),
         ("too many", "inputs of 0 other shapes have one"),
         ("too large", "its inputs and results are too large to copy them in each step"),
@@ -79,6 +80,17 @@ def test_what_fits_no_graph_runs_plainly_and_the_log_says_why(case, why, reports
     assert report["equal"]
     message = f"The captured step runs without a CUDA graph: {why}"
     assert set(report["messages"]) == {message}
+
+
+def test_a_capture_that_failed_is_not_tried_again_for_another_shape(reports):
+    assert reports["unfit"]["captures"] == 3  # of the updates one, of two shapes
+    assert len(reports["unfit"]["messages"]) == 4
+
+
+def test_older_versions_of_pytorch_do_without(reports):
+    assert reports["old"]["equal"]
+    assert reports["old"]["captures"] == 0
+    assert all("they need PyTorch 2.13" in m for m in reports["old"]["messages"])
 
 
 def test_a_graph_with_other_numbers_is_not_used(reports):

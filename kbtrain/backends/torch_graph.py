@@ -9,7 +9,8 @@ they are, its inputs are copied to memory of the graph, its results out of it. H
    variables and random state agree, the graph is used from then on. The plain one counts.
 
 Where something does not fit, the plain step goes on, and the log says why: the host has to look at
-a value, memory is short, a capture fails. If a variable gets other memory, all begins anew.
+a value, memory is short, a capture fails (then none is tried again). If a variable gets other
+memory, all begins anew.
 
 Graphs share memory: it holds nothing from one launch to the next, and the launches of a thread
 follow one another.
@@ -25,6 +26,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -54,8 +56,8 @@ additions make no two runs the same."""
 KIND = "cuda"
 """The devices that have graphs."""
 
-Graphs = weakref.WeakSet
-"""The graphs of one step."""
+IS_SAFE = torch.__version__ >= (2, 13)
+"""In older versions a capture that fails breaks the allocator and the random numbers."""
 
 _Place = tuple[torch.device, int]
 """A device and a thread: what one thread launches follows one another, and can share memory."""
@@ -67,6 +69,19 @@ _CAPTURING = threading.Lock()
 _TOO_LARGE = "its inputs and results are too large to copy them in each step"
 
 Run = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[torch.Tensor]]
+
+
+class Graphs:
+    """The graphs of one step, for all shapes of its inputs.
+
+    Attributes:
+        alive: Those there are.
+        failed: Why a capture failed: PyTorch does not give back all memory of such a one.
+    """
+
+    def __init__(self) -> None:
+        self.alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.failed: str | None = None
 
 
 def with_graph(program: Program, examples: Sequence[torch.Tensor], graphs: Graphs) -> Run:
@@ -89,8 +104,13 @@ def with_graph(program: Program, examples: Sequence[torch.Tensor], graphs: Graph
     devices = {tensor.device for tensor in (*examples, *held)}
     if not any(device.type == KIND for device in devices):
         return plain
-    if program.waits is not None or len(devices) > 1:
-        _explain(program.waits or f"it is on several devices ({', '.join(map(str, devices))})")
+    reason = program.waits
+    if not IS_SAFE:
+        reason = f"they need PyTorch 2.13, this is {torch.__version__}"
+    elif len(devices) > 1:
+        reason = f"it is on several devices ({', '.join(map(str, devices))})"
+    if reason is not None:
+        _explain(reason)
         return plain
     return _Graphed(program, devices.pop(), graphs)
 
@@ -141,6 +161,8 @@ class _Graphed:
                 return self._prove(state)
             if self._runs > RUNS_BEFORE:
                 self._capture(state)
+            elif self._runs == RUNS_BEFORE:
+                return self._watched(state)
             return self._plainly(state)
 
     def _begin(self, inputs: Sequence[torch.Tensor], addresses: list[int]) -> None:
@@ -179,9 +201,26 @@ class _Graphed:
             self._give_up(_TOO_LARGE)
         return [result.clone() for result in results]
 
+    def _watched(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run, and give up if the host waits for the device somewhere in it."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                results = self._plainly(state)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        if not self._is_plain and any("synchronizing" in str(w.message) for w in caught):
+            self._give_up("the host waits for the device in it")
+        return results
+
     def _capture(self, state: Sequence[torch.Tensor]) -> None:
-        if len(self._graphs) >= MOST_GRAPHS:
+        if len(self._graphs.alive) >= MOST_GRAPHS:
             self._give_up(f"inputs of {MOST_GRAPHS} other shapes have one")
+            return
+        if self._graphs.failed is not None:
+            self._give_up(self._graphs.failed)
             return
         here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
@@ -198,10 +237,11 @@ class _Graphed:
                 _ALIVE[graph] = self._place
         except Exception as error:
             torch.cuda.set_stream(here)  # torch leaves the other one where it fails
-            self._give_up(f"its capture failed ({_first_error(error)})")
+            self._graphs.failed = f"its capture failed ({_first_error(error)})"
+            self._give_up(self._graphs.failed)
             return
         self._graph = graph
-        self._graphs.add(graph)
+        self._graphs.alive.add(graph)
 
     def _replay(self) -> list[torch.Tensor]:
         assert self._graph is not None
