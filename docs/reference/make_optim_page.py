@@ -1,4 +1,4 @@
-"""Write the tables of docs/optim.md from the entry points: every optimizer and every schedule.
+"""Write the tables of docs/optim.md from the entry points: optimizers, schedules, names refused.
 
 ``python docs/reference/make_optim_page.py`` after an optimizer or a schedule has changed, with the
 package installed again (entry points are read from its metadata). Only what stands between the
@@ -83,10 +83,22 @@ def schedules() -> str:
     return "\n".join(lines)
 
 
+def refused() -> str:
+    """The table of names that are known and not offered."""
+    lines = ["| name | why not, and what to use |", "|---|---|"]
+    reasons: dict[str, list[str]] = {}
+    for entry in sorted(distribution("kbtrain").entry_points, key=lambda entry: entry.name):
+        if entry.group == "kbtrain.optimizers.refused":
+            reasons.setdefault(entry.load(), []).append(f"`{entry.name}`")
+    lines += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
+    return "\n".join(lines)
+
+
 def page() -> str:
     """The page with new tables."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("optimizers", optimizers()), ("schedules", schedules())):
+    tables = {"optimizers": optimizers(), "refused": refused(), "schedules": schedules()}
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
         text = before + begin + "\n" + table + "\n\n" + end + rest.partition(end)[2]
