@@ -30,6 +30,8 @@ from optim.kernels.torch_operation import Numbered, define_in_place
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
 _PIECE = 131072
+# Rows that threads can share. Half of a block is a multiple of it.
+_ROWS = 64
 
 
 class Stored(NamedTuple):
@@ -80,6 +82,8 @@ class Codec:
     def __init__(self, indices: torch.Tensor, found: torch.Tensor) -> None:
         self._indices, self._found = indices, found
         self._half = indices[: indices.numel() // 2]
+        self._wide = indices.view(torch.int64)
+        self._in_threads = indices.device.type == "cpu" and torch.get_num_threads() > 1
         self._absolute = found.view(torch.float32)
         self._absolute_blocks = self._absolute.view(-1, BLOCK)
 
@@ -91,9 +95,11 @@ class Codec:
             square: whether the codes are of a root without sign.
             out: as many elements as there are codes.
         """
-        indices = self._half.copy_(stored.pairs)
-        pairs = _table("pairs of squares" if square else "pairs", indices.device)
-        torch.index_select(pairs, 0, indices, out=out.pairs)
+        pairs = _table("pairs of squares" if square else "pairs", self._found.device)
+        if self._in_threads:
+            _gather(pairs, self._wide.copy_(stored.pairs), out.pairs)
+        else:
+            torch.index_select(pairs, 0, self._half.copy_(stored.pairs), out=out.pairs)
         out.blocks.mul_(stored.column.square() if square else stored.column)
 
     def quantize(self, x: Buffer, square: bool, step: torch.Tensor | None, out: Stored) -> None:
@@ -105,7 +111,7 @@ class Codec:
             step: float32 scalar for the random choice of a neighbour, None for the nearest code.
             out: as many codes as there are numbers.
         """
-        indices, found = self._indices, self._found
+        found = self._found
         if square:
             largest = x.blocks.amax(1).clamp_min_(SMALLEST_SCALE)
             torch.sqrt(largest, out=out.scales)
@@ -115,9 +121,10 @@ class Codec:
             torch.amax(self._absolute_blocks, 1, out=out.scales)
             x.blocks.div_(out.column.clamp_min(SMALLEST_SCALE))
         # The upper half of a negative zero or NaN is negative too: no index without the mask.
-        torch.bitwise_right_shift(x.bits, 16, out=indices).bitwise_and_(0xFFFF)
+        upper = found if self._in_threads else self._indices
+        torch.bitwise_right_shift(x.bits, 16, out=upper).bitwise_and_(0xFFFF)
         kind = "nearest to root" if square else "nearest" if step is None else "not larger"
-        torch.index_select(_table(kind, indices.device), 0, indices, out=found)
+        self._look_up(_table(kind, found.device), upper, found)
         found.add_(x.bits).bitwise_right_shift_(16)
         if not square:
             found.abs_()
@@ -125,10 +132,19 @@ class Codec:
             self._choose(x, step)
         out.codes.copy_(found)
 
+    def _look_up(self, table: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
+        """``table[indices]``; in threads there is memory for half of the indices at a time."""
+        if not self._in_threads:
+            torch.index_select(table, 0, indices, out=out)
+            return
+        for part, result in zip(indices.chunk(2), out.chunk(2), strict=True):
+            _gather(table, self._wide.copy_(part), result)
+
     def _choose(self, x: Buffer, step: torch.Tensor) -> None:
         """Add 1 to the codes below, at random, as often as the next one is near."""
         below, shifted, bits = self._found, self._indices, x.bits
-        gaps = torch.index_select(_table("values and gaps", below.device), 0, below)
+        gaps = torch.empty(below.shape, dtype=torch.float64, device=below.device)
+        self._look_up(_table("values and gaps", below.device), below, gaps)
         value, gap = gaps.view(torch.float32).view(-1, 2).unbind(1)
         share = x.values - value
         bits.bitwise_xor_(step.to(torch.int32) * HASH_FACTORS[0])
@@ -137,6 +153,12 @@ class Codec:
             bits.bitwise_xor_(shifted).mul_(factor)
         bits.bitwise_right_shift_(9).bitwise_and_((1 << 23) - 1)
         below.add_(share > bits.to(torch.float32).mul_(2.0**-23).mul_(gap))
+
+
+def _gather(table: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
+    """``table[indices]`` as rows of a matrix: of a vector PyTorch looks up with one thread only."""
+    rows = indices.view(_ROWS, -1)
+    torch.gather(table.expand(_ROWS, -1), 1, rows, out=out.view(_ROWS, -1))
 
 
 def _pairs(values: np.ndarray) -> np.ndarray:

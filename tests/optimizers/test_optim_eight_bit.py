@@ -138,6 +138,24 @@ def test_pieces_of_a_large_tensor(tools, rng, monkeypatch, name, dtype):
                 assert np.mean(different > 1e-5 * np.abs(expected)) < 0.01
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_the_number_of_threads_changes_no_code(tools, rng, monkeypatch, name):
+    cls, _, arguments = CLASSES[name]
+    start = rng.standard_normal((66, 65)).astype("float32")  # the last block is not full
+    gradients = [[rng.standard_normal(start.shape).astype("float32")] for _ in range(2)]
+    results = []
+    for threads in (1, 2):
+        if hasattr(kernels, "run_eight_bit"):  # it looks up in another way
+            monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        variable = keras.Variable(start, name="v")
+        optimizer = cls(**arguments)
+        tools.run(optimizer, [variable], gradients)
+        slots = optimizer.slots_of(variable)
+        results.append([tools.to_numpy(x) for x in (variable, *slots.values())])
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("kernel", [None, "reference"])
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf])
