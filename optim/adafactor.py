@@ -8,7 +8,7 @@ from keras import ops
 
 from optim.checks import check_flag
 from optim.kernels import backend as kernels
-from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
+from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range, fused
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -148,6 +148,7 @@ class Adafactor(Optimizer):
             slots = {"row": shape[:-1], "column": (*shape[:-2], shape[-1])}
         return slots if self.momentum is None else {**slots, "momentum": shape}
 
+    @fused("adafactor")
     def update(
         self,
         parameter: Tensor,
@@ -167,8 +168,9 @@ class Adafactor(Optimizer):
             row = slots["row"] + share * (ops.mean(square, axis=-1) - slots["row"])
             column = slots["column"] + share * (ops.mean(square, axis=-2) - slots["column"])
             new = {"row": row, "column": column}
-            relative_row = row / ops.mean(row, axis=-1, keepdims=True)
-            movement = gradient * ops.expand_dims(ops.rsqrt(relative_row), -1)
+            # Not the root of the quotient: where a row had no gradient, that may underflow to 0.
+            by_row = ops.rsqrt(row) * ops.sqrt(ops.mean(row, axis=-1, keepdims=True))
+            movement = gradient * ops.expand_dims(by_row, -1)
             movement = movement * ops.expand_dims(ops.rsqrt(column), -2)
         else:
             velocity = slots["velocity"] + share * (square - slots["velocity"])

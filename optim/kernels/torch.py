@@ -13,6 +13,7 @@ import torch
 # caller, so nothing may be changed in place.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from optim.kernels.torch_adafactor import run_adafactor
 from optim.kernels.torch_eight_bit import run_eight_bit
 from optim.kernels.torch_elementwise import run_elementwise
 from optim.kernels.torch_operation import LIBRARY
@@ -233,6 +234,7 @@ FUSED: dict[str, Callable[..., None]] = {
     "adamw": functools.partial(_fused_adam, torch._fused_adamw_),
     "sgd": _fused_sgd,
     "adagrad": _fused_adagrad,
+    "adafactor": run_adafactor,
 }
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import optim
+from optim.kernels import backend as kernels
 
 
 def reference(start, gradients, rate=None, warmup_init=False, momentum=None, weight_decay=0.0,
@@ -107,6 +108,40 @@ def test_shapes(tools, rng):
         np.testing.assert_allclose(tools.to_numpy(variable), expected, rtol=1e-5, atol=1e-6)
         slots = optimizer.slots_of(variable).values()
         assert sum(np.prod(s.shape, dtype=int) for s in slots) == size
+
+
+@pytest.mark.parametrize(
+    ("mode", "shapes"),
+    [
+        ("fixed", [(9, 7), (2, 9, 5), (3, 0)]),
+        ("own rate, momentum, decay", [(5, 3, 4), (2, 50), (40,)]),
+    ],
+)
+def test_pieces_of_matrices(tools, rng, monkeypatch, mode, shapes):
+    """Several matrices at a time, some rows of one, rows longer than a piece; rows of zeros."""
+    if hasattr(kernels, "run_adafactor"):
+        monkeypatch.setattr("optim.kernels.torch_adafactor._PIECE", 30)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    starts = [rng.standard_normal(s).astype("float32") for s in shapes]
+    gradients = [[rng.standard_normal(s).astype("float32") for s in shapes] for _ in range(2)]
+    for given in gradients:
+        given[0] *= 1e6
+        given[0][4] = 0.0
+    variables = [keras.Variable(start) for start in starts]
+    arguments = MODES[mode]
+    tools.run(optim.Adafactor(**arguments), variables, gradients)
+    for i, (variable, start) in enumerate(zip(variables, starts, strict=True)):
+        if not start.size:
+            continue
+        expected = reference(
+            start,
+            [given[i] for given in gradients],
+            rate=arguments.get("learning_rate"),
+            momentum=arguments.get("momentum"),
+            weight_decay=arguments.get("weight_decay", 0.0),
+        )
+        error = tools.relative_to_movement(tools.to_numpy(variable), expected, start)
+        assert error < 2e-5, shapes[i]
 
 
 # Recorded from the reference: mean squared error to the target, from (.1, -.2, -.1).
