@@ -277,6 +277,7 @@ def test_float32_is_not_copied():
         (np.array(["a", "b"]), r"batch\['k'\] holds strings.*[Tt]okenize"),
         (np.array([b"a"]), "holds strings"),
         (["a", "b"], "holds strings"),
+        (np.array([b"a", b"bc"], object), "holds strings"),
         ("text", r"is a string.*'text'"),
         (np.array([None, 1]), r"holds Python objects.*dtype=object"),
         ([[1, 2], [3]], "different lengths"),

@@ -454,3 +454,18 @@ def test_labels_that_do_not_fit_the_loss(metrics, tmp_path):
     assert caught.value.__cause__ is None
     frames = [str(entry.path) for entry in caught.traceback]
     assert not any("site-packages" in name and "keras" in name for name in frames)
+
+
+def test_integers_that_the_backend_cannot_hold(tmp_path):
+    """JAX makes 5 of 2**32 + 5, in silence; the others have integers of 64 bits."""
+    numbers = keras.Input((1,), dtype="int64")
+    high = keras.ops.cast(numbers // 2**32, "float32")
+    model = keras.Model(numbers, keras.layers.Dense(1, kernel_initializer="ones")(high))
+    data = np.full((8, 1), 2**32 + 5), np.zeros((8, 1), "float32")
+    trainer = make(tmp_path, model, data, eval_dataset=data)
+    if keras.backend.backend() == "jax":
+        refused(tmp_path, DataError, "32 bits.*4294967301", trainer.fit)
+        with pytest.raises(DataError, match="32 bits"):
+            trainer.evaluate()
+    else:
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(1.0)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from kbtrain.errors import DataError
+
 
 def to_device(tree: Any, pin: bool = False) -> Any:
     """Start copying a structure of NumPy arrays to the device; returns at once.
@@ -20,8 +22,27 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     Args:
         tree: The arrays.
         pin: Of no use here.
+
+    Raises:
+        DataError: An integer is too large: JAX would go on with another one.
     """
+    if not jax.config.jax_enable_x64:
+        for leaf in jax.tree.leaves(tree):
+            if leaf.dtype.kind in "iu" and leaf.dtype.itemsize > 4:
+                _check_range(leaf)
     return jax.device_put(tree)
+
+
+def _check_range(array: np.ndarray) -> None:
+    """Integers of 64 bits become integers of 32 bits on JAX, of which only the last ones stay."""
+    limits = np.iinfo(np.int32 if array.dtype.kind == "i" else np.uint32)
+    if array.size and (array.max() > limits.max or array.min() < limits.min):
+        raise DataError(
+            f"JAX takes integers of 32 bits, {limits.min} to {limits.max}, and would make another "
+            "number of what is beyond. Make them smaller (a remainder, say), or set "
+            "JAX_ENABLE_X64=1 in the environment. Received: an array of shape "
+            f"{array.shape[1:]}, {array.dtype}, with values from {array.min()} to {array.max()}."
+        )
 
 
 def to_host(tree: Any) -> Any:

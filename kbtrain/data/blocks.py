@@ -246,6 +246,7 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
             result = np.empty((first.room, *arrays[0].shape[1:]), arrays[0].dtype)
             cuts = [array[rows] for array, (_, rows) in zip(arrays, parts, strict=True)]
             np.concatenate(cuts, out=result[:count])
+            result[count:] = 0
             return result
 
         of_all = zip(*[block.chunks for block, _ in parts], strict=True)
@@ -269,6 +270,7 @@ def _with_room(x: np.ndarray, room: int) -> np.ndarray:
         return x
     result = np.empty((room, *x.shape[1:]), x.dtype)
     result[: len(x)] = x
+    result[len(x) :] = 0  # and not what memory happens to hold
     return result
 
 

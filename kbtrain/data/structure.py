@@ -142,6 +142,8 @@ def as_array(value: Any, name: str) -> np.ndarray:
         DataError: ``value`` is no array, or one of strings or objects.
     """
     array = value if type(value) is np.ndarray else _convert(value, name)
+    if array.dtype.kind == "O" and array.size and isinstance(array.flat[0], str | bytes):
+        raise _no_strings(array.dtype, name)
     check_dtype(array.dtype, name)
     return array
 
@@ -169,10 +171,7 @@ def check_dtype(dtype: np.dtype, name: str) -> None:
     if kind == "V" and dtype.type is not np.void:
         return  # bfloat16 and the 8-bit floats of ml_dtypes call themselves void
     if kind in _STRING_KINDS:
-        raise DataError(
-            f"{name} holds strings, and a model takes numbers. Tokenize or encode them first, or "
-            f"remove the column. Received: dtype={dtype}"
-        )
+        raise _no_strings(dtype, name)
     if kind == "O":
         raise DataError(
             f"{name} holds Python objects, not numbers: usually rows of different lengths, missing "
@@ -183,6 +182,14 @@ def check_dtype(dtype: np.dtype, name: str) -> None:
     raise DataError(
         f"{name} holds {what}, and a model takes numbers. Convert them to a numeric dtype first. "
         f"Received: dtype={dtype}"
+    )
+
+
+def _no_strings(dtype: np.dtype, name: str) -> DataError:
+    return DataError(
+        f"{name} holds strings, and a model takes numbers. Tokenize or encode them first, or "
+        "remove the column. Layers for texts (TextVectorization, StringLookup) belong into the "
+        f"data_collator or the data set, not into the model. Received: dtype={dtype}"
     )
 
 
