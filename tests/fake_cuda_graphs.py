@@ -7,6 +7,7 @@ the variables use by now; what a graph has computed is lost when another one run
 
 import contextlib
 import warnings
+import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +31,7 @@ class Machine:
         self.default = self.current = Stream()
         self.captures = self.replays = 0
         self.capturing = False
-        self.alive = []
+        self.alive = weakref.WeakSet()
         self.watching = 0
         self.wrong = 0.0
 
@@ -166,7 +167,7 @@ class Capture:
         self.graph.spoil()
         if error is not None:
             raise RuntimeError("operation failed due to a previous error during capture")
-        machine.alive.append(self.graph)
+        machine.alive.add(self.graph)
         self.context.__exit__(None, None, None)
 
 

@@ -4,6 +4,7 @@ Prints one JSON object: for each case what happened with graphs, and how far the
 those of the same run without.
 """
 
+import gc
 import json
 import logging
 import os
@@ -214,8 +215,26 @@ def with_nan():
     return x, y
 
 
+def left():
+    """Graphs that are there after a run, while its Trainer is."""
+    torch_graph.RUNS_BEFORE = 3
+    trainer, _ = train("left")
+    gc.collect()
+    assert trainer.state.global_step == 12
+    return len(torch_graph._ALIVE)
+
+
+def run_again():
+    """What the log says of layers that are run again for gradients: they cannot be captured."""
+    messages.clear()
+    train("again", max_steps=1, gradient_checkpointing=True)
+    return [m for m in messages if "captured" in m]
+
+
 def main():
     reports = {
+        "left": left(),
+        "run again": run_again(),
         "plain": compare("plain"),
         "blocks": compare("blocks", logging_steps=100),
         "two shapes": compare("two shapes", per_device_train_batch_size=5, max_steps=30),

@@ -61,6 +61,18 @@ def test_an_update_that_is_not_finite_stops_the_run_where_it_was(reports):
     assert report["replays"] > 4
 
 
+def test_the_memory_of_the_graphs_is_given_back_when_the_run_ends(reports):
+    assert reports["left"] == 0
+
+
+def test_a_step_that_is_not_captured_at_all_says_so_in_a_line(reports):
+    (message,) = reports["run again"]
+    assert message == (
+        "The step runs eagerly, it cannot be captured: layers are to be run again, which a record "
+        "would not do"
+    )
+
+
 def test_a_resumed_run_goes_on_bit_for_bit_random_numbers_included(reports):
     assert reports["resumed"] == {"replays": 3, "equal": True}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +141,7 @@ class Runner:
             logger.debug("The step is captured in parts, one for each micro-batch.")
             return None
         except NotCapturable as reason:
-            logger.info("The step runs eagerly, it cannot be captured: %s", reason)
+            logger.info("The step runs eagerly, it cannot be captured: %s", _own_words(reason))
             return None
         finally:
             now.capturing = False
@@ -185,6 +186,12 @@ class _FlatStep:
                 pass
         self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
         return keras.tree.flatten(self.outputs)
+
+
+def _own_words(reason: NotCapturable) -> str:
+    """A reason without what Keras has put around it, which prints that of a layer in bold type."""
+    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(reason), re.DOTALL)
+    return bold[1] if bold else str(reason)
 
 
 class InParts(NotCapturable):
