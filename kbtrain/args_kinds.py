@@ -60,7 +60,12 @@ def freeze(value: Any) -> Any:
         if not all(isinstance(key, str) for key in value):
             raise Unfit("a mapping whose keys are all strings")
         return FrozenDict({str(key): freeze(item) for key, item in value.items()})
-    raise Unfit("made of None, bool, int, finite float, str, list and dict, which JSON can hold")
+    hint = (
+        f" (in place of the class, the text {value.__name__!r})" if isinstance(value, type) else ""
+    )
+    raise Unfit(
+        f"made of None, bool, int, finite float, str, list and dict{hint}, which JSON can hold"
+    )
 
 
 def thaw(value: Any) -> Any:

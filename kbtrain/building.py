@@ -257,8 +257,8 @@ def build_optimizer_state(
     """Create the optimizer's variables.
 
     Raises:
-        ConfigurationError: The variables do not fit the parameter groups, or the optimizer has a
-            state for other ones.
+        ConfigurationError: The variables do not fit the parameter groups or another argument, or
+            the optimizer has a state for other ones.
     """
     if optimizer.built:
         _check_state_fits(optimizer, model)
@@ -268,7 +268,7 @@ def build_optimizer_state(
     except ValueError as error:
         if has_groups:
             raise ConfigurationError(str(error)) from None
-        raise
+        raise ConfigurationError(f"{type(optimizer).__name__}: {error}") from error
     if has_groups and hasattr(optimizer, "parameter_groups_table"):
         logger.info("Parameter groups:\n%s", optimizer.parameter_groups_table())
 

@@ -110,6 +110,11 @@ def test_mistakes(tmp_path, group, message):
         make_trainer(tmp_path, [group]).fit()
 
 
+def test_a_type_of_layer_is_given_by_its_name(tmp_path):
+    with pytest.raises(ConfigurationError, match="in place of the class, the text 'Dense'"):
+        make_trainer(tmp_path, [{"match": keras.layers.Dense, "lr_multiplier": 0.5}])
+
+
 def test_an_optimizer_that_was_given(tmp_path):
     with pytest.raises(ConfigurationError, match="give it the groups when you make it"):
         make_trainer(tmp_path, optimizers=(optim.AdamW(), None)).fit()
@@ -133,6 +138,12 @@ def test_kbtrain_and_optim_agree_on_what_is_not_decayed():
 
 
 # ---- target modules ------------------------------------------------------------------------------
+
+
+def test_a_target_that_is_not_there(tmp_path):
+    trainer = make_trainer(tmp_path, None, optim="galore_adamw", optim_target_modules=["nothing"])
+    with pytest.raises(ConfigurationError, match="GaLoreAdamW: `target_modules`: 'nothing' is fou"):
+        trainer.fit()
 
 
 def projected(trainer):
