@@ -1,4 +1,4 @@
-"""On TensorFlow, which steps of a long run are compiled by XLA: a rule about what is in them."""
+"""On TensorFlow: which steps XLA compiles, and models with functions of TensorFlow's in them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cross  # needs TensorFlow, whatever Keras runs on
 
 RUN = """
 import json, logging, sys
-import keras, numpy as np
+import keras, numpy as np, tensorflow as tf
 from keras import layers
 from kbtrain import Trainer, TrainingArguments
 
@@ -30,18 +30,57 @@ MODELS = {  # shape of a sample, layers; tables of 1.28 MB and 1.28 kB
         (2,), layers.Embedding(40_000, 8), layers.Flatten(), layers.Dense(800), layers.Dense(800)
     ],
 }
-found = {}
-for name, updates in [("dense", 199), *((name, 200) for name in MODELS)]:
-    messages = []
-    shape, *hidden = MODELS[name]
-    model = keras.Sequential([keras.Input(shape), *hidden, layers.Flatten(), layers.Dense(1)])
+
+
+def fit(model, shape, updates, **settings):
     arguments = TrainingArguments(
         output_dir=sys.argv[1], max_steps=updates, per_device_train_batch_size=4,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **settings
     )
-    data = np.ones((4, *shape), "float32"), np.ones((4, 1), "float32")
-    Trainer(model, arguments, train_dataset=data, loss="mean_squared_error").fit()
-    found[f"{name}, {updates}"] = [text for text in messages if "XLA" in text]
+    x = np.resize(np.arange(5.0, dtype="float32"), (6, *shape))
+    data = x, np.ones((6, 1), "float32")
+    trainer = Trainer(model, arguments, train_dataset=data, loss="mean_squared_error")
+    messages.clear()
+    trainer.fit()
+    return trainer, [text for text in messages if "XLA" in text or "eager" in text]
+
+
+messages, found = [], {}
+for name, updates in [("dense", 199), *((name, 200) for name in MODELS)]:
+    shape, *hidden = MODELS[name]
+    model = keras.Sequential([keras.Input(shape), *hidden, layers.Flatten(), layers.Dense(1)])
+    found[f"{name}, {updates}"] = fit(model, shape, updates, dataloader_drop_last=True)[1]
+
+rotation = [keras.Input((2, 2, 1)), layers.RandomRotation(0.1), layers.Flatten(), layers.Dense(1)]
+found["refused"] = fit(keras.Sequential(rotation), (2, 2, 1), 2, jit_compile=True)[1]
+
+
+class Plain(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = layers.Dense(1), layers.BatchNormalization()
+        self.drop = layers.Dropout(0.5)
+
+    def call(self, x, training=False):
+        y = self.drop(self.norm(self.dense(x), training=training), training=training)
+        return keras.ops.cond(keras.ops.sum(y) > -9.0, lambda: y + 2.0, lambda: y)
+
+
+class Decorated(Plain):
+    @tf.function
+    def call(self, x, training=False):
+        y = self.drop(self.norm(self.dense(x), training=training), training=training)
+        if tf.reduce_sum(y) > -9.0:
+            y = y + 2.0
+        return y
+
+
+for kind in (Plain, Decorated):
+    keras.utils.set_random_seed(0)
+    trainer, texts = fit(kind(), (4,), 5, logging_steps=1)
+    logs = [[log["loss"], log["grad_norm"]] for log in trainer.state.log_history if "loss" in log]
+    weights = [weight.tolist() for weight in trainer.model.get_weights()]
+    found[kind.__name__] = [*logs, weights, texts]
 print(json.dumps(found))
 """
 
@@ -49,11 +88,18 @@ GRAPH = "The step runs as a graph, without XLA: on a CPU "
 COMPILED = "The step is compiled by XLA."
 
 
-def test_what_is_in_the_step_decides(tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
     environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", RUN, str(tmp_path)]
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.py").write_text(RUN)  # autograph reads the file
+    command = [sys.executable, str(folder / "run.py"), str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout.splitlines()[-1]) == {
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_what_is_in_the_step_decides(found):
+    assert {name: texts for name, texts in found.items() if "," in name} == {
         "dense, 199": [],
         "dense, 200": [COMPILED],
         "convolution, 200": [GRAPH + "its convolutions are slower."],
@@ -62,6 +108,18 @@ def test_what_is_in_the_step_decides(tmp_path):
         "small table, 200": [COMPILED],
         "large table among larger layers, 200": [COMPILED],
     }
+
+
+def test_what_xla_refuses_runs_as_a_graph_and_a_warning_says_so(found):
+    (text,) = found["refused"]  # one, though there were batches of two sizes
+    assert text.startswith("The step runs without XLA, which refuses it: ")
+    assert "ImageProjectiveTransform" in text
+
+
+def test_a_decorated_call_is_trained_like_any_other(found):
+    assert found["Decorated"] == found["Plain"]
+    assert found["Decorated"][0][1] > 0  # a gradient
+    assert found["Decorated"][-1] == []  # compiled, though there is an `if`
 
 
 NORMS = """

@@ -35,6 +35,7 @@ from kbtrain.backends.tensorflow_device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.tensorflow_functions import inlined
 from kbtrain.backends.tensorflow_update import (  # noqa: F401
     LARGE_BYTES,
     apply_optimizer,
@@ -90,18 +91,27 @@ def compile_step(
             return fn(inputs)
 
     graphs: dict[Any, Callable[[Any], Any]] = {}
+    refused = False
+
+    def refuse(reason: str) -> None:
+        nonlocal refused
+        refused = True
+        level = logging.WARNING if jit_compile is True else logging.INFO
+        logger.log(level, "The step runs without XLA, which refuses it: %s", reason)
 
     def compile_for(inputs: Any) -> Callable[[Any], Any]:
         # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
         # warns of many functions with the same code; a partial has none.)
         graph = tf.function(functools.partial(traced), autograph=False)
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
+        if refused:  # in another shape: to try again takes seconds, for the same answer
+            return graph
         if jit_compile is True:
-            return compiled
+            return _with_fallback(compiled, graph, refuse)
         if jit_compile == "auto" and calls >= XLA_CALLS:
             reason = _against_xla(graph.get_concrete_function(inputs), variables)
             if not reason:
-                return _with_fallback(compiled, graph)
+                return _with_fallback(compiled, graph, refuse)
             logger.info("The step runs as a graph, without XLA: %s.", reason)
         return graph
 
@@ -163,9 +173,15 @@ def _table_bytes(node: Any) -> int:
 
 
 def _with_fallback(
-    compiled: Callable[[Any], Any], graph: Callable[[Any], Any]
+    compiled: Callable[[Any], Any], graph: Callable[[Any], Any], refuse: Callable[[str], None]
 ) -> Callable[[Any], Any]:
-    """The step under XLA; the step as a graph if XLA cannot compile it."""
+    """The step under XLA; the step as a graph if XLA cannot compile it.
+
+    Args:
+        compiled: The step, to be compiled when it is first called.
+        graph: The step as a graph.
+        refuse: Told why, if XLA refuses the step.
+    """
     works: bool | None = None
 
     def call(inputs: Any) -> Any:
@@ -177,8 +193,7 @@ def _with_fallback(
                 result = compiled(inputs)  # compiled as a whole before anything is run
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
                 works = False
-                reason = first_lines(error, 1)
-                logger.info("The step runs without XLA, which refuses it: %s", reason)
+                refuse(first_lines(error, 1))
             else:
                 works = True
                 logger.info("The step is compiled by XLA.")
@@ -301,13 +316,15 @@ def value_and_grad(
         variable the loss does not depend on has a zero gradient, as on JAX.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        values = [tf.convert_to_tensor(v.value) for v in variables]
-        tape.watch(values)
-        with NoticingScope(variables, values, _know) as scope:
+        # Not their values: a graph that was made elsewhere (a SavedModel) reads the variables.
+        sources = [v.value for v in variables]
+        tape.watch(sources)
+        values = [tf.convert_to_tensor(source) for source in sources]
+        with NoticingScope(variables, values, _know) as scope, inlined():
             value, aux = fn(*args)
     gradients = [
         tf.zeros_like(v) if g is None else _dense(g, v)
-        for g, v in zip(tape.gradient(value, values), values, strict=True)
+        for g, v in zip(tape.gradient(value, sources), values, strict=True)
     ]
     return value, aux, gradients, scope.changes(_state)
 
@@ -324,10 +341,13 @@ def _know(variable: keras.Variable) -> None:
         _state.append(variable)
 
 
-def dropping() -> keras.StatelessScope:
+@contextlib.contextmanager
+def dropping() -> Iterator[keras.StatelessScope]:
     """A scope in which assignments are forgotten; losses of layers are collected."""
     # With the values: a regularizer asks the scope for the one of its weight.
-    return keras.StatelessScope([(v, v.value) for v in _state], collect_losses=True)
+    scope = keras.StatelessScope([(v, v.value) for v in _state], collect_losses=True)
+    with scope, inlined():
+        yield scope
 
 
 def recompute(
@@ -357,7 +377,7 @@ def recompute(
     # Variables' values are arguments: the gradient of what a closure holds would be lost.
     def run(*flat: Any) -> list[Any]:
         mapping = list(zip(variables, flat[count:], strict=True))
-        with LossScope(mapping, collect_losses=True) as scope:
+        with LossScope(mapping, collect_losses=True) as scope, inlined():
             given = [scope.get_current_value(v) for v in variables]
             outputs = fn(flat[:count])
         after = [scope.get_current_value(v) for v in variables]

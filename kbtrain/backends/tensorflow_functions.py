@@ -1,0 +1,46 @@
+"""TensorFlow: functions that a user decorated with ``tf.function``, within our own step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+_KIND: Any = type(tf.function(lambda: None))
+
+# With this status autograph converts what it is given.
+_OFF = tf.__internal__.autograph.control_status_ctx()
+_ON = type(_OFF)(status=type(_OFF.status).ENABLED)
+
+
+@contextlib.contextmanager
+def inlined() -> Iterator[None]:
+    """Inside, decorated functions become part of the graph that calls them.
+
+    A graph of its own would keep what it found when it was first traced: the values that weights
+    and seeds had in that step, and it has nowhere to leave a new one. There is no public door to
+    this that also converts ``if`` and ``while`` on tensors, as the decorator does.
+    """
+    before = _KIND.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return _body(function)(*args, **kwargs)
+
+    _KIND.__call__ = call
+    try:
+        yield
+    finally:
+        _KIND.__call__ = before
+
+
+def _body(function: Any) -> Callable[..., Any]:
+    """The Python of a decorated function, converted by autograph if that was asked for."""
+    python: Any = function.python_function
+    if not getattr(function, "_autograph", True):
+        return python
+    while (wrapper := getattr(python, "_tf_decorator", None)) is not None:
+        python = wrapper.decorated_target  # autograph would change the wrapper for good
+    converted: Callable[..., Any] = tf.__internal__.autograph.tf_convert(python, _ON)
+    return converted
