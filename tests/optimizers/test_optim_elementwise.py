@@ -180,6 +180,18 @@ def sum_before_the_root(xp, p, g, s, lr):
     return p - rate * m / (xp.sqrt(v) + 1e-3), {"a": m, "b": v}
 
 
+def squares_by_a_root(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    u = g / xp.sqrt(xp.maximum(v, 1e-6))
+    return p - lr / (1.0 + xp.mean(u * u)) * g, {"a": s["a"], "b": v}
+
+
+def squares_by_a_root_used_again(xp, p, g, s, lr):
+    v = s["b"] + 0.01 * (g * g - s["b"])
+    u = g / xp.sqrt(v)
+    return p - lr / (1.0 + xp.mean(u * u)) * u, {"a": s["a"] + u, "b": v}
+
+
 def root_of_what_no_gradient_moved(xp, p, g, s, lr):
     v = s["b"] + (lr - lr) * (g * g - s["b"])
     rate = lr / (1.0 + xp.sum(g * v))
@@ -219,6 +231,8 @@ FORMULAS = [
     sum_of_adam,
     mean_over_all,
     sum_before_the_root,
+    squares_by_a_root,
+    squares_by_a_root_used_again,
     root_of_what_no_gradient_moved,
     old_gradient_after_a_sum,
     old_values_after_a_sum,
