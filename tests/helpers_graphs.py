@@ -4,6 +4,7 @@ Prints one JSON object: for each case what happened with graphs, and how far the
 those of the same run without.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -192,6 +193,23 @@ class Own(layers.Layer):
         return self.function(x)
 
 
+@contextlib.contextmanager
+def short_of_memory(summaries):
+    """Memory ends while the first graph and the plain step are compared: so many succeed."""
+    summary = torch_graph._summary
+    left = [summaries - 1]
+
+    def limited(tensors):
+        left[0] -= 1
+        if left[0] == -1:
+            raise torch.OutOfMemoryError("out of memory, for a test")
+        return summary(tensors)
+
+    torch_graph._summary = limited
+    yield
+    torch_graph._summary = summary
+
+
 def resumed():
     """Half of a run, then the other half; graphs come about in both."""
     torch_graph.RUNS_BEFORE = 3
@@ -257,6 +275,9 @@ def main():
     torch_graph.MOST_BYTES, most = 8, torch_graph.MOST_BYTES
     reports["too large"] = compare("too large", "plain")
     torch_graph.MOST_BYTES = most
+    for name in ("short of memory", "shorter"):
+        with short_of_memory(1 if name == "shorter" else 2):
+            reports[name] = compare(name, "plain")
     torch_graph.IS_SAFE = False
     reports["old"] = compare("old", "plain")
     torch_graph.IS_SAFE = True

@@ -183,9 +183,13 @@ class _Graphed:
         self._results, self._graph, self._is_proven = [], None, False
 
     def _give_up(self, why: str) -> None:
+        self._go_on_plainly()
+        _explain(why)
+
+    def _go_on_plainly(self) -> None:
         self._drop()
         self._is_plain = True
-        _explain(why)
+        torch.cuda.empty_cache()  # of the side stream, where no other one looks for memory
 
     def _plainly(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run as the graph will: on the same memory and, as PyTorch wants it, on a side stream.
@@ -226,10 +230,10 @@ class _Graphed:
         try:
             # One capture at a time; garbage could give memory back to the device in the middle.
             with _CAPTURING, no_collection():
-                pools = (other.pool() for other, place in _ALIVE.items() if place == self._place)
+                pools = [other.pool() for other, place in _ALIVE.items() if place == self._place]
                 with torch.cuda.graph(
                     graph,
-                    pool=next(pools, None),
+                    pool=pools[0] if pools else None,
                     stream=_stream(self._place),
                     capture_error_mode="thread_local",  # other threads may do what they do
                 ):
@@ -257,7 +261,8 @@ class _Graphed:
         random = _random_state(device)
 
         def trial(run: Callable[[], list[torch.Tensor]]) -> _Outcome:
-            for tensor, old in zip(changed, before, strict=True):
+            # Where there is no copy, nothing has been changed yet.
+            for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(old)
             _set_random_state(random, device)
             results = run()
@@ -266,31 +271,31 @@ class _Graphed:
         def plainly() -> list[torch.Tensor]:
             return self._plainly(state)
 
+        agree = None
         try:
             before += [tensor.clone() for tensor in changed]
-        except torch.OutOfMemoryError:
-            self._give_up("there is no memory to compare it with the plain step")
-            return self._plainly(state)
-        try:
             _, replayed, drawn = trial(self._replay)
             results, plain, expected = trial(plainly)
             noise = 0.0
             if not torch.equal(replayed, plain):
                 results, again, _ = trial(plainly)
                 noise = _distance(again, plain)
+            agree = _distance(replayed, plain) <= TOLERANCE * noise
+            agree = agree and all(map(torch.equal, drawn, expected))
         except torch.OutOfMemoryError:
+            pass  # and out of here, where the error holds on to memory
+        if agree is None:
             self._give_up("there is no memory to compare it with the plain step")
             return trial(plainly)[0]
-        self._is_proven = _distance(replayed, plain) <= TOLERANCE * noise and all(
-            map(torch.equal, drawn, expected)
-        )
-        if not self._is_proven:
+        if agree:
+            self._is_proven = True
+            torch.cuda.empty_cache()
+        else:
             logger.warning(
                 "A CUDA graph of the step gave other numbers than the step itself, which goes on "
                 "without it. No update was lost. Please report this, with model and optimizer."
             )
-            self._drop()
-            self._is_plain = True
+            self._go_on_plainly()
         return results
 
 

@@ -267,7 +267,11 @@ def singular_vectors(matrix: Any) -> Any:
 
 _COMPUTE: list[Callable[[Any, Any], Any]] = []
 
-LIBRARY.define("refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor")
+# It looks at a value; PyTorch has a mark for what no CUDA graph can hold since 2.9.
+_MARKS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+LIBRARY.define(
+    "refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor", tags=_MARKS
+)
 
 
 def _refresh(
