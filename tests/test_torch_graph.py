@@ -34,14 +34,14 @@ def reports(tmp_path_factory):
     ("case", "captures", "replays"),
     [
         # Three batches of a shape run plainly, the fourth is captured, then there are replays.
-        # An evaluation and a prediction have four batches.
-        ("plain", 3, 8),
-        ("blocks", 3, 8),
-        ("seeded", 3, 8),
-        ("two shapes", 4, 22),
-        ("evaluations", 3, 8 + 12),
-        ("accumulation", 3, 3 * 12 - 4),
-        ("moved", 4, 4 + 4),
+        # An evaluation has four batches, the prediction at the end of the first case has five.
+        ("plain", 3, 8 + 0 + 1),
+        ("blocks", 1, 8),
+        ("seeded", 1, 8),
+        ("two shapes", 2, 22),
+        ("evaluations", 2, 8 + 8),
+        ("accumulation", 1, 3 * 12 - 4),
+        ("moved", 2, 4 + 4),
     ],
 )
 def test_updates_evaluations_and_predictions_are_those_of_the_plain_step(
@@ -97,8 +97,8 @@ def test_what_fits_no_graph_runs_plainly_and_the_log_says_why(case, why, reports
 
 
 def test_a_capture_that_failed_is_not_tried_again_for_another_shape(reports):
-    assert reports["unfit"]["captures"] == 3  # of the updates one, of two shapes
-    assert len(reports["unfit"]["messages"]) == 4
+    assert reports["unfit"]["captures"] == 1
+    assert len(reports["unfit"]["messages"]) == 2
 
 
 def test_older_versions_of_pytorch_do_without(reports):
