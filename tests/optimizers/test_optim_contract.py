@@ -208,7 +208,9 @@ def test_wrong_hyperparameters_are_named(name):
     defaults = parameters(name)
     assert defaults
     for argument, default in defaults.items():
-        wrong = ["yes"] if isinstance(default, bool) else ["0.1", float("nan")]
+        wrong = ["yes"] if isinstance(default, bool) else ["0.1", float("nan"), float("inf"), True]
+        if argument.startswith("beta"):
+            wrong.append(2.0)
         if not isinstance(default, bool) and argument not in special(name).negative:
             wrong.append(-1.0)
         for value in wrong:
