@@ -179,6 +179,7 @@ def evaluate(
             on_batches=lambda count: _between_batches(trainer, count),
             every_batch=trainer.callback_handler.need_every_batch(),
             label_check=bound.label_check if with_loss else None,
+            pin=args.dataloader_pin_memory,
         )
         try:
             with swapped_in(trainer.optimizer if trainer.training_weights else None):
@@ -241,6 +242,7 @@ class Evaluation:
         on_batches: Called after each call to the device with the number of its batches.
         every_batch: Every batch is to be a call of its own.
         label_check: Looks at the labels; None does not.
+        pin: Copy batches to the device from page-locked memory.
     """
 
     def __init__(
@@ -251,8 +253,9 @@ class Evaluation:
         on_batches: Callable[[int], None],
         every_batch: bool,
         label_check: LabelCheck | None = None,
+        pin: bool = False,
     ) -> None:
-        self._label_check = label_check
+        self._label_check, self._pin = label_check, pin
         self._backend, self._step, self._wanted = backend, step, wanted
         self._on_batches, self._every_batch = on_batches, every_batch
         self._started: collections.deque[_Started] = collections.deque()
@@ -329,7 +332,7 @@ class Evaluation:
         if self._label_check is not None:
             self._label_check(rows, block.updates, ("batch",), self._batches)
         measure = self._step.pace.is_worth_measuring(signature(rows))
-        tensors = self._backend.to_device(rows)
+        tensors = self._backend.to_device(rows, self._pin)
         first = 0
         while first < block.updates:
             results, count = self._call(tensors, first, block)

@@ -107,6 +107,30 @@ def test_pinning_changes_nothing_on_the_cpu():
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(there["x"][0]), x)
 
 
+@pytest.mark.parametrize("pin", [True, False])
+def test_batches_are_pinned_in_training_and_in_evaluations_if_that_is_asked(
+    pin, tmp_path, monkeypatch
+):
+    asked = []
+    copy = BACKEND.to_device
+
+    def copied(tree, pin=False):
+        asked.append(pin)
+        return copy(tree, pin)
+
+    monkeypatch.setattr(BACKEND, "to_device", copied)
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path, max_steps=1, dataloader_pin_memory=pin),
+        train_dataset=make_data(8),
+        loss="mse",
+    )
+    trainer.fit()
+    trainer.evaluate(make_data(8))
+    trainer.predict(make_data(8))
+    assert asked == [pin] * 3
+
+
 # --- flags that stay on the device ----------------------------------------------------------------
 
 
