@@ -222,8 +222,12 @@ def _refuse(group: str, name: str) -> None:
 def _entries(group: str) -> dict[str, list[metadata.EntryPoint]]:
     """Name -> the different offers of it (a search path may list the same one twice)."""
     entries: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+    owners: dict[int, str] = {}  # asked once: a distribution parses its metadata for its name
     for entry in metadata.entry_points(group=group):
-        entries.setdefault(entry.name, {}).setdefault((_owner(entry), entry.value), entry)
+        if id(entry.dist) not in owners:
+            owners[id(entry.dist)] = _owner(entry)
+        owner = owners[id(entry.dist)]
+        entries.setdefault(entry.name, {}).setdefault((owner, entry.value), entry)
     return {name: list(offers.values()) for name, offers in entries.items()}
 
 
