@@ -17,6 +17,7 @@ from kbtrain.args_kinds import thaw
 from kbtrain.data import unpack
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.forward import as_taken, inputs_of
 from kbtrain.metrics import MetricSet
 
 logger = logging.getLogger("kbtrain")
@@ -127,7 +128,7 @@ def build_model(
         with warnings.catch_warnings():
             # Keras' advice for a call that it cannot run on shapes. We try values next.
             warnings.filterwarnings("ignore", ".*looks like it has unbuilt state")
-            outputs = model(specs)
+            outputs = model(as_taken(model, specs))
     except Exception as error:
         if _runs_on_values(model, x):
             return None
@@ -157,7 +158,8 @@ def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashab
 def _runs_on_values(model: keras.Model, x: Any) -> bool:
     """Some models cannot be run on shapes alone (Python control flow on values)."""
     try:
-        outputs = model(keras.tree.map_structure(keras.ops.convert_to_tensor, x))
+        values = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        outputs = model(as_taken(model, values))
     except Exception:
         return False
     leaves = keras.tree.flatten(outputs)
@@ -329,9 +331,8 @@ def input_names(model: Any) -> frozenset[str] | None:
 
     A functional model does. What a subclass of ``keras.Model`` does with a dict only its code says.
     """
-    try:
-        inputs = model.input
-    except (AttributeError, ValueError):
+    inputs = inputs_of(model)
+    if inputs is None:
         return None
     if isinstance(inputs, dict):
         return frozenset(str(name) for name in inputs)

@@ -115,7 +115,23 @@ class ForwardPass:
 
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
-        return None, self._model(unpack(batch, self._label_names).x, training=training), None
+        x = as_taken(self._model, unpack(batch, self._label_names).x)
+        return None, self._model(x, training=training), None
+
+
+def inputs_of(model: Any) -> Any:
+    """The ``keras.Input`` objects of a model in their structure; None if only its code says."""
+    try:
+        return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    except (AttributeError, ValueError):
+        return None
+
+
+def as_taken(model: keras.Model, x: Any) -> Any:
+    """What a dict holds for a model with one input: Keras would warn of the dict at each trace."""
+    taken = inputs_of(model)
+    named = isinstance(x, Mapping) and isinstance(taken, keras.KerasTensor) and taken.name in x
+    return x[taken.name] if named else x
 
 
 def by_output_name(model: keras.Model, y: Any, outputs: Any) -> Any:
@@ -162,6 +178,7 @@ def default_loss(
 
 
 def _call(model: keras.Model, x: Any) -> Any:
+    x = as_taken(model, x)
     try:
         return model(x)
     except ValueError as error:

@@ -725,3 +725,24 @@ def test_labels_by_name_for_a_model_that_returns_a_list(tmp_path):
         results.append([train_logs(trainer, name) for name in names])
     assert results[0] == results[1]
     assert len(results[0][2]) == len(results[0][0]) > 0
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional"])
+@pytest.mark.parametrize("remove", [True, False])
+def test_a_dict_with_the_only_input_and_more(kind, remove, tmp_path, caplog):
+    """As tokenizers give it: Keras takes it too, but with a warning at each trace."""
+    x, y = make_data(8)
+    tokens = keras.Input((3,), name="tokens")
+    dense = keras.layers.Dense(1)
+    sequential = keras.Sequential([tokens, dense])
+    model = sequential if kind == "sequential" else keras.Model(tokens, dense(tokens))
+    data = [{"tokens": a, "mask": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    settings = arguments(tmp_path, num_train_epochs=1, remove_unused_columns=remove)
+    trainer = Trainer(model, settings, train_dataset=data, loss="mse")
+    trainer.fit()
+    assert ("does not take (it takes tokens): mask" in caplog.text) == remove
+    kernel, bias = model.get_weights()
+    expected = np.mean((x @ kernel + bias - y) ** 2)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    outputs = trainer.predict([{"tokens": a, "mask": a} for a in x]).predictions
+    np.testing.assert_allclose(outputs, x @ kernel + bias, rtol=1e-5)
