@@ -365,11 +365,13 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         Raises:
             ValueError: if there are not as many gradients as variables, or one has another shape.
         """
-        if trainable_variables is not None and len(grads) != len(list(trainable_variables)):
-            raise ValueError(
-                "`apply` takes one gradient per variable, None for a variable without one. "
-                f"Received: {len(grads)} gradients, {len(list(trainable_variables))} variables"
-            )
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if len(grads) != len(trainable_variables):
+                raise ValueError(
+                    "`apply` takes one gradient per variable, None for a variable without one. "
+                    f"Received: {len(grads)} gradients, {len(trainable_variables)} variables"
+                )
         with kernels.no_gradient():
             super().apply(grads, trainable_variables)
 

@@ -398,6 +398,11 @@ class TestGradientsThatCannotBeRight:
         with pytest.raises(ValueError, match=f"Received: {count} gradients, 2 variables"):
             optim.AdamW().apply(gradients, variables)
 
+    def test_variables_may_be_listed_by_a_generator(self):
+        variable = keras.Variable(np.ones(3, "float32"))
+        optim.SGD(0.5).apply([ops.ones((3,))], (v for v in [variable]))
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), 0.5)
+
     def test_for_one_variable(self):
         variable = keras.Variable(np.ones(3, "float32"))
         optimizer = optim.AdamW()
