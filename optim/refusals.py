@@ -8,7 +8,6 @@ package, can give the same answer as `optim.get`.
 _PAGED = (
     "paging optimizer state between a GPU and the host is a feature of bitsandbytes' CUDA memory. "
 )
-_BITSANDBYTES = "bitsandbytes runs on PyTorch only. "
 _FUSED_BACKWARD = (
     "LOMO fuses the update into PyTorch's backward pass, which has no counterpart elsewhere and "
     "rules out clipping by the global norm. "
@@ -20,9 +19,6 @@ PAGED_ADEMAMIX = _PAGED + "Use 'ademamix', or 'ademamix_8bit' to save memory."
 PAGED_ADEMAMIX_8BIT = _PAGED + "Use 'ademamix_8bit'."
 PAGED_LION = _PAGED + "Use 'lion', or 'lion_8bit' to save memory."
 PAGED_LION_8BIT = _PAGED + "Use 'lion_8bit'."
-ADAMW_BNB_8BIT = _BITSANDBYTES + "Use 'adamw_8bit', which runs on every backend."
-RMSPROP_BNB = _BITSANDBYTES + "Use 'rmsprop', which runs on every backend."
-RMSPROP_BNB_8BIT = _BITSANDBYTES + "Use 'rmsprop_8bit', which runs on every backend."
 ADAMW_4BIT = "there is no 4-bit state. Use 'adamw_8bit'."
 NPU = "Keras has no backend for Ascend NPUs. Use 'adamw'."
 APEX = "apex's fused AdamW is superseded. Use 'adamw', which is fused on every backend."

@@ -65,6 +65,9 @@ REFUSED = importlib.metadata.entry_points(group=registry.OPTIMIZERS + registry.R
 SAME = {
     "adamw": ["adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_anyprecision"],
     "lion": ["lion_32bit"],
+    "adamw_8bit": ["adamw_torch_8bit", "adamw_bnb_8bit"],
+    "rmsprop": ["rmsprop_bnb", "rmsprop_bnb_32bit"],
+    "rmsprop_8bit": ["rmsprop_bnb_8bit"],
 }
 
 
