@@ -316,15 +316,18 @@ def adam_(
         scale: a number, not negative.
         epsilon: a number, not negative.
         share_2: in (0, 1].
-        share_1: in (0, 1]; without it ``mean`` stays as it is.
+        share_1: a number, in [0, 1] as a rule; without it ``mean`` stays as it is.
         moved: whether ``velocity`` has been moved already.
     """
+    # Shares that are computed may be any numbers; for these the kernel's corrections are not 1.
+    if not _NO_SHARE <= share_1 <= 1.5 or (moved and not share_2 >= _SMALLEST_MOVED_SHARE):
+        if not moved:
+            velocity.lerp_(x * x, share_2)
+        if share_1 != _NO_SHARE:
+            mean.lerp_(x, share_1)
+        base.addcdiv_(mean, velocity.sqrt().mul_(scale).add_(epsilon), value=factor)
+        return
     if moved:
-        if share_2 < _SMALLEST_MOVED_SHARE:
-            if share_1 != _NO_SHARE:
-                mean.lerp_(x, share_1)
-            base.addcdiv_(mean, velocity.sqrt().mul_(scale).add_(epsilon), value=factor)
-            return
         share_2 = _NO_SHARE
     scale = scale or _NO_SCALE
     torch._fused_adam_(

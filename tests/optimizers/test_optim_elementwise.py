@@ -199,6 +199,11 @@ def root_of_what_no_gradient_moved(xp, p, g, s, lr):
     return p - 1e-7 * rate * m / (xp.sqrt(v) + 1e-7), {"a": m, "b": 0.0 * v}
 
 
+def mean_that_rests(xp, p, g, s, lr):
+    m, v = s["a"] + (lr - lr) * (g - s["a"]), s["b"] + 0.01 * (g * g - s["b"])
+    return p - lr * m / (xp.sqrt(v) + 1e-3), {"a": m, "b": v}
+
+
 def old_gradient_after_a_sum(xp, p, g, s, lr):
     x = s["a"]
     v = s["b"] + 0.01 * (x * x - s["b"])
@@ -234,6 +239,7 @@ FORMULAS = [
     squares_by_a_root,
     squares_by_a_root_used_again,
     root_of_what_no_gradient_moved,
+    mean_that_rests,
     old_gradient_after_a_sum,
     old_values_after_a_sum,
     sum_of_what_is_given,
