@@ -75,14 +75,10 @@ class _ScheduleFree(Optimizer):
         weight = largest**self.weight_lr_power * step**self.r
         total = slots["weight_sum"] + weight
         # While the rate has been 0 throughout, nothing has moved and there is nothing to average.
-        before = slots["weight_sum"]
-        kept = ops.where(total > 0, before / ops.maximum(total, 1e-30), 1.0)
-        distance = kept * slots["distance"] - (rate * self._beta * kept) * direction
-        # y moves by (1 - kept) * (old distance) - rate * (1 - beta * kept) * direction. Made from
-        # the new distance it does not need the old one, which is overwritten.
-        ratio = ops.where(before > 0, weight / ops.maximum(before, 1e-30), 0.0)
-        share = ops.where(before > 0, 1.0 - self._beta, 1.0)
-        parameter = parameter + ratio * distance - (rate * share) * direction
+        share = ops.where(total > 0, weight / ops.maximum(total, 1e-30), 0.0)
+        distance, kept = slots["distance"], self._beta * (1.0 - share)
+        parameter = parameter + share * distance - (rate * (1.0 - kept)) * direction
+        distance = (1.0 - share) * distance - (rate * kept) * direction
         new |= {"distance": distance, "weight_sum": total, "largest_rate": largest}
         return parameter, new
 
