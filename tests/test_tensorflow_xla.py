@@ -24,6 +24,7 @@ MODELS = {  # shape of a sample, layers; tables of 1.28 MB and 1.28 kB
     "dense": [(4,)],
     "convolution": [(4, 1), layers.Conv1D(1, 2)],
     "random numbers": [(4,), layers.Dropout(0.5)],
+    "decomposition": [(4,), layers.Lambda(lambda x: x + keras.ops.norm(x, "nuc", (0, 1)))],
     "large table": [(2,), layers.Embedding(40_000, 8)],
     "small table": [(2,), layers.Embedding(40, 8)],
     "large table among larger layers": [
@@ -104,6 +105,7 @@ def test_what_is_in_the_step_decides(found):
         "dense, 200": [COMPILED],
         "convolution, 200": [GRAPH + "its convolutions are slower."],
         "random numbers, 200": [GRAPH + "its random numbers are slower."],
+        "decomposition, 200": [GRAPH + "its matrix decompositions are slower."],
         "large table, 200": [GRAPH + "it copies large tables."],
         "small table, 200": [COMPILED],
         "large table among larger layers, 200": [COMPILED],

@@ -146,8 +146,8 @@ def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
 
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
     On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
-    as long; and around the update of large tables it copies them; the graph does not, and its
-    update is XLA's, too (docs/decisions.md).
+    as long, its decompositions (of an optimizer, say) minutes; and around the update of large
+    tables it copies them; the graph does not, and its update is XLA's, too (docs/decisions.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return ""
@@ -157,10 +157,15 @@ def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
         return "on a CPU its convolutions are slower"
     if any("StatelessRandom" in node.op for node in nodes):
         return "on a CPU its random numbers are slower"
+    if any(node.op in _DECOMPOSITIONS for node in nodes):
+        return "on a CPU its matrix decompositions are slower"
     tables = sum(map(_table_bytes, nodes))
     if 2 * tables >= sum(size_of(v.value) for v in variables if v.trainable) > 0:
         return "on a CPU it copies large tables"
     return ""
+
+
+_DECOMPOSITIONS = frozenset(["Qr", "SelfAdjointEigV2", "Svd"])
 
 
 def _table_bytes(node: Any) -> int:
