@@ -205,4 +205,4 @@ class Adafactor(Optimizer):
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return ops.sqrt(kernels.mean_square(x))
+    return ops.sqrt(kernels.mean_product(x, x))

@@ -94,8 +94,8 @@ class StableAdamW(Optimizer):
         momentum = slots["momentum"] + share_1 * (gradient - slots["momentum"])
         velocity = slots["velocity"] + share_2 * (square - slots["velocity"])
         floor = max(self.epsilon * self.epsilon, SMALLEST)
-        relative = gradient / ops.sqrt(ops.maximum(velocity, floor))
-        growth = ops.sqrt(kernels.mean_square(relative))
+        relative = gradient / ops.maximum(velocity, floor)
+        growth = ops.sqrt(kernels.mean_product(gradient, relative))
         rate = learning_rate / ops.maximum(1.0, growth)
         if weight_decay:
             parameter = parameter - (rate * weight_decay) * parameter

@@ -137,8 +137,9 @@ drawn = [generator.normal(size=shape).astype("float32") for shape in shapes]
 expected = [float(np.square(x.astype("float64")).sum()) for x in drawn]
 for compiled in (False, True):
     def norms(tensors):
-        single = [kernels.squared_norm(x) for x in tensors], list(map(kernels.mean_square, tensors))
-        return *single, tensorflow_update.global_norm(tensors)
+        squares = [kernels.squared_norm(x) for x in tensors]
+        means = [kernels.mean_product(x, x) for x in tensors]
+        return squares, means, tensorflow_update.global_norm(tensors)
     got = tf.function(norms, jit_compile=compiled, autograph=False)([*map(tf.constant, drawn)])
     squares, means, norm = tf.nest.map_structure(float, got)
     print(json.dumps([squares, means, norm]))

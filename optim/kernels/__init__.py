@@ -12,8 +12,8 @@ One module per backend, the same names in each:
   scalar ``due`` is true, else ``current``, and only one of the two is executed; ``compute`` is a
   function of a module, whose result has the shape of ``current``.
 - ``take(table, indices)``: elements of a vector, at int32 indices that are all in its range.
-- ``squared_norm(x)``: the sum of the squares of all elements of a float32 tensor;
-  ``mean_square(x)``: their mean.
+- ``squared_norm(x)``: the sum of the squares of all elements of a float32 tensor.
+- ``mean_product(x, y)``: the mean of the products of the elements of two float32 tensors.
 - ``singular_vectors(matrix)``: those on the smaller side of a float32 matrix, as columns, in the
   order of falling singular values.
 - ``FUSED``: name of a rule -> an equivalent that updates lists of tensors in place. Given

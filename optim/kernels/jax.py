@@ -111,9 +111,9 @@ def squared_norm(x: Any) -> Any:
     return ops.sum(x * x)
 
 
-def mean_square(x: Any) -> Any:
-    """The mean of the squares of all elements of a tensor."""
-    return ops.mean(x * x)
+def mean_product(x: Any, y: Any) -> Any:
+    """The mean of the products of the elements of two tensors."""
+    return ops.mean(x * y)
 
 
 def singular_vectors(matrix: Any) -> Any:

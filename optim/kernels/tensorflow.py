@@ -83,28 +83,29 @@ def take(table: Any, indices: Any) -> Any:
 
 
 def squared_norm(x: Any) -> Any:
-    """The sum of the squares of all elements of a tensor.
+    """The sum of the squares of all elements of a tensor."""
+    return _sum_of_products(x, x)
 
-    On a CPU XLA adds one number after the other. Slices of the tensor are added as vectors.
-    """
+
+def mean_product(x: Any, y: Any) -> Any:
+    """The mean of the products of the elements of two tensors."""
+    count = tf.size(x) if x.shape.num_elements() is None else x.shape.num_elements()
+    return _sum_of_products(x, y) / tf.cast(count, "float32")
+
+
+def _sum_of_products(x: Any, y: Any) -> Any:
+    """On a CPU XLA adds one number after the other. Slices of the tensors are added as vectors."""
     count = x.shape.num_elements()
     if count is None or count < 1 << 12 or not for_xla_on_cpu():
-        return tf.reduce_sum(x * x)
-    flat = tf.reshape(x, [-1])
+        return tf.reduce_sum(x * y)
+    x, y = tf.reshape(x, [-1]), tf.reshape(y, [-1])
     even = count - count % SLICES
-    slices = tf.unstack(tf.reshape(flat[:even] if even < count else flat, [SLICES, -1]))
-    # Squares of slices, not slices of squares, which XLA would keep in memory.
-    sums = [part * part for part in slices]
+    left, right = (tf.unstack(tf.reshape(z[:even], [SLICES, -1])) for z in (x, y))
+    # Products of slices, not slices of products, which XLA would keep in memory.
+    sums = [a * b for a, b in zip(left, right, strict=True)]
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    rest = flat[even:]
-    return tf.reduce_sum(sums[0]) + (tf.reduce_sum(rest * rest) if even < count else 0.0)
-
-
-def mean_square(x: Any) -> Any:
-    """The mean of the squares of all elements of a tensor."""
-    count = tf.size(x) if x.shape.num_elements() is None else x.shape.num_elements()
-    return squared_norm(x) / tf.cast(count, "float32")
+    return tf.reduce_sum(sums[0]) + tf.reduce_sum(x[even:] * y[even:])
 
 
 SLICES = 16

@@ -123,16 +123,6 @@ class Joining:
         if not all(map(self.wide, inner.args)):
             return Call("sum", [term])
         del calls[term]
-        x, y = inner.args
-        quotient = calls.get(x) if x is y and uses[x] == 2 else None
-        if quotient is not None and quotient.name == "div" and all(map(self.wide, quotient.args)):
-            top, below = quotient.args
-            root = calls.get(below)
-            if root is not None and root.name == "sqrt" and uses[below] == 1:
-                # The square of a quotient by a root needs no root.
-                del calls[below]
-                calls[x] = Call("div", [top, *root.args])
-                return Call("dot", [top, x])
         return Call("dot", inner.args)
 
     def _joined(
