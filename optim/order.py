@@ -17,6 +17,25 @@ LARGE = 1 << 14
 """Elements from which on it matters whether a tensor is copied."""
 
 
+def flattened(pure: Pure, names: Sequence[str]) -> Callable[..., list[Any]]:
+    """A rule of which result i overwrites argument i.
+
+    Args:
+        pure: the rule.
+        names: of its slots.
+
+    Returns:
+        A function of the value, the slots and the gradient; it returns the new value and slots.
+    """
+
+    def flat(value: Any, *others: Any) -> list[Any]:
+        *old, gradient = others
+        new_value, new = pure(value, gradient, dict(zip(names, old, strict=True)))
+        return [new_value, *(new[name] for name in names)]
+
+    return flat
+
+
 @dataclass
 class Plan:
     """Which result of a traced rule reads what, and so which one comes first.

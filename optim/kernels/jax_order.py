@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from optim.order import Plan, Pure
+from optim.order import Plan, Pure, flattened
 
 
 def zero_after(value: Any) -> Any:
@@ -34,12 +34,7 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> tu
         The result, and whether each part of it can overwrite its old value and nothing as large has
         to be kept in between.
     """
-    names = list(slots)
-
-    def flat(*old: Any) -> list[Any]:
-        new_value, new = pure(old[0], old[-1], dict(zip(names, old[1:-1], strict=True)))
-        return [new_value, *(new[name] for name in names)]
-
+    flat = flattened(pure, list(slots))
     inputs = [value, *slots.values(), gradient]
     closed = jax.make_jaxpr(flat)(*inputs)
     traced = closed.jaxpr
@@ -53,7 +48,7 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> tu
         return _evaluate(traced, plan, result, known)
 
     results, complete = plan.run(known, sums, evaluate, zero_after, after)
-    return (results[0], dict(zip(names, results[1:], strict=True))), complete and not sums
+    return (results[0], dict(zip(slots, results[1:], strict=True))), complete and not sums
 
 
 def _plan(traced: Jaxpr) -> Plan:

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from optim.order import LARGE, Plan, Pure
+from optim.order import LARGE, Plan, Pure, flattened
 
 
 def zero_after(value: Any) -> Any:
@@ -42,12 +42,7 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> An
     """
     if value.shape.num_elements() < LARGE:
         return pure(value, gradient, slots)
-    names = list(slots)
-
-    def flat(*old: Any) -> list[Any]:
-        new_value, new = pure(old[0], old[-1], dict(zip(names, old[1:-1], strict=True)))
-        return [new_value, *(new[name] for name in names)]
-
+    flat = flattened(pure, list(slots))
     inputs = [value, *slots.values(), gradient]
     wanted = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     traced = tf.function(flat, autograph=False).get_concrete_function(*wanted)
@@ -70,7 +65,7 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> An
         return tf.graph_util.import_graph_def(part, used, [result], name="rule")[0]
 
     results, _ = plan.run(known, sums, evaluate, zero_after, after)
-    return results[0], dict(zip(names, results[1:], strict=True))
+    return results[0], dict(zip(slots, results[1:], strict=True))
 
 
 def _plan(traced: Any, operations: dict[str, Any], given: int) -> Plan:
