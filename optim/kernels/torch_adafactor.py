@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optim.kernels.torch_operation import Numbered, define_in_place
+from optim.kernels.torch_operation import Numbered, define_in_place, piece_width
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
 _PIECE = 65536
@@ -197,8 +197,7 @@ def _run(
 ) -> None:
     numbers = _NUMBERS[rule]
     largest = max(p.numel() for p in parameters)
-    on_cpu = step.device.type == "cpu"
-    width = min(_PIECE * torch.get_num_threads(), largest) if on_cpu else largest
+    width = piece_width(_PIECE, largest, step.device)
     longest = max((p.shape[-1] for p in parameters if p.dim() > 1), default=0)
     buffer = torch.empty(max(width, longest), device=step.device)
     share = torch.exp(numbers.beta_2_decay * torch.log(step))

@@ -26,7 +26,7 @@ from optim.codes import (
     nearest_to_root,
     not_larger,
 )
-from optim.kernels.torch_operation import Numbered, define_in_place
+from optim.kernels.torch_operation import Numbered, define_in_place, piece_width
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
 _PIECE = 131072
@@ -238,8 +238,7 @@ def _run(
 ) -> None:
     what = _WORK[work]
     largest = max(math.ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
-    on_cpu = step.device.type == "cpu"
-    width = min(_PIECE * torch.get_num_threads(), largest) if on_cpu else largest
+    width = piece_width(_PIECE, largest, step.device)
     integers = torch.empty(2, width, dtype=torch.int32, device=step.device)
     floats = torch.empty(len(what.slots), width, device=step.device)
     tools: dict[int, tuple[Codec, list[Buffer]]] = {}

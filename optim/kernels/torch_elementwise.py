@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from optim.kernels.torch_calls import SAME, SUMS, Joining, name_of
-from optim.kernels.torch_operation import Numbered, define_in_place
+from optim.kernels.torch_operation import Numbered, define_in_place, piece_width
 from optim.kernels.torch_pieces import Piece, Writer
 
 # Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
@@ -177,7 +177,7 @@ class Program:
         count = len(parameters)
         by_name = {name: slots[i * count : (i + 1) * count] for i, name in enumerate(self.slots)}
         largest = max((p.numel() for p in parameters), default=0)
-        width = min(_PIECE * torch.get_num_threads(), largest) if self._on_cpu else largest
+        width = piece_width(_PIECE, largest, step.device)
         buffers = max(self._first.buffers, self._second.buffers)
         if not buffers:
             width = largest  # nothing has to stay in the cache

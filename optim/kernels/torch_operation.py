@@ -30,6 +30,17 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
     LIBRARY.impl(name, lambda *args: None, "Meta")
 
 
+def piece_width(each: int, largest: int, device: torch.device) -> int:
+    """How many elements to work on at a time: some for each thread on a CPU, else all.
+
+    Args:
+        each: elements for a thread.
+        largest: of the tensors to work on, in elements.
+        device: where they are.
+    """
+    return min(each * torch.get_num_threads(), largest) if device.type == "cpu" else largest
+
+
 class Numbered(Generic[T]):
     """Objects under numbers, which an operation can be given in their place."""
 
