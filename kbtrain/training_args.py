@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from kbtrain import args_kinds as kinds
 from kbtrain.args_documents import Documents
@@ -70,7 +70,30 @@ class _KnownNamesOnly:
         problems = [explain_unknown(n, v, known) for n, v in kwargs.items() if n not in known]
         if problems:
             raise ConfigurationError("\n".join(problems))
-        return super().__new__(cls)
+        self = super().__new__(cls)
+        # All of them at once come from a parser or a document, which write down defaults too.
+        object.__setattr__(self, "_given", frozenset(kwargs) if set(known) - set(kwargs) else None)
+        return self
+
+    _given: ClassVar[frozenset[str] | None] = None
+
+    def is_set(self, name: str) -> bool:
+        """Whether a field was chosen: it was given by name, or it has not its default value.
+
+        `replace` remembers what was given. Where every field is given at once, as by `from_dict`
+        of a whole `to_dict` or by transformers' `HfArgumentParser`, only other values than the
+        defaults count.
+
+        Args:
+            name: A field.
+
+        Raises:
+            ConfigurationError: There is no such field.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if name not in fields:
+            raise ConfigurationError(explain_unknown(name, None, list(fields)))
+        return name in (self._given or ()) or getattr(self, name) != fields[name].default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -735,13 +758,16 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         Raises:
             ConfigurationError: As for a new object.
         """
+        given = (self._given or frozenset()) | changes.keys()
         if "metric_for_best_model" in changes:
             # The direction belongs to the metric: "loss" -> "accuracy" must not keep "lower".
             changes.setdefault("greater_is_better", None)
         for one, other in [*SYNONYMS, *(pair[::-1] for pair in SYNONYMS)]:
             if one in changes:
                 changes.setdefault(other, None)
-        return dataclasses.replace(self, **changes)
+        copy = dataclasses.replace(self, **changes)
+        object.__setattr__(copy, "_given", given)
+        return copy
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
         """`to_dict` for trackers: batch sizes added, everything but scalars written as text."""

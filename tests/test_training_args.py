@@ -21,6 +21,7 @@ from kbtrain import args_validation, training_args
 from kbtrain.args_renames import DROPPED, NOT_YET, RENAMED
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.errors import ConfigurationError
+from kbtrain.parser import ArgumentParser
 from kbtrain.training_args import TrainingArguments, resolve_steps
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -791,6 +792,29 @@ def test_replace_checks_and_leaves_the_original_alone():
         args.replace(learning_rate=-1)
     with pytest.raises(ConfigurationError, match="warmup_steps=0.1"):
         args.replace(warmup_ratio=0.1)
+
+
+def test_what_was_chosen_is_known_and_survives_copies():
+    default, chosen = TrainingArguments(), TrainingArguments(max_grad_norm=1.0)
+    assert default == chosen
+    assert not default.is_set("max_grad_norm")
+    assert chosen.is_set("max_grad_norm")
+    assert not chosen.is_set("learning_rate")
+    for copied in (chosen.replace(seed=1), copy.copy(chosen), copy.deepcopy(chosen)):
+        assert copied.is_set("max_grad_norm")
+        assert not copied.is_set("learning_rate")
+    assert default.replace(max_grad_norm=1.0).is_set("max_grad_norm")
+    # A document has every field, so there a default is what nobody chose.
+    document = default.replace(learning_rate=1e-3).to_json_string()
+    read = TrainingArguments.from_json_string(document)
+    assert read.is_set("learning_rate")
+    assert not read.is_set("max_grad_norm")
+    assert TrainingArguments.from_dict({"max_grad_norm": 1.0}).is_set("max_grad_norm")
+    (parsed,) = ArgumentParser(TrainingArguments).parse_args(["--max_grad_norm", "1.0"])
+    assert parsed.is_set("max_grad_norm")
+    assert not parsed.is_set("learning_rate")
+    with pytest.raises(ConfigurationError, match="max_grad_norm"):
+        chosen.is_set("max_grad_nrm")
 
 
 def test_replacing_the_best_metric_derives_its_direction_anew():
