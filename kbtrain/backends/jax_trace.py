@@ -79,10 +79,11 @@ def _rewritten(value: Any) -> Any:
     """The same with convolutions in the usual order, also inside of loops and calls."""
     if isinstance(value, tuple | list):
         return type(value)(_rewritten(item) for item in value) if _inner(value) else value
-    if isinstance(value, ClosedJaxpr):
-        return value.replace(jaxpr=_rewritten(value.jaxpr))
+    # In this order: since JAX 0.12 the two are one class, and `jaxpr` of one gives itself.
     if isinstance(value, Jaxpr):
         return value.replace(eqns=[_rewritten_operation(eqn) for eqn in value.eqns])
+    if isinstance(value, ClosedJaxpr):
+        return value.replace(jaxpr=_rewritten(value.jaxpr))
     return value
 
 
