@@ -406,11 +406,11 @@ def key_values(value: Any) -> FrozenDict:
             raise Unfit(f"a dict, or a string 'key=value,key=value' (cannot read {part!r})")
         if key in found:
             raise Unfit(f"a string in which each key stands once ({key!r} stands twice)")
-        found[key] = _read(written)
+        found[key] = read_scalar(written)
     return options(found)
 
 
-def _read(written: str) -> bool | int | float | str:
+def read_scalar(written: str) -> bool | int | float | str:
     """A bool or number if it reads as one, else the text itself."""
     if written.lower() in ("true", "false"):
         return written.lower() == "true"

@@ -4,6 +4,7 @@ Every message says what happened, what was expected and what to do. Each class a
 built-in exception that fits, so ``except ValueError`` and friends keep working.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -26,6 +27,10 @@ class KbtrainError(Exception):
 
 class ConfigurationError(KbtrainError, ValueError):
     """An argument, or a combination of arguments, that cannot work."""
+
+
+class FrozenArgumentsError(ConfigurationError, dataclasses.FrozenInstanceError):
+    """An attempt to change ``TrainingArguments`` that have been made."""
 
 
 class DataError(KbtrainError, ValueError):

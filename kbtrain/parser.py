@@ -8,11 +8,13 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from kbtrain import yaml_text
+from kbtrain.args_kinds import read_scalar
+from kbtrain.args_neutral import asks_for_nothing
 from kbtrain.args_renames import explain_unknown
 from kbtrain.errors import ConfigurationError
 from kbtrain.extras import require
@@ -96,7 +98,7 @@ class ArgumentParser:
         words = self._plain_flags(sys.argv[1:] if args is None else args)
         parser = self._command_line()
         try:
-            self._check_names(words)
+            words = self._known_names(words)
             given = vars(parser.parse_args(words, defaults=False))
             values: dict[str, Any] = {}
             for path in given.pop("config", None) or []:
@@ -152,24 +154,35 @@ class ArgumentParser:
             result.append(word)
         return result
 
-    def _check_names(self, words: Iterable[str]) -> None:
-        """Explain an option that does not exist, an old name of the reference above all."""
+    def _known_names(self, words: Sequence[str]) -> list[str]:
+        """The words without settings of the reference that ask for nothing.
+
+        Raises:
+            ConfigurationError: There is another option that does not exist.
+        """
         known = {option for field in self._fields.values() for option in field.options()}
-        words = list(words)
         if words and words[0].endswith((".json", ".yaml", ".yml")):
             raise ConfigurationError(
                 f"A file with settings is given as --config {words[0]}. Received: {words[0]!r} "
                 "as the first word."
             )
-        for position, word in enumerate(words):
-            if word == "--":
-                return
-            option, equals, value = word.partition("=")
-            if not option.startswith("--") or option in known | {"--config", "--help"}:
-                continue
+        kept: list[str] = []
+        position = 0
+        while position < len(words) and words[position] != "--":
+            option, equals, value = words[position].partition("=")
             following = words[position + 1] if position + 1 < len(words) else "--"
-            value = value if equals else "" if following.startswith("--") else following
-            self._refuse_name(option[2:].replace("-", "_"), value)
+            position += 1
+            if not option.startswith("--") or option in known | {"--config", "--help"}:
+                kept.append(words[position - 1])
+                continue
+            alone = not equals and following.startswith("--")
+            value = value if equals else "" if alone else following
+            name = option[2:].replace("-", "_")
+            meant = None if value.lower() in ("none", "null") else read_scalar(value)
+            if alone or not asks_for_nothing(name, meant):
+                self._refuse_name(name, value)
+            position += 0 if equals else 1
+        return [*kept, *words[position:]]
 
     def _refuse_name(self, name: str, value: Any) -> NoReturn:
         raise ConfigurationError(explain_unknown(name, value, list(self._fields)))
@@ -201,9 +214,11 @@ class ArgumentParser:
 
     def _typed(self, values: Mapping[str, Any], source: Any) -> dict[str, Any]:
         """Values of a file as the fields store them."""
-        for name, value in values.items():
-            if name not in self._fields:
-                self._refuse_name(name, value)
+        strangers = [name for name in values if name not in self._fields]
+        for name in strangers:
+            if not asks_for_nothing(name, values[name]):
+                self._refuse_name(name, values[name])
+        values = {name: value for name, value in values.items() if name not in strangers}
         return {name: self._fields[name].checked(value, source) for name, value in values.items()}
 
     def _build(self, values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from kbtrain import args_kinds as kinds
 from kbtrain.args_documents import Documents
+from kbtrain.args_making import Closed
 from kbtrain.args_process import ProcessQuestions
-from kbtrain.args_renames import explain_unknown
 from kbtrain.args_validation import (
     SYNONYMS,
     check_consistency,
@@ -18,7 +18,6 @@ from kbtrain.args_validation import (
     normalise,
     resolve_steps,
 )
-from kbtrain.errors import ConfigurationError
 
 __all__ = ["TrainingArguments", "resolve_steps"]
 
@@ -39,7 +38,13 @@ def _resume(value: Any) -> str | Literal[True] | None:
         raise kinds.Unfit("True, 'auto', a path that is not empty, or None") from None
 
 
-def _option(default: Any, kind: kinds.Kind, help: str, command_line: Any = None) -> Any:
+def _option(
+    default: Any,
+    kind: kinds.Kind,
+    help: str,
+    command_line: Any = None,
+    by_position: bool = False,
+) -> Any:
     """A field with its default, what it accepts, and its meaning and unit.
 
     Args:
@@ -47,61 +52,20 @@ def _option(default: Any, kind: kinds.Kind, help: str, command_line: Any = None)
         kind: Checks and converts.
         help: Its meaning and unit.
         command_line: The type its option takes, where that is more than what is stored.
+        by_position: Whether it may be given without its name.
     """
     more = {} if command_line is None else {"command_line": command_line}
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **more})
+    metadata = {"kind": kind, "help": help, **more}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=not by_position)
 
 
-class _KnownNamesOnly:
-    """Explains unknown keywords before ``__init__`` would fail on them with a bare TypeError.
-
-    A ``__new__`` in a base class leaves the generated ``__init__`` alone, so signatures, type
-    checkers, ``dataclasses.replace`` and subclasses with more fields work as for any dataclass.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if args:
-            raise ConfigurationError(
-                f"{cls.__name__} takes keyword arguments only. Received {len(args)} positional: "
-                f"{', '.join(kinds.shown(arg) for arg in args)}. "
-                f"Write {cls.__name__}(output_dir=...)."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        problems = [explain_unknown(n, v, known) for n, v in kwargs.items() if n not in known]
-        if problems:
-            raise ConfigurationError("\n".join(problems))
-        self = super().__new__(cls)
-        # All of them at once come from a parser or a document, which write down defaults too.
-        object.__setattr__(self, "_given", frozenset(kwargs) if set(known) - set(kwargs) else None)
-        return self
-
-    _given: ClassVar[frozenset[str] | None] = None
-
-    def is_set(self, name: str) -> bool:
-        """Whether a field was chosen: it was given by name, or it has not its default value.
-
-        `replace` remembers what was given. Where every field is given at once, as by `from_dict`
-        of a whole `to_dict` or by transformers' `HfArgumentParser`, only other values than the
-        defaults count.
-
-        Args:
-            name: A field.
-
-        Raises:
-            ConfigurationError: There is no such field.
-        """
-        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        if name not in fields:
-            raise ConfigurationError(explain_unknown(name, None, list(fields)))
-        return name in (self._given or ()) or getattr(self, name) != fields[name].default
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
+@dataclass(kw_only=True)
+class TrainingArguments(ProcessQuestions, Documents, Closed):
     """Everything about a run that can be written down: frozen, comparable, kept as JSON.
 
     Building one touches no device, no file and no environment variable (a leading ``~`` in a path
-    is expanded to the home directory, nothing more). All arguments are keywords. Names, defaults
+    is expanded to the home directory, nothing more). `output_dir` may be given by position, all
+    others are keywords. Names, defaults
     and meanings are those of ``transformers.TrainingArguments`` 5.x where the same thing exists;
     names of 4.x raise an error that says the new one. Values are checked when the object is made
     and stored in one normal form, so equal settings compare equal; ``replace`` makes a changed
@@ -173,6 +137,7 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         lambda value: kinds.path("trainer_output" if value is None else value),
         "Directory for checkpoints, state and metrics; created when first written to. A leading ~ "
         "is expanded; None means 'trainer_output'.",
+        by_position=True,
     )
     num_train_epochs: float = _option(
         3.0,
@@ -698,11 +663,17 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         "backend's first. Several are to come.",
     )
 
-    def __post_init__(self) -> None:
-        """Store every field in its normal form, fill in what follows, refuse contradictions."""
-        # The one place that writes to the frozen object.
+    def settle(self) -> None:
+        """Store every field in its normal form, fill in what follows, refuse contradictions.
+
+        Raises:
+            ConfigurationError: A value is refused, or two contradict each other.
+        """
+        # Past any __setattr__: a subclass may be a frozen dataclass.
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, normalise(field, getattr(self, field.name)))
+            # A subclass that gives a field another default leaves its meaning as it is.
+            known = TrainingArguments.__dataclass_fields__.get(field.name, field)
+            object.__setattr__(self, field.name, normalise(known, getattr(self, field.name)))
         for name, value in derived_values(self).items():
             object.__setattr__(self, name, value)
         check_consistency(self)
@@ -758,16 +729,16 @@ class TrainingArguments(ProcessQuestions, _KnownNamesOnly, Documents):
         Raises:
             ConfigurationError: As for a new object.
         """
-        given = (self._given or frozenset()) | changes.keys()
+        given = self.__dict__["_given"] | changes.keys()
         if "metric_for_best_model" in changes:
             # The direction belongs to the metric: "loss" -> "accuracy" must not keep "lower".
             changes.setdefault("greater_is_better", None)
         for one, other in [*SYNONYMS, *(pair[::-1] for pair in SYNONYMS)]:
             if one in changes:
                 changes.setdefault(other, None)
-        copy = dataclasses.replace(self, **changes)
-        object.__setattr__(copy, "_given", given)
-        return copy
+        changed = dataclasses.replace(self, **changes)
+        changed._close(given & changed.__dataclass_fields__.keys())
+        return changed
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
         """`to_dict` for trackers: batch sizes added, everything but scalars written as text."""

@@ -191,7 +191,10 @@ def test_every_field_has_a_help_text_a_kind_and_a_place_in_the_class_docstring()
 def test_signature_names_every_field_and_type_hints_resolve():
     parameters = inspect.signature(TrainingArguments).parameters
     assert list(parameters) == list(FIELDS)
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
+    by_position = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == ["output_dir"]
+    keywords = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert by_position + keywords == list(FIELDS)
     hints = typing.get_type_hints(TrainingArguments)
     assert hints["save_total_limit"] == int | None
 
@@ -652,7 +655,7 @@ def test_what_an_explanation_tells_to_write_exists():
         ("per_gpu_eval_batch_size", 4, "per_device_eval_batch_size=4"),
         ("group_by_length", True, "train_sampling_strategy='group_by_length'"),
         ("torch_compile", True, "jit_compile=True"),
-        ("logging_nan_inf_filter", False, "on_nonfinite"),
+        ("logging_nan_inf_filter", 1, "on_nonfinite"),
         ("epochs", 3, "num_train_epochs=3"),
     ],
 )
@@ -678,8 +681,8 @@ def test_every_dropped_argument_says_why_and_what_instead(name):
 def test_every_argument_to_come_says_so(monkeypatch):
     monkeypatch.setitem(NOT_YET, "of_tomorrow", "Until then do without.")  # there may be no other
     for name in NOT_YET:
-        message = refusal(**{name: None})
-        assert f"`{name}` is not available in this version. Received: {name}=None." in message
+        message = refusal(**{name: 1})
+        assert f"`{name}` is not available in this version. Received: {name}=1." in message
 
 
 @pytest.mark.parametrize("name", ["hub_token", "push_to_hub_token"])
@@ -698,11 +701,6 @@ def test_a_misspelt_name_gets_the_closest_one_and_a_strange_name_gets_the_list()
 def test_all_unknown_names_are_reported_at_once():
     message = refusal(no_cuda=True, torch_compile=True, zzz=1)
     assert [name in message for name in ("`no_cuda`", "`torch_compile`", "`zzz`")] == [True] * 3
-
-
-def test_positional_arguments_are_refused():
-    with pytest.raises(ConfigurationError, match="keyword arguments only.*'out'"):
-        TrainingArguments("out")
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -823,18 +821,6 @@ def test_replacing_the_best_metric_derives_its_direction_anew():
     assert args.replace(metric_for_best_model="accuracy").greater_is_better is True
     wer = args.replace(metric_for_best_model="wer", greater_is_better=False)
     assert wer.greater_is_better is False
-
-
-def test_a_subclass_with_more_fields_works_the_same_way():
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class MoreArguments(TrainingArguments):
-        beam_width: int = 4
-
-    args = MoreArguments(beam_width=2, seed=1)
-    assert MoreArguments.from_json_string(args.to_json_string()) == args
-    assert args.replace(seed=2).beam_width == 2
-    with pytest.raises(ConfigurationError, match="Did you mean beam_width"):
-        MoreArguments(beam_widht=2)
 
 
 # --- dict and JSON -------------------------------------------------------------------------------
