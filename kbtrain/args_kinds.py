@@ -283,7 +283,7 @@ def names(*allowed: str) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 
     def accept(value: Any) -> tuple[str, ...]:
-        value = _plain(value)
+        value = _plain(() if value is None else value)
         items = (value,) if isinstance(value, str) else value
         wanted = f"a list of names out of {', '.join(repr(item) for item in allowed)}"
         if not isinstance(items, (list, tuple, set, frozenset)):

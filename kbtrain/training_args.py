@@ -11,6 +11,17 @@ from kbtrain import args_kinds as kinds
 from kbtrain.args_documents import Documents
 from kbtrain.args_making import Closed
 from kbtrain.args_process import ProcessQuestions
+from kbtrain.args_types import (
+    CountOrAuto,
+    FlagOrAuto,
+    FlagOrNone,
+    ListOfOptions,
+    Metadata,
+    Names,
+    Nothing,
+    Options,
+    PathOrTrue,
+)
 from kbtrain.args_validation import (
     SYNONYMS,
     check_consistency,
@@ -30,7 +41,7 @@ def _resume(value: Any) -> str | Literal[True] | None:
     """True, a path ("auto" is one to this check) or None; False means None."""
     if value is None or value is False:
         return None
-    if value is True:
+    if value is True or value == "True":  # the word, from a command line
         return True
     try:
         return kinds.path(value)
@@ -55,7 +66,7 @@ def _option(
         by_position: Whether it may be given without its name.
     """
     more = {} if command_line is None else {"command_line": command_line}
-    metadata = {"kind": kind, "help": help, **more}
+    metadata = Metadata({"kind": kind, "help": help, **more})
     return dataclasses.field(default=default, metadata=metadata, kw_only=not by_position)
 
 
@@ -183,18 +194,20 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Name of the optimizer, looked up among the installed ones. The reference's adamw_torch, "
         "adamw_torch_fused, adamw_torch_xla and adamw_torch_npu_fused mean adamw.",
     )
-    optim_args: Mapping[str, Any] = _option(
+    optim_args: Options = _option(
         None,
         kinds.key_values,
         "More keyword arguments for the optimizer: a dict, a JSON object, or 'key=value,key=value' "
         "whose values are read as bool, number or text.",
+        command_line=Mapping[str, Any],
     )
-    optim_target_modules: Sequence[str] | None = _option(
+    optim_target_modules: Names | None = _option(
         None,
         kinds.optional(kinds.patterns),
         "Regular expressions, searched for in the paths of variables, for those that a low-rank "
         "optimizer (galore_adamw, apollo_adamw) projects; 'all-linear' or None for its default: "
         "all matrices apart from embeddings.",
+        command_line=Sequence[str] | None,
     )
     learning_rate: float = _option(
         5e-5, kinds.real(0.0), "Peak learning rate, after warmup; per update step."
@@ -220,7 +233,7 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Largest global L2 norm of the gradients; longer ones are scaled down to it. 0 turns "
         "clipping off, the norm is still logged.",
     )
-    ema: Mapping[str, Any] | None = _option(
+    ema: Options | None = _option(
         None,
         kinds.average,
         "Evaluate, export and choose the best of an exponential moving average of the weights: its "
@@ -228,12 +241,13 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "goes on from the weights themselves.",
         command_line=dict[str, Any] | float | bool | None,
     )
-    parameter_groups: Sequence[Mapping[str, Any]] = _option(
+    parameter_groups: ListOfOptions = _option(
         None,
         kinds.list_of_options,
         "Other learning rates, decays or optimizers for some variables, the first match wins: a "
         "list of {'match': regular expression for the variable's path or type of layer, "
         "'lr_multiplier': ..., 'weight_decay': ..., 'optimizer': ...}.",
+        command_line=Sequence[Mapping[str, Any]],
     )
 
     # Schedule
@@ -242,10 +256,11 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         kinds.text,
         "Name of the learning rate schedule, looked up among the installed ones.",
     )
-    lr_scheduler_kwargs: Mapping[str, Any] = _option(
+    lr_scheduler_kwargs: Options = _option(
         None,
         kinds.options,
         "More keyword arguments for the schedule: a dict or a JSON object in a string.",
+        command_line=Mapping[str, Any],
     )
     warmup_steps: float = _option(
         0,
@@ -269,11 +284,12 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Show no progress bar, but the logs as lines on stderr. None shows a bar on a terminal and "
         "in a notebook, lines elsewhere, and nothing if log_level is above 'warning'.",
     )
-    report_to: Sequence[str] = _option(
+    report_to: Names = _option(
         "none",
         kinds.trackers,
         "Trackers that receive the logs: names out of 'csv', 'json', 'mlflow', 'tensorboard', "
         "'trackio', 'wandb' and those that packages add, 'all' for the installed ones, or 'none'.",
+        command_line=Sequence[str],
     )
     run_name: str | None = _option(
         None, kinds.optional(kinds.text), "Name of the run for trackers. None means unnamed."
@@ -328,10 +344,11 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
     prediction_loss_only: bool = _option(
         False, kinds.flag, "Evaluate the loss alone: keep no predictions, compute no metrics."
     )
-    include_for_metrics: Sequence[str] = _option(
+    include_for_metrics: Names = _option(
         (),
         kinds.names("inputs", "loss"),
         "What compute_metrics receives besides predictions and labels: a list of 'inputs', 'loss'.",
+        command_line=Sequence[str],
     )
     batch_eval_metrics: bool = _option(
         False,
@@ -357,11 +374,12 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Batches of an evaluation set that are evaluated at most, the first ones. None means all; "
         "a prediction always has all.",
     )
-    label_names: Sequence[str] | None = _option(
+    label_names: Names | None = _option(
         None,
         kinds.optional(kinds.words),
         "Keys of a batch (a dict) that hold labels: several become a dict of labels. None means "
         "'labels', 'label' or 'label_ids'.",
+        command_line=Sequence[str] | None,
     )
     predict_with_generate: bool = _option(
         False,
@@ -376,10 +394,11 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Argument max_length of the model's generate: tokens of prompt and answer together. None "
         "leaves it to the model.",
     )
-    generation_kwargs: Mapping[str, Any] = _option(
+    generation_kwargs: Options = _option(
         None,
         kinds.options,
         "More keyword arguments for the model's generate: a dict or a JSON object in a string.",
+        command_line=Mapping[str, Any],
     )
 
     eval_minutes: float | None = _option(
@@ -459,7 +478,7 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "Whether a higher metric_for_best_model is better. None means yes, unless the name ends "
         "in 'loss'.",
     )
-    resume_from_checkpoint: str | Literal[True] | None = _option(
+    resume_from_checkpoint: PathOrTrue | None = _option(
         None,
         _resume,
         "Where training goes on: True for the newest intact checkpoint of output_dir, 'auto' for "
@@ -493,10 +512,18 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
     save_on_each_node: bool = _option(
         False, kinds.flag, "Save once on each machine: with one machine always so."
     )
-    parallelism_config: None = _option(
-        None, kinds.nothing, "Sizes of the dimensions of a mesh of devices; to come."
+    parallelism_config: Nothing = _option(
+        None,
+        kinds.nothing,
+        "Sizes of the dimensions of a mesh of devices; to come.",
+        command_line=type(None),
     )
-    fsdp: None = _option(None, kinds.nothing, "Weights that are spread over devices; to come.")
+    fsdp: Nothing = _option(
+        None,
+        kinds.nothing,
+        "Weights that are spread over devices; to come.",
+        command_line=type(None),
+    )
 
     # Switches of a script, which the Trainer does not look at
     do_train: bool = _option(False, kinds.flag, "For scripts: whether to train.")
@@ -609,43 +636,52 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         "What to do when loss or gradients are NaN or infinite: stop with an error before the "
         "weights are touched ('raise'), leave that update out ('skip') or apply it ('ignore').",
     )
-    debug: Sequence[str] = _option(
+    debug: Names = _option(
         (),
         kinds.debug_options,
         "['underflow_overflow'] names the first layer, or else the gradients, that were not finite "
         "in the update at which on_nonfinite='raise' stops. It is run again for that.",
+        command_line=Sequence[str],
     )
-    gradient_checkpointing: bool | None = _option(
+    gradient_checkpointing: FlagOrNone = _option(
         None,
         kinds.optional(kinds.flag),
         "Save memory in training: run layers again in the backward pass in place of remembering "
         "what they computed. The numbers stay the same.",
+        command_line=bool | None,
     )
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = _option(
+    gradient_checkpointing_kwargs: Options | None = _option(
         None,
         kinds.optional(kinds.options),
         "Which layers gradient_checkpointing is for: 'layer_names', a list, or 'every_n_layers'. "
         "None means all of the outermost ones.",
+        command_line=Mapping[str, Any] | None,
     )
-    activation_checkpointing: bool | None = _option(
-        None, kinds.optional(kinds.flag), "Another name of gradient_checkpointing."
+    activation_checkpointing: FlagOrNone = _option(
+        None,
+        kinds.optional(kinds.flag),
+        "Another name of gradient_checkpointing.",
+        command_line=bool | None,
     )
-    activation_checkpointing_kwargs: Mapping[str, Any] | None = _option(
+    activation_checkpointing_kwargs: Options | None = _option(
         None,
         kinds.optional(kinds.options),
         "Another name of gradient_checkpointing_kwargs.",
+        command_line=Mapping[str, Any] | None,
     )
-    jit_compile: bool | Literal["auto"] = _option(
+    jit_compile: FlagOrAuto = _option(
         "auto",
         kinds.choice("auto", True, False),
         "Compile the training step: True, False, or 'auto' for what suits the backend.",
+        command_line=bool | Literal["auto"],
     )
-    steps_per_execution: int | Literal["auto"] = _option(
+    steps_per_execution: CountOrAuto = _option(
         "auto",
         kinds.either("auto", kinds.whole(1)),
         "Updates that one call of the compiled step runs: at most this many, or 'auto' for as many "
         "as take a tenth of a second. Fewer where something is due or a callback listens to each "
         "step. The numbers do not depend on it.",
+        command_line=int | Literal["auto"],
     )
     tf32: bool | None = _option(
         None,

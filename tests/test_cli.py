@@ -16,7 +16,8 @@ def test_args_lists_every_field_with_type_default_and_meaning(capsys):
     printed = capsys.readouterr().out
     flowing = " ".join(printed.split())
     for field in dataclasses.fields(TrainingArguments):
-        assert f"{field.name}: {field.type} = {field.default!r}\n" in printed
+        written = TrainingArguments.__annotations__[field.name]
+        assert f"{field.name}: {written} = {field.default!r}\n" in printed
         assert field.metadata["help"] in flowing
 
 

@@ -1,11 +1,15 @@
 """The command line of dataclasses: options, files, overrides, mistakes."""
 
+import argparse
 import dataclasses
 import doctest
 import enum
+import importlib.util
 import json
 import re
 import sys
+import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -327,3 +331,76 @@ def test_examples_in_docstrings():
     result = doctest.testmod(parser)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# --- parsers that go by annotations --------------------------------------------------------------
+
+
+class ByAnnotation(argparse.ArgumentParser):
+    """The rules of transformers' HfArgumentParser, which CI does not install."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.cls = cls
+        for field in dataclasses.fields(cls):
+            hint = typing.get_type_hints(cls)[field.name]
+            members = typing.get_args(hint)
+            if typing.get_origin(hint) in (typing.Union, types.UnionType):
+                assert len(members) == 2
+                assert members[1] is type(None)
+                hint = hint if bool in members else members[0]
+            options = {**dict(field.metadata), "default": field.default}
+            if typing.get_origin(hint) is typing.Literal:
+                options |= {"choices": typing.get_args(hint)}
+            elif hint is bool or hint == bool | None:
+                options |= {"type": json.loads}
+                if hint is bool:
+                    options |= {"nargs": "?", "const": True}
+            elif typing.get_origin(hint) is list:
+                options |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+                del options["default"]
+            else:
+                options |= {"type": hint}
+            self.add_argument(f"--{field.name}", **options)
+
+    def parse_args_into_dataclasses(self, words, **_):
+        return (self.cls(**vars(self.parse_args(words))),)
+
+
+PARSERS = [ByAnnotation]
+if importlib.util.find_spec("transformers"):
+    PARSERS.append(importlib.import_module("transformers").HfArgumentParser)
+
+
+@dataclasses.dataclass
+class Extended(TrainingArguments):
+    beam_width: int = 4
+
+
+@pytest.mark.parametrize("parser_class", PARSERS)
+def test_a_parser_that_goes_by_annotations(parser_class):
+    by_annotation = parser_class(Extended)
+    assert "Peak learning rate" in " ".join(by_annotation.format_help().split())
+    for line, expected in [
+        ("--output_dir out --beam_width 2", {"output_dir": "out", "beam_width": 2}),
+        ("--learning_rate 3e-4 --bf16", {"learning_rate": 3e-4, "bf16": True}),
+        ("--bf16 false --gradient_checkpointing", {"gradient_checkpointing": True}),
+        ("--greater_is_better false --tf32 true", {"greater_is_better": False, "tf32": True}),
+        ("--report_to csv json", {"report_to": ["csv", "json"]}),
+        ("--label_names a --debug underflow_overflow",
+         {"label_names": ["a"], "debug": "underflow_overflow"}),
+        ("--optim_args beta_1=0.5", {"optim_args": {"beta_1": 0.5}}),
+        ('--lr_scheduler_kwargs {"a":{"b":[1]}}', {"lr_scheduler_kwargs": {"a": {"b": [1]}}}),
+        ('--parameter_groups [{"match":"a"}]', {"parameter_groups": [{"match": "a"}]}),
+        ('--ema {"decay":0.9}', {"ema": {"decay": 0.9}}),
+        ("--jit_compile true --steps_per_execution 4",
+         {"jit_compile": True, "steps_per_execution": 4}),
+        ("--jit_compile auto --steps_per_execution auto", {}),
+        ("--resume_from_checkpoint True", {"resume_from_checkpoint": True}),
+        ("--resume_from_checkpoint runs/1", {"resume_from_checkpoint": "runs/1"}),
+        ("--warmup_steps 0.1 --logging_steps 10", {"warmup_steps": 0.1, "logging_steps": 10}),
+        ("--eval_strategy epoch --max_time 60", {"eval_strategy": "epoch", "max_time": 60.0}),
+    ]:  # fmt: skip
+        (args,) = by_annotation.parse_args_into_dataclasses(line.split(), look_for_args_file=False)
+        assert args == Extended(**expected), line
+        assert not args.is_set("max_grad_norm")

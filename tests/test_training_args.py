@@ -232,7 +232,7 @@ def test_building_reads_no_environment_variable_and_no_file(monkeypatch):
 
 # --- one value at a time -------------------------------------------------------------------------
 
-FLAGS = [name for name, field in FIELDS.items() if field.type in ("bool", "bool | None")]
+FLAGS = [n for n, f in FIELDS.items() if f.type in ("bool", "bool | None", "FlagOrNone")]
 
 REFUSED = [
     ("save_async", 1),
@@ -340,7 +340,7 @@ REFUSED = [
     ("eval_steps", -0.5),
     ("eval_delay", -1),
     ("include_for_metrics", ["labels"]),
-    ("include_for_metrics", None),
+    ("include_for_metrics", 1),
     ("save_strategy", "Steps"),
     ("save_strategy", None),
     ("save_steps", 0),

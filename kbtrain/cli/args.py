@@ -47,4 +47,6 @@ def describe(field: dataclasses.Field[object], width: int) -> str:
         subsequent_indent="    ",
         break_on_hyphens=False,  # names of options are looked for as they are written
     )
-    return f"{field.name}: {field.type} = {field.default!r}\n{meaning}"
+    # Not field.type: a parser that goes by annotations may have put something else there.
+    written = TrainingArguments.__annotations__[field.name]
+    return f"{field.name}: {written} = {field.default!r}\n{meaning}"
