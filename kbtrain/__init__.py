@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from kbtrain.data import DataCollatorWithPadding as DataCollatorWithPadding
     from kbtrain.data import default_collate as default_collate
+    from kbtrain.data import default_data_collator as default_data_collator
     from kbtrain.errors import CheckpointDamagedError as CheckpointDamagedError
     from kbtrain.errors import CheckpointError as CheckpointError
     from kbtrain.errors import CheckpointMismatchError as CheckpointMismatchError
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
     from kbtrain.errors import ConfigurationError as ConfigurationError
     from kbtrain.errors import DataError as DataError
     from kbtrain.errors import FolderInUseError as FolderInUseError
+    from kbtrain.errors import FrozenArgumentsError as FrozenArgumentsError
     from kbtrain.errors import KbtrainError as KbtrainError
     from kbtrain.errors import NonFiniteError as NonFiniteError
     from kbtrain.errors import OutputError as OutputError
     from kbtrain.errors import TrainingInterrupted as TrainingInterrupted
+    from kbtrain.evaluation import EvalLoopOutput as EvalLoopOutput
     from kbtrain.evaluation import EvalPrediction as EvalPrediction
     from kbtrain.evaluation import PredictionOutput as PredictionOutput
     from kbtrain.fitting import TrainOutput as TrainOutput
     from kbtrain.parser import ArgumentParser as ArgumentParser
+    from kbtrain.parser import HfArgumentParser as HfArgumentParser
     from kbtrain.progress import PrinterCallback as PrinterCallback
     from kbtrain.progress import ProgressCallback as ProgressCallback
+    from kbtrain.rng import set_seed as set_seed
     from kbtrain.state import TrainerControl as TrainerControl
     from kbtrain.state import TrainerState as TrainerState
     from kbtrain.trainer import Trainer as Trainer
@@ -54,6 +59,7 @@ _HOMES = {
         "DataCollatorForTokenClassification",
         "DataCollatorWithPadding",
         "default_collate",
+        "default_data_collator",
     ),
     "errors": (
         "CheckpointDamagedError",
@@ -63,15 +69,17 @@ _HOMES = {
         "ConfigurationError",
         "DataError",
         "FolderInUseError",
+        "FrozenArgumentsError",
         "KbtrainError",
         "NonFiniteError",
         "OutputError",
         "TrainingInterrupted",
     ),
-    "evaluation": ("EvalPrediction", "PredictionOutput"),
+    "evaluation": ("EvalLoopOutput", "EvalPrediction", "PredictionOutput"),
     "fitting": ("TrainOutput",),
-    "parser": ("ArgumentParser",),
+    "parser": ("ArgumentParser", "HfArgumentParser"),
     "progress": ("PrinterCallback", "ProgressCallback"),
+    "rng": ("set_seed",),
     "state": ("TrainerControl", "TrainerState"),
     "trainer": ("Trainer",),
     "training_args": ("TrainingArguments",),
@@ -85,6 +93,12 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
+        if name.startswith("_"):
+            raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
+        reason = importlib.import_module("kbtrain.import_hints").import_hint(name)
+        if reason:
+            # An AttributeError's text is lost where a name is imported from a module.
+            raise ImportError(f"kbtrain has no {name!r}. {reason}")
         raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"kbtrain.{_HOME_OF[name]}"), name)
     globals()[name] = value

@@ -45,7 +45,7 @@ def fields_of(checkpoint: Checkpoint, name: str, cls: type[Any]) -> dict[str, An
     expected = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.name in found]
     for key in known:
-        if not _is(found[key], expected[key]):
+        if not is_of(found[key], expected[key]):
             problem = f"{key!r} is not of type {expected[key]}. Received: {found[key]!r}"
             damaged(checkpoint, name, problem)
     return {key: found[key] for key in known}
@@ -71,15 +71,15 @@ def damaged(checkpoint: Checkpoint, name: str, problem: str) -> NoReturn:
     )
 
 
-def _is(value: Any, expected: Any) -> bool:
+def is_of(value: Any, expected: Any) -> bool:
     """Whether a value of JSON has a type, as dataclasses write it."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
-        return any(_is(value, one) for one in inner)
+        return any(is_of(value, one) for one in inner)
     if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(_is(item, inner[1]) for item in value.values())
+        return isinstance(value, dict) and all(is_of(item, inner[1]) for item in value.values())
     if origin is list:
-        return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
+        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
     if expected is Any:
         return True
     if isinstance(value, bool):

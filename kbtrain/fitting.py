@@ -52,7 +52,7 @@ class TrainOutput(NamedTuple):
     Attributes:
         global_step: Updates done.
         training_loss: Mean loss over all updates of the run, also those before a resume.
-        metrics: ``train_loss`` and the speed of this call.
+        metrics: ``train_loss``, ``epoch`` and the speed of this call.
     """
 
     global_step: int
@@ -76,7 +76,7 @@ def fit(
         run, seconds = _run(trainer, checkpoint, prepared)
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
-    metrics = run.speed(seconds) | memory | {"train_loss": loss}
+    metrics = run.speed(seconds) | memory | {"train_loss": loss, "epoch": state.epoch}
     trainer.log(metrics)
     # As in Keras: from here on the model holds the weights that were evaluated.
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)

@@ -20,7 +20,10 @@ PADDING = -100
 
 @dataclass
 class EvalPrediction:
-    """What ``compute_metrics`` receives, as NumPy arrays; unpacks as (predictions, label_ids).
+    """What ``compute_metrics`` receives, as NumPy arrays.
+
+    It unpacks and indexes like a tuple of those attributes that there are: ``predictions, label_ids
+    = p``, ``p[0]``.
 
     Attributes:
         predictions: The model's outputs for the whole set (nested as the model returns them); with
@@ -36,9 +39,20 @@ class EvalPrediction:
     inputs: Any = None
     losses: Any = None
 
-    def __iter__(self) -> Iterator[Any]:
+    @property
+    def elements(self) -> tuple[Any, ...]:
+        """Predictions and labels, and what else there is of inputs and losses."""
         extra = [x for x in (self.inputs, self.losses) if x is not None]
-        return iter((self.predictions, self.label_ids, *extra))
+        return (self.predictions, self.label_ids, *extra)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.elements)
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.elements[index]
 
 
 class Rows:

@@ -95,10 +95,47 @@ class ArgumentParser:
             SystemExit: After ``--help``, or (with status 2 and a message) after a mistake.
             ConfigurationError: jsonargparse is not installed.
         """
+        return self._parse(args, None)
+
+    def parse_args_into_dataclasses(
+        self,
+        args: Sequence[str] | None = None,
+        return_remaining_strings: bool = False,
+        look_for_args_file: bool = False,
+        args_filename: None = None,
+        args_file_flag: None = None,
+    ) -> tuple[Any, ...]:
+        """`parse_args` by the name and with the arguments of the reference's parser.
+
+        Args:
+            args: The words after the program's name; the default is this process's own.
+            return_remaining_strings: Return the words that no option takes, as the last item of the
+                result, in place of refusing them.
+            look_for_args_file: Not here: files are read with ``--config FILE``.
+            args_filename: Not here, likewise.
+            args_file_flag: Not here, likewise.
+
+        Raises:
+            SystemExit: As in `parse_args`.
+            ConfigurationError: A file with arguments is asked for.
+        """
+        if look_for_args_file or args_filename is not None or args_file_flag is not None:
+            raise ConfigurationError(
+                "Settings are read from JSON and YAML files, not from files with words: write "
+                "--config FILE. Received: "
+                f"look_for_args_file={look_for_args_file!r}, args_filename={args_filename!r}, "
+                f"args_file_flag={args_file_flag!r}."
+            )
+        remaining: list[str] = []
+        parsed = self._parse(args, remaining if return_remaining_strings else None)
+        return (*parsed, remaining) if return_remaining_strings else parsed
+
+    def _parse(self, args: Sequence[str] | None, remaining: list[str] | None) -> tuple[Any, ...]:
+        """`parse_args`; words that no option takes go to ``remaining``, if there is a list."""
         words = self._plain_flags(sys.argv[1:] if args is None else args)
         parser = self._command_line()
         try:
-            words = self._known_names(words)
+            words = self._known_names(words, remaining)
             given = vars(parser.parse_args(words, defaults=False))
             values: dict[str, Any] = {}
             for path in given.pop("config", None) or []:
@@ -110,9 +147,6 @@ class ArgumentParser:
             message = f"--config: {problem.strerror}: {problem.filename}"
         parser.error(message)
         raise SystemExit(2)  # unreachable: for type checkers, which do not know error()
-
-    # The name the reference's parser has for it.
-    parse_args_into_dataclasses = parse_args
 
     def _command_line(self) -> Any:
         jsonargparse = require("jsonargparse", "cli", "A command line")
@@ -154,8 +188,12 @@ class ArgumentParser:
             result.append(word)
         return result
 
-    def _known_names(self, words: Sequence[str]) -> list[str]:
+    def _known_names(self, words: Sequence[str], remaining: list[str] | None) -> list[str]:
         """The words without settings of the reference that ask for nothing.
+
+        Args:
+            words: Of a command line.
+            remaining: Where options that do not exist go, with their values; None refuses them.
 
         Raises:
             ConfigurationError: There is another option that does not exist.
@@ -179,9 +217,15 @@ class ArgumentParser:
             value = value if equals else "" if alone else following
             name = option[2:].replace("-", "_")
             meant = None if value.lower() in ("none", "null") else read_scalar(value)
-            if alone or not asks_for_nothing(name, meant):
+            if not alone and asks_for_nothing(name, meant):
+                position += 0 if equals else 1
+            elif remaining is None:
                 self._refuse_name(name, value)
-            position += 0 if equals else 1
+            else:
+                remaining.append(words[position - 1])
+                while position < len(words) and not words[position].startswith("--"):
+                    remaining.append(words[position])
+                    position += 1
         return [*kept, *words[position:]]
 
     def _refuse_name(self, name: str, value: Any) -> NoReturn:
@@ -204,13 +248,17 @@ class ArgumentParser:
         known = {k: v for k, v in values.items() if k in self._fields}
         return self._build(self._typed(known if allow_extra_keys else values, "the mapping"))
 
-    def parse_json_file(self, path: str | Path, allow_extra_keys: bool = False) -> tuple[Any, ...]:
+    def parse_json_file(
+        self, json_file: str | Path, allow_extra_keys: bool = False
+    ) -> tuple[Any, ...]:
         """`parse_dict` of a JSON file."""
-        return self.parse_dict(_read_file(path, json_only=True), allow_extra_keys)
+        return self.parse_dict(_read_file(json_file, json_only=True), allow_extra_keys)
 
-    def parse_yaml_file(self, path: str | Path, allow_extra_keys: bool = False) -> tuple[Any, ...]:
+    def parse_yaml_file(
+        self, yaml_file: str | Path, allow_extra_keys: bool = False
+    ) -> tuple[Any, ...]:
         """`parse_dict` of a YAML file."""
-        return self.parse_dict(_read_file(path), allow_extra_keys)
+        return self.parse_dict(_read_file(yaml_file), allow_extra_keys)
 
     def _typed(self, values: Mapping[str, Any], source: Any) -> dict[str, Any]:
         """Values of a file as the fields store them."""
@@ -232,6 +280,10 @@ class ArgumentParser:
             owner(**{n: v for n, v in values.items() if self._owners[n] is owner})
             for owner in self.types
         )
+
+
+HfArgumentParser = ArgumentParser
+"""The name the reference's parser has."""
 
 
 class _Field:

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,32 +69,64 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
 # --- the model card -------------------------------------------------------------------------------
 
 
-def create_model_card(
-    trainer: Trainer,
-    model_name: str | None,
-    license: str | None,
-    language: str | None,
-    tags: Sequence[str],
-) -> Path:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says that the Trainer cannot know; see ``Trainer.create_model_card``."""
+
+    language: str | None = None
+    license: str | None = None
+    tags: str | Sequence[str] | None = None
+    model_name: str | None = None
+    finetuned_from: str | None = None
+    tasks: str | Sequence[str] | None = None
+    dataset_tags: str | Sequence[str] | None = None
+    dataset: str | Sequence[str] | None = None
+    dataset_args: str | Sequence[str] | None = None
+
+    def header(self) -> dict[str, Any]:
+        """The fields of the card's header, as model hubs read them."""
+        tasks = _listed(self.tasks)
+        fields = {
+            "library_name": "keras",
+            "license": self.license,
+            "language": self.language,
+            "base_model": self.finetuned_from,
+            "pipeline_tag": tasks[0] if len(tasks) == 1 else None,
+            "datasets": _listed(self.dataset_tags),
+            "tags": ["kbtrain", *_listed(self.tags), *(tasks if len(tasks) > 1 else [])],
+        }
+        return {name: value for name, value in fields.items() if value}
+
+    def origin(self) -> str:
+        """A sentence on what the model was made from."""
+        data, options = ", ".join(_listed(self.dataset)), ", ".join(_listed(self.dataset_args))
+        data += f" ({options})" if data and options else ""
+        parts = [
+            f"It was fine-tuned from {self.finetuned_from}." if self.finetuned_from else "",
+            f"It was trained on {data}." if data else "",
+        ]
+        return " ".join(part for part in parts if part) + "\n" if any(parts) else ""
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def create_model_card(trainer: Trainer, facts: CardFacts) -> Path:
     """Write ``README.md`` and, if matplotlib is installed, ``loss.png`` into the output directory.
 
     Returns:
         The path of the card.
     """
     folder = Path(trainer.args.output_dir)
-    name = model_name or trainer.args.run_name or folder.name or "model"
+    name = facts.model_name or trainer.args.run_name or folder.name or "model"
     plot = _plot(trainer.state, folder / "loss.png")
-    header = {
-        "library_name": "keras",
-        **({"license": license} if license else {}),
-        **({"language": language} if language else {}),
-        "tags": ["kbtrain", *tags],
-    }
     versions = persistence.environment(trainer.backend)["versions"]
     parts = [
-        _front_matter(header),
+        _front_matter(facts.header()),
         f"# {name}\n",
         _summary(trainer),
+        facts.origin(),
         _last_evaluation(trainer.state),
         "## Training results\n\n" + results_table(trainer.state.log_history) + "\n",
         f"![Loss]({plot.name})\n" if plot else "",

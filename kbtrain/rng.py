@@ -12,14 +12,35 @@ import numpy as np
 # Keras has no public door to the generator that unseeded operations draw from.
 from keras.src.random.seed_generator import global_seed_generator
 
-from kbtrain import lazy_tensorflow
+from kbtrain import args_kinds, lazy_tensorflow
+from kbtrain.errors import ConfigurationError
 
 
-def set_seed(seed: int) -> None:
+def set_seed(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy, the backend, Keras' global generator, and TensorFlow if it is imported.
 
-    Who has not imported TensorFlow draws nothing from it.
+    Who has not imported TensorFlow draws nothing from it. The Trainer does this when it is made,
+    with ``args.seed``; call it before you make the model, so that its weights follow from it too.
+
+    Args:
+        seed: From 0 to 2**32 - 1.
+        deterministic: Not here: see ``full_determinism`` of ``TrainingArguments``.
+
+    Raises:
+        ConfigurationError: The seed is of another kind, or ``deterministic`` was asked for.
+
+    Example:
+        >>> set_seed(42)
     """
+    try:
+        seed = args_kinds.whole(0, args_kinds.MAX_SEED)(seed)
+    except args_kinds.Unfit as refusal:
+        raise ConfigurationError(f"seed must be {refusal}. Received: {seed!r}") from None
+    if deterministic:
+        raise ConfigurationError(
+            "set_seed sets seeds. Received: deterministic=True. For kernels that give the same "
+            "result each time write TrainingArguments(full_determinism=True)."
+        )
     with lazy_tensorflow.not_imported():
         keras.utils.set_random_seed(seed)
 

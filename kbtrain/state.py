@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from kbtrain.documents import is_of
+from kbtrain.errors import ConfigurationError
+from kbtrain.output_files import save_json
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -117,6 +124,40 @@ class TrainerState:
         values = vars(self) | {"log_history": list(self.log_history)}
         # A deep copy of a log of 100,000 entries would take longer than a checkpoint.
         return values | {"stateful_callbacks": copy.deepcopy(self.stateful_callbacks)}
+
+    def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
+        """Write the state as ``trainer_state.json`` is written.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        save_json(Path(json_path), self.to_dict())
+
+    @classmethod
+    def load_from_json(cls, json_path: str | os.PathLike[str]) -> TrainerState:
+        """Read a ``trainer_state.json``, also one of Transformers.
+
+        Args:
+            json_path: The file. What it holds beyond these fields (``total_flos``) is left out.
+
+        Raises:
+            ConfigurationError: The file holds something else.
+            FileNotFoundError: There is no such file.
+        """
+        path = Path(json_path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigurationError(f"{path} is not JSON: {error}") from None
+        kinds = get_type_hints(cls)
+        known = {k: v for k, v in found.items() if k in kinds} if isinstance(found, dict) else {}
+        wrong = [name for name, value in known.items() if not is_of(value, kinds[name])]
+        if wrong or "global_step" not in known:
+            received = f"{wrong[0]}={known[wrong[0]]!r:.80}" if wrong else f"{found!r:.80}"
+            raise ConfigurationError(
+                f"{path} holds no state of a run, as trainer_state.json does. Received: {received}"
+            )
+        return cls(**known)
 
 
 def decide_after_step(

@@ -159,7 +159,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             loss=self._given_loss,
             metrics=self._given_metrics,
             has_loss_func=self.compute_loss_func is not None,
-            compute_loss=self.compute_loss,
+            compute_loss=trainer_checks.with_what_it_takes(self.compute_loss),
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
             own_compute_loss=getattr(self.compute_loss, "__func__", None)
@@ -352,7 +352,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             output = evaluation.evaluate(
                 self, loader, metric_key_prefix, gather=not loss_only, ignore_keys=ignore_keys
             )
-        output.metrics.update(memory)
+        output.metrics.update(memory, epoch=self.state.epoch)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
         return output.metrics

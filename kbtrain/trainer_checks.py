@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -90,16 +90,28 @@ def _check_function(name: str, function: Any, form: str, positional: int | None)
 
 
 def _check_compute_loss(trainer: Trainer) -> None:
-    """An overridden ``compute_loss`` is called with all its arguments."""
+    """An overridden ``compute_loss`` is called with these arguments; the last may be missing."""
     signature = inspect.signature(trainer.compute_loss)
     try:
-        signature.bind(None, None, return_outputs=True, num_items_in_batch=None)
+        signature.bind(None, None, return_outputs=True)
     except TypeError as problem:
         raise ConfigurationError(
             f"{type(trainer).__name__}.compute_loss must be defined as compute_loss(self, model, "
             "inputs, return_outputs=False, num_items_in_batch=None). "
             f"Received: compute_loss{signature}: {problem}."
         ) from None
+
+
+def with_what_it_takes(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute_loss`` as the step calls it: many were written without ``num_items_in_batch``."""
+    parameters = inspect.signature(compute_loss).parameters.values()
+    if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return compute_loss
+
+    def called(model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        return compute_loss(model, inputs, return_outputs=return_outputs)
+
+    return called
 
 
 def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:

@@ -26,6 +26,11 @@ class QuestionMethods:
     bound: BoundModel
     optimizer: keras.optimizers.Optimizer | None
 
+    @property
+    def label_names(self) -> list[str]:
+        """Keys of a batch that hold labels: ``args.label_names``, or the usual one."""
+        return ["labels"] if self.args.label_names is None else list(self.args.label_names)
+
     def is_world_process_zero(self) -> bool:
         """Whether this process is the first of all, which writes what is written once."""
         return self.state.is_world_process_zero
@@ -53,9 +58,13 @@ class QuestionMethods:
             raise ConfigurationError("There is no optimizer before fit() has begun.")
         return learning_rates(self.optimizer, self.bound.model.trainable_variables)
 
-    def get_decay_parameter_names(self) -> list[str]:
-        """Paths of the trainable variables that weight decay applies to."""
-        return building.decay_parameter_names(self.bound.model)
+    def get_decay_parameter_names(self, model: keras.Model | None = None) -> list[str]:
+        """Paths of the trainable variables that weight decay applies to.
+
+        Args:
+            model: A model other than the Trainer's own.
+        """
+        return building.decay_parameter_names(self.bound.model if model is None else model)
 
     def get_num_trainable_parameters(self) -> int:
         """Number of trainable scalars in the model."""

@@ -47,6 +47,9 @@ MEMBERS: dict[str, str] = {
 }
 """Methods and attributes of the reference that are not here, and why."""
 
+OLD_MEMBERS = {"tokenizer": "Write processing_class, its name since version 5."}
+"""Those of version 4, likewise."""
+
 
 class KnownNames:
     """Explains the reference's names where Python would only say that there is no such thing.
@@ -59,8 +62,9 @@ class KnownNames:
 
         def __getattr__(self, name: str) -> Any:
             """Say what became of a member of the reference."""
-            reason = f". {MEMBERS[name]}" if name in MEMBERS else ""
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{reason}")
+            reason = MEMBERS.get(name) or OLD_MEMBERS.get(name)
+            said = f". {reason}" if reason else ""
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{said}")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuse what ``__init__`` does not take, with what to write instead."""

@@ -79,10 +79,37 @@ class ReportMethods:
 
     def create_model_card(
         self,
-        model_name: str | None = None,
-        license: str | None = None,
         language: str | None = None,
-        tags: Sequence[str] = (),
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: str | Sequence[str] | None = None,
+        dataset_args: str | Sequence[str] | None = None,
     ) -> Path:
-        """Write ``README.md`` about the run (results, loss plot, settings, versions)."""
-        return reports.create_model_card(self, model_name, license, language, tags)  # type: ignore[arg-type]
+        """Write ``README.md`` about the run (results, loss plot, settings, versions).
+
+        Args:
+            language: Of the model, if it has one.
+            license: Of the model.
+            tags: More tags for the card's header.
+            model_name: The title; the default is ``args.run_name`` or the folder's name.
+            finetuned_from: The model that this one began as.
+            tasks: What it is for, as model hubs call it ("text-classification").
+            dataset_tags: Names of the data sets, for the header.
+            dataset: Names of the data sets, for people.
+            dataset_args: Which part of them.
+
+        Returns:
+            The path of the card.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        facts = reports.CardFacts(
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
+            dataset_args,
+        )  # fmt: skip
+        return reports.create_model_card(self, facts)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from kbtrain.data.batch import (
 )
 from kbtrain.data.batch_loader import BatchLoader, as_loader
 from kbtrain.data.blocks import Batches, Block, micro_batches
-from kbtrain.data.collate import Collate, default_collate
+from kbtrain.data.collate import Collate, default_collate, default_data_collator
 from kbtrain.data.collators import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
@@ -61,6 +61,7 @@ __all__ = [
     "batch_size",
     "concatenate",
     "default_collate",
+    "default_data_collator",
     "epoch_order",
     "map_structure",
     "micro_batches",

@@ -112,3 +112,7 @@ def _stack_field(values: Sequence[Any], path: str) -> np.ndarray:
             )
     # int64 stacked with float32 promotes to float64, hence the second cast.
     return cast(np.stack(arrays))
+
+
+default_data_collator = default_collate
+"""The name the reference has for it."""

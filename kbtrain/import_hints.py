@@ -1,0 +1,36 @@
+"""Names that scripts import from the reference's package and kbtrain has not: what to write."""
+
+from __future__ import annotations
+
+IMPORTS: dict[str, str] = {
+    "Seq2SeqTrainer": "Write Trainer, with TrainingArguments(predict_with_generate=True).",
+    "Seq2SeqTrainingArguments": "Write TrainingArguments, which has predict_with_generate.",
+    "get_last_checkpoint": "Write trainer.fit(resume_from_checkpoint='auto'), which resumes from "
+    "the newest intact checkpoint if there is one.",
+    "enable_full_determinism": "Write TrainingArguments(full_determinism=True).",
+    "get_scheduler": "Write TrainingArguments(lr_scheduler_type=...), or take one from optim.",
+    "IntervalStrategy": "Write the word itself: eval_strategy='steps'.",
+    "SaveStrategy": "Write the word itself: save_strategy='steps'.",
+    "SchedulerType": "Write the word itself: lr_scheduler_type='cosine'.",
+    "AdamW": "It is in the package optim: from optim import AdamW.",
+    "Adafactor": "It is in the package optim: from optim import Adafactor.",
+    "DefaultFlowCallback": "The loop decides by itself when something is due; a callback changes "
+    "`control` afterwards.",
+    "WandbCallback": "Write TrainingArguments(report_to='wandb').",
+    "TensorBoardCallback": "Write TrainingArguments(report_to='tensorboard').",
+    "MLflowCallback": "Write TrainingArguments(report_to='mlflow').",
+    "AutoTokenizer": "Import it from transformers, and give it to the Trainer as processing_class.",
+    "pipeline": "Call the model, or Trainer.predict.",
+}
+"""Names that scripts import beside the Trainer."""
+
+
+def import_hint(name: str) -> str:
+    """What to write in place of a name that the reference's package has and kbtrain has not."""
+    if name in IMPORTS:
+        return IMPORTS[name]
+    if name.startswith("get_") and "schedule" in name:
+        return IMPORTS["get_scheduler"]
+    if name.startswith("AutoModel"):
+        return "Models are keras.Model: keras_hub has those of transformers, by from_preset(...)."
+    return ""
