@@ -11,12 +11,12 @@ from typing import Any
 import keras
 
 from kbtrain import building, rng
-from kbtrain.data import unpack
+from kbtrain.data import unpack, with_none
 from kbtrain.errors import ConfigurationError
-from kbtrain.forward import ComputeLoss, ForwardPass
+from kbtrain.forward import ComputeLoss, ForwardPass, output_names
+from kbtrain.keras_losses import is_summed, resolve_loss
 from kbtrain.label_check import LabelCheck
 from kbtrain.label_smoothing import smoothed
-from kbtrain.loss import resolve_loss
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
@@ -32,7 +32,8 @@ class BoundModel:
             ``label_names``.
         backend: A module of ``kbtrain.backends``.
         loss: A resolved loss, or None.
-        metrics: The ``metrics`` argument of the Trainer, or None.
+        loss_weights: The ``loss_weights`` argument of the Trainer, or None.
+        metrics: The arguments ``metrics`` and ``weighted_metrics`` of the Trainer.
         has_loss_func: Whether the Trainer has a ``compute_loss_func``.
         compute_loss: ``Trainer.compute_loss``.
         preprocess: ``preprocess_logits_for_metrics``, or None.
@@ -54,7 +55,8 @@ class BoundModel:
         backend: ModuleType,
         *,
         loss: Any,
-        metrics: Any,
+        loss_weights: Any,
+        metrics: tuple[Any, Any],
         has_loss_func: bool,
         compute_loss: ComputeLoss,
         preprocess: Callable[[Any, Any], Any] | None,
@@ -68,16 +70,18 @@ class BoundModel:
         self.compiled = bool(getattr(model, "compiled", False))
         if args.bf16 or args.fp16:
             building.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
-        self.loss, self.loss_weights = loss, None
+        self.loss, self.loss_weights = loss, loss_weights
+        replaced = has_loss_func or own_compute_loss  # the loss of compile may be of no use
         if loss is None and not has_loss_func and self.compiled:
-            self.loss = resolve_loss(model.loss)
+            self.loss = _compiled_loss(model, must_be_known=not replaced)
+        if loss_weights is None and not replaced and self.compiled:
             self.loss_weights = (model.get_compile_config() or {}).get("loss_weights")
         if args.label_smoothing_factor:
             self.loss = smoothed(self.loss, args.label_smoothing_factor)
         self.metrics: MetricSet | None = None
-        if metrics is not None:
-            self.metrics = ListedMetrics(metrics)
-        elif self.compiled and loss is None:
+        if metrics != (None, None):
+            self.metrics = ListedMetrics(model, *metrics)
+        elif self.compiled:
             self.metrics = CompiledMetrics(model)
         self._metrics_built = False
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
@@ -116,17 +120,36 @@ class BoundModel:
             self._accepted.add(shapes)
         if self.forward is None:
             self.forward = ForwardPass(
-                self.model, self._compute_loss, self.loss, self._tracked, names
+                self.model,
+                self._compute_loss,
+                self.loss,
+                self._tracked,
+                names,
+                with_metrics=self.metrics is not None,
+                has_terms=self._has_terms(),
             )
         # Metrics need labels: a prediction may come first, and have none.
         labels = unpack(batch, names).y
         has_labels = labels is not None
         if self._checks_labels and has_labels and self._output_shapes is not None:
-            self.label_check = LabelCheck(self.model, self.loss, labels, self._output_shapes, names)
+            self.label_check = LabelCheck(
+                self.loss, labels, self._output_shapes, output_names(self.model), names
+            )
         if self.metrics is not None and has_labels and not self._metrics_built:
             building.build_metrics(self.metrics, self.forward, batch)
             self._metrics_built = True
         return self.forward
+
+    def _has_terms(self) -> bool:
+        """Whether the loss may be of several terms, each with a count of its own."""
+        losses = keras.tree.flatten(self.loss)
+        return (
+            len(losses) > 1
+            or self._output_shapes is None  # not known
+            or any(is_summed(loss) for loss in losses)
+            or len(keras.tree.flatten(self._output_shapes)) > 1
+            or any(len(added.shape) for added in self.model.losses)
+        )
 
     def variables(self) -> list[keras.Variable]:
         """Everything a step reads or assigns, apart from the optimizer; each once."""
@@ -186,7 +209,17 @@ class BoundModel:
                 )
         if self._preprocess is None:
             return outputs
-        return self._preprocess(outputs, unpack(batch, self._args.label_names).y)
+        return self._preprocess(outputs, unpack(with_none(batch), self._args.label_names).y)
+
+
+def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:
+    """The loss a model was compiled with; None for one that nobody knows and nobody needs."""
+    try:
+        return resolve_loss(model.loss)
+    except ConfigurationError:
+        if must_be_known:
+            raise
+        return None
 
 
 @dataclass

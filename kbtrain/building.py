@@ -14,7 +14,7 @@ import numpy as np
 
 from kbtrain import registry
 from kbtrain.args_kinds import thaw
-from kbtrain.data import unpack
+from kbtrain.data import unpack, without_none
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.forward import as_taken, inputs_of
@@ -306,6 +306,7 @@ def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
             metrics.build(*inputs)
         return outputs
 
+    batch = without_none(batch)
     specs = keras.tree.map_structure(
         lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), batch
     )

@@ -12,10 +12,11 @@ from keras import ops
 
 from kbtrain import recompute
 from kbtrain.building import walk_layers
-from kbtrain.data import micro_batches
+from kbtrain.data import micro_batches, without_none
 from kbtrain.forward import ForwardPass
 from kbtrain.interception import Call, replaced_calls
-from kbtrain.loss import as_float
+from kbtrain.loss import LossPair, as_float
+from kbtrain.output_losses import counts_of, value_of
 
 SHOWN = 5
 """Layers before the first bad one whose largest outputs are shown, and gradients that are named."""
@@ -61,7 +62,7 @@ class Diagnosis:
                 return f"{where}the data itself is not finite ({bad})."
             with recompute.switched_off(), replaced_calls(layers, self._watched):
                 probe = self._backend.compile_step(self._probe, self._variables)
-                found = self._backend.to_host(probe(self._backend.to_device(batch)))
+                found = self._backend.to_host(probe(self._backend.to_device(without_none(batch))))
             if (text := self._judge(found)) is not None:
                 return where + text
         return "Run again, every layer, the loss and all gradients are finite, batch by batch."
@@ -85,8 +86,9 @@ class Diagnosis:
 
         def objective(batch: Any) -> tuple[Any, Any]:
             self._seen.clear()
-            pair, _, _ = self._forward(batch, items, training=True)
-            return pair.sum, [value for _, value in self._seen]
+            loss, _, _ = self._forward(batch, items, training=True)
+            total = loss.sum if isinstance(loss, LossPair) else value_of(loss, counts_of(loss))
+            return total, [value for _, value in self._seen]
 
         loss, layers, gradients, _ = self._backend.value_and_grad(objective, self._trainable, batch)
         return {

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 
 from kbtrain import building, execution, persistence
 from kbtrain.bound_model import CompiledEvalStep
-from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack
+from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack, without_none
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
@@ -25,6 +25,7 @@ from kbtrain.generation import make_generator
 from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 from kbtrain.step_times import speed
+from kbtrain.totals import Totals, losses_of_batches
 
 logger = logging.getLogger("kbtrain")
 
@@ -272,8 +273,8 @@ class Evaluation:
     def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
         """Pass over ``batches``.
 
-        The loss is (sum of all sums) / (sum of all counts), added up batch by batch in float64 on
-        the host, so that it does not depend on how batches fall into calls.
+        The loss is (sum of all sums) / (sum of all counts), of each output, added up batch by batch
+        in float64 on the host, so that it does not depend on how batches fall into calls.
         """
         start = time.perf_counter()
         with contextlib.closing(batches.blocks(0, 0, 1, self._limit)) as blocks:
@@ -332,7 +333,7 @@ class Evaluation:
         if self._label_check is not None:
             self._label_check(rows, block.updates, ("batch",), self._batches)
         measure = self._step.pace.is_worth_measuring(signature(rows))
-        tensors = self._backend.to_device(rows, self._pin)
+        tensors = self._backend.to_device(without_none(rows), self._pin)
         first = 0
         while first < block.updates:
             results, count = self._call(tensors, first, block)
@@ -382,10 +383,10 @@ class Evaluation:
             part = self._started.popleft()
             count = part.batches
             results = map_structure(lambda x, n=count: x[:n], part.results())
-            if "sum" in results:
-                self._totals.add(results)
+            if "loss" in results:
+                self._totals.add(results["loss"])
                 if "loss" in self._wanted.include:
-                    part.losses = results["sum"] / np.maximum(results["count"], 1e-38)
+                    part.losses = losses_of_batches(results["loss"])
             if not self._wanted.gather:
                 continue
             if self._wanted.generate is None:
@@ -394,41 +395,6 @@ class Evaluation:
                 self._gathered.add(part)
             if self._batchwise is not None:
                 self._batchwise.add(part)
-
-
-class Totals:
-    """Sums of the losses' sums and counts, batch by batch, in float64."""
-
-    def __init__(self) -> None:
-        self._sum = self._count = 0.0
-        self._extras: dict[str, float] = {}
-
-    def add(self, results: Mapping[str, Any]) -> None:
-        """Add ``{"sum", "count", "extras"}`` of several batches, arrays ``(batches,)``."""
-        counts = results["count"].astype(np.float64).tolist()
-        # One by one, in order: np.sum adds in an order that depends on the length.
-        self._sum = _add_each(self._sum, results["sum"].astype(np.float64).tolist())
-        self._count = _add_each(self._count, counts)
-        for name, values in results["extras"].items():
-            weighted = values.astype(np.float64) * counts
-            self._extras[name] = _add_each(self._extras.get(name, 0.0), weighted.tolist())
-
-    def result(self) -> dict[str, float]:
-        """The mean loss, and the means of the extras by name; the sums where nothing counts."""
-        if self._count == 0:
-            logger.warning(
-                "No label of the evaluation counts: all are ignored or padded. The loss is %s.",
-                self._sum,
-            )
-        total = self._count or 1.0
-        extras = {name: value / total for name, value in sorted(self._extras.items())}
-        return {"loss": self._sum / total, **extras}
-
-
-def _add_each(total: float, values: list[float]) -> float:
-    for value in values:
-        total += value
-    return total
 
 
 def as_plain(array: np.ndarray) -> np.ndarray:

@@ -163,6 +163,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         args.max_grad_norm,
         args.on_nonfinite,
         halted,
+        forward.has_terms,
     )
     variables = unique([*bound.variables(), *optimizer.variables, halted])
     trainer.backend.place(variables, args.chosen_device)

@@ -11,19 +11,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from kbtrain.data import unpack
+from kbtrain.data import unpack, with_none
 from kbtrain.errors import ConfigurationError, DataError, KbtrainError
-from kbtrain.loss import (
-    LossPair,
-    as_float,
-    as_pair,
-    call_loss_func,
-    count_items,
+from kbtrain.keras_losses import (
+    both,
+    chosen,
     get_keras_mask,
-    ignored_labels,
+    is_summed,
     keras_loss_pair,
-    structured_loss_pair,
+    without_ignored,
 )
+from kbtrain.loss import LossPair, as_float, as_pair, call_loss_func, count_items
+from kbtrain.output_losses import LossTerms, OutputLosses, losses_of, with_added
+from kbtrain.outputs import Outputs, loss_weights_of, pair_up
 
 ComputeLoss = Callable[..., Any]
 
@@ -54,6 +54,11 @@ class ForwardPass:
         loss: The resolved loss, to know which labels are ignored.
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+        with_metrics: Whether anybody wants the arguments of metrics.
+
+    Attributes:
+        has_terms: Whether the loss may be of several terms, whose counts have to be known for a
+            whole update before its first micro-batch is differentiated.
     """
 
     def __init__(
@@ -63,10 +68,14 @@ class ForwardPass:
         loss: Any,
         tracked: dict[str, Any],
         label_names: Sequence[str] | None = None,
+        *,
+        with_metrics: bool = True,
+        has_terms: bool = False,
     ) -> None:
         self._model, self._tracked = model, tracked
         self._loss = loss
-        self._label_names = label_names
+        self._label_names, self._with_metrics = label_names, with_metrics
+        self.has_terms = has_terms
 
         def with_loss(batch: Any, num_items: Any) -> Any:
             return compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items)
@@ -75,8 +84,9 @@ class ForwardPass:
 
     def __call__(
         self, batch: Any, num_items: Any, training: bool
-    ) -> tuple[LossPair, Any, tuple[Any, ...] | None]:
+    ) -> tuple[LossPair | LossTerms, Any, tuple[Any, ...] | None]:
         """Loss, outputs and the metrics' arguments; see ``kbtrain.step.Forward``."""
+        batch = with_none(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
         self._tracked.clear()
         result = self._with_loss(batch, num_items=num_items, training=training)
@@ -87,35 +97,47 @@ class ForwardPass:
             )
         loss, outputs = result
         size = keras.tree.flatten(x)[0].shape[0]
-        pair = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
+        value: LossPair | LossTerms
+        if isinstance(loss, OutputLosses):
+            value = loss.terms(training)
+        else:
+            value = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
         if self._tracked:
-            pair = pair._replace(extras={**pair.extras, **self._tracked})
+            value = value._replace(extras={**value.extras, **self._tracked})
             self._tracked.clear()  # values of this trace must not live on
-        added = self._model.losses  # add_loss and regularizers: means, weighted like the batch
+        added = self._model.losses
         if added:
-            total = sum(ops.mean(as_float(value)) for value in added)
-            pair = pair._replace(sum=pair.sum + total * pair.count)
-        if y is None:
-            return pair, outputs, None
-        return pair, outputs, self._metric_inputs(x, y, outputs, sample_weight)
+            value = with_added(value, added, size, training and self.has_terms)
+        if y is None or not self._with_metrics:
+            return value, outputs, None
+        return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
 
     def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
-        """``(x, y, outputs, sample_weight, mask)``, the mask False at what does not count.
+        """``(x, y, outputs, sample_weight, masks)`` in the structure of the outputs.
 
-        Ignored labels become a label that every metric can take.
+        There is a mask for each output, False at what does not count, or None. Ignored labels
+        become a label that every metric can take.
         """
-        outputs = by_output_name(self._model, y, outputs)
-        mask = get_keras_mask(outputs) if ops.is_tensor(outputs) else None
-        if (keep := ignored_labels(self._loss, y)) is not None:
-            y = ops.where(keep, y, ops.zeros_like(y))
-            if len(keep.shape) == len(outputs.shape) and keep.shape[-1] == 1:
-                keep = ops.squeeze(keep, -1)
-            mask = keep if mask is None else ops.logical_and(ops.cast(mask, "bool"), keep)
-        return x, y, outputs, weight, mask
+        known = Outputs(outputs, output_names(self._model))
+        losses = {} if self._loss is None else known.assign(self._loss, "loss")
+        active = [i for i in range(len(known.leaves)) if losses.get(i) is not None]
+        labels = known.labels(y, active, label_names=self._label_names)
+        if keras.tree.is_nested(weight):
+            weights = known.labels(weight, active, "sample weight", self._label_names)
+            weight = known.pack(weights)
+        masks: list[Any] = []
+        for i, output in enumerate(known.leaves):
+            mask = get_keras_mask(output) if ops.is_tensor(output) else None
+            if losses.get(i) is not None and ops.is_tensor(labels.get(i)):
+                loss = chosen(losses[i], labels[i], output)
+                labels[i], keep = without_ignored(loss, labels[i], output)
+                mask = both(mask, keep)
+            masks.append(mask)
+        return x, known.pack(labels), outputs, weight, masks
 
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
-        x = as_taken(self._model, unpack(batch, self._label_names).x)
+        x = as_taken(self._model, unpack(with_none(batch), self._label_names).x)
         return None, self._model(x, training=training), None
 
 
@@ -134,12 +156,10 @@ def as_taken(model: keras.Model, x: Any) -> Any:
     return x[taken.name] if named else x
 
 
-def by_output_name(model: keras.Model, y: Any, outputs: Any) -> Any:
-    """A list of outputs as a dict, where the labels are one: Keras names a model's outputs."""
+def output_names(model: keras.Model) -> list[str] | None:
+    """The names of a functional model's outputs; None of another one's."""
     names = getattr(model, "output_names", None)
-    if names and isinstance(y, Mapping) and isinstance(outputs, list | tuple):
-        return dict(zip(names, outputs, strict=True))
-    return outputs
+    return list(names) if names else None
 
 
 def default_loss(
@@ -150,7 +170,7 @@ def default_loss(
     loss_weights: Any,
     loss_func: Callable[..., Any] | None,
     label_names: Sequence[str] | None = None,
-) -> tuple[LossPair, Any]:
+) -> tuple[LossPair | OutputLosses, Any]:
     """What ``Trainer.compute_loss`` does unless it is overridden.
 
     Raises:
@@ -169,11 +189,16 @@ def default_loss(
         )
     if loss_func is not None:
         return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
-    if isinstance(loss, Mapping | list):
-        named = by_output_name(model, y, outputs)
-        pair = structured_loss_pair(loss, loss_weights, y, named, sample_weight, size)
-    else:
-        pair = keras_loss_pair(loss, y, outputs, sample_weight)
+    if keras.tree.is_nested(loss) or keras.tree.is_nested(outputs) or is_summed(loss):
+        known = Outputs(outputs, output_names(model))
+        rows = pair_up(loss, loss_weights, y, known, sample_weight, label_names)
+        return losses_of(rows, size), outputs
+    pair = keras_loss_pair(loss, y, outputs, sample_weight)
+    if loss_weights is not None:
+        (weight,) = loss_weights_of(
+            loss_weights, [0], Outputs(outputs, output_names(model))
+        ).values()
+        pair = pair._replace(sum=pair.sum * as_float(weight))
     return pair, outputs
 
 
@@ -224,7 +249,7 @@ def items_counter(
         return None
 
     def count(batch: Any, batch_axes: int) -> Any:
-        x, y, _ = unpack(batch, label_names)
+        x, y, _ = unpack(with_none(batch), label_names)
         return count_items(y, math.prod(keras.tree.flatten(x)[0].shape[:batch_axes]))
 
     return count

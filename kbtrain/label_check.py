@@ -8,48 +8,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from kbtrain.data import unpack
 from kbtrain.errors import DataError
-from kbtrain.forward import by_output_name
-from kbtrain.loss import IGNORE_INDEX, is_sparse
+from kbtrain.keras_losses import chosen, is_sparse
+from kbtrain.loss import IGNORE_INDEX
+from kbtrain.outputs import Outputs
 
 
 class LabelCheck:
     """The classes of a model's outputs, and whether labels are among them.
 
     Args:
-        model: Names the outputs.
         loss: A resolved loss, or a dict or list of these. Only sparse cross-entropies are checked.
         labels: The labels of a batch, for their structure.
         outputs: What the model returns for it; shapes are enough.
+        output_names: The names of its outputs, if it has some.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+
+    Raises:
+        ConfigurationError: Losses, labels and outputs do not belong together.
     """
 
     def __init__(
         self,
-        model: keras.Model,
         loss: Any,
         labels: Any,
         outputs: Any,
+        output_names: Sequence[str] | None = None,
         label_names: Sequence[str] | None = None,
     ) -> None:
         self._label_names = label_names
-        self._outputs: list[tuple[Any, int, int | None]] = []
-        named = by_output_name(model, labels, outputs)
-        if isinstance(loss, Mapping):
-            losses = dict(loss)
-        else:
-            losses = dict(enumerate(loss)) if isinstance(loss, list) else {None: loss}
-        for key, each in losses.items():
-            output = _pick(named, key)
-            if is_sparse(each) and len(getattr(output, "shape", ())) > 1:
-                axis = getattr(each, "_fn_kwargs", {}).get("axis", -1)
-                classes = output.shape[axis]
+        self._known = Outputs(outputs, output_names)
+        losses = {} if loss is None else self._known.assign(loss, "loss")
+        self._active = [i for i in range(len(self._known.leaves)) if losses.get(i) is not None]
+        self._classes: list[tuple[int, int, int | None]] = []
+        found = self._known.labels(labels, self._active, label_names=label_names)
+        for i in self._active:
+            label, output = found.get(i), self._known.leaves[i]
+            if not hasattr(label, "shape") or len(getattr(output, "shape", ())) < 2:
+                continue
+            each = chosen(losses[i], label, output)
+            if is_sparse(each):
+                classes = output.shape[getattr(each, "_fn_kwargs", {}).get("axis", -1)]
                 if classes is not None:
-                    self._outputs.append((key, classes, getattr(each, "ignore_class", None)))
+                    self._classes.append((i, classes, getattr(each, "ignore_class", None)))
 
     def __call__(self, batches: Any, count: int, axes: Sequence[str], first: int) -> None:
         """Look at the labels of several batches.
@@ -63,9 +67,15 @@ class LabelCheck:
         Raises:
             DataError: A label is outside of the classes.
         """
+        if not self._classes:
+            return
         _, y, weights = unpack(batches, self._label_names)
-        for key, classes, ignored in self._outputs:
-            labels = _pick(y, key)
+        known, names = self._known, self._label_names
+        found = known.labels(y, self._active, label_names=names)
+        nested = isinstance(weights, Mapping | list | tuple)
+        weighed = known.labels(weights, self._active, "sample weight", names) if nested else {}
+        for i, classes, ignored in self._classes:
+            labels = found.get(i)
             if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iuf":
                 continue
             labels = labels[:count]
@@ -74,21 +84,10 @@ class LabelCheck:
             wrong = ~((labels >= 0) & (labels < classes)) & (labels != ignored)
             if labels.dtype.kind == "i":
                 wrong &= labels != IGNORE_INDEX
-            wrong &= _weighed(
-                _pick(weights, key) if isinstance(weights, Mapping) else weights, wrong
-            )
+            wrong &= _weighed(weighed.get(i) if nested else weights, wrong)
             if wrong.any():
+                key = known.names[i] if len(known.leaves) > 1 else None
                 _complain(labels, wrong, classes, key, axes, first)
-
-
-def _pick(tree: Any, key: Any) -> Any:
-    """One part of labels or outputs; None where they have another structure."""
-    if key is None:
-        return tree
-    if isinstance(tree, Mapping):
-        return tree.get(key)
-    fits = isinstance(tree, list | tuple) and isinstance(key, int) and key < len(tree)
-    return tree[key] if fits else None
 
 
 def _weighed(weights: Any, like: np.ndarray) -> Any:

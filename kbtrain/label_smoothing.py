@@ -8,9 +8,13 @@ from typing import Any
 import keras
 from keras import ops
 from keras.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # see kbtrain.loss
+from keras.src.backend.common.masking import (  # see kbtrain.keras_losses
+    get_keras_mask,
+    set_keras_mask,
+)
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.outputs import mapped
 
 
 def smoothed(loss: Any, factor: float) -> Any:
@@ -29,10 +33,8 @@ def smoothed(loss: Any, factor: float) -> Any:
     Raises:
         ConfigurationError: It is another loss, or has label smoothing of its own.
     """
-    if isinstance(loss, Mapping):
-        return {name: smoothed(item, factor) for name, item in loss.items()}
-    if isinstance(loss, list):
-        return [smoothed(item, factor) for item in loss]
+    if isinstance(loss, Mapping | list):
+        return mapped(lambda item: smoothed(item, factor), loss)
     if loss is keras.losses.sparse_categorical_crossentropy:
         loss = SparseCategoricalCrossentropy()
     if loss is keras.losses.categorical_crossentropy:

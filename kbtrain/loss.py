@@ -18,11 +18,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-# A mask is an attribute of the tensor, or, where tensors take none (JAX), in a table of Keras' own;
-# there is no public door to it.
-from keras.src.backend.common.masking import get_keras_mask
-
-from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.errors import ConfigurationError
 
 IGNORE_INDEX = -100
 """Integer labels with this value are left out of the loss and of the metrics."""
@@ -33,7 +29,7 @@ class LossPair(NamedTuple):
 
     Attributes:
         sum: Scalar float32 tensor, the sum of the weighted losses.
-        count: Scalar float32 tensor, what to divide by.
+        count: Scalar float32 tensor, what to divide by; 0 where nothing counts.
         extras: More named scalar tensors to average and log.
     """
 
@@ -191,178 +187,6 @@ def _expand_like(x: Any, reference: Any) -> Any:
             f"{tuple(reference.shape)}. Give one value per sample or one per loss element."
         )
     return x
-
-
-# --- Keras losses ---------------------------------------------------------------------------------
-
-
-def resolve_loss(loss: Any) -> Any:
-    """Names become Keras losses; functions and ``Loss`` objects stay; dicts and lists are walked.
-
-    Raises:
-        ConfigurationError: Unknown name, not callable, or a loss with ``reduction="sum"``.
-    """
-    if loss is None:
-        return None
-    if isinstance(loss, Mapping):
-        return {name: resolve_loss(item) for name, item in loss.items()}
-    if isinstance(loss, list | tuple):
-        return [resolve_loss(item) for item in loss]
-    if isinstance(loss, str):
-        loss = _loss_by_name(loss)
-    if isinstance(loss, keras.losses.Loss) and loss.reduction == "sum":
-        raise ConfigurationError(
-            f"loss={type(loss).__name__}(reduction='sum') cannot be averaged over micro-batches "
-            "and evaluation batches. Use the default reduction (and scale the learning rate), or a "
-            "compute_loss_func that returns (sum, count)."
-        )
-    if isinstance(loss, type) or not callable(loss):
-        raise ConfigurationError(
-            "loss must be the name of a Keras loss, a keras.losses.Loss, a function "
-            f"(y_true, y_pred) -> losses, or a dict or list of these. Received: loss={loss!r}"
-            + (f". Make an object of it: {loss.__name__}()." if isinstance(loss, type) else "")
-        )
-    return loss
-
-
-def _loss_by_name(name: str) -> Any:
-    try:
-        return keras.losses.get(name)
-    except ValueError:
-        import difflib
-
-        known = sorted({n for n in dir(keras.losses) if n[0].islower()} - {"get", "serialize"})
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigurationError(
-            f"loss={name!r} is not a loss of Keras.{hint} Known functions: {', '.join(known)}."
-        ) from None
-
-
-def is_sparse(loss: Any) -> bool:
-    """Whether it is a cross-entropy of integer labels."""
-    return (
-        isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
-        or loss is keras.losses.sparse_categorical_crossentropy
-    )
-
-
-def ignored_labels(loss: Any, y: Any) -> Any:
-    """Boolean tensor, True where a sparse integer label counts; None where nothing is ignored."""
-    if y is None or not is_sparse(loss) or not ops.is_tensor(y):
-        return None
-    if not keras.backend.is_int_dtype(y.dtype) or "uint" in keras.backend.standardize_dtype(
-        y.dtype
-    ):
-        return None
-    return ops.not_equal(y, IGNORE_INDEX)
-
-
-def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) -> LossPair:
-    """One Keras loss (object or function) on one output, unreduced, as a pair.
-
-    Args:
-        loss: ``keras.losses.Loss`` or ``f(y_true, y_pred)``.
-        y: Labels; integer labels equal to -100 are ignored by the sparse cross-entropies.
-        outputs: The model's output, with its Keras mask if it has one.
-        sample_weight: See ``weighted_sum``.
-    """
-    own = not isinstance(loss, keras.losses.Loss)  # a function may take any labels
-    for what, tree in (("labels", y), ("model's outputs", outputs)):
-        if not ops.is_tensor(tree) and not (own and tree is y):
-            raise ConfigurationError(
-                f"There is one loss, but the {what} are {_describe(tree)}. Give the loss in the "
-                "same form: a dict or a list with one entry for each output."
-            )
-    keep = ignored_labels(loss, y)
-    if keep is not None:
-        y = ops.where(keep, y, ops.zeros_like(y))
-        if len(y.shape) == len(outputs.shape) and y.shape[-1] == 1:
-            keep = ops.squeeze(keep, -1)
-    mask = get_keras_mask(outputs)
-    losses = _unreduced(loss, y, outputs)
-    own_mask = get_keras_mask(losses)
-    losses = as_float(losses)
-    if not len(losses.shape):
-        return as_pair(losses, y.shape[0], sample_weight)
-    for more in (own_mask, keep):
-        if more is not None:
-            more = ops.cast(more, "bool")
-            mask = more if mask is None else ops.logical_and(ops.cast(mask, "bool"), more)
-    reduction = getattr(loss, "reduction", None)
-    count_weights = reduction == "mean_with_sample_weight"
-    return LossPair(*weighted_sum(losses, sample_weight, mask, count_weights))
-
-
-def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
-    """The losses of the elements; a label that does not fit is explained."""
-    try:
-        if not isinstance(loss, keras.losses.Loss):
-            # As Keras' own training does: half precision is for layers, not for sums of squares.
-            half = keras.backend.standardize_dtype(outputs.dtype) in ("float16", "bfloat16")
-            return loss(y, as_float(outputs) if half else outputs)
-        labels = ops.convert_to_tensor(y, dtype=loss.dtype)
-        return loss.call(labels, ops.convert_to_tensor(outputs, dtype=loss.dtype))
-    except Exception as error:
-        own = type(loss).__module__ if isinstance(loss, keras.losses.Loss) else loss.__module__
-        if not own.startswith("keras."):
-            raise  # a user's own loss: the error is theirs to see as it is
-        name = getattr(loss, "name", None) or getattr(loss, "__name__", "loss")
-        shapes = [
-            f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}" for t in (y, outputs)
-        ]
-        raise DataError(
-            f"The loss {name} does not fit labels {shapes[0]} and model outputs {shapes[1]}. "
-            f"Keras says: {first_lines(error)}"
-        ) from None
-
-
-def structured_loss_pair(
-    losses: Any, weights: Any, y: Any, outputs: Any, sample_weight: Any, batch_size: int
-) -> LossPair:
-    """Several outputs, each with its own loss: the weighted sum of their means, per sample.
-
-    One pair can hold only one count, so the means are combined per batch and counted in samples.
-    """
-    names = list(losses) if isinstance(losses, Mapping) else list(range(len(losses)))
-
-    def pick(tree: Any, name: Any, what: str) -> Any:
-        try:
-            if ops.is_tensor(tree) and len(names) > 1:
-                raise TypeError  # an index would take a sample of it
-            return tree if ops.is_tensor(tree) and name == 0 else tree[name]
-        except (KeyError, IndexError, TypeError):
-            raise ConfigurationError(
-                f"The loss for {name!r} has no {what}: the losses are keyed by {names}, "
-                f"the {what} is {_describe(tree)}. Use the same keys (or order) for both."
-            ) from None
-
-    total, extras = as_float(0.0), {}
-    for position, name in enumerate(names):
-        if losses[name] is None:
-            continue
-        each = sample_weight
-        if isinstance(sample_weight, Mapping | list | tuple):
-            each = pick(sample_weight, name, "sample weight")
-        pair = keras_loss_pair(
-            losses[name], pick(y, name, "label"), pick(outputs, name, "model output"), each
-        )
-        value = mean(pair.sum, pair.count)
-        extras[f"{name}_loss" if isinstance(name, str) else f"output_{position}_loss"] = value
-        factor = 1.0 if weights is None else pick(weights, name, "loss weight")
-        total = total + value * factor
-    count = as_float(batch_size)
-    return LossPair(total * count, count, extras)
-
-
-def _describe(tree: Any) -> str:
-    if isinstance(tree, Mapping):
-        return f"a dict with {list(tree)}"
-    if isinstance(tree, list | tuple):
-        return f"a {type(tree).__name__} of {len(tree)}"
-    if ops.is_tensor(tree):
-        return f"one array {keras.backend.standardize_dtype(tree.dtype)}{list(tree.shape)}"
-    return f"one {type(tree).__name__}"
 
 
 # --- a user's compute_loss_func -------------------------------------------------------------------

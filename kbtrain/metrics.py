@@ -1,27 +1,39 @@
-"""Keras metrics on the device: one interface for a given list and for a compiled model."""
+"""Keras metrics on the device, by the rules of `Model.compile`, wherever they were given.
+
+``metrics`` are updated without the sample weights and ``weighted_metrics`` with them; at padding
+and ignored labels neither counts. Metrics that a layer or the model itself keeps are reported, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 from keras import ops
-from keras.src.backend.common.masking import set_keras_mask  # no public door, see kbtrain.loss
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
-from kbtrain.loss import as_float, check_name
+from kbtrain.loss import TAKEN, as_float, check_name
 
 
 class MetricSet(Protocol):
-    """What the step and the evaluation need of metrics."""
+    """What the step and the evaluation need of metrics.
 
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
+    The arguments of ``build`` and ``update`` are in the structure of the outputs; ``masks`` has
+    one for each output, False where nothing counts, or None.
+    """
+
+    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
         """Create all variables; called once, outside the compiled step."""
 
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
-        """Add one batch; traced into the step. Where ``mask`` is False nothing counts."""
+    def update(
+        self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]
+    ) -> None:
+        """Add one batch; traced into the step."""
 
     def result(self) -> dict[str, float]:
         """Current values, read on the host."""
@@ -34,166 +46,222 @@ class MetricSet(Protocol):
         """The state, which lives on the device."""
 
 
-class ListedMetrics:
-    """Metrics given as a name, a ``keras.metrics.Metric``, a list of these, or a dict per output.
+class CompiledMetrics:
+    """The metrics a model was compiled with, and those that it and its layers keep.
 
     Args:
-        metrics: For a model with one output a metric or a list; for several outputs a dict from
-            output name to these, or a list with one entry per output.
-
-    Raises:
-        ConfigurationError: A name Keras does not know, or two metrics with one name.
+        model: The model.
     """
 
-    def __init__(self, metrics: Any) -> None:
-        self._spec = metrics
-        self._flat: list[tuple[Any, keras.metrics.Metric]] | None = None
-        for item in keras.tree.flatten(metrics):
-            _check_metric(item)
-
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
-        """Resolve the names, which may depend on the shapes, and create the variables."""
-        if self._flat is None:
-            pairs = list(self._select(y, outputs))
-            flat = [
-                (key, _as_metric(item, labels, out))
-                for key, items, labels, out in pairs
-                for item in (items if isinstance(items, list | tuple) else [items])
-                if item is not None
-            ]
-            names = [self._name(key, metric) for key, metric in flat]
-            for name in names:
-                check_name(name, "metrics has")
-            if twice := sorted({n for n in names if names.count(n) > 1}):
-                raise ConfigurationError(
-                    f"Two metrics have the same name {twice[0]!r}; give one another `name=`."
-                )
-            self._flat = flat  # only now: whoever tries again after an error is to get it again
-        for metric, labels, out, weights in self._calls(y, outputs, sample_weight, mask):
-            _first_update(metric, labels, out, weights)
-        self.reset()
-
-    def _select(self, y: Any, outputs: Any) -> Any:
-        spec = self._spec
-        if isinstance(spec, Mapping):
-            for key, items in spec.items():
-                if not isinstance(outputs, Mapping) or key not in outputs:
-                    raise ConfigurationError(
-                        f"metrics has an entry for the output {key!r}, which the model does not "
-                        f"have. Received: metrics for {list(spec)}."
-                    )
-                yield key, items, y[key], outputs[key]
-        elif isinstance(outputs, list | tuple):
-            for i, (items, labels, out) in enumerate(zip(spec, y, outputs, strict=True)):
-                yield i, items, labels, out
-        else:
-            yield None, spec, y, outputs
-
-    @staticmethod
-    def _name(key: Any, metric: keras.metrics.Metric) -> str:
-        return metric.name if key is None else f"{key}_{metric.name}"
-
-    def _metrics(self) -> list[tuple[Any, keras.metrics.Metric]]:
-        return self._flat or []
-
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
-        """Add one batch."""
-        for metric, labels, out, weights in self._calls(y, outputs, sample_weight, mask):
-            metric.update_state(labels, out, **weights)
-
-    def _calls(self, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> Any:
-        """Each metric with its labels, outputs, and weights if it gets any (as keywords)."""
-        whole = mask is not None and sample_weight is None
-        if mask is not None:
-            sample_weight = _masked_weight(sample_weight, mask)
-        for key, metric in self._metrics():
-            labels, out, weight = y, outputs, sample_weight
-            if key is not None:
-                labels, out = y[key], outputs[key]
-                weight = sample_weight[key] if _is_nested(sample_weight) else sample_weight
-            if whole and "int" in str(metric.dtype):  # one that counts wants whole weights
-                weight = ops.cast(weight, metric.dtype)
-            yield metric, labels, out, {} if weight is None else {"sample_weight": weight}
-
-    def result(self) -> dict[str, float]:
-        """Current values by name; a metric that returns a dict adds its own names."""
-        values: dict[str, float] = {}
-        for key, metric in self._metrics():
-            _add_result(values, self._name(key, metric), metric.result())
-        return values
-
-    def reset(self) -> None:
-        """Reset every metric."""
-        for _, metric in self._metrics():
-            metric.reset_state()
-
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """State of all metrics."""
-        return [v for _, metric in self._metrics() for v in metric.variables]
-
-
-class CompiledMetrics:
-    """The metrics of a compiled model, through ``Model.compute_metrics``."""
-
     def __init__(self, model: keras.Model) -> None:
-        self._model = model
+        self._model = self._compiled = model
+        self._reset_values: list[list[np.ndarray]] = []
 
-    def _metrics(self) -> list[keras.metrics.Metric]:
-        # Keras' own running mean of the loss is among them; the trainer has an exact one.
-        return [m for m in self._model.metrics if m.name != "loss"]
+    def _sets(self) -> list[Any]:
+        """What Keras made of the arguments of ``compile``: all metrics in one."""
+        return [m for m in self._compiled.metrics if _is_compiled_set(m)]
 
-    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
+    def _kept(self) -> list[keras.metrics.Metric]:
+        """Metrics of the model and of its layers, without Keras' running means of the losses."""
+        losses = getattr(self._model, "_compile_loss", None)
+        own = {id(metric) for metric in getattr(losses, "metrics", ())}
+        return [
+            metric
+            for metric in self._model.metrics
+            if not _is_compiled_set(metric) and id(metric) not in own and metric.name not in TAKEN
+        ]
+
+    def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
         """Let Keras create the metrics from the shapes of the first batch."""
-        self.update(x, y, outputs, sample_weight, mask)
+        for each in self._sets():
+            if not each.built:
+                try:
+                    each.build(y, outputs)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise ConfigurationError(
+                        "The metrics do not fit the model's outputs and their labels. Give a list "
+                        "for one output, and a dict by output for several. "
+                        f"Keras says: {first_lines(error)}"
+                    ) from None
+        self.update(x, y, outputs, sample_weight, masks)
+        for each in self._sets():
+            for name in each.result():
+                check_name(name, "metrics has")
         self.reset()
 
-    def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
+    def update(
+        self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]
+    ) -> None:
         """Add one batch."""
-        if mask is not None:
-            # The metrics of compile(metrics=...) get no weights, but every mean honours a mask.
-            set_keras_mask(outputs, mask)
-        self._model.compute_metrics(x, y, outputs, sample_weight)
+        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
+            self._add(x, y, outputs, sample_weight)
+
+    def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+        if type(self._model).compute_metrics is not keras.Model.compute_metrics:
+            self._model.compute_metrics(x, y, outputs, sample_weight)
+            return
+        for each in self._sets():
+            each.update_state(y, outputs, sample_weight)
 
     def result(self) -> dict[str, float]:
-        """Current values by name."""
+        """Current values by name.
+
+        A metric that a layer keeps is left out if nothing was added to it: it belongs to another
+        way of training.
+        """
         values: dict[str, float] = {}
-        for metric in self._metrics():
-            result = metric.result()
-            if isinstance(result, Mapping):
-                for name, value in result.items():
+        for each in self._sets():
+            with _in_float64(each.metrics):
+                for name, value in each.result().items() if each.built else ():
                     _add_result(values, name, value)
-            else:
-                _add_result(values, metric.name, result)
+        for metric, before in zip(self._kept(), self._reset_values, strict=False):
+            if not all(map(np.array_equal, _values(metric), before)):
+                with _in_float64([metric]):
+                    _add_result(values, metric.name, metric.result())
         return values
 
     def reset(self) -> None:
         """Reset every metric."""
-        for metric in self._metrics():
+        for metric in [*self._sets(), *self._kept()]:
             metric.reset_state()
+        self._reset_values = [_values(metric) for metric in self._kept()]
 
     @property
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""
-        return [v for metric in self._metrics() for v in metric.variables]
+        return [v for metric in [*self._sets(), *self._kept()] for v in metric.variables]
 
 
-def _first_update(metric: keras.metrics.Metric, labels: Any, outputs: Any, weights: Any) -> None:
-    """Add a batch to one metric; labels that do not fit are explained."""
-    try:
-        metric.update_state(labels, outputs, **weights)
-    except Exception as error:
-        fn = getattr(metric, "_fn", None)  # of a function given as a metric
-        if not (fn or type(metric)).__module__.startswith("keras."):
-            raise  # a user's own metric: the error is theirs to see as it is
-        shapes = keras.tree.map_structure(
-            lambda t: f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}",
-            [labels, outputs],
+class ListedMetrics(CompiledMetrics):
+    """The metrics given to the Trainer, as if the model were compiled with them.
+
+    Args:
+        model: The model.
+        metrics: For a model with one output a metric or a list; for several outputs a dict from
+            output name to these, or a list with one entry per output.
+        weighted_metrics: Likewise.
+
+    Raises:
+        ConfigurationError: A name Keras does not know, or something that is no metric.
+    """
+
+    def __init__(self, model: keras.Model, metrics: Any, weighted_metrics: Any = None) -> None:
+        super().__init__(model)
+        for item in keras.tree.flatten([metrics, weighted_metrics]):
+            _check_metric(item)
+        self._compiled = _Holder(name="metrics")
+        self._compiled.output_names = getattr(model, "output_names", None)
+        self._compiled.compile(
+            optimizer=None, metrics=_listed(metrics), weighted_metrics=_listed(weighted_metrics)
         )
-        raise DataError(
-            f"The metric {metric.name!r} does not fit labels {shapes[0]} and model outputs "
-            f"{shapes[1]}. Keras says: {first_lines(error)}"
-        ) from None
+
+
+class _Holder(keras.Model):
+    """A model that has metrics and nothing else."""
+
+
+def _listed(metrics: Any) -> Any:
+    return metrics if metrics is None or keras.tree.is_nested(metrics) else [metrics]
+
+
+def _is_compiled_set(metric: keras.metrics.Metric) -> bool:
+    return metric.name == "compile_metrics"
+
+
+def _values(metric: keras.metrics.Metric) -> list[np.ndarray]:
+    return [np.array(ops.convert_to_numpy(v.value)) for v in metric.variables]
+
+
+@contextlib.contextmanager
+def _in_float64(metrics: Iterable[keras.metrics.Metric]) -> Iterator[None]:
+    """Inside, means are divided on the host, in float64."""
+    means = [m for m in metrics if type(m).result is keras.metrics.Mean.result]
+    for metric in means:
+        vars(metric)["result"] = functools.partial(_mean_on_host, metric)
+    try:
+        yield
+    finally:
+        for metric in means:
+            vars(metric).pop("result", None)
+
+
+def _mean_on_host(metric: Any) -> Any:
+    total, count = (ops.convert_to_numpy(v.value) for v in (metric.total, metric.count))
+    return np.float64(total) / np.float64(count) if count else np.zeros(())
+
+
+@contextlib.contextmanager
+def _masked(
+    metrics: Iterable[keras.metrics.Metric], outputs: Any, masks: Sequence[Any]
+) -> Iterator[None]:
+    """Inside, the metrics' updates know where nothing counts, and explain what does not fit.
+
+    Args:
+        metrics: They are told apart by the output they are updated with.
+        outputs: The model's outputs.
+        masks: One for each, or None.
+    """
+    leaves = keras.tree.flatten(outputs)
+    by_output = {id(output): mask for output, mask in zip(leaves, masks, strict=True)}
+    changed = list({id(metric): metric for metric in metrics}.values())
+    for metric in changed:
+        vars(metric)["update_state"] = _update_of(metric, by_output)
+    try:
+        yield
+    finally:
+        for metric in changed:
+            vars(metric).pop("update_state", None)
+
+
+def _update_of(metric: keras.metrics.Metric, masks: Mapping[int, Any]) -> Callable[..., None]:
+    def update_state(y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        mask = masks.get(id(y_pred))
+        if mask is not None:
+            whole = sample_weight is None and "int" in str(metric.dtype)
+            sample_weight = _masked_weight(sample_weight, mask)
+            if whole:  # one that counts wants whole weights
+                sample_weight = ops.cast(sample_weight, metric.dtype)
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        try:
+            if mask is not None and _is_mean_of_function(metric):
+                _add_elements(metric, y_true, y_pred, sample_weight)
+            else:
+                type(metric).update_state(metric, y_true, y_pred, **weights)
+        except Exception as error:
+            fn = getattr(metric, "_fn", None)  # of a function given as a metric
+            if not (getattr(fn or type(metric), "__module__", "") or "").startswith("keras."):
+                raise  # a user's own metric: the error is theirs to see as it is
+            raise DataError(
+                f"The metric {metric.name!r} does not fit labels {_shape(y_true)} and model "
+                f"outputs {_shape(y_pred)}. Keras says: {first_lines(error)}"
+            ) from None
+
+    return update_state
+
+
+def _is_mean_of_function(metric: keras.metrics.Metric) -> bool:
+    wrapper = keras.metrics.MeanMetricWrapper
+    return isinstance(metric, wrapper) and type(metric).update_state is wrapper.update_state
+
+
+def _add_elements(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> None:
+    """Add each element by itself.
+
+    Keras takes the mean of each sample first, over the length that its batch was padded to: the
+    samples of short batches get more weight by that.
+    """
+    values = metric._fn(y_true, y_pred, **metric._fn_kwargs)
+    if len(values.shape) != len(weight.shape):
+        type(metric).update_state(metric, y_true, y_pred, sample_weight=weight)
+        return
+    weight = ops.broadcast_to(weight, values.shape)
+    keras.metrics.Mean.update_state(metric, ops.reshape(values, (-1,)), ops.reshape(weight, (-1,)))
+
+
+def _shape(tensor: Any) -> str:
+    if not hasattr(tensor, "shape"):
+        return f"{tensor!r}"
+    return f"{keras.backend.standardize_dtype(tensor.dtype)}{list(tensor.shape)}"
 
 
 def _masked_weight(sample_weight: Any, mask: Any) -> Any:
@@ -207,10 +275,6 @@ def _masked_weight(sample_weight: Any, mask: Any) -> Any:
     while len(weight.shape) < len(mask.shape):
         weight = ops.expand_dims(weight, -1)
     return mask * weight
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, Mapping | list | tuple)
 
 
 def _add_result(values: dict[str, float], name: str, result: Any) -> None:
@@ -246,25 +310,3 @@ def _check_metric(item: Any) -> None:
         "metrics takes names, keras.metrics.Metric objects and functions (y_true, y_pred). "
         f"Received: {item!r}"
     )
-
-
-def _as_metric(item: Any, y: Any, outputs: Any) -> keras.metrics.Metric:
-    if isinstance(item, keras.metrics.Metric):
-        return item
-    if isinstance(item, str) and item.lower() in ("accuracy", "acc"):
-        return _accuracy(item, y, outputs)
-    metric = keras.metrics.get(item) if isinstance(item, str) else item
-    if isinstance(metric, keras.metrics.Metric):
-        metric.name = item  # "mae" is logged as "mae", as in `Model.compile`
-        return metric
-    name = item if isinstance(item, str) else getattr(item, "__name__", "metric")
-    return keras.metrics.MeanMetricWrapper(metric, name=name)
-
-
-def _accuracy(name: str, y: Any, outputs: Any) -> keras.metrics.Metric:
-    """Resolve "accuracy": binary, sparse or categorical, by the shapes, as in ``Model.compile``."""
-    if outputs.shape[-1] == 1:
-        return keras.metrics.BinaryAccuracy(name=name)
-    if len(y.shape) < len(outputs.shape) or y.shape[-1] == 1:
-        return keras.metrics.SparseCategoricalAccuracy(name=name)
-    return keras.metrics.CategoricalAccuracy(name=name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from kbtrain.data import Batches, Block
+from kbtrain.data import Batches, Block, without_none
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
 from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
@@ -129,7 +129,8 @@ class Run:
             self._check_labels(self.label_check, block)
         try:
             with self.times.of("compute"):
-                result = self.step(self.backend.to_device(block.chunks, self.pin), block.updates)
+                chunks = self.backend.to_device(without_none(block.chunks), self.pin)
+                result = self.step(chunks, block.updates)
                 # Queued behind these updates: waiting for the copy later does not wait for what
                 # was started meanwhile.
                 wait = self.backend.start_to_host(result)

@@ -7,37 +7,30 @@ is logged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import keras
 from keras import ops
 
 from kbtrain.loss import LossPair, as_float, divisor, mean
 from kbtrain.metrics import MetricSet
+from kbtrain.output_losses import LossTerms, added_up, counts_of, means_of, value_of
 
 
 class Forward(Protocol):
     """One pass through the model.
 
-    Returns ``(pair, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
+    Returns ``(loss, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
     regularizers, the model's outputs, and the arguments for ``MetricSet.update``. Without labels
     (in prediction) the first and the last are None.
     """
 
     def __call__(
         self, batch: Any, num_items: Any, training: bool
-    ) -> tuple[LossPair | None, Any, tuple[Any, ...] | None]:
+    ) -> tuple[LossPair | LossTerms | None, Any, tuple[Any, ...] | None]:
         """Run the model on one batch."""
-
-
-class MicroResult(NamedTuple):
-    """What one micro-batch adds to the update."""
-
-    sum: Any
-    count: Any
-    extras: Any
 
 
 def make_train_step(
@@ -50,13 +43,15 @@ def make_train_step(
     max_grad_norm: float,
     on_nonfinite: str,
     halted: keras.Variable,
+    has_terms: bool = False,
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Build the step of one optimizer update.
 
     The step takes a list of chunks, each ``{"single": micro_batch}`` or ``{"stacked": batch}``
     with micro-batches along a new leading axis (these run in one loop inside the step).
 
-    The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches.
+    The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches;
+    of several outputs each has its own counts, which a pass before the first gradient adds up.
     It is clipped by its global norm as torch does: ``g * min(1, max_norm / (norm + 1e-6))``.
 
     Args:
@@ -72,6 +67,7 @@ def make_train_step(
             host raises when it sees the flag), ``"skip"`` leaves out that update, ``"ignore"``
             applies it.
         halted: Integer variable, 1 from the first non-finite step on (``"raise"`` only).
+        has_terms: Whether the loss may be of several terms (see ``kbtrain.output_losses``).
 
     Returns:
         ``step(chunks) -> {"loss", "grad_norm", "learning_rate", "finite", "extras"}``, scalars on
@@ -82,19 +78,24 @@ def make_train_step(
     state = [*trainable, *optimizer.variables]
     trained = {id(v) for v in trainable}
 
-    def differentiate(batch: Any, num_items: Any) -> tuple[MicroResult, Any, list[Any], list[Any]]:
+    def differentiate(
+        batch: Any, num_items: Any, counts: Mapping[str, Any] | None = None
+    ) -> tuple[LossPair | LossTerms, Any, list[Any], list[Any]]:
         def objective(batch: Any) -> tuple[Any, Any]:
-            pair, _, metric_inputs = forward(batch, num_items, training=True)
-            assert pair is not None
-            value = pair.sum
-            if scales_itself:  # the scale is made for means: a sum overflows float16 for nothing
-                value = mean(value, ops.stop_gradient(pair.count))
-            return optimizer.scale_loss(value), (MicroResult(*pair), metric_inputs)
+            loss, _, metric_inputs = forward(batch, num_items, training=True)
+            assert loss is not None
+            if isinstance(loss, LossTerms):
+                value = value_of(loss, counts_of(loss) if counts is None else counts)
+            else:
+                value = loss.sum
+                if scales_itself:  # the scale is for means: a sum overflows float16 for nothing
+                    value = mean(value, ops.stop_gradient(loss.count))
+            return optimizer.scale_loss(value), (loss, metric_inputs)
 
         _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
             objective, trainable, batch
         )
-        if scales_itself:
+        if scales_itself and isinstance(result, LossPair):
             count = divisor(result.count)
             gradients = [as_float(g) * count for g in gradients]
         return result, metric_inputs, gradients, updates
@@ -103,12 +104,17 @@ def make_train_step(
         return ops.equal(halted, 0)
 
     def update_metrics(condition: Any, inputs: Any) -> None:
-        if metrics is not None:
+        if metrics is not None and inputs is not None:  # a batch without labels has none
             backend.run_if(condition, lambda: metrics.update(*inputs), metrics.variables)
 
-    def accumulate(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], MicroResult]:
-        result, metric_inputs, new, updates = differentiate(batch, carry.get("num_items"))
-        usable = ops.logical_and(ops.isfinite(result.sum), is_running())
+    def accumulate(
+        carry: dict[str, Any], batch: Any
+    ) -> tuple[dict[str, Any], LossPair | LossTerms]:
+        result, metric_inputs, new, updates = differentiate(
+            batch, carry.get("num_items"), carry.get("counts")
+        )
+        total = result.sum if isinstance(result, LossPair) else value_of(result, counts_of(result))
+        usable = ops.logical_and(ops.isfinite(total), is_running())
         if on_nonfinite == "ignore":
             usable = ops.ones_like(usable)
         backend.commit_if(usable, updates)
@@ -116,24 +122,46 @@ def make_train_step(
         total = [t + as_float(g) for t, g in zip(carry["gradients"], new, strict=True)]
         return {**carry, "gradients": total}, result
 
-    def run_chunks(chunks: list[dict[str, Any]], num_items: Any) -> tuple[MicroResult, Any]:
-        carry: dict[str, Any] = {"gradients": [ops.zeros(v.shape, "float32") for v in trainable]}
-        if num_items is not None:
-            carry["num_items"] = num_items
+    def over_chunks(
+        function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, chunks: list[dict[str, Any]]
+    ) -> tuple[Any, Any]:
+        """Run through all micro-batches; the results along one axis."""
         results = []
         for chunk in chunks:
             batches = chunk.get("stacked")
             if batches is None:
                 batches = keras.tree.map_structure(lambda t: ops.expand_dims(t, 0), chunk["single"])
-            carry, result = backend.scan(accumulate, carry, batches)
+            carry, result = backend.scan(function, carry, batches)
             results.append(result)
-        joined = [keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)]
-        counts = joined[0].count
+        return carry, keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)
+
+    def count(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # What the counts do not depend on, mostly all of the model, is dropped in compiling.
+        with backend.dropping():
+            loss, _, _ = forward(batch, None, training=True)
+        assert loss is not None
+        return carry, counts_of(loss)
+
+    def run_chunks(
+        chunks: list[dict[str, Any]], num_items: Any
+    ) -> tuple[LossPair | LossTerms, list[Any]]:
+        carry: dict[str, Any] = {}
+        if has_terms:
+            _, counts = over_chunks(count, {}, chunks)
+            if counts:
+                carry["counts"] = {name: ops.sum(each) for name, each in counts.items()}
+        carry["gradients"] = [ops.zeros(v.shape, "float32") for v in trainable]
+        if num_items is not None:
+            carry["num_items"] = num_items
+        carry, joined = over_chunks(accumulate, carry, chunks)
+        if isinstance(joined, LossTerms):
+            return added_up(joined), carry["gradients"]
+        counts = joined.count
         extras = {
             name: mean(ops.sum(values * counts), ops.sum(counts))
-            for name, values in joined[0].extras.items()
+            for name, values in joined.extras.items()
         }
-        return MicroResult(ops.sum(joined[0].sum), ops.sum(counts), extras), carry["gradients"]
+        return LossPair(ops.sum(joined.sum), ops.sum(counts), extras), carry["gradients"]
 
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         num_items = None
@@ -153,9 +181,13 @@ def make_train_step(
         else:
             (result, gradients), undo_if = backend.undoable(lambda: run_chunks(chunks, num_items))
 
-        loss = mean(result.sum, result.count)
-        # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
-        per_item = mean(1.0, as_float(result.count))
+        if isinstance(result, LossTerms):
+            loss, extras = value_of(result, counts_of(result)), means_of(result)
+            per_item = as_float(1.0)
+        else:
+            loss, extras = mean(result.sum, result.count), dict(result.extras)
+            # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
+            per_item = mean(1.0, as_float(result.count))
         loss_scale = as_float(optimizer.scale_loss(1.0))
         norm = backend.global_norm(gradients) * per_item / loss_scale
         factor = per_item
@@ -194,7 +226,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "finite": finite,
-            "extras": dict(result.extras) | ({"loss_scale": loss_scale} if scales_itself else {}),
+            "extras": extras | ({"loss_scale": loss_scale} if scales_itself else {}),
         }
 
     return train_step
@@ -220,13 +252,13 @@ def make_eval_step(
         select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
 
     Returns:
-        ``step(batch) -> {"sum", "count", "extras", "outputs"}``, tensors on the device. A batch
-        without labels has only the outputs.
+        ``step(batch) -> {"loss", "outputs"}``, tensors on the device: a ``LossPair`` or
+        ``LossTerms``. A batch without labels has only the outputs.
     """
 
     def eval_step(batch: Any) -> dict[str, Any]:
         with backend.dropping() as scope:
-            pair, outputs, metric_inputs = forward(batch, None, training=False)
+            loss, outputs, metric_inputs = forward(batch, None, training=False)
             kept = None if select_outputs is None else select_outputs(outputs, batch)
         for variable in advancing:
             if (new := scope.get_current_value(variable)) is not None:
@@ -234,8 +266,8 @@ def make_eval_step(
         if metrics is not None and metric_inputs is not None:
             metrics.update(*metric_inputs)
         result: dict[str, Any] = {}
-        if pair is not None:
-            result |= {"sum": pair.sum, "count": pair.count, "extras": dict(pair.extras)}
+        if loss is not None:
+            result["loss"] = loss
         if kept is not None:
             result["outputs"] = kept
         return result

@@ -33,9 +33,11 @@ from kbtrain.forward import default_loss
 from kbtrain.gathering import plain_values
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
+from kbtrain.keras_losses import resolve_loss
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
-from kbtrain.loss import as_extra, resolve_loss
+from kbtrain.loss import as_extra
 from kbtrain.memory import measured
+from kbtrain.outputs import check_loss_weights
 from kbtrain.processing import padding_collator
 from kbtrain.progress import display
 from kbtrain.run import Run
@@ -68,7 +70,11 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             it takes ``trial``, it gets that of ``hyperparameter_search`` (None outside of one).
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict
             or list of these for several outputs.
-        metrics: Names or ``keras.metrics.Metric`` objects, updated on the device.
+        metrics: Names or ``keras.metrics.Metric`` objects, updated on the device, without sample
+            weights; for several outputs a dict or list of these.
+        loss_weights: What the losses of several outputs are multiplied with in their sum: a dict or
+            list of numbers. Those that a model was compiled with hold unless others are given.
+        weighted_metrics: Metrics that the sample weights are applied to.
         compute_loss_func: ``(outputs, labels) -> loss``: a scalar mean, per-element losses, or
             ``(sum, count)``, optionally with a dict of values to log. With an argument
             ``num_items_in_batch`` it divides by that itself.
@@ -105,6 +111,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
     ) -> None:
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
@@ -117,10 +125,12 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.processing_class = processing_class
         trainer_checks.check(self, model, loss, callbacks, optimizers)
+        check_loss_weights(loss_weights, loss, compute_loss_func)
         rng.set_seed(self.args.seed)
         set_log_level(self.args.log_level)
         self._tracked: dict[str, Any] = {}
-        self._given_loss, self._given_metrics = resolve_loss(loss), metrics
+        self._given_loss, self._given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
+        self._given_loss_weights = loss_weights
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
         # Whether the model holds the weights in training, which may differ from those to evaluate.
@@ -157,6 +167,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             self.args,
             self.backend,
             loss=self._given_loss,
+            loss_weights=self._given_loss_weights,
             metrics=self._given_metrics,
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=trainer_checks.with_what_it_takes(self.compute_loss),

@@ -7,8 +7,8 @@ from helpers import arguments
 from keras import ops
 
 from kbtrain import ConfigurationError, Trainer
+from kbtrain.keras_losses import keras_loss_pair
 from kbtrain.label_smoothing import smoothed
-from kbtrain.loss import keras_loss_pair
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy
 

@@ -6,17 +6,8 @@ import pytest
 from keras import ops
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.loss import (
-    LossPair,
-    as_pair,
-    call_loss_func,
-    count_items,
-    keras_loss_pair,
-    mean,
-    resolve_loss,
-    structured_loss_pair,
-    weighted_sum,
-)
+from kbtrain.keras_losses import keras_loss_pair, resolve_loss
+from kbtrain.loss import LossPair, as_pair, call_loss_func, count_items, mean, weighted_sum
 
 
 def tensor(value, dtype="float32"):
@@ -219,44 +210,12 @@ def test_what_is_no_loss_is_refused(loss):
         resolve_loss(loss)
 
 
-def test_a_sum_cannot_be_averaged():
-    with pytest.raises(ConfigurationError, match="reduction='sum'"):
-        resolve_loss({"a": keras.losses.MeanSquaredError(reduction="sum")})
-
-
 def test_none_and_structures_are_kept():
     assert resolve_loss(None) is None
     resolved = resolve_loss({"a": "mse", "b": None})
     assert callable(resolved["a"])
     assert resolved["b"] is None
     assert [callable(item) for item in resolve_loss(["mse", "mae"])] == [True, True]
-
-
-# --- several outputs ------------------------------------------------------------------------------
-
-
-def test_several_outputs_add_up_with_their_weights():
-    generator = np.random.default_rng(7)
-    y = {k: generator.normal(size=(4, 2)) for k in "ab"}
-    out = {k: generator.normal(size=(4, 2)) for k in "ab"}
-    losses = resolve_loss({"a": "mse", "b": "mae"})
-    tensors = [{k: tensor(v) for k, v in d.items()} for d in (y, out)]
-    pair = structured_loss_pair(losses, {"a": 2.0, "b": 0.5}, *tensors, None, 4)
-    a = ((y["a"] - out["a"]) ** 2).mean()
-    b = np.abs(y["b"] - out["b"]).mean()
-    np.testing.assert_allclose(pair_of(pair), (4 * (2 * a + 0.5 * b), 4), rtol=1e-6)
-    np.testing.assert_allclose(number(pair.extras["a_loss"]), a, rtol=1e-6)
-    np.testing.assert_allclose(number(pair.extras["b_loss"]), b, rtol=1e-6)
-
-
-@pytest.mark.parametrize("missing", ["y", "outputs"])
-def test_several_outputs_name_the_one_that_is_missing(missing):
-    losses = resolve_loss({"a": "mse", "b": "mse"})
-    y = outputs = {"a": tensor([[1.0]]), "b": tensor([[1.0]])}
-    only = {"a": tensor([[1.0]])}
-    y, outputs = (only, outputs) if missing == "y" else (y, only)
-    with pytest.raises(ConfigurationError, match="'b' has no"):
-        structured_loss_pair(losses, None, y, outputs, None, 1)
 
 
 # --- compute_loss_func ----------------------------------------------------------------------------

@@ -14,32 +14,43 @@ def tensor(value, dtype="float32"):
     return keras.ops.convert_to_tensor(np.asarray(value, dtype))
 
 
-def built(spec, y, outputs, sample_weight=None):
-    metrics = ListedMetrics(spec)
-    metrics.build(None, y, outputs, sample_weight, None)
+def listed(spec, weighted=None):
+    return ListedMetrics(keras.Model(), spec, weighted)
+
+
+def masks(outputs):
+    return [None] * len(keras.tree.flatten(outputs))
+
+
+def built(spec, y, outputs, sample_weight=None, weighted=None):
+    metrics = listed(spec, weighted)
+    metrics.build(None, y, outputs, sample_weight, masks(outputs))
     return metrics
 
 
 def test_unknown_name_is_explained():
     with pytest.raises(ConfigurationError, match=r"'MeanSquarredError'.*Did you mean"):
-        ListedMetrics(["MeanSquarredError"])
+        listed(["MeanSquarredError"])
 
 
 @pytest.mark.parametrize("item", [3, object()])
 def test_what_is_no_metric_is_refused(item):
     with pytest.raises(ConfigurationError, match="metrics takes"):
-        ListedMetrics([item])
+        listed([item])
 
 
-def test_two_metrics_of_one_name_are_refused():
-    y, outputs = tensor([[1.0]]), tensor([[1.0]])
-    with pytest.raises(ConfigurationError, match="same name 'm'"):
-        built([keras.metrics.Mean(name="m"), keras.metrics.Sum(name="m")], y, outputs)
+def test_metrics_of_one_name_are_numbered_as_in_keras():
+    y, outputs = tensor([[1.0], [1.0]]), tensor([[2.0], [4.0]])
+    spec = [keras.metrics.MeanSquaredError(name="m"), keras.metrics.MeanAbsoluteError(name="m")]
+    metrics = built(spec, y, outputs, weighted=["mae", keras.metrics.MeanSquaredError(name="m")])
+    metrics.update(None, y, outputs, tensor([1.0, 0.0]), [None])
+    assert metrics.result() == {"m": 5.0, "m_1": 2.0, "mae": 1.0, "weighted_m": 1.0}
 
 
 def test_a_dict_entry_without_an_output_is_refused():
-    with pytest.raises(ConfigurationError, match="'b', which the model does not have"):
-        built({"b": "mean_absolute_error"}, {"b": tensor([[1.0]])}, {"a": tensor([[1.0]])})
+    y, outputs = tensor([[1.0]]), tensor([[1.0]])
+    with pytest.raises(ConfigurationError, match="do not fit the model's outputs.*Keras says"):
+        built({"c": "mean_absolute_error"}, {"a": y, "b": y}, {"a": outputs, "b": outputs})
 
 
 @pytest.mark.parametrize(
@@ -54,14 +65,14 @@ def test_a_dict_entry_without_an_output_is_refused():
 def test_accuracy_means_what_the_shapes_say(y, outputs, expected):
     y, outputs = tensor(y), tensor(outputs)
     metrics = built("accuracy", y, outputs)
-    metrics.update(None, y, outputs, None, None)
+    metrics.update(None, y, outputs, None, masks(outputs))
     assert metrics.result() == {"accuracy": pytest.approx(expected)}
 
 
 def test_building_leaves_nothing_behind():
     y, outputs = tensor([[1.0], [2.0]]), tensor([[5.0], [5.0]])
     metrics = built(["mean_absolute_error", keras.metrics.MeanSquaredError(name="mse")], y, outputs)
-    metrics.update(None, outputs, outputs, None, None)
+    metrics.update(None, outputs, outputs, None, [None])
     assert metrics.result() == {"mean_absolute_error": 0.0, "mse": 0.0}
     assert len(metrics.variables) == 4
 
@@ -72,15 +83,15 @@ def test_a_function_is_averaged():
 
     y, outputs = tensor([[1.0], [2.0]]), tensor([[2.0], [5.0]])
     metrics = built([twice], y, outputs)
-    metrics.update(None, y, outputs, None, None)
+    metrics.update(None, y, outputs, None, masks(outputs))
     assert metrics.result() == {"twice": 4.0}
 
 
 def test_weights_and_mask_multiply():
     y, outputs = tensor(np.zeros((2, 3, 1))), tensor(np.arange(6.0).reshape(2, 3, 1))
-    metrics = built(["mean_absolute_error"], y, outputs)
+    metrics = built([], y, outputs, weighted=["mean_absolute_error"])
     mask = tensor([[1, 1, 0], [0, 1, 0]], "bool")
-    metrics.update(None, y, outputs, tensor([1.0, 3.0]), mask)
+    metrics.update(None, y, outputs, tensor([1.0, 3.0]), [mask])
     # |0|, |1| with weight 1 and |4| with weight 3
     assert metrics.result()["mean_absolute_error"] == pytest.approx((0 + 1 + 12) / (1 + 1 + 3))
 
@@ -89,7 +100,7 @@ def test_several_outputs_by_name_and_by_position():
     y = {"a": tensor([[1.0]]), "b": tensor([[2.0]])}
     outputs = {"a": tensor([[2.0]]), "b": tensor([[5.0]])}
     metrics = built({"a": "mean_absolute_error", "b": ["mean_absolute_error", "mse"]}, y, outputs)
-    metrics.update(None, y, outputs, None, None)
+    metrics.update(None, y, outputs, None, masks(outputs))
     assert metrics.result() == {
         "a_mean_absolute_error": 1.0,
         "b_mean_absolute_error": 3.0,
@@ -97,8 +108,8 @@ def test_several_outputs_by_name_and_by_position():
     }
     y, outputs = list(y.values()), list(outputs.values())
     metrics = built([["mean_absolute_error"], ["mse"]], y, outputs)
-    metrics.update(None, y, outputs, None, None)
-    assert metrics.result() == {"0_mean_absolute_error": 1.0, "1_mse": 9.0}
+    metrics.update(None, y, outputs, None, masks(outputs))
+    assert metrics.result() == {"mean_absolute_error": 1.0, "mse": 9.0}
 
 
 # --- through the Trainer --------------------------------------------------------------------------

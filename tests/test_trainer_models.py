@@ -87,7 +87,10 @@ def test_dict_inputs(tmp_path, nested):
 def test_several_outputs(tmp_path, kind):
     x, y = make_data(8)
     inputs = keras.Input((3,))
-    outputs = {"a": keras.layers.Dense(1, name="a")(inputs), "b": keras.layers.Dense(1)(inputs)}
+    outputs = {
+        "a": keras.layers.Dense(1, name="a")(inputs),
+        "b": keras.layers.Dense(1, name="b")(inputs),
+    }
     labels, loss = {"a": y, "b": 2 * y}, {"a": "mse", "b": "mae"}
     metrics = {"a": ["mae"], "b": ["mse"]}
     if kind is list:
@@ -106,9 +109,9 @@ def test_several_outputs(tmp_path, kind):
     )
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(a**2) + np.mean(np.abs(b)), rel=1e-6)
-    first, second = ("a", "b") if kind is dict else ("0", "1")
-    assert entry[f"{first}_mae"] == pytest.approx(np.mean(np.abs(a)), rel=1e-6)
-    assert entry[f"{second}_mse"] == pytest.approx(np.mean(b**2), rel=1e-6)
+    assert entry["a_loss"] == pytest.approx(np.mean(a**2), rel=1e-6)
+    assert entry["a_mae"] == pytest.approx(np.mean(np.abs(a)), rel=1e-6)
+    assert entry["b_mse"] == pytest.approx(np.mean(b**2), rel=1e-6)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["loss"], rel=1e-6)
 
 
@@ -676,8 +679,10 @@ def test_sample_weights(tmp_path):
             model,
             arguments(tmp_path, max_steps=1, learning_rate=0.0),
             data,
-            metrics=[keras.metrics.MeanSquaredError(name="m")],
+            metrics=[keras.metrics.MeanSquaredError(name="plain")],
+            weighted_metrics=[keras.metrics.MeanSquaredError(name="m")],
         )
+        assert train_logs(trainer, "plain") == [pytest.approx(square.mean(), rel=1e-6)]
         assert train_logs(trainer) == [pytest.approx((square * w).sum() / 8, rel=1e-6)]
         assert train_logs(trainer, "m") == [pytest.approx((square * w).sum() / w.sum(), rel=1e-6)]
 

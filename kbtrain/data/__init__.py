@@ -33,7 +33,7 @@ from kbtrain.data.sources import (
     Source,
     UnsizedDataError,
 )
-from kbtrain.data.structure import map_structure, to_numpy
+from kbtrain.data.structure import map_structure, to_numpy, with_none, without_none
 from kbtrain.data.unused import ColumnFilter
 
 __all__ = [
@@ -70,4 +70,6 @@ __all__ = [
     "to_batch",
     "to_numpy",
     "unpack",
+    "with_none",
+    "without_none",
 ]

@@ -41,6 +41,29 @@ def map_structure(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
     return None if first is None else function(first, *rest)
 
 
+def without_none(structure: Any) -> Any:
+    """The structure with ``()`` in place of ``None``.
+
+    No library of trees has a leaf there, so it passes through every one of them.
+    """
+    if isinstance(structure, Mapping):
+        return {key: without_none(value) for key, value in structure.items()}
+    if isinstance(structure, (tuple, list)):
+        return rebuild_sequence(structure, [without_none(item) for item in structure])
+    return () if structure is None else structure
+
+
+def with_none(structure: Any) -> Any:
+    """Undo ``without_none``."""
+    if isinstance(structure, Mapping):
+        return {key: with_none(value) for key, value in structure.items()}
+    if isinstance(structure, (tuple, list)):
+        if type(structure) is tuple and not structure:
+            return None
+        return rebuild_sequence(structure, [with_none(item) for item in structure])
+    return structure
+
+
 def rebuild_sequence(like: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
     """Put ``items`` into a list, tuple or named tuple of the kind of ``like``."""
     if isinstance(like, list):
