@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from kbtrain import foreign_callbacks
 from kbtrain.callbacks import EVENTS, STEP_EVENTS, TrainerCallback
 from kbtrain.errors import ConfigurationError
 from kbtrain.state import TrainerControl, TrainerState
@@ -35,12 +36,8 @@ class CallbackHandler:
 
     def add(self, callback: Any) -> None:
         """Add a callback object, or a class, which is instantiated."""
+        _check_kind(callback)
         instance = _made(callback) if isinstance(callback, type) else callback
-        if not isinstance(instance, TrainerCallback):
-            raise ConfigurationError(
-                "A callback must be a TrainerCallback or a subclass of it. "
-                f"Received: {callback!r}. (Keras callbacks have other events.)"
-            )
         _check_events(instance)
         _warn_of_what_nobody_calls(instance)
         if any(type(other) is type(instance) for other in self.callbacks):
@@ -136,6 +133,16 @@ class CallbackHandler:
             logger.warning(
                 "The checkpoint has a state for the callback %s, which is not in use.", name
             )
+
+
+def _check_kind(callback: Any) -> None:
+    """Make sure that something is a callback of kbtrain, an object or a class."""
+    cls = callback if isinstance(callback, type) else type(callback)
+    if not issubclass(cls, TrainerCallback):
+        raise ConfigurationError(
+            "A callback must be a TrainerCallback or a subclass of it. "
+            f"Received: {callback!r:.200}. {foreign_callbacks.advice(callback) or ''}".rstrip()
+        )
 
 
 def _made(cls: type) -> Any:

@@ -6,6 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from kbtrain import args_kinds as kinds
 from kbtrain.errors import ConfigurationError
 from kbtrain.state import TrainerControl, TrainerState
 
@@ -166,9 +167,12 @@ class EarlyStoppingCallback(TrainerCallback):
     An improvement is measured against the last accepted best, so steady small gains add up to one
     (the reference measures against the previous best and stops in spite of them).
 
+    A resumed run goes on counting where it was. Where patience or threshold are not given, it also
+    has those of the run it goes on with; where they are and differ, the new ones hold.
+
     Args:
-        early_stopping_patience: Evaluations without improvement before stopping.
-        early_stopping_threshold: How much better than the best a value must be.
+        early_stopping_patience: Evaluations without improvement before stopping; 1 by default.
+        early_stopping_threshold: How much better than the best a value must be; 0 by default.
 
     Raises:
         ConfigurationError: The patience is below 1 or the threshold negative; at the start of
@@ -176,16 +180,18 @@ class EarlyStoppingCallback(TrainerCallback):
     """
 
     def __init__(
-        self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0
+        self,
+        early_stopping_patience: int | None = None,
+        early_stopping_threshold: float | None = None,
     ) -> None:
-        if early_stopping_patience < 1 or early_stopping_threshold < 0:
-            raise ConfigurationError(
-                "EarlyStoppingCallback needs early_stopping_patience >= 1 and "
-                f"early_stopping_threshold >= 0. Received: {early_stopping_patience}, "
-                f"{early_stopping_threshold}."
-            )
-        self.early_stopping_patience = early_stopping_patience
-        self.early_stopping_threshold = early_stopping_threshold
+        self._given = {
+            "early_stopping_patience": early_stopping_patience,
+            "early_stopping_threshold": early_stopping_threshold,
+        }
+        self.early_stopping_patience, self.early_stopping_threshold = _early_stopping(
+            1 if early_stopping_patience is None else early_stopping_patience,
+            0.0 if early_stopping_threshold is None else early_stopping_threshold,
+        )
         self.best: float | None = None
         self.early_stopping_patience_counter = 0
 
@@ -228,14 +234,47 @@ class EarlyStoppingCallback(TrainerCallback):
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
-        """Best value and counter."""
-        return {"best": self.best, "counter": self.early_stopping_patience_counter}
+        """Best value and counter, and what they are compared with."""
+        return {
+            "best": self.best,
+            "counter": self.early_stopping_patience_counter,
+            "early_stopping_patience": self.early_stopping_patience,
+            "early_stopping_threshold": self.early_stopping_threshold,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
         best = state["best"]
         self.best = None if best is None else float(best)
         self.early_stopping_patience_counter = int(state["counter"])
+        saved = dict(zip(self._given, _early_stopping(*map(state.get, self._given)), strict=True))
+        for name, value in saved.items():
+            if value is None:  # a checkpoint of before this was saved
+                continue
+            if self._given[name] is None:
+                setattr(self, name, value)
+            elif self._given[name] != value:
+                logger.warning(
+                    "Resuming with another setting: %s was %s and is %s now.",
+                    name,
+                    value,
+                    self._given[name],
+                )
+
+
+def _early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
+    """Patience and threshold, if early stopping can have them.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    try:
+        return kinds.optional(kinds.whole(1))(patience), kinds.optional(kinds.real(0.0))(threshold)
+    except kinds.Unfit:
+        raise ConfigurationError(
+            "EarlyStoppingCallback needs early_stopping_patience, a whole number of at least 1, "
+            f"and early_stopping_threshold >= 0. Received: {patience!r}, {threshold!r}."
+        ) from None
 
 
 def metric_value(metrics: dict[str, Any], name: str | None) -> float:
