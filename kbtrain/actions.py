@@ -186,6 +186,7 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
             trainer.optimizer,
             trainer.bound.metric_variables,
             run.progress,
+            trainer.other_optimizers,
         )
         arrays |= more_arrays
         if evaluated:

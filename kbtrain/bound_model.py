@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from kbtrain import building, rng
+from kbtrain import building, model_steps, rng
 from kbtrain.data import unpack, with_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass, output_names
@@ -18,6 +18,8 @@ from kbtrain.keras_losses import is_summed, resolve_loss
 from kbtrain.label_check import LabelCheck
 from kbtrain.label_smoothing import smoothed
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
+from kbtrain.model_steps import ModelMetrics
+from kbtrain.own_methods import OwnMethods
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
 from kbtrain.training_args import TrainingArguments
@@ -43,7 +45,10 @@ class BoundModel:
     Attributes:
         loss: The loss in use.
         loss_weights: Weights of the losses of several outputs, from ``compile``.
-        metrics: The metrics in use, or None.
+        metrics: The metrics of the training, or None.
+        evaluation_metrics: Those of evaluations: the same, unless the model has its own steps.
+        own: Which methods of ``keras.Model`` the model overrides, and are used.
+        has_given_metrics: Whether the Trainer was given metrics.
         forward: One pass of a batch; None until ``build``.
         label_check: Looks at labels on the host; None without labels, or if they are not checked.
     """
@@ -70,25 +75,50 @@ class BoundModel:
         self.compiled = bool(getattr(model, "compiled", False))
         if args.bf16 or args.fp16:
             building.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
+        given = {
+            "Trainer.compute_loss": own_compute_loss,
+            "compute_loss_func": has_loss_func,
+            "loss": loss is not None,
+        }
+        self.own = OwnMethods.of(model, [name for name, there in given.items() if there])
+        self.has_given_metrics = metrics != (None, None)
         self.loss, self.loss_weights = loss, loss_weights
-        replaced = has_loss_func or own_compute_loss  # the loss of compile may be of no use
+        # The loss of compile may be of no use.
+        replaced = has_loss_func or own_compute_loss or self.own.compute_loss
         if loss is None and not has_loss_func and self.compiled:
-            self.loss = _compiled_loss(model, must_be_known=not replaced)
+            self.loss = _compiled_loss(
+                model, must_be_known=not replaced and not self.own.train_step
+            )
         if loss_weights is None and not replaced and self.compiled:
             self.loss_weights = (model.get_compile_config() or {}).get("loss_weights")
         if args.label_smoothing_factor:
+            if self.own.compute_loss or self.own.train_step:
+                name = "train_step" if self.own.train_step else "compute_loss"
+                raise ConfigurationError(
+                    f"label_smoothing_factor={args.label_smoothing_factor} cannot hold for a model "
+                    f"with a {name} of its own ({type(model).__name__}.{name}), which computes the "
+                    "loss: smooth the labels there, or override Trainer.compute_loss."
+                )
             self.loss = smoothed(self.loss, args.label_smoothing_factor)
-        self.metrics: MetricSet | None = None
-        if metrics != (None, None):
-            self.metrics = ListedMetrics(model, *metrics)
-        elif self.compiled:
-            self.metrics = CompiledMetrics(model)
+        metric_set: MetricSet | None = None
+        if self.has_given_metrics:
+            metric_set = ListedMetrics(model, *metrics)
+        elif self.compiled or model.metrics or self.own.compute_metrics:
+            metric_set = CompiledMetrics(model)
+        self.metrics = ModelMetrics(model) if self.own.train_step else metric_set
+        self.evaluation_metrics = ModelMetrics(model) if self.own.test_step else metric_set
+        if self.own.test_step and self.has_given_metrics:
+            raise ConfigurationError(
+                "metrics=... was given to the Trainer, and the model evaluates by its own "
+                f"{type(model).__name__}.test_step, which returns what is reported. Update these "
+                "metrics there, or use compute_metrics=..., which gets the outputs."
+            )
         self._metrics_built = False
         self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
         self._checks_shapes = True
         self._own_compute_loss = own_compute_loss
         # Only where integer labels go to ``loss`` as they are.
-        self._checks_labels = not has_loss_func and not own_compute_loss
+        self._checks_labels = not (has_loss_func or own_compute_loss or any(self.own))
         self._output_shapes: Any = None
         self.label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
@@ -97,7 +127,8 @@ class BoundModel:
     @property
     def metric_variables(self) -> list[keras.Variable]:
         """State of the metrics."""
-        return [] if self.metrics is None else self.metrics.variables
+        sets = [m for m in (self.metrics, self.evaluation_metrics) if m is not None]
+        return unique([variable for metrics in sets for variable in metrics.variables])
 
     @property
     def advancing_variables(self) -> list[keras.Variable]:
@@ -114,7 +145,7 @@ class BoundModel:
         shapes = building.input_shapes(batch, names)
         if self._checks_shapes and shapes not in self._accepted:
             self._output_shapes = building.build_model(
-                self.model, batch, names, picks_columns=self._own_compute_loss
+                self.model, batch, names, picks_columns=self._own_compute_loss or any(self.own)
             )
             self._checks_shapes = self._output_shapes is not None
             self._accepted.add(shapes)
@@ -125,9 +156,12 @@ class BoundModel:
                 self.loss,
                 self._tracked,
                 names,
-                with_metrics=self.metrics is not None,
+                with_metrics=self.evaluation_metrics is not None,
                 has_terms=self._has_terms(),
+                by_model=self.own.compute_loss and not self._own_compute_loss,
+                without_labels=self.own.compute_metrics,
             )
+            self._build_by_code(self.forward, batch)
         # Metrics need labels: a prediction may come first, and have none.
         labels = unpack(batch, names).y
         has_labels = labels is not None
@@ -135,13 +169,18 @@ class BoundModel:
             self.label_check = LabelCheck(
                 self.loss, labels, self._output_shapes, output_names(self.model), names
             )
-        if self.metrics is not None and has_labels and not self._metrics_built:
-            building.build_metrics(self.metrics, self.forward, batch)
+        metrics = self.evaluation_metrics
+        has_inputs = has_labels or self.own.compute_metrics
+        if metrics is not None and has_inputs and not self._metrics_built:
+            if not self.own.test_step:
+                building.build_metrics(metrics, self.forward, batch)
             self._metrics_built = True
         return self.forward
 
     def _has_terms(self) -> bool:
         """Whether the loss may be of several terms, each with a count of its own."""
+        if self.own.compute_loss and not self._own_compute_loss:
+            return False
         losses = keras.tree.flatten(self.loss)
         return (
             len(losses) > 1
@@ -150,6 +189,15 @@ class BoundModel:
             or len(keras.tree.flatten(self._output_shapes)) > 1
             or any(len(added.shape) for added in self.model.losses)
         )
+
+    def _build_by_code(self, forward: ForwardPass, batch: Any) -> None:
+        """Create what a call of the model does not: by its own step, or by a loss of the user's."""
+        if self.own.train_step or self.own.test_step:
+            building.build_compiled(self.model, batch)
+        elif not building.has_call(self.model):
+            building.build_by_loss(self.model, forward, batch)
+        if not building.has_call(self.model):
+            self.model.built = True  # there is no more to build: it can be saved
 
     def variables(self) -> list[keras.Variable]:
         """Everything a step reads or assigns, apart from the optimizer; each once."""
@@ -179,23 +227,65 @@ class BoundModel:
         key = (with_loss, gather, policy, ignored)
         if key not in self._eval_steps:
             assert self.forward is not None
+            self._check_can_evaluate(with_loss, gather)
             variables = self.variables()
-            step = make_eval_step(
-                self._backend,
-                self.forward if with_loss else self.forward.predict,
-                self.advancing_variables,
-                self.metrics if with_loss else None,
-                functools.partial(self._select_outputs, ignored=ignored) if gather else None,
-            )
+            metrics = self.evaluation_metrics if with_loss else None
+            select = functools.partial(self._select_outputs, ignored=ignored) if gather else None
+            if self.own.test_step and with_loss or self.own.predict_step and gather:
+                step = self._own_eval_step(with_loss, metrics, select)
+            else:
+                step = make_eval_step(
+                    self._backend,
+                    self.forward if with_loss else self.forward.predict,
+                    self.advancing_variables,
+                    metrics,
+                    select,
+                )
             self._backend.place(variables, self._args.chosen_device)
             run = self._backend.compile_eval_steps(
                 step,
                 variables,
-                unique([*(self.metric_variables if with_loss else []), *self.advancing_variables]),
+                unique([*(metrics.variables if metrics else []), *self.advancing_variables]),
                 self._args.jit_compile,
             )
             self._eval_steps[key] = CompiledEvalStep(run)
         return self._eval_steps[key]
+
+    def _check_can_evaluate(self, with_loss: bool, gather: bool) -> None:
+        """Make sure that a step of the model's own is there where the model cannot be called."""
+        model, own = self.model, self.own
+        for kind in ("test", "predict"):
+            if (kind == "test") == with_loss:
+                model_steps.check_function(model, kind)
+            if getattr(own, f"{kind}_step"):
+                self._backend.check_signature(model, f"{kind}_step")
+        if building.has_call(model) or (with_loss and self._own_compute_loss):
+            return
+        missing = "test_step" if with_loss and not own.test_step else "predict_step"
+        if missing == "test_step" or gather and not own.predict_step:
+            raise ConfigurationError(
+                f"{type(model).__name__} has no call and no {missing}, so there is nothing to "
+                f"{'evaluate' if with_loss else 'predict'} with. Define one of the two."
+            )
+
+    def _own_eval_step(
+        self,
+        with_loss: bool,
+        metrics: MetricSet | None,
+        select: Callable[[Any, Any], Any] | None,
+    ) -> Callable[[Any], dict[str, Any]]:
+        """The evaluation step with the model's own ``test_step`` or ``predict_step``."""
+        assert self.forward is not None
+        return model_steps.make_eval_step(
+            self._backend,
+            self.model,
+            self.own,
+            self.forward if with_loss else None,
+            self.forward.predict,
+            self.advancing_variables,
+            metrics,
+            select,
+        )
 
     def _select_outputs(self, outputs: Any, batch: Any, ignored: Collection[str]) -> Any:
         """What of a batch's outputs goes to the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 
 from kbtrain import registry
 from kbtrain.args_kinds import thaw
-from kbtrain.data import unpack, without_none
+from kbtrain.data import unpack, with_none, without_none
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.forward import as_taken, inputs_of
@@ -110,19 +111,20 @@ def build_model(
         model: A Keras model, built or not.
         batch: A batch as the loader gives it (NumPy).
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
-        picks_columns: The loss calls the model itself: a built one need not take all the columns
-            of a batch.
+        picks_columns: The loss, or the model's own step, calls the model itself: a built one need
+            not take the inputs of a batch as they are.
 
     Returns:
-        What the model returns, as shapes; None if shapes alone are not enough to tell.
+        What the model returns, as shapes; None if shapes alone are not enough to tell, or if the
+        model is not to be called at all.
 
     Raises:
         DataError: The model does not accept such inputs.
     """
+    if not has_call(model):
+        return None
     x = unpack(batch, label_names).x
-    specs = keras.tree.map_structure(
-        lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), x
-    )
+    specs = _specs(x)
     was_built = model.built
     try:
         with warnings.catch_warnings():
@@ -134,7 +136,7 @@ def build_model(
             return None
         if was_built and not isinstance(error, ValueError | TypeError):
             raise
-        if was_built and picks_columns and isinstance(x, Mapping):
+        if picks_columns and (was_built and isinstance(x, Mapping) or parts_are_built(model)):
             return None
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
@@ -147,6 +149,38 @@ def build_model(
             "the key 'loss'."
         )
     return outputs
+
+
+def has_call(layer: keras.layers.Layer) -> bool:
+    """Whether a model can be called: one that has a loss or a step of its own need not."""
+    return getattr(layer.call, "__func__", layer.call) is not keras.Model.call
+
+
+def parts_are_built(model: keras.Model) -> bool:
+    """Whether all layers of a model have their variables, whatever is said of the model itself."""
+    layers = [layer for layer in walk_layers(model) if layer is not model]
+    return all(layer.built or not has_call(layer) for layer in layers)
+
+
+def build_by_loss(model: keras.Model, forward: Any, batch: Any) -> None:
+    """Create the variables of a model without a ``call`` by computing its loss.
+
+    Args:
+        model: The model.
+        forward: See ``kbtrain.step.Forward``.
+        batch: A batch as the loader gives it (NumPy).
+
+    Raises:
+        ConfigurationError: The loss calls the model.
+    """
+    try:
+        _run_once(lambda b: forward(b, None, training=False)[1], without_none(batch))
+    except NotImplementedError as error:
+        raise ConfigurationError(
+            f"The model {model.name!r} has no call, so nothing but code of your own can compute "
+            "its loss: override Trainer.compute_loss, which may call its layers, or give the "
+            f"model a call. Keras says: {first_lines(error)}"
+        ) from None
 
 
 def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashable:
@@ -306,14 +340,48 @@ def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
             metrics.build(*inputs)
         return outputs
 
-    batch = without_none(batch)
-    specs = keras.tree.map_structure(
+    _run_once(build, without_none(batch))
+
+
+def build_compiled(model: keras.Model, batch: Any) -> None:
+    """Create the state of what a model was compiled with, for a step of its own that uses it.
+
+    Keras makes it from the shapes of the first outputs. What a model's step does not use may not
+    fit them: then there is none.
+
+    Args:
+        model: The model.
+        batch: A batch as the loader gives it (NumPy).
+    """
+    takes_training = "training" in inspect.signature(model.compute_loss).parameters
+    named = {"training": False} if takes_training else {}
+
+    def run(method: Callable[..., Any], kwargs: Any) -> Callable[[Any], Any]:
+        def build(batch: Any) -> Any:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(with_none(batch))
+            outputs = model(x, training=False)
+            method(x, y, outputs, sample_weight, **kwargs)
+            return outputs
+
+        return build
+
+    for method, kwargs in ((model.compute_metrics, {}), (model.compute_loss, named)):
+        with contextlib.suppress(Exception):
+            _Function(run(method, kwargs)).compute_output_spec(_specs(without_none(batch)))
+
+
+def _specs(batch: Any) -> Any:
+    return keras.tree.map_structure(
         lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), batch
     )
+
+
+def _run_once(function: Callable[[Any], Any], batch: Any) -> None:
+    """Run a function on the shapes of a batch; on the batch, where it looks at values."""
     try:
-        _Function(build).compute_output_spec(specs)
+        _Function(function).compute_output_spec(_specs(batch))
     except Exception:
-        build(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
+        function(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
 
 
 class _Function(keras.Operation):

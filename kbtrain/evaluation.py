@@ -165,7 +165,7 @@ def evaluate(
             batches_per_call=args.eval_accumulation_steps,
             generate=_generator(trainer) if gather and args.predict_with_generate else None,
         )
-        metrics = bound.metrics if with_loss else None
+        metrics = bound.evaluation_metrics if with_loss else None
         # In training the metrics are in the middle of adding up what the next log will say. What
         # layers draw in an evaluation must not change what they draw after it.
         kept = [*bound.advancing_variables]
@@ -261,6 +261,7 @@ class Evaluation:
         self._on_batches, self._every_batch = on_batches, every_batch
         self._started: collections.deque[_Started] = collections.deque()
         self._totals = Totals()
+        self._logs: dict[str, Any] | None = None  # what a model's own test_step returned last
         self._samples = self._batches = 0
         compute = wanted.compute_metrics
         self._batchwise = Batchwise(compute) if compute is not None and wanted.batchwise else None
@@ -284,7 +285,10 @@ class Evaluation:
                 if self._batches == self._wanted.max_batches:
                     break
         self._read(keep=0)
-        values = self._totals.result() if self._wanted.with_loss else {}
+        if self._logs is not None:
+            values = self._logs
+        else:
+            values = self._totals.result() if self._wanted.with_loss else {}
         if metrics is not None:
             values |= metrics.result()
         gathered = {} if self._gathered is None else self._gathered.take()
@@ -383,6 +387,8 @@ class Evaluation:
             part = self._started.popleft()
             count = part.batches
             results = map_structure(lambda x, n=count: x[:n], part.results())
+            if "logs" in results:
+                self._logs = {name: x[-1].tolist() for name, x in results["logs"].items()}
             if "loss" in results:
                 self._totals.add(results["loss"])
                 if "loss" in self._wanted.include:

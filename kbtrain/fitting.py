@@ -16,6 +16,7 @@ from kbtrain import (
     documents,
     evaluation_weights,
     metric_schedule,
+    model_steps,
     neftune,
     persistence,
     recompute,
@@ -51,7 +52,8 @@ class TrainOutput(NamedTuple):
 
     Attributes:
         global_step: Updates done.
-        training_loss: Mean loss over all updates of the run, also those before a resume.
+        training_loss: Mean loss over all updates of the run, also those before a resume; NaN where
+            a model's own ``train_step`` returns none.
         metrics: ``train_loss``, ``epoch`` and the speed of this call.
     """
 
@@ -76,7 +78,9 @@ def fit(
         run, seconds = _run(trainer, checkpoint, prepared)
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
-    metrics = run.speed(seconds) | memory | {"train_loss": loss, "epoch": state.epoch}
+    metrics = run.speed(seconds) | memory | {"epoch": state.epoch}
+    if run.has_loss:
+        metrics["train_loss"] = loss
     trainer.log(metrics)
     # As in Keras: from here on the model holds the weights that were evaluated.
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
@@ -142,6 +146,9 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
             f"The model {bound.model.name!r} has no trainable variables: there is nothing to "
             "train. Set `trainable = True` on the layers that should learn."
         )
+    if bound.own.train_step:
+        model_steps.check_arguments(trainer)
+        model_steps.build_by_step(trainer.backend, bound.model, first)
     optimizer = build_optimizer(trainer, plan.max_steps)
     trainer.state = _fresh_state(trainer, plan, loader)
     if bound.metrics is not None:
@@ -153,20 +160,31 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
     count_items = items_counter(trainer.compute_loss_func, args.label_names)
-    step = make_train_step(
-        trainer.backend,
-        forward,
-        count_items,
-        optimizer,
-        trainable,
-        bound.metrics,
-        args.max_grad_norm,
-        args.on_nonfinite,
-        halted,
-        forward.has_terms,
+    optimizers = [optimizer, *trainer.other_optimizers.values()]
+    variables = unique(
+        [*bound.variables(), *(v for each in optimizers for v in each.variables), halted]
     )
-    variables = unique([*bound.variables(), *optimizer.variables, halted])
     trainer.backend.place(variables, args.chosen_device)
+    if bound.own.train_step:
+        step = _own_step(trainer, halted, variables)
+    else:
+        step = trainer.backend.compile_steps(
+            make_train_step(
+                trainer.backend,
+                forward,
+                count_items,
+                optimizer,
+                trainable,
+                bound.metrics,
+                args.max_grad_norm,
+                args.on_nonfinite,
+                halted,
+                forward.has_terms,
+            ),
+            variables,
+            args.jit_compile,
+            plan.max_steps,
+        )
     explain = None
     if "underflow_overflow" in args.debug:
         explain = Diagnosis(
@@ -179,7 +197,9 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         plan=plan,
         batches=batches,
         accumulation=args.gradient_accumulation_steps,
-        step=trainer.backend.compile_steps(step, variables, args.jit_compile, plan.max_steps),
+        step=step,
+        newest_only=bound.own.train_step,
+        running_loss=bound.own.train_step and any(m.name == "loss" for m in bound.model.metrics),
         state=trainer.state,
         progress=progress,
         on_nonfinite=args.on_nonfinite,
@@ -187,9 +207,24 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         limit=lambda: _updates_without_looking(trainer),
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
-        pace=Pace.of(args.steps_per_execution),
+        # As in Keras: a step of the model's own may count its calls in Python.
+        pace=Pace.of(1 if bound.own.train_step else args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
+
+
+def _own_step(
+    trainer: Trainer, halted: keras.Variable, variables: list[keras.Variable]
+) -> Callable[[Any, int], dict[str, Any]]:
+    """The compiled step of a model that has its own ``train_step``."""
+    backend, model, args = trainer.backend, trainer.model, trainer.args
+    metrics = trainer.bound.metrics
+    assert isinstance(metrics, model_steps.ModelMetrics)
+    step = model_steps.make_train_step(
+        backend, model, metrics, args.on_nonfinite, halted, variables
+    )
+    eagerly = bool(model.run_eagerly)
+    return backend.compile_model_steps(step, variables, args.jit_compile, eagerly)
 
 
 def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
@@ -285,6 +320,10 @@ def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimi
     if trainer.args.fp16 and not isinstance(given, keras.optimizers.LossScaleOptimizer):
         given = keras.optimizers.LossScaleOptimizer(given)
     trainer.optimizer = given
+    own_step = trainer.bound.own.train_step
+    trainer.other_optimizers = model_steps.optimizers_of(trainer.model) if own_step else {}
+    if own_step:  # what it needs, it has built
+        return given
     building.build_optimizer_state(given, trainer.model, bool(trainer.args.parameter_groups))
     return given
 
@@ -323,7 +362,12 @@ def _restore(
 ) -> persistence.Progress:
     """Put everything back to where the checkpoint was taken."""
     progress = persistence.restore_run(
-        trainer.backend, trainer.model, optimizer, trainer.bound.metric_variables, checkpoint
+        trainer.backend,
+        trainer.model,
+        optimizer,
+        trainer.bound.metric_variables,
+        checkpoint,
+        trainer.other_optimizers,
     )
     for change in compare_arguments(
         documents.mapping(checkpoint, "training_args"), trainer.args.to_dict()

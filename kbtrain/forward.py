@@ -24,6 +24,7 @@ from kbtrain.keras_losses import (
 from kbtrain.loss import LossPair, as_float, as_pair, call_loss_func, count_items
 from kbtrain.output_losses import LossTerms, OutputLosses, losses_of, with_added
 from kbtrain.outputs import Outputs, loss_weights_of, pair_up
+from kbtrain.own_methods import overrides
 
 ComputeLoss = Callable[..., Any]
 
@@ -55,6 +56,8 @@ class ForwardPass:
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
         with_metrics: Whether anybody wants the arguments of metrics.
+        by_model: The loss is the model's own ``compute_loss``.
+        without_labels: Metrics are updated where a batch has no labels, too.
 
     Attributes:
         has_terms: Whether the loss may be of several terms, whose counts have to be known for a
@@ -71,11 +74,16 @@ class ForwardPass:
         *,
         with_metrics: bool = True,
         has_terms: bool = False,
+        by_model: bool = False,
+        without_labels: bool = False,
     ) -> None:
         self._model, self._tracked = model, tracked
         self._loss = loss
         self._label_names, self._with_metrics = label_names, with_metrics
         self.has_terms = has_terms
+        self._by_model, self._without_labels = by_model, without_labels
+        self._training = False
+        self._added_is_in = False  # losses of add_loss and regularizers are part of the loss
 
         def with_loss(batch: Any, num_items: Any) -> Any:
             return compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items)
@@ -89,7 +97,12 @@ class ForwardPass:
         batch = with_none(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
         self._tracked.clear()
-        result = self._with_loss(batch, num_items=num_items, training=training)
+        self._training, self._added_is_in = training, False
+        result = (
+            self.model_loss(batch)
+            if self._by_model
+            else self._with_loss(batch, num_items=num_items, training=training)
+        )
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
                 "compute_loss(..., return_outputs=True) must return (loss, outputs). "
@@ -105,12 +118,38 @@ class ForwardPass:
         if self._tracked:
             value = value._replace(extras={**value.extras, **self._tracked})
             self._tracked.clear()  # values of this trace must not live on
-        added = self._model.losses
+        added = [] if self._added_is_in else self._model.losses
         if added:
             value = with_added(value, added, size, training and self.has_terms)
-        if y is None or not self._with_metrics:
+        if not self._with_metrics or (y is None and not self._without_labels):
             return value, outputs, None
+        if y is None:
+            masks = [None] * len(keras.tree.flatten(outputs))
+            return value, outputs, (x, None, outputs, sample_weight, masks)
         return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
+
+    def model_loss(self, batch: Any) -> tuple[LossPair, Any]:
+        """The loss by the model's own ``compute_loss``, called as Keras' ``fit`` calls it.
+
+        It has added what it wants of ``model.losses``, and applied the sample weights.
+        """
+        x, y, sample_weight = unpack(batch, self._label_names)
+        outputs = _call(self._model, x, training=self._training)
+        compute = self._model.compute_loss
+        takes_training = "training" in inspect.signature(compute).parameters
+        named = {"training": self._training} if takes_training else {}
+        try:
+            loss = compute(x, y, outputs, sample_weight, **named)
+        except AttributeError as error:
+            if getattr(self._model, "compiled", False):
+                raise
+            name = type(self._model).__name__
+            raise ConfigurationError(
+                f"{name}.compute_loss misses something, and the model is not compiled. Call its "
+                f"compile() first, if that is what sets it. Python says: {error}"
+            ) from error
+        self._added_is_in = True
+        return as_pair(loss, keras.tree.flatten(x)[0].shape[0]), outputs
 
     def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
         """``(x, y, outputs, sample_weight, masks)`` in the structure of the outputs.
@@ -202,10 +241,10 @@ def default_loss(
     return pair, outputs
 
 
-def _call(model: keras.Model, x: Any) -> Any:
+def _call(model: keras.Model, x: Any, **kwargs: Any) -> Any:
     x = as_taken(model, x)
     try:
-        return model(x)
+        return model(x, **kwargs)
     except ValueError as error:
         # Only real inputs are compared with the rank of keras.Input.
         if isinstance(error, KbtrainError) or "Invalid input shape for input" not in str(error):
@@ -227,7 +266,21 @@ def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
     raise ConfigurationError(
         "There is no loss: pass loss=... or compute_loss_func=... to the Trainer, compile the "
         "model with one, return a dict with the key 'loss' from it, or use add_loss in it."
+        + _instead_of_loss(model)
     )
+
+
+def _instead_of_loss(model: keras.Model) -> str:
+    """What else a model of this class can be given where there is no loss."""
+    name = type(model).__name__
+    if overrides(model, "train_step"):
+        return (
+            f" {name} has a train_step of its own and no test_step, so it is evaluated as any "
+            "keras.Model is. Define test_step in it, too; or evaluate nothing (eval_strategy='no')."
+        )
+    if overrides(model, "compile") and not getattr(model, "compiled", False):
+        return f" {name} has a compile of its own, which has not been called."
+    return " Or define compute_loss(self, x, y, y_pred, sample_weight, training) in it."
 
 
 def _keys(batch: Any) -> str:

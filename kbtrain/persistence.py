@@ -179,12 +179,25 @@ def gather_training(
     optimizer: keras.optimizers.Optimizer,
     metric_variables: Sequence[keras.Variable],
     progress: Progress,
+    others: Mapping[str, keras.optimizers.Optimizer] | None = None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """Everything besides the model that an exact resume needs: ``(arrays, documents)``."""
+    """Everything besides the model that an exact resume needs: ``(arrays, documents)``.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        model: The model.
+        optimizer: What trains it.
+        metric_variables: State of the metrics.
+        progress: The position.
+        others: Further optimizers that the model trains with by itself, by name.
+    """
     rng_arrays, rng_document = rng.capture(backend)
-    named = name_optimizer_variables(optimizer.variables, model_variables(model))
+    variables = model_variables(model)
     arrays = {
-        "optimizer": capture(named),
+        **{
+            group: capture(name_optimizer_variables(each.variables, variables))
+            for group, each in _optimizer_groups(optimizer, others).items()
+        },
         "metrics": {str(i): value for i, value in enumerate(copies(metric_variables))},
         "rng": rng_arrays,
     }
@@ -198,8 +211,17 @@ def restore_run(
     optimizer: keras.optimizers.Optimizer,
     metric_variables: Sequence[keras.Variable],
     checkpoint: Checkpoint,
+    others: Mapping[str, keras.optimizers.Optimizer] | None = None,
 ) -> Progress:
-    """Put model, optimizer, metrics and random state back to where the checkpoint was taken.
+    """Put model, optimizers, metrics and random state back to where the checkpoint was taken.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        model: The model.
+        optimizer: What trains it.
+        metric_variables: State of the metrics.
+        checkpoint: The checkpoint.
+        others: Further optimizers that the model trains with by itself, by name.
 
     Raises:
         CheckpointMismatchError: The checkpoint is of another model or optimizer, or holds the
@@ -213,17 +235,21 @@ def restore_run(
         )
     variables = model_variables(model)
     model_plan = plan_restore(name_variables(variables), _group(checkpoint, "model"), what="model")
-    optimizer_plan = plan_restore(
-        name_optimizer_variables(optimizer.variables, variables),
-        checkpoint.arrays["optimizer"],
-        what="optimizer",
-        model_names=model_plan.names,
-    )
+    optimizer_plans = [
+        plan_restore(
+            name_optimizer_variables(each.variables, variables),
+            _group(checkpoint, group),
+            what=group,
+            model_names=model_plan.names,
+        )
+        for group, each in _optimizer_groups(optimizer, others).items()
+    ]
     progress = progress_of(checkpoint)
     random_state = dict(_group(checkpoint, "rng")), documents.mapping(checkpoint, "rng")
     documents.attempt(checkpoint, "rng", lambda: rng.restore(backend, *random_state))
     model_plan.apply()
-    optimizer_plan.apply()
+    for plan in optimizer_plans:
+        plan.apply()
     saved = checkpoint.arrays.get("metrics", {})
     values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
@@ -234,6 +260,14 @@ def restore_run(
             "resume covers the steps from there on only."
         )
     return progress
+
+
+def _optimizer_groups(
+    optimizer: keras.optimizers.Optimizer,
+    others: Mapping[str, keras.optimizers.Optimizer] | None,
+) -> dict[str, keras.optimizers.Optimizer]:
+    """The optimizers of a run by the names of their groups of arrays in a checkpoint."""
+    return {"optimizer": optimizer} | {f"optimizer.{n}": o for n, o in (others or {}).items()}
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,9 @@ class Run:
         explain: Says of an update (the chunks of its block, its number there) what in it was not
             finite first; None to leave it at that.
         label_check: Looks at the labels of the first epoch; None does not.
+        newest_only: A log has the extras of its newest update, not their means: a model's own step
+            returns means itself.
+        running_loss: The loss of an update is the mean of all since the last log.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
@@ -74,6 +78,8 @@ class Run:
     pin: bool = False
     explain: Callable[[Any, int], str] | None = None
     label_check: LabelCheck | None = None
+    newest_only: bool = False
+    running_loss: bool = False
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -217,11 +223,15 @@ class Run:
 
     def _add(self, result: dict[str, Any], extras: dict[str, float]) -> None:
         """Add one update's results to the sums."""
-        loss = result["loss"]
-        self.progress.loss_sum += loss
-        self.progress.window_sum += loss
-        self.progress.window_steps += 1
-        if extras:
+        loss, progress = result["loss"], self.progress
+        progress.window_steps += 1
+        if self.running_loss:  # the mean of the window so far
+            loss = loss * progress.window_steps - progress.window_sum
+        progress.loss_sum += loss
+        progress.window_sum += loss
+        if self.newest_only:
+            self.progress.window_extras = extras
+        elif extras:
             sums = self.progress.window_extras or {}
             for name, value in extras.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -229,7 +239,7 @@ class Run:
         self._newest = result
 
     def _nonfinite(self, step: int, result: dict[str, Any], chunks: Any, index: int) -> None:
-        loss, norm = result["loss"], result["grad_norm"]
+        loss, norm = result["loss"], result.get("grad_norm", "not known")
         if self.on_nonfinite == "skip":
             self.progress.skipped += 1
             logger.warning(
@@ -244,8 +254,10 @@ class Run:
         self.state.global_step = step - 1
         checkpoint = self.last_checkpoint()
         why = (
-            "Look for NaN or infinity in the data of this update (debug='underflow_overflow' names "
-            "the layer), lower learning_rate, or set max_grad_norm."
+            "Look for NaN or infinity in the data of this update, or lower the learning rate."
+            if self.newest_only
+            else "Look for NaN or infinity in the data of this update (debug='underflow_overflow' "
+            "names the layer), lower learning_rate, or set max_grad_norm."
             if self.explain is None
             else self.explain(chunks, index)
         )
@@ -261,17 +273,21 @@ class Run:
         progress, steps = self.progress, self.progress.window_steps
         if not steps:
             return {}
-        logs = {
-            "loss": progress.window_sum / steps,
-            "grad_norm": self._newest["grad_norm"],
-            "learning_rate": self._newest["learning_rate"],
-        }
-        logs |= {name: total / steps for name, total in (progress.window_extras or {}).items()}
+        known = [name for name in ("grad_norm", "learning_rate") if name in self._newest]
+        logs = {} if self.newest_only else {"loss": progress.window_sum / steps}
+        logs |= {name: self._newest[name] for name in known}
+        extras = progress.window_extras or {}
+        logs |= extras if self.newest_only else {n: total / steps for n, total in extras.items()}
         if self.count_tokens is not None:
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             logs |= self.speed(self.times.total)
         progress.window_sum, progress.window_steps, progress.window_extras = 0.0, 0, None
         return logs
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the updates have one: a model's own step may return others in its place."""
+        return not self.newest_only or not math.isnan(self.progress.loss_sum)
 
     def speed(self, seconds: float) -> dict[str, float]:
         """Samples, steps and tokens per second, and where the time of the steps went.

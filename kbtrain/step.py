@@ -260,9 +260,8 @@ def make_eval_step(
         with backend.dropping() as scope:
             loss, outputs, metric_inputs = forward(batch, None, training=False)
             kept = None if select_outputs is None else select_outputs(outputs, batch)
-        for variable in advancing:
-            if (new := scope.get_current_value(variable)) is not None:
-                variable.assign(new)
+        # A metric that a layer updates is one of these.
+        carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
         if metrics is not None and metric_inputs is not None:
             metrics.update(*metric_inputs)
         result: dict[str, Any] = {}
@@ -273,3 +272,10 @@ def make_eval_step(
         return result
 
     return eval_step
+
+
+def carry_over(scope: keras.StatelessScope, variables: Sequence[keras.Variable]) -> None:
+    """Assign what a scope noted for ``variables``; the rest is forgotten with it."""
+    for variable in variables:
+        if (new := scope.get_current_value(variable)) is not None:
+            variable.assign(new)

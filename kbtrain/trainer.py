@@ -133,6 +133,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         self._given_loss_weights = loss_weights
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
+        # Those that a model with a train_step of its own has beside it, by name.
+        self.other_optimizers: dict[str, keras.optimizers.Optimizer] = {}
         # Whether the model holds the weights in training, which may differ from those to evaluate.
         self.training_weights = False
         self.lr_scheduler: Any = None
@@ -230,15 +232,19 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
             The loss: a scalar (mean over the batch), per-element losses, ``(sum, count)``, or one
             of these with a dict of values to log.
         """
-        loss, outputs = default_loss(
-            model,
-            inputs,
-            num_items_in_batch,
-            self.loss,
-            self.bound.loss_weights,
-            self.compute_loss_func,
-            self.args.label_names,
-        )
+        loss: Any
+        if self.bound.own.compute_loss and self.bound.forward is not None:
+            loss, outputs = self.bound.forward.model_loss(inputs)
+        else:
+            loss, outputs = default_loss(
+                model,
+                inputs,
+                num_items_in_batch,
+                self.loss,
+                self.bound.loss_weights,
+                self.compute_loss_func,
+                self.args.label_names,
+            )
         return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self) -> Any:

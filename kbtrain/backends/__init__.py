@@ -7,6 +7,8 @@
 ``compile_step``             a Python function over Keras variables -> one compiled call
 ``compile_steps``            the same, for several steps in one call
 ``compile_eval_steps``       several evaluation steps in one call, whose outputs may be large
+``compile_model_steps``      a model's own ``train_step``, in place of ours
+``run_train_step``, ...      a model's own steps, called as Keras calls them
 ``value_and_grad``           loss, gradients and the state the layers want to change
 ``dropping``                 a scope in which what layers assign is forgotten
 ``recompute``                a function that is run again for its gradients

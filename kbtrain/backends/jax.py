@@ -16,6 +16,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.jax_compile import (  # noqa: F401
     compile_eval_steps,
+    compile_model_steps,
     compile_step,
     compile_steps,
 )
@@ -36,6 +37,14 @@ from kbtrain.backends.jax_device import (  # noqa: F401
     synchronize,
     to_device,
     to_host,
+)
+from kbtrain.backends.jax_model_steps import (  # noqa: F401
+    check_signature,
+    reversible,
+    run_predict_step,
+    run_test_step,
+    run_train_step,
+    try_train_step,
 )
 from kbtrain.backends.jax_state import Scope, now, run_stateless
 from kbtrain.backends.jax_trace import on_cpu, trace

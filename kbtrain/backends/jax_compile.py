@@ -140,6 +140,16 @@ def compile_steps(
     return _or_eagerly(lambda block, count: call((block, np.int32(count))), eager)
 
 
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own; jitted, unless it is to be eager."""
+    return compile_steps(fn, variables, False if eagerly else jit_compile)
+
+
 def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``; from where Python wants a value that a trace does not have, ``eager``."""
     use = compiled

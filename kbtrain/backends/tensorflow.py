@@ -36,6 +36,15 @@ from kbtrain.backends.tensorflow_device import (  # noqa: F401
     to_host,
 )
 from kbtrain.backends.tensorflow_functions import inlined
+from kbtrain.backends.tensorflow_model_steps import (  # noqa: F401
+    check_signature,
+    one_by_one,
+    reversible,
+    run_predict_step,
+    run_test_step,
+    run_train_step,
+    try_train_step,
+)
 from kbtrain.backends.tensorflow_update import (  # noqa: F401
     LARGE_BYTES,
     apply_optimizer,
@@ -237,6 +246,18 @@ def compile_steps(
 
     call = compile_step(steps, variables, jit_compile, calls)
     return lambda block, count: call((block, tf.constant(count)))
+
+
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own; a graph, unless it is to be eager."""
+    if eagerly:
+        return one_by_one(fn)
+    return compile_steps(fn, variables, jit_compile is True)
 
 
 def compile_eval_steps(

@@ -33,6 +33,14 @@ from kbtrain.backends.torch_device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.torch_model_steps import (  # noqa: F401
+    check_signature,
+    reversible,
+    run_predict_step,
+    run_test_step,
+    run_train_step,
+    try_train_step,
+)
 from kbtrain.backends.torch_program import NotCapturable, guard
 from kbtrain.backends.torch_runner import InParts, Runner, now
 from kbtrain.backends.torch_skips import FlaggedOptimizers
@@ -92,6 +100,16 @@ def compile_steps(
         return keras.tree.pack_sequence_as(step.outputs, stacked)
 
     return call
+
+
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own: it calls ``backward``, so eagerly."""
+    return compile_steps(fn, variables, False)
 
 
 def _first_row(block: Any) -> Any:

@@ -1,0 +1,110 @@
+"""JAX: steps that a model brings, called as Keras' trainer for JAX calls them: without state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+
+from kbtrain.errors import ConfigurationError
+
+
+def check_signature(model: keras.Model, name: str) -> None:
+    """Make sure that a step can be called as Keras calls it here.
+
+    Raises:
+        ConfigurationError: It takes something else than state and batch.
+    """
+    try:
+        inspect.signature(getattr(model, name)).bind(None, None)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{type(model).__name__}.{name} must be defined as {name}(self, state, data) and "
+            f"return (logs, state), as Keras calls it on JAX: {problem}. (The form with data alone "
+            "is that of PyTorch and TensorFlow.) See Keras' guide on custom train steps in JAX; "
+            "or override Trainer.compute_loss, which is the same on all backends."
+        ) from None
+
+
+def run_train_step(model: keras.Model, data: Any) -> Any:
+    """One update."""
+    optimizer = model.optimizer
+    return _run(
+        model,
+        "train_step",
+        data,
+        [
+            model.trainable_variables,
+            model.non_trainable_variables,
+            [] if optimizer is None else optimizer.variables,
+            model.metrics_variables,
+        ],
+    )
+
+
+def try_train_step(model: keras.Model, data: Any) -> None:
+    """Create the variables of the step: here that can only be those of the model's optimizer."""
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def run_test_step(model: keras.Model, data: Any) -> Any:
+    """Update the metrics with one batch."""
+    return _run(
+        model,
+        "test_step",
+        data,
+        [model.trainable_variables, model.non_trainable_variables, model.metrics_variables],
+    )
+
+
+def run_predict_step(model: keras.Model, data: Any) -> Any:
+    """The outputs for one batch."""
+    state = model.trainable_variables, model.non_trainable_variables
+    outputs, _ = model.predict_step(tuple(_values(part) for part in state), data)
+    return outputs
+
+
+def _run(
+    model: keras.Model, name: str, data: Any, parts: Sequence[Sequence[keras.Variable]]
+) -> Any:
+    result = getattr(model, name)(tuple(_values(part) for part in parts), data)
+    sizes = [len(part) for part in parts]
+    try:
+        logs, state = result
+        found = [len(part) for part in state]
+    except (TypeError, ValueError):
+        found = None
+    if found != sizes:
+        raise ConfigurationError(
+            f"{type(model).__name__}.{name} must return (logs, state) on JAX, the state in the "
+            f"form it received: lists of {sizes} values. Received: "
+            + (type(result).__name__ if found is None else f"lists of {found} values")
+            + "."
+        )
+    for part, values in zip(parts, state, strict=True):
+        for variable, value in zip(part, values, strict=True):
+            variable.assign(value)
+    return logs
+
+
+def _values(variables: Sequence[keras.Variable]) -> list[Any]:
+    return [variable.value for variable in variables]
+
+
+def reversible(
+    fn: Callable[[], Any], variables: Sequence[keras.Variable]
+) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``; return its result, and ``undo_if(condition)``, which takes its changes back."""
+    before = _values(variables)
+    result = fn()
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in zip(variables, before, strict=True):
+            if variable.value is not old:
+                variable.assign(jnp.where(condition, old, variable.value))
+
+    return result, undo_if

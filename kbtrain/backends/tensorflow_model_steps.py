@@ -1,0 +1,78 @@
+"""TensorFlow: steps that a model brings, called as Keras' trainer for TensorFlow calls them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kbtrain.errors import ConfigurationError
+
+
+def check_signature(model: keras.Model, name: str) -> None:
+    """Make sure that a step can be called as Keras calls it here.
+
+    Raises:
+        ConfigurationError: It takes something else than one batch.
+    """
+    try:
+        inspect.signature(getattr(model, name)).bind(None)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{type(model).__name__}.{name} must be defined as {name}(self, data), as Keras calls "
+            f"it on TensorFlow: {problem}. (The form with (state, data) is that of JAX.)"
+        ) from None
+
+
+def run_train_step(model: keras.Model, data: Any) -> Any:
+    """One update; it has its own tape."""
+    return model.train_step(data)
+
+
+def try_train_step(model: keras.Model, data: Any) -> None:
+    """Run the step for the variables it creates: trace it, if that is possible."""
+    step = tf.function(functools.partial(model.train_step), autograph=False)
+    if not model.run_eagerly:
+        with contextlib.suppress(Exception):  # the one that follows is to be seen
+            step.get_concrete_function(data)
+            return
+    model.train_step(data)
+
+
+def run_test_step(model: keras.Model, data: Any) -> Any:
+    """Update the metrics with one batch."""
+    return model.test_step(data)
+
+
+def run_predict_step(model: keras.Model, data: Any) -> Any:
+    """The outputs for one batch."""
+    return model.predict_step(data)
+
+
+def one_by_one(fn: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+    """``call(block, count)`` as that of ``compile_steps``, without a graph."""
+
+    def call(block: Any, count: int) -> Any:
+        rows = [tf.nest.map_structure(lambda t, i=i: t[i], block) for i in range(count)]
+        return tf.nest.map_structure(lambda *outputs: tf.stack(outputs), *map(fn, rows))
+
+    return call
+
+
+def reversible(
+    fn: Callable[[], Any], variables: Sequence[keras.Variable]
+) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``; return its result, and ``undo_if(condition)``, which takes its changes back."""
+    before = [tf.identity(v.value) for v in variables]
+    result = fn()
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in zip(variables, before, strict=True):
+            variable.assign(tf.where(condition, old, variable.value))
+
+    return result, undo_if

@@ -1,0 +1,70 @@
+"""Which methods of ``keras.Model`` a model overrides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from kbtrain.errors import ConfigurationError
+
+logger = logging.getLogger("kbtrain")
+
+
+def overrides(model: Any, name: str) -> bool:
+    """Whether a model has a method of its own in place of the one of ``keras.Model``."""
+    own = getattr(model, name, None)
+    return own is not None and getattr(own, "__func__", own) is not getattr(keras.Model, name)
+
+
+class OwnMethods(NamedTuple):
+    """Which methods of ``keras.Model`` a model overrides and the Trainer is to use.
+
+    Attributes:
+        compute_loss, compute_metrics: In the step of the Trainer.
+        train_step: In place of that step.
+        test_step: In place of the evaluation step.
+        predict_step: In place of a call of the model, where outputs are asked for.
+    """
+
+    compute_loss: bool = False
+    compute_metrics: bool = False
+    train_step: bool = False
+    test_step: bool = False
+    predict_step: bool = False
+
+    @classmethod
+    def of(cls, model: Any, replaced: Sequence[str]) -> OwnMethods:
+        """The methods of a model.
+
+        Args:
+            model: The model.
+            replaced: What the Trainer has for the loss in place of what the model brings.
+
+        Raises:
+            ConfigurationError: The model has a ``train_step``, and the Trainer a loss.
+        """
+        found = {name: overrides(model, name) for name in cls._fields}
+        if not replaced:
+            return cls(**found)
+        kind = type(model).__name__
+        if replaced[0] == "loss" and (found["train_step"] or found["test_step"]):
+            name = "train_step" if found["train_step"] else "test_step"
+            raise ConfigurationError(
+                f"The model has a {name} of its own ({kind}.{name}), which computes the loss, and "
+                "loss=... was given to the Trainer. Compile the model with that loss, if its "
+                f"{name} is to find it; or override Trainer.compute_loss, which replaces it."
+            )
+        # An overridden Trainer.compute_loss may call that of the Trainer, and so the model's.
+        names = ["train_step", "test_step"]
+        names += ["compute_loss"] if replaced[0] != "Trainer.compute_loss" else []
+        unused = [name for name in names if found[name]]
+        if unused:
+            logger.warning(
+                "%s is not used, as the Trainer has its own loss (%s).",
+                " and ".join(f"{kind}.{name}" for name in unused),
+                replaced[0],
+            )
+        return cls(**(found | dict.fromkeys(unused, False)))
