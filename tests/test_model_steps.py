@@ -34,7 +34,6 @@ def run(model, folder, data, **changes):
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
         "logging_strategy": "epoch",
-        "log_level": "error",
     }
     args = arguments(folder, **(defaults | changes))
     return Trainer(model, args.replace(learning_rate=5e-5), train_dataset=data)
@@ -82,7 +81,7 @@ def test_the_optimizers_of_a_gan_are_in_its_checkpoints(tmp_path):
 
 
 def test_one_warning_says_what_does_not_hold(tmp_path, caplog):
-    run(compiled(Vae), tmp_path, X, max_steps=1, log_level="warning").fit()
+    run(compiled(Vae), tmp_path, X, max_steps=1).fit()
     (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
     assert "Vae.train_step" in record.message
     assert "accumulated" in record.message
@@ -175,7 +174,7 @@ def test_trainer_compute_loss_replaces_the_step(tmp_path, caplog):
 
     model = compiled(Vae)
     before = weights(model)
-    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=8, log_level="warning")
+    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=8)
     trainer = Own(model, args.replace(learning_rate=5e-5), train_dataset=X, eval_dataset=X)
     trainer.fit()
     assert "Vae.train_step is not used" in caplog.text
@@ -236,7 +235,6 @@ def test_evaluation_in_training_leaves_its_metrics_alone(tmp_path):
         logging_strategy="epoch",
         eval_strategy="steps",
         eval_steps=1,
-        log_level="error",
     )
     trainer = Trainer(
         model, args.replace(learning_rate=5e-5), train_dataset=(X, Y), eval_dataset=(X, Y)
