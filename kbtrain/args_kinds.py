@@ -268,6 +268,12 @@ def words(value: Any) -> tuple[str, ...]:
         raise Unfit("a list of strings that are not empty") from None
 
 
+def keys(value: Any) -> tuple[str, ...]:
+    """A list of strings that may be empty, otherwise like ``words``."""
+    empty = isinstance(value, (list, tuple)) and not value
+    return () if empty else words(value)
+
+
 def patterns(value: Any) -> tuple[str, ...]:
     """A list of regular expressions (one string counts as a list of one)."""
     items = words(value)

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from kbtrain import building, model_steps, rng
-from kbtrain.data import unpack, with_none
+from kbtrain.data import LabelKeys, unpack, with_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass, output_names
 from kbtrain.keras_losses import is_summed, resolve_loss
@@ -43,6 +43,7 @@ class BoundModel:
         own_compute_loss: ``compute_loss`` is overridden: what it does with the batch is not known.
 
     Attributes:
+        label_names: Which keys of a batch that is a dict hold targets.
         loss: The loss in use.
         loss_weights: Weights of the losses of several outputs, from ``compile``.
         metrics: The metrics of the training, or None.
@@ -72,6 +73,10 @@ class BoundModel:
         self._args, self._backend = args, backend
         self._compute_loss, self._preprocess = compute_loss, preprocess
         self._tracked = tracked
+        self.label_names = LabelKeys(
+            None if args.label_names is None else tuple(args.label_names),
+            building.input_names(model) or frozenset(),
+        )
         self.compiled = bool(getattr(model, "compiled", False))
         if args.bf16 or args.fp16:
             building.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
@@ -141,7 +146,7 @@ class BoundModel:
         Raises:
             DataError: The model does not accept such inputs.
         """
-        names = self._args.label_names
+        names = self.label_names
         shapes = building.input_shapes(batch, names)
         if self._checks_shapes and shapes not in self._accepted:
             self._output_shapes = building.build_model(
@@ -299,7 +304,7 @@ class BoundModel:
                 )
         if self._preprocess is None:
             return outputs
-        return self._preprocess(outputs, unpack(with_none(batch), self._args.label_names).y)
+        return self._preprocess(outputs, unpack(with_none(batch), self.label_names).y)
 
 
 def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:

@@ -15,9 +15,10 @@ import numpy as np
 
 from kbtrain import registry
 from kbtrain.args_kinds import thaw
-from kbtrain.data import unpack, with_none, without_none
+from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, with_none, without_none
+from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.structure import leaves_with_paths
-from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
 from kbtrain.forward import as_taken, inputs_of
 from kbtrain.metrics import MetricSet
 
@@ -102,7 +103,7 @@ def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
 def build_model(
     model: keras.Model,
     batch: Any,
-    label_names: Sequence[str] | None = None,
+    label_names: LabelNames = None,
     picks_columns: bool = False,
 ) -> Any:
     """Create the model's variables from the shapes of a batch, and check that the two fit.
@@ -134,6 +135,7 @@ def build_model(
     except Exception as error:
         if _runs_on_values(model, x):
             return None
+        _explain_missing_key(model, error, label_keys(label_names).taken(batch))
         if was_built and not isinstance(error, ValueError | TypeError):
             raise
         if picks_columns and (was_built and isinstance(x, Mapping) or parts_are_built(model)):
@@ -141,7 +143,7 @@ def build_model(
         shapes = keras.tree.map_structure(lambda a: f"{_dtype(a)}{list(np.shape(a))}", x)
         raise DataError(
             f"The model {model.name!r} does not accept the inputs of the data: {shapes}. "
-            f"Keras says: {first_lines(error)}"
+            f"Keras says: {first_lines(error)}{nesting_hint(batch)}"
         ) from None
     if outputs is None:
         raise ConfigurationError(
@@ -183,7 +185,21 @@ def build_by_loss(model: keras.Model, forward: Any, batch: Any) -> None:
         ) from None
 
 
-def input_shapes(batch: Any, label_names: Sequence[str] | None = None) -> Hashable:
+def _explain_missing_key(model: keras.Model, error: Exception, taken: Sequence[str]) -> None:
+    """Say so if a model misses what was taken out of its inputs."""
+    missing = [str(cause) for cause in causes(error) if isinstance(cause, KeyError)]
+    for key in taken:
+        if any(repr(key) in text for text in missing):
+            raise DataError(
+                f"The model {model.name!r} asks its inputs for {key!r}, which is not among them: "
+                f"the keys {list(taken)} of a batch are its labels and sample weights. With "
+                "label_names=[] in TrainingArguments all keys are inputs; label_names=['...'] "
+                "names the keys of the labels; a tuple (inputs, labels) has every key of its "
+                "inputs."
+            ) from error
+
+
+def input_shapes(batch: Any, label_names: LabelNames = None) -> Hashable:
     """Structure, shapes without the number of samples, and dtypes of a batch's inputs."""
     leaves = leaves_with_paths(unpack(batch, label_names).x)
     return tuple((path, np.shape(a)[1:], _dtype(a)) for path, a in leaves)
@@ -393,6 +409,28 @@ class _Function(keras.Operation):
 
     def call(self, batch: Any) -> Any:
         return self._function(batch)
+
+
+def model_inputs(model: Any, keys: LabelKeys) -> ModelInputs:
+    """The shapes that a model takes: a functional model's, or those another one was built for."""
+    inputs = inputs_of(model)
+    if inputs is not None:
+        tensors = keras.tree.flatten(inputs)
+        names = list(inputs) if isinstance(inputs, dict) else [t.name for t in tensors]
+        tensors = [inputs[n] for n in names] if isinstance(inputs, dict) else tensors
+        return ModelInputs([(str(n), t.shape) for n, t in zip(names, tensors, strict=True)], keys)
+    config = model.get_build_config() or {}
+    built_for = config.get("input_shape")
+    # Those of one batch: of its sizes only their number must be the same in the next one.
+    named = built_for.items() if isinstance(built_for, Mapping) else [("x", built_for)]
+    ranks = [(str(name), _rank(shape)) for name, shape in named]
+    return ModelInputs([(name, (None,) * rank) for name, rank in ranks if rank], keys)
+
+
+def _rank(shape: Any) -> int:
+    """Number of axes; 0 for what is no shape."""
+    is_shape = isinstance(shape, tuple) and all(n is None or isinstance(n, int) for n in shape)
+    return len(shape) if is_shape else 0
 
 
 def input_names(model: Any) -> frozenset[str] | None:

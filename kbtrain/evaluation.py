@@ -15,7 +15,17 @@ import numpy as np
 
 from kbtrain import building, execution, persistence
 from kbtrain.bound_model import CompiledEvalStep
-from kbtrain.data import Batches, Block, as_loader, map_structure, signature, unpack, without_none
+from kbtrain.data import (
+    Batches,
+    Block,
+    LabelNames,
+    Loader,
+    as_loader,
+    map_structure,
+    signature,
+    unpack,
+    without_none,
+)
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation_weights import swapped_in
 from kbtrain.gathering import PADDING as PADDING
@@ -31,6 +41,9 @@ logger = logging.getLogger("kbtrain")
 
 UNREAD_CALLS = 16
 """Calls whose losses stay on the device; bounds memory and keeps the device busy."""
+
+MAX_UNSIZED = 20_000
+"""Batches of an evaluation on data without a length: what goes on after them may have no end."""
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
@@ -81,6 +94,7 @@ class Wanted:
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
         expected: Samples there will be, if that is known.
         max_batches: Batches at most; None for all.
+        bound: Batches after which data without a length is taken for endless.
         batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
             fit.
         generate: From the inputs of a batch to what counts as its outputs; None for the model's.
@@ -93,9 +107,10 @@ class Wanted:
     batchwise: bool = False
     concatenate: bool = True
     include: Sequence[str] = ()
-    label_names: Sequence[str] | None = None
+    label_names: LabelNames = None
     expected: int | None = None
     max_batches: int | None = None
+    bound: int | None = None
     batches_per_call: int | None = None
     generate: Callable[[Any], Any] | None = None
 
@@ -141,16 +156,19 @@ def evaluate(
     bound, backend = trainer.bound, trainer.backend
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
     with execution.settings(backend, trainer.args), building.computing_in(bound.model, policy):
-        loader = trainer.eval_dataloader = as_loader(dataloader)
-        batches = Batches(loader)
+        args, names = trainer.args, bound.label_names
+        loader = trainer.eval_dataloader = as_loader(dataloader, label_names=names)
+        max_batches = None if keep_outputs else args.eval_max_steps
+        _check_ends(loader, max_batches, keep_outputs)
+        batches = Batches(loader, names)
         first = batches.peek()
         if first is None:
             raise DataError(
-                "The evaluation data has no samples. Pass a data set with at least one."
+                "The evaluation data has no batches. Pass a data set with at least one sample, or, "
+                "with dataloader_drop_last, at least one full batch."
             )
         bound.build(first)
-        args = trainer.args
-        with_loss = not keep_outputs or unpack(first, args.label_names).y is not None
+        with_loss = not keep_outputs or unpack(first, names).y is not None
         wanted = Wanted(
             prefix=prefix,
             with_loss=with_loss,
@@ -159,9 +177,10 @@ def evaluate(
             batchwise=args.batch_eval_metrics,
             concatenate=args.eval_do_concat_batches,
             include=args.include_for_metrics,
-            label_names=args.label_names,
+            label_names=names,
             expected=loader.num_examples,
-            max_batches=None if keep_outputs else args.eval_max_steps,
+            max_batches=max_batches,
+            bound=None if loader.sized or max_batches is not None else MAX_UNSIZED,
             batches_per_call=args.eval_accumulation_steps,
             generate=_generator(trainer) if gather and args.predict_with_generate else None,
         )
@@ -194,6 +213,16 @@ def evaluate(
             ) from error
         finally:
             persistence.put_back(kept, saved)
+
+
+def _check_ends(loader: Loader, max_batches: int | None, keep_outputs: bool) -> None:
+    """Refuse data that is known to have no end, unless the number of batches is given."""
+    if max_batches is None and getattr(loader, "endless", False):
+        take = "Take a part of it (`.take(n)` of a tf.data.Dataset; leave out `.repeat()`)"
+        raise ConfigurationError(
+            f"{getattr(loader, 'name', 'The data')} repeats without end, so an evaluation of it "
+            f"would never be done. {take}{'.' if keep_outputs else ', or set eval_max_steps.'}"
+        )
 
 
 def check_ignore_keys(keys: Any) -> None:
@@ -284,6 +313,14 @@ class Evaluation:
                 self._on_batches(block.updates)
                 if self._batches == self._wanted.max_batches:
                     break
+                if self._batches == self._wanted.bound:
+                    logger.warning(
+                        "The evaluation data has no length and had not ended after %d batches: the "
+                        "evaluation stops here, and its results are of these batches. "
+                        "eval_max_steps sets another number.",
+                        self._batches,
+                    )
+                    break
         self._read(keep=0)
         if self._logs is not None:
             values = self._logs
@@ -326,8 +363,9 @@ class Evaluation:
             limits.append(1)
         if wanted.gather and wanted.batches_per_call is not None:
             limits.append(wanted.batches_per_call)
-        if wanted.max_batches is not None:
-            limits.append(wanted.max_batches - self._batches)
+        for end in (wanted.max_batches, wanted.bound):
+            if end is not None:
+                limits.append(end - self._batches)
         return min(limits)
 
     def _run_block(self, block: Block) -> None:

@@ -129,12 +129,13 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     if trainer.model_init is not None:
         rng.set_seed(args.seed)
         trainer.adopt(trainer.call_model_init())
-    loader = in_epochs(as_loader(trainer.get_train_dataloader()), args)
+    names = trainer.bound.label_names
+    loader = in_epochs(as_loader(trainer.get_train_dataloader(), label_names=names), args)
     trainer.train_dataloader = loader
     plan = _plan(trainer, loader)
     if args.save_strategy != "no":
         warn_of_inexact_resume(loader)
-    batches = Batches(loader)
+    batches = Batches(loader, names)
     first = batches.peek()
     if first is None:
         raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
@@ -159,7 +160,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         progress.move_to(loader.batch_size)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
-    count_items = items_counter(trainer.compute_loss_func, args.label_names)
+    count_items = items_counter(trainer.compute_loss_func, names)
     optimizers = [optimizer, *trainer.other_optimizers.values()]
     variables = unique(
         [*bound.variables(), *(v for each in optimizers for v in each.variables), halted]
@@ -228,7 +229,7 @@ def _own_step(
 
 
 def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
-    mode, labels = trainer.args.include_num_input_tokens_seen, trainer.args.label_names
+    mode, labels = trainer.args.include_num_input_tokens_seen, trainer.bound.label_names
     if mode == "no":
         return None
     padding = getattr(trainer.processing_class, "pad_token_id", None) or 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
-from kbtrain.data import unpack, with_none
+from kbtrain.data import LabelNames, counting_leaf, unpack, with_none
 from kbtrain.errors import ConfigurationError, DataError, KbtrainError
 from kbtrain.keras_losses import (
     both,
@@ -70,7 +70,7 @@ class ForwardPass:
         compute_loss: ComputeLoss,
         loss: Any,
         tracked: dict[str, Any],
-        label_names: Sequence[str] | None = None,
+        label_names: LabelNames = None,
         *,
         with_metrics: bool = True,
         has_terms: bool = False,
@@ -109,7 +109,7 @@ class ForwardPass:
                 f"Received: {type(result).__name__}."
             )
         loss, outputs = result
-        size = keras.tree.flatten(x)[0].shape[0]
+        size = counting_leaf(x, y, sample_weight).shape[0]
         value: LossPair | LossTerms
         if isinstance(loss, OutputLosses):
             value = loss.terms(training)
@@ -208,7 +208,7 @@ def default_loss(
     loss: Any,
     loss_weights: Any,
     loss_func: Callable[..., Any] | None,
-    label_names: Sequence[str] | None = None,
+    label_names: LabelNames = None,
 ) -> tuple[LossPair | OutputLosses, Any]:
     """What ``Trainer.compute_loss`` does unless it is overridden.
 
@@ -218,7 +218,7 @@ def default_loss(
     """
     x, y, sample_weight = unpack(batch, label_names)
     outputs = _call(model, x)
-    size = keras.tree.flatten(x)[0].shape[0]
+    size = counting_leaf(x, y, sample_weight).shape[0]
     if loss is None and loss_func is None:
         return _own_loss(model, outputs, size), outputs
     if y is None:
@@ -292,7 +292,7 @@ def _keys(batch: Any) -> str:
 
 
 def items_counter(
-    loss_func: Callable[..., Any] | None, label_names: Sequence[str] | None = None
+    loss_func: Callable[..., Any] | None, label_names: LabelNames = None
 ) -> Callable[[Any, int], Any] | None:
     """``count(batch, batch_axes)`` of labels, if the loss function asks for the total; else None.
 
@@ -302,7 +302,7 @@ def items_counter(
         return None
 
     def count(batch: Any, batch_axes: int) -> Any:
-        x, y, _ = unpack(with_none(batch), label_names)
-        return count_items(y, math.prod(keras.tree.flatten(x)[0].shape[:batch_axes]))
+        parts = unpack(with_none(batch), label_names)
+        return count_items(parts.y, math.prod(counting_leaf(*parts).shape[:batch_axes]))
 
     return count

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data import unpack
+from kbtrain.data import LabelNames, unpack
 from kbtrain.errors import DataError
 from kbtrain.keras_losses import chosen, is_sparse
 from kbtrain.loss import IGNORE_INDEX
@@ -37,7 +37,7 @@ class LabelCheck:
         labels: Any,
         outputs: Any,
         output_names: Sequence[str] | None = None,
-        label_names: Sequence[str] | None = None,
+        label_names: LabelNames = None,
     ) -> None:
         self._label_names = label_names
         self._known = Outputs(outputs, output_names)

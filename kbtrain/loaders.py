@@ -13,6 +13,9 @@ from kbtrain.data import (
     DataLoader,
     FixedEpochs,
     Loader,
+    ModelInputs,
+    Source,
+    StreamLoader,
     as_source,
 )
 from kbtrain.data.batch import LABEL_KEYS
@@ -32,60 +35,80 @@ def make_loader(
     name: str,
     train: bool,
     columns: ColumnFilter | None = None,
+    inputs: ModelInputs | None = None,
 ) -> Loader:
     """Batches of ``dataset`` for training (shuffled if asked for) or evaluation (in order).
 
     Args:
         dataset: Anything ``kbtrain.data.as_source`` takes, or something that yields batches: a
             ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a torch ``DataLoader``, a Grain data
-            set with a ``batch`` in it. Their batches are taken as they come.
+            set with a ``batch`` in it. Their batches are taken as they come. So are the items of
+            any other iterable that fit the model's inputs as they are.
         args: Batch sizes, sampling strategy, seeds, the ``dataloader_`` arguments.
         collate: A user's collator, or None.
         name: The argument the data came from, to name it in errors.
         train: For training.
         columns: Leaves out columns that the model does not take.
+        inputs: What the model takes; the default knows nothing of it.
 
     Raises:
         ConfigurationError: Training data without a length, and no ``max_steps``.
         DataError: The data is of no kind that is known.
     """
+    inputs = ModelInputs() if inputs is None else inputs
     if yields_batches(dataset):
-        return _as_they_come(dataset, collate, name, columns)
-    source = as_source(dataset, name=name)
+        return _as_they_come(dataset, collate, name, columns, inputs)
+    source = as_source(dataset, name=name, label_names=inputs.label_keys)
+    shared: dict[str, Any] = {
+        "collate": collate,
+        "columns": columns,
+        "read_ahead": _read_ahead(args),
+        "label_names": inputs.label_keys,
+    }
     if not train:
-        return _with_workers(
-            DataLoader(
-                source,
-                args.eval_batch_size,
-                collate=collate,
-                columns=columns,
-                read_ahead=_read_ahead(args),
-            ),
-            args,
+        loader = DataLoader(
+            source, args.eval_batch_size, drop_last=args.dataloader_drop_last, **shared
         )
+    else:
+        _check_length(source, args)
+        loader = DataLoader(
+            source,
+            args.train_batch_size,
+            strategy=args.train_sampling_strategy,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            accumulation=args.gradient_accumulation_steps,
+            length_column=args.length_column_name,
+            **shared,
+        )
+    if source.sized:
+        return _with_workers(loader, args, train and args.dataloader_persistent_workers)
+    if args.dataloader_num_workers:
+        logger.warning(
+            "%s can only be read in its own order, so worker processes cannot share it: "
+            "dataloader_num_workers=%d has no effect.",
+            name,
+            args.dataloader_num_workers,
+        )
+    # A collator that was chosen for the data does not say what it is.
+    has_collator = collate is not None and not getattr(collate, "is_default", False)
+    return StreamLoader(loader, inputs, columns, samples=has_collator)
+
+
+def _check_length(source: Source, args: TrainingArguments) -> None:
     if not source.sized and args.max_steps <= 0 and args.steps_per_epoch is None:
         raise ConfigurationError(
-            f"{name} has no length, so the number of steps cannot be counted: set max_steps, or "
-            "steps_per_epoch. "
-            f"Received: {type(dataset).__name__}, max_steps={args.max_steps}."
+            f"{source.name} has no length, so the number of steps cannot be counted: set "
+            f"max_steps, or steps_per_epoch. Received: max_steps={args.max_steps}."
         )
-    loader = DataLoader(
-        source,
-        args.train_batch_size,
-        strategy=args.train_sampling_strategy,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        drop_last=args.dataloader_drop_last,
-        collate=collate,
-        accumulation=args.gradient_accumulation_steps,
-        length_column=args.length_column_name,
-        columns=columns,
-        read_ahead=_read_ahead(args),
-    )
-    return _with_workers(loader, args, persistent=args.dataloader_persistent_workers)
 
 
 def _as_they_come(
-    dataset: Any, collate: Collate | None, name: str, columns: ColumnFilter | None
+    dataset: Any,
+    collate: Collate | None,
+    name: str,
+    columns: ColumnFilter | None,
+    inputs: ModelInputs,
 ) -> Loader:
     """A loader of the data's own batches."""
     if isinstance(dataset, Loader):
@@ -102,7 +125,7 @@ def _as_they_come(
         name,
         type(dataset).__name__,
     )
-    return BatchLoader(dataset, name, columns)
+    return BatchLoader(dataset, name, columns, inputs.label_keys)
 
 
 def in_epochs(loader: Loader, args: TrainingArguments) -> Loader:
@@ -139,18 +162,10 @@ def _read_ahead(args: TrainingArguments) -> int | None:
     return None if args.dataloader_num_workers else args.dataloader_prefetch_factor
 
 
-def _with_workers(loader: DataLoader, args: TrainingArguments, persistent: bool = False) -> Loader:
+def _with_workers(loader: DataLoader, args: TrainingArguments, persistent: bool) -> Loader:
     """The loader itself, or worker processes that make its batches."""
     if args.dataloader_num_workers == 0 or loader.vectorised:
         return loader  # whole batches of arrays are read faster than they can be sent
-    if not loader.sized:
-        logger.warning(
-            "%s can only be read in its own order, so worker processes cannot share it: "
-            "dataloader_num_workers=%d has no effect.",
-            loader.name,
-            args.dataloader_num_workers,
-        )
-        return loader
     ahead = args.dataloader_prefetch_factor or 2
     return WorkerLoader(loader, args.dataloader_num_workers, ahead, persistent)
 

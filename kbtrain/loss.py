@@ -140,7 +140,8 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         raise ConfigurationError(
             "The data has sample weights, but the loss function returned a scalar, to which they "
             "cannot be applied. Return per-element losses, or (sum, count) with the weights "
-            "applied (a function with an argument `sample_weight` receives them)."
+            "applied (a function with an argument `sample_weight` receives them). (The third part "
+            "of a batch is its weights: several inputs are nested, ((x1, x2), y).)"
         )
     count = as_float(batch_size)
     return LossPair(losses * count, count, extras)
@@ -184,7 +185,8 @@ def _expand_like(x: Any, reference: Any) -> Any:
     ):
         raise ConfigurationError(
             f"Sample weights or a mask of shape {tuple(x.shape)} do not fit losses of shape "
-            f"{tuple(reference.shape)}. Give one value per sample or one per loss element."
+            f"{tuple(reference.shape)}. Give one value per sample or one per loss element. (The "
+            "third part of a batch is its weights: several inputs are nested, ((x1, x2), y).)"
         )
     return x
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from kbtrain.data import LabelNames, label_keys
 from kbtrain.errors import ConfigurationError
 from kbtrain.keras_losses import chosen, describe
 
@@ -101,7 +102,7 @@ class Outputs:
         y: Any,
         active: Sequence[int],
         what: str = "label",
-        label_names: Sequence[str] | None = None,
+        label_names: LabelNames = None,
     ) -> dict[int, Any]:
         """Labels (or sample weights) by the position of their output; some may have none.
 
@@ -123,7 +124,7 @@ class Outputs:
                 "the loss of those that have none."
             )
         if isinstance(y, Mapping):
-            return self._labels_by_name(y, active, what, label_names)
+            return self._labels_by_name(y, active, what, label_keys(label_names).names)
         if keras.tree.is_nested(self.tree) and len(y) < len(keras.tree.flatten(y)):
             same = Outputs(y, None)  # lists of lists
             known = dict(zip(same.paths, same.leaves, strict=True))
@@ -202,7 +203,7 @@ def pair_up(
     y: Any,
     outputs: Outputs,
     sample_weight: Any = None,
-    label_names: Sequence[str] | None = None,
+    label_names: LabelNames = None,
 ) -> list[OutputLoss]:
     """Each output that has a loss, with all that belongs to it.
 

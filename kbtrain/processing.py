@@ -87,6 +87,8 @@ def padding_collator(processing: Any, dataset: Any) -> Collate | None:
 class _PadTokens(DataCollatorWithPadding):
     """Pads token data and stacks any other."""
 
+    is_default = True  # nobody asked for it: the data need not be samples
+
     def __call__(self, samples: Sequence[Any]) -> Any:
         sample = samples[0]
         if isinstance(sample, Mapping) and "input_ids" in sample:

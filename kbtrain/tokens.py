@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from kbtrain.data import unpack
+from kbtrain.data import LabelNames, unpack
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import DataError
 
@@ -22,7 +22,7 @@ def count_tokens(
     chunks: Iterable[Mapping[str, Any]],
     updates: int,
     mode: str,
-    label_names: Sequence[str] | None = None,
+    label_names: LabelNames = None,
     padding: int = 0,
 ) -> int:
     """Tokens in the inputs of a block.

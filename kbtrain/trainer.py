@@ -23,19 +23,16 @@ from kbtrain import (
 )
 from kbtrain.bound_model import BoundModel
 from kbtrain.callback_handler import CallbackHandler
-from kbtrain.callbacks import TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.data import ColumnFilter, Loader
 from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import EvalLoopOutput, EvalPrediction, PredictionOutput
 from kbtrain.fitting import TrainOutput
 from kbtrain.forward import default_loss
-from kbtrain.gathering import plain_values
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
 from kbtrain.keras_losses import resolve_loss
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
-from kbtrain.loss import as_extra
 from kbtrain.memory import measured
 from kbtrain.outputs import check_loss_weights
 from kbtrain.processing import padding_collator
@@ -44,6 +41,7 @@ from kbtrain.run import Run
 from kbtrain.saving import Saver
 from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import make_trackers
+from kbtrain.trainer_events import EventMethods
 from kbtrain.trainer_questions import QuestionMethods
 from kbtrain.trainer_renames import KnownNames
 from kbtrain.trainer_reports import ReportMethods
@@ -52,7 +50,7 @@ from kbtrain.training_args import TrainingArguments
 from kbtrain.verbosity import set_log_level
 
 
-class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
+class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, KnownNames):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
@@ -243,7 +241,7 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
                 self.loss,
                 self.bound.loss_weights,
                 self.compute_loss_func,
-                self.args.label_names,
+                self.bound.label_names,
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -264,7 +262,8 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
 
     def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
         collate = self.data_collator or padding_collator(self.processing_class, data)
-        return make_loader(data, self.args, collate, name, train, self._columns)
+        inputs = building.model_inputs(self.model, self.bound.label_names)
+        return make_loader(data, self.args, collate, name, train, self._columns, inputs)
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The learning-rate schedule for a run of ``num_training_steps`` updates."""
@@ -416,47 +415,3 @@ class Trainer(QuestionMethods, ReportMethods, SearchMethods, KnownNames):
         default, given = self.args.prediction_loss_only, prediction_loss_only
         keep = not (default if given is None else given)
         return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep, ignore_keys)
-
-    # --- logging and callbacks ------------------------------------------------------------------
-
-    def track(self, name: str, value: Any) -> None:
-        """Log the mean of ``value`` over the updates; call it where the loss is computed.
-
-        Args:
-            name: The name in the logs (with ``eval_`` before it in evaluations).
-            value: A number or a tensor, of which the mean is taken.
-
-        Raises:
-            ConfigurationError: The name has a meaning already, or the value is no number.
-        """
-        self._tracked[name] = as_extra(name, value, "track() got")
-
-    def log(self, logs: Mapping[str, Any], start_time: float | None = None) -> None:
-        """Add an entry to ``state.log_history`` and tell the callbacks.
-
-        Args:
-            logs: Names and numbers.
-            start_time: For subclasses that hand it on, as in the reference; of no effect, as logs
-                of the training have their speed already.
-        """
-        entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
-        self.state.remember(entry)
-        self.fire("on_log", logs=entry)
-
-    def fire(self, event: str, **kwargs: Any) -> None:
-        """Call ``event`` of all callbacks."""
-        self.control = self.callback_handler.fire(
-            event, self.args, self.state, self.control, **kwargs
-        )
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback object or class."""
-        self.callback_handler.add(callback)
-
-    def pop_callback(self, callback: Any) -> TrainerCallback | None:
-        """Remove a callback (object or class) and return it; None if it is not there."""
-        return self.callback_handler.pop(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        """Remove a callback (object or class)."""
-        self.pop_callback(callback)

@@ -376,9 +376,10 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
     )
     label_names: Names | None = _option(
         None,
-        kinds.optional(kinds.words),
+        kinds.optional(kinds.keys),
         "Keys of a batch (a dict) that hold labels: several become a dict of labels. None means "
-        "'labels', 'label' or 'label_ids'.",
+        "'labels', 'label' or 'label_ids', unless the model has an input of that name; an empty "
+        "list that there are none, nor sample weights: all keys are inputs.",
         command_line=Sequence[str] | None,
     )
     predict_with_generate: bool = _option(

@@ -11,7 +11,14 @@ import pytest
 from helpers import StopAt, arguments, linear_model, make_data, same, weights, with_weights
 
 from kbtrain import DataCollatorWithPadding, Trainer
-from kbtrain.data import BatchLoader, ColumnFilter, DataLoader, as_loader, as_source
+from kbtrain.data import (
+    BatchLoader,
+    ColumnFilter,
+    DataLoader,
+    StreamLoader,
+    as_loader,
+    as_source,
+)
 from kbtrain.data.foreign import resume_caveat, yields_batches
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.loaders import make_loader
@@ -134,10 +141,10 @@ def read(loader, epoch=0, start=0):
     ("data", "kind"),
     [
         (SAMPLES, DataLoader),
-        (SAMPLES.to_iter_dataset(), DataLoader),
+        (SAMPLES.to_iter_dataset(), StreamLoader),
         (BATCHES, BatchLoader),
         (BATCHES.to_iter_dataset(), BatchLoader),
-        (grain.DataLoader(**GRAIN_LOADER), DataLoader),
+        (grain.DataLoader(**GRAIN_LOADER), StreamLoader),
         (TorchLoader(SequentialSampler()), BatchLoader),
         (Plain(), BatchLoader),
     ],

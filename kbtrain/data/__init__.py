@@ -6,8 +6,13 @@ same batches in the same order.
 
 from kbtrain.data.batch import (
     Batch,
+    LabelKeys,
+    LabelNames,
     batch_size,
     concatenate,
+    count_samples,
+    counting_leaf,
+    label_keys,
     signature,
     stack,
     to_batch,
@@ -33,6 +38,7 @@ from kbtrain.data.sources import (
     Source,
     UnsizedDataError,
 )
+from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.data.structure import map_structure, to_numpy, with_none, without_none
 from kbtrain.data.unused import ColumnFilter
 
@@ -52,14 +58,20 @@ __all__ = [
     "DataLoader",
     "FixedEpochs",
     "IterableSource",
+    "LabelKeys",
+    "LabelNames",
     "Loader",
     "MapSource",
+    "ModelInputs",
     "Source",
+    "StreamLoader",
     "UnsizedDataError",
     "as_loader",
     "as_source",
     "batch_size",
     "concatenate",
+    "count_samples",
+    "counting_leaf",
     "default_collate",
     "default_data_collator",
     "epoch_order",

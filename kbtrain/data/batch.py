@@ -5,6 +5,7 @@ A batch is the user's data with a leading batch dimension: ``(x,)``, ``(x, y)``,
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,67 @@ class Batch(NamedTuple):
     sample_weight: Any = None
 
 
-def unpack(batch: Any, label_names: Sequence[str] | None = None) -> Batch:
+@dataclass(frozen=True)
+class LabelKeys:
+    """Which keys of a dict are targets and sample weights rather than inputs.
+
+    Attributes:
+        names: Keys that hold targets in place of the usual ones; several become a dict. An empty
+            tuple says that a dict is inputs and nothing else. None for the usual keys.
+        inputs: Names of the model's inputs. What has such a name stays with the inputs; it is a
+            target besides only if it is one of ``names``.
+    """
+
+    names: tuple[str, ...] | None = None
+    inputs: frozenset[str] = frozenset()
+
+    def of(self, batch: Mapping[Any, Any]) -> list[str]:
+        """The keys of ``batch`` that hold targets.
+
+        Raises:
+            DataError: There are only some of the ``names``, or several of the usual keys.
+        """
+        named = [key for key in self.names or () if key in batch]
+        if named and len(named) < len(self.names or ()):
+            raise DataError(
+                f"label_names={list(self.names or ())} are the targets of a batch, but it has only "
+                f"some of them. Give all or none. Received: keys {list(batch)}"
+            )
+        if named or self.names == ():
+            return named
+        usual = [key for key in LABEL_KEYS if key in batch and key not in self.inputs]
+        if len(usual) > 1:
+            raise DataError(
+                f"A batch may hold its targets under one of the keys {LABEL_KEYS}, not under "
+                f"several. Remove or rename the others. Received: {usual}"
+            )
+        return usual
+
+    def weight_of(self, batch: Mapping[Any, Any]) -> str | None:
+        """The key of ``batch`` that holds sample weights; None if there are none."""
+        is_input = self.names == () or SAMPLE_WEIGHT_KEY in self.inputs
+        return None if is_input or SAMPLE_WEIGHT_KEY not in batch else SAMPLE_WEIGHT_KEY
+
+    def taken(self, batch: Any) -> list[str]:
+        """The keys that are taken away from the inputs."""
+        if not isinstance(batch, Mapping):
+            return []
+        keys = [*self.of(batch), *filter(None, [self.weight_of(batch)])]
+        return [key for key in keys if key not in self.inputs]
+
+
+LabelNames = LabelKeys | Sequence[str] | None
+"""How functions are told which keys hold targets: the names alone will do."""
+
+
+def label_keys(label_names: LabelNames) -> LabelKeys:
+    """``label_names`` as ``LabelKeys``."""
+    if isinstance(label_names, LabelKeys):
+        return label_names
+    return LabelKeys(None if label_names is None else tuple(label_names))
+
+
+def unpack(batch: Any, label_names: LabelNames = None) -> Batch:
     """Split a batch into inputs, targets and sample weights.
 
     Nothing is converted, so this works on arrays and on tensors alike.
@@ -48,7 +109,8 @@ def unpack(batch: Any, label_names: Sequence[str] | None = None) -> Batch:
             key ``"labels"`` (or ``"label"``, ``"label_ids"``) holds the targets and
             ``"sample_weight"`` the weights; or a bare array, which is ``x``.
         label_names: Keys of a dict that hold targets in place of those; several become a dict. A
-            dict with none of them is read as without this argument.
+            dict with none of them is read as without this argument. An empty list says that a dict
+            is inputs and nothing else; ``LabelKeys`` also knows the names of the model's inputs.
 
     Returns:
         The parts; those that are absent are ``None``.
@@ -64,7 +126,7 @@ def unpack(batch: Any, label_names: Sequence[str] | None = None) -> Batch:
         (['tokens'], array([0, 1]), None)
     """
     if isinstance(batch, Mapping):
-        return _unpack_dict(batch, label_names or ())
+        return _unpack_dict(batch, label_keys(label_names))
     if isinstance(batch, (tuple, list)):
         if not 1 <= len(batch) <= 3:
             raise DataError(
@@ -77,42 +139,43 @@ def unpack(batch: Any, label_names: Sequence[str] | None = None) -> Batch:
     return Batch(batch)
 
 
-def _unpack_dict(batch: Mapping[Any, Any], label_names: Sequence[str]) -> Batch:
-    named = {key: batch[key] for key in label_names if key in batch}
-    label_keys = list(named) or [key for key in LABEL_KEYS if key in batch]
-    if named and len(named) < len(label_names):
-        raise DataError(
-            f"label_names={list(label_names)} are the targets of a batch, but it has only some of "
-            f"them. Give all or none. Received: keys {list(batch)}"
-        )
-    if not named and len(label_keys) > 1:
-        raise DataError(
-            f"A batch may hold its targets under one of the keys {LABEL_KEYS}, not under several. "
-            f"Remove or rename the others. Received: {label_keys}"
-        )
-    taken = {*label_keys, SAMPLE_WEIGHT_KEY}
+def _unpack_dict(batch: Mapping[Any, Any], keys: LabelKeys) -> Batch:
+    labels, weight, taken = keys.of(batch), keys.weight_of(batch), keys.taken(batch)
     inputs = {key: value for key, value in batch.items() if key not in taken}
     if not inputs:
         raise DataError(
             "A batch needs at least one input besides targets and sample weights. "
             f"Received: keys {list(batch)}"
         )
-    labels = batch[label_keys[0]] if label_keys else None
-    if len(named) > 1:
-        labels = named
-    return Batch(inputs, labels, batch.get(SAMPLE_WEIGHT_KEY))
+    y = {key: batch[key] for key in labels}
+    return Batch(
+        inputs,
+        y if len(y) > 1 else next(iter(y.values()), None),
+        None if weight is None else batch[weight],
+    )
 
 
-def to_batch(value: Any, name: str = "batch") -> Any:
+def nesting_hint(batch: Any) -> str:
+    """How a batch of three parts was read, for a message about one that does not fit."""
+    if not isinstance(batch, tuple) or len(batch) != 3 or batch[2] is None:
+        return ""
+    return (
+        " A batch of three is read as (x, y, sample_weight). Two inputs and labels are nested: "
+        "((x1, x2), y)."
+    )
+
+
+def to_batch(value: Any, name: str = "batch", label_names: LabelNames = None) -> Any:
     """Normalise what a collator or a user's own loader returned into a batch of NumPy arrays.
 
     Args:
         value: A batch of arrays, tensors or lists of numbers. A list of parts, which is what
             torch's default collation returns for tuples, becomes a tuple.
         name: How error messages call it.
+        label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Returns:
-        The batch; every array has at least one dimension and all have the same first one.
+        The batch; every array has at least one dimension, and ``count_samples`` can count them.
 
     Raises:
         DataError: ``value`` is no batch.
@@ -120,10 +183,10 @@ def to_batch(value: Any, name: str = "batch") -> Any:
     if isinstance(value, tuple):
         batch = tuple(to_numpy(part, f"{name}[{i}]") for i, part in enumerate(value))
     elif isinstance(value, list) and not is_list_of_numbers(value):
-        return to_batch(tuple(value), name)
+        return to_batch(tuple(value), name, label_names)
     else:
         batch = to_numpy(value, name)
-    batch_size(batch)
+    count_samples(batch, label_names)
     return batch
 
 
@@ -150,6 +213,36 @@ def batch_size(batch: Any) -> int:
             names the arrays and their shapes.
     """
     return common_length(list(named_leaves(batch)), "The arrays of a batch")
+
+
+def count_samples(batch: Any, label_names: LabelNames = None) -> int:
+    """Return the number of samples in a batch that came as one.
+
+    Several inputs may differ in length, as the nodes and edges of a batch of graphs do: samples are
+    counted by their labels then (or sample weights), and without any by the first input.
+
+    Args:
+        batch: A batch of arrays or tensors.
+        label_names: Which keys of a dict hold targets, see ``unpack``.
+
+    Raises:
+        DataError: See ``batch_size``; or the labels and weights differ in length, or they do not
+            fit a single input.
+    """
+    leaves = list(named_leaves(batch))
+    if len({leaf.shape[:1] for _, leaf in leaves}) > 1 and all(leaf.shape for _, leaf in leaves):
+        parts = unpack(batch, label_names)
+        inputs = list(leaves_with_paths(parts.x, "x"))
+        counted = [*leaves_with_paths(parts.y, "y")]
+        counted += leaves_with_paths(parts.sample_weight, "sample_weight")
+        if len(inputs) > 1:
+            return common_length(counted or inputs[:1], "The labels and weights of a batch")
+    return common_length(leaves, "The arrays of a batch")
+
+
+def counting_leaf(x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+    """The array of a batch whose first dimension counts the samples, see ``count_samples``."""
+    return next(leaf for part in (y, sample_weight, x) for _, leaf in leaves_with_paths(part))
 
 
 def common_length(leaves: list[tuple[str, Any]], subject: str) -> int:

@@ -5,8 +5,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kbtrain.data.batch import to_batch
-from kbtrain.data.foreign import check_batched, derives_from, ends_epochs, resume_caveat
+from kbtrain.data.batch import LabelNames, to_batch
+from kbtrain.data.foreign import (
+    check_batched,
+    derives_from,
+    ends_epochs,
+    is_endless,
+    resume_caveat,
+)
 from kbtrain.data.loader import Loader, check_count, every_column
 from kbtrain.data.sources import UnsizedDataError, failed
 from kbtrain.data.unused import ColumnFilter
@@ -21,17 +27,24 @@ class BatchLoader:
     Args:
         batches: An iterable of batches (a torch ``DataLoader``, a batched ``tf.data.Dataset``), or
             an object with ``__len__`` and ``__getitem__`` that returns batches (a Keras
-            ``PyDataset``). Its own order counts; ``set_epoch`` is called if it has one, and
-            ``on_epoch_end`` of a ``PyDataset`` once for each epoch before the one that is read.
+            ``PyDataset``), or a generator function, called at the start of each epoch. Its own
+            order counts; ``set_epoch`` is called if it has one, and ``on_epoch_end`` of a
+            ``PyDataset`` once for each epoch before the one that is read.
         name: How error messages call it.
         columns: Leaves out columns that are not used.
+        label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
     """
 
     def __init__(
-        self, batches: Any, name: str = "the dataloader", columns: ColumnFilter | None = None
+        self,
+        batches: Any,
+        name: str = "the dataloader",
+        columns: ColumnFilter | None = None,
+        label_names: LabelNames = None,
     ) -> None:
         check_batched(batches, name)
         self._batches = batches
+        self._label_names = label_names
         self.name = name
         self._columns = columns or every_column
         self._ends_epochs = ends_epochs(batches)
@@ -40,7 +53,7 @@ class BatchLoader:
         self._indexed = (
             isinstance(batches, Sequence)
             or derives_from(batches, "PyDataset")
-            or not hasattr(batches, "__iter__")
+            or not (hasattr(batches, "__iter__") or callable(batches))
         )
         self._said_skipping = False
 
@@ -53,6 +66,11 @@ class BatchLoader:
     def sized(self) -> bool:
         """Whether the iterable knows its number of batches."""
         return self._known_length() is not None
+
+    @property
+    def endless(self) -> bool:
+        """Whether the data is known to have no end."""
+        return is_endless(self._batches)
 
     @property
     def num_examples(self) -> int | None:
@@ -120,18 +138,20 @@ class BatchLoader:
                 raise
             except Exception as error:
                 raise failed(where, error) from error
-            yield to_batch(self._columns(batch, self.name), where)
+            yield to_batch(self._columns(batch, self.name), where, self._label_names)
 
     def _raw_batches(self, start_batch: int) -> Iterator[Any]:
         """Yield the raw batches; a generator, so that a failing ``iter`` fails at a batch too."""
         if self._indexed:
-            for number in range(start_batch, len(self)):
+            numbers = range(start_batch, len(self)) if self.sized else itertools.count(start_batch)
+            for number in numbers:
                 yield self._batches[number]
             return
         if start_batch and not self._said_skipping:
             logger.info("%s: reading and skipping %d batches.", self.name, start_batch)
             self._said_skipping = True
-        yield from itertools.islice(self._batches, start_batch, None)
+        made = self._batches if hasattr(self._batches, "__iter__") else self._batches()
+        yield from itertools.islice(made, start_batch, None)
 
     def _known_length(self) -> int | None:
         try:
@@ -140,13 +160,14 @@ class BatchLoader:
             return None
 
 
-def as_loader(obj: Any, *, name: str = "the dataloader") -> Loader:
+def as_loader(obj: Any, *, name: str = "the dataloader", label_names: LabelNames = None) -> Loader:
     """Return ``obj`` if it is a loader, and an iterable of batches wrapped as one.
 
     Args:
-        obj: A loader, an iterable of batches, or an object with ``__len__`` and ``__getitem__``
-            that returns batches.
+        obj: A loader, an iterable of batches, a function that returns one, or an object with
+            ``__len__`` and ``__getitem__`` that returns batches.
         name: How error messages call it.
+        label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Returns:
         A loader.
@@ -162,9 +183,10 @@ def as_loader(obj: Any, *, name: str = "the dataloader") -> Loader:
     if isinstance(obj, Loader):
         return obj
     indexed = hasattr(obj, "__len__") and hasattr(obj, "__getitem__")
-    if isinstance(obj, (str, bytes, dict)) or not (hasattr(obj, "__iter__") or indexed):
+    readable = hasattr(obj, "__iter__") or indexed or callable(obj)
+    if isinstance(obj, (str, bytes, dict, type)) or not readable:
         raise DataError(
             f"{name} must be an iterable of batches, such as a kbtrain.data.DataLoader or a torch "
             f"DataLoader. Received: a value of type {type(obj).__name__}"
         )
-    return BatchLoader(obj, name)
+    return BatchLoader(obj, name, label_names=label_names)

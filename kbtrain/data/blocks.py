@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import batch_size, named_leaves, signature, stack
+from kbtrain.data.batch import LabelNames, count_samples, named_leaves, signature, stack
 from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.prefetch import Prefetched
 from kbtrain.data.shapes import ShapeWatch
@@ -57,7 +57,7 @@ def micro_batches(chunks: Sequence[Mapping[str, Any]], update: int) -> Iterator[
             if kind == "single":
                 yield batch
                 continue
-            for i in range(batch_size(batch)):
+            for i in range(len(next(named_leaves(batch))[1])):
                 yield map_structure(lambda x, i=i: x[i], batch)
 
 
@@ -75,10 +75,12 @@ class Batches:
     Args:
         loader: Where the batches come from. If it has a method ``peek``, that gives the batch to
             look at; a method ``close`` is called at the end.
+        label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, label_names: LabelNames = None) -> None:
         self._loader = loader
+        self._label_names = label_names
         self._first: tuple[Any, Iterator[Any]] | None = None
         self._reach = 1
         self._watch = ShapeWatch(getattr(loader, "name", "the data"))
@@ -185,7 +187,9 @@ class Batches:
             if not groups:
                 return
             self._watch.see(outline, groups[0])
-            samples = len(groups) * sum(batch_size(batch) for batch in groups[0])
+            samples = len(groups) * sum(
+                count_samples(batch, self._label_names) for batch in groups[0]
+            )
             yield Block(_chunks(groups, room), room, len(groups), len(groups[0]), samples, outline)
 
     def _from(self, epoch: int, start: int) -> Generator[Any, None, None]:

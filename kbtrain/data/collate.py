@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import LABEL_KEYS
+from kbtrain.data.batch import LABEL_KEYS, LabelKeys, LabelNames, label_keys
 from kbtrain.data.structure import (
     as_array,
     cast,
@@ -18,17 +18,19 @@ Collate = Callable[[list[Any]], Any]
 """A collator: takes a list of samples and returns a batch."""
 
 
-def default_collate(samples: Sequence[Any]) -> Any:
+def default_collate(samples: Sequence[Any], label_names: LabelNames = None) -> Any:
     """Stack samples into a batch, field by field.
 
     Args:
         samples: At least one sample, all built alike: dicts, tuples such as ``(x, y)``, or single
             arrays or numbers. Fields may be nested, and may be arrays, tensors, numbers or lists
             of numbers.
+        label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Returns:
         The structure of one sample with arrays of shape ``(len(samples), ...)``. The key
-        ``"label"`` or ``"label_ids"`` of a dict becomes ``"labels"``.
+        ``"label"`` or ``"label_ids"`` of a dict becomes ``"labels"``, unless ``label_names`` says
+        what the keys mean or an input of the model has one of these names.
 
     Raises:
         DataError: Samples differ in their fields or shapes, or a field holds strings or ``None``.
@@ -42,18 +44,20 @@ def default_collate(samples: Sequence[Any]) -> Any:
         raise DataError("Expected at least one sample to collate. Received: none")
     first = samples[0]
     if isinstance(first, Mapping):
-        return _rename_labels(_collate(samples, "sample"))
+        return _rename_labels(_collate(samples, "sample"), label_keys(label_names))
     if isinstance(first, tuple):  # also (1.0, 2): the parts of a sample, not one array
         return _collate_parts(samples, "sample")
     return _collate(samples, "sample")
 
 
-def _rename_labels(batch: dict[Any, Any]) -> dict[Any, Any]:
+def _rename_labels(batch: dict[Any, Any], keys: LabelKeys) -> dict[Any, Any]:
     """Give the targets the key ``"labels"``, as the reference's default collator does."""
     target, *aliases = LABEL_KEYS
-    found = [key for key in aliases if key in batch]
+    found = [key for key in aliases if key in batch and key not in keys.inputs]
     if not found or target in batch or len(found) > 1:
         return batch  # several label keys are `unpack`'s error
+    if keys.names is not None or target in keys.inputs:
+        return batch
     return {target if key == found[0] else key: value for key, value in batch.items()}
 
 

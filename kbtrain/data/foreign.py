@@ -4,7 +4,9 @@ Keras' convention holds for what can yield either: a ``tf.data.Dataset`` and a `
 batches, and a Grain data set does if there is a ``batch`` among its transformations.
 """
 
+import itertools
 import logging
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +59,28 @@ def _tf_steps(data: Any) -> Iterator[Any]:
     yield data
     for parent in data._inputs():
         yield from _tf_steps(parent)
+
+
+ENDLESS_LENGTH = 2**48
+"""A length that stands for no end: Grain's ``repeat()`` gives one near the largest integer."""
+
+
+def is_endless(data: Any) -> bool:
+    """Whether data says of itself that it has no end."""
+    if is_tf_dataset(data):
+        return int(data.cardinality()) == -1  # tf.data.INFINITE_CARDINALITY
+    if isinstance(data, (itertools.cycle, itertools.count)):
+        return True
+    if isinstance(data, itertools.repeat):
+        return operator.length_hint(data, -1) < 0
+    try:
+        if derives_from(data, "PyDataset"):
+            return data.num_batches is None
+        return len(data) >= ENDLESS_LENGTH
+    except (TypeError, NotImplementedError, AttributeError):
+        return False
+    except OverflowError:
+        return True
 
 
 def check_batched(data: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from kbtrain.data.batch import to_batch
+from kbtrain.data.batch import LabelNames, to_batch
 from kbtrain.data.collate import Collate, default_collate
 from kbtrain.data.lengths import rebalance
 from kbtrain.data.recognise import as_source
@@ -78,6 +78,7 @@ class DataLoader:
             has an attribute ``takes``, the names of the columns it looks at.
         read_ahead: Batches that a thread makes ahead in training; None leaves that to who reads
             (``kbtrain.data.Batches``).
+        label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Raises:
         ConfigurationError: batch_size, strategy or seed is not one of the above, or the lengths of
@@ -103,12 +104,14 @@ class DataLoader:
         length_column: str = "length",
         columns: ColumnFilter | None = None,
         read_ahead: int | None = None,
+        label_names: LabelNames = None,
     ) -> None:
         check_strategy(strategy)
         check_count("batch_size", batch_size, 1)
         check_count("seed", seed, 0)
         check_count("accumulation", accumulation, 1)
-        self.source = as_source(source)
+        self.source = as_source(source, label_names=label_names)
+        self._label_names = label_names
         self.accumulation = int(accumulation)
         self.read_ahead = read_ahead
         self.batch_size = int(batch_size)
@@ -155,6 +158,11 @@ class DataLoader:
     def resume_caveat(self) -> str | None:
         """Why a resumed run may see other data; None if it does not."""
         return self.source.resume_caveat
+
+    @property
+    def endless(self) -> bool:
+        """Whether the data is known to have no end."""
+        return self.source.endless
 
     @property
     def vectorised(self) -> bool:
@@ -205,7 +213,7 @@ class DataLoader:
         check_count("start_batch", start_batch, 0)
         self.source.set_epoch(epoch)
         if isinstance(self.source, IterableSource):
-            return self._stream(self.source, epoch, start_batch)
+            return self.batches_of(self.source.stream(), epoch, start_batch)
         return self._by_index(epoch, start_batch)
 
     def _by_index(self, epoch: int, start_batch: int) -> Iterator[Any]:
@@ -213,9 +221,7 @@ class DataLoader:
         for number in range(start_batch, len(self)):
             indices = self._indices(order, number)
             try:
-                if self._collate is None and (
-                    self._columns is None or isinstance(self.source, ArraySource)
-                ):
+                if self._collate is None and isinstance(self.source, ArraySource):
                     batch = self.source.gather(indices)
                 else:
                     batch = self._apply_collate(self.source.samples(indices), epoch, number)
@@ -238,8 +244,14 @@ class DataLoader:
         update = np.asarray(order[first * size : end * size])
         return update[rebalance(self._lengths[update], end - first)[number - first]]
 
-    def _stream(self, source: IterableSource, epoch: int, start_batch: int) -> Iterator[Any]:
-        samples = source.stream()
+    def batches_of(self, samples: Iterator[Any], epoch: int, start_batch: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch whose samples are given.
+
+        Args:
+            samples: All samples of the epoch, in their order.
+            epoch: Number of the epoch.
+            start_batch: Number of the first batch to yield.
+        """
         if start_batch:
             self._skip(samples, start_batch * self.batch_size)
         for number in itertools.count(start_batch):
@@ -267,7 +279,8 @@ class DataLoader:
         columns = self._columns or every_column
         if self._collate is None:
             # Before they are put together, because what is not used may be of any kind.
-            return default_collate([columns(sample, self.name) for sample in samples])
+            kept = [columns(sample, self.name) for sample in samples]
+            return default_collate(kept, self._label_names)
         if (taken := getattr(self._collate, "takes", None)) is not None:
             # One of ours, that says what it looks at. The rest may be of any kind here, too.
             samples = [columns(sample, self.name, taken) for sample in samples]
@@ -279,7 +292,8 @@ class DataLoader:
             raise
         except Exception as error:
             raise failed("the data_collator", error) from error
-        return to_batch(columns(batch, self.name), "the result of the data_collator")
+        batch = columns(batch, self.name)
+        return to_batch(batch, "the result of the data_collator", self._label_names)
 
     def _in_batch(self, number: int, error: DataError) -> DataError:
         return DataError(f"Batch {number} of {self.source.name}: {error}")

@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kbtrain.data.batch import LabelNames
 from kbtrain.data.foreign import derives_from, yields_batches
 from kbtrain.data.sources import ArraySource, IterableSource, MapSource, Source, failed
 from kbtrain.data.structure import has_array
 from kbtrain.errors import DataError
 
 
-def as_source(data: Any, *, name: str = "train_dataset") -> Source:
+def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames = None) -> Source:
     """Recognise the kind of data a user passed.
 
     ==============================================  ==================  ===================
@@ -28,6 +29,7 @@ def as_source(data: Any, *, name: str = "train_dataset") -> Source:
     Args:
         data: The data, or a ``Source``, which is returned as it is.
         name: How error messages call it.
+        label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Returns:
         The source.
@@ -44,16 +46,16 @@ def as_source(data: Any, *, name: str = "train_dataset") -> Source:
     if isinstance(data, Source):
         return data
     _refuse(data, name)
-    source = _recognise(data, name)
+    source = _recognise(data, name, label_names)
     if source.sized and _length(source) == 0:
         raise DataError(f"{name} is empty: at least one sample is needed. Received: length 0")
     return source
 
 
-def _recognise(data: Any, name: str) -> Source:
+def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
     if isinstance(data, (tuple, Mapping)) or has_array(data):
-        return ArraySource(data, name)
+        return ArraySource(data, name, label_names)
     if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
         return IterableSource(data, name)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import common_length, named_leaves, unpack
+from kbtrain.data.batch import LabelNames, common_length, named_leaves, unpack
 from kbtrain.data.collate import default_collate
 from kbtrain.data.columns import Column, as_column, rows, take
-from kbtrain.data.foreign import resume_caveat
+from kbtrain.data.foreign import is_endless, resume_caveat
 from kbtrain.data.lengths import checked, no_lengths
 from kbtrain.data.structure import map_raw, map_structure
 from kbtrain.data.unused import ColumnFilter
@@ -88,6 +88,16 @@ class Source(abc.ABC):
         """
         return None
 
+    @property
+    def data(self) -> Any:
+        """What the samples come from, as it was given."""
+        return self._data
+
+    @property
+    def endless(self) -> bool:
+        """Whether the data is known to have no end."""
+        return is_endless(self._data)
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
         hook = getattr(self._data, "set_epoch", None)
@@ -104,14 +114,17 @@ class ArraySource(Source):
     Args:
         data: A batch as long as the data set: ``(x, y)``, a dict of arrays, ...
         name: How error messages call it.
+        label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Raises:
         DataError: Something is no array, the lengths differ, or there is no sample.
     """
 
-    def __init__(self, data: Any, name: str = "train_dataset") -> None:
+    def __init__(
+        self, data: Any, name: str = "train_dataset", label_names: LabelNames = None
+    ) -> None:
         super().__init__(data, name)
-        self._columns = _columns(data, name)
+        self._columns = _columns(data, name, label_names)
         leaves = list(named_leaves(self._columns))
         self._length = common_length(leaves, f"The arrays of {name}")
 
@@ -307,7 +320,7 @@ def failed(where: str, error: Exception) -> DataError:
     )
 
 
-def _columns(data: Any, name: str) -> Any:
+def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
     """Turn ``(x, y)``, a dict or an array into the same structure of columns."""
 
     def column(value: Any, path: str) -> Column:
@@ -323,5 +336,7 @@ def _columns(data: Any, name: str) -> Any:
         parts = zip(("x", "y", "sample_weight"), data, strict=False)
         return tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
     columns = map_raw(column, data, name)
-    unpack(columns)  # a dict of labels alone, or with two kinds of labels, is an error now
+    unpack(
+        columns, label_names
+    )  # a dict of labels alone, or with two kinds of labels, is an error now
     return columns

@@ -17,7 +17,8 @@ class ColumnFilter:
 
     Args:
         inputs: Names of the model's inputs.
-        label_names: Keys that hold labels besides the usual ones.
+        label_names: Keys that hold labels besides the usual ones; an empty list says that no key
+            does, and that none holds sample weights.
 
     Example:
         >>> keep = ColumnFilter({"input_ids"})
@@ -27,7 +28,9 @@ class ColumnFilter:
 
     def __init__(self, inputs: Collection[str], label_names: Collection[str] | None = None) -> None:
         self._inputs = frozenset(inputs)
-        self._others = frozenset((*LABEL_KEYS, SAMPLE_WEIGHT_KEY, *(label_names or ())))
+        no_labels = label_names is not None and not label_names
+        usual = () if no_labels else (*LABEL_KEYS, SAMPLE_WEIGHT_KEY)
+        self._others = frozenset((*usual, *(label_names or ())))
         self._said: set[Any] = set()
 
     def __call__(self, batch: Any, name: str, taken: Collection[str] = ()) -> Any:
