@@ -250,7 +250,7 @@ REFUSED = [
     *(("max_time", value) for value in (0, -1, True, "", "90", "1:60:00", "1:00", "0:00:00", [])),
     ("eval_accumulation_steps", 0),
     ("eval_max_steps", -1),
-    *(("label_names", value) for value in ((), "", ["a", 1], {"a": 1})),
+    *(("label_names", value) for value in ("", ["a", 1], {"a": 1})),
     ("output_dir", ""),
     ("output_dir", 3),
     ("num_train_epochs", 0),
