@@ -415,10 +415,10 @@ def model_inputs(model: Any, keys: LabelKeys) -> ModelInputs:
     """The shapes that a model takes: a functional model's, or those another one was built for."""
     inputs = inputs_of(model)
     if inputs is not None:
-        tensors = keras.tree.flatten(inputs)
-        names = list(inputs) if isinstance(inputs, dict) else [t.name for t in tensors]
-        tensors = [inputs[n] for n in names] if isinstance(inputs, dict) else tensors
-        return ModelInputs([(str(n), t.shape) for n, t in zip(names, tensors, strict=True)], keys)
+        tensors = {t.name: t for t in keras.tree.flatten(inputs)}
+        if isinstance(inputs, dict) and len(inputs) == len(tensors):
+            tensors = inputs  # the keys are what data goes by
+        return ModelInputs([(str(name), t.shape) for name, t in tensors.items()], keys)
     config = model.get_build_config() or {}
     built_for = config.get("input_shape")
     # Those of one batch: of its sizes only their number must be the same in the next one.

@@ -164,8 +164,8 @@ def evaluate(
         first = batches.peek()
         if first is None:
             raise DataError(
-                "The evaluation data has no batches. Pass a data set with at least one sample, or, "
-                "with dataloader_drop_last, at least one full batch."
+                "The evaluation data has no samples. Pass a data set with at least one, or, with "
+                "dataloader_drop_last, at least one full batch."
             )
         bound.build(first)
         with_loss = not keep_outputs or unpack(first, names).y is not None
