@@ -73,6 +73,7 @@ __all__ = [
     "count_samples",
     "counting_leaf",
     "default_collate",
+    "label_keys",
     "default_data_collator",
     "epoch_order",
     "map_structure",
