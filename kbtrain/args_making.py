@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from kbtrain.args_kinds import shown
 from kbtrain.args_neutral import NEUTRAL, asks_for_nothing
-from kbtrain.args_renames import RENAMED, explain_unknown
+from kbtrain.args_renames import explain_unknown, reason
 from kbtrain.errors import ConfigurationError, FrozenArgumentsError
 
 
@@ -137,8 +137,8 @@ class Closed(metaclass=Making):
             """
             if name in NEUTRAL:
                 return NEUTRAL[name]
-            reason = f". {RENAMED[name].format(value='...')}" if name in RENAMED else ""
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{reason}")
+            said = f". {why}" if (why := reason(name, ...)) else ""
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{said}")
 
     def _refuse_change(self, name: str, received: str) -> NoReturn:
         kind = type(self).__name__

@@ -56,6 +56,45 @@ RENAMED: dict[str, str] = {
     "lr": "Write learning_rate={value}.",
     "optimizer": "Write optim='adamw' (a name), or give an optimizer object to the Trainer.",
     "shuffle": "Write train_sampling_strategy='random' (for True) or 'sequential' (for False).",
+    "verbose": "Write disable_tqdm=True for 0, disable_tqdm=False for 1.",
+    "clipnorm": "Write max_grad_norm={value} for the norm of all gradients together, or "
+    "optim_args={{'clipnorm': {value}}} for each one's own.",
+    "clipvalue": "Write optim_args={{'clipvalue': {value}}}.",
+    "momentum": "Write optim_args={{'momentum': {value}}}.",
+    "use_ema": "Write ema=True.",
+    "ema_momentum": "Write ema={value}.",
+    "initial_epoch": "Write resume_from_checkpoint='auto': a resumed run knows where it was.",
+    "validation_batch_size": "Write per_device_eval_batch_size={value}.",
+    "validation_freq": "Write eval_strategy='epoch', or eval_strategy='steps' with eval_steps.",
+    "validation_steps": "Write eval_max_steps={value}.",
+    "workers": "Write dataloader_num_workers={value}.",
+    "use_multiprocessing": "Write dataloader_num_workers=2 (for True).",
+    "max_queue_size": "Write dataloader_prefetch_factor={value}.",
+    "run_eagerly": "Write jit_compile=False (for True).",
+    "auto_scale_loss": "Write fp16=True, which scales the loss.",
+    # Lightning
+    "max_epochs": "Write num_train_epochs={value}.",
+    "gradient_clip_val": "Write max_grad_norm={value}.",
+    "accumulate_grad_batches": "Write gradient_accumulation_steps={value}.",
+    "precision": "Write bf16=True or fp16=True for mixed precision.",
+    "mixed_precision": "Write bf16=True or fp16=True.",
+    "log_dir": "Write output_dir={value}; report_to chooses the trackers, which write there.",
+    "betas": "Write adam_beta1 and adam_beta2.",
+    "eps": "Write adam_epsilon={value}.",
+    "early_stopping_patience": "Give the Trainer a callback: EarlyStoppingCallback({value}).",
+    # what belongs to the Trainer
+    **dict.fromkeys(
+        [
+            *("model", "train_dataset", "eval_dataset", "data_collator", "processing_class"),
+            *("tokenizer", "model_init", "loss", "metrics", "compute_loss_func", "callbacks"),
+            *("compute_metrics", "optimizers", "loss_weights", "weighted_metrics"),
+        ],
+        "It belongs to the Trainer: give it there, beside the arguments.",
+    ),
+    "x": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
+    "y": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
+    "validation_data": "It belongs to the Trainer: give it there, as eval_dataset.",
+    "sample_weight": "It belongs to the data: give the Trainer (x, y, sample_weight).",
 }
 
 _HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
@@ -129,6 +168,18 @@ DROPPED: dict[str, str] = {
 NOT_YET: dict[str, str] = {}
 
 
+def reason(name: str, value: Any) -> str:
+    """What to write in place of a known setting, or why there is nothing; empty for others.
+
+    Args:
+        name: The name that is no field.
+        value: What was given under that name.
+    """
+    if name in RENAMED:
+        return RENAMED[name].format(value=shown(value))
+    return DROPPED.get(name) or NOT_YET.get(name, "")
+
+
 def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
     """What to tell a user who gave an argument that does not exist.
 
@@ -143,14 +194,13 @@ def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
     # A secret must not end up in a log through an error message.
     written = f"<{name.upper()}>" if name.endswith("token") else shown(value)
     received = f"Received: {name}={written}."
-    if name in RENAMED:
-        return f"`{name}` has another name or form here. {received} " + RENAMED[name].format(
-            value=written
-        )
-    if name in DROPPED:
-        return f"`{name}` does not exist here. {received} {DROPPED[name]}"
-    if name in NOT_YET:
-        return f"`{name}` is not available in this version. {received} {NOT_YET[name]}"
+    for table, said in (
+        (RENAMED, "has another name or form here"),
+        (DROPPED, "does not exist here"),
+        (NOT_YET, "is not available in this version"),
+    ):
+        if name in table:
+            return f"`{name}` {said}. {received} {reason(name, value)}"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     meant = f"Did you mean {' or '.join(close)}?" if close else f"It has: {', '.join(known)}."
     return f"TrainingArguments has no argument `{name}`. {received} {meant}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -111,6 +112,29 @@ def _takes(name: str, argument: str) -> bool:
         return False
 
 
+def check_names(factory: Any, own: Iterable[str], what: str) -> None:
+    """Refuse names that a factory has no argument for, as far as its signature says.
+
+    Args:
+        factory: A class or function.
+        own: Names of arguments that a user gave for it.
+        what: How to name the factory's arguments in an error.
+
+    Raises:
+        ConfigurationError: There is no argument of such a name.
+    """
+    parameters = inspect.signature(factory).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := sorted(set(own) - set(parameters)):
+        known = [p for p in parameters if p != "self"]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ConfigurationError(
+            f"{what}: {getattr(factory, '__name__', factory)} has no argument {unknown[0]!r}."
+            f"{f' Did you mean {close[0]!r}?' if close else ''} It takes: {', '.join(known)}."
+        )
+
+
 def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], what: str) -> Any:
     """Call ``factory`` with those of ``offered`` it takes, and with all of ``own``.
 
@@ -123,14 +147,8 @@ def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], 
     Raises:
         ConfigurationError: The factory does not take one of ``own``, or refuses a value.
     """
+    check_names(factory, own, what)
     parameters = inspect.signature(factory).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not anything and (unknown := sorted(set(own) - set(parameters))):
-        takes = ", ".join(p for p in parameters if p not in ("self", "kwargs"))
-        raise ConfigurationError(
-            f"{what}: {getattr(factory, '__name__', factory)} has no argument {unknown[0]!r}. "
-            f"It takes: {takes}."
-        )
     arguments = {k: v for k, v in offered.items() if k in parameters} | own
     try:
         return factory(**arguments)

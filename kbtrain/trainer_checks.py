@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kbtrain import execution, registry
+from kbtrain import building, execution, registry
 from kbtrain.errors import ConfigurationError
 from kbtrain.gathering import check_batchwise
 from kbtrain.processing import check_processing_class
@@ -44,10 +45,7 @@ def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: A
         ConfigurationError: One of them is of another kind, or two do not fit together.
     """
     args, given = trainer.args, {**vars(trainer), "model": model, "loss": loss}
-    if not isinstance(args, TrainingArguments):
-        raise ConfigurationError(
-            f"args must be a TrainingArguments. Received: {type(args).__name__}."
-        )
+    _check_args(args)
     for name, (form, positional) in FUNCTIONS.items():
         if given[name] is not None:
             _check_function(name, given[name], form, positional)
@@ -58,12 +56,66 @@ def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: A
         )
     _check_compute_loss(trainer)
     _check_model(given, optimizers)
+    _check_loss(trainer, given)
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
     execution.check(trainer.backend, args)
     if optimizers[0] is None:
         registry.find(registry.OPTIMIZERS, args.optim, "optim")
-    registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
+    schedule = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
+    registry.check_names(schedule, args.lr_scheduler_kwargs, "lr_scheduler_kwargs")
+
+
+def _check_args(args: Any) -> None:
+    """The arguments are those of kbtrain."""
+    if isinstance(args, TrainingArguments):
+        return
+    kind, remedy = type(args), ""
+    if kind.__module__.partition(".")[0] == "transformers":
+        remedy = " Import it from kbtrain; TrainingArguments.from_dict(args.to_dict()) converts it."
+    elif isinstance(args, Mapping):
+        remedy = " Write TrainingArguments(**args)."
+    elif isinstance(args, str | os.PathLike):
+        remedy = " Write TrainingArguments(output_dir)."
+    elif kind is tuple or hasattr(args, "shape"):
+        remedy = " Data is given by name: train_dataset=(x, y)."
+    raise ConfigurationError(
+        "args must be a kbtrain.TrainingArguments. "
+        f"Received: {kind.__module__}.{kind.__qualname__}.{remedy}"
+    )
+
+
+def _check_loss(trainer: Trainer, given: Mapping[str, Any]) -> None:
+    """There will be something to minimize, as far as that can be known before a batch is seen.
+
+    Code of the user may add a loss or return one: a model, layer or Trainer of their own, or a
+    regularizer. A model of Keras' own parts cannot.
+    """
+    model = given["model"]
+    if model is None or given["train_dataset"] is None:
+        return
+    if given["loss"] is not None or given["compute_loss_func"] is not None:
+        return
+    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    if owner.__module__ != "kbtrain.trainer" or getattr(model, "loss", None) is not None:
+        return
+    if isinstance(model, keras.Model) and _adds_no_loss(model):
+        raise ConfigurationError(
+            "There is no loss to train with: pass loss=... (such as 'mse') or "
+            "compute_loss_func=... to the Trainer, or compile the model with one. A Trainer that "
+            "only predicts needs no train_dataset."
+        )
+
+
+def _adds_no_loss(model: keras.Model) -> bool:
+    """Whether a model consists of Keras' own parts, none of which adds or returns a loss."""
+    for part in building.walk_layers(model):
+        if type(part).__module__.partition(".")[0] != "keras":
+            return False
+        if any(v is not None for name, v in vars(part).items() if name.endswith("_regularizer")):
+            return False
+    outputs = None if isinstance(model, keras.Sequential) else model.output
+    return not (isinstance(outputs, Mapping) and "loss" in outputs)
 
 
 def _check_function(name: str, function: Any, form: str, positional: int | None) -> None:

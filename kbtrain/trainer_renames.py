@@ -7,6 +7,7 @@ import difflib
 import inspect
 from typing import TYPE_CHECKING, Any, Self
 
+from kbtrain.args_renames import reason
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 
@@ -16,6 +17,13 @@ PARAMETERS: dict[str, str] = {
     "write optim=..., optim_args=..., or override create_optimizer.",
     "optimizer": "Write optimizers=(optimizer, schedule), of which either may be None.",
     "tb_writer": "Write report_to=['tensorboard'] in TrainingArguments.",
+    # Keras
+    **dict.fromkeys(("x", "y"), "Write train_dataset=(x, y)."),
+    "validation_data": "Write eval_dataset=..., and eval_strategy='epoch' in TrainingArguments.",
+    "sample_weight": "Write train_dataset=(x, y, sample_weight).",
+    "dataset": "Write train_dataset=...",
+    "collate_fn": "Write data_collator=...",
+    "peft_config": "Call model.enable_lora(rank) of a KerasHub backbone, or of a layer, before.",
 }
 """Parameters of the constructor: the reference's own, and what users of 4.x and Keras may try."""
 
@@ -74,14 +82,33 @@ class KnownNames:
                 f"method, kbtrain has not. {MEMBERS[overridden[0]]} Otherwise rename it."
             )
         taken = inspect.signature(cls.__init__).parameters
-        strangers = [name for name in kwargs if name not in taken]
-        if strangers and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            name, known = strangers[0], [n for n in taken if n != "self"]
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"Did you mean {close[0]}?" if close else f"It has: {', '.join(known)}."
-            if name in (field.name for field in dataclasses.fields(TrainingArguments)):
-                meant = "It is a field of TrainingArguments."
+        kinds = {p.kind for p in taken.values()}
+        strangers = {name: value for name, value in kwargs.items() if name not in taken}
+        if strangers and inspect.Parameter.VAR_KEYWORD not in kinds:
+            known = [name for name in taken if name != "self"]
             raise ConfigurationError(
-                f"{cls.__name__} has no parameter {name!r}. {PARAMETERS.get(name, meant)}"
+                "\n".join(
+                    f"{cls.__name__} has no parameter {name!r}. {_instead(name, value, known)}"
+                    for name, value in strangers.items()
+                )
+            )
+        by_position = [p.name for p in taken.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        if len(args) > len(by_position) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            raise ConfigurationError(
+                f"{cls.__name__} takes {len(by_position)} arguments by position "
+                f"({', '.join(by_position)}), the others by name. Received: {len(args)} by "
+                "position."
             )
         return super().__new__(cls)
+
+
+def _instead(name: str, value: Any, known: list[str]) -> str:
+    """What to write in place of a parameter that does not exist."""
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    if name in (field.name for field in dataclasses.fields(TrainingArguments)):
+        return f"It is a field of TrainingArguments: write TrainingArguments({name}=...)."
+    if answer := reason(name, value):
+        return f"TrainingArguments is where such settings are. {answer}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"It has: {', '.join(known)}."

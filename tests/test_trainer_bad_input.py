@@ -170,7 +170,18 @@ def test_labels_missing(tmp_path):
 
 
 def test_no_loss(tmp_path):
-    refused(tmp_path, ConfigurationError, "There is no loss", make(tmp_path, loss=None).fit)
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    # A model of Keras' own parts says so at once; of another one only a batch tells.
+    refused(tmp_path, ConfigurationError, "There is no loss", lambda: make(tmp_path, loss=None))
+    trainer = make(tmp_path, Own(), loss=None)
+    refused(tmp_path, ConfigurationError, "There is no loss", trainer.fit)
 
 
 def test_unsized_data_needs_max_steps(tmp_path):
@@ -258,7 +269,10 @@ def test_data_that_fails_in_the_middle(tmp_path):
 def test_bad_arguments_for_schedule_and_optimizer(tmp_path):
     args = arguments(tmp_path / "run", lr_scheduler_kwargs={"cycles": 3})
     refused(
-        tmp_path, ConfigurationError, "lr_scheduler_kwargs.*'cycles'", make(tmp_path, args=args).fit
+        tmp_path,
+        ConfigurationError,
+        "lr_scheduler_kwargs.*'cycles'",
+        lambda: make(tmp_path, args=args),
     )
     args = arguments(tmp_path / "run", optim_args="nesterov=True")
     refused(tmp_path, ConfigurationError, "optim_args", make(tmp_path, args=args).fit)

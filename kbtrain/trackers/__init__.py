@@ -6,6 +6,7 @@ A package of its own registers a tracker under the entry points ``kbtrain.tracke
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 from collections.abc import Iterable
@@ -64,8 +65,10 @@ def _factory(name: str) -> Any:
         return getattr(importlib.import_module(f"kbtrain.trackers.{module}"), attribute)
     if name not in others:
         known = sorted([*TRACKERS, *others])
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         raise ConfigurationError(
-            f"report_to: {name!r} is not a known tracker. Known: {', '.join(known)}, 'all' or "
+            f"report_to: {name!r} is not a known tracker. "
+            f"{f'Did you mean {close[0]!r}? ' if close else ''}Known: {', '.join(known)}, 'all' or "
             f"'none'. Others can be registered under the entry points {GROUP!r}, or be given to "
             "the Trainer as callbacks."
         )
