@@ -20,6 +20,7 @@ from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
 from kbtrain.forward import as_taken, inputs_of
+from kbtrain.keras_private import flatten_layers
 from kbtrain.metrics import MetricSet
 
 logger = logging.getLogger("kbtrain")
@@ -52,7 +53,7 @@ def check_model(model: Any) -> keras.Model:
 
 def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     """The layer and everything below it, each once, in a stable order."""
-    yield from layer._flatten_layers()
+    yield from flatten_layers(layer)
 
 
 def state_variables(model: keras.Model) -> list[keras.Variable]:

@@ -16,11 +16,11 @@ from kbtrain.errors import ConfigurationError, DataError, KbtrainError
 from kbtrain.keras_losses import (
     both,
     chosen,
-    get_keras_mask,
     is_summed,
     keras_loss_pair,
     without_ignored,
 )
+from kbtrain.keras_private import get_keras_mask
 from kbtrain.loss import LossPair, as_float, as_pair, call_loss_func, count_items
 from kbtrain.output_losses import LossTerms, OutputLosses, losses_of, with_added
 from kbtrain.outputs import Outputs, loss_weights_of, pair_up

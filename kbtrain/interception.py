@@ -8,9 +8,6 @@ from typing import Any
 
 import keras
 
-# Keras has no public door to the flag that layers without an argument `training` run under.
-from keras.src.backend.common import global_state
-
 Call = Callable[..., Any]
 
 
@@ -39,9 +36,3 @@ def replaced_calls(
 def _class_call(layer: keras.layers.Layer) -> Call:
     # Looked up when it is called: a backend may replace it while it records a step.
     return lambda *args, **kwargs: type(layer).call(layer, *args, **kwargs)
-
-
-def in_training() -> bool:
-    """Whether the layer that is being called runs as in training."""
-    context = global_state.get_global_attribute("current_call_ctx")
-    return context is not None and bool(context.get_value("training"))

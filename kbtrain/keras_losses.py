@@ -15,11 +15,8 @@ from typing import Any
 import keras
 from keras import ops
 
-# A mask is an attribute of the tensor, or, where tensors take none (JAX), in a table of Keras' own;
-# there is no public door to it.
-from keras.src.backend.common.masking import get_keras_mask
-
 from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.keras_private import get_keras_mask
 from kbtrain.loss import IGNORE_INDEX, LossPair, as_float, as_pair, weighted_sum
 
 

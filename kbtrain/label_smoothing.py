@@ -8,12 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 from keras.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
-from keras.src.backend.common.masking import (  # see kbtrain.keras_losses
-    get_keras_mask,
-    set_keras_mask,
-)
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.keras_private import get_keras_mask, set_keras_mask
 from kbtrain.outputs import mapped
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-# Keras has no public door to the module object that it imports TensorFlow through.
-from keras.src.utils import module_utils
+from kbtrain.fallback import report
 
 
 @contextlib.contextmanager
@@ -23,8 +23,21 @@ def not_imported() -> Iterator[None]:
         >>> with not_imported():
         ...     keras.utils.set_random_seed(0)
     """
-    lazy = module_utils.tensorflow
-    before = lazy._available
+    try:
+        # Keras has no public door to the module object that it imports TensorFlow through.
+        from keras.src.utils import module_utils
+
+        lazy: Any = module_utils.tensorflow
+        before = lazy._available
+    except Exception as error:
+        report(
+            "Keeping Keras from importing TensorFlow",
+            "keras",
+            error,
+            "Where TensorFlow is installed, a start takes seconds longer.",
+        )
+        yield
+        return
     if "tensorflow" not in sys.modules:
         lazy._available = False
     try:

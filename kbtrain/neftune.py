@@ -9,13 +9,11 @@ from typing import Any
 import keras
 from keras import ops
 
-# The mask of a tensor has no public door, see kbtrain.loss.
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-
 from kbtrain import rng
 from kbtrain.building import walk_layers
 from kbtrain.errors import ConfigurationError
-from kbtrain.interception import Call, in_training, replaced_calls
+from kbtrain.interception import Call, replaced_calls
+from kbtrain.keras_private import get_keras_mask, in_training, set_keras_mask
 
 
 def noise(model: keras.Model, alpha: float | None) -> contextlib.AbstractContextManager[None]:

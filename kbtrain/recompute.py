@@ -10,15 +10,19 @@ from typing import Any
 import keras
 from keras import ops
 
-# What a layer runs under besides its arguments has no public door.
-from keras.src.backend.common import global_state
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.models.functional import Functional
-
 from kbtrain import rng
 from kbtrain.errors import ConfigurationError
-from kbtrain.interception import Call, in_training, replaced_calls
+from kbtrain.fallback import PrivatePart
+from kbtrain.interception import Call, replaced_calls
+from kbtrain.keras_private import (
+    functional_class,
+    get_global_attribute,
+    get_keras_mask,
+    in_training,
+    set_global_attribute,
+    set_keras_mask,
+    stateless_scope,
+)
 
 OPTIONS = ("every_n_layers", "layer_names")
 
@@ -60,10 +64,31 @@ def recomputed(
     unseeded = rng.global_seed_variable()
 
     def again(layer: keras.layers.Layer, call: Call) -> Call:
+        inside = False  # the layer's own code, whose exceptions are nobody else's
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            inside = True
+            outputs = call(*args, **kwargs)
+            inside = False
+            return outputs
+
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            inside = False
+            return _Recomputed(layer, noted, args, kwargs).run(backend, unseeded)
+
+        part = PrivatePart(
+            "gradient_checkpointing",
+            "keras",
+            recomputed,
+            call,
+            "What layers compute is remembered, as without it: the run needs more memory.",
+            passes=lambda error: inside or backend.is_oom(error),
+        )
+
         def call_again(*args: Any, **kwargs: Any) -> Any:
-            if _off or not in_training():
-                return call(*args, **kwargs)
-            return _Recomputed(layer, call, args, kwargs).run(backend, unseeded)
+            return (call if _off or not in_training() else part)(*args, **kwargs)
 
         return call_again
 
@@ -72,7 +97,7 @@ def recomputed(
 
 def _outermost(model: keras.Model) -> Iterator[keras.layers.Layer]:
     for layer in model.layers:
-        if isinstance(layer, Functional | keras.Sequential):
+        if isinstance(layer, functional_class() | keras.Sequential):
             yield from _outermost(layer)
         elif not isinstance(layer, keras.layers.InputLayer):
             yield layer
@@ -119,7 +144,7 @@ class _Recomputed:
         masks = [(i, get_keras_mask(self._leaves[i])) for i in self._places]
         self._masks = [(i, mask) for i, mask in masks if mask is not None]
         names = ("current_call_ctx", "autocast_scope")
-        self._surroundings = {name: global_state.get_global_attribute(name) for name in names}
+        self._surroundings = {name: get_global_attribute(name) for name in names}
         self._outputs: Any = None
         self._out: list[Any] = []
         self._masked: list[int] = []
@@ -152,7 +177,7 @@ class _Recomputed:
         self._out = keras.tree.flatten(self._outputs)
         pairs = [(i, get_keras_mask(x)) for i, x in enumerate(self._out) if ops.is_tensor(x)]
         self._masked = [i for i, mask in pairs if mask is not None]
-        scope = get_stateless_scope()
+        scope = stateless_scope()
         return [
             *(x for x in self._out if ops.is_tensor(x)),
             *(mask for _, mask in pairs if mask is not None),
@@ -162,11 +187,11 @@ class _Recomputed:
     @contextlib.contextmanager
     def _same_surroundings(self) -> Iterator[None]:
         """Mixed precision and ``training`` as they were when the layer was called."""
-        before = {name: global_state.get_global_attribute(name) for name in self._surroundings}
+        before = {name: get_global_attribute(name) for name in self._surroundings}
         for name, value in self._surroundings.items():
-            global_state.set_global_attribute(name, value)
+            set_global_attribute(name, value)
         try:
             yield
         finally:
             for name, value in before.items():
-                global_state.set_global_attribute(name, value)
+                set_global_attribute(name, value)

@@ -9,11 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-# Keras has no public door to the generator that unseeded operations draw from.
-from keras.src.random.seed_generator import global_seed_generator
-
 from kbtrain import args_kinds, lazy_tensorflow
 from kbtrain.errors import ConfigurationError
+from kbtrain.keras_private import global_seed_generator
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:

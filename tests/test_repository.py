@@ -5,6 +5,7 @@ import graphlib
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,47 @@ def test_optim_needs_keras_and_numpy_only(path):
         }
         own = {"matplotlib"}
     assert top_levels(parse(path)) <= {"keras", "numpy", "optim", *own, *sys.stdlib_module_names}
+
+
+PRIVATE = ("keras.src", "jax._src", "jax.extend", "tensorflow.python", "torch._")
+WITH_A_PLAIN_WAY = {
+    "kbtrain/keras_private.py",
+    "kbtrain/lazy_tensorflow.py",
+    "kbtrain/checkpoint/layout.py",
+    "kbtrain/warm_start.py",
+    "kbtrain/backends/jax_convolutions.py",
+    "kbtrain/backends/tensorflow_device.py",
+    "kbtrain/backends/tensorflow_update.py",
+    # torch_runner imports them when it records a step, and goes on without them.
+    "kbtrain/backends/torch_capture.py",
+    "kbtrain/backends/torch_native.py",
+    "kbtrain/backends/torch_random.py",
+    "kbtrain/backends/torch_record.py",
+    "optim/kernels/jax_order.py",
+    "optim/kernels/tensorflow_order.py",
+    "optim/kernels/torch.py",
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_private_modules_are_imported_only_where_there_is_a_plain_way(path):
+    if any(name.startswith(PRIVATE) for name in imported(parse(path))):
+        assert relative(path) in WITH_A_PLAIN_WAY
+
+
+def test_the_lowest_versions_are_those_of_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    chosen = ("jax", "cli", "tensorboard", "optuna", "grain", "examples")
+    bounds = {}
+    for requirement in [*project["dependencies"], *(r for e in chosen for r in extras[e])]:
+        name, _, version = requirement.partition(",")[0].partition(">=")
+        bounds[name] = version
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    assert bounds.keys() <= pins.keys()
+    for name, bound in bounds.items():
+        assert (pins[name] + ".").startswith(bound + "."), name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 import keras
 
-# Keras has no public door to the scope that a step runs in.
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.jax_compile import (  # noqa: F401
     compile_eval_steps,
@@ -48,6 +45,7 @@ from kbtrain.backends.jax_model_steps import (  # noqa: F401
 )
 from kbtrain.backends.jax_state import Scope, now, run_stateless
 from kbtrain.backends.jax_trace import on_cpu, trace
+from kbtrain.keras_private import stateless_scope
 
 name = "jax"
 
@@ -100,7 +98,7 @@ def recompute(
     """
     if not now.state:  # outside of a step there are no gradients
         return fn(tensors)
-    scope = get_stateless_scope()
+    scope = stateless_scope()
     held = [scope.get_current_value(v) for v in now.state]
     before = [v._value if x is None else x for v, x in zip(now.state, held, strict=True)]
     changed_indices: list[int] = []

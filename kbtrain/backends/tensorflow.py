@@ -12,9 +12,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# Keras has no public door to the scope that a step runs in.
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-
 from kbtrain.backends.scope import LossScope, NoticingScope
 
 # The rest of what a backend has, see kbtrain.backends.
@@ -53,6 +50,7 @@ from kbtrain.backends.tensorflow_update import (  # noqa: F401
 )
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, causes, first_lines, user_line
+from kbtrain.keras_private import stateless_scope
 
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
@@ -390,7 +388,7 @@ def recompute(
     """
     if not _state:  # outside of a step there are no gradients
         return fn(tensors)
-    scope = get_stateless_scope()
+    scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())
     held = [None if scope is None else scope.get_current_value(v) for v in variables]
     before = [

@@ -10,8 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# There is no public way to turn determinism off again, or to ask for it.
-from tensorflow.python.framework import config as tf_config
+from kbtrain.fallback import PrivatePart
 
 
 def to_device(tree: Any, pin: bool = False) -> Any:
@@ -98,7 +97,7 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
         deterministic: Operations without such a kernel raise an error.
     """
     before = tf.config.experimental.tensor_float_32_execution_enabled()
-    was = tf_config.is_op_determinism_enabled()
+    was = _is_determinism_on()
     if tf32 is not None:
         tf.config.experimental.enable_tensor_float_32_execution(tf32)
     if deterministic:
@@ -108,7 +107,38 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
         if not was:
-            tf_config.disable_op_determinism()
+            _turn_determinism_off()
+
+
+# There is no public way to turn determinism off again, or to ask for it.
+def _asks_for_determinism() -> bool:
+    from tensorflow.python.framework import config
+
+    return bool(config.is_op_determinism_enabled())
+
+
+def _disable_determinism() -> None:
+    from tensorflow.python.framework import config
+
+    config.disable_op_determinism()
+
+
+_STAYS = "After full_determinism it stays switched on for the rest of the process."
+
+_is_determinism_on = PrivatePart(
+    "Asking for deterministic operations",
+    "tensorflow",
+    _asks_for_determinism,
+    lambda: True,
+    _STAYS,
+)
+_turn_determinism_off = PrivatePart(
+    "Switching deterministic operations off",
+    "tensorflow",
+    _disable_determinism,
+    lambda: None,
+    _STAYS,
+)
 
 
 def device_info(device: str | None = None) -> str:

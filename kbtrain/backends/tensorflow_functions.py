@@ -8,11 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-_KIND: Any = type(tf.function(lambda: None))
+from kbtrain.fallback import PrivatePart
 
-# With this status autograph converts what it is given.
-_OFF = tf.__internal__.autograph.control_status_ctx()
-_ON = type(_OFF)(status=type(_OFF.status).ENABLED)
+_KIND: Any = type(tf.function(lambda: None))
 
 
 @contextlib.contextmanager
@@ -42,5 +40,21 @@ def _body(function: Any) -> Callable[..., Any]:
         return python
     while (wrapper := getattr(python, "_tf_decorator", None)) is not None:
         python = wrapper.decorated_target  # autograph would change the wrapper for good
-    converted: Callable[..., Any] = tf.__internal__.autograph.tf_convert(python, _ON)
+    converted: Callable[..., Any] = _convert(python)
     return converted
+
+
+def _as_decorated(python: Callable[..., Any]) -> Any:
+    autograph = tf.__internal__.autograph
+    status = autograph.control_status_ctx()
+    # With this status autograph converts what it is given.
+    return autograph.tf_convert(python, type(status)(status=type(status.status).ENABLED))
+
+
+_convert = PrivatePart(
+    "Making a tf.function a part of the step",
+    "tensorflow",
+    _as_decorated,
+    tf.autograph.to_graph,
+    "tf.autograph.to_graph converts it.",
+)

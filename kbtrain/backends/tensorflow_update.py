@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
+
+from kbtrain.fallback import PrivatePart
 
 LARGE_BYTES = 1 << 20
 """Size of trained variables from which on passes over memory count."""
@@ -69,9 +70,23 @@ def global_norm(gradients: Sequence[Any]) -> Any:
 
 def _for_xla_on_cpu() -> bool:
     """Whether what is traced now is compiled by XLA for a CPU."""
+    return _for_xla() and not tf.config.list_logical_devices("GPU")
+
+
+def _asks_the_graph() -> bool:
+    from tensorflow.python.ops import control_flow_util
+
     graph = tf.compat.v1.get_default_graph()
-    compiled = control_flow_util.GraphOrParentsInXlaContext(graph)
-    return compiled and not tf.config.list_logical_devices("GPU")
+    return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
+
+
+_for_xla = PrivatePart(
+    "Asking a graph whether XLA compiles it",
+    "tensorflow",
+    _asks_the_graph,
+    lambda: False,
+    "The gradient norm takes longer under XLA on a CPU.",
+)
 
 
 def _squared_norm_of_a_graph(tensor: Any) -> Any:

@@ -8,9 +8,6 @@ from typing import Any
 
 import keras
 import torch
-
-# Keras has no public door to the scope that a step runs in.
-from keras.src.backend.common.stateless_scope import get_stateless_scope
 from torch.utils import checkpoint
 
 from kbtrain.backends.scope import LossScope, NoticingScope
@@ -33,6 +30,7 @@ from kbtrain.backends.torch_device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.torch_guard import NotCapturable, guard
 from kbtrain.backends.torch_model_steps import (  # noqa: F401
     check_signature,
     reversible,
@@ -41,9 +39,9 @@ from kbtrain.backends.torch_model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
-from kbtrain.backends.torch_program import NotCapturable, guard
 from kbtrain.backends.torch_runner import InParts, Runner, now
-from kbtrain.backends.torch_skips import FlaggedOptimizers
+from kbtrain.fallback import PrivatePart
+from kbtrain.keras_private import stateless_scope
 
 name = "torch"
 
@@ -213,7 +211,7 @@ def recompute(
     if now.capturing:
         # TorchScript keeps every tensor while it records, and computes what is equal once only.
         raise NotCapturable("layers are to be run again, which a record would not do")
-    scope = get_stateless_scope()
+    scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())
     held = [None if scope is None else scope.get_current_value(v) for v in variables]
     before = [v._value if x is None else x for v, x in zip(variables, held, strict=True)]
@@ -289,10 +287,26 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
         return
     values = [v.value for v in variables]
     before = [value.clone() for value in values]
-    with FlaggedOptimizers(condition):
+    with _flagged_optimizers(condition):
         fn()
     for value, old in zip(values, before, strict=True):
         value.copy_(torch.where(condition, value, old))
+
+
+def _flags(condition: Any) -> contextlib.AbstractContextManager[Any]:
+    from kbtrain.backends.torch_skips import FlaggedOptimizers
+
+    return FlaggedOptimizers(condition)
+
+
+_flagged_optimizers = PrivatePart(
+    "Giving fused optimizers a flag",
+    "torch",
+    _flags,
+    lambda condition: contextlib.nullcontext(),
+    "Updates on a GPU take longer.",
+    passes=is_oom,
+)
 
 
 def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
@@ -327,15 +341,35 @@ def apply_optimizer(
 def global_norm(gradients: Sequence[Any]) -> Any:
     """Euclidean norm over all elements of all gradients, in float32."""
     wide = any(g.dtype == torch.float64 for g in gradients)
-    norms = torch._foreach_norm(list(gradients), 2.0, torch.float64 if wide else torch.float32)
+    norms = _norms(list(gradients), torch.float64 if wide else torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).float()
+
+
+_norms = PrivatePart(
+    "Taking the norms of a list of tensors",
+    "torch",
+    lambda tensors, dtype: torch._foreach_norm(tensors, 2.0, dtype),
+    lambda tensors, dtype: [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors],
+    "They are taken one by one.",
+    passes=is_oom,
+)
 
 
 def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
     """Multiply every gradient by one scalar, in place, keeping dtypes."""
     gradients = list(gradients)
-    torch._foreach_mul_(gradients, factor)
+    _multiply(gradients, factor)
     return gradients
+
+
+_multiply = PrivatePart(
+    "Multiplying a list of tensors",
+    "torch",
+    lambda tensors, factor: torch._foreach_mul_(tensors, factor),
+    lambda tensors, factor: [t.mul_(factor.to(t.dtype)) for t in tensors],
+    "They are multiplied one by one.",
+    passes=is_oom,
+)
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:

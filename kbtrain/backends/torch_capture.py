@@ -21,16 +21,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kbtrain.backends.torch_graph import Graphs, with_graph
+from kbtrain.backends.torch_guard import NotCapturable
 from kbtrain.backends.torch_kept import Kept
 from kbtrain.backends.torch_native import native_operations
-from kbtrain.backends.torch_program import (
-    NotCapturable,
-    make_program,
-    no_collection,
-    same_random_state,
-)
-from kbtrain.backends.torch_record import record
+from kbtrain.backends.torch_program import make_program, no_collection, same_random_state
+from kbtrain.backends.torch_record import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
+from kbtrain.fallback import report
 
 logger = logging.getLogger("kbtrain")
 
@@ -102,11 +99,15 @@ def _record(
     outputs: list[Any] = []
     real = [variable._value for variable in variables]
     count = len(keras.tree.flatten(inputs))
+    inside = False
 
     def flat_step(*flat: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal inside
         for variable, value in zip(variables, flat[count:], strict=True):
             variable._value = value.requires_grad_(variable.trainable)
+        inside = True
         result = fn(keras.tree.pack_sequence_as(inputs, list(flat[:count])))
+        inside = False
         outputs[:] = [keras.tree.map_structure(lambda _: 0, result)]
         return keras.tree.flatten(result)
 
@@ -118,11 +119,13 @@ def _record(
     except NotCapturable:
         raise
     except Exception as error:
-        if any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error)):
-            reason = "its Python looks at values of tensors"
-        else:
-            reason = f"{type(error).__name__}: {first_lines(error, 1)}"
-        raise NotCapturable(reason + user_line(error)) from error
+        line = user_line(error)
+        if _looks_at_values(error):
+            raise NotCapturable(f"its Python looks at values of tensors{line}") from error
+        reason = NotCapturable(f"{type(error).__name__}: {first_lines(error, 1)}{line}")
+        # In the middle of a user's own code the reason is there, most likely.
+        reason.failure = None if inside and line else error
+        raise reason from error
     finally:
         for variable, value in zip(variables, real, strict=True):
             variable._value = value
@@ -141,7 +144,20 @@ def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
         raise
     except Exception as error:  # whatever it is, make_fx decides whether it is one
         logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
-    return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        failure = error
+    recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    if not (isinstance(failure, Unrecorded) or _looks_at_values(failure)):
+        report(
+            "Recording a step's operations",
+            "torch",
+            failure,
+            "make_fx records them, which takes some seconds longer.",
+        )
+    return recorded
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
 
 
 def _equal(a: Any, b: Any) -> bool:

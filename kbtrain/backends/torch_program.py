@@ -9,6 +9,7 @@ finite check: where it does not hold, nothing has been changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import warnings
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kbtrain.backends.torch_device import is_oom
+from kbtrain.backends.torch_guard import GuardFailed, NotCapturable
 from kbtrain.backends.torch_kept import Kept, keep_gradients
 from kbtrain.backends.torch_rewrites import (
     Memory,
@@ -31,20 +34,13 @@ from kbtrain.backends.torch_rewrites import (
 from kbtrain.backends.torch_script import NotScriptable, Part, to_script
 from kbtrain.backends.torch_skips import drop_selections
 from kbtrain.backends.torch_views import copy_where_needed, plain_products, shorten_views
+from kbtrain.fallback import PrivatePart, report
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
 
 GUARD = aten._assert_async.default
 """Marks, in a recorded graph, that what follows happens only if its argument is true."""
-
-
-class NotCapturable(Exception):
-    """The step cannot be recorded; the message says why."""
-
-
-class GuardFailed(Exception):
-    """The guard's condition was false; no variable has been changed."""
 
 
 class Program(NamedTuple):
@@ -79,11 +75,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def guard(condition: torch.Tensor) -> None:
-    """Record that everything from here on needs ``condition`` (a boolean scalar)."""
-    torch._assert_async(condition)
 
 
 def _check(*conditions: torch.Tensor) -> None:
@@ -277,12 +268,25 @@ def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any
 
 
 def _script(part: Part) -> Callable[..., Any]:
-    """The function as TorchScript; in Python where that has no word for something."""
+    """The function as TorchScript; in Python where that has no word for something, or fails."""
     try:
-        return to_script(part)
+        script = to_script(part)
     except NotScriptable as error:
         logger.info("The captured step runs in Python, TorchScript cannot express it: %s", error)
         return _as_module(part)
+    except Exception as error:
+        report(_TORCHSCRIPT, "torch", error, _IN_PYTHON)
+        return _as_module(part)
+    module = functools.cache(lambda: _as_module(part))
+
+    def in_python(*given: torch.Tensor) -> Any:
+        return module()(*given)
+
+    return PrivatePart(_TORCHSCRIPT, "torch", script, in_python, _IN_PYTHON, passes=is_oom)
+
+
+_TORCHSCRIPT = "Running a captured step as TorchScript"
+_IN_PYTHON = "Python calls its operations one by one, which takes longer for small models."
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from typing import Any
 import keras
 import torch
 
-from kbtrain.backends.torch_capture import CapturedStep
-from kbtrain.backends.torch_graph import Graphs
-from kbtrain.backends.torch_kept import Kept
-from kbtrain.backends.torch_program import GuardFailed, NotCapturable
+from kbtrain.backends.torch_device import is_oom
+from kbtrain.backends.torch_guard import GuardFailed, NotCapturable
 from kbtrain.data import signature
+from kbtrain.errors import KbtrainError
+from kbtrain.fallback import report
 
 logger = logging.getLogger("kbtrain")
 
@@ -92,11 +92,12 @@ class Runner:
         self._fn = fn
         self._variables = list(variables)
         self._jit_compile = jit_compile
-        self._captured: dict[Any, CapturedStep | None] = {}
+        self._captured: dict[Any, Any] = {}
+        self._failures: dict[Any, Exception] = {}
         self._commits: dict[Any, list[keras.Variable]] = {}
         self._bodies: dict[Any, Runner] = {}
-        self._kept: Kept = {}
-        self._graphs: Graphs = Graphs()
+        self._kept: Any = {}
+        self._graphs: Any = None
 
     def __call__(self, inputs: Any) -> Any:
         """Run the function."""
@@ -109,10 +110,14 @@ class Runner:
         """The function for inputs like these, from a list of tensors to a list of tensors."""
         key = signature(inputs)
         if key not in self._captured and self._jit_compile is not False:
-            self._captured[key] = self._capture(inputs)
+            self._captured[key] = self._capture(key, inputs)
             self._commits[key] = list(now.committed)
         return _FlatStep(
-            self._captured.get(key), self._commits.get(key, []), self.eager, structure=inputs
+            self._captured.get(key),
+            self._commits.get(key, []),
+            self.eager,
+            self._failures.pop(key, None),
+            structure=inputs,
         )
 
     def eager(self, inputs: Any) -> Any:
@@ -121,9 +126,14 @@ class Runner:
         with torch.no_grad(), now.running(self._variables, body):
             return self._fn(inputs)
 
-    def _capture(self, inputs: Any) -> CapturedStep | None:
+    def _capture(self, key: Any, inputs: Any) -> Any:
+        """The recorded step; None where there is none."""
         now.capturing = True
         try:
+            # Not before it is needed: it rests on much of PyTorch that is not public.
+            from kbtrain.backends.torch_capture import CapturedStep, Graphs
+
+            self._graphs = self._graphs or Graphs()
             while True:
                 now.committed.clear()
                 try:
@@ -142,6 +152,15 @@ class Runner:
             return None
         except NotCapturable as reason:
             logger.info("The step runs eagerly, it cannot be captured: %s", _own_words(reason))
+            if reason.failure is not None:
+                self._failures[key] = reason.failure
+            return None
+        except KbtrainError:
+            raise
+        except Exception as error:
+            if is_oom(error):
+                raise
+            self._failures[key] = error
             return None
         finally:
             now.capturing = False
@@ -164,14 +183,16 @@ class _FlatStep:
 
     def __init__(
         self,
-        captured: CapturedStep | None,
+        captured: Any,
         commits: Sequence[keras.Variable],
         eager: Callable[[Any], Any],
+        failure: Exception | None,
         structure: Any,
     ) -> None:
         self._captured = captured
         self._commits = commits
         self._eager = eager
+        self._failure = failure
         self._structure = structure
         self.outputs: Any = None if captured is None else captured.outputs
 
@@ -185,6 +206,9 @@ class _FlatStep:
             except GuardFailed:
                 pass
         self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
+        if self._failure is not None:  # the step by itself does not fail
+            report("Capturing a step", "torch", self._failure, "It runs eagerly, which is slower.")
+            self._failure = None
         return keras.tree.flatten(self.outputs)
 
 
