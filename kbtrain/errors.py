@@ -133,6 +133,34 @@ RENAMED = {
 }
 """Parameters of methods in the reference, now or once, that have another name."""
 
+_OF_TRAINER = "The data belongs to the Trainer: Trainer(model, args, train_dataset=(x, y))."
+_OF_CALL = "Data with labels is one argument: evaluate((x, y)), predict(x)."
+
+KERAS = {
+    "batch_size": "Write per_device_train_batch_size=... and per_device_eval_batch_size=... in "
+    "TrainingArguments.",
+    "callbacks": "Write Trainer(callbacks=[...]).",
+    "class_weight": "Write Trainer(class_weight={...}).",
+    "epochs": "Write num_train_epochs=... in TrainingArguments.",
+    "initial_epoch": "fit(resume_from_checkpoint=...) goes on where a run ended.",
+    "return_dict": "The result is a dict always.",
+    "sample_weight": "It is the third part of the data: (x, y, sample_weight).",
+    "shuffle": "Write train_sampling_strategy='random' or 'sequential' in TrainingArguments.",
+    "steps": "Write eval_max_steps=... in TrainingArguments.",
+    "steps_per_epoch": "It is a field of TrainingArguments.",
+    "validation_batch_size": "Write per_device_eval_batch_size=... in TrainingArguments.",
+    "validation_data": "Write Trainer(eval_dataset=(x, y)), and eval_strategy='epoch' in "
+    "TrainingArguments.",
+    "validation_freq": "Write eval_strategy='steps' and eval_steps=... in TrainingArguments.",
+    "validation_split": "Write Trainer(validation_split=...), and eval_strategy='epoch' in "
+    "TrainingArguments.",
+    "validation_steps": "Write eval_max_steps=... in TrainingArguments.",
+    "verbose": "Write disable_tqdm=True or False in TrainingArguments.",
+    "x": _OF_TRAINER,
+    "y": _OF_TRAINER,
+}
+"""Parameters of Keras' ``fit``, ``evaluate`` and ``predict``: where they are here."""
+
 
 def _wrong_call(
     function: Callable[..., Any], given: Iterable[str], error: TypeError
@@ -141,6 +169,8 @@ def _wrong_call(
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     renamed = [n for n in given if n in RENAMED and n not in known and RENAMED[n] in known]
     hint = f" Write {RENAMED[renamed[0]]}=... for {renamed[0]}." if renamed else ""
+    for name in [n for n in given if n in KERAS and n not in known][:1]:
+        hint = f" {_OF_CALL if name in 'xy' and 'eval_dataset' in known else KERAS[name]}"
     return ConfigurationError(f"{error}.{hint} It takes: {', '.join(known)}.")
 
 

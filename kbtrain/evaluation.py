@@ -235,8 +235,14 @@ def check_ignore_keys(keys: Any) -> None:
     if keys is not None and not (is_list and all(isinstance(key, str) for key in keys)):
         raise ConfigurationError(
             "ignore_keys must be a list of keys of the model's outputs, such as ['hidden']. "
-            f"Received: ignore_keys={keys!r}. (A prefix is written metric_key_prefix=...)"
+            f"Received: ignore_keys={_shortened(keys)}. (A prefix is written "
+            "metric_key_prefix=..., and data with labels is one argument: evaluate((x, y)).)"
         )
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"a {type(value).__name__}"
 
 
 def _between_batches(trainer: Trainer, count: int) -> None:

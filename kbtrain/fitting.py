@@ -27,7 +27,7 @@ from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.checkpoint.disk import parse_checkpoint_name
-from kbtrain.data import Batches, Block, Loader, as_loader
+from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.diagnosis import Diagnosis
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.forward import items_counter
@@ -130,7 +130,8 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         rng.set_seed(args.seed)
         trainer.adopt(trainer.call_model_init())
     names = trainer.bound.label_names
-    loader = in_epochs(as_loader(trainer.get_train_dataloader(), label_names=names), args)
+    loader = as_loader(trainer.get_train_dataloader(), label_names=names)
+    loader = in_epochs(weighted(loader, trainer.class_weight, names), args)
     trainer.train_dataloader = loader
     plan = _plan(trainer, loader)
     if args.save_strategy != "no":

@@ -149,7 +149,7 @@ class ForwardPass:
                 f"compile() first, if that is what sets it. Python says: {error}"
             ) from error
         self._added_is_in = True
-        return as_pair(loss, keras.tree.flatten(x)[0].shape[0]), outputs
+        return as_pair(loss, counting_leaf(x, y, sample_weight).shape[0]), outputs
 
     def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
         """``(x, y, outputs, sample_weight, masks)`` in the structure of the outputs.

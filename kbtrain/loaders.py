@@ -129,20 +129,9 @@ def _as_they_come(
 
 
 def in_epochs(loader: Loader, args: TrainingArguments) -> Loader:
-    """The loader, with epochs of ``steps_per_epoch`` updates if the arguments have that.
-
-    Raises:
-        ConfigurationError: The data has a length, and with it epochs of its own.
-    """
+    """The loader, with epochs of ``steps_per_epoch`` updates if the arguments have that."""
     if args.steps_per_epoch is None:
         return loader
-    if loader.sized:
-        raise ConfigurationError(
-            "steps_per_epoch is for data without a length; this data has "
-            f"{len(loader)} batches, which are its epoch. Leave it out (max_steps or a fraction in "
-            "num_train_epochs ends a run early). "
-            f"Received: steps_per_epoch={args.steps_per_epoch}."
-        )
     return FixedEpochs(loader, args.steps_per_epoch * args.gradient_accumulation_steps)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kbtrain.checkpoint.manifest import check_other_files
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.data import Collate, DataCollatorWithPadding, default_collate
+from kbtrain.data import ArraySource, Collate, DataCollatorWithPadding, default_collate
 from kbtrain.data.foreign import yields_batches
 from kbtrain.data.structure import has_array
 from kbtrain.errors import CheckpointError, ConfigurationError
@@ -79,7 +79,8 @@ def padding_collator(processing: Any, dataset: Any) -> Collate | None:
     """
     if getattr(processing, "pad_token_id", None) is None:
         return None
-    if isinstance(dataset, Mapping | tuple) or has_array(dataset) or yields_batches(dataset):
+    arrays = isinstance(dataset, Mapping | tuple | ArraySource) or has_array(dataset)
+    if arrays or yields_batches(dataset):
         return None
     return _PadTokens(processing)
 

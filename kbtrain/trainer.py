@@ -82,6 +82,11 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         optimizers: ``(keras optimizer, learning-rate schedule)``, either may be None.
         preprocess_logits_for_metrics: ``(outputs, labels) -> what is copied to the host``.
 
+        class_weight: Number of a class -> weight of its samples in training, as in Keras; the
+            product with sample weights, if there are some.
+        validation_split: Share of ``train_dataset``, which must be arrays, that is evaluated in
+            place of an ``eval_dataset`` and not trained on: its end, as in Keras.
+
     Raises:
         ConfigurationError: Arguments that do not fit together; unknown names.
         DataError: Data of an unknown kind.
@@ -111,11 +116,15 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         loss_weights: Any = None,
         weighted_metrics: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        validation_split: float | None = None,
     ) -> None:
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
+        self.train_dataset, self.eval_dataset = trainer_checks.datasets(
+            train_dataset, eval_dataset, validation_split
+        )
+        self.class_weight = class_weight
         self.data_collator = data_collator
         self.model_init = model_init
         self.compute_loss_func = compute_loss_func
@@ -305,6 +314,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         """
         if self.is_in_train:
             raise ConfigurationError("fit() was called while fit() runs, by a callback perhaps.")
+        trainer_checks.check_resume(resume_from_checkpoint)
         evaluation.check_ignore_keys(ignore_keys_for_eval)
         args, resume = self.args, resume_from_checkpoint
         if resume is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from kbtrain import building, execution, registry
+from kbtrain.data import check_class_weight, split
 from kbtrain.errors import ConfigurationError
 from kbtrain.gathering import check_batchwise
 from kbtrain.processing import check_processing_class
@@ -54,6 +55,7 @@ def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: A
             "callbacks must be a list of callbacks. "
             f"Received: {getattr(callbacks, '__name__', type(callbacks).__name__)}."
         )
+    check_class_weight(trainer.class_weight)
     _check_compute_loss(trainer)
     _check_model(given, optimizers)
     _check_loss(trainer, given)
@@ -116,6 +118,36 @@ def _adds_no_loss(model: keras.Model) -> bool:
             return False
     outputs = None if isinstance(model, keras.Sequential) else model.output
     return not (isinstance(outputs, Mapping) and "loss" in outputs)
+
+
+def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tuple[Any, Any]:
+    """What is trained on and what is evaluated.
+
+    Raises:
+        ConfigurationError: There is an evaluation set already, or nothing that can be split.
+    """
+    if validation_split is None or validation_split == 0:
+        return train_dataset, eval_dataset
+    if eval_dataset is not None:
+        raise ConfigurationError(
+            "Pass either eval_dataset or validation_split, not both. "
+            f"Received: validation_split={validation_split!r}."
+        )
+    return split(train_dataset, validation_split)
+
+
+def check_resume(checkpoint: Any) -> None:
+    """Make sure that what ``fit`` is to resume from is no data.
+
+    Raises:
+        ConfigurationError: It is neither a path nor True, False or None.
+    """
+    if checkpoint is not None and not isinstance(checkpoint, bool | str | os.PathLike):
+        raise ConfigurationError(
+            "fit(resume_from_checkpoint) takes True, 'auto' or the path of a checkpoint. The data "
+            "belongs to the Trainer: Trainer(model, args, train_dataset=(x, y)). "
+            f"Received: {type(checkpoint).__name__}."
+        )
 
 
 def _check_function(name: str, function: Any, form: str, positional: int | None) -> None:

@@ -8,7 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Self
 
 from kbtrain.args_renames import reason
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import KERAS, ConfigurationError
 from kbtrain.training_args import TrainingArguments
 
 PARAMETERS: dict[str, str] = {
@@ -25,6 +25,7 @@ PARAMETERS: dict[str, str] = {
     "collate_fn": "Write data_collator=...",
     "peft_config": "Call model.enable_lora(rank) of a KerasHub backbone, or of a layer, before.",
 }
+PARAMETERS |= {name: text for name, text in KERAS.items() if name not in PARAMETERS}
 """Parameters of the constructor: the reference's own, and what users of 4.x and Keras may try."""
 
 MEMBERS: dict[str, str] = {

@@ -165,8 +165,9 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
     steps_per_epoch: int | None = _option(
         None,
         kinds.optional(kinds.whole(1)),
-        "Update steps that make an epoch of data without a length; the next epoch goes on where "
-        "it ended. None makes each pass over such data an epoch, and max_steps is needed.",
+        "Update steps that make an epoch; the next one goes on where it ended, and the data is "
+        "read again as often as needed. None makes each pass over the data an epoch, and data "
+        "without a length then needs max_steps.",
     )
     per_device_train_batch_size: int = _option(
         8,

@@ -115,9 +115,31 @@ def test_the_updates_are_those_of_the_data_in_one_go(tmp_path):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_data_with_a_length_has_epochs_already(tmp_path):
-    with pytest.raises(ConfigurationError, match="11 batches.*steps_per_epoch=2"):
-        train(tmp_path, data=(X, Y)).fit()
+def test_epochs_of_data_with_a_length_go_on_where_the_last_one_ended(tmp_path):
+    """22 samples in 11 batches: the third epoch of 4 batches begins with the ninth."""
+    loader = FixedEpochs(DataLoader(np.arange(22), 2), 4)
+    assert [batch[0].item() for batch in loader.epoch(2)] == [16, 18, 20, 0]
+    assert [batch[0].item() for batch in loader.epoch(1, 2)] == [12, 14]
+    assert [batch[0].item() for batch in loader.epoch(5)] == [18, 20, 0, 2]
+    shuffled = DataLoader(np.arange(22), 2, strategy="random")
+    passes = [x.tolist() for n in range(2) for x in shuffled.epoch(n)]
+    epochs = FixedEpochs(shuffled, 4)
+    assert [x.tolist() for n in range(5) for x in epochs.epoch(n)] == passes[:20]
+
+
+@pytest.mark.parametrize("data", [(X, Y), list(zip(X, Y, strict=True))], ids=["arrays", "list"])
+def test_data_with_a_length_gives_the_same_updates_and_resumes(tmp_path, data):
+    whole, stopped = train(tmp_path / "a", data=data), train(tmp_path / "b", StopAt(3), data=data)
+    resumed = train(tmp_path / "b", data=data)
+    assert whole.fit().global_step == 6
+    assert whole.state.epoch == 3
+    stream = train(tmp_path / "c")
+    stream.fit()
+    for ours, expected in zip(weights(whole.model), weights(stream.model), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    stopped.fit()
+    resumed.fit(resume_from_checkpoint=True)
+    assert same(weights(whole.model), weights(resumed.model))
 
 
 def test_without_it_a_stream_needs_max_steps(tmp_path):

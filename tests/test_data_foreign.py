@@ -387,3 +387,110 @@ def test_the_libraries_themselves(tmp_path, caplog):
         caplog.clear()
     lengths = table.add_column("length", list(range(20)))
     np.testing.assert_array_equal(as_source(lengths).lengths("length"), np.arange(20))
+
+
+# ------------------------------------------------------------- collators that take only so much
+
+
+class StrictCollator:
+    """Stacks every column, as a tokenizer's collator does; texts are beyond it."""
+
+    def __init__(self, make=np.array):
+        self.make = make
+        self.seen = []
+
+    def __call__(self, samples):
+        self.seen.append(sorted(samples[0]))
+        label = [sample.pop("label") for sample in samples]
+        return {key: self.make([s[key] for s in samples]) for key in samples[0]} | {"labels": label}
+
+
+def numbers_only(values):
+    return np.array(values, np.int64)
+
+
+def make_texts(count=8):
+    return [
+        {"text": "one two", "tokens": [[1], [2, 3]], "input_ids": [i, 2], "label": i % 2}
+        for i in range(count)
+    ]
+
+
+class Embeds(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.dense = keras.layers.Embedding(10, 2), keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(keras.ops.mean(self.embed(x["input_ids"]), axis=1))
+
+
+def functional():
+    ids = keras.Input((None,), dtype="int32", name="input_ids")
+    return keras.Model({"input_ids": ids}, Embeds()({"input_ids": ids}))
+
+
+@pytest.mark.parametrize("make", [numbers_only, np.array])
+def test_a_collator_that_cannot_take_a_column_gets_those_of_the_model(tmp_path, caplog, make):
+    collate = StrictCollator(make)
+    data = make_texts()
+    for sample in data:
+        del sample["tokens"]
+    trainer = Trainer(
+        functional(),
+        arguments(tmp_path, max_steps=3, per_device_train_batch_size=2),
+        train_dataset=data,
+        data_collator=lambda samples: collate([dict(s) for s in samples]),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        trainer.fit()
+    assert caplog.text.count("that the model does not take") == 1
+    if make is numbers_only:
+        every, used = ["input_ids", "label", "text"], ["input_ids", "label"]
+        assert collate.seen == [every, used, used, used]
+
+
+def test_a_collator_of_a_model_that_is_not_known_gets_no_texts(tmp_path):
+    for make in (numbers_only, np.array):
+        data = [{k: s[k] for k in ("text", "input_ids", "label")} for s in make_texts()]
+        trainer = Trainer(
+            Embeds(),
+            arguments(tmp_path, max_steps=2),
+            train_dataset=data,
+            data_collator=lambda samples, make=make: StrictCollator(make)([*map(dict, samples)]),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        assert trainer.fit().global_step == 2
+
+
+def test_what_a_collator_raises_is_the_first_error(tmp_path):
+    """The second attempt is no part of the message."""
+
+    def fails(samples):
+        raise KeyError(f"{len(samples[0])} columns")
+
+    trainer = Trainer(
+        functional(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=make_texts(),
+        data_collator=fails,
+        loss="mse",
+    )
+    with pytest.raises(DataError, match="KeyError: '4 columns'"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_drop_last_holds_in_evaluation_too(tmp_path, drop):
+    x = np.arange(10, dtype=np.float32)[:, None]
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    args = arguments(tmp_path, per_device_eval_batch_size=4, dataloader_drop_last=drop)
+    trainer = Trainer(model, args, eval_dataset=(x, 0 * x), loss="mse")
+    kept = 8 if drop else 10
+    expected = np.mean(np.arange(kept) ** 2.0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+    assert len(trainer.predict(x).predictions) == kept
+    if drop:
+        with pytest.raises(DataError, match="dataloader_drop_last"):
+            trainer.evaluate((x[:3], x[:3]))

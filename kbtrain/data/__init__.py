@@ -38,9 +38,11 @@ from kbtrain.data.sources import (
     Source,
     UnsizedDataError,
 )
+from kbtrain.data.splitting import split
 from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.data.structure import map_structure, to_numpy, with_none, without_none
 from kbtrain.data.unused import ColumnFilter
+from kbtrain.data.weighting import check_class_weight, weighted
 
 __all__ = [
     "ArraySource",
@@ -69,20 +71,23 @@ __all__ = [
     "as_loader",
     "as_source",
     "batch_size",
+    "check_class_weight",
     "concatenate",
     "count_samples",
     "counting_leaf",
     "default_collate",
-    "label_keys",
     "default_data_collator",
     "epoch_order",
+    "label_keys",
     "map_structure",
     "micro_batches",
     "signature",
+    "split",
     "stack",
     "to_batch",
     "to_numpy",
     "unpack",
+    "weighted",
     "with_none",
     "without_none",
 ]

@@ -4,6 +4,7 @@ A column is an ndarray in memory (a memory map counts: the operating system read
 they are touched) or an array on disk that must be asked in sorted order.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,24 @@ class DiskColumn:
     def __init__(self, dataset: Any, name: str) -> None:
         check_dtype(dataset.dtype, name)
         self._dataset = dataset
+        self._first = 0
         self.shape: tuple[int, ...] = tuple(dataset.shape)
         self.dtype: np.dtype = dataset.dtype
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.asarray(self._dataset[rows])
+        start, stop, _ = rows.indices(self.shape[0])
+        return np.asarray(self._dataset[self._first + start : self._first + stop])
+
+    def part(self, start: int, stop: int) -> "DiskColumn":
+        """Some rows, which stay on disk."""
+        part = copy.copy(self)
+        part._first, part.shape = self._first + start, (stop - start, *self.shape[1:])
+        return part
 
     def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
         """Return the rows at ``indices`` in their order; repeated ones are read once."""
         increasing, back = np.unique(indices, return_inverse=True)
-        return np.asarray(self._dataset[increasing]).take(back, axis=axis)
+        return np.asarray(self._dataset[self._first + increasing]).take(back, axis=axis)
 
 
 Column = np.ndarray | DiskColumn
@@ -58,6 +67,11 @@ def take(column: Column, indices: np.ndarray | range) -> np.ndarray:
         block = cast(column[indices.start : indices.stop])
         return block if block.flags.carray else block.copy()
     return cast(column.take(indices, axis=0))
+
+
+def cut(column: Column, start: int, stop: int) -> Column:
+    """The rows from ``start`` up to ``stop``, not read yet where the column is on disk."""
+    return column[start:stop] if isinstance(column, np.ndarray) else column.part(start, stop)
 
 
 def rows(batch: Any, count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Epochs of a fixed length from data that has none."""
+"""Epochs of a fixed length, whatever the length of the data."""
 
 import itertools
 from collections.abc import Generator, Iterator
@@ -10,11 +10,12 @@ from kbtrain.data.loader import Loader, check_count
 class FixedEpochs:
     """A stream of batches cut into epochs: each goes on where the one before ended.
 
-    When the data ends it is read again from its beginning, if it can be; an iterator cannot. To
-    get to a position, what comes before it is read and thrown away.
+    When the data ends it is read again from its beginning, if it can be; an iterator cannot. Each
+    pass has the order of an epoch of its own. To get to a position in data without a length, what
+    comes before it is read and thrown away.
 
     Args:
-        loader: A loader without a length.
+        loader: Any loader.
         batches: Batches of an epoch, at least 1.
 
     Example:
@@ -73,9 +74,19 @@ class FixedEpochs:
         check_count("start_batch", start_batch, 0)
         return self._read(epoch * self._batches + start_batch, self._batches - start_batch)
 
+    def close(self) -> None:
+        """Let go of what the data holds on to."""
+        self._running = None
+        close = getattr(self._loader, "close", None)
+        if callable(close):
+            close()
+
     def _read(self, first: int, count: int) -> Generator[Any, None, None]:
-        if self._running is None or self._position > first:
-            self._running, self._position = self._endless(), 0
+        sized = self._loader.sized
+        if self._running is None or self._position > first or (sized and self._position != first):
+            self._position = first if sized else 0
+            passes, start = divmod(first, len(self._loader)) if sized else (0, 0)
+            self._running = self._endless(passes, start)
         running = self._running
         while self._position < first + count:
             batch = next(running, None)
@@ -85,11 +96,11 @@ class FixedEpochs:
             if self._position > first:
                 yield batch
 
-    def _endless(self) -> Iterator[Any]:
+    def _endless(self, first: int, start: int) -> Iterator[Any]:
         """Pass after pass over the data."""
-        for number in itertools.count():
+        for number in itertools.count(first):
             empty = True
-            for batch in self._loader.epoch(number):
+            for batch in self._loader.epoch(number, start if number == first else 0):
                 empty = False
                 yield batch
             if empty:

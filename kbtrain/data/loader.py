@@ -4,6 +4,7 @@ A loader has no state that moves: ``epoch(epoch, start_batch)`` is a function of
 the two numbers are all a checkpoint needs, and two epochs may be read at the same time.
 """
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +23,7 @@ from kbtrain.data.sources import (
     Source,
     failed,
 )
-from kbtrain.data.unused import ColumnFilter
+from kbtrain.data.unused import ColumnFilter, without_texts
 from kbtrain.errors import ConfigurationError, DataError
 
 logger = logging.getLogger("kbtrain")
@@ -121,6 +122,7 @@ class DataLoader:
         self._collate: Any = collate
         self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
+        self._filters_first: bool | None = None  # not known before the first batch
         by_length = strategy in NEED_LENGTHS
         self._lengths = self.source.lengths(length_column) if by_length else None
         self._columns = columns
@@ -284,15 +286,46 @@ class DataLoader:
         if (taken := getattr(self._collate, "takes", None)) is not None:
             # One of ours, that says what it looks at. The rest may be of any kind here, too.
             samples = [columns(sample, self.name, taken) for sample in samples]
+        # A collator that draws random numbers wants to know its place, see its class.
+        collate = self._collate.at(epoch, number) if self._positioned else self._collate
+        if self._filters_first is None:
+            self._filters_first, batch = self._first_collation(collate, samples)
+            return batch
+        if self._filters_first:
+            samples = [self._reduced(sample) for sample in samples]
+        return self._collated(collate, samples)
+
+    def _first_collation(self, collate: Collate, samples: list[Any]) -> tuple[bool, Any]:
+        """Whether the collator needs samples without what is not used; and the batch.
+
+        A user's collator may look at any column, so it gets all of them if it can.
+        """
+        copies = [dict(s) if type(s) is dict else s for s in samples]  # it may change them
         try:
-            # A collator that draws random numbers wants to know its place, see its class.
-            collate = self._collate.at(epoch, number) if self._positioned else self._collate
+            return False, self._collated(collate, copies)
+        except DataError:
+            reduced = [self._reduced(sample) for sample in samples]
+            if all(one is other for one, other in zip(reduced, samples, strict=True)):
+                raise
+            with contextlib.suppress(DataError):
+                return True, self._collated(collate, reduced)
+            raise
+
+    def _reduced(self, sample: Any) -> Any:
+        """A sample without the columns that are not used; of an unknown model, those of texts."""
+        if self._columns is None:
+            return without_texts(sample, self.name)
+        return self._columns(sample, self.name)
+
+    def _collated(self, collate: Collate, samples: list[Any]) -> Any:
+        """What a user's collator makes of samples, as a batch."""
+        try:
             batch = collate(samples)
         except MemoryError:
             raise
         except Exception as error:
             raise failed("the data_collator", error) from error
-        batch = columns(batch, self.name)
+        batch = (self._columns or every_column)(batch, self.name)
         return to_batch(batch, "the result of the data_collator", self._label_names)
 
     def _in_batch(self, number: int, error: DataError) -> DataError:

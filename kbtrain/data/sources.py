@@ -15,7 +15,7 @@ import numpy as np
 
 from kbtrain.data.batch import LabelNames, common_length, named_leaves, unpack
 from kbtrain.data.collate import default_collate
-from kbtrain.data.columns import Column, as_column, rows, take
+from kbtrain.data.columns import Column, as_column, cut, rows, take
 from kbtrain.data.foreign import is_endless, resume_caveat
 from kbtrain.data.lengths import checked, no_lengths
 from kbtrain.data.structure import map_raw, map_structure
@@ -138,9 +138,19 @@ class ArraySource(Source):
 
     def keeping(self, columns: ColumnFilter) -> "ArraySource":
         """The same rows without the columns that are not used."""
-        kept = copy.copy(self)
-        kept._columns = columns(self._columns, self.name)
-        return kept
+        return self.changed(lambda all_columns: columns(all_columns, self.name))
+
+    def changed(self, function: Callable[[Any], Any]) -> "ArraySource":
+        """The same rows with other columns, those that ``function`` makes of them."""
+        other = copy.copy(self)
+        other._columns = function(self._columns)
+        return other
+
+    def part(self, start: int, stop: int, name: str) -> "ArraySource":
+        """The rows from ``start`` up to ``stop``, not copied, and not read from disk."""
+        part = self.changed(lambda columns: map_structure(lambda c: cut(c, start, stop), columns))
+        part._length, part.name = stop - start, name
+        return part
 
     def lengths(self, column: str) -> np.ndarray:
         """Return the column of lengths, or the ones counted in an attention mask."""

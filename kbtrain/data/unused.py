@@ -65,3 +65,20 @@ class ColumnFilter:
                 ", ".join(map(str, unused)),
             )
         return {key: value for key, value in batch.items() if key not in unused}
+
+
+def without_texts(sample: Any, name: str) -> Any:
+    """A sample without the columns that hold texts, which no model takes from a collator."""
+    if not isinstance(sample, Mapping):
+        return sample
+    texts = [key for key, value in sample.items() if _is_text(value)]
+    if not texts:
+        return sample
+    logger.info("%s: the columns %s hold texts and are left out.", name, ", ".join(map(str, texts)))
+    return {key: value for key, value in sample.items() if key not in texts}
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str | bytes)
