@@ -239,3 +239,72 @@ def test_export_says_what_is_missing(tmp_path, capsys):
     assert main(["checkpoint", "export", str(old), str(tmp_path / "x.onnx")]) == 2
     assert "must end in .keras or .weights.h5" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- copies of a model ---------------------------------------------------------------------------
+
+
+def sequentials():
+    parts = [keras.Sequential([LAYERS.Dense(4), LAYERS.Dense(4)]) for _ in range(2)]
+    return keras.Sequential([keras.Input((3,)), *parts, LAYERS.Dense(1)])
+
+
+def branches():
+    x = keras.Input((3,))
+    one = keras.Sequential([LAYERS.Dense(4), keras.Sequential([LAYERS.Dense(4)])])(x)
+    other = keras.Sequential([LAYERS.Dense(4), LAYERS.BatchNormalization()])(x)
+    return keras.Model(x, LAYERS.Dense(1)(LAYERS.Add()([one, other])))
+
+
+@pytest.fixture(scope="module", params=[sequentials, branches])
+def trained(request, tmp_path_factory):
+    """A model that was trained, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("run")
+    LAYERS.Dense(1)  # so that the numbers do not begin at 0
+    trainer = Trainer(
+        request.param(),
+        arguments(folder, save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=make_data(), loss="mse",
+    )  # fmt: skip
+    trainer.fit()
+    return trainer.model, folder, request.param
+
+
+@pytest.mark.parametrize("how", ["clone", "json", "again"])
+def test_a_copy_gets_the_weights_whatever_its_layers_are_called(trained, how):
+    model, folder, build_again = trained
+    copies = {
+        "clone": lambda: keras.models.clone_model(model),
+        "json": lambda: keras.models.model_from_json(model.to_json()),
+        "again": build_again,
+    }
+    copy = copies[how]()
+    generator = np.random.default_rng(5)
+    copy.set_weights([generator.normal(size=w.shape) for w in copy.get_weights()])
+    report = load_weights(copy, folder)
+    assert (report.missing, report.unexpected, report.different) == ((), (), ())
+    x = make_data()[0]
+    np.testing.assert_allclose(
+        copy.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_layers_of_other_names_in_another_order_are_not_paired(tmp_path):
+    def towers(*names):
+        x = keras.Input((3,))
+        return keras.Model(x, [keras.Sequential([LAYERS.Dense(2)], name=n)(x) for n in names])
+
+    left_right = towers("left", "right")
+    trainer = Trainer(
+        left_right,
+        arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=(np.ones((4, 3)), [np.ones((4, 2))] * 2), loss=["mse", "mse"],
+    )  # fmt: skip
+    trainer.fit()
+    swapped = towers("right", "left")
+    load_weights(swapped, tmp_path)
+    x = np.ones((1, 3), "float32")
+    for a, b in zip(left_right(x), reversed(swapped(x)), strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
+    with pytest.raises(CheckpointMismatchError):
+        load_weights(towers("up", "down"), tmp_path)

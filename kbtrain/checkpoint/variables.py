@@ -2,9 +2,9 @@
 
 Keras numbers layers and optimizers over a whole process (``dense``, ``dense_1``, ...), so the same
 model built twice has other paths the second time. Saved keys are the paths; on loading they match
-exactly or, failing that, after both sides are renumbered in order of appearance. Anything that
-still does not match is an error: nothing is skipped, and nothing is assigned before everything has
-been checked.
+exactly or, failing that, after both sides are renumbered in order of appearance, or in their order
+if one side only lacks names of parents. Anything that still does not match is an error: nothing is
+skipped, and nothing is assigned before everything has been checked.
 """
 
 import re
@@ -290,6 +290,8 @@ def _match(
         return {key: canonical[name] for name, key in own.items()}
     if (without_root := _match_without_root(keys, saved)) is not None:
         return without_root
+    if (without_parents := _match_without_parents(keys, saved)) is not None:
+        return without_parents
     # A mismatch: pair what can be paired, in the way that explains more, for the message's sake.
     by_canonical_name = {key: canonical[name] for name, key in own.items() if name in canonical}
     by_name = {key: key for key in keys if key in set(saved)}
@@ -311,6 +313,32 @@ def _match_without_root(keys: list[str], saved: list[str]) -> dict[str, str] | N
                 pairs = {known[name]: found[name] for name in found}
                 return pairs if shorter is keys else {v: k for k, v in pairs.items()}
     return None
+
+
+def _match_without_parents(keys: list[str], saved: list[str]) -> dict[str, str] | None:
+    """Match names, one after the other, of which one side lacks some of the parents' names.
+
+    A copy (``clone_model``, ``load_model``) of a model of several Sequentials has ``dense/kernel``
+    for ``sequential_2/sequential/dense/kernel``: its parts were built before they were put
+    together. Layers and variables keep their order and the names of their kinds.
+    """
+    if len(keys) != len(saved):
+        return None
+    pairs = dict(zip(keys, saved, strict=True))
+    for shorter, longer in ((keys, saved), (saved, keys)):
+        if all(map(_is_without_parents, shorter, longer)):
+            return pairs
+    return None
+
+
+def _is_without_parents(short: str, long: str) -> bool:
+    """Whether a name is another one with some of the components before the last two left out."""
+    found, full = (
+        [_AUTO_SUFFIX.sub(r"\1", component) for component in key.partition("#")[0].split("/")]
+        for key in (short, long)
+    )
+    remaining = iter(full)
+    return found[-2:] == full[-2:] and all(component in remaining for component in found)
 
 
 def _match_following(
