@@ -192,6 +192,8 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
         if evaluated:
             arrays["evaluation"] = evaluated
         documents |= more_documents
+        if (flags := _trained(trainer, run)) is not None:
+            documents["trainable"] = flags
         if metric_schedule.is_metric_driven(trainer.lr_scheduler):
             documents["lr_scheduler"] = copy.deepcopy(trainer.lr_scheduler.state())
     best = state.best_model_checkpoint
@@ -205,6 +207,12 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
         protect=(Path(best),) if best else (),
         other_files=_processing_files(trainer, run, documents),
     )
+
+
+def _trained(trainer: Trainer, run: Run) -> dict[str, Any] | None:
+    if run.trainable_at_start is None or trainer.optimizer is None:
+        return None
+    return persistence.trained_document(trainer.model, trainer.optimizer, run.trainable_at_start)
 
 
 def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> Mapping[str, bytes]:

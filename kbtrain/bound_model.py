@@ -17,11 +17,13 @@ from kbtrain.forward import ComputeLoss, ForwardPass, output_names
 from kbtrain.keras_losses import is_summed, resolve_loss
 from kbtrain.label_check import LabelCheck
 from kbtrain.label_smoothing import smoothed
+from kbtrain.live_step import Traces, Versions
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.model_steps import ModelMetrics
 from kbtrain.own_methods import OwnMethods
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
+from kbtrain.traced_state import Decisions
 from kbtrain.training_args import TrainingArguments
 
 
@@ -40,6 +42,7 @@ class BoundModel:
         compute_loss: ``Trainer.compute_loss``.
         preprocess: ``preprocess_logits_for_metrics``, or None.
         tracked: Where ``Trainer.track`` puts values while the loss is computed.
+        traces: What the Python of a step needs while it is traced.
         own_compute_loss: ``compute_loss`` is overridden: what it does with the batch is not known.
 
     Attributes:
@@ -67,12 +70,13 @@ class BoundModel:
         compute_loss: ComputeLoss,
         preprocess: Callable[[Any, Any], Any] | None,
         tracked: dict[str, Any],
+        traces: Traces,
         own_compute_loss: bool,
     ) -> None:
         self.model: keras.Model = building.check_model(model)
         self._args, self._backend = args, backend
         self._compute_loss, self._preprocess = compute_loss, preprocess
-        self._tracked = tracked
+        self._tracked, self._traces = tracked, traces
         self.label_names = LabelKeys(
             None if args.label_names is None else tuple(args.label_names),
             building.input_names(model) or frozenset(),
@@ -128,6 +132,7 @@ class BoundModel:
         self.label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
         self._eval_steps: dict[Hashable, CompiledEvalStep] = {}
+        self._generation = 0
 
     @property
     def metric_variables(self) -> list[keras.Variable]:
@@ -247,14 +252,27 @@ class BoundModel:
                     select,
                 )
             self._backend.place(variables, self._args.chosen_device)
-            run = self._backend.compile_eval_steps(
-                step,
-                variables,
-                unique([*(metrics.variables if metrics else []), *self.advancing_variables]),
-                self._args.jit_compile,
-            )
-            self._eval_steps[key] = CompiledEvalStep(run)
+
+            def compile(decisions: Decisions) -> Callable[..., Any]:
+                return self._backend.compile_eval_steps(
+                    self._traces.step(step, decisions, rng.global_seed_variable()),
+                    variables,
+                    unique([*(metrics.variables if metrics else []), *self.advancing_variables]),
+                    self._args.jit_compile,
+                )
+
+            self._eval_steps[key] = CompiledEvalStep(Versions(compile, "evaluation"), self._traces)
         return self._eval_steps[key]
+
+    def renew(self, generation: int) -> None:
+        """Forget the compiled evaluation steps if what they have captured is not what there is.
+
+        Args:
+            generation: See `kbtrain.staleness.Captured`.
+        """
+        if generation != self._generation:
+            self._eval_steps.clear()
+            self._generation = generation
 
     def _check_can_evaluate(self, with_loss: bool, gather: bool) -> None:
         """Make sure that a step of the model's own is there where the model cannot be called."""
@@ -322,13 +340,20 @@ class CompiledEvalStep:
     """A compiled evaluation step, with what was learned about how long it takes.
 
     Attributes:
-        run: ``run(block, start, count) -> (results, done)``, see ``compile_eval_steps`` of a
-            backend.
+        versions: Its compiled versions.
+        traces: What its Python needs while it is traced.
         pace: How many batches one call may have.
     """
 
-    run: Callable[[Any, int, int], tuple[dict[str, Any], int]]
+    versions: Versions
+    traces: Traces
     pace: Pace = field(default_factory=Pace)
+
+    def run(self, block: Any, start: int, count: int) -> tuple[dict[str, Any], int]:
+        """Run batches of a block, see ``compile_eval_steps`` of a backend."""
+        version = self.versions.at(self.traces.position.moment)
+        results: tuple[dict[str, Any], int] = version.run(block, start, count)
+        return results
 
 
 def unique(variables: list[keras.Variable]) -> list[keras.Variable]:

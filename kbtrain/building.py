@@ -327,12 +327,16 @@ def build_optimizer_state(
 
 
 def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """A given optimizer keeps its state from fit to fit; that is of no use for another model."""
+    """A given optimizer keeps its state from fit to fit; that is of no use for another model.
+
+    Variables of this one may have been frozen or unfrozen since.
+    """
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     trained = getattr(optimizer, "_trainable_variables", None) or model.trainable_variables
-    known = {id(v) for v in trained}
-    if unknown := [v.path for v in model.trainable_variables if id(v) not in known]:
+    own = {id(v) for v in model.variables}
+    if trained and not any(id(v) in own for v in trained):
+        unknown = [v.path for v in model.trainable_variables]
         raise ConfigurationError(
             f"The optimizer ({type(optimizer).__name__}) was used for other variables already: it "
             f"has no state for {unknown[0]!r}. Make a new one for this model (Keras optimizers "

@@ -9,7 +9,9 @@ import functools
 import inspect
 import re
 import signal
+import sysconfig
 import traceback
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -199,6 +201,35 @@ def user_line(error: BaseException) -> str:
             if "site-packages" not in frame.filename and not frame.filename.startswith((own, "<")):
                 return f" ({Path(frame.filename).name}:{frame.lineno})"
     return ""
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether a file has code of the user's: none of an installed package, or of ours."""
+    own = str(Path(__file__).parent)
+    return bool(filename) and not (
+        "site-packages" in filename or filename.startswith((own, "<", _STANDARD_LIBRARY))
+    )
+
+
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+
+
+def place_of(frame: types.FrameType | None) -> str:
+    """Where in a user's own code a frame is, or who called it, as `` in model.py:12``."""
+    while frame is not None:
+        if is_user_file(frame.f_code.co_filename):
+            return f" in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+class LooksAtNumber(TypeError):
+    """Python wants a number that a traced step only has on the device; it can run eagerly.
+
+    Not an error of the user's: the backends catch it.
+    """
+
+    _keras_call_info_injected = True  # Keras would put the arguments of each layer around it
 
 
 def first_lines(error: BaseException, lines: int = 4) -> str:

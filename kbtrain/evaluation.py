@@ -36,6 +36,7 @@ from kbtrain.label_check import LabelCheck
 from kbtrain.metrics import MetricSet
 from kbtrain.step_times import speed
 from kbtrain.totals import Totals, losses_of_batches
+from kbtrain.traced_state import Moment
 
 logger = logging.getLogger("kbtrain")
 
@@ -154,6 +155,8 @@ def evaluate(
         )
     check_ignore_keys(ignore_keys)
     bound, backend = trainer.bound, trainer.backend
+    trainer.captured.due |= not trainer.is_in_train
+    bound.renew(trainer.captured.look())
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
     with execution.settings(backend, trainer.args), building.computing_in(bound.model, policy):
         args, names = trainer.args, bound.label_names
@@ -192,6 +195,7 @@ def evaluate(
         saved = persistence.copies(kept)
         if metrics is not None:
             metrics.reset()
+        trainer.position.set(Moment.of(trainer.state.global_step, trainer.state.epoch))
         evaluation = Evaluation(
             backend,
             bound.eval_step(with_loss, wanted.gather_from_model, policy, ignore_keys or ()),
@@ -213,6 +217,7 @@ def evaluate(
             ) from error
         finally:
             persistence.put_back(kept, saved)
+            trainer.captured.settle()
 
 
 def _check_ends(loader: Loader, max_batches: int | None, keep_outputs: bool) -> None:

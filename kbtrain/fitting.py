@@ -18,13 +18,13 @@ from kbtrain import (
     metric_schedule,
     model_steps,
     neftune,
+    optimizer_variables,
     persistence,
     recompute,
     rng,
 )
 from kbtrain.args_changes import compare_arguments
 from kbtrain.args_validation import check_saves_follow_evaluations
-from kbtrain.bound_model import unique
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.checkpoint.disk import parse_checkpoint_name
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
@@ -37,8 +37,9 @@ from kbtrain.memory import measured
 from kbtrain.pace import Pace
 from kbtrain.run import Run
 from kbtrain.state import Plan, TrainerState, make_plan, steps_until_due
-from kbtrain.step import make_train_step
 from kbtrain.tokens import count_tokens
+from kbtrain.train_steps import live_train_step, trained_variables
+from kbtrain.trainable_flags import TrainableFlags
 from kbtrain.training_args import resolve_steps
 
 if TYPE_CHECKING:
@@ -142,16 +143,16 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
     bound = trainer.bound
     forward = bound.build(first)
-    trainable = bound.model.trainable_variables
-    if not trainable:
-        raise ConfigurationError(
-            f"The model {bound.model.name!r} has no trainable variables: there is nothing to "
-            "train. Set `trainable = True` on the layers that should learn."
-        )
+    trainable = trained_variables(bound.model)
     if bound.own.train_step:
         model_steps.check_arguments(trainer)
         model_steps.build_by_step(trainer.backend, bound.model, first)
+    trainable_at_start = TrainableFlags.of(bound.model)
+    trainer.captured.new_fit()
+    bound.renew(trainer.captured.generation)
     optimizer = build_optimizer(trainer, plan.max_steps)
+    if not bound.own.train_step:  # a given one may have been built for what was trained before
+        optimizer_variables.follow(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
     if bound.metrics is not None:
         bound.metrics.reset()
@@ -161,40 +162,17 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         progress.move_to(loader.batch_size)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
-    count_items = items_counter(trainer.compute_loss_func, names)
-    optimizers = [optimizer, *trainer.other_optimizers.values()]
-    variables = unique(
-        [*bound.variables(), *(v for each in optimizers for v in each.variables), halted]
-    )
-    trainer.backend.place(variables, args.chosen_device)
-    if bound.own.train_step:
-        step = _own_step(trainer, halted, variables)
-    else:
-        step = trainer.backend.compile_steps(
-            make_train_step(
-                trainer.backend,
-                forward,
-                count_items,
-                optimizer,
-                trainable,
-                bound.metrics,
-                args.max_grad_norm,
-                args.on_nonfinite,
-                halted,
-                forward.has_terms,
-            ),
-            variables,
-            args.jit_compile,
-            plan.max_steps,
-        )
+    step = live_train_step(trainer, forward, halted, plan, progress)
     explain = None
     if "underflow_overflow" in args.debug:
+        count_items = items_counter(trainer.compute_loss_func, names)
         explain = Diagnosis(
             trainer.backend, bound.model, forward, count_items, trainable, bound.variables()
         ).explain
     return Run(
         explain=explain,
         label_check=bound.label_check,
+        trainable_at_start=trainable_at_start,
         backend=trainer.backend,
         plan=plan,
         batches=batches,
@@ -206,27 +184,15 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
         progress=progress,
         on_nonfinite=args.on_nonfinite,
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
-        limit=lambda: _updates_without_looking(trainer),
+        limit=lambda: min(
+            _updates_without_looking(trainer), step.room(args.gradient_accumulation_steps)
+        ),
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
         # As in Keras: a step of the model's own may count its calls in Python.
         pace=Pace.of(1 if bound.own.train_step else args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
-
-
-def _own_step(
-    trainer: Trainer, halted: keras.Variable, variables: list[keras.Variable]
-) -> Callable[[Any, int], dict[str, Any]]:
-    """The compiled step of a model that has its own ``train_step``."""
-    backend, model, args = trainer.backend, trainer.model, trainer.args
-    metrics = trainer.bound.metrics
-    assert isinstance(metrics, model_steps.ModelMetrics)
-    step = model_steps.make_train_step(
-        backend, model, metrics, args.on_nonfinite, halted, variables
-    )
-    eagerly = bool(model.run_eagerly)
-    return backend.compile_model_steps(step, variables, args.jit_compile, eagerly)
 
 
 def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
@@ -363,6 +329,12 @@ def _restore(
     trainer: Trainer, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
 ) -> persistence.Progress:
     """Put everything back to where the checkpoint was taken."""
+    if (trained := persistence.trained_in(checkpoint)) is not None:
+        # A callback had frozen or unfrozen something.
+        flags = trained[0]
+        documents.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
+        if not trainer.other_optimizers:
+            optimizer_variables.follow(optimizer, trainer.model)
     progress = persistence.restore_run(
         trainer.backend,
         trainer.model,

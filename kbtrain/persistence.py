@@ -17,7 +17,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain import building, documents, evaluation_weights, lazy_tensorflow, rng
+from kbtrain import (
+    building,
+    documents,
+    evaluation_weights,
+    lazy_tensorflow,
+    optimizer_variables,
+    rng,
+)
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -30,6 +37,7 @@ from kbtrain.checkpoint.format import dump_json
 from kbtrain.checkpoint.layout import KerasLayout, keras_layout
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.output_files import writing
+from kbtrain.trainable_flags import TrainableFlags
 
 logger = logging.getLogger("kbtrain")
 
@@ -195,7 +203,10 @@ def gather_training(
     variables = model_variables(model)
     arrays = {
         **{
-            group: capture(name_optimizer_variables(each.variables, variables))
+            group: capture(
+                name_optimizer_variables(each.variables, variables)
+                | optimizer_variables.set_aside(each)
+            )
             for group, each in _optimizer_groups(optimizer, others).items()
         },
         "metrics": {str(i): value for i, value in enumerate(copies(metric_variables))},
@@ -234,11 +245,12 @@ def restore_run(
             "weights and start a new run."
         )
     variables = model_variables(model)
+    aside = [] if (known := trained_in(checkpoint)) is None else known[1]
     model_plan = plan_restore(name_variables(variables), _group(checkpoint, "model"), what="model")
     optimizer_plans = [
         plan_restore(
             name_optimizer_variables(each.variables, variables),
-            _group(checkpoint, group),
+            {k: v for k, v in _group(checkpoint, group).items() if k not in aside},
             what=group,
             model_names=model_plan.names,
         )
@@ -268,6 +280,42 @@ def _optimizer_groups(
 ) -> dict[str, keras.optimizers.Optimizer]:
     """The optimizers of a run by the names of their groups of arrays in a checkpoint."""
     return {"optimizer": optimizer} | {f"optimizer.{n}": o for n, o in (others or {}).items()}
+
+
+def trained_document(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, at_start: TrainableFlags
+) -> dict[str, Any] | None:
+    """What is trained, if that has been changed since the run began; else None.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        at_start: The flags when the run began.
+    """
+    flags, aside = TrainableFlags.of(model), optimizer_variables.set_aside(optimizer)
+    if flags == at_start and not aside:
+        return None
+    return {**flags.to_document(), "aside": sorted(aside)}
+
+
+def trained_in(checkpoint: Checkpoint) -> tuple[TrainableFlags, list[str]] | None:
+    """What was trained, and which optimizer state was of other variables; None if not changed.
+
+    Raises:
+        CheckpointDamagedError: It says what cannot be.
+    """
+    if "trainable" not in checkpoint.documents:
+        return None
+    document = documents.mapping(checkpoint, "trainable")
+
+    def read() -> tuple[TrainableFlags, list[str]]:
+        known = checkpoint.arrays.get("optimizer", {})
+        aside = [str(key) for key in document["aside"]]
+        if missing := [key for key in aside if key not in known]:
+            raise ValueError(f"there is no array {missing[0]!r}")
+        return TrainableFlags.from_document(document), aside
+
+    return documents.attempt(checkpoint, "trainable", read)
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:

@@ -20,6 +20,7 @@ from kbtrain.pace import Pace
 from kbtrain.persistence import Progress
 from kbtrain.state import Plan, TrainerState
 from kbtrain.step_times import StepTimes, speed
+from kbtrain.trainable_flags import TrainableFlags
 
 logger = logging.getLogger("kbtrain")
 
@@ -40,7 +41,7 @@ class Run:
         plan: How many updates and epochs there are.
         batches: The data.
         accumulation: Micro-batches per update.
-        step: The compiled train steps, ``step(block, count)``.
+        step: The compiled train steps, ``step(tensors, block)``.
         state: The run's progress, for people.
         progress: The run's progress, for resuming.
         on_nonfinite: What to do about a non-finite loss or gradient.
@@ -56,6 +57,7 @@ class Run:
         newest_only: A log has the extras of its newest update, not their means: a model's own step
             returns means itself.
         running_loss: The loss of an update is the mean of all since the last log.
+        trainable_at_start: What was trained when this call began.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: Where the time goes.
@@ -66,7 +68,7 @@ class Run:
     plan: Plan
     batches: Batches
     accumulation: int
-    step: Callable[[Any, int], dict[str, Any]]
+    step: Callable[[Any, Block], dict[str, Any]]
     state: TrainerState
     progress: Progress
     on_nonfinite: str
@@ -80,6 +82,7 @@ class Run:
     label_check: LabelCheck | None = None
     newest_only: bool = False
     running_loss: bool = False
+    trainable_at_start: TrainableFlags | None = None
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
@@ -136,7 +139,7 @@ class Run:
         try:
             with self.times.of("compute"):
                 chunks = self.backend.to_device(without_none(block.chunks), self.pin)
-                result = self.step(chunks, block.updates)
+                result = self.step(chunks, block)
                 # Queued behind these updates: waiting for the copy later does not wait for what
                 # was started meanwhile.
                 wait = self.backend.start_to_host(result)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from kbtrain.documents import is_of
 from kbtrain.errors import ConfigurationError
 from kbtrain.output_files import save_json
+from kbtrain.traced_state import Position
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -53,9 +54,35 @@ class TrainerControl:
         self.should_save = self.should_evaluate = self.should_log = False
 
 
+class _InSteps:
+    """A field that code in a traced step finds as a value on the device.
+
+    Args:
+        default: Its first value.
+    """
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, state: TrainerState | None, owner: type) -> Any:
+        if state is None:  # the default, which `dataclass` asks for
+            return self._default
+        value = Position.read(state, self._name)
+        return vars(state)[self._name] if value is None else value
+
+    def __set__(self, state: TrainerState, value: float) -> None:
+        vars(state)[self._name] = value
+
+
 @dataclass
 class TrainerState:
     """Progress of a run; saved as ``trainer_state.json`` and readable by a person.
+
+    In code that is part of a compiled step (``compute_loss``, a loss, a layer) ``global_step`` and
+    ``epoch`` are values on the device, see `kbtrain.traced_state`.
 
     Attributes:
         epoch: Epochs done, with the fraction of the current one.
@@ -80,8 +107,8 @@ class TrainerState:
         stateful_callbacks: State of the callbacks that have one, by class name.
     """
 
-    epoch: float = 0.0
-    global_step: int = 0
+    epoch: float = _InSteps(0.0)  # type: ignore[assignment]
+    global_step: int = _InSteps(0)  # type: ignore[assignment]
     max_steps: int = 0
     num_train_epochs: int = 0
     logging_steps: int = 500

@@ -32,6 +32,7 @@ from kbtrain.forward import default_loss
 from kbtrain.generation import check_generates
 from kbtrain.interruption import Watch
 from kbtrain.keras_losses import resolve_loss
+from kbtrain.live_step import Traces
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
 from kbtrain.memory import measured
 from kbtrain.outputs import check_loss_weights
@@ -39,7 +40,9 @@ from kbtrain.processing import padding_collator
 from kbtrain.progress import display
 from kbtrain.run import Run
 from kbtrain.saving import Saver
+from kbtrain.staleness import Captured
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.traced_state import Position
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer_events import EventMethods
 from kbtrain.trainer_questions import QuestionMethods
@@ -136,7 +139,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         rng.set_seed(self.args.seed)
         set_log_level(self.args.log_level)
         self._tracked: dict[str, Any] = {}
-        self._given_loss, self._given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
+        self._given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
         self._given_loss_weights = loss_weights
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
@@ -147,6 +150,9 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         self.lr_scheduler: Any = None
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
+        self.position = Position(self.backend)
+        self.captured = Captured(self)
+        self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
         self.trial: Any = None  # of a hyperparameter search
         self.ignore_keys_for_eval: Sequence[str] | None = None
         self.adopt(self.call_model_init() if self.model_init is not None else model)
@@ -177,11 +183,12 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
             self.backend,
             loss=self._given_loss,
             loss_weights=self._given_loss_weights,
-            metrics=self._given_metrics,
+            metrics=self.given_metrics,
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=trainer_checks.with_what_it_takes(self.compute_loss),
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
+            traces=self.traces,
             own_compute_loss=getattr(self.compute_loss, "__func__", None)
             is not Trainer.compute_loss,
         )

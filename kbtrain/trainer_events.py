@@ -11,6 +11,7 @@ from kbtrain.loss import as_extra
 if TYPE_CHECKING:
     from kbtrain.callback_handler import CallbackHandler
     from kbtrain.callbacks import TrainerCallback
+    from kbtrain.staleness import Captured
     from kbtrain.state import TrainerControl, TrainerState
     from kbtrain.training_args import TrainingArguments
 
@@ -22,6 +23,7 @@ class EventMethods:
     state: TrainerState
     control: TrainerControl
     callback_handler: CallbackHandler
+    captured: Captured
     _tracked: dict[str, Any]
 
     def track(self, name: str, value: Any) -> None:
@@ -50,6 +52,7 @@ class EventMethods:
 
     def fire(self, event: str, **kwargs: Any) -> None:
         """Call ``event`` of all callbacks."""
+        self.captured.after_event(event)
         self.control = self.callback_handler.fire(
             event, self.args, self.state, self.control, **kwargs
         )

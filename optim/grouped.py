@@ -21,6 +21,7 @@ class Grouped:
     _state: Any
     _trainable_variables: list[Any]
     _parameter_groups: tuple[Group, ...] = ()
+    _has_been_built: bool = False
 
     def group_of(self, variable: Any) -> Group | None:
         """The parameter group of a variable.

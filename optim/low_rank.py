@@ -114,6 +114,8 @@ class LowRank(Optimizer):
         """
         paths = [path_of(variable) for variable in variables]
         for pattern in self._targets or ():
+            if self._has_been_built:  # built again, when layers are frozen: it was right for all
+                break
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
                     f"`target_modules`: {pattern!r} is found in no variable's path. Paths look "

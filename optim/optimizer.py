@@ -241,7 +241,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        groups = assign(self._parameter_groups, variables)
+        # Built again, those of a group may be frozen: it was right for all of them.
+        groups = assign(self._parameter_groups, variables, strict=not self._has_been_built)
         rules = [
             self._resolve_rule(variable)
             if group is None or group.optimizer is None
@@ -256,7 +257,9 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
             for variable, rule in zip(variables, rules, strict=True)
         ]
         self._state = _State(groups, rules, slots)
-        self._check_decay_of_groups(variables)
+        if not self._has_been_built:
+            self._check_decay_of_groups(variables)
+        self._has_been_built = True
 
     def _resolve_rule(self, variable: Any) -> "Optimizer":
         rule = self.rule_for(variable)

@@ -189,12 +189,15 @@ def _by_name(where: str, arguments: dict[str, Any]) -> Any:
     return registry.get(name, **arguments)
 
 
-def assign(groups: Sequence[Group], variables: Sequence[Any]) -> list[Group | None]:
+def assign(
+    groups: Sequence[Group], variables: Sequence[Any], strict: bool = True
+) -> list[Group | None]:
     """Give every variable to the first group that takes it.
 
     Args:
         groups: the groups in their order.
         variables: the variables of the optimizer.
+        strict: whether a group without variables is an error.
 
     Returns:
         For each variable its group, or None.
@@ -206,7 +209,7 @@ def assign(groups: Sequence[Group], variables: Sequence[Any]) -> list[Group | No
     members = []
     for index, group in enumerate(groups):
         found, unknown = group.members(paths)
-        if unknown:
+        if unknown and strict:
             raise ValueError(
                 f"parameter_groups[{index}] lists {unknown[0]!r}, which is not among the "
                 f"{len(paths)} trained variables: {_some(paths)}."
@@ -218,7 +221,7 @@ def assign(groups: Sequence[Group], variables: Sequence[Any]) -> list[Group | No
     ]
     taken = {id(group) for group in chosen}
     for index, (group, found) in enumerate(zip(groups, members, strict=True)):
-        if id(group) not in taken:
+        if strict and id(group) not in taken:
             problem = (
                 f"gets no variable: groups before it take the {len(found)} it matches"
                 if found

@@ -142,6 +142,11 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     return carry, outputs
 
 
+def is_symbolic(variable: keras.Variable) -> bool:
+    """Whether a step is being traced, and ``variable`` is part of its state."""
+    return isinstance(variable.value, jax.core.Tracer)
+
+
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
     for variable, value in updates:

@@ -15,7 +15,7 @@ from kbtrain.backends.jax_device import compiler_options, free_memory
 from kbtrain.backends.jax_state import now, run_stateless
 from kbtrain.backends.jax_trace import trace
 from kbtrain.data import signature
-from kbtrain.errors import EAGER, ConfigurationError, causes, user_line
+from kbtrain.errors import EAGER, ConfigurationError, LooksAtNumber, causes, user_line
 
 logger = logging.getLogger("kbtrain")
 
@@ -195,6 +195,7 @@ _LOOKS_AT_VALUES = (
     jax.errors.ConcretizationTypeError,  # bool() and float(), too
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
+    LooksAtNumber,
 )
 
 

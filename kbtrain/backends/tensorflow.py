@@ -49,7 +49,7 @@ from kbtrain.backends.tensorflow_update import (  # noqa: F401
     size_of,
 )
 from kbtrain.data import signature
-from kbtrain.errors import EAGER, causes, first_lines, user_line
+from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
 from kbtrain.keras_private import stateless_scope
 
 name = "tensorflow"
@@ -141,7 +141,10 @@ def compile_step(
 
 def _looks_at_values(error: BaseException) -> bool:
     """Whether Python wanted the value of a tensor that has none while the graph is made."""
-    return any("symbolic" in str(cause).lower() for cause in causes(error))
+    return any(
+        isinstance(cause, LooksAtNumber) or "symbolic" in str(cause).lower()
+        for cause in causes(error)
+    )
 
 
 XLA_CALLS = 200
@@ -460,6 +463,11 @@ def _loop(
         parallel_iterations=1,
     )
     return carry, tf.nest.map_structure(lambda a: a.stack(), arrays)
+
+
+def is_symbolic(variable: keras.Variable) -> bool:
+    """Whether a step is being traced; all that it reads is part of its state."""
+    return not tf.executing_eagerly()
 
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:

@@ -253,6 +253,13 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     return carry, keras.tree.map_structure(lambda *t: torch.stack(t), *outputs)
 
 
+def is_symbolic(variable: keras.Variable) -> bool:
+    """Whether a step is being recorded; ``variable`` is part of its state then."""
+    if now.capturing:
+        now.know(variable)
+    return now.capturing
+
+
 def _on_cpu(condition: Any) -> bool:
     return condition.device.type == "cpu"
 

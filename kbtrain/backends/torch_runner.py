@@ -229,6 +229,8 @@ class Stranger(NotCapturable):
         variable: That variable.
     """
 
+    _keras_call_info_injected = True  # Keras would make another one of it, with a text alone
+
     def __init__(self, variable: keras.Variable) -> None:
         super().__init__(f"it assigns {variable.path}, which is no variable of the model")
         self.variable = variable

@@ -1,0 +1,141 @@
+"""An optimizer whose variables change while it is used: layers are frozen and unfrozen.
+
+A Keras optimizer is built for a fixed list of variables. So it is built again, the same object, for
+those that are trained now. What it has learned of those that stay goes on, by name; of those that
+leave it is set aside, and found again when they return; for those that join it begins. The count of
+updates, and with it a schedule, goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from kbtrain.checkpoint import name_optimizer_variables, name_variables
+from kbtrain.errors import ConfigurationError, first_lines
+
+logger = logging.getLogger("kbtrain")
+
+AVERAGE = "average"
+"""The slot of a moving average of the weights, in Keras and in others: it begins at the weight."""
+
+_set_aside: weakref.WeakKeyDictionary[Any, dict[str, keras.Variable]] = weakref.WeakKeyDictionary()
+
+
+def set_aside(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
+    """The state of variables that are not trained now and have been, by the name it is saved as."""
+    return _set_aside.setdefault(optimizer, {})
+
+
+def restore_aside(
+    optimizer: keras.optimizers.Optimizer, arrays: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
+    """Put back what was set aside when a checkpoint was taken.
+
+    Args:
+        optimizer: The optimizer.
+        arrays: The arrays by the names they are saved under.
+        names: Names of the model's variables in this process -> in the checkpoint.
+    """
+    own = {saved: name for name, saved in names.items()}
+    aside = set_aside(optimizer)
+    aside.clear()
+    for key, array in arrays.items():
+        slot, _, saved = key.partition("/")
+        if saved in own:
+            variable = keras.Variable(array, dtype=array.dtype.name, trainable=False, name=slot)
+            aside[f"{slot}/{own[saved]}"] = variable
+
+
+def follow(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> bool:
+    """Let a built optimizer have the variables of ``model`` that are trained now.
+
+    Args:
+        optimizer: The optimizer; those inside it follow, too.
+        model: The model that it trains.
+
+    Returns:
+        Whether they were others.
+
+    Raises:
+        ConfigurationError: The optimizer cannot be built again.
+    """
+    trained = list(model.trainable_variables)
+    known = _known(optimizer)
+    if known is None or [id(v) for v in known] == [id(v) for v in trained]:
+        return False
+    names = name_variables(model.variables)
+    before = name_optimizer_variables(optimizer.variables, model.variables)
+    try:
+        _take_apart(optimizer)
+        optimizer.build(trained)
+    except Exception as error:
+        raise ConfigurationError(
+            "`trainable` of the model was changed, and its optimizer cannot be built again for the "
+            f"variables that are trained now: {type(optimizer).__name__}: {first_lines(error)}. "
+            "Set `trainable` before the Trainer is made, or use another optimizer."
+        ) from error
+    after = name_optimizer_variables(optimizer.variables, model.variables)
+    aside = set_aside(optimizer)
+    for key, variable in after.items():
+        old = before.get(key, aside.pop(key, None))
+        if old is not None and tuple(old.shape) == tuple(variable.shape):
+            if old is not variable:
+                variable.assign(old.value)
+            continue
+        slot, _, name = key.partition("/")
+        if slot == AVERAGE and name in names:
+            variable.assign(keras.ops.copy(keras.ops.cast(names[name].value, variable.dtype)))
+    for key, old in before.items():
+        if key not in after and key.partition("/")[2] in names:
+            aside[key] = old
+    _tell(known, trained)
+    return True
+
+
+def has_all(optimizer: Any, model: keras.Model) -> bool:
+    """Whether a built optimizer has all variables of ``model`` that are trained now."""
+    known = {id(v) for v in _known(optimizer) or ()}
+    return all(id(v) in known for v in model.trainable_variables)
+
+
+def _tell(before: list[keras.Variable], after: list[keras.Variable]) -> None:
+    old, new = {id(v) for v in before}, {id(v) for v in after}
+    joined = [v.path for v in after if id(v) not in old]
+    left = [v.path for v in before if id(v) not in new]
+    logger.info(
+        "The optimizer goes on with %d variables: %d joined%s, %d left%s.",
+        len(after),
+        len(joined),
+        f" ({joined[0]}, ...)" if joined else "",
+        len(left),
+        f" ({left[0]}, ...)" if left else "",
+    )
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """The optimizer and those inside it."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _known(optimizer: Any) -> list[keras.Variable] | None:
+    """The variables it was built with; None where Keras does not say."""
+    return getattr(list(_chain(optimizer))[-1], "_trainable_variables", None)
+
+
+def _take_apart(optimizer: Any) -> None:
+    """Undo ``build``. Keras has no public way; `follow` reports what goes wrong here."""
+    for level in _chain(optimizer):
+        kept = {id(level._iterations), id(level._learning_rate)}
+        for variable in list(level._variables):
+            if id(variable) not in kept:
+                level._untrack_variable(variable)
+        level._trainable_variables = []
+        level._trainable_variables_indices = {}
+        level.built = False
