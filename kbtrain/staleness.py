@@ -201,7 +201,8 @@ def _shape_of(model: keras.Model) -> list[tuple[Any, Any]]:
     """The layers and variables of a model with what decides how they are trained."""
     layers = list(building.walk_layers(model))
     found: list[tuple[Any, Any]] = [(x, (x.trainable, x.dtype_policy.name)) for x in layers]
-    own = {id(v): v for x in layers for v in (*x._trainable_variables, *x._non_trainable_variables)}
+    parts = ("_trainable_variables", "_non_trainable_variables")
+    own = {id(v): v for x in layers for part in parts for v in getattr(x, part, ())}
     found += [(v, v.trainable) for v in own.values()]
     found.append((keras, (keras.config.floatx(), keras.config.image_data_format())))
     return found
