@@ -262,6 +262,8 @@ def restore_run(
     model_plan.apply()
     for plan in optimizer_plans:
         plan.apply()
+    arrays = {key: checkpoint.arrays["optimizer"][key] for key in aside}
+    optimizer_variables.restore_aside(optimizer, arrays, model_plan.names)
     saved = checkpoint.arrays.get("metrics", {})
     values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
