@@ -74,7 +74,10 @@ def _check_args(args: Any) -> None:
         return
     kind, remedy = type(args), ""
     if kind.__module__.partition(".")[0] == "transformers":
-        remedy = " Import it from kbtrain; TrainingArguments.from_dict(args.to_dict()) converts it."
+        remedy = (
+            " It is of transformers: import it from kbtrain, or convert it with "
+            "TrainingArguments.from_dict(args.to_dict())."
+        )
     elif isinstance(args, Mapping):
         remedy = " Write TrainingArguments(**args)."
     elif isinstance(args, str | os.PathLike):
@@ -82,8 +85,7 @@ def _check_args(args: Any) -> None:
     elif kind is tuple or hasattr(args, "shape"):
         remedy = " Data is given by name: train_dataset=(x, y)."
     raise ConfigurationError(
-        "args must be a kbtrain.TrainingArguments. "
-        f"Received: {kind.__module__}.{kind.__qualname__}.{remedy}"
+        f"args must be a TrainingArguments. Received: {kind.__qualname__}.{remedy}"
     )
 
 

@@ -63,6 +63,8 @@ def test_samples_of_an_update(tmp_path):
     assert trainer.get_total_train_batch_size() == 12
     assert trainer.get_total_train_batch_size(TrainingArguments()) == 8
     assert trainer.is_local_process_zero()
+    assert trainer.is_world_process_zero()
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 16
 
 
 def test_learning_rates_of_the_next_update(tmp_path):
