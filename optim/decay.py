@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from optim.fallback import flatten_layers
 from optim.parameter_groups import path_of
 
 # kbtrain has the same two, for optimizers of any package; a test keeps them equal.
@@ -77,7 +78,7 @@ def exclude_norms_and_biases(
 def _not_decayed(model: keras.Model) -> list[Any]:
     inside_norm = {
         id(variable)
-        for layer in model._flatten_layers()
+        for layer in flatten_layers(model)
         if isinstance(layer, NO_DECAY_LAYERS)
         for variable in layer.trainable_variables
     }

@@ -23,6 +23,7 @@ import keras
 
 from optim import registry
 from optim.checks import check_pattern, check_range
+from optim.fallback import flatten_layers
 
 KEYS = ("match", "lr_multiplier", "weight_decay", "optimizer")
 
@@ -279,7 +280,7 @@ def groups_for(model: keras.Model, groups: Sequence[Mapping[str, Any]]) -> list[
             f"The model {model.name!r} has no trainable variables. Build it first: call it on a "
             "batch, or give it an Input."
         )
-    layers = list(model._flatten_layers(include_self=False))
+    layers = flatten_layers(model)[1:]
     known = {base.__name__ for layer in layers for base in type(layer).__mro__}
     resolved = []
     for index, group in enumerate(groups):

@@ -15,7 +15,8 @@ from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 from keras import ops
 
-from optim.kernels.jax_order import after, in_place, zero_after
+from optim.fallback import PrivatePart
+from optim.kernels.jax_wait import after, zero_after
 from optim.order import LARGE, Pure
 
 FUSED: dict[str, Callable[..., None]] = {}
@@ -85,8 +86,23 @@ class _Through:
             return pure(value, gradient, slots)
         if gradient.size < LARGE:
             return pure(value, gradient, slots)
-        result, self.one_loop = in_place(pure, value, gradient, slots)
+        result, self.one_loop = _in_place(pure, value, gradient, slots)
         return result
+
+
+def _ordered(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> Any:
+    from optim.kernels.jax_order import in_place
+
+    return in_place(pure, value, gradient, slots)
+
+
+_in_place = PrivatePart(
+    "Taking an optimizer's rule apart (to update large variables in place)",
+    "jax",
+    _ordered,
+    lambda pure, value, gradient, slots: (pure(value, gradient, slots), False),
+    "The update of large variables takes longer on a CPU.",
+)
 
 
 def _on_cpu() -> bool:

@@ -3,22 +3,10 @@
 from typing import Any
 
 import jax
-from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from optim.kernels.jax_wait import after, zero_after
 from optim.order import Plan, Pure, flattened
-
-
-def zero_after(value: Any) -> Any:
-    """A zero that is not known before ``value`` is, and that XLA does not know to be one."""
-    first = lax.convert_element_type(value[(slice(1),) * value.ndim], "float32")
-    bits = lax.bitcast_convert_type(first, "int32")
-    return lax.convert_element_type(lax.population_count(bits).sum() >> 6, "float32")
-
-
-def after(zero: Any, value: Any) -> Any:
-    """``value``, not before ``zero`` is known."""
-    return value + lax.convert_element_type(zero, value.dtype)
 
 
 def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> tuple[Any, bool]:

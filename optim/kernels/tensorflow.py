@@ -7,7 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from optim.kernels.tensorflow_order import for_xla_on_cpu, in_place
+from optim.fallback import PrivatePart
+from optim.kernels import tensorflow_order
+from optim.kernels.tensorflow_order import for_xla_on_cpu
 
 FUSED: dict[str, Callable[..., None]] = {}
 
@@ -63,8 +65,21 @@ def execute(
     ordered = for_xla_on_cpu()
     for gradient, variable in zip(gradients, variables, strict=True):
         rule = type(optimizer.rule_of(variable)).update
-        through = in_place if ordered and getattr(rule, "elementwise", False) else None
+        through = _in_place if ordered and getattr(rule, "elementwise", False) else None
         optimizer.update_variable(gradient, variable, step, learning_rate, through)
+
+
+def _ordered(pure: Any, value: Any, gradient: Any, slots: dict[str, Any]) -> Any:
+    return tensorflow_order.in_place(pure, value, gradient, slots)
+
+
+_in_place = PrivatePart(
+    "Taking an optimizer's rule apart (to update large variables in place)",
+    "tensorflow",
+    _ordered,
+    lambda pure, value, gradient, slots: pure(value, gradient, slots),
+    "The update of large variables takes longer under XLA on a CPU.",
+)
 
 
 def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:

@@ -3,8 +3,8 @@
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
+from optim.fallback import PrivatePart
 from optim.order import LARGE, Plan, Pure, flattened
 
 
@@ -23,9 +23,23 @@ def after(zero: Any, value: Any) -> Any:
 
 def for_xla_on_cpu() -> bool:
     """Whether what is traced now is compiled by XLA for a CPU."""
+    return _for_xla() and not tf.config.list_logical_devices("GPU")
+
+
+def _asks_the_graph() -> bool:
+    from tensorflow.python.ops import control_flow_util
+
     graph = tf.compat.v1.get_default_graph()
-    compiled = control_flow_util.GraphOrParentsInXlaContext(graph)
-    return compiled and not tf.config.list_logical_devices("GPU")
+    return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
+
+
+_for_xla = PrivatePart(
+    "Asking a graph whether XLA compiles it",
+    "tensorflow",
+    _asks_the_graph,
+    lambda: False,
+    "The update of large variables takes longer under XLA on a CPU.",
+)
 
 
 def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +10,11 @@ from typing import Any
 import keras
 import torch
 
-# The one question Keras has no public answer to: inside a stateless scope values belong to the
-# caller, so nothing may be changed in place.
-from keras.src.backend.common.stateless_scope import in_stateless_scope
-
+from optim.fallback import PrivatePart, report
 from optim.kernels.torch_adafactor import run_adafactor
 from optim.kernels.torch_eight_bit import run_eight_bit
-from optim.kernels.torch_elementwise import run_elementwise
-from optim.kernels.torch_operation import LIBRARY
+from optim.kernels.torch_elementwise import NotElementwise, record_program, run_elementwise
+from optim.kernels.torch_operation import LIBRARY, Numbered
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -47,24 +45,98 @@ def execute(
     optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
 ) -> None:
     """Run the fused equivalent of each rule, one call per treatment, or the rule itself."""
-    in_place = optimizer.kernel is None and not in_stateless_scope()
+    in_place = optimizer.kernel is None and not _in_stateless_scope()
     batches: dict[Any, _Batch] = {}
+    failures: list[Exception] = []
     for gradient, variable in zip(gradients, variables, strict=True):
         treatment = optimizer.treatment_of(variable)
         parameter = _storage(variable)
         if not (in_place and _fused(treatment.rule) and _fusible(parameter)):
             optimizer.update_variable(gradient, variable, step, learning_rate)
             continue
-        batch = batches.get(treatment) or batches.setdefault(treatment, _Batch())
+        if treatment not in batches:
+            batches[treatment] = _Batch(failure=_failure(treatment, parameter.device))
+        batch = batches[treatment]
+        if batch.failure is not None:
+            optimizer.update_variable(gradient, variable, step, learning_rate)
+            failures.append(batch.failure)
+            continue
         batch.add(parameter, gradient, optimizer.slots_of(variable))
     for treatment, batch in batches.items():
-        batch.run(
-            _fused(treatment.rule),
-            treatment.rule,
-            step,
-            treatment.learning_rate(learning_rate),
-            treatment.weight_decay,
+        if batch.parameters:
+            batch.run(
+                _fused(treatment.rule),
+                treatment.rule,
+                step,
+                treatment.learning_rate(learning_rate),
+                treatment.weight_decay,
+            )
+    if failures:  # the rule itself does not fail
+        report(
+            "Updating lists of tensors in place",
+            "torch",
+            failures[0],
+            "The rule runs as it is written, which takes longer.",
         )
+
+
+def _asks_the_scope() -> bool:
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    return bool(in_stateless_scope())
+
+
+_in_stateless_scope = PrivatePart(
+    "Asking for a stateless scope",
+    "keras",
+    _asks_the_scope,
+    lambda: True,
+    "The rule runs as it is written, which takes longer.",
+)
+"""Whether values belong to the caller, so that nothing may be changed in place."""
+
+_FAILURES: Numbered[Exception | None] = Numbered()
+
+
+def _failure(treatment: Any, device: torch.device) -> Exception | None:
+    """What a rule's kernel fails with in this version of PyTorch, before anything is changed."""
+    rule, weight_decay = treatment.rule, treatment.weight_decay
+    key = (weight_decay, device)
+    return _FAILURES[_FAILURES.number(rule, key, lambda: _tried(rule, weight_decay, device))]
+
+
+def _tried(rule: Any, weight_decay: float, device: torch.device) -> Exception | None:
+    kernel = _fused(rule)
+    try:
+        if isinstance(kernel, functools.partial) and kernel.func is run_eight_bit:
+            rule = rule.full
+            kernel = _fused(rule)
+        if kernel is run_elementwise:
+            record_program(rule, weight_decay, device)
+        elif kernel is not run_adafactor:
+            _outside_of_modes(lambda: _try_on_one_number(kernel, rule, weight_decay, device))
+    except NotElementwise:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _outside_of_modes(fn: Callable[[], None]) -> None:
+    """Run ``fn`` in a thread: what records operations in this one does not see those of another."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fn).result()
+
+
+def _try_on_one_number(
+    kernel: Callable[..., None], rule: Any, weight_decay: float, device: torch.device
+) -> None:
+    def one() -> torch.Tensor:
+        return torch.ones(1, device=device)
+
+    slots = {name: [one()] for name in rule.slot_shapes((1,))}
+    with torch.no_grad():
+        kernel(rule, [one()], [one()], slots, one().squeeze(), one().squeeze(), weight_decay)
 
 
 def _fused(rule: Any) -> Any:
@@ -99,11 +171,16 @@ def _fusible(parameter: torch.Tensor) -> bool:
 
 @dataclass
 class _Batch:
-    """Tensors that share a treatment and are updated by one call of a fused kernel."""
+    """Tensors that share a treatment and are updated by one call of a fused kernel.
+
+    Attributes:
+        failure: what the kernel fails with; the tensors are then updated one by one.
+    """
 
     parameters: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
     slots: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    failure: Exception | None = None
     low_precision: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=list
     )
@@ -155,7 +232,7 @@ def _remainder(master: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _fused_adam(
-    operation: Callable[..., None],
+    operation: str,
     rule: Any,
     parameters: list[torch.Tensor],
     gradients: list[torch.Tensor],
@@ -165,7 +242,7 @@ def _fused_adam(
     weight_decay: float,
 ) -> None:
     """PyTorch's own fused Adam or AdamW; step and learning rate stay on the device."""
-    operation(
+    getattr(torch, operation)(
         parameters,
         gradients,
         slots["momentum"],
@@ -230,8 +307,8 @@ def _fused_adagrad(
 
 
 FUSED: dict[str, Callable[..., None]] = {
-    "adam": functools.partial(_fused_adam, torch._fused_adam_),
-    "adamw": functools.partial(_fused_adam, torch._fused_adamw_),
+    "adam": functools.partial(_fused_adam, "_fused_adam_"),
+    "adamw": functools.partial(_fused_adam, "_fused_adamw_"),
     "sgd": _fused_sgd,
     "adagrad": _fused_adagrad,
     "adafactor": run_adafactor,

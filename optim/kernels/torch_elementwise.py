@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from optim.kernels.torch_calls import SAME, SUMS, Joining, name_of
 from optim.kernels.torch_operation import Numbered, define_in_place, piece_width
@@ -30,6 +28,10 @@ _PIECE = 65536
 _EXAMPLE = 3
 
 
+class NotElementwise(TypeError):
+    """A rule is marked as elementwise and is not; the message says why."""
+
+
 class Program:
     """A rule with its hyperparameters and a weight decay, recorded for one device.
 
@@ -39,7 +41,7 @@ class Program:
         device: where the variables are.
 
     Raises:
-        TypeError: if the rule is not elementwise.
+        NotElementwise: if the rule is not elementwise.
     """
 
     def __init__(self, rule: Any, weight_decay: float, device: torch.device) -> None:
@@ -50,8 +52,11 @@ class Program:
         self._rule = type(rule).__name__
         self._on_cpu = device.type == "cpu"
         # Somebody may be recording a step that this update is a part of; this is no part of it.
+        from torch.utils._python_dispatch import _disable_current_modes
+
         with _disable_current_modes(), torch.no_grad():
             self._compile(self._record(rule, weight_decay, shapes, device))
+            self._try(shapes, device)
 
     def _record(
         self, rule: Any, weight_decay: float, shapes: dict[str, Any], device: torch.device
@@ -67,9 +72,18 @@ class Program:
         def example(shape: Any) -> torch.Tensor:
             return torch.full(tuple(shape), 0.5, device=device)
 
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         wide = [example((_EXAMPLE,)), example((_EXAMPLE,))]
         scalars = [example(()), example(())]
         return make_fx(flat)(*wide, *scalars, *(example(shapes[name]) for name in names))
+
+    def _try(self, shapes: dict[str, Any], device: torch.device) -> None:
+        """Run it on examples: what fails in this version of PyTorch fails before any update."""
+        wide = [torch.full((_EXAMPLE,), 0.5, device=device) for _ in range(2)]
+        scalars = [torch.ones((), device=device) for _ in range(2)]
+        slots = [torch.full(tuple(shapes[name]), 0.5, device=device) for name in self.slots]
+        self.run(wide[:1], wide[1:], slots, *scalars)
 
     # ---- from the graph to two functions ---------------------------------------------------------
 
@@ -90,7 +104,7 @@ class Program:
         summed = _descendants(computed, self._sums)
         needed = _ancestors(computed, self._sums)
         if any(n in summed for n in needed):
-            raise TypeError(f"{self._rule}.update sums over what depends on another sum.")
+            raise NotElementwise(f"{self._rule}.update sums over what depends on another sum.")
         wide = [n for n in computed if self._is_wide[n]]
         self._scalar_inputs = [*inputs[2:4], *inputs[4 + len(self._wide) :]]
         scalars = [n for n in computed if not self._is_wide[n] and n not in self._sums]
@@ -150,7 +164,7 @@ class Program:
         if mixes or (torch.Tag.pointwise not in tags and name_of(node) not in (*SAME, "_to_copy")):
             if not mixes and not self._is_wide[node]:
                 return  # a scalar may be computed in any way
-            raise TypeError(
+            raise NotElementwise(
                 f"{self._rule}.update is marked as elementwise, but {operation} is not: remove the "
                 "mark `@elementwise`, or the operation."
             )
@@ -280,6 +294,17 @@ define_in_place(
 )
 
 
+def record_program(rule: Any, weight_decay: float, device: torch.device) -> int:
+    """The number of the program of a rule, which is recorded the first time.
+
+    Raises:
+        NotElementwise: if the rule is not elementwise.
+    """
+    return _PROGRAMS.number(
+        rule, (weight_decay, device), lambda: Program(rule, weight_decay, device)
+    )
+
+
 def run_elementwise(
     rule: Any,
     parameters: list[torch.Tensor],
@@ -300,9 +325,6 @@ def run_elementwise(
         learning_rate: float32 scalar.
         weight_decay: a Python number.
     """
-    device = parameters[0].device
-    number = _PROGRAMS.number(
-        rule, (weight_decay, device), lambda: Program(rule, weight_decay, device)
-    )
+    number = record_program(rule, weight_decay, parameters[0].device)
     flat = [slot for name in _PROGRAMS[number].slots for slot in slots[name]]
     torch.ops.optim.run_program(parameters, gradients, flat, step, learning_rate, number)
