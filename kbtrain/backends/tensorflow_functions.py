@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,10 +53,19 @@ def _as_decorated(python: Callable[..., Any]) -> Any:
     return autograph.tf_convert(python, type(status)(status=type(status.status).ENABLED))
 
 
+def _by_to_graph(python: Callable[..., Any]) -> Any:
+    if not inspect.ismethod(python):
+        return tf.autograph.to_graph(python)
+    owner: Any = python.__self__
+    if type(owner).__name__ == "TfMethodTarget":  # stands for the object that has the method
+        owner = owner.target
+    return functools.partial(tf.autograph.to_graph(python.__func__), owner)
+
+
 _convert = PrivatePart(
     "Making a tf.function a part of the step",
     "tensorflow",
     _as_decorated,
-    tf.autograph.to_graph,
+    _by_to_graph,
     "tf.autograph.to_graph converts it.",
 )
