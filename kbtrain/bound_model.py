@@ -20,6 +20,7 @@ from kbtrain.label_smoothing import smoothed
 from kbtrain.live_step import Traces, Versions
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.model_steps import ModelMetrics
+from kbtrain.output_losses import adds_losses
 from kbtrain.own_methods import OwnMethods
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
@@ -197,7 +198,7 @@ class BoundModel:
             or self._output_shapes is None  # not known
             or any(is_summed(loss) for loss in losses)
             or len(keras.tree.flatten(self._output_shapes)) > 1
-            or any(len(added.shape) for added in self.model.losses)
+            or any(map(adds_losses, building.walk_layers(self.model)))
         )
 
     def _build_by_code(self, forward: ForwardPass, batch: Any) -> None:

@@ -13,9 +13,11 @@ batch size as it does there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from kbtrain.keras_losses import is_summed, keras_loss_pair
@@ -169,6 +171,16 @@ def with_added(
 def is_per_sample(value: Any, samples: int) -> bool:
     """Whether something given to ``add_loss`` has one value for each sample."""
     return len(value.shape) > 0 and value.shape[0] == samples
+
+
+def adds_losses(layer: keras.layers.Layer) -> bool:
+    """Whether the code of a layer's class has a call of ``add_loss``."""
+    own = [cls for cls in type(layer).__mro__ if not cls.__module__.startswith("keras.src")]
+    functions = [inspect.unwrap(f) for cls in own for f in vars(cls).values() if callable(f)]
+    return any("add_loss" in getattr(f, "__code__", _NO_CODE).co_names for f in functions)
+
+
+_NO_CODE = compile("", "", "exec")
 
 
 # --- in the steps ---------------------------------------------------------------------------------
