@@ -70,6 +70,12 @@ def test_data():
     assert names["args"].train_sampling_strategy == "group_by_length"
 
 
+def test_losses(tmp_path):
+    names = execute("losses.md", kbtrain=kbtrain, folder=tmp_path)
+    expected = {"eval_loss", "eval_price_loss", "eval_kind_loss", "eval_kind_accuracy"}
+    assert expected <= names["metrics"].keys()
+
+
 def test_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--width", "8", "--learning_rate", "1e-3"])
     monkeypatch.setitem(sys.modules, "train", type(sys)("train"))
