@@ -21,6 +21,7 @@ from kbtrain.live_step import Traces, Versions
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.model_steps import ModelMetrics
 from kbtrain.output_losses import adds_losses
+from kbtrain.outputs import mapped
 from kbtrain.own_methods import OwnMethods
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
@@ -100,7 +101,7 @@ class BoundModel:
                 model, must_be_known=not replaced and not self.own.train_step
             )
         if loss_weights is None and not replaced and self.compiled:
-            self.loss_weights = (model.get_compile_config() or {}).get("loss_weights")
+            self.loss_weights = _compiled_loss_weights(model)
         if args.label_smoothing_factor:
             if self.own.compute_loss or self.own.train_step:
                 name = "train_step" if self.own.train_step else "compute_loss"
@@ -329,11 +330,26 @@ class BoundModel:
 def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:
     """The loss a model was compiled with; None for one that nobody knows and nobody needs."""
     try:
-        return resolve_loss(model.loss)
+        return resolve_loss(mapped(_as_object, model.loss))
     except ConfigurationError:
         if must_be_known:
             raise
         return None
+
+
+def _as_object(loss: Any) -> Any:
+    """``compile`` takes a class of losses, too, and makes an object of it."""
+    is_class = isinstance(loss, type) and issubclass(loss, keras.losses.Loss)
+    return loss() if is_class else loss
+
+
+def _compiled_loss_weights(model: keras.Model) -> Any:
+    """The weights a model was compiled with, as they were given."""
+    compiled: Any = getattr(model, "_compile_loss", None)
+    if hasattr(compiled, "_user_loss_weights"):
+        return compiled._user_loss_weights
+    # The public way serializes everything else that `compile` was given.
+    return (model.get_compile_config() or {}).get("loss_weights")
 
 
 @dataclass

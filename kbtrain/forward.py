@@ -18,6 +18,7 @@ from kbtrain.keras_losses import (
     chosen,
     is_summed,
     keras_loss_pair,
+    takes_any_labels,
     without_ignored,
 )
 from kbtrain.keras_private import get_keras_mask
@@ -160,6 +161,8 @@ class ForwardPass:
         known = Outputs(outputs, output_names(self._model))
         losses = {} if self._loss is None else known.assign(self._loss, "loss")
         active = [i for i in range(len(known.leaves)) if losses.get(i) is not None]
+        if keras.tree.is_nested(y) and not known.nested and takes_any_labels(self._loss):
+            return x, y, outputs, weight, [get_keras_mask(outputs)]
         labels = known.labels(y, active, label_names=self._label_names)
         if keras.tree.is_nested(weight):
             weights = known.labels(weight, active, "sample weight", self._label_names)
@@ -228,15 +231,15 @@ def default_loss(
         )
     if loss_func is not None:
         return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
-    if keras.tree.is_nested(loss) or keras.tree.is_nested(outputs) or is_summed(loss):
-        known = Outputs(outputs, output_names(model))
+    known = Outputs(outputs, output_names(model))
+    nested = [keras.tree.is_nested(tree) for tree in (loss, outputs, y)]
+    whole = nested == [False, False, True] and takes_any_labels(loss)  # a function of all labels
+    if (any(nested) and not whole) or is_summed(loss):
         rows = pair_up(loss, loss_weights, y, known, sample_weight, label_names)
         return losses_of(rows, size), outputs
     pair = keras_loss_pair(loss, y, outputs, sample_weight)
     if loss_weights is not None:
-        (weight,) = loss_weights_of(
-            loss_weights, [0], Outputs(outputs, output_names(model))
-        ).values()
+        (weight,) = loss_weights_of(loss_weights, [0], known).values()
         pair = pair._replace(sum=pair.sum * as_float(weight))
     return pair, outputs
 

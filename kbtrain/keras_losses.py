@@ -45,9 +45,9 @@ def resolve_loss(loss: Any) -> Any:
 
 def _loss_by_name(name: str) -> Any:
     if name.lower() in ("crossentropy", "ce"):
-        return crossentropy
+        return NamedLoss(crossentropy, name)
     try:
-        return keras.losses.get(name)
+        loss = keras.losses.get(name)
     except ValueError:
         known = sorted({n for n in dir(keras.losses) if n[0].islower()} - {"get", "serialize"})
         close = difflib.get_close_matches(name, known, n=1)
@@ -55,6 +55,24 @@ def _loss_by_name(name: str) -> Any:
         raise ConfigurationError(
             f"loss={name!r} is not a loss of Keras.{hint} Known functions: {', '.join(known)}."
         ) from None
+    return loss if isinstance(loss, keras.losses.Loss) else NamedLoss(loss, name)
+
+
+class NamedLoss(keras.losses.Loss):
+    """A function of Keras by the name that it was asked for with.
+
+    Args:
+        fn: ``(y_true, y_pred) -> losses``.
+        name: What it is called in logs.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str) -> None:
+        super().__init__(name=name)
+        self.fn = fn
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Losses of the elements."""
+        return self.fn(*same_rank(y_true, y_pred))
 
 
 def crossentropy(y_true: Any, y_pred: Any) -> Any:
@@ -64,7 +82,7 @@ def crossentropy(y_true: Any, y_pred: Any) -> Any:
 
 def chosen(loss: Any, y: Any, outputs: Any) -> Any:
     """The loss itself; of "crossentropy" the one that `Model.compile` chooses for such shapes."""
-    if loss is not crossentropy:
+    if getattr(loss, "fn", loss) is not crossentropy:
         return loss
     labels, classes = tuple(y.shape), outputs.shape[-1]
     if classes == 1:
@@ -78,8 +96,18 @@ def is_sparse(loss: Any) -> bool:
     """Whether it is a cross-entropy of integer labels."""
     return (
         isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
-        or loss is keras.losses.sparse_categorical_crossentropy
+        or getattr(loss, "fn", loss) is keras.losses.sparse_categorical_crossentropy
     )
+
+
+def may_be_sparse(loss: Any) -> bool:
+    """Whether it is one, or can turn out as one: see ``chosen``."""
+    return is_sparse(loss) or getattr(loss, "fn", loss) is crossentropy
+
+
+def takes_any_labels(loss: Any) -> bool:
+    """Whether it is a function of the user's own."""
+    return not isinstance(loss, keras.losses.Loss) and not _module(loss).startswith("keras.")
 
 
 def is_summed(loss: Any) -> bool:
@@ -134,7 +162,7 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         ConfigurationError: There are several labels or outputs, or weights that do not fit.
         DataError: Keras' loss does not take such labels and outputs.
     """
-    own = not isinstance(loss, keras.losses.Loss)  # a function may take any labels
+    own = takes_any_labels(loss)
     for what, tree in (("labels", y), ("model's outputs", outputs)):
         if not ops.is_tensor(tree) and not (own and tree is y):
             raise ConfigurationError(
@@ -192,7 +220,8 @@ def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
             labels, values = same_rank(labels, values)
         return loss(labels, values)
     except Exception as error:
-        if not _module(type(loss) if is_object else loss).startswith("keras."):
+        origin = getattr(loss, "fn", type(loss)) if is_object else loss
+        if not _module(origin).startswith("keras."):
             raise  # a user's own loss: the error is theirs to see as it is
         shapes = [
             f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}" for t in (y, outputs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from kbtrain.data import LabelNames, unpack
 from kbtrain.errors import DataError
-from kbtrain.keras_losses import chosen, is_sparse
+from kbtrain.keras_losses import chosen, is_sparse, may_be_sparse
 from kbtrain.loss import IGNORE_INDEX
 from kbtrain.outputs import Outputs
 
@@ -40,12 +40,13 @@ class LabelCheck:
         label_names: LabelNames = None,
     ) -> None:
         self._label_names = label_names
-        self._known = Outputs(outputs, output_names)
-        losses = {} if loss is None else self._known.assign(loss, "loss")
+        self._known = known = Outputs(outputs, output_names)
+        losses = {} if loss is None else known.assign(loss, "loss")
         self._active = [i for i in range(len(self._known.leaves)) if losses.get(i) is not None]
         self._classes: list[tuple[int, int, int | None]] = []
-        found = self._known.labels(labels, self._active, label_names=label_names)
-        for i in self._active:
+        checked = [i for i in self._active if may_be_sparse(losses[i])]
+        found = known.labels(labels, self._active, label_names=label_names) if checked else {}
+        for i in checked:
             label, output = found.get(i), self._known.leaves[i]
             if not hasattr(label, "shape") or len(getattr(output, "shape", ())) < 2:
                 continue

@@ -10,6 +10,7 @@ from keras import ops
 from keras.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.keras_losses import NamedLoss
 from kbtrain.keras_private import get_keras_mask, set_keras_mask
 from kbtrain.outputs import mapped
 
@@ -32,16 +33,17 @@ def smoothed(loss: Any, factor: float) -> Any:
     """
     if isinstance(loss, Mapping | list):
         return mapped(lambda item: smoothed(item, factor), loss)
-    if loss is keras.losses.sparse_categorical_crossentropy:
+    function = loss.fn if isinstance(loss, NamedLoss) else loss
+    if function is keras.losses.sparse_categorical_crossentropy:
         loss = SparseCategoricalCrossentropy()
-    if loss is keras.losses.categorical_crossentropy:
+    if function is keras.losses.categorical_crossentropy:
         loss = CategoricalCrossentropy()
     if type(loss) is SparseCategoricalCrossentropy:
         return _SmoothedSparse(loss, factor)
     if type(loss) is CategoricalCrossentropy and not loss.get_config()["label_smoothing"]:
         config = loss.get_config() | {"label_smoothing": factor}
         return CategoricalCrossentropy(**config, dtype=loss.dtype)
-    what = getattr(loss, "__name__", None) or type(loss).__name__
+    what = getattr(function, "__name__", None) or type(function).__name__
     own = " with label smoothing of its own" if type(loss) is CategoricalCrossentropy else ""
     raise ConfigurationError(
         f"label_smoothing_factor={factor} is for the losses SparseCategoricalCrossentropy and "

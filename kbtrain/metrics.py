@@ -149,6 +149,13 @@ class ListedMetrics(CompiledMetrics):
         super().__init__(model)
         for item in keras.tree.flatten([metrics, weighted_metrics]):
             _check_metric(item)
+        objects = keras.tree.flatten([metrics, weighted_metrics])
+        objects = [item for item in objects if isinstance(item, keras.metrics.Metric)]
+        if twice := [m.name for i, m in enumerate(objects) if any(m is o for o in objects[:i])]:
+            raise ConfigurationError(
+                f"One metric object is given twice ({twice[0]!r}): each batch would be added to it "
+                "twice. Make an object for each place."
+            )
         self._compiled = _Holder(name="metrics")
         self._compiled.output_names = getattr(model, "output_names", None)
         self._compiled.compile(

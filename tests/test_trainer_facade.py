@@ -544,7 +544,7 @@ def one_optimizer_for_two(tmp_path):
         ),
         (
             lambda path: make(path, metrics=[keras.metrics.MeanSquaredError("m")] * 2).fit(),
-            "Two metrics have the same name 'm'",
+            r"One metric object is given twice \('m'\)",
         ),
     ],
 )
