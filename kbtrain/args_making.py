@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from kbtrain.args_kinds import shown
 from kbtrain.args_neutral import NEUTRAL, asks_for_nothing
-from kbtrain.args_renames import explain_unknown, reason
+from kbtrain.args_renames import MEMBERS, explain_unknown, reason
 from kbtrain.errors import ConfigurationError, FrozenArgumentsError
 
 
@@ -100,7 +100,7 @@ class Closed(metaclass=Making):
             raise ConfigurationError(explain_unknown(name, None, list(fields)))
         root = [base for base in type(self).__mro__ if "__dataclass_fields__" in vars(base)][-1]
         default = getattr(_by_default(root), name, fields[name].default)
-        return name in self.__dict__["_given"] or getattr(self, name) != default
+        return name in self.__dict__.get("_given", ()) or getattr(self, name) != default
 
     def _close(self, given: frozenset[str]) -> None:
         """Refuse changes from here on.
@@ -117,6 +117,12 @@ class Closed(metaclass=Making):
             ConfigurationError: A value is refused, or two contradict each other.
         """
         self.settle()
+
+    def __setstate__(self, state: Any) -> None:
+        """Make a copy what the original is; with slots there are two parts."""
+        for part in state if isinstance(state, tuple) else (state,):
+            for name, value in (part or {}).items():
+                object.__setattr__(self, name, value)
 
     if not TYPE_CHECKING:  # or assignments to attributes that do not exist would look right
 
@@ -137,7 +143,8 @@ class Closed(metaclass=Making):
             """
             if name in NEUTRAL:
                 return NEUTRAL[name]
-            said = f". {why}" if (why := reason(name, ...)) else ""
+            why = MEMBERS.get(name) or reason(name, ...)
+            said = f". {why}" if why else ""
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{said}")
 
     def _refuse_change(self, name: str, received: str) -> NoReturn:

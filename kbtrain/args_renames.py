@@ -170,6 +170,24 @@ DROPPED: dict[str, str] = {
 NOT_YET: dict[str, str] = {}
 
 
+# Properties and methods of the reference's arguments that are not here, and why.
+MEMBERS: dict[str, str] = {
+    "device": "The backend knows it: `trainer.backend.device_info()`.",
+    "n_gpu": "Arguments are values and look at no device.",
+    "parallel_mode": "Arguments are values and look at no device.",
+    "place_model_on_device": "The backend places variables.",
+    "set_training": "Arguments are frozen: `args.replace(...)`.",
+    "set_evaluate": "Arguments are frozen: `args.replace(...)`.",
+    "set_testing": "Arguments are frozen: `args.replace(...)`.",
+    "set_save": "Arguments are frozen: `args.replace(...)`.",
+    "set_logging": "Arguments are frozen: `args.replace(...)`.",
+    "set_push_to_hub": "kbtrain uploads nothing.",
+    "set_optimizer": "Arguments are frozen: `args.replace(...)`.",
+    "set_lr_scheduler": "Arguments are frozen: `args.replace(...)`.",
+    "set_dataloader": "Arguments are frozen: `args.replace(...)`.",
+}
+
+
 def reason(name: str, value: Any) -> str:
     """What to write in place of a known setting, or why there is nothing; empty for others.
 

@@ -767,7 +767,7 @@ class TrainingArguments(ProcessQuestions, Documents, Closed):
         Raises:
             ConfigurationError: As for a new object.
         """
-        given = self.__dict__["_given"] | changes.keys()
+        given = self.__dict__.get("_given", frozenset()) | changes.keys()
         if "metric_for_best_model" in changes:
             # The direction belongs to the metric: "loss" -> "accuracy" must not keep "lower".
             changes.setdefault("greater_is_better", None)

@@ -45,6 +45,11 @@ class OfFrozen(Frozen):
     depth: int = 2
 
 
+@dataclasses.dataclass(slots=True)
+class WithSlots(TrainingArguments):
+    beam_width: int = 4
+
+
 @dataclasses.dataclass
 class Decides(TrainingArguments):
     fast: bool = False
@@ -81,7 +86,7 @@ def test_what_is_wrong_with_values_by_position(args, kwargs, said):
 # --- subclasses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [Plain, Frozen, Required, WithBase, OfFrozen])
+@pytest.mark.parametrize("cls", [Plain, Frozen, Required, WithBase, WithSlots, OfFrozen])
 def test_a_subclass_is_a_dataclass_frozen_or_not(cls):
     args = cls(output_dir="out", beam_width=2, seed=1)
     assert (args.output_dir, args.beam_width, args.seed) == ("out", 2, 1)
@@ -291,6 +296,10 @@ def test_a_script_may_look_at_such_a_setting():
     assert there == {name: NEUTRAL[name] for name in there}
     with pytest.raises(AttributeError, match="Write train_sampling_strategy"):
         _ = args.group_by_length
+    with pytest.raises(AttributeError, match=r"device_info\(\)"):
+        _ = args.device
+    with pytest.raises(AttributeError, match="args.replace"):
+        args.set_evaluate(strategy="steps")
     with pytest.raises(AttributeError, match="has no attribute 'zzz'"):
         _ = args.zzz
 

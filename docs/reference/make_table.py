@@ -19,6 +19,7 @@ from typing import Any
 
 from kbtrain import Trainer, callbacks, state, trackers
 from kbtrain.args_renames import DROPPED, NOT_YET, RENAMED
+from kbtrain.args_renames import MEMBERS as ARGS_MEMBERS
 from kbtrain.trainer_renames import MEMBERS, PARAMETERS
 from kbtrain.training_args import TrainingArguments
 
@@ -112,7 +113,8 @@ def judge(section: str, name: str, there: bool, data: dict[str, Any]) -> tuple[s
     if section == "parameters of Trainer":
         return "refused", PARAMETERS[name]
     reasons = data["refused"].get(section, {})
-    reason = (MEMBERS if section == "members of Trainer" else reasons).get(name)
+    in_code = {"members of Trainer": MEMBERS, "members of TrainingArguments": ARGS_MEMBERS}
+    reason = in_code.get(section, reasons).get(name)
     return ("refused", reason) if reason else ("not yet", "")
 
 
