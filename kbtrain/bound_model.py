@@ -82,6 +82,7 @@ class BoundModel:
         self.label_names = LabelKeys(
             None if args.label_names is None else tuple(args.label_names),
             building.input_names(model) or frozenset(),
+            backend.TAKES_STRINGS,
         )
         self.compiled = bool(getattr(model, "compiled", False))
         if args.bf16 or args.fp16:

@@ -217,6 +217,11 @@ def _runs_on_values(model: keras.Model, x: Any) -> bool:
     return bool(leaves) and all(keras.ops.is_tensor(leaf) for leaf in leaves)
 
 
+def _keras_dtype(array: Any) -> str:
+    name = _dtype(array)
+    return "string" if name == "object" else keras.backend.standardize_dtype(name)
+
+
 def _dtype(array: Any) -> str:
     return str(getattr(array, "dtype", np.asarray(array).dtype))
 
@@ -393,7 +398,7 @@ def build_compiled(model: keras.Model, batch: Any) -> None:
 
 def _specs(batch: Any) -> Any:
     return keras.tree.map_structure(
-        lambda a: keras.KerasTensor(np.shape(a), keras.backend.standardize_dtype(_dtype(a))), batch
+        lambda a: keras.KerasTensor(np.shape(a), _keras_dtype(a)), batch
     )
 
 

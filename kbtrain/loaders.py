@@ -20,7 +20,7 @@ from kbtrain.data import (
 )
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.foreign import yields_batches
-from kbtrain.data.structure import has_array
+from kbtrain.data.structure import has_array, is_sparse
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 from kbtrain.workers import WorkerLoader
@@ -164,7 +164,9 @@ def is_named_datasets(data: Any) -> bool:
     if not isinstance(data, Mapping) or not data or any(key in data for key in LABEL_KEYS):
         return False
     # A datasets.Dataset has a shape, too; only arrays can be converted to one.
-    return not all(has_array(value) or _is_plain_list(value) for value in data.values())
+    return not all(
+        has_array(value) or is_sparse(value) or _is_plain_list(value) for value in data.values()
+    )
 
 
 def evaluation_set(datasets: Any, given: Any) -> Any:

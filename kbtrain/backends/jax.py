@@ -47,6 +47,9 @@ from kbtrain.backends.jax_state import Scope, now, run_stateless
 from kbtrain.backends.jax_trace import on_cpu, trace
 from kbtrain.keras_private import stateless_scope
 
+TAKES_STRINGS = False
+"""Whether tensors can hold strings."""
+
 name = "jax"
 
 

@@ -52,6 +52,9 @@ from kbtrain.data import signature
 from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
 from kbtrain.keras_private import stateless_scope
 
+TAKES_STRINGS = True
+"""Whether tensors can hold strings."""
+
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
 

@@ -43,6 +43,9 @@ from kbtrain.backends.torch_runner import InParts, Runner, now
 from kbtrain.fallback import PrivatePart
 from kbtrain.keras_private import stateless_scope
 
+TAKES_STRINGS = False
+"""Whether tensors can hold strings."""
+
 name = "torch"
 
 

@@ -48,10 +48,12 @@ class LabelKeys:
             tuple says that a dict is inputs and nothing else. None for the usual keys.
         inputs: Names of the model's inputs. What has such a name stays with the inputs; it is a
             target besides only if it is one of ``names``.
+        strings: Inputs may be strings: there are layers for them in models on TensorFlow.
     """
 
     names: tuple[str, ...] | None = None
     inputs: frozenset[str] = frozenset()
+    strings: bool = False
 
     def of(self, batch: Mapping[Any, Any]) -> list[str]:
         """The keys of ``batch`` that hold targets.
@@ -180,12 +182,13 @@ def to_batch(value: Any, name: str = "batch", label_names: LabelNames = None) ->
     Raises:
         DataError: ``value`` is no batch.
     """
+    strings = label_keys(label_names).strings
     if isinstance(value, tuple):
-        batch = tuple(to_numpy(part, f"{name}[{i}]") for i, part in enumerate(value))
+        batch = tuple(to_numpy(part, f"{name}[{i}]", strings) for i, part in enumerate(value))
     elif isinstance(value, list) and not is_list_of_numbers(value):
         return to_batch(tuple(value), name, label_names)
     else:
-        batch = to_numpy(value, name)
+        batch = to_numpy(value, name, strings)
     count_samples(batch, label_names)
     return batch
 

@@ -250,7 +250,7 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
             result = np.empty((first.room, *arrays[0].shape[1:]), arrays[0].dtype)
             cuts = [array[rows] for array, (_, rows) in zip(arrays, parts, strict=True)]
             np.concatenate(cuts, out=result[:count])
-            result[count:] = 0
+            result[count:] = _nothing(result)
             return result
 
         of_all = zip(*[block.chunks for block, _ in parts], strict=True)
@@ -269,12 +269,17 @@ def _room(*batches: Any) -> int:
     return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
 
 
+def _nothing(x: np.ndarray) -> Any:
+    """What fills up an array: zeros, or empty strings."""
+    return "" if x.dtype.kind == "O" else 0
+
+
 def _with_room(x: np.ndarray, room: int) -> np.ndarray:
     if len(x) == room:
         return x
     result = np.empty((room, *x.shape[1:]), x.dtype)
     result[: len(x)] = x
-    result[len(x) :] = 0  # and not what memory happens to hold
+    result[len(x) :] = _nothing(x)  # and not what memory happens to hold
     return result
 
 

@@ -10,6 +10,7 @@ from kbtrain.data.structure import (
     as_array,
     cast,
     is_list_of_numbers,
+    is_sparse,
     rebuild_sequence,
 )
 from kbtrain.errors import DataError
@@ -42,12 +43,12 @@ def default_collate(samples: Sequence[Any], label_names: LabelNames = None) -> A
     """
     if not samples:
         raise DataError("Expected at least one sample to collate. Received: none")
-    first = samples[0]
+    first, keys = samples[0], label_keys(label_names)
     if isinstance(first, Mapping):
-        return _rename_labels(_collate(samples, "sample"), label_keys(label_names))
+        return _rename_labels(_collate(samples, "sample", keys.strings), keys)
     if isinstance(first, tuple):  # also (1.0, 2): the parts of a sample, not one array
-        return _collate_parts(samples, "sample")
-    return _collate(samples, "sample")
+        return _collate_parts(samples, "sample", keys.strings)
+    return _collate(samples, "sample", keys.strings)
 
 
 def _rename_labels(batch: dict[Any, Any], keys: LabelKeys) -> dict[Any, Any]:
@@ -61,17 +62,17 @@ def _rename_labels(batch: dict[Any, Any], keys: LabelKeys) -> dict[Any, Any]:
     return {target if key == found[0] else key: value for key, value in batch.items()}
 
 
-def _collate(values: Sequence[Any], path: str) -> Any:
+def _collate(values: Sequence[Any], path: str, strings: bool) -> Any:
     """Stack the same field of all samples, walking into nested ones."""
     first = values[0]
     if isinstance(first, Mapping):
-        return _collate_dicts(values, path)
+        return _collate_dicts(values, path, strings)
     if isinstance(first, (tuple, list)) and not is_list_of_numbers(first, of_arrays=False):
-        return _collate_parts(values, path)
-    return _stack_field(values, path)
+        return _collate_parts(values, path, strings)
+    return _stack_field(values, path, strings)
 
 
-def _collate_dicts(values: Sequence[Any], path: str) -> dict[Any, Any]:
+def _collate_dicts(values: Sequence[Any], path: str, strings: bool) -> dict[Any, Any]:
     keys = values[0].keys()
     for position, value in enumerate(values):
         if not isinstance(value, Mapping) or value.keys() != keys:
@@ -80,10 +81,12 @@ def _collate_dicts(values: Sequence[Any], path: str) -> dict[Any, Any]:
                 f"All samples must have the same keys. Sample 0 of the batch has {list(keys)}, "
                 f"sample {position} differs. Received: {path}={received}"
             )
-    return {key: _collate([value[key] for value in values], f"{path}[{key!r}]") for key in keys}
+    return {
+        key: _collate([value[key] for value in values], f"{path}[{key!r}]", strings) for key in keys
+    }
 
 
-def _collate_parts(values: Sequence[Any], path: str) -> Any:
+def _collate_parts(values: Sequence[Any], path: str, strings: bool) -> Any:
     first = values[0]
     for position, value in enumerate(values):
         is_sequence = isinstance(value, (tuple, list))
@@ -94,10 +97,17 @@ def _collate_parts(values: Sequence[Any], path: str) -> Any:
                 f"{len(first)}, sample {position} differs. Received: {path} with {received}"
             )
     columns = enumerate(zip(*values, strict=True))
-    return rebuild_sequence(first, [_collate(column, f"{path}[{i}]") for i, column in columns])
+    return rebuild_sequence(
+        first, [_collate(column, f"{path}[{i}]", strings) for i, column in columns]
+    )
 
 
-def _stack_field(values: Sequence[Any], path: str) -> np.ndarray:
+def _row(array: np.ndarray) -> np.ndarray:
+    """A row of a sparse matrix, which SciPy gives two axes, as a vector."""
+    return array[0] if array.ndim == 2 and len(array) == 1 else array
+
+
+def _stack_field(values: Sequence[Any], path: str, strings: bool) -> np.ndarray:
     """Stack the arrays of one field, which must agree in shape."""
     if any(value is None for value in values):
         position = next(i for i, value in enumerate(values) if value is None)
@@ -105,7 +115,8 @@ def _stack_field(values: Sequence[Any], path: str) -> np.ndarray:
             f"{path} is None in sample {position} of the batch. Fill missing values or remove the "
             "column."
         )
-    arrays = [cast(as_array(value, path)) for value in values]
+    whole = [as_array(value, path, strings) for value in values]
+    arrays = [cast(_row(a) if is_sparse(v) else a) for a, v in zip(whole, values, strict=True)]
     shape = arrays[0].shape
     for position, array in enumerate(arrays):
         if array.shape != shape:

@@ -1,7 +1,7 @@
 """One array of a data set, read a few rows at a time.
 
 A column is an ndarray in memory (a memory map counts: the operating system reads its pages when
-they are touched) or an array on disk that must be asked in sorted order.
+they are touched), an array on disk that must be asked in sorted order, or a sparse matrix.
 """
 
 import copy
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.structure import as_array, cast, check_dtype, map_structure
+from kbtrain.data.structure import as_array, cast, check_dtype, is_sparse, map_structure
 
 
 class DiskColumn:
@@ -43,18 +43,49 @@ class DiskColumn:
         return np.asarray(self._dataset[self._first + increasing]).take(back, axis=axis)
 
 
-Column = np.ndarray | DiskColumn
+class SparseColumn:
+    """A sparse matrix of SciPy's; rows become dense when they are read.
+
+    Args:
+        matrix: Of any of SciPy's formats.
+        name: How error messages call it.
+    """
+
+    def __init__(self, matrix: Any, name: str) -> None:
+        check_dtype(matrix.dtype, name)
+        self._rows = matrix.tocsr()
+        self.shape: tuple[int, ...] = tuple(matrix.shape)
+        self.dtype: np.dtype = matrix.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._rows[rows].toarray()
+
+    def part(self, start: int, stop: int) -> "SparseColumn":
+        """Some rows."""
+        part = copy.copy(self)
+        part._rows, part.shape = self._rows[start:stop], (stop - start, *self.shape[1:])
+        return part
+
+    def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Return the rows at ``indices`` in their order, dense."""
+        assert axis == 0
+        return self._rows[indices].toarray()
 
 
-def as_column(value: Any, name: str) -> Column:
-    """Make a column of an array, a tensor, an HDF5 dataset or a list of numbers.
+Column = np.ndarray | DiskColumn | SparseColumn
+
+
+def as_column(value: Any, name: str, strings: bool = False) -> Column:
+    """Make a column of an array, a tensor, an HDF5 dataset, a sparse matrix or a list of numbers.
 
     Raises:
         DataError: ``value`` is none of these, or its dtype is of no use to a model.
     """
     if hasattr(value, "read_direct"):  # what an h5py.Dataset has and arrays in memory have not
         return DiskColumn(value, name)
-    return as_array(value, name)
+    if is_sparse(value):
+        return SparseColumn(value, name)
+    return as_array(value, name, strings)
 
 
 def take(column: Column, indices: np.ndarray | range) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 from kbtrain.data.batch import LabelNames
 from kbtrain.data.foreign import derives_from, yields_batches
 from kbtrain.data.sources import ArraySource, IterableSource, MapSource, Source, failed
-from kbtrain.data.structure import has_array
+from kbtrain.data.structure import has_array, is_sparse
 from kbtrain.errors import DataError
 
 
@@ -24,7 +24,8 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
     A tuple is always the arrays, a list always the samples. An array is anything with
     ``__array__``: NumPy, torch CPU tensors, TensorFlow and JAX arrays, pandas objects, memory maps,
-    HDF5 datasets; also a list of numbers inside a tuple or dict.
+    HDF5 datasets; sparse matrices of SciPy, whose rows are made dense batch by batch; also a list
+    of numbers inside a tuple or dict.
 
     Args:
         data: The data, or a ``Source``, which is returned as it is.
@@ -54,7 +55,7 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
 def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
-    if isinstance(data, (tuple, Mapping)) or has_array(data):
+    if isinstance(data, (tuple, Mapping)) or has_array(data) or is_sparse(data):
         return ArraySource(data, name, label_names)
     if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
         return IterableSource(data, name)

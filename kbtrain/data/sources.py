@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import LabelNames, common_length, named_leaves, unpack
+from kbtrain.data.batch import LabelNames, common_length, label_keys, named_leaves, unpack
 from kbtrain.data.collate import default_collate
 from kbtrain.data.columns import Column, as_column, cut, rows, take
 from kbtrain.data.foreign import is_endless, resume_caveat
@@ -332,9 +332,10 @@ def failed(where: str, error: Exception) -> DataError:
 
 def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
     """Turn ``(x, y)``, a dict or an array into the same structure of columns."""
+    strings = label_keys(label_names).strings
 
     def column(value: Any, path: str) -> Column:
-        return as_column(value, path)
+        return as_column(value, path, strings)
 
     if isinstance(data, tuple):
         if not 1 <= len(data) <= 3:

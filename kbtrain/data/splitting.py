@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbtrain.data.sources import ArraySource
-from kbtrain.data.structure import has_array
+from kbtrain.data.structure import has_array, is_sparse
 from kbtrain.errors import ConfigurationError
 
 
@@ -28,7 +28,7 @@ def split(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
             "validation_split must be a fraction of the training data, above 0 and below 1. "
             f"Received: validation_split={fraction!r}."
         )
-    if not (isinstance(data, (tuple, Mapping, ArraySource)) or has_array(data)):
+    if not (isinstance(data, (tuple, Mapping, ArraySource)) or has_array(data) or is_sparse(data)):
         raise ConfigurationError(
             "validation_split is for arrays, as in Keras. Pass the part to evaluate as "
             "eval_dataset (data sets of Hugging Face have train_test_split(), a tf.data.Dataset "

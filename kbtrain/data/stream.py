@@ -129,7 +129,7 @@ class StreamLoader:
 
     def _is_batch(self, item: Any) -> bool:
         parts = _shapes(item, self._inputs.label_keys)
-        if parts is None:
+        if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
             return False
         batched = _by_model(parts.x, self._inputs.shapes)
         if batched is None and _may_be_batch(parts) and not _is_of_samples(self._source.data):

@@ -98,7 +98,7 @@ def leaves_with_paths(structure: Any, path: str = "") -> Iterator[tuple[str, Any
         yield path, structure
 
 
-def to_numpy(value: Any, name: str = "batch") -> Any:
+def to_numpy(value: Any, name: str = "batch", strings: bool = False) -> Any:
     """Convert everything in a structure to NumPy arrays of dtypes a model can take.
 
     Python numbers, (nested) lists of numbers and whatever has ``__array__`` become arrays. float64
@@ -107,6 +107,7 @@ def to_numpy(value: Any, name: str = "batch") -> Any:
     Args:
         value: A structure of arrays, tensors, numbers and lists of numbers.
         name: How error messages call ``value``.
+        strings: Whether strings may be among them, see ``as_array``.
 
     Returns:
         The same structure with a ``numpy.ndarray`` at every leaf.
@@ -114,7 +115,7 @@ def to_numpy(value: Any, name: str = "batch") -> Any:
     Raises:
         DataError: A leaf holds strings, objects or ragged lists, or is no array at all.
     """
-    return map_raw(lambda leaf, path: cast(as_array(leaf, path)), value, name)
+    return map_raw(lambda leaf, path: cast(as_array(leaf, path, strings)), value, name)
 
 
 def map_raw(function: Callable[[Any, str], Any], value: Any, name: str) -> Any:
@@ -151,12 +152,14 @@ def is_list_of_numbers(value: Any, *, of_arrays: bool = True) -> bool:
     return is_scalar and (of_arrays or not isinstance(value, np.ndarray))
 
 
-def as_array(value: Any, name: str) -> np.ndarray:
+def as_array(value: Any, name: str, strings: bool = False) -> np.ndarray:
     """View ``value`` as a plain ndarray of a usable dtype, without copying where that is possible.
 
     Args:
         value: An array, tensor, number, or (nested) sequence of numbers.
         name: How error messages call it.
+        strings: Whether it may hold strings, which a model takes on TensorFlow: they become an
+            array of objects, whatever their lengths.
 
     Returns:
         The array; float64 is left as it is (see ``cast``), so that a memory map stays on disk.
@@ -164,11 +167,21 @@ def as_array(value: Any, name: str) -> np.ndarray:
     Raises:
         DataError: ``value`` is no array, or one of strings or objects.
     """
+    if strings and isinstance(value, (str, bytes)):
+        return np.array(value, object)
     array = value if type(value) is np.ndarray else _convert(value, name)
-    if array.dtype.kind == "O" and array.size and isinstance(array.flat[0], str | bytes):
-        raise _no_strings(array.dtype, name)
+    is_object = array.dtype.kind == "O"
+    if array.dtype.kind in _STRING_KINDS or (is_object and _is_text(array)):
+        if not strings:
+            raise _no_strings(array.dtype, name)
+        return array if is_object else array.astype(object)
     check_dtype(array.dtype, name)
     return array
+
+
+def _is_text(array: np.ndarray) -> bool:
+    """Whether an array of objects begins with a string."""
+    return array.size > 0 and isinstance(array.flat[0], str | bytes)
 
 
 def cast(array: np.ndarray) -> np.ndarray:
@@ -184,6 +197,11 @@ def cast(array: np.ndarray) -> np.ndarray:
 def has_array(value: Any) -> bool:
     """Whether NumPy can convert ``value``; looked up on the type, as NumPy itself does."""
     return hasattr(type(value), "__array__")
+
+
+def is_sparse(value: Any) -> bool:
+    """Whether ``value`` is a sparse matrix or array of SciPy."""
+    return type(value).__module__.startswith("scipy.sparse") and hasattr(value, "tocsr")
 
 
 def check_dtype(dtype: np.dtype, name: str) -> None:
@@ -228,23 +246,48 @@ def _convert(value: Any, name: str) -> np.ndarray:
             f"{name} is a string, and a model takes numbers. Tokenize or encode it first, or "
             f"remove the column. Received: {_shorten(value)}"
         )
+    if is_sparse(value):
+        return value.toarray()
     if isinstance(value, bool):
         return np.asarray(value)
     if isinstance(value, int):
         return _integer(value, name)
+    if type(value).__name__ == "RaggedTensor":
+        raise DataError(
+            f"{name} is a RaggedTensor, and rows of a batch must be equally long. Pad it, as in "
+            "x.to_tensor() or in a data_collator, and pass lengths or a mask as an input."
+        )
     if not has_array(value) and not isinstance(value, (float, complex, Sequence)):
         raise DataError(
             f"{name} cannot be read as an array. Expected a NumPy array, a tensor, a number or a "
             f"list of numbers. Received: a value of type {type(value).__name__}"
         )
     try:
-        return np.asarray(_to_host(value))
+        array = np.asarray(_to_host(value))
+        return _of_pandas(value) if array.dtype.kind == "O" and _is_pandas(value) else array
     except MemoryError:
         raise
     except Exception as error:
         ragged = "inhomogeneous" in str(error)
         reason = "its rows have different lengths; pad them" if ragged else error
         raise DataError(f"{name} cannot be converted to a NumPy array: {reason}.") from error
+
+
+def _is_pandas(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_numpy")
+
+
+def _of_pandas(value: Any) -> np.ndarray:
+    """A frame with numbers of several kinds, or with types of pandas' own, as one array.
+
+    Raises:
+        ValueError, TypeError: It has missing values, or what is no number.
+    """
+    types = value.dtypes.tolist() if value.ndim == 2 else [value.dtype]
+    if not all(getattr(dtype, "kind", "O") in "fiub" for dtype in types):
+        return np.asarray(value)
+    whole = all(dtype.kind in "iu" for dtype in types)
+    return value.to_numpy(dtype=np.int64 if whole else np.float64)
 
 
 def _integer(value: int, name: str) -> np.ndarray:
