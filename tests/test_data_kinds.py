@@ -109,9 +109,7 @@ def forms():
     array = np.array(TEXTS)
     return {
         "array": (array, CLASSES),
-        "objects": (array.astype(object), CLASSES),
         "bytes": (array.astype("S"), CLASSES),
-        "list": (TEXTS, CLASSES),
         "samples": list(zip(TEXTS, CLASSES, strict=True)),
         "batches": (pair for pair in [(array[:3], CLASSES[:3]), (array[3:], CLASSES[3:])]),
     }
@@ -143,11 +141,12 @@ def test_texts_are_inputs_where_the_backend_has_them(tmp_path, form):
         per_device_train_batch_size=3,
         per_device_eval_batch_size=3,
         learning_rate=1e-9,
+        jit_compile=form == "array",  # XLA has no strings, and would end the process
     )
     model = text_model() if TAKES_STRINGS else Plain()
     trainer = Trainer(model, args, train_dataset=data, loss=loss)
     if not TAKES_STRINGS:
-        with pytest.raises(DataError, match="a model takes numbers"):
+        with pytest.raises(DataError, match="a model takes numbers|sample or a whole batch"):
             trainer.fit()
         return
     trainer.fit()

@@ -114,6 +114,8 @@ def compile_step(
         # warns of many functions with the same code; a partial has none.)
         graph = tf.function(functools.partial(traced), autograph=False)
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
+        if not refused and jit_compile is not False and _has_strings(inputs):
+            refuse("strings are none of its types")  # it would end the process
         if refused:  # in another shape: to try again takes seconds, for the same answer
             return graph
         if jit_compile is True:
@@ -140,6 +142,10 @@ def compile_step(
         return graphs[key](inputs)
 
     return call
+
+
+def _has_strings(inputs: Any) -> bool:
+    return any(getattr(x, "dtype", None) == tf.string for x in tf.nest.flatten(inputs))
 
 
 def _looks_at_values(error: BaseException) -> bool:
