@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from kbtrain import building, model_steps, rng
-from kbtrain.data import LabelKeys, unpack, with_none
+from kbtrain.data import LabelKeys, unpack, with_none, without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass, output_names
 from kbtrain.keras_losses import is_summed, resolve_loss
@@ -173,6 +173,7 @@ class BoundModel:
                 has_terms=self._has_terms(),
                 by_model=self.own.compute_loss and not self._own_compute_loss,
                 without_labels=self.own.compute_metrics,
+                batch_size=building.states_batch_size(self.model),
             )
             self._build_by_code(self.forward, batch)
         # Metrics need labels: a prediction may come first, and have none.
@@ -323,9 +324,9 @@ class BoundModel:
                     "ignore_keys leaves nothing of the model's outputs. "
                     f"Received: ignore_keys={sorted(ignored)}, outputs {names}."
                 )
-        if self._preprocess is None:
-            return outputs
-        return self._preprocess(outputs, unpack(with_none(batch), self.label_names).y)
+        if self._preprocess is not None:
+            outputs = self._preprocess(outputs, unpack(with_none(batch), self.label_names).y)
+        return _movable(outputs)
 
 
 def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:
@@ -351,6 +352,32 @@ def _compiled_loss_weights(model: keras.Model) -> Any:
         return compiled._user_loss_weights
     # The public way serializes everything else that `compile` was given.
     return (model.get_compile_config() or {}).get("loss_weights")
+
+
+def _movable(outputs: Any) -> Any:
+    """Outputs in what can leave the device: numbers as tensors, None as ``without_none`` has it.
+
+    Raises:
+        ConfigurationError: There is something else among them.
+    """
+
+    def move(path: tuple[Any, ...], leaf: Any) -> Any:
+        if leaf is None or keras.ops.is_tensor(leaf):
+            return leaf
+        try:
+            if isinstance(leaf, str | bytes):
+                raise TypeError
+            return keras.ops.convert_to_tensor(leaf)
+        except (TypeError, ValueError):
+            name = path[0] if path else "output"
+            raise ConfigurationError(
+                f"The model returns something that is no tensor, under {name!r}, and the outputs "
+                f"are asked for. Received: {type(leaf).__name__}. Leave it out of what the model "
+                f"returns, or pass ignore_keys=[{name!r}]."
+            ) from None
+
+    leaves = [move(path, leaf) for path, leaf in keras.tree.flatten_with_path(outputs)]
+    return without_none(keras.tree.pack_sequence_as(outputs, leaves))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, with_none, 
 from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.structure import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
-from kbtrain.forward import as_taken, inputs_of
+from kbtrain.forward import as_taken, inputs_of, tensors_of
 from kbtrain.keras_private import flatten_layers
 from kbtrain.metrics import MetricSet
 
@@ -66,6 +66,27 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
         if isinstance(state, keras.Variable)
     ]
     return list({id(v): v for v in [*model.variables, *states]}.values())
+
+
+def take_in_new_values(model: keras.Model) -> None:
+    """After variables were assigned from outside: what layers have computed from them is computed.
+
+    ``Normalization`` keeps the mean and the deviation it divides by, as Keras' ``load_weights``
+    knows.
+    """
+    for layer in walk_layers(model):
+        if isinstance(layer, keras.layers.Normalization) and layer.built:
+            layer.finalize_state()
+
+
+def states_batch_size(model: keras.Model) -> int | None:
+    """How many samples the states of stateful RNNs are for; None without any."""
+    for layer in walk_layers(model):
+        if getattr(layer, "stateful", False):
+            for state in keras.tree.flatten(getattr(layer, "states", None)):
+                if isinstance(state, keras.Variable) and len(state.shape):
+                    return int(state.shape[0])
+    return None
 
 
 def advancing_variables(model: keras.Model) -> list[keras.Variable]:
@@ -134,6 +155,8 @@ def build_model(
             warnings.filterwarnings("ignore", ".*looks like it has unbuilt state")
             outputs = model(as_taken(model, specs))
     except Exception as error:
+        if (outputs := _tensors_among_outputs(model, specs)) is not None:
+            return outputs
         if _runs_on_values(model, x):
             return None
         _explain_missing_key(model, error, label_keys(label_names).taken(batch))
@@ -206,6 +229,27 @@ def input_shapes(batch: Any, label_names: LabelNames = None) -> Hashable:
     return tuple((path, np.shape(a)[1:], _dtype(a)) for path, a in leaves)
 
 
+def _tensors_among_outputs(model: keras.Model, specs: Any) -> Any:
+    """The shapes of those outputs that are tensors, of a model with others, too; else None.
+
+    Keras itself makes no model of one that returns None, a number or a text beside tensors, but
+    it calls, trains and evaluates one.
+    """
+    found: list[Any] = []
+
+    def call(inputs: Any) -> Any:
+        outputs = model(as_taken(model, inputs))
+        found[:] = [keras.tree.flatten(outputs)]
+        return tensors_of(outputs)
+
+    try:
+        outputs = _Function(call).compute_output_spec(specs)
+    except Exception:  # the first one is to be explained
+        return None
+    mixed = len(found[0]) > len(keras.tree.flatten(outputs)) > 0
+    return outputs if mixed else None
+
+
 def _runs_on_values(model: keras.Model, x: Any) -> bool:
     """Some models cannot be run on shapes alone (Python control flow on values)."""
     try:
@@ -213,8 +257,7 @@ def _runs_on_values(model: keras.Model, x: Any) -> bool:
         outputs = model(as_taken(model, values))
     except Exception:
         return False
-    leaves = keras.tree.flatten(outputs)
-    return bool(leaves) and all(keras.ops.is_tensor(leaf) for leaf in leaves)
+    return any(keras.ops.is_tensor(leaf) for leaf in keras.tree.flatten(outputs))
 
 
 def _keras_dtype(array: Any) -> str:

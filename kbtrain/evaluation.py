@@ -24,6 +24,7 @@ from kbtrain.data import (
     map_structure,
     signature,
     unpack,
+    with_none,
     without_none,
 )
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
@@ -445,7 +446,7 @@ class Evaluation:
             if not self._wanted.gather:
                 continue
             if self._wanted.generate is None:
-                part.outputs = map_structure(as_plain, results["outputs"])
+                part.outputs = with_none(map_structure(as_plain, results["outputs"]))
             if self._gathered is not None:
                 self._gathered.add(part)
             if self._batchwise is not None:

@@ -59,6 +59,7 @@ class ForwardPass:
         with_metrics: Whether anybody wants the arguments of metrics.
         by_model: The loss is the model's own ``compute_loss``.
         without_labels: Metrics are updated where a batch has no labels, too.
+        batch_size: Samples that every batch must have, as states of the model are for so many.
 
     Attributes:
         has_terms: Whether the loss may be of several terms, whose counts have to be known for a
@@ -77,12 +78,14 @@ class ForwardPass:
         has_terms: bool = False,
         by_model: bool = False,
         without_labels: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         self._model, self._tracked = model, tracked
         self._loss = loss
         self._label_names, self._with_metrics = label_names, with_metrics
         self.has_terms = has_terms
         self._by_model, self._without_labels = by_model, without_labels
+        self._batch_size = batch_size
         self._training = False
         self._added_is_in = False  # losses of add_loss and regularizers are part of the loss
 
@@ -97,6 +100,7 @@ class ForwardPass:
         """Loss, outputs and the metrics' arguments; see ``kbtrain.step.Forward``."""
         batch = with_none(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
+        self._check_size(x)
         self._tracked.clear()
         self._training, self._added_is_in = training, False
         result = (
@@ -158,6 +162,7 @@ class ForwardPass:
         There is a mask for each output, False at what does not count, or None. Ignored labels
         become a label that every metric can take.
         """
+        outputs = tensors_of(outputs)
         known = Outputs(outputs, output_names(self._model))
         losses = {} if self._loss is None else known.assign(self._loss, "loss")
         active = [i for i in range(len(known.leaves)) if losses.get(i) is not None]
@@ -180,7 +185,18 @@ class ForwardPass:
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
         x = as_taken(self._model, unpack(with_none(batch), self._label_names).x)
+        self._check_size(x)
         return None, self._model(x, training=training), None
+
+    def _check_size(self, x: Any) -> None:
+        size = keras.tree.flatten(x)[0].shape[0]
+        if self._batch_size not in (None, size):
+            raise DataError(
+                f"The model {self._model.name!r} has a stateful RNN, whose states are for batches "
+                f"of {self._batch_size} samples. Received: a batch of {size}. Set "
+                "dataloader_drop_last=True, or a batch size that divides the number of samples; "
+                "for evaluations per_device_eval_batch_size, too."
+            )
 
 
 def inputs_of(model: Any) -> Any:
@@ -196,6 +212,30 @@ def as_taken(model: keras.Model, x: Any) -> Any:
     taken = inputs_of(model)
     named = isinstance(x, Mapping) and isinstance(taken, keras.KerasTensor) and taken.name in x
     return x[taken.name] if named else x
+
+
+def tensors_of(outputs: Any) -> Any:
+    """The outputs of a model without what is no tensor: None, most of the time, or a number.
+
+    Neither losses nor metrics are about these.
+    """
+    if all(map(_is_tensor, keras.tree.flatten(outputs))):
+        return outputs
+    if isinstance(outputs, Mapping):
+        kept = {key: tensors_of(value) for key, value in outputs.items()}
+        return {key: value for key, value in kept.items() if _has_tensors(value)}
+    if isinstance(outputs, list | tuple):
+        items = [item for item in map(tensors_of, outputs) if _has_tensors(item)]
+        return items if isinstance(outputs, list) else tuple(items)
+    return outputs
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, keras.KerasTensor) or ops.is_tensor(leaf)
+
+
+def _has_tensors(tree: Any) -> bool:
+    return any(map(_is_tensor, keras.tree.flatten(tree)))
 
 
 def output_names(model: keras.Model) -> list[str] | None:
@@ -231,8 +271,9 @@ def default_loss(
         )
     if loss_func is not None:
         return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
-    known = Outputs(outputs, output_names(model))
-    nested = [keras.tree.is_nested(tree) for tree in (loss, outputs, y)]
+    tensors = tensors_of(outputs)
+    known = Outputs(tensors, output_names(model))
+    nested = [keras.tree.is_nested(tree) for tree in (loss, tensors, y)]
     whole = nested == [False, False, True] and takes_any_labels(loss)  # a function of all labels
     if (any(nested) and not whole) or is_summed(loss):
         rows = pair_up(loss, loss_weights, y, known, sample_weight, label_names)

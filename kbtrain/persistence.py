@@ -179,6 +179,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     """
     arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
+    building.take_in_new_values(model)
 
 
 def gather_training(
@@ -250,7 +251,11 @@ def restore_run(
     optimizer_plans = [
         plan_restore(
             name_optimizer_variables(each.variables, variables),
-            {k: v for k, v in _group(checkpoint, group).items() if k not in aside},
+            {
+                k: v
+                for k, v in _group(checkpoint, group).items()
+                if group != "optimizer" or k not in aside
+            },
             what=group,
             model_names=model_plan.names,
         )
@@ -264,6 +269,7 @@ def restore_run(
         plan.apply()
     arrays = {key: checkpoint.arrays["optimizer"][key] for key in aside}
     optimizer_variables.restore_aside(optimizer, arrays, model_plan.names)
+    building.take_in_new_values(model)
     saved = checkpoint.arrays.get("metrics", {})
     values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:

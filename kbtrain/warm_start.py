@@ -18,6 +18,7 @@ import numpy as np
 # As in checkpoint/layout.py: Keras has no public reader of single values.
 from keras.src.saving.saving_lib import H5IOStore
 
+from kbtrain.building import take_in_new_values
 from kbtrain.checkpoint import CheckpointStore, name_variables, plan_restore, read_arrays
 from kbtrain.checkpoint.format import ARRAYS_FORMAT
 from kbtrain.checkpoint.layout import keras_layout
@@ -106,6 +107,7 @@ def load_weights(
         named, saved = _read_file(model, path, named)
     plan = plan_restore(named, saved, strict=strict)
     plan.apply()
+    take_in_new_values(model)
     report = LoadReport(tuple(plan.names), plan.missing, plan.unexpected, plan.different)
     if report.missing or report.unexpected or report.different:
         logger.warning("%s: %s.", path, report)
