@@ -49,7 +49,7 @@ class FrozenDict(dict[str, Any]):
 
 def freeze(value: Any) -> Any:
     """An immutable copy of a value made of what JSON can hold (NumPy scalars become Python's)."""
-    value = _plain(value)
+    value = plain(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -77,7 +77,7 @@ def thaw(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Python's own value for a NumPy scalar, an enum member or an instance of a str subclass."""
     if isinstance(value, enum.Enum):
         value = value.value
@@ -105,7 +105,7 @@ def optional(kind: Kind) -> Kind:
 
 def flag(value: Any) -> bool:
     """``True`` or ``False``; 0, 1 and strings are refused."""
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, bool):
         raise Unfit("True or False")
     return value
@@ -118,7 +118,7 @@ def whole(low: int, high: int | None = None, *, or_exactly: int | None = None) -
     wanted += "" if or_exactly is None else f", or {or_exactly}"
 
     def accept(value: Any) -> int:
-        value = _plain(value)
+        value = plain(value)
         # bool is an int to Python, but True is never meant as a number here.
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise Unfit(wanted)
@@ -155,7 +155,7 @@ def real(
 
 
 def _number(value: Any, wanted: str) -> float:
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise Unfit(wanted)
     try:
@@ -170,7 +170,7 @@ def _number(value: Any, wanted: str) -> float:
 def duration(value: Any) -> float:
     """A time in seconds, as a number or as "HH:MM:SS" (or "D-HH:MM:SS", as SLURM writes it)."""
     wanted = "a time above 0, in seconds or as 'HH:MM:SS'"
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, str):
         match = re.fullmatch(
             r"(?:(\d{1,5})-)?(\d{1,5}):([0-5]\d):([0-5]\d)", value.strip(), re.ASCII
@@ -193,12 +193,12 @@ def steps(value: Any) -> int | float:
         return number
     if number < 0 or number != int(number):
         raise Unfit(wanted)
-    return int(_plain(value))
+    return int(plain(value))
 
 
 def text(value: Any) -> str:
     """A string with something in it."""
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, str) or not value.strip():
         raise Unfit("a string that is not empty")
     return value
@@ -229,7 +229,7 @@ def choice(*allowed: str | bool) -> Kind:
     listed = ", ".join(repr(item) for item in allowed)
 
     def accept(value: Any) -> str | bool:
-        value = _plain(value)
+        value = plain(value)
         # `type` because 1 == True, and only the bool itself is meant.
         for item in allowed:
             if type(value) is type(item) and value == item:
@@ -258,7 +258,7 @@ def either(word: str, kind: Kind) -> Kind:
 
 def words(value: Any) -> tuple[str, ...]:
     """A list of strings (one string counts as a list of one), without doubles, in their order."""
-    value = _plain(value)
+    value = plain(value)
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not items:
         raise Unfit("a list of strings that is not empty")
@@ -289,12 +289,12 @@ def names(*allowed: str) -> Kind:
     """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
 
     def accept(value: Any) -> tuple[str, ...]:
-        value = _plain(() if value is None else value)
+        value = plain(() if value is None else value)
         items = (value,) if isinstance(value, str) else value
         wanted = f"a list of names out of {', '.join(repr(item) for item in allowed)}"
         if not isinstance(items, (list, tuple, set, frozenset)):
             raise Unfit(wanted)
-        items = [_plain(item) for item in items]
+        items = [plain(item) for item in items]
         for item in items:
             if not isinstance(item, str) or item not in allowed:
                 raise Unfit(f"{wanted}, not {item!r}")
@@ -309,12 +309,12 @@ def trackers(value: Any) -> tuple[str, ...]:
 
     Which names exist is known where they are used: packages of their own can add some.
     """
-    value = _plain(() if value is None else value)
+    value = plain(() if value is None else value)
     items = (value,) if isinstance(value, str) else value
     wanted = "the name of a tracker, a list of names, 'all' or 'none'"
     if not isinstance(items, (list, tuple, set, frozenset)):
         raise Unfit(wanted)
-    names = [_plain(item) for item in items]
+    names = [plain(item) for item in items]
     if not all(isinstance(item, str) and item.strip() for item in names):
         raise Unfit(wanted)
     found = set(names)
@@ -345,11 +345,11 @@ def average(value: Any) -> FrozenDict | None:
 
 def one_device(value: Any) -> str | None:
     """The name of one device: "cpu", "gpu" or "gpu:1"; a number is that of a GPU."""
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, list | tuple) and value:
         if len(value) > 1:
             raise Unfit("one device: training on several is to come")
-        value = _plain(value[0])
+        value = plain(value[0])
     if value is None:
         return None
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:

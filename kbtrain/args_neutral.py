@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kbtrain.args_kinds import plain
 from kbtrain.args_renames import DROPPED, RENAMED
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], (), {})
@@ -42,6 +43,7 @@ _ALSO: dict[str, tuple[Any, ...]] = {
 _OF_RENAMED: dict[str, tuple[Any, ...]] = {
     "adafactor": (False,),
     "evaluate_during_training": (False,),
+    "evaluation_strategy": ("no",),
     "fp16_backend": ("auto", ""),
     "fp16_opt_level": ("O1", ""),
     "group_by_length": (False,),
@@ -95,5 +97,6 @@ def asks_for_nothing(name: str, value: Any) -> bool:
         accepted = (None, *_OF_RENAMED.get(name, ()))
     else:
         return False
+    value = plain(value)
     # By type as well: 1 is not True, and what an array compares to is no bool.
     return any(type(value) is type(one) and value == one for one in accepted)

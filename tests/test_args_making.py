@@ -4,10 +4,12 @@ import abc
 import copy
 import dataclasses
 import doctest
+import enum
 import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kbtrain import ArgumentParser, TrainingArguments, args_making
@@ -17,6 +19,10 @@ from kbtrain.errors import ConfigurationError, FrozenArgumentsError
 
 NAMES = Path(__file__).resolve().parent.parent / "docs" / "reference" / "names.json"
 DEFAULTS_THERE = json.loads(NAMES.read_text(encoding="utf-8"))["sections"]["arguments"]
+
+
+class HubStrategy(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference uses
+    EVERY_SAVE = "every_save"
 
 
 @dataclasses.dataclass
@@ -234,6 +240,9 @@ def test_every_default_of_transformers_is_accepted():
         ("sortish_sampler", False),
         ("generation_config", None),
         ("epochs", None),
+        ("evaluation_strategy", "no"),
+        ("hub_strategy", HubStrategy.EVERY_SAVE),
+        ("push_to_hub", np.bool_(False)),
         ("hub_token", "<HUB_TOKEN>"),
     ],
 )
