@@ -151,6 +151,7 @@ class _Recomputed:
 
     def run(self, backend: ModuleType, unseeded: keras.Variable) -> Any:
         """The layer's outputs; `unseeded` is the state of Keras' global generator."""
+        stateless_scope()  # what fails, fails here: torch cannot leave a layer halfway
         tensors = [self._leaves[i] for i in self._places] + [mask for _, mask in self._masks]
         variables = [*self._layer.variables, unseeded]
         results = backend.recompute(self._function, tensors, variables)

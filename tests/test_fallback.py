@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from kbtrain import Trainer, TrainingArguments, backends, fallback, keras_private
+from kbtrain.checkpoint import name_variables
+from kbtrain.checkpoint.layout import KerasLayout, keras_layout
 from kbtrain.errors import ConfigurationError
 from kbtrain.fallback import ISSUES, NotAFailure, PrivatePart
 
@@ -182,6 +184,15 @@ def test_layers_are_found_without_keras_walk(monkeypatch, caplog):
     found = keras_private.flatten_layers(model)
     assert {id(layer) for layer in found} == wanted
     assert len(found) == len(wanted)
+    assert len(reports(caplog)) == 1
+
+
+def test_a_checkpoint_is_saved_without_the_places_that_load_weights_looks_at(monkeypatch, caplog):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    named = name_variables(model.variables)
+    assert keras_layout(model, named).links
+    monkeypatch.delattr("keras.src.saving.saving_lib._save_state")
+    assert keras_layout(model, named) == KerasLayout()
     assert len(reports(caplog)) == 1
 
 

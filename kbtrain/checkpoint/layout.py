@@ -13,8 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-# There is no public way to learn the layout without writing a file.
-from keras.src.saving.saving_lib import H5IOStore, _save_state
+from kbtrain.fallback import report
 
 logger = logging.getLogger("kbtrain")
 
@@ -42,7 +41,20 @@ def keras_layout(model: keras.Model, named: Mapping[str, keras.Variable]) -> Ker
     Returns:
         The layout; empty, with a warning, if a layer cannot be saved.
     """
-    recorder = _Recorder()
+    try:
+        # There is no public way to learn the layout without writing a file.
+        from keras.src.saving.saving_lib import H5IOStore, _save_state
+
+        # `_save_state` insists on the type.
+        recorder: Any = type("_Recorder", (_Notes, H5IOStore), {})()
+    except Exception as error:
+        report(
+            "Finding where Keras stores the values of a model",
+            "keras",
+            error,
+            "load_weights cannot read model.weights.h5 of a checkpoint. Resuming is not affected.",
+        )
+        return KerasLayout()
     try:
         _save_state(model, recorder, None, "", set())
     except Exception as error:  # a layer's own save_own_variables may do anything
@@ -63,8 +75,8 @@ def keras_layout(model: keras.Model, named: Mapping[str, keras.Variable]) -> Ker
     return KerasLayout(links, values)
 
 
-class _Recorder(H5IOStore):  # `_save_state` insists on the type
-    """Notes what would be written where, and writes nothing."""
+class _Notes:
+    """A store that notes what would be written where, and writes nothing."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -73,7 +85,7 @@ class _Recorder(H5IOStore):  # `_save_state` insists on the type
     def __bool__(self) -> bool:
         return True
 
-    def make(self, path: str, metadata: Any = None) -> "_Recorder":
+    def make(self, path: str, metadata: Any = None) -> "_Notes":
         self._place = f"{path}/vars/".removeprefix("/")
         return self
 
