@@ -157,6 +157,7 @@ def test_the_lowest_versions_are_those_of_the_constraints():
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     assert bounds.keys() <= pins.keys()
+    del bounds["ml_dtypes"]  # JAX, with which they are tried, asks for a newer one
     for name, bound in bounds.items():
         assert (pins[name] + ".").startswith(bound + "."), name
 
