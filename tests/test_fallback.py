@@ -159,6 +159,27 @@ def test_a_step_without_a_private_part_gives_the_same(
         np.testing.assert_allclose(weight, other, rtol=1e-4, atol=1e-6)
 
 
+class Refusing(keras.layers.Layer):
+    """Takes what builds the model, and no batch."""
+
+    def call(self, x):
+        if x.shape[0] == 4:
+            raise ArithmeticError("a layer of the user's")
+        return x
+
+
+def test_a_mistake_in_a_layer_is_no_failure_of_a_private_part(tmp_path, caplog):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), Refusing()])
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none",
+        save_strategy="no", gradient_checkpointing=True,
+    )  # fmt: skip
+    data = np.ones((4, 2), "float32"), np.ones((4, 2), "float32")
+    with pytest.raises(Exception, match="a layer of the user's"):
+        Trainer(model, arguments, train_dataset=data, loss="mse").train()
+    assert reports(caplog) == []
+
+
 def everywhere():
     """The private parts that belong to a module, of kbtrain as it is loaded."""
     return [
