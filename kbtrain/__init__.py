@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from kbtrain.data import default_data_collator as default_data_collator
     from kbtrain.errors import CheckpointDamagedError as CheckpointDamagedError
     from kbtrain.errors import CheckpointError as CheckpointError
+    from kbtrain.errors import CheckpointFormatError as CheckpointFormatError
     from kbtrain.errors import CheckpointMismatchError as CheckpointMismatchError
     from kbtrain.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from kbtrain.errors import CheckpointUnreadableError as CheckpointUnreadableError
     from kbtrain.errors import ConfigurationError as ConfigurationError
     from kbtrain.errors import DataError as DataError
     from kbtrain.errors import FolderInUseError as FolderInUseError
@@ -64,8 +66,10 @@ _HOMES = {
     "errors": (
         "CheckpointDamagedError",
         "CheckpointError",
+        "CheckpointFormatError",
         "CheckpointMismatchError",
         "CheckpointNotFoundError",
+        "CheckpointUnreadableError",
         "ConfigurationError",
         "DataError",
         "FolderInUseError",

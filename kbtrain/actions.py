@@ -1,17 +1,15 @@
-"""What is done when it is due: log, evaluate, save, and load the best model at the end."""
+"""What is done when it is due: log, evaluate, save."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain import metric_schedule, persistence, processing, rng
-from kbtrain.callbacks import metric_value
-from kbtrain.errors import CheckpointDamagedError, CheckpointError
+from kbtrain import best_model, metric_schedule, persistence, processing, rng
+from kbtrain.errors import CheckpointError, CheckpointUnreadableError
 from kbtrain.interruption import EvaluationAbandoned
 from kbtrain.saving import Snapshot
 
@@ -43,7 +41,7 @@ def evaluate(trainer: Trainer) -> bool:
     if metrics is None:
         return False
     metric_schedule.tell(trainer.lr_scheduler, trainer.args, metrics)
-    note_if_best(trainer, metrics)
+    best_model.note(trainer, metrics)
     return True
 
 
@@ -58,7 +56,7 @@ def evaluate_at_start(trainer: Trainer) -> bool:
         trainer.interruption = trainer.watch.reason(trainer.saver.longest)
         logger.warning("%s: stopping before the first step.", trainer.interruption)
         return False
-    note_if_best(trainer, metrics)
+    best_model.note(trainer, metrics)
     return True
 
 
@@ -87,21 +85,6 @@ def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
         handler.load_state(states)
         rng.restore(trainer.backend, *random_state)
         return None
-
-
-def note_if_best(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Remember the best evaluation so far; with ``save_strategy="best"`` it is saved."""
-    args, state = trainer.args, trainer.state
-    if args.metric_for_best_model is None:
-        return
-    value, best = metric_value(metrics, args.metric_for_best_model), state.best_metric
-    if best is None:
-        best = -math.inf if args.greater_is_better else math.inf
-    better = value > best if args.greater_is_better else value < best
-    if better:
-        state.best_metric, state.best_global_step = value, state.global_step
-    if args.save_strategy == "best":
-        trainer.control.should_save = better
 
 
 def look_around(trainer: Trainer) -> bool:
@@ -153,15 +136,14 @@ def save(trainer: Trainer, run: Run) -> None:
 
     ``on_save`` comes once the checkpoint is complete, so whoever listens makes the run wait.
     """
-    state, args = trainer.state, trainer.args
-    former_best = state.best_model_checkpoint
-    path = str(trainer.store.path(state.global_step))
-    if state.best_global_step == state.global_step:
-        state.best_model_checkpoint = path
+    args, step = trainer.args, trainer.state.global_step
+    # First: whether the save before succeeded decides which one is the best and must stay, and its
+    # copy of the state makes room for the next.
+    trainer.saver.wait()
+    former_best = best_model.begin_saving(trainer, run)
 
     def failed() -> None:
-        if state.best_model_checkpoint == path:
-            state.best_model_checkpoint = former_best
+        best_model.take_back(trainer, run, step, former_best)
 
     listened_to = bool(trainer.callback_handler.listeners("on_save"))
     background = args.save_async and not listened_to
@@ -243,10 +225,15 @@ def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> M
 
 def warn_of_former_run(trainer: Trainer) -> None:
     """Before a fresh start that will save: say so if there are checkpoints of another run."""
-    if listed := trainer.store.list():
+    try:
+        listed = trainer.store.list()
+    except CheckpointUnreadableError as error:
+        logger.warning("%s A fresh run does not need them.", error)
+        return
+    if listed:
         logger.warning(
-            "%s holds checkpoints of a former run (%s to %s). This one begins at step 0 and "
-            "replaces those of its own steps only: until it is further than they are, "
+            "%s holds checkpoints of a former run (%s to %s). This one begins at step 0, replaces "
+            "those of its own steps and deletes no others: until it is further than they are, "
             "resume_from_checkpoint=True would go on from the former run. Resume, delete them, or "
             "choose another output_dir.",
             trainer.store.directory,
@@ -260,38 +247,3 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     trainer.saver.settle()
     listed = trainer.store.list()
     return listed[-1][1] if listed else None
-
-
-def load_best(trainer: Trainer) -> None:
-    """Put the weights of the best checkpoint into the model."""
-    state, store = trainer.state, trainer.store
-    path = state.best_model_checkpoint
-    if path is None or not Path(path).exists():
-        logger.warning(
-            "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its last "
-            "weights.",
-            state.best_global_step,
-        )
-        return
-    try:
-        checkpoint = store.load(path)
-    except CheckpointDamagedError as error:
-        logger.warning("load_best_model_at_end: %s The model keeps its last weights.", error)
-        return
-    persistence.restore_model(trainer.model, checkpoint)
-    if store.path(state.best_global_step or 0).name != Path(path).name:
-        logger.warning(
-            "load_best_model_at_end: the best step %s has no checkpoint; these are the weights of "
-            "the best one that was saved, %s.",
-            state.best_global_step,
-            path,
-        )
-        return
-    logger.info(
-        "Loaded the best model: %s (%s = %s).",
-        path,
-        trainer.args.metric_for_best_model,
-        state.best_metric,
-    )
-    if trainer.args.save_total_limit == 1:
-        store.delete([item for item in store.list() if item[1] != Path(path)])

@@ -64,7 +64,8 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
         gc.collect()
         trainer.backend.free_memory()
         trainer.saver.settle()
-        trainer.store.delete([item for item in trainer.store.list() if item not in kept])
+        written = [item for item in trainer.store.list() if item not in kept]
+        trainer.store.delete([item for item in written if trainer.store.owns(item[1])])
         start.put_back()
 
 

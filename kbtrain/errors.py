@@ -51,6 +51,14 @@ class CheckpointDamagedError(CheckpointError):
     """A checkpoint whose files are missing, truncated or altered."""
 
 
+class CheckpointUnreadableError(CheckpointError):
+    """Checkpoints that the system does not let be read now: nothing says that they are damaged."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A checkpoint of a newer kbtrain, or another program's folder with a checkpoint's name."""
+
+
 class FolderInUseError(CheckpointError):
     """Another run is writing checkpoints to the same folder."""
 

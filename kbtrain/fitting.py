@@ -12,6 +12,7 @@ import keras
 
 from kbtrain import (
     actions,
+    best_model,
     building,
     documents,
     evaluation_weights,
@@ -27,6 +28,7 @@ from kbtrain.args_changes import compare_arguments
 from kbtrain.args_validation import check_saves_follow_evaluations
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.checkpoint.disk import parse_checkpoint_name
+from kbtrain.checkpoint.faults import is_folder
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.diagnosis import Diagnosis
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
@@ -87,7 +89,7 @@ def fit(
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
     trainer.training_weights = False
     if trainer.args.load_best_model_at_end and trainer.interruption is None:
-        actions.load_best(trainer)
+        best_model.load(trainer)
     trainer.fire("on_train_end")
     return TrainOutput(state.global_step, loss, metrics)
 
@@ -321,7 +323,8 @@ def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:
         if parse_checkpoint_name(name) is None:
             documents.damaged(checkpoint, "trainer_state", f"the best checkpoint is {name!r}")
         places = [trainer.store.directory / name, checkpoint.path.parent / name]
-        state.best_model_checkpoint = str(next((p for p in places if p.is_dir()), places[0]))
+        state.best_model_checkpoint = str(next((p for p in places if is_folder(p)), places[0]))
+        best_model.recall(state, trainer.args.metric_for_best_model)
     return state
 
 

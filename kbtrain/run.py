@@ -62,6 +62,8 @@ class Run:
         tokens: Tokens of this call so far.
         times: Where the time goes.
         processing_files: What ``processing_class`` wrote for the first checkpoint: path -> content.
+        score: Step and metric of the last evaluation that counts for the best model.
+        best_is_lost: Whether the checkpoint of the best step could not be written.
     """
 
     backend: ModuleType
@@ -87,6 +89,8 @@ class Run:
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
     processing_files: Mapping[str, bytes] | None = None
+    score: tuple[int, float] | None = None
+    best_is_lost: bool = False
     _block: Block | None = None
     _result: dict[str, Any] | None = None
     _pending: list[tuple[int, int, Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)

@@ -98,7 +98,7 @@ class Saver:
         if will_save:
             self._take_folder(on_error)
         try:
-            self.store.clean_leftovers(alone=self._lock.is_held)
+            self._clean()
             yield
             self.wait()
         except KeyboardInterrupt:
@@ -113,6 +113,12 @@ class Saver:
             with self._guard:
                 if not self._abandoned:
                     self._lock.release()
+
+    def _clean(self) -> None:
+        try:
+            self.store.clean_leftovers(alone=self._lock.is_held)
+        except CheckpointError as error:  # who resumes is told again
+            logger.warning("Leftovers of former runs were not looked for: %s", error)
 
     def save(
         self,
@@ -188,7 +194,7 @@ class Saver:
             self._lock_folder()
             contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
             self.store.save(one.step, *contents)
-            self.store.rotate(one.keep, one.protect)
+            self._rotate(one)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
         except BaseException as error:
             if job.thread is None and not isinstance(error, Exception):
@@ -200,6 +206,13 @@ class Saver:
                 with self._guard:
                     if self._abandoned:
                         self._lock.release()
+
+    def _rotate(self, snapshot: Snapshot) -> None:
+        """Delete old ones; the new one is there, whatever comes of it."""
+        try:
+            self.store.rotate(snapshot.keep, snapshot.protect)
+        except (CheckpointError, OSError) as error:
+            logger.warning("Old checkpoints were not deleted: %s", error)
 
     def _take_folder(self, on_error: OnError) -> None:
         try:

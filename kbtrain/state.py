@@ -98,7 +98,9 @@ class TrainerState:
             JSON-lines log has all of them.
         best_metric: Best value of ``metric_for_best_model`` so far.
         best_global_step: The step it was measured at.
-        best_model_checkpoint: The checkpoint of that step, if one was saved.
+        best_model_checkpoint: The best checkpoint that was saved: that of this step, or of another
+            one if that failed; None if there is none.
+        best_saved_metric: Its value of ``metric_for_best_model``.
         is_local_process_zero: Whether this process is the first of its machine.
         is_world_process_zero: Whether this process is the first of all.
         is_hyper_param_search: Whether this is a trial of ``hyperparameter_search``.
@@ -120,6 +122,7 @@ class TrainerState:
     best_metric: float | None = None
     best_global_step: int | None = None
     best_model_checkpoint: str | None = None
+    best_saved_metric: float | None = None
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
     is_hyper_param_search: bool = False
@@ -142,6 +145,7 @@ class TrainerState:
             "best_metric",
             "best_global_step",
             "best_model_checkpoint",
+            "best_saved_metric",
             "stateful_callbacks",
         ):
             setattr(self, name, getattr(saved, name))

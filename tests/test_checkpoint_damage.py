@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kbtrain.checkpoint import MANIFEST_NAME, CheckpointStore
 from kbtrain.checkpoint.disk import FileEntry
 from kbtrain.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from kbtrain.errors import CheckpointDamagedError, CheckpointError
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 FILES = (
@@ -341,12 +341,15 @@ def test_an_absurdly_large_manifest_is_not_read(store):
 def test_a_newer_format_is_no_damage_and_asks_for_an_update(store):
     path = store.directory / "checkpoint-30"
     seal(path, format_version=3, files="of another kind", more={})
-    with pytest.raises(CheckpointError, match="format version 3.*Update kbtrain") as caught:
-        store.load(path)
-    assert not isinstance(caught.value, CheckpointDamagedError)
     said = []
-    assert store.latest_intact(said.append).step == 20
-    assert "Update kbtrain" in said[0]
+    for attempt in (
+        lambda: store.load(path),
+        lambda: store.latest_intact(said.append),
+        lambda: store.resolve("auto", said.append),
+    ):
+        with pytest.raises(CheckpointFormatError, match=r"checkpoint-30.*version 3.*Update"):
+            attempt()
+    assert said == []
 
 
 JSON = st.recursive(
@@ -368,14 +371,15 @@ FIELDS = st.fixed_dictionaries(
 
 def assert_only_documented_errors(directory):
     store, path = CheckpointStore(directory), directory / "checkpoint-30"
-    problems = store.verify(path)
     try:
+        problems = store.verify(path)
         store.load(path)
     except CheckpointError:
         pass  # any other error would end the test
     else:
         assert problems == []
-    store.resolve("auto", lambda message: None)
+    with contextlib.suppress(CheckpointFormatError):
+        store.resolve("auto", lambda message: None)
 
 
 @QUICK

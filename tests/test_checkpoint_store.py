@@ -13,6 +13,7 @@ from kbtrain.checkpoint import CheckpointStore, disk
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
+    CheckpointFormatError,
     CheckpointNotFoundError,
     ConfigurationError,
 )
@@ -57,7 +58,9 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def full(store, template):
+    """Five checkpoints of a run, which the store goes on with."""
     shutil.copytree(template, store.directory)
+    store.resolve(True)
     return store
 
 
@@ -466,10 +469,10 @@ def test_resume_from_a_strangers_folder(full, tmp_path):
         full.resolve(stranger / "model.safetensors")
     hugging_face = tmp_path / "checkpoint-500"
     os.rename(stranger, hugging_face)
-    with pytest.raises(CheckpointDamagedError, match=r"manifest\.json.*model\.safetensors"):
+    with pytest.raises(CheckpointFormatError, match=r"Transformers' .*model\.safetensors"):
         full.resolve(hugging_face)
     (hugging_face / "manifest.json").write_text('{"name": "my web site"}')
-    with pytest.raises(CheckpointError, match="not one of kbtrain's"):
+    with pytest.raises(CheckpointFormatError, match="not one of kbtrain's"):
         full.resolve(hugging_face)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Recorder, arguments, linear_model, make_data, weights
+from helpers import Recorder, arguments, linear_model, make_data, same, weights
 
-from kbtrain import Trainer, TrainerCallback
+from kbtrain import Trainer, TrainerCallback, best_model
 from kbtrain.checkpoint import CheckpointStore, disk
 from kbtrain.errors import CheckpointError, FolderInUseError
 from kbtrain.saving import Saver, Snapshot
@@ -377,7 +377,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 
 
 def test_the_best_checkpoint_is_one_that_exists(tmp_path, monkeypatch, caplog):
-    """The best step's save fails: the best of those that were saved is kept and loaded."""
+    """The last step is the best and its save fails: the model has its weights and keeps them."""
     full_disk(monkeypatch, (8,))
     trainer = Trainer(
         linear_model(),
@@ -390,9 +390,8 @@ def test_the_best_checkpoint_is_one_that_exists(tmp_path, monkeypatch, caplog):
     trainer.fit()
     assert trainer.state.best_global_step == 8  # it gets better all the time
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
-    saved = CheckpointStore(tmp_path).load(tmp_path / "checkpoint-6").arrays["model"]
-    assert [a.tobytes() for a in saved.values()] == [w.tobytes() for w in weights(trainer.model)]
-    assert "the best one that was saved" in caplog.text
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    assert "the model keeps the weights of step 8" in caplog.text
 
 
 def test_a_nonfinite_loss_names_a_checkpoint_that_is_complete(tmp_path):
@@ -461,10 +460,10 @@ def test_what_bears_a_checkpoints_name_and_is_none(tmp_path, caplog):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-4").write_text("a file where a checkpoint is to be")
     trainer = train(tmp_path, resume="auto", save_total_limit=2)
-    assert [step for step, _ in trainer.store.list()] == [6, 8]
+    assert [step for step, _ in trainer.store.list()] == [6, 8, 99]
     assert sorted(os.listdir(tmp_path)) == [
         "checkpoint-00002", "checkpoint-2 (copy)", "checkpoint-4", "checkpoint-6", "checkpoint-8",
-        "checkpoint-abc",
+        "checkpoint-99", "checkpoint-abc",
     ]  # fmt: skip
     assert (tmp_path / "checkpoint-4").read_text() == "a file where a checkpoint is to be"
     assert "Could not write checkpoint-4" in caplog.text
@@ -499,8 +498,27 @@ def test_the_best_checkpoint_may_be_lost_before_it_is_loaded(tmp_path, caplog, f
         eval_strategy="steps", eval_steps=2, learning_rate=0.05,
     )  # fmt: skip
     assert trainer.state.best_global_step == 6
-    assert "The model keeps its last weights" in caplog.text or "keeps its last" in caplog.text
-    assert all(w.max() > 50 for w in weights(trainer.model))
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert "the best step 6 has no checkpoint; these are the weights of" in caplog.text
+    saved = trainer.store.load(tmp_path / "checkpoint-4").arrays["model"]
+    assert [a.tobytes() for a in saved.values()] == [w.tobytes() for w in weights(trainer.model)]
+
+
+def test_all_checkpoints_may_be_lost_before_the_best_is_loaded(tmp_path, caplog):
+    def lose(trainer):
+        trainer.saver.settle()
+        for step in (2, 4, 6):
+            shutil.rmtree(trainer.store.path(step))
+
+    trainer = train(
+        tmp_path, [At(8, lose)], load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
+        save_steps=2, max_steps=8, learning_rate=0.05, save_only_model=True,
+    )  # fmt: skip
+    before = weights(trainer.model)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    best_model.load(trainer)
+    assert "the best step 8 has no checkpoint; the model keeps" in caplog.text
+    assert same(weights(trainer.model), before)
 
 
 # --- the system's own refusals --------------------------------------------------------------------

@@ -40,6 +40,7 @@ def write_contents(
     places: Mapping[str, Places],
     shard_bytes: int,
     other_files: Mapping[str, bytes],
+    run: str | None = None,
 ) -> None:
     """Fill an empty folder: the manifest comes last; all is flushed to the disk.
 
@@ -52,6 +53,7 @@ def write_contents(
         places: Group -> where other readers look for its arrays.
         shard_bytes: A group that takes more is spread over several files.
         other_files: Path in the folder -> content.
+        run: Identity of the run that writes.
 
     Raises:
         CheckpointError: Something cannot be stored.
@@ -74,7 +76,7 @@ def write_contents(
         name = stem + DOCUMENT_SUFFIX
         files[name] = write_json(folder / name, value)
     others = _write_others(folder, other_files)
-    write_manifest(folder, Manifest(step=step, files=files, info=info, other_files=others))
+    write_manifest(folder, Manifest(step, files, info, other_files=others, run=run))
     disk.fsync_directory(folder)
 
 

@@ -5,14 +5,17 @@ the callers say in the user's words what it means.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -129,16 +132,20 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
 
 
 _REPLACING: set[Path] = set()
-_BESIDE = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{8}-.+", re.ASCII | re.DOTALL)
+_BESIDE = re.compile(r"\.tmp-([0-9]{1,10})-([0-9a-f]{4})([0-9a-f]{4})-.+", re.ASCII | re.DOTALL)
+_OLD = 24 * 3600.0
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside ``path`` to write to: at the end it takes its name, complete or not at all.
 
-    Its name ends like that of ``path``, for writers that look at the ending.
+    Its name ends like that of ``path``, for writers that look at the ending. What dead processes
+    left there of their own is removed.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    remove_abandoned_files(path.parent)
+    token = secrets.token_hex(2) + _host()
+    temporary = path.with_name(f".tmp-{os.getpid()}-{token}-{path.name}")
     _REPLACING.add(temporary.absolute())
     try:
         yield temporary
@@ -146,20 +153,44 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # or a power cut could leave the name with nothing in it
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide what went wrong before
+            temporary.unlink(missing_ok=True)
         _REPLACING.discard(temporary.absolute())
 
 
-def abandoned_files(directory: Path) -> list[Path]:
-    """Return what ``replacing`` left in a folder when its process was killed."""
-    found = []
-    for path in (directory / name for name in entries(directory) if name.startswith(".tmp-")):
-        match = _BESIDE.fullmatch(path.name)
-        if match is None or path.absolute() in _REPLACING or not path.is_file():
-            continue
-        if int(match[1]) == os.getpid() or not process_is_alive(int(match[1])):
-            found.append(path)
-    return found
+@functools.cache
+def _host() -> str:
+    """This machine in four digits: on a shared disk a process of another one may be alive."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+
+
+def remove_abandoned_files(directory: Path, any_host: bool = False) -> list[Path]:
+    """Remove what ``replacing`` left in a folder when its process was killed.
+
+    That is a process of this machine that is no more, or something a day old: a run in a container
+    has another machine's name at each start. Where that is not possible it is left: it is in
+    nobody's way.
+
+    Args:
+        directory: The folder.
+        any_host: Nobody on another machine writes here.
+
+    Returns:
+        The files that are gone.
+    """
+    gone = []
+    with contextlib.suppress(OSError):
+        for path in (directory / name for name in entries(directory) if name.startswith(".tmp-")):
+            match = _BESIDE.fullmatch(path.name)
+            if match is None or path.absolute() in _REPLACING or not path.is_file():
+                continue
+            pid = int(match[1])
+            dead = pid == os.getpid() or not process_is_alive(pid)
+            old = time.time() - path.stat().st_mtime > _OLD
+            if old or (dead and (any_host or match[3] == _host())):
+                path.unlink()
+                gone.append(path)
+    return gone
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -213,6 +244,45 @@ def describe_space(directory: Path) -> str:
     if system is not None and system.f_files and not system.f_favail:
         text += " It has no room for one more file, of whatever size (no inodes are left)."
     return text
+
+
+class NotingReader(io.RawIOBase):
+    """Lets libhdf5 read a file, and keeps the error of the system that it would not hand on.
+
+    Args:
+        file: The file, open for reading; it is not closed.
+
+    Attributes:
+        error: The first error that reading met.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into ``buffer``."""
+        try:
+            return self._file.readinto(buffer) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
 
 
 class DeferredErrorFile(io.RawIOBase):

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
-from kbtrain.checkpoint.disk import FileEntry, open_regular, write_bytes
+from kbtrain.checkpoint.disk import FileEntry, NotingReader, open_regular, write_bytes
 from kbtrain.checkpoint.dtypes import DTYPES, NATIVE
+from kbtrain.checkpoint.faults import reading
 from kbtrain.checkpoint.places import (
     TRAILER,
     TRAILER_SIZE,
@@ -24,7 +25,7 @@ from kbtrain.checkpoint.places import (
     find_places,
     read_place,
 )
-from kbtrain.errors import CheckpointDamagedError, CheckpointError
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
 
 ARRAYS_FORMAT = "kbtrain-arrays"
 ARRAYS_VERSION = 1
@@ -42,16 +43,11 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointDamagedError: If the file is missing, not HDF5, or not as ``write_arrays`` left
             it.
-        CheckpointError: If it was written in a newer format.
+        CheckpointFormatError: If it was written in a newer format.
+        CheckpointUnreadableError: If it cannot be read now.
     """
     path = Path(path)
-    try:
-        file = open_regular(path)
-    except OSError as error:
-        raise CheckpointDamagedError(
-            f"{path.name} cannot be read: {error.strerror or error}."
-        ) from error
-    with file:
+    with reading(path, path.name), open_regular(path) as file:
         _check_trailer(file, path.name)
         return read_verified_arrays(file, path.name)
 
@@ -66,8 +62,8 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
         name: What it is called, for messages.
 
     Raises:
-        CheckpointDamagedError: As ``read_arrays``.
-        CheckpointError: As ``read_arrays``.
+        CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
+        OSError: If reading fails.
     """
     if (places := find_places(file, name)) is not None:
         return {place.outline.name: read_place(file, place, name) for place in places}
@@ -78,14 +74,16 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
 @contextmanager
 def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
     """Open verified HDF5 data; whatever libhdf5 finds wrong with them becomes one error."""
+    size = file.seek(0, 2)
+    noting = NotingReader(file)
     try:
-        size = file.seek(0, 2)
-        file.seek(0)
-        with h5py.File(file, "r") as h5:
+        with h5py.File(noting, "r") as h5:
             yield h5, size
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
+        if noting.error is not None:
+            raise noting.error from None
         # libhdf5 and h5py raise whatever the damage happens to hit (OSError, KeyError,
         # RuntimeError, ValueError, ...); to the user all of them mean the same.
         raise CheckpointDamagedError(
@@ -101,8 +99,8 @@ def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
         name: What it is called, for messages.
 
     Raises:
-        CheckpointDamagedError: As ``read_arrays``.
-        CheckpointError: As ``read_arrays``.
+        CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
+        OSError: If reading fails.
     """
     if (places := find_places(file, name)) is not None:
         return [place.outline for place in places]
@@ -160,17 +158,14 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
 
 def _check_trailer(file: io.FileIO, name: str) -> None:
-    try:
-        remaining = file.seek(0, 2) - TRAILER_SIZE
-        file.seek(max(remaining, 0))
-        trailer = file.read()
-        file.seek(0)
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-        while remaining > 0 and (count := file.readinto(buffer[:remaining])):
-            digest.update(buffer[:count])
-            remaining -= count
-    except OSError as error:
-        _damaged(name, error.strerror or str(error))
+    remaining = file.seek(0, 2) - TRAILER_SIZE
+    file.seek(max(remaining, 0))
+    trailer = file.read()
+    file.seek(0)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    while remaining > 0 and (count := file.readinto(buffer[:remaining])):
+        digest.update(buffer[:count])
+        remaining -= count
     if trailer != TRAILER % digest.hexdigest().encode():
         _damaged(name, "its bytes and the checksum at its end do not agree")
 
@@ -189,7 +184,7 @@ def _read_index(
     if kind != ARRAYS_FORMAT or not isinstance(version, np.integer):
         _damaged(name, f"it says it is {kind!r}, version {version!r}, not {ARRAYS_FORMAT!r}")
     if version > ARRAYS_VERSION:
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"{name} was written in version {version} of the array format; this kbtrain reads "
             f"version {ARRAYS_VERSION} and older. Update kbtrain."
         )

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kbtrain.checkpoint.disk import FileEntry, open_regular, write_bytes
+from kbtrain.checkpoint.faults import reading
 from kbtrain.checkpoint.format import dump_json, parse_json
-from kbtrain.errors import CheckpointDamagedError, CheckpointError
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kbtrain-checkpoint"
@@ -31,6 +33,7 @@ _SHARD = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _PART = re.compile(r"[^/\\:\x00-\x1f]+")
+_RUN = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
@@ -47,6 +50,7 @@ class Manifest:
         format_version: Version of the checkpoint format.
         other_files: Path in the folder, with ``/`` -> size and checksum of a file that is neither
             arrays nor a document.
+        run: Identity of the run that wrote it, kept by whoever resumes it; None if it has none.
     """
 
     step: int
@@ -54,6 +58,7 @@ class Manifest:
     info: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     other_files: Mapping[str, FileEntry] = field(default_factory=dict)
+    run: str | None = None
 
     @property
     def all_files(self) -> list[tuple[str, FileEntry]]:
@@ -155,6 +160,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.other_files:
         value["other_files"] = _as_json(manifest.other_files)
+    if manifest.run is not None:
+        value["run"] = manifest.run
     data = dump_json("manifest", value)
     # Keys are sorted, so the first occurrence is the manifest's own field whatever `info` holds.
     own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
@@ -174,7 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointDamagedError: If it is missing, altered or says what it cannot say.
-        CheckpointError: If it is intact and of a newer format, or another program's.
+        CheckpointFormatError: If it is intact and of a newer format, or another program's.
+        CheckpointUnreadableError: If it cannot be read now.
     """
     data = _read_manifest_bytes(folder / MANIFEST_NAME)
     # The checksum is over bytes, so it holds for manifests of any version and any JSON writer.
@@ -183,9 +191,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(value, dict):
         raise _damaged(f"it is a {type(value).__name__}, not a mapping")
     if "checksum" not in value and value.get("format") != FORMAT:
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"{MANIFEST_NAME} in {folder} is not one of kbtrain's: expected a field 'format' that "
-            f"says {FORMAT!r}. Received: fields {sorted(value)[:8]}"
+            f"says {FORMAT!r}. Received: fields {sorted(value)[:8]}. It is left as it is; to "
+            "train in that place, move it elsewhere or choose another output_dir."
         )
     blank = data[: match.start()] + _NO_CHECKSUM + data[match.end() :] if match else b""
     if match is None or hashlib.sha256(blank).hexdigest().encode() != match[1]:
@@ -201,15 +210,14 @@ def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.File
     in between, and the second reading finds it in the system's cache.
 
     Raises:
-        CheckpointDamagedError: If it is missing, cannot be read or is not what the manifest says.
+        CheckpointDamagedError: If it is missing or not what the manifest says.
+        CheckpointUnreadableError: If it cannot be read now.
     """
     with _opened(folder, name) as file:
-        try:
+        with reading(folder / name, name):
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
             file.seek(0)
-        except OSError as error:
-            raise CheckpointDamagedError(f"{name}: {error.strerror or error}") from error
         if size != entry.size:
             raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
         if digest != entry.sha256:
@@ -222,35 +230,35 @@ def check_size(folder: Path, name: str, entry: FileEntry) -> None:
 
     Raises:
         CheckpointDamagedError: If it is missing, no regular file or of another size.
+        CheckpointUnreadableError: If it cannot be opened now.
     """
     with _opened(folder, name) as file:
-        if (size := os.fstat(file.fileno()).st_size) != entry.size:
+        with reading(folder / name, name):
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.size:
             raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
 
 
 def _opened(folder: Path, name: str) -> io.FileIO:
-    for parent in Path(name).parents[:-1]:  # a link there would lead out of the folder
-        if (folder / parent).is_symlink():
-            raise CheckpointDamagedError(f"{name}: {parent} is a symbolic link")
-    try:
+    with reading(folder / name, name):
+        for parent in Path(name).parents[:-1]:  # a link there would lead out of the folder
+            if stat.S_ISLNK(os.lstat(folder / parent).st_mode):
+                raise CheckpointDamagedError(f"{name}: {parent} is a symbolic link")
         return open_regular(folder / name)
-    except OSError as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or error
-        raise CheckpointDamagedError(f"{name}: {reason}") from error
 
 
 def _read_manifest_bytes(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MAX_MANIFEST_BYTES:
-                raise _damaged(f"{size} bytes are more than it can have")
-            return file.read()
-    except FileNotFoundError as error:
-        raise CheckpointDamagedError(
-            f"{MANIFEST_NAME}: missing. It is written last: without it the checkpoint is incomplete"
-        ) from error
-    except OSError as error:
-        raise _damaged(str(error.strerror or error)) from error
+    with reading(path, MANIFEST_NAME):
+        try:
+            with open_regular(path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > _MAX_MANIFEST_BYTES:
+                    raise _damaged(f"{size} bytes are more than it can have")
+                return file.read()
+        except FileNotFoundError as error:
+            raise CheckpointDamagedError(
+                f"{MANIFEST_NAME}: missing. It is written last: without it the checkpoint is "
+                "incomplete"
+            ) from error
 
 
 def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
@@ -259,12 +267,15 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
     if value.get("format") != FORMAT or not _is_count(version) or version == 0:
         raise _damaged(f"format={value.get('format')!r}, format_version={version!r}")
     if version > FORMAT_VERSION:
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"The checkpoint has format version {version}; this kbtrain reads version "
-            f"{FORMAT_VERSION} and older. Update kbtrain to use it."
+            f"{FORMAT_VERSION} and older. Update kbtrain to use it. It is left as it is; to begin "
+            "anew without it, choose another output_dir."
         )
     files, info, step = value.get("files"), value.get("info"), value.get("step")
-    others = value.get("other_files", {})
+    others, run = value.get("other_files", {}), value.get("run")
+    if run is not None and not (isinstance(run, str) and _RUN.fullmatch(run)):
+        raise _damaged(f"'run' is {run!r}")
     if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
         raise _damaged("'step', 'files' or 'info' is missing or of a wrong type")
     if not isinstance(others, dict):
@@ -279,7 +290,7 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
         if not is_other_path(name):
             raise _damaged(f"{name!r} cannot be a file of a checkpoint")
     noted_others = {name: _parse_entry(name, entry) for name, entry in others.items()}
-    return Manifest(step, entries, info, version, noted_others)
+    return Manifest(step, entries, info, version, noted_others, run)
 
 
 def _parse_entry(name: str, entry: Any) -> FileEntry:

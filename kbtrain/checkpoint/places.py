@@ -25,6 +25,7 @@ TRAILER = b"\nkbtrain-arrays sha256 %s\n"
 TRAILER_SIZE = len(TRAILER % (b"0" * 64))
 _INDEX_LINE_SIZE = len(INDEX_LINE % (0, 0))
 _INDEX = re.compile(rb"\nkbtrain-arrays index ([0-9]{19}) ([0-9]{19})")
+_TRAILER = re.compile(rb"\nkbtrain-arrays sha256 [0-9a-f]{64}\n")
 _MAX_DIMENSIONS = 32  # as in HDF5
 
 
@@ -103,6 +104,12 @@ def read_place(file: io.FileIO, place: Place, name: str) -> np.ndarray:
     if dtype == np.bool_ and array.size and array.max() > 1:
         _damaged(name, f"{place.outline.name!r} has values that are neither true nor false")
     return array.view(dtype).reshape(place.outline.shape)
+
+
+def has_trailer(file: io.FileIO) -> bool:
+    """Whether a file ends as arrays of kbtrain do; its checksum is not looked at."""
+    file.seek(max(file.seek(0, 2) - TRAILER_SIZE, 0))
+    return _TRAILER.fullmatch(file.read()) is not None
 
 
 def _place(entry: Any, end: int, name: str) -> Place:

@@ -1,8 +1,8 @@
 """Reading one checkpoint folder: everything is verified before a value of it is used."""
 
 import io
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from kbtrain.checkpoint import disk
+from kbtrain.checkpoint.faults import exists, is_folder, names_in, reading
 from kbtrain.checkpoint.format import parse_json, read_verified_arrays, read_verified_outline
 from kbtrain.checkpoint.manifest import (
+    ARRAYS_SUFFIX,
     DOCUMENT_SUFFIX,
     MANIFEST_NAME,
     Manifest,
@@ -19,8 +21,14 @@ from kbtrain.checkpoint.manifest import (
     open_verified,
     read_manifest,
 )
-from kbtrain.checkpoint.places import ArrayOutline
-from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from kbtrain.checkpoint.places import ArrayOutline, has_trailer
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CheckpointUnreadableError,
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointDamagedError: If a file is missing, truncated or altered.
-        CheckpointError: If it has a newer format, or is another program's.
+        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointUnreadableError: If it cannot be read now.
     """
-    manifest = _manifest_of(path)
+    manifest = manifest_of(path)
     arrays: dict[str, dict[str, np.ndarray]] = {}
     documents: dict[str, Any] = {}
-    try:
+    with _naming(path):
         for name, entry in manifest.files.items():
-            with open_verified(path, name, entry) as file:
+            with reading(path / name, name), open_verified(path, name, entry) as file:
                 if entry.group is not None:
                     _add_shard(arrays.setdefault(entry.group, {}), file, name)
                 else:
@@ -63,9 +72,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, entry in manifest.other_files.items():
             with open_verified(path, name, entry):
                 pass
-    except (CheckpointDamagedError, OSError) as error:
-        raise _damaged_checkpoint(path, str(error)) from error
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which checkpoint a part is damaged."""
+    try:
+        yield
+    except CheckpointDamagedError as error:
+        raise _damaged_checkpoint(path, str(error)) from error
 
 
 def _add_shard(arrays: dict[str, np.ndarray], file: io.FileIO, name: str) -> None:
@@ -117,25 +133,26 @@ def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
     Raises:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointDamagedError: If what was looked at is missing, truncated or altered.
-        CheckpointError: If it has a newer format, or is another program's.
+        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointUnreadableError: If it cannot be read now.
     """
-    manifest = _manifest_of(path)
+    manifest = manifest_of(path)
     documents: dict[str, Any] = {"trainer_state": {}, "progress": {}}
     found: dict[str, list[ArrayOutline]] = {}
-    try:
+    with _naming(path):
         for name, entry in manifest.files.items():
-            if entry.group is not None and arrays:
-                with open_verified(path, name, entry) as file:
-                    found.setdefault(entry.group, []).extend(read_verified_outline(file, name))
-            elif entry.group is None and _stem(name) in documents:
-                with open_verified(path, name, entry) as file:
-                    documents[_stem(name)] = parse_json(name, file.read())
-            else:
+            document = entry.group is None and _stem(name) in documents
+            if not document and not (arrays and entry.group is not None):
                 check_size(path, name, entry)
+                continue
+            with reading(path / name, name), open_verified(path, name, entry) as file:
+                if document:
+                    documents[_stem(name)] = parse_json(name, file.read())
+                else:
+                    outlines = read_verified_outline(file, name)
+                    found.setdefault(str(entry.group), []).extend(outlines)
         for name, entry in manifest.other_files.items():
             check_size(path, name, entry)
-    except (CheckpointDamagedError, OSError) as error:
-        raise _damaged_checkpoint(path, str(error)) from error
     state, progress = (_mapping(documents[name]) for name in ("trainer_state", "progress"))
     size = sum(entry.size for _, entry in manifest.all_files)
     others = {name: entry.size for name, entry in manifest.other_files.items()}
@@ -158,9 +175,16 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def find_problems(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, in words; an empty list says it is intact."""
+    """Return what is wrong with a checkpoint, in words; an empty list says it is intact.
+
+    Raises:
+        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointUnreadableError: If a file cannot be read now.
+    """
     try:
-        manifest = _manifest_of(path)
+        manifest = manifest_of(path)
+    except (CheckpointFormatError, CheckpointUnreadableError):
+        raise
     except CheckpointError as error:
         return [str(error)]
     problems = []
@@ -168,32 +192,64 @@ def find_problems(path: Path) -> list[str]:
         try:
             with open_verified(path, name, entry):
                 pass
-        except CheckpointError as error:
+        except CheckpointDamagedError as error:
             problems.append(str(error))
     return problems
 
 
-def _manifest_of(path: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint folder; errors name the checkpoint."""
-    if not os.path.lexists(path):
+def manifest_of(path: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder; errors name the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such folder.
+        CheckpointDamagedError: If the manifest is missing or altered.
+        CheckpointFormatError: If the checkpoint has a newer format, or is another program's.
+        CheckpointUnreadableError: If it cannot be read now.
+    """
+    if not exists(path):
         raise CheckpointNotFoundError(f"There is no checkpoint {path}.")
-    if not path.is_dir():
+    if not is_folder(path):
         raise CheckpointError(f"{path} is not a checkpoint: expected a folder. Received: a file")
     try:
         manifest = read_manifest(path)
+    except CheckpointFormatError as error:
+        raise CheckpointFormatError(f"{path}: {error}") from None
     except CheckpointDamagedError as error:
-        raise _damaged_checkpoint(path, f"{error} (found: {_contents(path)})") from error
+        names = names_in(path)
+        if names and not _has_own_arrays(path, names):
+            raise _foreign(path, names) from None
+        found = ", ".join(names[:8]) or "nothing"
+        raise _damaged_checkpoint(path, f"{error} (found: {found})") from error
     named = disk.parse_checkpoint_name(path.name)
     if named is not None and named != manifest.step:
         raise _damaged_checkpoint(path, f"{MANIFEST_NAME} says it is of step {manifest.step}")
     return manifest
 
 
-def _contents(path: Path) -> str:
-    try:
-        return ", ".join(disk.entries(path)[:8]) or "nothing"
-    except OSError as error:
-        return str(error.strerror)
+def _has_own_arrays(path: Path, names: list[str]) -> bool:
+    """Whether a folder without an intact manifest holds arrays that kbtrain wrote."""
+    files = [name for name in names if name.endswith(ARRAYS_SUFFIX)]
+    if files and MANIFEST_NAME in names:
+        return True
+    for name in files:
+        damage = suppress(CheckpointDamagedError)
+        with damage, reading(path / name, name), disk.open_regular(path / name) as file:
+            if has_trailer(file):
+                return True
+    return False
+
+
+_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin", "optimizer.pt", "training_args.bin")
+
+
+def _foreign(path: Path, names: list[str]) -> CheckpointFormatError:
+    theirs = any(name in _TRANSFORMERS for name in names)
+    whose = "one of Transformers' Trainer" if theirs else "none of kbtrain's"
+    return CheckpointFormatError(
+        f"The checkpoint {path} is {whose}: it holds {', '.join(names[:8])} and no intact "
+        f"{MANIFEST_NAME}. kbtrain cannot resume from it and leaves it as it is. Choose another "
+        "output_dir, move such folders elsewhere, or give the path of a checkpoint of kbtrain."
+    )
 
 
 def _damaged_checkpoint(path: Path, problem: str) -> CheckpointDamagedError:

@@ -6,35 +6,31 @@ matters of ``kbtrain/saving.py``.
 """
 
 import errno
-import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kbtrain.checkpoint import disk
+from kbtrain.checkpoint import disk, folder, resuming
 from kbtrain.checkpoint.contents import SHARD_BYTES, Places, write_contents
-from kbtrain.checkpoint.manifest import MANIFEST_NAME, check_other_files, check_stems
-from kbtrain.checkpoint.reading import Checkpoint, find_problems, read_checkpoint
+from kbtrain.checkpoint.faults import exists, is_folder
+from kbtrain.checkpoint.folder import Listing
+from kbtrain.checkpoint.manifest import check_other_files, check_stems
+from kbtrain.checkpoint.ownership import Ownership
+from kbtrain.checkpoint.reading import Checkpoint, find_problems, manifest_of, read_checkpoint
+from kbtrain.checkpoint.resuming import Log
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
-    CheckpointNotFoundError,
+    CheckpointFormatError,
     ConfigurationError,
 )
 
-Log = Callable[[str], None]
-Listing = list[tuple[int, Path]]
 Paths = list[Path]
 Problems = list[str]
-HiddenFolders = list[disk.Hidden]
-
-# Folders this process is writing at this moment: `clean_leftovers` must not take them for its own
-# leftovers, whichever store or thread they belong to.
-_IN_PROGRESS: set[Path] = set()
 
 
 class CheckpointStore:
@@ -62,6 +58,11 @@ class CheckpointStore:
     def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = Path(directory).absolute()  # a program may go elsewhere meanwhile
         self.shard_bytes = shard_bytes
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the run before: its checkpoints are a former run's from here on."""
+        self._own = Ownership()
         # Both only steer `rotate`: what this store wrote last is never deleted by it, and what it
         # found damaged does not count as a checkpoint to keep.
         self._last_saved: Path | None = None
@@ -76,7 +77,7 @@ class CheckpointStore:
         places: Mapping[str, Places] | None = None,
         other_files: Mapping[str, bytes] | None = None,
     ) -> Path:
-        """Write ``checkpoint-{step}``, replacing a folder of that name, but no file.
+        """Write ``checkpoint-{step}``, replacing a checkpoint of that name, and nothing else.
 
         When this returns, the checkpoint is on the disk and would outlive a power cut. When it
         raises, nothing has changed: no partial folder is left, and a checkpoint of the same step
@@ -109,22 +110,39 @@ class CheckpointStore:
         check_stems(arrays, documents)
         check_other_files(others, documents)
         final = self.directory / disk.checkpoint_name(step)
-        if os.path.lexists(final) and not final.is_dir():
-            raise CheckpointError(
-                f"Could not write {final.name} in {self.directory}: a file has that name. It was "
-                "left as it is; move it elsewhere, or choose another output_dir."
-            ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        self._check_place(final)
         try:
-            with self.temporary_folder(step) as folder:
+            with self.temporary_folder(step) as temporary:
                 contents = (arrays, documents, info or {}, places or {}, self.shard_bytes, others)
-                write_contents(folder, step, *contents)
-                _read_back(folder, final)
-                self._publish(folder, final, step)
+                write_contents(temporary, step, *contents, self._own.run)
+                _read_back(temporary, final)
+                folder.publish(temporary, final, step)
         except OSError as error:
             raise self.explain_failure(final, error) from error
         self._last_saved = final
+        self._own.wrote(final)
         self._damaged.discard(final)
         return final
+
+    def _check_place(self, final: Path) -> None:
+        """Make sure that nothing is in the place of a checkpoint that would be lost with it."""
+        if not exists(final):
+            return
+        if not is_folder(final):
+            what = "a file has that name"
+        else:
+            try:
+                manifest_of(final)
+            except CheckpointFormatError as error:
+                what = f"a folder has that name, and is not this kbtrain's to replace. {error}"
+            except CheckpointDamagedError:
+                return
+            else:
+                return
+        raise CheckpointError(
+            f"Could not write {final.name} in {self.directory}: {what}. It was left as it is; move "
+            "it elsewhere, or choose another output_dir."
+        ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
 
     def explain_failure(self, what: Path, error: OSError) -> CheckpointError:
         """Say in the user's words why a folder of the run cannot be written, and what helps.
@@ -165,7 +183,8 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError: If there is no such folder.
             CheckpointDamagedError: If a file is missing, truncated or altered.
-            CheckpointError: If it has a newer format, or is another program's.
+            CheckpointFormatError: If it has a newer format, or is another program's.
+            CheckpointUnreadableError: If it cannot be read now.
         """
         return read_checkpoint(Path(path))
 
@@ -173,11 +192,15 @@ class CheckpointStore:
         """Return what is wrong with a checkpoint, in words; an empty list says it is intact.
 
         All files are read and compared with the manifest; extra files are nobody's business.
+
+        Raises:
+            CheckpointFormatError: If it has a newer format, or is another program's.
+            CheckpointUnreadableError: If a file cannot be read now.
         """
         return find_problems(Path(path))
 
     def latest_intact(self, log: Log | None = None) -> Checkpoint | None:
-        """Load the newest checkpoint that is intact.
+        """Load the newest checkpoint that is intact, and go on as the run that wrote it.
 
         Args:
             log: Told about every damaged one that was passed over, by name; by default a warning of
@@ -185,14 +208,21 @@ class CheckpointStore:
 
         Returns:
             The checkpoint, None if there is none or all are damaged.
+
+        Raises:
+            CheckpointFormatError: If one that is newer than that is of a newer kbtrain or of
+                another program.
+            CheckpointUnreadableError: If one cannot be read now.
         """
-        checkpoint, _ = self._newest_intact(log)
-        return checkpoint
+        return self._go_on_from(resuming.newest_intact(self.directory, self._damaged, log)[0])
 
     def resolve(
         self, resume: bool | str | os.PathLike[str] | None, log: Log | None = None
     ) -> Checkpoint | None:
-        """Find the checkpoint that ``resume_from_checkpoint`` asks for.
+        """Find the checkpoint that ``resume_from_checkpoint`` asks for, and begin a run there.
+
+        What is saved from here on belongs to the run that wrote the checkpoint; without one a new
+        run begins, and what lies in the folder is not its own.
 
         Args:
             resume: None or False: none. True: the newest intact one. ``"auto"``: the newest intact
@@ -206,36 +236,28 @@ class CheckpointStore:
             CheckpointNotFoundError: If True, or a run folder, has no intact checkpoint, or the path
                 does not exist.
             CheckpointDamagedError: If the path is a damaged checkpoint.
+            CheckpointFormatError: If the one it would be is of a newer kbtrain or another
+                program's.
+            CheckpointUnreadableError: If one cannot be read now, or the folder cannot be listed.
             CheckpointError: If the path is something else than a checkpoint.
             ConfigurationError: If ``resume`` is none of these.
         """
-        if resume is None or resume is False:
-            return None
-        if resume is True:
-            return self._require_newest(log)
-        if resume == "auto":
-            checkpoint, reports = self._newest_intact(log)
-            if checkpoint is None and reports:
-                _tell(
-                    log,
-                    f"FRESH START: all {len(reports)} checkpoints in {self.directory} are damaged; "
-                    "training begins again at step 0.",
-                )
-            return checkpoint
-        if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
-            raise ConfigurationError(
-                "`resume_from_checkpoint` must be None, True, False, 'auto' or the path of a "
-                f"checkpoint. Received: resume_from_checkpoint={resume!r}"
-            )
-        return self._resolve_path(Path(resume), log)
+        self._begin()
+        return self._go_on_from(resuming.find(self.directory, resume, self._damaged, log))
+
+    def _go_on_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        if checkpoint is not None:
+            self._own.resumed_from(checkpoint)
+        return checkpoint
 
     def rotate(self, limit: int | None, protect: Collection[int | str | Path] = ()) -> Paths:
-        """Delete the oldest checkpoints beyond a number.
+        """Delete the oldest checkpoints of this run beyond a number.
 
-        Protected ones count within the limit but are never deleted; neither is the newest, nor the
-        one this store wrote last. So more than ``limit`` may remain. Checkpoints this store has
-        found damaged do not count and go first. A folder that cannot be deleted is reported and
-        left.
+        Deleted is only what this run wrote, here or before it was resumed, or what it was resumed
+        from; checkpoints of other runs and programs neither count nor go. Protected ones count
+        within the limit but are never deleted; neither is the newest, nor the one this store wrote
+        last. So more than ``limit`` may remain. Checkpoints this store has found damaged do not
+        count and go first. A folder that cannot be deleted is reported and left.
 
         Args:
             limit: How many to keep, 1 or more; None keeps all.
@@ -256,9 +278,9 @@ class CheckpointStore:
                 "`save_total_limit` must be None or a whole number of 1 or more. "
                 f"Received: save_total_limit={limit!r}"
             )
-        present = self.list()
-        sound = [path for _, path in present if path not in self._damaged]
         protected = {_protected_step(item) for item in protect}
+        present = [(step, path) for step, path in self.list() if path in self._own]
+        sound = [path for _, path in present if path not in self._damaged]
         keep = {path for step, path in present if step in protected}
         keep.update(sound[-1:])
         if self._last_saved in sound:
@@ -269,6 +291,21 @@ class CheckpointStore:
             keep.add(path)
         return self.delete([(step, path) for step, path in present if path not in keep])
 
+    def keep_only(self, best: Path) -> Paths:
+        """Delete this run's other checkpoints at its end, if the best one is beside them.
+
+        Returns:
+            The deleted folders.
+        """
+        present = [(step, path) for step, path in self.list() if path in self._own]
+        if best.name not in [path.name for _, path in present]:
+            return []
+        return self.delete([item for item in present if item[1].name != best.name])
+
+    def owns(self, path: Path) -> bool:
+        """Whether a checkpoint of the folder is this run's own, so that it may be deleted."""
+        return path in self._own
+
     def delete(self, doomed: Listing) -> Paths:
         """Delete checkpoints so that a crash leaves each of them whole or out of sight.
 
@@ -278,23 +315,8 @@ class CheckpointStore:
         Returns:
             The folders that are gone; one that cannot be deleted is reported and left.
         """
-        trash: Paths = []
-        deleted: Paths = []
-        for step, path in doomed:
-            hidden = disk.hidden_path(self.directory, "trash", step)
-            try:
-                os.rename(path, hidden)
-            except OSError as error:
-                _tell(None, f"Could not delete the old checkpoint {path}: {error}")
-                continue
-            trash.append(hidden)
-            deleted.append(path)
-            self._damaged.discard(path)
-        if trash:
-            with suppress(OSError):  # deleting is no reason to stop a run
-                disk.fsync_directory(self.directory)  # all out of sight before any loses a file
-        for hidden in trash:
-            self._remove_quietly(hidden)
+        deleted = folder.delete(doomed)
+        self._damaged.difference_update(deleted)
         return deleted
 
     def clean_leftovers(self, alone: bool = False) -> Paths:
@@ -311,151 +333,26 @@ class CheckpointStore:
         Returns:
             The hidden folders and files that are gone.
         """
-        gone = []
-        for hidden in self._hidden():
-            if hidden.path in _IN_PROGRESS:
-                continue
-            ours = alone or hidden.pid == os.getpid()
-            if not ours and disk.process_is_alive(hidden.pid):
-                continue
-            try:
-                final = self.directory / disk.checkpoint_name(hidden.step)
-                if hidden.role == "replaced" and not os.path.lexists(final):
-                    os.rename(hidden.path, final)
-                    disk.fsync_directory(self.directory)
-                else:
-                    disk.remove_tree(hidden.path)
-                gone.append(hidden.path)
-            except OSError as error:
-                _tell(None, f"Could not remove the leftover {hidden.path}: {error}")
-        with suppress(OSError):  # small, and in nobody's way
-            for path in disk.abandoned_files(self.directory):
-                path.unlink()
-                gone.append(path)
-        return gone
+        return folder.clean_leftovers(self.directory, alone)
 
     def list(self) -> Listing:
         """Return (step, folder) of all checkpoints, intact or not, by ascending step.
 
         A checkpoint that a killed process had set aside to replace it, without getting to put the
         new one in its place, is listed under its hidden name.
+
+        Raises:
+            CheckpointUnreadableError: If the folder cannot be listed now.
         """
-        found = {
-            hidden.step: hidden.path
-            for hidden in self._hidden()
-            if hidden.role == "replaced" and hidden.path.is_dir()
-        }
-        for name in _names_in(self.directory):
-            step = disk.parse_checkpoint_name(name)
-            if step is not None and (self.directory / name).is_dir():
-                found[step] = self.directory / name
-        return sorted(found.items())
+        return folder.list_checkpoints(self.directory)
 
-    def _hidden(self) -> HiddenFolders:
-        parsed = (disk.parse_hidden(self.directory / name) for name in _names_in(self.directory))
-        return [hidden for hidden in parsed if hidden is not None]
-
-    @contextmanager
-    def temporary_folder(self, step: int) -> Iterator[Path]:
+    def temporary_folder(self, step: int) -> AbstractContextManager[Path]:
         """Make a hidden folder and remove it, whatever happens, if it is still there at the end.
 
         Args:
             step: The checkpoint it is for: if the process dies, ``clean_leftovers`` removes it.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        folder = disk.hidden_path(self.directory, "tmp", step)
-        _IN_PROGRESS.add(folder)
-        try:
-            folder.mkdir()
-            yield folder
-        finally:
-            try:
-                if os.path.lexists(folder):
-                    disk.remove_tree(folder)
-            except OSError as error:
-                _tell(None, f"Could not remove the unfinished checkpoint {folder}: {error}")
-            finally:
-                _IN_PROGRESS.discard(folder)
-
-    def _publish(self, folder: Path, final: Path, step: int) -> None:
-        """Give a finished folder its name, setting aside (not deleting) what has that name."""
-        aside = disk.hidden_path(self.directory, "replaced", step)
-        _IN_PROGRESS.add(aside)
-        try:
-            replacing = os.path.lexists(final)
-            if replacing:
-                os.rename(final, aside)
-            try:
-                os.rename(folder, final)
-                disk.fsync_directory(self.directory)
-            except BaseException:
-                # Not known to be on the disk: then it must not be there at all.
-                if not os.path.lexists(folder):
-                    os.rename(final, folder)
-                if replacing:
-                    os.rename(aside, final)
-                raise
-            if replacing:
-                self.delete([(step, aside)])
-        finally:
-            _IN_PROGRESS.discard(aside)
-
-    def _newest_intact(self, log: Log | None) -> tuple[Checkpoint | None, Problems]:
-        reports: Problems = []
-        for _, path in reversed(self.list()):
-            try:
-                checkpoint = self.load(path)
-            except CheckpointError as error:
-                reports.append(str(error))
-                self._damaged.add(path)
-                _tell(log, f"{error} Trying the next older one.")
-            else:
-                self._damaged.discard(path)
-                return checkpoint, reports
-        return None, reports
-
-    def _require_newest(self, log: Log | None) -> Checkpoint:
-        checkpoint, reports = self._newest_intact(log)
-        if checkpoint is not None:
-            return checkpoint
-        if reports:
-            raise CheckpointNotFoundError(
-                f"No intact checkpoint to resume from: all {len(reports)} in {self.directory} are "
-                "damaged.\n" + "\n".join(f"- {report}" for report in reports)
-            )
-        state = "holds no checkpoint" if self.directory.is_dir() else "does not exist"
-        raise CheckpointNotFoundError(
-            f"No checkpoint to resume from: the folder {self.directory} {state}. Expected folders "
-            "named checkpoint-{step}. Start without resuming, with resume_from_checkpoint='auto', "
-            "or give the path of a checkpoint."
-        )
-
-    def _resolve_path(self, path: Path, log: Log | None) -> Checkpoint:
-        if not os.path.lexists(path):
-            here = ", ".join(found.name for _, found in self.list()) or "none"
-            raise CheckpointNotFoundError(
-                f"There is no {path}. Checkpoints in {self.directory}: {here}."
-            )
-        names = _names_in(path)
-        run = self if path == self.directory else CheckpointStore(path)
-        if MANIFEST_NAME not in names and run.list():
-            return run._require_newest(log)
-        if MANIFEST_NAME in names or disk.parse_checkpoint_name(path.name) is not None:
-            return self.load(path)
-        if path.is_dir() and not names:
-            return run._require_newest(log)
-        found = f"a folder with {', '.join(names[:8])}" if path.is_dir() else "a file"
-        raise CheckpointError(
-            f"{path} is not a checkpoint. Expected a checkpoint folder (with a {MANIFEST_NAME}) or "
-            f"a run folder that holds folders named checkpoint-{{step}}. Received: {found}"
-        )
-
-    def _remove_quietly(self, hidden: Path) -> None:
-        """Remove a hidden folder; if that fails it costs space only, so it is no error."""
-        try:
-            disk.remove_tree(hidden)
-        except OSError as error:
-            _tell(None, f"Could not remove all of {hidden}: {error}")
+        return folder.temporary_folder(self.directory, step)
 
 
 def _read_back(folder: Path, final: Path) -> None:
@@ -468,17 +365,6 @@ def _read_back(folder: Path, final: Path) -> None:
         )
 
 
-def _names_in(directory: Path) -> list[str]:
-    try:
-        return disk.entries(directory)
-    except OSError as error:
-        # Taking it for empty would start a run afresh over checkpoints that are there.
-        raise CheckpointError(
-            f"Could not look for checkpoints in {directory}: {error.strerror} (errno "
-            f"{error.errno}). Make the folder readable or choose another one."
-        ) from error
-
-
 def _protected_step(item: int | str | Path) -> int:
     """Return the step that an item of `protect` means."""
     step = item if isinstance(item, int) else disk.parse_checkpoint_name(Path(item).name)
@@ -487,7 +373,3 @@ def _protected_step(item: int | str | Path) -> int:
             f"`protect` takes steps and folders named checkpoint-{{step}}. Received: {item!r}"
         )
     return step
-
-
-def _tell(log: Log | None, message: str) -> None:
-    (log or logging.getLogger("kbtrain").warning)(message)

@@ -1,0 +1,125 @@
+"""Which checkpoint a run goes on from: the one asked for, or the newest that is intact.
+
+Only what is known to be damaged is passed over. What cannot be read now, or is not this kbtrain's
+to read, ends the search with an error: to begin anew in its place would lose it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from kbtrain.checkpoint import disk
+from kbtrain.checkpoint.faults import exists, is_folder, names_in
+from kbtrain.checkpoint.folder import list_checkpoints
+from kbtrain.checkpoint.manifest import MANIFEST_NAME
+from kbtrain.checkpoint.reading import Checkpoint, read_checkpoint
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+)
+
+Log = Callable[[str], None]
+
+
+def newest_intact(
+    directory: Path, damaged: set[Path], log: Log | None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest checkpoint of a folder that is intact.
+
+    Args:
+        directory: The folder of a run.
+        damaged: What has been found damaged; it is brought up to date.
+        log: Told about each one that was passed over; by default a warning.
+
+    Returns:
+        The checkpoint, None if there is none; and what was said about the damaged ones.
+
+    Raises:
+        CheckpointFormatError: The next one is of a newer kbtrain or another program.
+        CheckpointUnreadableError: It cannot be read now, or the folder cannot be listed.
+    """
+    reports = []
+    for _, path in reversed(list_checkpoints(directory)):
+        try:
+            checkpoint = read_checkpoint(path)
+        except (CheckpointDamagedError, CheckpointNotFoundError) as error:
+            reports.append(str(error))
+            damaged.add(path)
+            _tell(log, f"{error} Trying the next older one.")
+        else:
+            damaged.discard(path)
+            return checkpoint, reports
+    return None, reports
+
+
+def find(
+    directory: Path,
+    resume: bool | str | os.PathLike[str] | None,
+    damaged: set[Path],
+    log: Log | None,
+) -> Checkpoint | None:
+    """Find what ``resume_from_checkpoint`` asks for; see ``CheckpointStore.resolve``."""
+    if resume is None or resume is False:
+        return None
+    if resume is True:
+        return _required(directory, damaged, log)
+    if resume == "auto":
+        checkpoint, reports = newest_intact(directory, damaged, log)
+        if checkpoint is None and reports:
+            _tell(
+                log,
+                f"FRESH START: all {len(reports)} checkpoints in {directory} are damaged; "
+                "training begins again at step 0. They are left as they are.",
+            )
+        return checkpoint
+    if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
+        raise ConfigurationError(
+            "`resume_from_checkpoint` must be None, True, False, 'auto' or the path of a "
+            f"checkpoint. Received: resume_from_checkpoint={resume!r}"
+        )
+    return _at(Path(resume), directory, damaged, log)
+
+
+def _required(directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
+    checkpoint, reports = newest_intact(directory, damaged, log)
+    if checkpoint is not None:
+        return checkpoint
+    if reports:
+        raise CheckpointNotFoundError(
+            f"No intact checkpoint to resume from: all {len(reports)} in {directory} are "
+            "damaged.\n" + "\n".join(f"- {report}" for report in reports)
+        )
+    state = "holds no checkpoint" if is_folder(directory) else "does not exist"
+    raise CheckpointNotFoundError(
+        f"No checkpoint to resume from: the folder {directory} {state}. Expected folders "
+        "named checkpoint-{step}. Start without resuming, with resume_from_checkpoint='auto', "
+        "or give the path of a checkpoint."
+    )
+
+
+def _at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
+    """The checkpoint at a path, or the newest intact one of the run whose folder that is."""
+    if not exists(path):
+        here = ", ".join(found.name for _, found in list_checkpoints(directory)) or "none"
+        raise CheckpointNotFoundError(f"There is no {path}. Checkpoints in {directory}: {here}.")
+    names = names_in(path)
+    if MANIFEST_NAME not in names and list_checkpoints(path):
+        return _required(path.absolute(), damaged, log)
+    if MANIFEST_NAME in names or disk.parse_checkpoint_name(path.name) is not None:
+        return read_checkpoint(path)
+    if is_folder(path) and not names:
+        return _required(path.absolute(), damaged, log)
+    found = f"a folder with {', '.join(names[:8])}" if is_folder(path) else "a file"
+    raise CheckpointError(
+        f"{path} is not a checkpoint. Expected a checkpoint folder (with a {MANIFEST_NAME}) or "
+        f"a run folder that holds folders named checkpoint-{{step}}. Received: {found}"
+    )
+
+
+def _tell(log: Log | None, message: str) -> None:
+    (log or logging.getLogger("kbtrain").warning)(message)
