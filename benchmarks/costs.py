@@ -123,64 +123,81 @@ def logging_cost() -> dict[str, float]:
 
 
 def checkpoint_stall() -> dict[str, float]:
-    """How much longer the step with a checkpoint takes: 50 MB, weights and AdamW's state."""
+    """What a save in the background costs the training, at 50 and at 500 MB."""
+    return one_checkpoint_stall(1180) | one_checkpoint_stall(3740)
+
+
+def one_checkpoint_stall(width: int) -> dict[str, float]:
+    """How long saves hold up the training, over a plain copy of the same arrays; in turns.
+
+    Args:
+        width: Of a model of three square layers; with AdamW's state that is 36 x width^2 bytes.
+    """
     import keras
     import numpy as np
 
-    from kbtrain import Trainer, TrainerCallback
+    from kbtrain import Trainer, TrainerCallback, actions
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
+    class Copy(TrainerCallback):
+        """After each save, when it has been written, a plain copy of the same arrays."""
+
+        every_step = False
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 60:
-                ratios.extend(copying_ratios(kwargs["trainer"]))
+            if saves and not copies or len(copies) < len(saves):
+                kwargs["trainer"].saver.settle()
+                start = clocks()
+                held = [array.copy() for group in arrays() for array in group.values()]
+                copies.append(clocks() - start)
+                del held
 
-    times: list[float] = []
-    ratios: list[float] = []
-    width = 1180  # three float32 copies of 3 x width^2 values are 50 MB
-    model = keras.Sequential([keras.Input((width,))])
-    for _ in range(3):
-        model.add(keras.layers.Dense(width))
-    x = np.random.default_rng(0).normal(size=(512, width)).astype("float32")
+    def clocks() -> Any:
+        return np.array([time.perf_counter(), time.thread_time()])
+
+    def save(trainer: Any, run: Any) -> None:
+        start = clocks()
+        former(trainer, run)
+        saves.append(clocks() - start)
+
+    def arrays() -> Any:
+        return snapshots[-1].arrays.values()
+
+    def snapshot(trainer: Any, run: Any) -> Any:
+        snapshots[:] = [taken(trainer, run)]
+        return snapshots[-1]
+
+    saves: list[Any] = []
+    copies: list[Any] = []
+    snapshots: list[Any] = []
+    former, taken = actions.save, actions._snapshot
+    layers = [keras.layers.Dense(width) for _ in range(3)]
+    model = keras.Sequential([keras.Input((width,)), *layers])
+    x = np.random.default_rng(0).normal(size=(16, width)).astype("float32")
     with tempfile.TemporaryDirectory() as folder:
         arguments = settings(
             folder,
-            per_device_train_batch_size=32,
-            max_steps=60,
+            per_device_train_batch_size=16,
+            max_steps=12 * 4,
             save_strategy="steps",
-            save_steps=20,
+            save_steps=4,
             save_total_limit=1,
         )
-        Trainer(model, arguments, train_dataset=(x, x), loss="mse", callbacks=[Clock()]).fit()
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    plain = statistics.median(steps[5:])
+        actions.save, actions._snapshot = save, snapshot
+        try:
+            Trainer(model, arguments, train_dataset=(x, x), loss="mse", callbacks=[Copy()]).fit()
+        finally:
+            actions.save, actions._snapshot = former, taken
+    size = f"{36 * width**2 / 1e6:.0f} MB checkpoint"
+    warm, plain = np.array(saves[1:]) * 1e3, np.array(copies[1:]) * 1e3
+    count = min(len(warm), len(plain))
+    ratios = warm[:count] / plain[:count]
     return {
-        "50 MB checkpoint: stall, ms": (max(steps[19], steps[39]) - plain) * 1e3,
-        "50 MB checkpoint: a plain step, ms": plain * 1e3,
-        "50 MB checkpoint: copying the state / a plain copy": statistics.median(ratios),
+        f"{size}: the first save holds up training, ms": saves[0][0] * 1e3,
+        f"{size}: later saves, ms (median)": statistics.median(warm[:, 0]),
+        f"{size}: a plain copy of the same arrays, ms (median)": statistics.median(plain[:, 0]),
+        f"{size}: a later save / a plain copy": statistics.median(ratios[:, 0]),
+        f"{size}: the same, processor time": statistics.median(ratios[:, 1]),
     }
-
-
-def copying_ratios(trainer: Any) -> list[float]:
-    """What training waits for at a save, over a copy of the same arrays; alternating rounds.
-
-    Processor time of this thread, which other processes on the machine do not lengthen much.
-    """
-    from kbtrain import actions
-
-    run = trainer.current_run
-    run.read()
-    ratios = []
-    for _ in range(3 * REPEATS):
-        start = time.thread_time()
-        snapshot = actions._snapshot(trainer, run)
-        middle = time.thread_time()
-        copies = [array.copy() for group in snapshot.arrays.values() for array in group.values()]
-        ratios.append((middle - start) / (time.thread_time() - middle))
-        del snapshot, copies
-    return ratios
 
 
 def peak_memory() -> dict[str, float]:

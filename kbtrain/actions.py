@@ -12,6 +12,7 @@ from kbtrain import best_model, metric_schedule, persistence, processing, rng
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
 from kbtrain.interruption import EvaluationAbandoned
 from kbtrain.saving import Snapshot
+from kbtrain.state import storable
 
 if TYPE_CHECKING:
     from kbtrain.run import Run
@@ -154,9 +155,10 @@ def save(trainer: Trainer, run: Run) -> None:
 def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
     """Copy everything of a checkpoint to the host: what training waits for."""
     state, args = trainer.state, trainer.args
-    state.stateful_callbacks = trainer.callback_handler.state()
-    trained = persistence.gather_model(trainer.model)
-    evaluated = persistence.gather_evaluation(trainer.model, trainer.optimizer, trained)
+    state.stateful_callbacks = _callback_states(trainer)
+    buffers = trainer.saver.buffers
+    trained = persistence.gather_model(trainer.model, buffers)
+    evaluated = persistence.gather_evaluation(trainer.model, trainer.optimizer, trained, buffers)
     arrays = {"model": trained | (evaluated if args.save_only_model else {})}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
     if (config := persistence.model_config(trainer.model)) is not None:
@@ -169,6 +171,7 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
             trainer.bound.metric_variables,
             run.progress,
             trainer.other_optimizers,
+            buffers,
         )
         arrays |= more_arrays
         if evaluated:
@@ -195,6 +198,28 @@ def _trained(trainer: Trainer, run: Run) -> dict[str, Any] | None:
     if run.trainable_at_start is None or trainer.optimizer is None:
         return None
     return persistence.trained_document(trainer.model, trainer.optimizer, run.trainable_at_start)
+
+
+def _callback_states(trainer: Trainer) -> dict[str, list[Any]]:
+    """The states of the callbacks, as JSON can hold them.
+
+    Raises:
+        CheckpointError: One cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
+            warning says so, and the checkpoint is written without.
+    """
+    found = {}
+    for name, states in trainer.callback_handler.state().items():
+        try:
+            found[name] = [storable(one) for one in states]
+        except Exception as error:  # a user's object may do anything when it is looked at
+            text = (
+                f"The state of the callback {name} cannot be saved as JSON ({error}): its state() "
+                "should return numbers, text, lists and dicts."
+            )
+            if trainer.args.on_save_error == "raise":
+                raise CheckpointError(text) from error
+            logger.warning("%s Checkpoints are written without it (on_save_error='warn').", text)
+    return found
 
 
 def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> Mapping[str, bytes]:

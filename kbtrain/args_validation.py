@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.args_kinds import FrozenDict, Unfit, shown, steps
 from kbtrain.errors import ConfigurationError
+from kbtrain.local_path import check_local
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -102,6 +103,8 @@ def check_consistency(args: TrainingArguments) -> None:
     Raises:
         ConfigurationError: If two or more fields contradict each other.
     """
+    check_local("output_dir", args.output_dir)
+    check_local("resume_from_checkpoint", args.resume_from_checkpoint)
     if args.max_steps == -1 and args.num_train_epochs <= 0:
         raise ConfigurationError(
             "`num_train_epochs` must be above 0 unless `max_steps` sets the length of the run. "

@@ -122,8 +122,9 @@ def _forget_lost(trainer: Trainer, damaged: Collection[str] = ()) -> None:
 
 
 def _logged(entry: Mapping[str, Any], metric: str | None) -> float | None:
-    """The metric in an entry of the log; None if it has none."""
-    found = entry.get(str(metric), entry.get(f"eval_{metric}"))
+    """The metric in an entry of the log, an evaluation's; None if it has none."""
+    name = str(metric)
+    found = entry.get(name if name.startswith("eval_") else f"eval_{name}")
     return float(found) if isinstance(found, float | int) else None
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain import foreign_callbacks
 from kbtrain.callbacks import EVENTS, STEP_EVENTS, TrainerCallback
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import ConfigurationError, KbtrainError
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.talking import report
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -30,7 +31,6 @@ class CallbackHandler:
     def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
         self.callbacks: list[TrainerCallback] = []
         self._context = context
-        self._listeners: dict[str, list[TrainerCallback]] = {}
         for callback in callbacks:
             self.add(callback)
 
@@ -43,29 +43,25 @@ class CallbackHandler:
         if any(type(other) is type(instance) for other in self.callbacks):
             logger.warning("A callback of class %s was there already.", type(instance).__name__)
         self.callbacks.append(instance)
-        self._listeners.clear()
 
     def pop(self, callback: Any) -> TrainerCallback | None:
         """Remove and return a callback (by object, or the first of a class); None if absent."""
         for other in self.callbacks:
             if other is callback or (isinstance(callback, type) and type(other) is callback):
                 self.callbacks.remove(other)
-                self._listeners.clear()
                 return other
         return None
 
     def listeners(self, event: str) -> list[TrainerCallback]:
-        """The callbacks that override ``event``."""
-        if event not in self._listeners:
-            if event not in EVENTS:
-                raise ConfigurationError(
-                    f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
-                )
-            base = getattr(TrainerCallback, event)
-            self._listeners[event] = [
-                c for c in self.callbacks if getattr(type(c), event) is not base
-            ]
-        return self._listeners[event]
+        """The callbacks that override ``event``, in their class or on the object itself.
+
+        Looked up each time, as a method may be put on an object at any moment.
+        """
+        if event not in EVENTS:
+            raise ConfigurationError(
+                f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
+            )
+        return [callback for callback in self.callbacks if _listens(callback, event)]
 
     def need_every_step(self) -> bool:
         """Whether somebody listens to the events of each update."""
@@ -92,6 +88,9 @@ class CallbackHandler:
             try:
                 result = getattr(callback, event)(args, state, control, **kwargs)
             except Exception as error:
+                if getattr(callback, "only_talks", False) and not isinstance(error, KbtrainError):
+                    report(callback, event, error)
+                    continue
                 error.add_note(
                     f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
                 )
@@ -145,6 +144,13 @@ def _check_kind(callback: Any) -> None:
         )
 
 
+def _listens(callback: TrainerCallback, event: str) -> bool:
+    own = vars(callback).get(event)
+    if own is not None:
+        return callable(own)
+    return getattr(type(callback), event) is not getattr(TrainerCallback, event)
+
+
 def _made(cls: type) -> Any:
     """An object of a callback's class."""
     try:
@@ -164,7 +170,7 @@ def _check_events(callback: TrainerCallback) -> None:
         ConfigurationError: One does not take ``**kwargs``.
     """
     for event in EVENTS:
-        if getattr(type(callback), event) is getattr(TrainerCallback, event):
+        if not _listens(callback, event):
             continue
         parameters = inspect.signature(getattr(callback, event)).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from kbtrain.checkpoint import capture
+from kbtrain.checkpoint.host_buffers import HostBuffers
 
 
 @contextlib.contextmanager
@@ -56,7 +57,10 @@ def swapped_in(optimizer: Any) -> Iterator[bool]:
 
 
 def differing(
-    optimizer: Any, named: dict[str, keras.Variable], trained: dict[str, np.ndarray]
+    optimizer: Any,
+    named: dict[str, keras.Variable],
+    trained: dict[str, np.ndarray],
+    buffers: HostBuffers | None = None,
 ) -> dict[str, np.ndarray]:
     """Host copies of the values to evaluate that are not the trained ones.
 
@@ -64,9 +68,10 @@ def differing(
         optimizer: The one that trains the model.
         named: The model's variables by the names they are saved under.
         trained: Host copies of all of them.
+        buffers: Where to copy to; the default is new memory.
     """
     with swapped_in(optimizer) as there:
-        values = capture(named) if there else {}
+        values = capture(named, buffers, "evaluation") if there else {}
     return {k: v for k, v in values.items() if not np.array_equal(v, trained[k])}
 
 

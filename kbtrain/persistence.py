@@ -34,6 +34,7 @@ from kbtrain.checkpoint import (
     restore,
 )
 from kbtrain.checkpoint.format import dump_json
+from kbtrain.checkpoint.host_buffers import HostBuffers
 from kbtrain.checkpoint.layout import KerasLayout, keras_layout
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.output_files import writing
@@ -123,9 +124,9 @@ def model_variables(model: keras.Model) -> list[keras.Variable]:
     return [v for v in building.state_variables(model) if id(v) not in others]
 
 
-def gather_model(model: keras.Model) -> dict[str, np.ndarray]:
-    """Host copies of the model's variables, by path."""
-    return capture(name_variables(model_variables(model)))
+def gather_model(model: keras.Model, buffers: HostBuffers | None = None) -> dict[str, np.ndarray]:
+    """Host copies of the model's variables, by path; in ``buffers`` if they are given."""
+    return capture(name_variables(model_variables(model)), buffers, "model")
 
 
 _places: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
@@ -165,10 +166,14 @@ def model_config(model: keras.Model) -> dict[str, Any] | None:
 
 
 def gather_evaluation(
-    model: keras.Model, optimizer: Any, trained: dict[str, np.ndarray]
+    model: keras.Model,
+    optimizer: Any,
+    trained: dict[str, np.ndarray],
+    buffers: HostBuffers | None = None,
 ) -> dict[str, np.ndarray]:
     """Host copies of what is evaluated in place of some of the trained weights, by path."""
-    return evaluation_weights.differing(optimizer, name_variables(model_variables(model)), trained)
+    named = name_variables(model_variables(model))
+    return evaluation_weights.differing(optimizer, named, trained, buffers)
 
 
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
@@ -189,6 +194,7 @@ def gather_training(
     metric_variables: Sequence[keras.Variable],
     progress: Progress,
     others: Mapping[str, keras.optimizers.Optimizer] | None = None,
+    buffers: HostBuffers | None = None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
     """Everything besides the model that an exact resume needs: ``(arrays, documents)``.
 
@@ -199,6 +205,7 @@ def gather_training(
         metric_variables: State of the metrics.
         progress: The position.
         others: Further optimizers that the model trains with by itself, by name.
+        buffers: Where to copy to; the default is new memory.
     """
     rng_arrays, rng_document = rng.capture(backend)
     variables = model_variables(model)
@@ -206,7 +213,9 @@ def gather_training(
         **{
             group: capture(
                 name_optimizer_variables(each.variables, variables)
-                | optimizer_variables.set_aside(each)
+                | optimizer_variables.set_aside(each),
+                buffers,
+                group,
             )
             for group, each in _optimizer_groups(optimizer, others).items()
         },

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from kbtrain.callbacks import TrainerCallback
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.talking import harmless, say
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -20,6 +21,7 @@ logger = logging.getLogger("kbtrain")
 class PrinterCallback(TrainerCallback):
     """Prints what is logged, a line each, to stderr."""
 
+    @harmless
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -28,7 +30,7 @@ class PrinterCallback(TrainerCallback):
             f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}"
             for n, v in kwargs["logs"].items()
         ]
-        print(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}", file=sys.stderr)
+        say(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}")
 
 
 def display(args: TrainingArguments) -> list[TrainerCallback]:
@@ -44,7 +46,10 @@ def display(args: TrainingArguments) -> list[TrainerCallback]:
 
 def _can_draw() -> bool:
     """Whether a progress bar can be drawn: on a terminal or in a notebook."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()  # there is none in a window's program
+    try:
+        terminal = sys.stderr is not None and sys.stderr.isatty()  # a window's program has none
+    except (OSError, ValueError):  # it is closed
+        terminal = False
     return terminal or "ipykernel" in sys.modules
 
 
@@ -63,6 +68,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: Any = None
         self._evaluation: Any = None
 
+    @harmless
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -70,6 +76,7 @@ class ProgressCallback(TrainerCallback):
         if not self._disable:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
 
+    @harmless
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -77,6 +84,7 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
+    @harmless
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -87,18 +95,21 @@ class ProgressCallback(TrainerCallback):
             self._evaluation = tqdm(leave=self._bar is None, dynamic_ncols=True, unit="batch")
         self._evaluation.update(kwargs["batches"])
 
+    @harmless
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the bar of the evaluation."""
         self._close_evaluation()
 
+    @harmless
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the bar of the prediction."""
         self._close_evaluation()
 
+    @harmless
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -110,6 +121,7 @@ class ProgressCallback(TrainerCallback):
             if shown:
                 self._bar.set_postfix(shown)
 
+    @harmless
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.contents import Places
+from kbtrain.checkpoint.host_buffers import HostBuffers
 from kbtrain.checkpoint.lock import RunLock
 from kbtrain.errors import CheckpointError, is_disk_trouble
 
@@ -74,6 +75,8 @@ class Saver:
         self.store = store
         self.longest: float | None = None
         """Seconds that the slowest write so far took; None before the first."""
+        self.buffers = HostBuffers()
+        """Memory for the next snapshot, once the last one has been written (``wait``)."""
         self._lock = RunLock(store.directory)
         self._job: _Job | None = None
         self._guard = threading.Lock()
@@ -110,6 +113,8 @@ class Saver:
             self.wait()
             raise
         finally:
+            # New ones, not cleared: what was abandoned may still be written from the old ones.
+            self.buffers = HostBuffers()
             with self._guard:
                 if not self._abandoned:
                     self._lock.release()

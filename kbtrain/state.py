@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
+
+import numpy as np
 
 from kbtrain.documents import is_of
 from kbtrain.errors import ConfigurationError
@@ -18,6 +21,10 @@ from kbtrain.traced_state import Position
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
 
+
+logger = logging.getLogger("kbtrain")
+
+_said: set[tuple[int, str]] = set()  # of which attributes a warning has said that they are left out
 
 HISTORY_LIMIT = 5000
 """Entries of ``log_history`` that are kept: every checkpoint holds them all."""
@@ -151,10 +158,31 @@ class TrainerState:
             setattr(self, name, getattr(saved, name))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them; entries of the log are shared, not copied."""
-        values = vars(self) | {"log_history": list(self.log_history)}
+        """All attributes, as JSON can hold them; entries of the log are shared, not copied.
+
+        What a user has put on the state is converted where that is plain (arrays, sets, paths);
+        what cannot be is left out, with a warning that names it.
+        """
         # A deep copy of a log of 100,000 entries would take longer than a checkpoint.
-        return values | {"stateful_callbacks": copy.deepcopy(self.stateful_callbacks)}
+        values: dict[str, Any] = {"log_history": list(self.log_history)}
+        for name, value in vars(self).items():
+            if name in values or value is None or isinstance(value, bool | int | float | str):
+                values.setdefault(name, value)
+                continue
+            try:
+                values[name] = storable(value)
+            except Exception as error:  # a user's object may do anything when it is looked at
+                if (id(self), name) not in _said:
+                    _said.add((id(self), name))
+                    logger.warning(
+                        "TrainerState.%s cannot be saved as JSON (%s) and is left out of what is "
+                        "saved; use numbers, text, lists and dicts.",
+                        name,
+                        error,
+                    )
+                if name in type(self).__dataclass_fields__:
+                    values[name] = getattr(type(self)(), name)
+        return values
 
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
         """Write the state as ``trainer_state.json`` is written.
@@ -189,6 +217,29 @@ class TrainerState:
                 f"{path} holds no state of a run, as trainer_state.json does. Received: {received}"
             )
         return cls(**known)
+
+
+def storable(value: Any) -> Any:
+    """A value in what JSON holds, sharing nothing with it.
+
+    Raises:
+        TypeError: It cannot be.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((storable(item) for item in value), key=str)
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
+        return value.tolist()
+    if not isinstance(value, type) and hasattr(value, "__array__"):
+        return storable(np.asarray(value))
+    raise TypeError(f"an object of type {type(value).__name__}")
 
 
 def decide_after_step(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kbtrain import persistence, processing, reports
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation_weights import swapped_in
+from kbtrain.local_path import check_local
 from kbtrain.output_files import explained, save_json, save_text
+from kbtrain.talking import say
 
 if TYPE_CHECKING:
     import keras
@@ -48,6 +50,7 @@ class ReportMethods:
                 "save_model takes the path of a folder or of a .keras file. "
                 f"Received: {output_dir!r}."
             )
+        check_local("output_dir", output_dir)
         target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
         if target.suffix != ".keras":
             save_text(target / "training_args.json", self.args.to_json_string() + "\n")
@@ -71,7 +74,7 @@ class ReportMethods:
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
         if self.state.is_world_process_zero:
-            print(reports.metrics_table(split, metrics))
+            say(reports.metrics_table(split, metrics), error_stream=False)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
         """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from kbtrain.talking import guard_logger
+
 
 def set_log_level(level: str) -> None:
     """Set the level of the logger ``kbtrain``.
@@ -13,6 +15,7 @@ def set_log_level(level: str) -> None:
             logger has a handler, one that writes to stderr is added: Python itself would show
             warnings only.
     """
+    guard_logger()
     if level == "passive":
         return
     logger = logging.getLogger("kbtrain")

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import h5py
 import keras
-import numpy as np
 
-# As in checkpoint/layout.py: Keras has no public reader of single values.
-from keras.src.saving.saving_lib import H5IOStore
-
+from kbtrain import keras_files
 from kbtrain.building import take_in_new_values
-from kbtrain.checkpoint import CheckpointStore, name_variables, plan_restore, read_arrays
+from kbtrain.checkpoint import (
+    CheckpointStore,
+    RestorePlan,
+    name_variables,
+    plan_restore,
+    read_arrays,
+)
+from kbtrain.checkpoint.faults import exists, is_damage, is_folder, unreadable
 from kbtrain.checkpoint.format import ARRAYS_FORMAT
 from kbtrain.checkpoint.layout import keras_layout
 from kbtrain.errors import (
@@ -30,11 +29,10 @@ from kbtrain.errors import (
     concise,
     first_lines,
 )
+from kbtrain.local_path import check_local
 from kbtrain.persistence import model_variables
 
 logger = logging.getLogger("kbtrain")
-
-_INNER = "model.weights.h5"  # in a .keras file
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ def load_weights(
     Raises:
         ConfigurationError: The model is not built.
         CheckpointNotFoundError: There is no such file or checkpoint.
-        CheckpointDamagedError: It cannot be read.
+        CheckpointDamagedError: It is damaged, or claims more than it holds.
+        CheckpointUnreadableError: It cannot be read now.
         CheckpointMismatchError: It does not fit (``strict``), or nothing of it does. Then nothing
             has been changed.
 
@@ -97,15 +96,16 @@ def load_weights(
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
             "or begin it with a keras.Input."
         )
+    check_local("source", source)
     path = Path(source)
     named = name_variables(model_variables(model))
-    if path.is_dir():
+    if is_folder(path):
         checkpoint = CheckpointStore(path).resolve(path)
         assert checkpoint is not None  # a path is found or an error
         saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
+        plan = plan_restore(named, saved, strict=strict)
     else:
-        named, saved = _read_file(model, path, named)
-    plan = plan_restore(named, saved, strict=strict)
+        plan = _plan_from_file(model, path, named, strict)
     plan.apply()
     take_in_new_values(model)
     report = LoadReport(tuple(plan.names), plan.missing, plan.unexpected, plan.different)
@@ -114,11 +114,11 @@ def load_weights(
     return report
 
 
-def _read_file(
-    model: keras.Model, path: Path, named: dict[str, keras.Variable]
-) -> tuple[dict[str, keras.Variable], dict[str, np.ndarray]]:
-    """Return variables and arrays of a Keras file under the same keys."""
-    if not path.exists():
+def _plan_from_file(
+    model: keras.Model, path: Path, named: dict[str, keras.Variable], strict: bool
+) -> RestorePlan:
+    """Read what fits out of a Keras file; shapes are compared before anything is read."""
+    if not exists(path):
         raise CheckpointNotFoundError(f"There is no {path}.")
     if not path.name.endswith((".weights.h5", ".keras")):
         raise CheckpointError(
@@ -126,48 +126,20 @@ def _read_file(
             f".keras. Received: {path}"
         )
     try:
-        with _store(path) as store:
-            if store.h5_file.attrs.get("format") == ARRAYS_FORMAT:
-                return named, read_arrays(path)
+        with keras_files.opened(path) as file:
+            if file.attrs.get("format") == ARRAYS_FORMAT:
+                return plan_restore(named, read_arrays(path), strict=strict)
+            # Keras does not store the states of seed generators: those stay as they are.
             links = keras_layout(model, named).links
-            saved = dict(_values(store))
+            variables = {place: named[name] for place, name in links.items()}
+            return plan_restore(variables, keras_files.values(file), strict=strict)
     except CheckpointError:
         raise
+    except MemoryError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # h5py and zipfile raise whatever the damage happens to hit
+        if isinstance(error, OSError) and not is_damage(error):
+            raise unreadable(path, error) from error
         raise CheckpointDamagedError(
             f"{path} is not a readable Keras file ({type(error).__name__}: {first_lines(error)})."
         ) from error
-    # Keras does not store the states of seed generators: those stay as they are.
-    return {place: named[name] for place, name in links.items()}, saved
-
-
-@contextmanager
-def _store(path: Path) -> Iterator[Any]:
-    if path.suffix == ".keras":
-        with zipfile.ZipFile(path) as archive:
-            store = H5IOStore(_INNER, archive=archive, mode="r")
-            try:
-                yield store
-            finally:
-                store.close()
-        return
-    store = H5IOStore(path, mode="r")
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _values(store: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """All values of a Keras file but those of optimizer and metrics."""
-    places: list[str] = []
-
-    def note(place: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and "/vars/" in f"/{place}":
-            places.append(place)
-
-    store.h5_file.visititems(note)
-    for place in places:
-        if place.partition("/")[0] not in ("optimizer", "metrics", "_metrics"):
-            folder, _, key = place.rpartition("/vars/") if "/vars/" in place else ("", "", place)
-            yield place, store.get(folder)[key.removeprefix("vars/")]

@@ -20,7 +20,7 @@
 ``global_norm``              over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
 ``start_to_host``            the same, begun now and waited for later
-``host_copy``                a variable's value in host memory that nothing else uses
+``host_view``                a variable's value on the host, read at once and never written to
 ``synchronize``              wait until everything that was started is done
 ``rng_state``, ...           the framework's own random state, outside Keras' seed generators
 ``inference``                code of the user's that wants no gradients

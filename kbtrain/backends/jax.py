@@ -23,7 +23,7 @@ from kbtrain.backends.jax_device import (  # noqa: F401
     device_scope,
     devices,
     free_memory,
-    host_copy,
+    host_view,
     is_oom,
     memory_stats,
     numerics,

@@ -57,9 +57,9 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return lambda: jax.device_get(tree)
 
 
-def host_copy(value: Any) -> np.ndarray:
-    """A variable's value as an array of its own, copied once."""
-    return np.array(value)
+def host_view(value: Any) -> np.ndarray:
+    """A variable's value on the host, in the variable's own memory where that is there."""
+    return np.asarray(value)
 
 
 def synchronize() -> None:

@@ -33,9 +33,14 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return lambda: to_host(tree)
 
 
-def host_copy(value: Any) -> np.ndarray:
-    """A variable's value as an array of its own, copied once: ``numpy()`` is a copy already."""
-    return np.asarray(value.numpy())
+def host_view(value: Any) -> np.ndarray:
+    """A variable's value on the host, in the variable's own memory where that is there."""
+    tensor = tf.convert_to_tensor(value)
+    try:
+        # ``numpy()`` makes a copy; the buffer of a tensor in host memory is that memory.
+        return np.asarray(memoryview(tensor))
+    except (TypeError, ValueError, BufferError):  # types that Python's buffers do not know
+        return np.asarray(tensor.numpy())
 
 
 def synchronize() -> None:

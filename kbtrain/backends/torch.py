@@ -18,7 +18,7 @@ from kbtrain.backends.torch_device import (  # noqa: F401
     device_scope,
     devices,
     free_memory,
-    host_copy,
+    host_view,
     is_oom,
     memory_stats,
     numerics,

@@ -60,9 +60,9 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     return wait
 
 
-def host_copy(value: Any) -> np.ndarray:
-    """A variable's value as an array of its own, copied once on the host."""
-    return np.array(keras.ops.convert_to_numpy(value))
+def host_view(value: Any) -> np.ndarray:
+    """A variable's value on the host, in the variable's own memory where that is there."""
+    return keras.ops.convert_to_numpy(value)
 
 
 def synchronize() -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from kbtrain.checkpoint.disk import replacing
+from kbtrain.checkpoint.disk import NotingReader, replacing
+from kbtrain.checkpoint.faults import unreadable
 from kbtrain.checkpoint.manifest import open_verified, read_manifest
 from kbtrain.checkpoint.reading import read_checkpoint
 from kbtrain.errors import (
@@ -19,6 +20,7 @@ from kbtrain.errors import (
     ConfigurationError,
     first_lines,
 )
+from kbtrain.local_path import check_local
 
 if TYPE_CHECKING:
     import keras
@@ -39,6 +41,7 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
         ConfigurationError: Another ending, or a module that cannot be imported.
         CheckpointError: The checkpoint is damaged, or does not hold what the file needs.
     """
+    check_local("target", target)
     weights = target.name.endswith(".weights.h5")
     if not weights and target.suffix != ".keras":
         raise ConfigurationError(
@@ -100,9 +103,15 @@ def _export_weights(path: Path, target: Path) -> None:
         for name, entry in read_manifest(path).files.items():
             if entry.group != "model":
                 continue
-            opened = open_verified(path, name, entry)
-            with opened as file, _readable(path, name), h5py.File(file, "r") as old:
-                copied += _merge(old, new)
+            with open_verified(path, name, entry) as file:
+                reader = NotingReader(file)
+                try:
+                    with _readable(path, name), h5py.File(reader, "r") as old:
+                        copied += _merge(old, new)
+                except (CheckpointError, OSError):
+                    if reader.error is not None:
+                        raise unreadable(path / name, reader.error) from None
+                    raise
     if not copied:
         raise CheckpointError(
             f"{path} does not say where Keras looks for its values: it is of format 1, or a layer "

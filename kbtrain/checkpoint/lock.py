@@ -70,9 +70,11 @@ class RunLock:
             logger.debug("No lock on %s: this system has none.", self.path.parent)
             return
         if self._descriptor is not None:
-            if _is_file_of(self._descriptor, self.path):
+            with suppress(OSError):  # no answer: the lock that is held stays
+                if not _is_file_of(self._descriptor, self.path):
+                    self._close()
+            if self._descriptor is not None:
                 return
-            self._close()
         self._made_folder = self._made_folder or not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor: int | None = None
@@ -87,8 +89,8 @@ class RunLock:
         """Give the lock back, remove its file, and the folder if it was made for it alone."""
         if self._descriptor is None:
             return
-        if _is_file_of(self._descriptor, self.path):
-            with suppress(OSError):
+        with suppress(OSError):
+            if _is_file_of(self._descriptor, self.path):
                 self.path.unlink()
         self._close()
         if self._made_folder:
@@ -98,8 +100,9 @@ class RunLock:
     def _close(self) -> None:
         if self._descriptor is not None:
             _held.discard(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with suppress(OSError):  # it is closed all the same
+                os.close(descriptor)
 
     def _attempt(self) -> int | None:
         """Return the locked descriptor, None to try again, or -1 where there are no locks."""
@@ -109,7 +112,8 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = _read_holder(descriptor)
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise FolderInUseError(
                     f"Another run is writing to {self.path.parent}: {holder}. Two runs in one "
@@ -124,16 +128,25 @@ class RunLock:
                 )
                 return -1
             raise
-        if _is_file_of(descriptor, self.path):
-            return descriptor
+        try:
+            if _is_file_of(descriptor, self.path):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # its last owner removed the file between our open and our lock
         return None
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
+    """Whether a lock's file still has its name.
+
+    Raises:
+        OSError: The system does not say: then nobody else has been given that name.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -22,6 +22,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
 )
+from kbtrain.local_path import check_local
 
 Log = Callable[[str], None]
 
@@ -82,6 +83,7 @@ def find(
             "`resume_from_checkpoint` must be None, True, False, 'auto' or the path of a "
             f"checkpoint. Received: resume_from_checkpoint={resume!r}"
         )
+    check_local("resume_from_checkpoint", resume)
     return _at(Path(resume), directory, damaged, log)
 
 

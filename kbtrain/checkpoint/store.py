@@ -28,6 +28,7 @@ from kbtrain.errors import (
     CheckpointFormatError,
     ConfigurationError,
 )
+from kbtrain.local_path import check_local
 
 Paths = list[Path]
 Problems = list[str]
@@ -56,6 +57,7 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
+        check_local("directory", directory)
         self.directory = Path(directory).absolute()  # a program may go elsewhere meanwhile
         self.shard_bytes = shard_bytes
         self._begin()

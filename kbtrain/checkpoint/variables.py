@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from kbtrain import backends
+from kbtrain.checkpoint.host_buffers import HostBuffers
 from kbtrain.errors import CheckpointMismatchError
 
 _AUTO_SUFFIX = re.compile(r"(.+?)_(\d+)(#\d+)?", re.ASCII)
@@ -102,17 +103,24 @@ def name_optimizer_variables(
     return dict(zip(_distinct(keys), unique, strict=True))
 
 
-def capture(named: Mapping[str, keras.Variable]) -> dict[str, np.ndarray]:
+def capture(
+    named: Mapping[str, keras.Variable], buffers: HostBuffers | None = None, group: str = ""
+) -> dict[str, np.ndarray]:
     """Copy the values of variables to the host.
 
     Args:
         named: Key -> variable, from ``name_variables`` or ``name_optimizer_variables``.
+        buffers: Where to copy to; the default is new memory.
+        group: What tells these keys from others in the buffers.
 
     Returns:
         Key -> array with the variable's dtype (bfloat16 and float8 as in ``ml_dtypes``), sharing no
         memory with the variable.
     """
-    return {name: _to_host(variable) for name, variable in named.items()}
+    buffers = HostBuffers() if buffers is None else buffers
+    return {
+        name: _to_host(variable, buffers, f"{group}:{name}") for name, variable in named.items()
+    }
 
 
 def restore(
@@ -138,7 +146,7 @@ def restore(
 
 def plan_restore(
     named: Mapping[str, keras.Variable],
-    saved: Mapping[str, np.ndarray],
+    saved: Mapping[str, Any],
     what: str = "model",
     model_names: Mapping[str, str] | None = None,
     strict: bool = True,
@@ -149,7 +157,7 @@ def plan_restore(
 
     Args:
         named: As in ``restore``.
-        saved: As in ``restore``.
+        saved: As in ``restore``; also what has a shape and becomes an array when asked to.
         what: As in ``restore``.
         model_names: As in ``restore``; the optimizer's slots then follow their model variable
             wherever it was found, rather than being renumbered themselves.
@@ -170,11 +178,13 @@ def plan_restore(
     different: list[str] = []
     values = []
     for key, saved_key in names.items():
-        variable, array = named[key], np.asarray(saved[saved_key])
+        variable, shape = named[key], tuple(np.shape(saved[saved_key]))
         label = key if key == saved_key else f"{key} (saved as {saved_key})"
-        if tuple(variable.shape) != array.shape:
-            different.append(f"{label}: {array.shape} saved, {tuple(variable.shape)} expected")
-        elif (value := _cast(array, _dtype_of(variable))) is None:
+        if tuple(variable.shape) != shape:  # first: what is saved may not have been read yet
+            different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
+            continue
+        array = np.asarray(saved[saved_key])
+        if (value := _cast(array, _dtype_of(variable))) is None:
             different.append(f"{label}: {array.dtype} values that {variable.dtype} cannot hold")
         else:
             values.append((variable, value))
@@ -254,13 +264,16 @@ def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> l
     return result
 
 
-def _to_host(variable: keras.Variable) -> np.ndarray:
+def _to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.ndarray:
     try:
-        return backends.load().host_copy(variable.value)
+        value = backends.load().host_view(variable.value)
     except TypeError:
         # Not every framework hands out float8; all hand out its bits.
         bits = keras.ops.convert_to_numpy(keras.ops.view(variable.value, "uint8"))
         return np.array(bits).view(_dtype_of(variable))
+    copy = buffers.take(name, value.shape, value.dtype)
+    np.copyto(copy, value)
+    return copy
 
 
 def _assign(variable: keras.Variable, value: np.ndarray) -> None:

@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KbtrainError as problem:
+    except (KbtrainError, OSError) as problem:  # the screen may be a file on a full disk
         print(f"kbtrain {command}: {problem}", file=sys.stderr)
         return 2
 

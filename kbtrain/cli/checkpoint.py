@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.checkpoint.export import export
+from kbtrain.checkpoint.faults import exists, reading
 from kbtrain.checkpoint.manifest import MANIFEST_NAME
 from kbtrain.checkpoint.reading import CheckpointOutline, find_problems, read_outline
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.errors import CheckpointError, CheckpointNotFoundError
+from kbtrain.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    CheckpointUnreadableError,
+)
 
 
 def run(words: Sequence[str]) -> int:
     """Run ``python -m kbtrain checkpoint`` with the words after it.
 
     Returns:
-        0, or 1 if ``verify`` found damage.
+        0; of ``verify`` 1 if something is damaged, 2 if something could not be read.
     """
     parser = argparse.ArgumentParser(
         prog="python -m kbtrain checkpoint",
@@ -37,7 +43,11 @@ def run(words: Sequence[str]) -> int:
         return added
 
     command("ls", ls, "List the checkpoints of a run: step, size, date, what is obviously wrong.")
-    command("verify", verify, "Read all files and compare their checksums; exit code 1 if damaged.")
+    command(
+        "verify",
+        verify,
+        "Read all files and compare their checksums; exit code 1 if damaged, 2 if not readable.",
+    )
     command("show", show, "Show step, best metric, versions, and all arrays with shape and dtype.")
     added = command("export", export_model, "Write the model as .keras or .weights.h5.")
     added.add_argument("target", type=Path, help="new file that ends in .keras or .weights.h5")
@@ -55,10 +65,12 @@ def ls(arguments: argparse.Namespace) -> int:
     for path in _checkpoints(arguments.path):
         try:
             outline = read_outline(path, arrays=False)
+            with reading(path / MANIFEST_NAME, MANIFEST_NAME):
+                written = (path / MANIFEST_NAME).stat().st_mtime
         except CheckpointError as error:
-            rows.append((path.name, "?", "?", "?", f"DAMAGED: {error}"))
+            rows.append((path.name, "?", "?", "?", f"{_state_of(error)}: {error}"))
             continue
-        saved = datetime.datetime.fromtimestamp((path / MANIFEST_NAME).stat().st_mtime)
+        saved = datetime.datetime.fromtimestamp(written)
         best = outline.state.get("best_global_step") == outline.step
         rows.append(
             (
@@ -78,14 +90,25 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Every byte of every file against the manifest."""
-    damaged = 0
+    status = 0
     for path in _checkpoints(arguments.path):
-        problems = find_problems(path)
-        damaged += bool(problems)
-        print(f"{path.name}: {'DAMAGED' if problems else 'intact'}")
+        try:
+            problems = find_problems(path)
+            state = "DAMAGED" if problems else "intact"
+            status = max(status, 1 if problems else 0)
+        except CheckpointError as error:
+            problems, state, status = [str(error)], _state_of(error), 2
+        print(f"{path.name}: {state}")
         for problem in problems:
             print(f"  {problem}")
-    return 1 if damaged else 0
+    return status
+
+
+def _state_of(error: CheckpointError) -> str:
+    """What an error says about a checkpoint, in a word or two."""
+    if isinstance(error, CheckpointUnreadableError):
+        return "UNREADABLE"
+    return "NOT READ BY THIS KBTRAIN" if isinstance(error, CheckpointFormatError) else "DAMAGED"
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -142,12 +165,12 @@ def _facts(outline: CheckpointOutline) -> dict[str, Any]:
 
 def _checkpoints(path: Path) -> list[Path]:
     """The checkpoint ``path`` is, or those of the run ``path`` is, by ascending step."""
-    if (path / MANIFEST_NAME).exists():
+    if exists(path / MANIFEST_NAME):
         return [path]
     found = [folder for _, folder in CheckpointStore(path).list()]
     if found:
         return found
-    if path.exists():
+    if exists(path):
         raise CheckpointError(
             f"{path} is no checkpoint and holds none. Expected a folder checkpoint-{{step}} with a "
             f"{MANIFEST_NAME}, or the folder of a run with such folders."

@@ -45,7 +45,10 @@ def make_trackers(names: Iterable[str]) -> list[TrainerCallback]:
     wanted: list[str] = []
     for name in names:
         wanted += _installed() if name == "all" else [name]
-    return [_factory(name)() for name in dict.fromkeys(wanted)]
+    trackers = [_factory(name)() for name in dict.fromkeys(wanted)]
+    for tracker in trackers:
+        tracker.only_talks = True
+    return trackers
 
 
 def _installed() -> list[str]:

@@ -10,7 +10,10 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import TrainerCallback
+from kbtrain.errors import KbtrainError
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.talking import harmless
+from kbtrain.trackers.completed import is_summary, nothing_to_do
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -39,7 +42,7 @@ class Tracker(TrainerCallback):
         self._is_open = self._trained = False
         self._completed = True
         self._left_out: set[str] = set()
-        self._warned = False
+        self._warned = self._nothing_to_do = False
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
         """Begin a run, or go on with `run` if that is not None.
@@ -67,6 +70,7 @@ class Tracker(TrainerCallback):
         """
         raise NotImplementedError
 
+    @harmless
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,30 +79,40 @@ class Tracker(TrainerCallback):
             self.close()
             self.run = None
         self._trained, self._completed = True, False
+        self._nothing_to_do = nothing_to_do(state, kwargs)
         with self._going_on():
             self._ensure_open(args, state, kwargs["trainer"])
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """A full disk or a lost connection costs what is logged meanwhile, not the training."""
+        """Whatever goes wrong costs what is logged meanwhile, not the training.
+
+        Packages have errors of their own for a full disk, a lost connection, a missing login.
+        """
         try:
             yield
-        except OSError as error:
+        except KbtrainError:
+            raise
+        except Exception as error:
             if not self._warned:
                 logger.warning(
-                    "%s could not write: %s. Training goes on; what is logged meanwhile is lost "
-                    "to it, and each log is tried again.",
+                    "%s could not write: %s: %s. Training goes on; what is logged meanwhile is "
+                    "lost to it, and each log is tried again.",
                     type(self).__name__,
+                    type(error).__name__,
                     error,
                 )
             self._warned = True
 
+    @harmless
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the numbers among the logs."""
         if not state.is_world_process_zero:
             return
+        if self._nothing_to_do and is_summary(kwargs["logs"]):
+            return  # the run has one, of when it trained
         values = rewrite(self._numbers(kwargs["logs"]))
         with self._going_on():
             self._ensure_open(args, state, kwargs["trainer"])
@@ -106,6 +120,7 @@ class Tracker(TrainerCallback):
         if not self.stays_open and not kwargs["trainer"].is_in_train:
             self.close()
 
+    @harmless
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.state import TrainerState
-from kbtrain.trackers.log_file import LogFile, append_whole, replace_whole
+from kbtrain.trackers.log_file import LogFile, replace_whole
 
 FILE_NAME = "log.csv"
 
@@ -35,23 +35,32 @@ class CsvCallback(LogFile):
         """The rows; one that was torn by a crash has too few columns and is left out."""
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        return [row for row in rows if None not in row and None not in row.values()]
 
     def step_of(self, record: Row) -> float:
-        """The step of a row."""
-        return int(record["step"])
+        """The step of a row; one without sorts after everything and is dropped."""
+        try:
+            return float(record["step"])
+        except (KeyError, ValueError):
+            return float("inf")
 
     def record(self, logs: dict[str, Any], state: TrainerState) -> Row:
         """A row."""
         return {"step": state.global_step, "epoch": state.epoch, **logs}
 
+    def is_summary_record(self, record: Row) -> bool:
+        """Whether a row is the log at the end of a ``fit``."""
+        return bool(record.get("train_runtime")) and bool(record.get("train_loss"))
+
     def put(self, path: Path, begin: Sequence[Row] | None, waiting: Sequence[Row]) -> None:
         """Append the rows, or write all of them if there is a new column."""
         fit = all(set(row) <= set(self._columns) for row in waiting)
         if begin is None and path.exists() and fit:
-            append_whole(path, _text(self._columns, waiting))
+            self._tail.append(path, _text(self._columns, waiting))
             return
+        self._tail.settle(path)
         rows = [*(self.read(path) if begin is None else begin), *waiting]
         columns = list(dict.fromkeys(["step", "epoch", *(name for row in rows for name in row)]))
         header = dict(zip(columns, columns, strict=True))
@@ -62,4 +71,4 @@ class CsvCallback(LogFile):
 def _text(columns: list[str], rows: Sequence[Row]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns).writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.state import TrainerState
-from kbtrain.trackers.log_file import LogFile, append_whole, replace_whole
+from kbtrain.trackers.completed import is_summary
+from kbtrain.trackers.log_file import LogFile, replace_whole
 
 FILE_NAME = "log.jsonl"
 
@@ -29,7 +30,9 @@ class JsonLinesCallback(LogFile):
         """The lines."""
         if not path.exists():
             return []
-        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # Line ends only, and whatever bytes a crash has left there: they come back as they were.
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        return [line + "\n" for line in text.removesuffix("\n").split("\n")] if text else []
 
     def step_of(self, record: str) -> float:
         """The step of a line; a line torn by a crash sorts after everything and is dropped."""
@@ -42,9 +45,17 @@ class JsonLinesCallback(LogFile):
         """A line."""
         return json.dumps({**logs, "epoch": state.epoch, "step": state.global_step}) + "\n"
 
+    def is_summary_record(self, record: str) -> bool:
+        """Whether a line is the log at the end of a ``fit``."""
+        return self.step_of(record) < float("inf") and is_summary(json.loads(record))
+
     def put(self, path: Path, begin: Sequence[str] | None, waiting: Sequence[str]) -> None:
         """Append the lines, or write all of them."""
         if begin is not None:
-            replace_whole(path, "".join([*begin, *waiting]).encode())
+            replace_whole(path, _bytes([*begin, *waiting]))
         elif waiting:
-            append_whole(path, "".join(waiting).encode())
+            self._tail.append(path, _bytes(waiting))
+
+
+def _bytes(lines: Sequence[str]) -> bytes:
+    return "".join(lines).encode("utf-8", "surrogateescape")

@@ -6,6 +6,7 @@ end a training.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks import TrainerCallback
 from kbtrain.checkpoint.disk import replacing
 from kbtrain.state import TrainerControl, TrainerState
+from kbtrain.talking import harmless
+from kbtrain.trackers.completed import is_summary, nothing_to_do
 
 if TYPE_CHECKING:
     from kbtrain.training_args import TrainingArguments
@@ -40,8 +43,10 @@ class LogFile(TrainerCallback):
     def __init__(self) -> None:
         self._path: Path | None = None
         self._begin: list[Any] | None = None  # what the file is to begin with, if not yet written
+        self._resumed: TrainerState | None = None  # what to cut the file back to, if not yet read
         self._waiting: list[Any] = []
-        self._warned = False
+        self._tail = Tail()
+        self._warned = self._nothing_to_do = False
 
     def read(self, path: Path) -> list[Any]:
         """The records of a file, none if it does not exist."""
@@ -55,14 +60,19 @@ class LogFile(TrainerCallback):
         """A log as the file holds it."""
         raise NotImplementedError
 
+    def is_summary_record(self, record: Any) -> bool:
+        """Whether a record is the log at the end of a ``fit``."""
+        raise NotImplementedError
+
     def put(self, path: Path, begin: Sequence[Any] | None, waiting: Sequence[Any]) -> None:
         """Write: the whole file is ``begin`` and then ``waiting``, without ``begin`` add to it.
 
         Raises:
-            OSError: Nothing of ``waiting`` is in the file.
+            OSError: ``waiting`` is not in the file, or nobody knows: it will be put again.
         """
         raise NotImplementedError
 
+    @harmless
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -71,10 +81,14 @@ class LogFile(TrainerCallback):
             return
         self._path = self._path_of(args)
         self._begin, self._waiting, self._warned = [], [], False
+        self._tail, self._resumed = Tail(), None
+        self._nothing_to_do = nothing_to_do(state, kwargs)
         if state.global_step:
-            self._begin = self._known(self.read(self._path), state)
+            self._begin, self._resumed = None, copy.copy(state)
+            self._resumed.log_history = list(state.log_history)
         self._write(self._path)
 
+    @harmless
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -83,8 +97,15 @@ class LogFile(TrainerCallback):
             return
         if self._path is None:  # logged outside of a training
             self._path = self._path_of(args)
+        if self._nothing_to_do and is_summary(kwargs["logs"]) and self._has_summary(self._path):
+            return  # the one of the run that trained stays
         self._waiting.append(self.record(kwargs["logs"], state))
         self._write(self._path)
+
+    def close(self) -> None:
+        """Try once more what could not be written."""
+        if self._path is not None and self._waiting:
+            self._write(self._path)
 
     def _path_of(self, args: TrainingArguments) -> Path:
         # Made once: a program may go to another folder meanwhile.
@@ -94,13 +115,26 @@ class LogFile(TrainerCallback):
         """The records that the resumed state knows of: it may have been saved between two logs."""
         before = [record for record in records if self.step_of(record) < state.global_step]
         at_step = [record for record in records if self.step_of(record) == state.global_step]
+        if self._nothing_to_do:  # what follows the last checkpoint is not logged again
+            return before + at_step
         known = sum(1 for entry in state.log_history if entry.get("step") == state.global_step)
         return before + at_step[:known]
+
+    def _has_summary(self, path: Path) -> bool:
+        """Whether the last training has summed itself up, after the last step."""
+        try:
+            records = [*self.read(path), *self._waiting]
+        except OSError:
+            return False
+        return any(self.is_summary_record(record) for record in records)
 
     def _write(self, path: Path) -> None:
         """Write what is waiting; the file keeps whole records whatever happens."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self._resumed is not None:
+                self._begin = self._known(self.read(path), self._resumed)
+                self._resumed = None
             self.put(path, self._begin, self._waiting)
         except OSError as error:
             if not self._warned:
@@ -123,14 +157,45 @@ def replace_whole(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def append_whole(path: Path, data: bytes) -> None:
-    """Append all or nothing: half a line would end up in the middle of the file."""
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
+class Tail:
+    """Appends to a file so that each piece is there once and whole, whatever a write reports.
+
+    On some disks (NFS, quotas) closing a file reports what writing could not. What was written may
+    then be in the file or not: it is cut off before it is written again.
+    """
+
+    def __init__(self) -> None:
+        self._unsure: int | None = None  # where the piece begins that may be there
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Append a piece: half a line would end up in the middle of the file.
+
+        Args:
+            path: The file.
+            data: The piece; after an error the next one has to begin with it.
+
+        Raises:
+            OSError: It is not known to be in the file.
+        """
+        self.settle(path)
+        file = path.open("ab", buffering=0)
         try:
+            self._unsure = file.seek(0, os.SEEK_END)
             done = 0
             while done < len(data):
                 done += file.write(data[done:])
-        except OSError:
-            file.truncate(end)
-            raise
+        finally:
+            file.close()
+        self._unsure = None
+
+    def settle(self, path: Path) -> None:
+        """Cut off what may have been written of a piece whose write was reported as failed.
+
+        Raises:
+            OSError: That is not possible now.
+        """
+        if self._unsure is not None and path.exists():
+            with path.open("rb+", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) > self._unsure:
+                    file.truncate(self._unsure)
+        self._unsure = None
