@@ -62,7 +62,8 @@ def opened(path: Path) -> Iterator[h5py.File]:
     """Open the HDF5 file that a Keras file is or contains.
 
     Raises:
-        OSError: The system's own, where it is the system that does not read.
+        OSError: The system's own, where it is the system that does not read; at the latest when
+            the file is closed, so nothing may be made of what was read before.
     """
     with path.open("rb", buffering=0) as raw:
         reader = NotingReader(raw)
@@ -77,10 +78,8 @@ def opened(path: Path) -> Iterator[h5py.File]:
                 h5py.File(inner, "r") as file,
             ):
                 yield file
-        except Exception:
-            if reader.error is not None:
-                raise reader.error from None
-            raise
+        finally:
+            reader.raise_noted()
 
 
 def values(file: h5py.File) -> dict[str, StoredArray]:

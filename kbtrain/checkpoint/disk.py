@@ -247,26 +247,35 @@ def describe_space(directory: Path) -> str:
 
 
 class NotingReader(io.RawIOBase):
-    """Lets libhdf5 read a file, and keeps the error of the system that it would not hand on.
+    """Lets libhdf5 read a file; a failing read is reported when asked for, not when it happens.
+
+    An exception that goes through libhdf5 can leave it with a file that it closes when Python is
+    gone, which ends the process with a segmentation fault. Here the first failure is kept, and what
+    could not be read is zeros: ``raise_noted`` has to be called before anything is made of them.
 
     Args:
         file: The file, open for reading; it is not closed.
-
-    Attributes:
-        error: The first error that reading met.
     """
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self._error: OSError | None = None
+
+    def raise_noted(self) -> None:
+        """Raise the first error that a read met, if there was one."""
+        if self._error is not None:
+            raise self._error
 
     def readinto(self, buffer: Any) -> int:
         """Read into ``buffer``."""
         try:
             return self._file.readinto(buffer) or 0
         except OSError as error:
-            self.error = self.error or error
-            raise
+            # Without its frames: they hold the buffer, which is libhdf5's and gone by and by.
+            self._error = self._error or error.with_traceback(None)
+            view = memoryview(buffer).cast("B")
+            view[:] = bytes(len(view))
+            return len(view)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 
 from kbtrain.checkpoint.disk import NotingReader, replacing
-from kbtrain.checkpoint.faults import unreadable
+from kbtrain.checkpoint.faults import reading
 from kbtrain.checkpoint.manifest import open_verified, read_manifest
 from kbtrain.checkpoint.reading import read_checkpoint
 from kbtrain.errors import (
@@ -108,10 +108,9 @@ def _export_weights(path: Path, target: Path) -> None:
                 try:
                     with _readable(path, name), h5py.File(reader, "r") as old:
                         copied += _merge(old, new)
-                except (CheckpointError, OSError):
-                    if reader.error is not None:
-                        raise unreadable(path / name, reader.error) from None
-                    raise
+                finally:
+                    with reading(path / name, name):
+                        reader.raise_noted()
     if not copied:
         raise CheckpointError(
             f"{path} does not say where Keras looks for its values: it is of format 1, or a layer "

@@ -82,13 +82,13 @@ def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        if noting.error is not None:
-            raise noting.error from None
+        noting.raise_noted()
         # libhdf5 and h5py raise whatever the damage happens to hit (OSError, KeyError,
         # RuntimeError, ValueError, ...); to the user all of them mean the same.
         raise CheckpointDamagedError(
             f"{name} is not a readable array file ({type(error).__name__}: {error})."
         ) from error
+    noting.raise_noted()
 
 
 def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
