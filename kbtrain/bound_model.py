@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from kbtrain import building, model_steps, rng
-from kbtrain.data import LabelKeys, unpack, with_none, without_none
+from kbtrain.data import LabelKeys, ModelInputs, unpack, with_none, without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ComputeLoss, ForwardPass, output_names
 from kbtrain.keras_losses import is_summed, resolve_loss
@@ -212,6 +212,12 @@ class BoundModel:
             building.build_by_loss(self.model, forward, batch)
         if not building.has_call(self.model):
             self.model.built = True  # there is no more to build: it can be saved
+
+    def inputs(self) -> ModelInputs:
+        """What the data is to hold: nothing is known where code of the user's calls the model."""
+        if self._own_compute_loss or self.own.train_step:
+            return ModelInputs(label_keys=self.label_names)
+        return building.model_inputs(self.model, self.label_names)
 
     def variables(self) -> list[keras.Variable]:
         """Everything a step reads or assigns, apart from the optimizer; each once."""

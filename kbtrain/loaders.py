@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from kbtrain.data import (
 )
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.foreign import yields_batches
+from kbtrain.data.stream import check_sample
 from kbtrain.data.structure import has_array, is_sparse
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
@@ -82,6 +84,7 @@ def make_loader(
             **shared,
         )
     if source.sized:
+        loader.look = functools.partial(check_sample, inputs=inputs, name=name)
         return _with_workers(loader, args, train and args.dataloader_persistent_workers)
     if args.dataloader_num_workers:
         logger.warning(

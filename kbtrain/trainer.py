@@ -278,7 +278,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
 
     def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
         collate = self.data_collator or padding_collator(self.processing_class, data)
-        inputs = building.model_inputs(self.model, self.bound.label_names)
+        inputs = self.bound.inputs()
         return make_loader(data, self.args, collate, name, train, self._columns, inputs)
 
     def create_scheduler(self, num_training_steps: int) -> Any:

@@ -153,12 +153,13 @@ SCALAR, ROW, IMAGE = (None, 1), (None, 3), (None, None, None, 3)
 def test_the_model_decides(shapes, x, batched):
     inputs = ModelInputs([(f"i{n}", shape) for n, shape in enumerate(shapes)])
     loader = StreamLoader(DataLoader(IterableSource([]), 1), inputs)
-    assert loader._is_batch((x, 0)) is batched
+    y = np.zeros(7) if batched else 0
+    assert loader._is_batch((x, y)) is batched
     named = dict(zip("ab", x, strict=True)) if isinstance(x, tuple) else {"a": x}
     inputs = ModelInputs([(n, shape) for n, shape in zip("ab", shapes, strict=False)])
     loader = StreamLoader(DataLoader(IterableSource([]), 1), inputs)
-    assert loader._is_batch({**named, "more": np.zeros(5), "labels": 0}) is batched
-    assert loader._is_batch({**named, "labels": 0}) is batched
+    assert loader._is_batch({**named, "more": np.zeros(5), "labels": y}) is batched
+    assert loader._is_batch({**named, "labels": y}) is batched
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,42 @@ def test_the_model_decides(shapes, x, batched):
 def test_samples_without_a_model_to_ask(item):
     loader = StreamLoader(DataLoader(IterableSource([]), 1), ModelInputs())
     assert loader._is_batch(item) is False
+
+
+@pytest.mark.parametrize("make", [linear_model, subclass])
+def test_a_list_of_batches_is_said(tmp_path, make):
+    with pytest.raises(DataError, match=r"whole batch.*x: \(8, 3\).*as_loader"):
+        trained(tmp_path, make(), list(batches()))
+    trained(tmp_path, make(), as_loader(list(batches())))
+
+
+def test_samples_that_may_be_batches_are_said(tmp_path, caplog):
+    """A sequence with a label for each step, for a model that nobody knows."""
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        trained(tmp_path, Subclass(), [(X[:8], Y[:8])] * 4)
+    assert caplog.text.count("is read as one sample") == 1
+    caplog.clear()
+    trained(tmp_path, Subclass(), [(x, 0.5) for x in X])
+    assert "one sample" not in caplog.text
+
+
+class TwoViews(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        first, second = model(inputs[:, 0]), model(inputs[:, 1])
+        loss = keras.ops.mean(keras.ops.square(first - second))
+        return (loss, first) if return_outputs else loss
+
+
+@pytest.mark.parametrize("kind", ["generator", "list"])
+def test_an_own_loss_may_take_anything(tmp_path, kind):
+    """Two views of a sample have the axes of a batch of two for the model, which is not meant."""
+    views = [np.stack([x, x + 1]) for x in X]
+    data = iter(views) if kind == "generator" else views
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    model = linear_model()
+    kernel = keras.ops.convert_to_numpy(model.weights[0]).astype(float)
+    result = TwoViews(model, args, train_dataset=data).fit()
+    assert result.training_loss == pytest.approx(kernel.sum() ** 2, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------- without an end

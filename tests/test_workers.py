@@ -15,7 +15,7 @@ from helpers import StopAt, arguments, linear_model, make_data, same, weights
 from helpers_workers import Fatal, Noisy, Pairs
 
 from kbtrain import Trainer
-from kbtrain.data import Batches, DataLoader
+from kbtrain.data import Batches, DataLoader, StreamLoader
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.loaders import make_loader
 from kbtrain.workers import WorkerLoader, make_batch
@@ -156,7 +156,7 @@ def test_arrays_take_the_fast_path_without_workers(tmp_path):
 
 
 def test_an_iterable_cannot_be_shared(tmp_path, caplog):
-    assert isinstance(made(tmp_path, iter([1])), DataLoader)
+    assert isinstance(made(tmp_path, iter([1])), StreamLoader)
     assert "train_dataset can only be read in its own order" in caplog.text
 
 

@@ -122,6 +122,8 @@ class DataLoader:
         self._collate: Any = collate
         self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
+        # Called with the first sample that is read without a user's collator.
+        self.look: Callable[[Any], None] | None = None
         self._filters_first: bool | None = None  # not known before the first batch
         by_length = strategy in NEED_LENGTHS
         self._lengths = self.source.lengths(length_column) if by_length else None
@@ -280,6 +282,9 @@ class DataLoader:
     def _apply_collate(self, samples: list[Any], epoch: int, number: int) -> Any:
         columns = self._columns or every_column
         if self._collate is None:
+            if self.look is not None:
+                look, self.look = self.look, None
+                look(samples[0])
             # Before they are put together, because what is not used may be of any kind.
             kept = [columns(sample, self.name) for sample in samples]
             return default_collate(kept, self._label_names)

@@ -150,6 +150,31 @@ class StreamLoader:
         return bool(batched)
 
 
+def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
+    """Look at a sample of data that is read by index: it might be a whole batch.
+
+    Raises:
+        DataError: It has as many axes as the model takes with the batch's.
+    """
+    parts = _shapes(item, inputs.label_keys)
+    if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
+        return
+    batched = _by_model(parts.x, inputs.shapes)
+    if batched:
+        raise DataError(
+            f"The items of {name} are read as samples, and this one is a whole batch for the model "
+            f"({_describe(parts)}). Pass kbtrain.data.as_loader(data): batches are taken as they "
+            "come."
+        )
+    if batched is None and _may_be_batch(parts):
+        logger.warning(
+            "Each item of %s is read as one sample (%s). If the items are batches already, pass "
+            "kbtrain.data.as_loader(data).",
+            name,
+            _describe(parts),
+        )
+
+
 def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
     """The shapes of an item's arrays in its structure; None if it has something without one."""
 
