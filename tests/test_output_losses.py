@@ -426,3 +426,28 @@ def test_a_compiled_model_without_labels_accumulates(tmp_path):
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
     for one, other in zip(runs[0][1], runs[1][1], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_adding_up_the_counts_leaves_no_trace(tmp_path):
+    """Statistics, seeds and weights are those of a run that has nothing to count beforehand."""
+    x, y = make_data(16)
+    runs = []
+    for losses in ({"a": "mse"}, {"a": "mse", "b": "mse"}):
+        inputs = keras.Input((3,))
+        hidden = keras.layers.BatchNormalization(momentum=0.7)(keras.layers.Dense(4)(inputs))
+        hidden = keras.layers.Dropout(0.5, seed=3)(hidden)
+        outputs = {name: keras.layers.Dense(1, name=name)(hidden) for name in "ab"}
+        model = with_weights(keras.Model(inputs, outputs))
+        args = arguments(
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        )
+        optimizers = (keras.optimizers.SGD(0.1), None)
+        more = {"loss_weights": {"a": 1.0, "b": 0.0}} if "b" in losses else {}
+        labels = {"a": y, "b": y}
+        fit(model, args, (x, labels), loss=losses, optimizers=optimizers, **more)
+        runs.append(weights(model))
+    for one, other in zip(*runs, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
