@@ -128,9 +128,10 @@ class ForwardPass:
             value = with_added(value, added, size, training and self.has_terms)
         if not self._with_metrics or (y is None and not self._without_labels):
             return value, outputs, None
-        if y is None:
-            masks = [None] * len(keras.tree.flatten(outputs))
-            return value, outputs, (x, None, outputs, sample_weight, masks)
+        if y is None or self._by_model:  # only the model knows which label is whose
+            tensors = tensors_of(outputs)
+            masks = [None] * len(keras.tree.flatten(tensors))
+            return value, outputs, (x, y, tensors, sample_weight, masks)
         return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
 
     def model_loss(self, batch: Any) -> tuple[LossPair, Any]:

@@ -18,6 +18,7 @@ from kbtrain import (
     optimization,
     rng,
     search,
+    task_preprocessing,
     timed,
     trainer_checks,
 )
@@ -279,7 +280,11 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
     def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
         collate = self.data_collator or padding_collator(self.processing_class, data)
         inputs = self.bound.inputs()
-        return make_loader(data, self.args, collate, name, train, self._columns, inputs)
+        columns, names = self._columns, building.input_names(self.model)
+        if self.data_collator is None and task_preprocessing.preprocesses(self.model, data, names):
+            data, collate = task_preprocessing.preprocessed(self.model, data)
+            columns = None  # it takes others than the model's inputs
+        return make_loader(data, self.args, collate, name, train, columns, inputs)
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The learning-rate schedule for a run of ``num_training_steps`` updates."""

@@ -310,3 +310,23 @@ def test_statistics_of_a_normalization_go_into_a_clone(tmp_path):
         ops.convert_to_numpy(model(images, training=False)),
         rtol=1e-6,
     )
+
+
+def test_a_detector_that_compiles_itself_and_knows_its_labels(tmp_path):
+    class Detector(Base):
+        def __init__(self):
+            super().__init__()
+            self.compile(loss={"box": keras.losses.Huber(reduction="sum"), "score": "mse"})
+
+        def call(self, x):
+            return {"box": self.dense(x), "score": -self.dense(x)}
+
+        def compute_loss(self, x, y, y_pred, sample_weight, **kwargs):
+            return 2 * ops.mean(ops.abs(y["corner"] - y_pred["box"]))
+
+    model = Detector()
+    labels = {"corner": Y, "kind": 0 * Y}
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=(X, labels))
+    got = trainer.evaluate()["eval_loss"]
+    kernel, bias = weights(model)
+    assert got == pytest.approx(2 * np.mean(np.abs(Y - X @ kernel - bias)), rel=1e-5)
