@@ -495,7 +495,8 @@ class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference 
         ("data_seed", np.uint8(7), 7),
         ("jit_compile", np.bool_(False), False),
     ],
-    ids=str,
+    # Sorted: pytest-xdist wants the same names in every process, and sets have no order.
+    ids=lambda item: str(sorted(item)) if isinstance(item, set) else str(item),
 )
 def test_values_are_stored_in_one_normal_form(name, given, stored):
     value = getattr(TrainingArguments(**{name: given}), name)
