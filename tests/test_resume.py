@@ -124,9 +124,8 @@ def test_evaluation_best_model_and_early_stopping_go_on(whole):
     assert len(evaluated) == 12
     best = min(evaluated, key=lambda e: e["eval_loss"])
     assert (metric, step) == (best["eval_loss"], best["step"])
-    assert callbacks["EarlyStoppingCallback"] == [
-        {"best": best["eval_loss"], "counter": 12 - best["step"]}
-    ]
+    (stopping,) = callbacks["EarlyStoppingCallback"]
+    assert (stopping["best"], stopping["counter"]) == (best["eval_loss"], 12 - best["step"])
 
 
 def test_longer_training_after_the_end(tmp_path):
