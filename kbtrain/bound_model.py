@@ -85,6 +85,7 @@ class BoundModel:
             backend.TAKES_STRINGS,
         )
         self.compiled = bool(getattr(model, "compiled", False))
+        self._compiled_with = _compiled_with(model)
         if args.bf16 or args.fp16:
             building.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
         given = {
@@ -136,6 +137,12 @@ class BoundModel:
         self.forward: ForwardPass | None = None
         self._eval_steps: dict[Hashable, CompiledEvalStep] = {}
         self._generation = 0
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the model has been compiled anew since its loss and metrics were taken over."""
+        pairs = zip(self._compiled_with, _compiled_with(self.model), strict=True)
+        return any(before is not now for before, now in pairs)
 
     @property
     def metric_variables(self) -> list[keras.Variable]:
@@ -384,6 +391,12 @@ def _movable(outputs: Any) -> Any:
 
     leaves = [move(path, leaf) for path, leaf in keras.tree.flatten_with_path(outputs)]
     return without_none(keras.tree.pack_sequence_as(outputs, leaves))
+
+
+def _compiled_with(model: Any) -> list[Any]:
+    """What ``compile`` makes anew, each time."""
+    names = ("optimizer", "_compile_loss", "_compile_metrics")
+    return [getattr(model, name, None) for name in names]
 
 
 @dataclass

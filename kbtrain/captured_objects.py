@@ -148,7 +148,7 @@ def settings(trainer: Trainer) -> Iterator[Place]:
         if not is_own_class(type(owner), ("keras", "optim")) and not is_optimizer:
             continue
         yield from _public(owner)
-        if is_optimizer and not isinstance(vars(owner).get("_learning_rate"), keras.Variable):
+        if is_optimizer:  # a number that is assigned stays in its variable, a schedule does not
             label = f"{type(owner).__name__}.learning_rate"
             yield Place(vars(owner), "_learning_rate", label, "", owner)
 

@@ -155,6 +155,8 @@ def evaluate(
             f"name. Received: {prefix!r}."
         )
     check_ignore_keys(ignore_keys)
+    if trainer.bound.is_outdated and not trainer.is_in_train:
+        trainer.adopt(trainer.model)
     bound, backend = trainer.bound, trainer.backend
     trainer.captured.due |= not trainer.is_in_train
     bound.renew(trainer.captured.look())

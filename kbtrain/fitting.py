@@ -132,6 +132,8 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     if trainer.model_init is not None:
         rng.set_seed(args.seed)
         trainer.adopt(trainer.call_model_init())
+    elif trainer.bound.is_outdated:
+        trainer.adopt(trainer.model)
     names = trainer.bound.label_names
     loader = as_loader(trainer.get_train_dataloader(), label_names=names)
     loader = in_epochs(weighted(loader, trainer.class_weight, names), args)

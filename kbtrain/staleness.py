@@ -24,7 +24,7 @@ import keras
 from kbtrain import building
 from kbtrain import captured_objects as objects
 from kbtrain.captured_names import Place, names_read_by
-from kbtrain.errors import place_of
+from kbtrain.errors import ConfigurationError, place_of
 from kbtrain.frozen_values import frozen, is_changeable
 
 if TYPE_CHECKING:
@@ -131,10 +131,19 @@ class Captured:
 
         Returns:
             The generation of what there is now.
+
+        Raises:
+            ConfigurationError: The model was compiled anew while it is trained.
         """
         if not self.due:
             return self.generation
         self.due = False
+        if self._trainer.is_in_train and self._trainer.bound.is_outdated:
+            raise ConfigurationError(
+                "The model was compiled anew while it is trained, by a callback perhaps. Its "
+                "optimizer, loss and metrics belong to the whole run: compile it before fit, or "
+                "between two calls. (Attributes of the three may be set at any time.)"
+            )
         changed = [w for w in self._watched if w.differs()]
         before, self._model = self._model, _shape_of(self._trainer.model)
         model_changed = bool(before) and not _equal(before, self._model)

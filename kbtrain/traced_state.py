@@ -88,9 +88,13 @@ class Position:
     """
 
     _active: ClassVar[Position | None] = None
+    _accepted: ClassVar[bool] = False
 
     def __init__(self, backend: ModuleType) -> None:
         self._backend = backend
+        if not Position._accepted:
+            backend.accept_numbers(DeviceNumber)
+            Position._accepted = True
         self._variable: keras.Variable | None = None
         self._decisions: Decisions | None = None
         self._state: Any = None

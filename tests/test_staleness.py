@@ -12,6 +12,7 @@ from keras import ops
 
 from kbtrain import Trainer, TrainerCallback
 from kbtrain.captured_objects import intercepted
+from kbtrain.errors import ConfigurationError
 from kbtrain.frozen_values import frozen, is_changeable
 
 FACTOR = 1.0
@@ -36,7 +37,7 @@ class Factor(keras.layers.Layer):
         self.array = np.ones(1, "float32")
 
     def call(self, x):
-        x = x * self.factor * self.factors[0] * self.named["a"] * self.array
+        x = x * self.factor * self.factors[0] * self.named["a"] * float(self.array[0])
         x = x * self.config.factor * self.config.nested["factors"][0] * self.shared
         return x if self.on else x * 0.0
 
@@ -101,7 +102,8 @@ def test_attributes_of_a_layer(tmp_path, kind, monkeypatch):
         callbacks=[EpochTwo(LAYER[kind])],
     )
     trainer.fit()
-    before, after = np.mean(np.square(model.linear(x) - y)), np.mean(np.square(y))
+    outputs = ops.convert_to_numpy(model.linear(x))
+    before, after = np.mean(np.square(outputs - y)), np.mean(np.square(y))
     expected = [float(v) for v in (before, after, after)]
     np.testing.assert_allclose(train_logs(trainer), expected, rtol=1e-5)
     np.testing.assert_allclose(train_logs(trainer, "eval_loss"), expected, rtol=1e-5)
@@ -215,6 +217,41 @@ def test_between_fits_and_evaluations(tmp_path):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(weight * first, rel=1e-5)
         trainer.fit()
         assert train_logs(trainer)[-1] == pytest.approx(weight * first, rel=1e-5)
+
+
+def test_a_model_that_is_compiled_anew(tmp_path):
+    x, y = make_data(8)
+    model = linear_model()
+    model.compile(keras.optimizers.SGD(1e-30), "mse")
+    trainer = Trainer(model, options(tmp_path), train_dataset=(x, y), eval_dataset=(x, y))
+    trainer.fit()
+    error = ops.convert_to_numpy(model(x)) - y
+    np.testing.assert_allclose(train_logs(trainer), [np.mean(error**2)] * 3, rtol=1e-5)
+    model.compile(keras.optimizers.SGD(1e-30), "mae", metrics=["mse"])
+    results = trainer.evaluate()
+    assert results["eval_loss"] == pytest.approx(np.mean(np.abs(error)), rel=1e-5)
+    assert results["eval_mse"] == pytest.approx(np.mean(error**2), rel=1e-5)
+    model.compile(keras.optimizers.SGD(1e-30), "mae")
+    trainer.fit()
+    np.testing.assert_allclose(train_logs(trainer), [np.mean(np.abs(error))] * 3, rtol=1e-5)
+    trainer.add_callback(EpochTwo(lambda t: t.model.compile("sgd", "mse")))
+    with pytest.raises(ConfigurationError, match="compiled anew while it is trained"):
+        trainer.fit()
+
+
+def test_a_schedule_that_is_assigned(tmp_path):
+    optimizer = keras.optimizers.SGD(0.5)
+    schedule = keras.optimizers.schedules.InverseTimeDecay(0.25, 1, 1.0)
+    trainer = Trainer(
+        linear_model(),
+        options(tmp_path),
+        train_dataset=make_data(8),
+        loss="mse",
+        optimizers=(optimizer, None),
+        callbacks=[EpochTwo(lambda t: setattr(t.optimizer, "learning_rate", schedule))],
+    )
+    trainer.fit()
+    np.testing.assert_allclose(train_logs(trainer, "learning_rate"), [0.5, 0.125, 0.25 / 3])
 
 
 def test_settings_of_keras_objects(tmp_path):

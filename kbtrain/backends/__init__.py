@@ -13,6 +13,7 @@
 ``dropping``                 a scope in which what layers assign is forgotten
 ``recompute``                a function that is run again for its gradients
 ``scan``                     a loop inside the step, over a leading axis
+``accept_numbers``           a class whose objects stand for tensors
 ``is_symbolic``              whether a variable stands for its values in many calls: a trace
 ``commit_if``, ``run_if``    assignments that happen only when a flag on the device says so
 ``undoable``                 assignments that can be taken back by such a flag

@@ -145,6 +145,13 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     return carry, outputs
 
 
+def accept_numbers(cls: type) -> None:
+    """Let the framework's own functions take objects of a class for their ``value``; once."""
+    jax.tree_util.register_pytree_node(
+        cls, lambda number: ((number.value,), None), lambda _, children: children[0]
+    )
+
+
 def is_symbolic(variable: keras.Variable) -> bool:
     """Whether a step is being traced, and ``variable`` is part of its state."""
     return isinstance(variable.value, jax.core.Tracer)

@@ -474,6 +474,11 @@ def _loop(
     return carry, tf.nest.map_structure(lambda a: a.stack(), arrays)
 
 
+def accept_numbers(cls: type) -> None:
+    """Let the framework's own functions take objects of a class for their ``value``; once."""
+    # It has __tf_tensor__, from keras.Variable.
+
+
 def is_symbolic(variable: keras.Variable) -> bool:
     """Whether a step is being traced; all that it reads is part of its state."""
     return not tf.executing_eagerly()

@@ -256,6 +256,11 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     return carry, keras.tree.map_structure(lambda *t: torch.stack(t), *outputs)
 
 
+def accept_numbers(cls: type) -> None:
+    """Let the framework's own functions take objects of a class for their ``value``; once."""
+    # It has __torch_function__, from keras.Variable.
+
+
 def is_symbolic(variable: keras.Variable) -> bool:
     """Whether a step is being recorded; ``variable`` is part of its state then."""
     if now.capturing:
