@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,11 @@ def is_changeable(value: Any) -> bool:
 
 def is_plain_object(value: Any) -> bool:
     """Whether it is an object of a user's class that is there to hold values (a dataclass, say)."""
-    if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+    if (
+        isinstance(value, type | types.ModuleType)
+        or callable(value)
+        or not hasattr(value, "__dict__")
+    ):
         return False
     roots = {cls.__module__.partition(".")[0] for cls in type(value).__mro__} - {"builtins"}
     return roots.isdisjoint(_FRAMEWORKS) or type(value).__name__ == "SimpleNamespace"
