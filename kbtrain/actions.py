@@ -16,6 +16,7 @@ from kbtrain.state import storable
 
 if TYPE_CHECKING:
     from kbtrain.run import Run
+    from kbtrain.state import TrainerState
     from kbtrain.trainer import Trainer
 
 logger = logging.getLogger("kbtrain")
@@ -117,16 +118,22 @@ def leave_unfinished(trainer: Trainer, run: Run, after: str) -> None:
     _stop(trainer, saving=trainer.args.save_strategy != "no")
 
 
+def position(state: TrainerState) -> str:
+    """Where a run is: "7 of 20", or "7" where its end is not known."""
+    return (
+        f"{state.global_step} of {state.max_steps}" if state.max_steps else f"{state.global_step}"
+    )
+
+
 def _stop(trainer: Trainer, saving: bool) -> None:
     """Let the loop save, if it can, and end."""
     if trainer.interruption is None:
         trainer.interruption = trainer.watch.reason(trainer.saver.longest)
         logger.warning(
-            "%s: %s at step %d of %d, then stopping.",
+            "%s: %s at step %s, then stopping.",
             trainer.interruption,
             "saving" if saving else "not saving (save_strategy='no')",
-            trainer.state.global_step,
-            trainer.state.max_steps,
+            position(trainer.state),
         )
     trainer.control.should_training_stop = True
     trainer.control.should_save = saving

@@ -107,6 +107,15 @@ def use_mixed_precision(model: keras.Model, policy: str) -> None:
             layer.dtype_policy = policy
 
 
+def computes_in_float16(model: keras.Model) -> bool:
+    """Whether a layer with weights has the policy ``mixed_float16``, or the model itself."""
+    return any(
+        layer.dtype_policy.name == "mixed_float16"
+        for layer in walk_layers(model)
+        if layer is model or layer.trainable_variables
+    )
+
+
 @contextlib.contextmanager
 def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
     """Inside, layers with float32 weights compute by ``policy``; None changes nothing."""

@@ -161,7 +161,10 @@ def evaluate(
     trainer.captured.due |= not trainer.is_in_train
     bound.renew(trainer.captured.look())
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
-    with execution.settings(backend, trainer.args), building.computing_in(bound.model, policy):
+    with (
+        execution.settings(backend, trainer.args, bound.model),
+        building.computing_in(bound.model, policy),
+    ):
         args, names = trainer.args, bound.label_names
         loader = trainer.eval_dataloader = as_loader(dataloader, label_names=names)
         max_batches = None if keep_outputs else args.eval_max_steps

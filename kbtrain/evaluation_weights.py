@@ -39,13 +39,7 @@ def swapped_in(optimizer: Any) -> Iterator[bool]:
             if swapped:
                 source.swap_back()
     else:
-        pairs = [
-            (variable, average)
-            for variable, average in zip(
-                source._trainable_variables, source._model_variables_moving_average, strict=True
-            )
-            if average is not None
-        ]
+        pairs = _averages(source)
         before = [_copy(variable) for variable, _ in pairs]
         for variable, average in pairs:
             variable.assign(_copy(average))
@@ -77,11 +71,24 @@ def differing(
 
 def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
     """Make the weights to evaluate the trained ones, as Keras does at the end of ``fit``."""
+    source = _source(optimizer)
+    if source is not None and not hasattr(source, "swap_in_evaluation_weights"):
+        # Keras' own average: on TensorFlow it cannot leave out variables that have none.
+        for variable, average in _averages(source):
+            variable.assign(_copy(average))
+        return
     before = [variable.value for variable in variables]
     optimizer.finalize_variable_values(variables)
     for variable, value in zip(variables, before, strict=True):
         if variable.value is not value:  # it may be the optimizer's own, not a copy of it
             variable.assign(_copy(variable))
+
+
+def _averages(source: Any) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Variables with their averages, of an optimizer of Keras' with ``use_ema``."""
+    averages = source._model_variables_moving_average
+    pairs = zip(source._trainable_variables, averages, strict=True)
+    return [(variable, average) for variable, average in pairs if average is not None]
 
 
 def _copy(variable: keras.Variable) -> Any:

@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 
+import keras
+
+from kbtrain import float64
 from kbtrain.errors import ConfigurationError
 from kbtrain.training_args import TrainingArguments
 
@@ -28,9 +31,13 @@ def check(backend: ModuleType, args: TrainingArguments) -> None:
 
 
 @contextlib.contextmanager
-def settings(backend: ModuleType, args: TrainingArguments) -> Iterator[None]:
-    """Inside, ``devices``, ``tf32`` and ``full_determinism`` hold; afterwards what held before."""
+def settings(backend: ModuleType, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
+    """Inside, ``devices``, ``tf32`` and ``full_determinism`` hold; afterwards what held before.
+
+    And a model in float64 computes in it.
+    """
     with (
+        float64.kept(model),
         backend.device_scope(args.chosen_device),
         backend.numerics(args.tf32, args.full_determinism),
     ):

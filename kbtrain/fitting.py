@@ -13,12 +13,12 @@ import keras
 from kbtrain import (
     actions,
     best_model,
-    building,
     documents,
     evaluation_weights,
     metric_schedule,
     model_steps,
     neftune,
+    optimization,
     optimizer_variables,
     persistence,
     recompute,
@@ -154,7 +154,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
     bound.renew(trainer.captured.generation)
-    optimizer = build_optimizer(trainer, plan.max_steps)
+    optimizer = optimization.build_optimizer(trainer, plan.max_steps)
     if not bound.own.train_step:  # a given one may have been built for what was trained before
         optimizer_variables.follow(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
@@ -210,10 +210,13 @@ def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
 def _plan(trainer: Trainer, loader: Loader) -> Plan:
     args = trainer.args
     if not loader.sized and args.max_steps <= 0:
-        raise ConfigurationError(
-            "The training data has no length, so the number of steps cannot be counted: "
-            f"set max_steps, or steps_per_epoch. Received: max_steps={args.max_steps}."
-        )
+        why = optimization.why_total_is_needed(trainer)
+        if why is not None:
+            raise ConfigurationError(
+                "The training data has no length, so the number of steps cannot be counted, and "
+                f"{why} needs it: set max_steps, or steps_per_epoch. "
+                f"Received: {type(trainer.train_dataset).__name__}, max_steps={args.max_steps}."
+            )
     batches = len(loader) if loader.sized else None
     return make_plan(
         batches, args.gradient_accumulation_steps, args.num_train_epochs, args.max_steps
@@ -258,59 +261,6 @@ def _updates_without_looking(trainer: Trainer) -> int:
     if trainer.callback_handler.need_every_step():
         return 1
     return steps_until_due(trainer.args, trainer.state)
-
-
-def build_optimizer(trainer: Trainer, max_steps: int) -> keras.optimizers.Optimizer:
-    """A new optimizer for each ``fit``; one that the user gave is kept, with its state."""
-    given, schedule = trainer.given_optimizers
-    if given is None and trainer.bound.compiled:
-        given = trainer.model.optimizer
-        _warn_of_unused(trainer)
-    trainer.lr_scheduler = schedule
-    if given is not None and trainer.args.ema is not None:
-        raise ConfigurationError(
-            "ema is for optimizers that are made from the arguments. This one was given "
-            f"({type(given).__name__}): give it an average yourself, as in optim.EMA(optimizer)."
-        )
-    if given is None:
-        if schedule is None:
-            trainer.lr_scheduler = trainer.create_scheduler(max_steps)
-        given = trainer.create_optimizer()
-        building.check_optimizer(given, "create_optimizer")
-        building.set_parameter_groups(given, trainer.model, trainer.args.parameter_groups)
-        given = building.with_average(given, trainer.args.ema)
-    elif trainer.args.parameter_groups:
-        raise ConfigurationError(
-            "parameter_groups is for optimizers that are made from the arguments. This one was "
-            f"given ({type(given).__name__}): give it the groups when you make it."
-        )
-    elif schedule is None:
-        trainer.lr_scheduler = metric_schedule.schedule_of(given)
-    elif given is not trainer.optimizer and not metric_schedule.is_metric_driven(schedule):
-        given.learning_rate = schedule
-    metric_schedule.attach(trainer.lr_scheduler, given, trainer.args)
-    if trainer.args.fp16 and not isinstance(given, keras.optimizers.LossScaleOptimizer):
-        given = keras.optimizers.LossScaleOptimizer(given)
-    trainer.optimizer = given
-    own_step = trainer.bound.own.train_step
-    trainer.other_optimizers = model_steps.optimizers_of(trainer.model) if own_step else {}
-    if own_step:  # what it needs, it has built
-        return given
-    building.build_optimizer_state(given, trainer.model, bool(trainer.args.parameter_groups))
-    return given
-
-
-def _warn_of_unused(trainer: Trainer) -> None:
-    """A compiled model's optimizer wins over the arguments: say so if some were set."""
-    defaults = type(trainer.args)()
-    names = ("optim", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps")
-    if unused := [n for n in names if getattr(trainer.args, n) != getattr(defaults, n)]:
-        logger.warning(
-            "The model was compiled with an optimizer (%s), which is used: %s in the arguments "
-            "have no effect. For those, pass a model that is not compiled.",
-            type(trainer.model.optimizer).__name__,
-            ", ".join(unused),
-        )
 
 
 def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:

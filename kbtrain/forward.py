@@ -22,7 +22,7 @@ from kbtrain.keras_losses import (
     without_ignored,
 )
 from kbtrain.keras_private import get_keras_mask
-from kbtrain.loss import LossPair, as_float, as_pair, call_loss_func, count_items
+from kbtrain.loss import LossPair, as_dtype_of, as_float, as_pair, call_loss_func, count_items
 from kbtrain.output_losses import LossTerms, OutputLosses, losses_of, with_added
 from kbtrain.outputs import Outputs, loss_weights_of, pair_up
 from kbtrain.own_methods import overrides
@@ -282,7 +282,7 @@ def default_loss(
     pair = keras_loss_pair(loss, y, outputs, sample_weight)
     if loss_weights is not None:
         (weight,) = loss_weights_of(loss_weights, [0], known).values()
-        pair = pair._replace(sum=pair.sum * as_float(weight))
+        pair = pair._replace(sum=pair.sum * as_dtype_of(weight, pair.sum))
     return pair, outputs
 
 
@@ -307,7 +307,8 @@ def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
     if isinstance(outputs, Mapping) and "loss" in outputs:
         return as_pair(outputs["loss"], size)
     if model.losses:
-        return LossPair(as_float(0.0), as_float(size))
+        zero = as_dtype_of(0.0, as_float(model.losses[0]))
+        return LossPair(zero, as_dtype_of(size, zero))
     raise ConfigurationError(
         "There is no loss: pass loss=... or compute_loss_func=... to the Trainer, compile the "
         "model with one, return a dict with the key 'loss' from it, or use add_loss in it."

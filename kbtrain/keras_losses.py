@@ -17,7 +17,7 @@ from keras import ops
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.keras_private import get_keras_mask
-from kbtrain.loss import IGNORE_INDEX, LossPair, as_float, as_pair, weighted_sum
+from kbtrain.loss import IGNORE_INDEX, LossPair, as_dtype_of, as_float, as_pair, weighted_sum
 
 
 def resolve_loss(loss: Any) -> Any:
@@ -181,7 +181,7 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
     if not len(losses.shape):
         if sample_weight is None:
             return as_pair(losses, size)
-        losses = losses * ops.ones_like(as_float(sample_weight))  # as in Keras
+        losses = losses * ops.ones_like(as_dtype_of(sample_weight, losses))  # as in Keras
         return LossPair(*weighted_sum(losses, sample_weight))
     for more in (own_mask, keep):
         mask = both(mask, more)

@@ -172,3 +172,23 @@ global_seed_generator = PrivatePart(
     passes=lambda error: isinstance(error, ValueError),  # Keras refuses to make it in a trace
 )
 """The generator that Keras draws from where a layer or operation has no seed."""
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+def _narrowing_table() -> dict[str, str]:
+    from keras.src.backend.common import dtypes
+
+    table: dict[str, str] = dtypes.BIT64_TO_BIT32_DTYPE
+    table["float64"]  # there, or this is another table
+    return table
+
+
+narrowing_table = _part(
+    "Keeping float64 in operations of Keras",
+    _narrowing_table,
+    dict,
+    "Where Keras makes float32 of float64, a model in float64 is trained so.",
+)
+"""What Keras' rules of promotion make of 64-bit dtypes at the end; changed, it holds at once."""

@@ -15,7 +15,6 @@ from kbtrain.data import (
     FixedEpochs,
     Loader,
     ModelInputs,
-    Source,
     StreamLoader,
     as_source,
 )
@@ -54,7 +53,6 @@ def make_loader(
         inputs: What the model takes; the default knows nothing of it.
 
     Raises:
-        ConfigurationError: Training data without a length, and no ``max_steps``.
         DataError: The data is of no kind that is known.
     """
     inputs = ModelInputs() if inputs is None else inputs
@@ -72,7 +70,6 @@ def make_loader(
             source, args.eval_batch_size, drop_last=args.dataloader_drop_last, **shared
         )
     else:
-        _check_length(source, args)
         loader = DataLoader(
             source,
             args.train_batch_size,
@@ -96,14 +93,6 @@ def make_loader(
     # A collator that was chosen for the data does not say what it is.
     has_collator = collate is not None and not getattr(collate, "is_default", False)
     return StreamLoader(loader, inputs, columns, samples=has_collator)
-
-
-def _check_length(source: Source, args: TrainingArguments) -> None:
-    if not source.sized and args.max_steps <= 0 and args.steps_per_epoch is None:
-        raise ConfigurationError(
-            f"{source.name} has no length, so the number of steps cannot be counted: set "
-            f"max_steps, or steps_per_epoch. Received: max_steps={args.max_steps}."
-        )
 
 
 def _as_they_come(

@@ -44,7 +44,7 @@ def train_loop(trainer: Trainer, run: Run) -> None:
     ``run.MAX_PENDING`` calls.
     """
     args, state, progress = trainer.args, trainer.state, run.progress
-    done = state.global_step >= run.plan.max_steps
+    done = 0 < run.plan.max_steps <= state.global_step
     if done and progress.unfinished is None:
         logger.warning("Nothing to do: step %d of %d.", state.global_step, run.plan.max_steps)
         return
@@ -73,16 +73,17 @@ def train_loop(trainer: Trainer, run: Run) -> None:
                     return  # what the end of the epoch brings is left to the resumed run
                 if ends_epoch(trainer.control):
                     break
-        if progress.batch == 0 and not ends_epoch(trainer.control):
+        exhausted = progress.batch == 0 and not ends_epoch(trainer.control)
+        last = exhausted or (epoch + 1 == run.plan.num_epochs and not ends_epoch(trainer.control))
+        if exhausted:
             logger.warning(
-                "No data in epoch %d: training ends at step %d of %d.",
-                epoch,
-                state.global_step,
-                run.plan.max_steps,
+                "No data in epoch %d: training ends at step %s.", epoch, actions.position(state)
             )
             trainer.control.should_training_stop = True
         run.end_epoch(stopped=trainer.control.should_training_stop)
-        decide_after_epoch(args, state, trainer.control)
+        if ends := last and not run.plan.max_steps:
+            state.max_steps = state.global_step
+        decide_after_epoch(args, state, trainer.control, ends)
         trainer.fire("on_epoch_end")
         log_evaluate_save(trainer, run, "epoch")
         if trainer.control.should_training_stop:

@@ -28,8 +28,8 @@ class LossPair(NamedTuple):
     """A loss before its reduction.
 
     Attributes:
-        sum: Scalar float32 tensor, the sum of the weighted losses.
-        count: Scalar float32 tensor, what to divide by; 0 where nothing counts.
+        sum: Scalar tensor, the sum of the weighted losses: float32, or float64 if these are.
+        count: Scalar tensor of the same dtype, what to divide by; 0 where nothing counts.
         extras: More named scalar tensors to average and log.
     """
 
@@ -39,13 +39,28 @@ class LossPair(NamedTuple):
 
 
 def as_float(value: Any) -> Any:
-    """``value`` as a float32 tensor."""
-    return ops.cast(ops.convert_to_tensor(value), "float32")
+    """``value`` as a float32 tensor; one in float64 stays as it is."""
+    tensor = ops.convert_to_tensor(value)
+    return ops.cast(tensor, float_dtype(tensor))
+
+
+def float_dtype(*tensors: Any) -> str:
+    """The dtype to compute in: ``"float64"`` if any of the tensors has it, else ``"float32"``."""
+    wide = any(keras.backend.standardize_dtype(t.dtype) == "float64" for t in tensors)
+    return "float64" if wide else "float32"
+
+
+def as_dtype_of(value: Any, reference: Any) -> Any:
+    """A number or tensor in the dtype of a tensor: TensorFlow computes with equal ones only."""
+    if getattr(value, "dtype", None) == reference.dtype:
+        return value
+    return ops.convert_to_tensor(value, dtype=reference.dtype)
 
 
 def mean(total: Any, count: Any) -> Any:
     """``total / count``, and ``total`` itself (0, or NaN if it is NaN) where nothing counts."""
-    return total / divisor(count)
+    count = divisor(count)
+    return total / (as_dtype_of(count, total) if ops.is_tensor(total) else count)
 
 
 def divisor(count: Any) -> Any:
@@ -121,7 +136,8 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         value, extras = value
     extras = _extras(extras)
     if isinstance(value, tuple) and len(value) == 2:
-        total, count = as_float(value[0]), as_float(value[1])
+        total = as_float(value[0])
+        count = as_dtype_of(value[1], total)
         if len(total.shape) or len(count.shape):
             raise ConfigurationError(
                 "A loss given as (sum, count) must be two scalars. "
@@ -143,7 +159,7 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
             "applied (a function with an argument `sample_weight` receives them). (The third part "
             "of a batch is its weights: several inputs are nested, ((x1, x2), y).)"
         )
-    count = as_float(batch_size)
+    count = as_dtype_of(batch_size, losses)
     return LossPair(losses * count, count, extras)
 
 
@@ -160,17 +176,17 @@ def weighted_sum(
         count_weights: Divide by the sum of the weights instead of the number of elements.
 
     Returns:
-        ``(sum, count)``, float32 scalars.
+        ``(sum, count)``, scalars of the dtype of ``losses``.
     """
     ones = ops.ones_like(losses)
     weight, valid = ones, ones
     if mask is not None:
-        valid = ones * _expand_like(ops.cast(mask, "float32"), losses)
+        valid = ones * _expand_like(ops.cast(mask, losses.dtype), losses)
         # A masked element may hold anything, also NaN: select, do not multiply.
         losses = ops.where(valid > 0, losses, ops.zeros_like(losses))
         weight = valid
     if sample_weight is not None:
-        weight = weight * _expand_like(as_float(sample_weight), losses)
+        weight = weight * _expand_like(as_dtype_of(sample_weight, losses), losses)
     return ops.sum(losses * weight), ops.sum(weight if count_weights else valid)
 
 
@@ -228,7 +244,8 @@ def call_loss_func(
             f"sum divided by num_items_in_batch. Received a tensor of shape {tuple(value.shape)}."
         )
     # Already divided by the update's total: undo it, so that the pair adds up like every other.
-    return LossPair(value * num_items, items, _extras(extras))
+    total = value * as_dtype_of(num_items, value)
+    return LossPair(total, as_dtype_of(items, value), _extras(extras))
 
 
 def count_items(y: Any, batch_size: int) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
-from kbtrain.loss import TAKEN, as_float, check_name
+from kbtrain.loss import TAKEN, as_dtype_of, as_float, check_name
 
 
 class MetricSet(Protocol):
@@ -273,10 +273,10 @@ def _shape(tensor: Any) -> str:
 
 def _masked_weight(sample_weight: Any, mask: Any) -> Any:
     """Weights that are zero where ``mask`` is False."""
-    mask = as_float(mask)
     if sample_weight is None:
-        return mask
+        return as_float(mask)
     weight = as_float(sample_weight)
+    mask = as_dtype_of(mask, weight)
     while len(weight.shape) > len(mask.shape) and weight.shape[-1] == 1:
         weight = ops.squeeze(weight, -1)
     while len(weight.shape) < len(mask.shape):

@@ -21,7 +21,7 @@ import keras
 from keras import ops
 
 from kbtrain.keras_losses import is_summed, keras_loss_pair
-from kbtrain.loss import LossPair, as_float, divisor, mean
+from kbtrain.loss import LossPair, as_dtype_of, as_float, divisor, float_dtype, mean
 from kbtrain.outputs import OutputLoss
 
 
@@ -78,7 +78,9 @@ class OutputLosses:
     @property
     def sum(self) -> Any:
         """The weighted sum of the outputs' means, times the samples."""
-        return sum(_weight(w) * mean(*_shown(p, s)) for _, p, w, s in self.pairs) * self.count
+        means = [_weighted(mean(*_shown(p, s)), w) for _, p, w, s in self.pairs]
+        total = _sum(means)
+        return total * as_dtype_of(self.count, total)
 
     @property
     def count(self) -> Any:
@@ -108,8 +110,14 @@ class OutputLosses:
         )
 
 
-def _weight(weight: Any) -> Any:
-    return as_float(1.0 if weight is None else weight)
+def _weighted(value: Any, weight: Any) -> Any:
+    return value if weight is None else value * as_dtype_of(weight, value)
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Of scalars, float64 if any is."""
+    dtype = float_dtype(*values)
+    return sum(ops.cast(value, dtype) for value in values)
 
 
 def _shown(pair: LossPair, summed: bool) -> tuple[Any, Any]:
@@ -119,9 +127,9 @@ def _shown(pair: LossPair, summed: bool) -> tuple[Any, Any]:
 def _term(pair: LossPair, weight: Any, summed: bool, samples: int, training: bool) -> Term:
     total, count = _shown(pair, summed)
     if summed and not training:
-        count = as_float(samples)
+        count = as_dtype_of(samples, total)
         total = total * count
-    return Term(total, count, _weight(weight))
+    return Term(total, count, as_dtype_of(1.0 if weight is None else weight, total))
 
 
 def losses_of(rows: Sequence[OutputLoss], samples: int) -> LossPair | OutputLosses:
@@ -133,7 +141,7 @@ def losses_of(rows: Sequence[OutputLoss], samples: int) -> LossPair | OutputLoss
     if len(pairs) > 1 or pairs[0][3]:
         return OutputLosses(pairs, samples)
     _, pair, weight, _ = pairs[0]
-    return pair if weight is None else pair._replace(sum=pair.sum * _weight(weight))
+    return pair if weight is None else pair._replace(sum=_weighted(pair.sum, weight))
 
 
 def with_added(
@@ -151,20 +159,24 @@ def with_added(
         training: Whether sums are to be added up, not shown.
     """
     vectors = [v for v in added if training and is_per_sample(v, samples)]
-    total = sum(ops.sum(as_float(v)) for v in added if not any(v is vector for vector in vectors))
+    means = [ops.sum(as_float(v)) for v in added if not any(v is vector for vector in vectors)]
     more: dict[str, Term] = {}
     if isinstance(loss, LossPair):
-        if len(vectors) < len(added):
+        if means:
+            total = as_dtype_of(_sum(means), loss.sum)
             loss = loss._replace(sum=loss.sum + total * loss.count)
         if not vectors:
             return loss
-        more["loss"] = Term(loss.sum, loss.count, as_float(1.0))
+        more["loss"] = Term(loss.sum, loss.count, as_dtype_of(1.0, loss.sum))
         loss = LossTerms({}, {}, as_float(samples), loss.extras)
-    elif len(vectors) < len(added):
-        more["added"] = Term(total * loss.samples, loss.samples, as_float(1.0))
+    elif means:
+        total = _sum(means)
+        count = as_dtype_of(loss.samples, total)
+        more["added"] = Term(total * count, count, as_dtype_of(1.0, total))
     if vectors:
-        each = sum(ops.sum(as_float(value)) for value in vectors)
-        more["added for each sample"] = Term(each, as_float(0.0), as_float(1.0))
+        each = _sum([ops.sum(as_float(value)) for value in vectors])
+        zero, one = (as_dtype_of(x, each) for x in (0.0, 1.0))
+        more["added for each sample"] = Term(each, zero, one)
     return loss._replace(others={**loss.others, **more})
 
 
@@ -196,7 +208,7 @@ def counts_of(loss: LossPair | LossTerms) -> dict[str, Any]:
 def value_of(loss: LossTerms, counts: Mapping[str, Any]) -> Any:
     """The total: of a batch with its own counts, of a micro-batch its part of the update's."""
     terms = loss.all().items()
-    return sum(term.weight * (term.sum / divisor(counts[name])) for name, term in terms)
+    return _sum([term.weight * (term.sum / divisor(counts[name])) for name, term in terms])
 
 
 def added_up(loss: LossTerms) -> LossTerms:
@@ -206,7 +218,9 @@ def added_up(loss: LossTerms) -> LossTerms:
         return {n: Term(ops.sum(t.sum), ops.sum(t.count), t.weight[0]) for n, t in terms.items()}
 
     samples = ops.sum(loss.samples)
-    extras = {n: mean(ops.sum(v * loss.samples), samples) for n, v in loss.extras.items()}
+    extras = {
+        n: mean(ops.sum(v * as_dtype_of(loss.samples, v)), samples) for n, v in loss.extras.items()
+    }
     return LossTerms(add(loss.outputs), add(loss.others), samples, extras)
 
 

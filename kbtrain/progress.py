@@ -30,7 +30,8 @@ class PrinterCallback(TrainerCallback):
             f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}"
             for n, v in kwargs["logs"].items()
         ]
-        say(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}")
+        of = f"/{state.max_steps}" if state.max_steps else ""
+        say(f"step {state.global_step}{of}: {', '.join(shown)}")
 
 
 def display(args: TrainingArguments) -> list[TrainerCallback]:
@@ -74,7 +75,9 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Show the bar."""
         if not self._disable:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=state.max_steps or None, initial=state.global_step, dynamic_ncols=True
+            )
 
     @harmless
     def on_step_end(

@@ -185,6 +185,8 @@ class Run:
         if not stopped or (length is not None and self.progress.batch >= length):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
             self.label_check = None
+            if length is None and not self.plan.max_steps:
+                self.state.epoch = float(self.progress.epoch)
 
     def read(self, keep: int = 0) -> None:
         """Wait for the updates that were started and add up their results.

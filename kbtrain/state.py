@@ -94,7 +94,8 @@ class TrainerState:
     Attributes:
         epoch: Epochs done, with the fraction of the current one.
         global_step: Optimizer updates done.
-        max_steps: Updates this run will do in all.
+        max_steps: Updates this run will do in all; 0 while that is not known, for data without a
+            length.
         num_train_epochs: Epochs this run will do in all.
         logging_steps: Updates between two logs.
         eval_steps: Updates between two evaluations.
@@ -250,7 +251,7 @@ def decide_after_step(
     With a step strategy, the last update also evaluates and saves, whatever the interval.
     """
     step = state.global_step
-    last = step >= state.max_steps
+    last = 0 < state.max_steps <= step
 
     def due(interval: int) -> bool:
         return interval > 0 and step % interval == 0
@@ -277,13 +278,28 @@ def steps_until_due(args: TrainingArguments, state: TrainerState) -> int:
         1 if args.logging_first_step and step == 0 else 0,
     ]
     distances = [interval - step % interval for interval in intervals if interval > 0]
-    return min([state.max_steps - step, *distances])
+    if state.max_steps:
+        distances.append(state.max_steps - step)
+    return min(distances, default=1 << 31)
 
 
 def decide_after_epoch(
-    args: TrainingArguments, state: TrainerState, control: TrainerControl
+    args: TrainingArguments, state: TrainerState, control: TrainerControl, ends: bool = False
 ) -> None:
-    """Set the switches that are due after an epoch."""
+    """Set the switches that are due after an epoch.
+
+    Args:
+        args: The strategies.
+        state: How far the run is.
+        control: Where the switches are.
+        ends: Whether this was the end of a run that was not known to end at this update.
+    """
+    if ends and state.global_step:
+        step = state.global_step
+        if args.eval_strategy == "steps" and args.eval_delay <= step and step % state.eval_steps:
+            control.should_evaluate = True
+        if args.save_strategy == "steps" and step % state.save_steps:
+            control.should_save = True
     if args.logging_strategy == "epoch":
         control.should_log = True
     if args.eval_strategy == "epoch" and args.eval_delay <= state.epoch:
@@ -297,9 +313,9 @@ class Plan:
     """How many updates and epochs a run has.
 
     Attributes:
-        max_steps: Updates in all.
+        max_steps: Updates in all; 0 if not known, for data without a length.
         num_epochs: Epochs in all, the last one possibly cut short.
-        steps_per_epoch: Updates in one epoch.
+        steps_per_epoch: Updates in one epoch; 0 if not known.
         batches_per_epoch: Micro-batches in one epoch; None for data without a length.
     """
 
@@ -311,9 +327,10 @@ class Plan:
     def epoch_at(self, epoch: int, batch: int, accumulation: int) -> float:
         """Epochs done after ``batch`` micro-batches of ``epoch``.
 
-        Data without a length counts the whole run as one epoch.
+        Data without a length counts the whole run of ``max_steps`` as one epoch; without these,
+        too, an epoch is not counted before its end.
         """
-        total = self.batches_per_epoch or self.max_steps * accumulation
+        total = self.batches_per_epoch or self.max_steps * accumulation or math.inf
         return epoch + batch / total
 
 
@@ -323,13 +340,15 @@ def make_plan(
     """Count updates as the reference does: a short last accumulation group is an update too.
 
     Args:
-        batches: Micro-batches per epoch; None for data without a length (``max_steps`` is set).
+        batches: Micro-batches per epoch; None for data without a length.
         accumulation: Micro-batches per update.
         num_train_epochs: Epochs; a fraction is allowed.
         max_steps: Updates; overrides the epochs if positive.
     """
-    if batches is None:
+    if batches is None and max_steps > 0:
         return Plan(max_steps, 2**31, max_steps, None)
+    if batches is None:
+        return Plan(0, math.ceil(num_train_epochs), 0, None)
     per_epoch = max(math.ceil(batches / accumulation), 1)
     if max_steps > 0:
         return Plan(max_steps, math.ceil(max_steps / per_epoch), per_epoch, batches)

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import keras
 from keras import ops
 
-from kbtrain.loss import LossPair, as_float, divisor, mean
+from kbtrain.backends.scope import is_overwritten
+from kbtrain.loss import LossPair, as_dtype_of, as_float, divisor, float_dtype, mean
 from kbtrain.metrics import MetricSet
 from kbtrain.output_losses import LossTerms, added_up, counts_of, means_of, value_of
 
@@ -53,6 +54,10 @@ def make_train_step(
     The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches;
     of several outputs each has its own counts, which a pass before the first gradient adds up.
     It is clipped by its global norm as torch does: ``g * min(1, max_norm / (norm + 1e-6))``.
+    All is float32, and float64 for variables in float64.
+
+    What is no gradient but a new value (``overwrite_with_gradient``: scales of float8 layers) goes
+    to the optimizer as it is, of several micro-batches the largest, as in Keras.
 
     Args:
         backend: A module of ``kbtrain.backends``.
@@ -75,6 +80,10 @@ def make_train_step(
     """
     # Such an optimizer meets overflow with a smaller scale: only the loss itself is checked.
     scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    replaced = [is_overwritten(v) for v in trainable]
+    # float8 layers keep track of the size of the gradients of Keras' loss, a mean; a loss scale is
+    # for means, too: a sum overflows float16 for nothing.
+    of_mean = scales_itself or any(replaced)
     state = [*trainable, *optimizer.variables]
     trained = {id(v) for v in trainable}
 
@@ -88,16 +97,19 @@ def make_train_step(
                 value = value_of(loss, counts_of(loss) if counts is None else counts)
             else:
                 value = loss.sum
-                if scales_itself:  # the scale is for means: a sum overflows float16 for nothing
+                if of_mean:
                     value = mean(value, ops.stop_gradient(loss.count))
             return optimizer.scale_loss(value), (loss, metric_inputs)
 
         _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
             objective, trainable, batch
         )
-        if scales_itself and isinstance(result, LossPair):
+        if of_mean and isinstance(result, LossPair):
             count = divisor(result.count)
-            gradients = [as_float(g) * count for g in gradients]
+            gradients = [
+                g if whole else _times(as_float(g), count)
+                for g, whole in zip(gradients, replaced, strict=True)
+            ]
         return result, metric_inputs, gradients, updates
 
     def is_running() -> Any:
@@ -119,7 +131,10 @@ def make_train_step(
             usable = ops.ones_like(usable)
         backend.commit_if(usable, updates)
         update_metrics(usable, metric_inputs)
-        total = [t + as_float(g) for t, g in zip(carry["gradients"], new, strict=True)]
+        total = [
+            ops.maximum(t, g) if whole else t + as_float(g)
+            for t, g, whole in zip(carry["gradients"], new, replaced, strict=True)
+        ]
         return {**carry, "gradients": total}, result
 
     def over_chunks(
@@ -150,7 +165,7 @@ def make_train_step(
             _, counts = over_chunks(count, {}, chunks)
             if counts:
                 carry["counts"] = {name: ops.sum(each) for name, each in counts.items()}
-        carry["gradients"] = [ops.zeros(v.shape, "float32") for v in trainable]
+        carry["gradients"] = [ops.zeros(v.shape, float_dtype(v.value)) for v in trainable]
         if num_items is not None:
             carry["num_items"] = num_items
         carry, joined = over_chunks(accumulate, carry, chunks)
@@ -158,7 +173,7 @@ def make_train_step(
             return added_up(joined), carry["gradients"]
         counts = joined.count
         extras = {
-            name: mean(ops.sum(values * counts), ops.sum(counts))
+            name: mean(ops.sum(_times(values, counts)), ops.sum(counts))
             for name, values in joined.extras.items()
         }
         return LossPair(ops.sum(joined.sum), ops.sum(counts), extras), carry["gradients"]
@@ -181,15 +196,17 @@ def make_train_step(
         else:
             (result, gradients), undo_if = backend.undoable(lambda: run_chunks(chunks, num_items))
 
+        proper = [g for g, whole in zip(gradients, replaced, strict=True) if not whole]
+        norm = backend.global_norm(proper)
         if isinstance(result, LossTerms):
             loss, extras = value_of(result, counts_of(result)), means_of(result)
-            per_item = as_float(1.0)
+            per_item = as_dtype_of(1.0, norm)
         else:
             loss, extras = mean(result.sum, result.count), dict(result.extras)
             # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
-            per_item = mean(1.0, as_float(result.count))
+            per_item = mean(1.0, as_dtype_of(result.count, norm))
         loss_scale = as_float(optimizer.scale_loss(1.0))
-        norm = backend.global_norm(gradients) * per_item / loss_scale
+        norm = norm * per_item / as_dtype_of(loss_scale, norm)
         factor = per_item
         if max_grad_norm > 0:
             factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
@@ -197,6 +214,9 @@ def make_train_step(
         finite = ops.isfinite(loss)
         if not scales_itself:
             finite = ops.logical_and(finite, ops.isfinite(norm))
+            for new_value, whole in zip(gradients, replaced, strict=True):
+                if whole:
+                    finite = ops.logical_and(finite, ops.all(ops.isfinite(new_value)))
 
         # A layer may assign its own weights: the optimizer goes on from there.
         own = [(v, value) for v, value in updates if id(v) in trained]
@@ -230,6 +250,10 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _times(tensor: Any, factor: Any) -> Any:
+    return tensor * as_dtype_of(factor, tensor)
 
 
 def make_eval_step(

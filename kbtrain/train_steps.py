@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kbtrain import model_steps, optimizer_variables, rng
+from kbtrain import model_steps, optimization, optimizer_variables, rng
 from kbtrain.bound_model import unique
 from kbtrain.errors import ConfigurationError
 from kbtrain.forward import ForwardPass, items_counter
@@ -36,6 +36,10 @@ def trained_variables(model: keras.Model) -> list[keras.Variable]:
     return trainable
 
 
+LONG = 1 << 31
+"""About how many updates a run has whose data does not say it."""
+
+
 def live_train_step(
     trainer: Trainer,
     forward: ForwardPass,
@@ -58,6 +62,8 @@ def live_train_step(
     own = trainer.bound.own.train_step
     follows = not own or optimizer_variables.has_all(trainer.optimizer, trainer.model)
 
+    max_grad_norm = 0.0 if own else optimization.clips_above(trainer)
+
     def build(decisions: Decisions) -> Callable[[Any, int], dict[str, Any]]:
         args, bound, optimizer = trainer.args, trainer.bound, trainer.optimizer
         assert optimizer is not None
@@ -78,7 +84,7 @@ def live_train_step(
                 optimizer,
                 trained,
                 bound.metrics,
-                args.max_grad_norm,
+                max_grad_norm,
                 args.on_nonfinite,
                 halted,
                 forward.has_terms,
@@ -97,11 +103,11 @@ def live_train_step(
             eagerly = bool(bound.model.run_eagerly)
             compiled = backend.compile_model_steps(traced, variables, jit, eagerly)
         else:
-            compiled = backend.compile_steps(traced, variables, jit, plan.max_steps)
+            compiled = backend.compile_steps(traced, variables, jit, plan.max_steps or LONG)
         return compiled
 
     def moment(micro_batches: int) -> Moment:
-        batches = plan.batches_per_epoch or plan.max_steps * accumulation
+        batches = plan.batches_per_epoch or plan.max_steps * accumulation or 1 << 30
         return Moment(
             trainer.state.global_step, progress.epoch, progress.batch, batches, micro_batches
         )

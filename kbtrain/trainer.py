@@ -149,6 +149,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         # Whether the model holds the weights in training, which may differ from those to evaluate.
         self.training_weights = False
         self.lr_scheduler: Any = None
+        self.num_training_steps = 0
         self.train_dataloader: Loader | None = None
         self.eval_dataloader: Loader | None = None
         self.position = Position(self.backend)
@@ -292,7 +293,9 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
 
     def create_optimizer(self) -> keras.optimizers.Optimizer:
         """The optimizer of ``args.optim``; it does not decay norms and biases."""
-        return optimization.make_optimizer(self.args, self.lr_scheduler, self.model)
+        return optimization.make_optimizer(
+            self.args, self.lr_scheduler, self.model, self.num_training_steps
+        )
 
     # --- training -------------------------------------------------------------------------------
 
@@ -339,7 +342,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
                 checkpoint = self.store.resolve(resume)
                 if checkpoint is None and args.save_strategy != "no":
                     actions.warn_of_former_run(self)
-                with execution.settings(self.backend, args):
+                with execution.settings(self.backend, args, self.model):
                     output = batch_size.fit(self, checkpoint)
             newest = actions.last_checkpoint(self) if self.watch.received else None
             self.watch.raise_received(self.state.global_step, newest)

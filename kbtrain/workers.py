@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.data import DataLoader
+from kbtrain.data.structure import keeping_float64, keeps_float64
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.extras import require
 
@@ -155,6 +156,7 @@ class WorkerLoader:
 
 def _batches_dataset(grain: Any, loader: DataLoader, first: int, count: int) -> Any:
     """A ``grain.MapDataset`` of batches ``first``, ``first + 1``, ... counted from epoch 0."""
+    float64 = keeps_float64()
 
     class Batches(grain.MapDataset):
         def __len__(self) -> int:
@@ -163,7 +165,8 @@ def _batches_dataset(grain: Any, loader: DataLoader, first: int, count: int) -> 
         def __getitem__(self, index: Any) -> Any:
             if isinstance(index, slice):
                 return self.slice(index)
-            return make_batch(loader, *divmod(first + index, len(loader)))
+            with keeping_float64(float64):
+                return make_batch(loader, *divmod(first + index, len(loader)))
 
     return Batches()
 

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
+from optim import precision
 from optim.checks import check_flag
 from optim.kernels import backend as kernels
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range, fused
@@ -24,14 +25,18 @@ class RelativeStep(keras.optimizers.schedules.LearningRateSchedule):
         [0.01, 0.01, 0.005]
     """
 
+    keeps_float64 = True
+
     def __init__(self, warmup_init: bool = False) -> None:
         self.warmup_init = bool(warmup_init)
 
     def __call__(self, step: Any) -> Tensor:
-        """The rate after ``step`` updates, a float32 scalar."""
-        count = ops.cast(step, "float32") + 1.0
-        ceiling = 1e-6 * count if self.warmup_init else 1e-2
-        return ops.minimum(ceiling, ops.rsqrt(count))
+        """The rate after ``step`` updates, a scalar of the dtype of `optim.Schedule`'s."""
+        dtype = precision.schedule_dtype(step)
+        with precision.arithmetic(dtype):
+            count = ops.cast(step, dtype) + 1.0
+            ceiling = 1e-6 * count if self.warmup_init else 1e-2
+            return ops.minimum(ceiling, ops.rsqrt(count))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""

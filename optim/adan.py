@@ -97,7 +97,7 @@ class Adan(Optimizer):
         """One update of one tensor, see `Optimizer.update`."""
         beta_1, beta_2, beta_3 = self.betas
         # Nothing at the first update: there is no gradient before it.
-        later = ops.cast(step > 1.5, "float32")
+        later = ops.cast(step > 1.5, gradient.dtype)
         # At the first update the difference is that to zeros, and does not count.
         difference, old = gradient - slots["previous_gradient"], slots["difference"]
         looking_ahead = gradient + (later * beta_2) * difference

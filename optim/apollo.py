@@ -157,7 +157,9 @@ class APOLLOAdamW(LowRank):
         sides = sides_of(shape)
         matrix = ops.reshape(gradient, tuple(sides))
         number = ops.cast(ops.floor((step - 1.0) / float(self.update_proj_gap)), "int32")
-        normal = random_normal(sides.projection(self.rank), self.seed, slots["key"], number)
+        normal = random_normal(
+            sides.projection(self.rank), self.seed, slots["key"], number, gradient.dtype
+        )
         projection = normal * (1.0 / math.sqrt(self.rank))
         projected = sides.project(matrix, projection)
         new = self.moments(slots, projected)
@@ -194,7 +196,9 @@ class APOLLOAdamW(LowRank):
         }
 
 
-def random_normal(shape: tuple[int, int], seed: int, key: Tensor, number: Tensor) -> Tensor:
+def random_normal(
+    shape: tuple[int, int], seed: int, key: Tensor, number: Tensor, dtype: Any = "float32"
+) -> Tensor:
     """Normal random numbers as a function of integers, the same on every backend to rounding.
 
     The position of an element is hashed with the integers, twice, and two uniform numbers are
@@ -205,15 +209,16 @@ def random_normal(shape: tuple[int, int], seed: int, key: Tensor, number: Tensor
         seed: Python integer in [0, 2 ** 31).
         key: int32 scalar.
         number: int32 scalar, not negative.
+        dtype: of the result.
 
     Returns:
-        float32 tensor.
+        A tensor.
     """
     base = _hashed(number + _hashed(key + _hashed(ops.convert_to_tensor(seed, "int32"))))
     position = ops.reshape(ops.arange(math.prod(shape), dtype="int32"), shape) * 2
     # Hashed before the integers enter: two sums could meet, and would go on together.
     first, second = (
-        _uniform(_hashed(ops.bitwise_xor(_hashed(position + i), base))) for i in (0, 1)
+        _uniform(_hashed(ops.bitwise_xor(_hashed(position + i), base)), dtype) for i in (0, 1)
     )
     return ops.sqrt(-2.0 * ops.log(first)) * ops.cos((2.0 * math.pi) * second)
 
@@ -233,9 +238,9 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return ops.bitwise_and(ops.right_shift(x, bits), (1 << (32 - bits)) - 1)
 
 
-def _uniform(x: Tensor) -> Tensor:
-    """The upper 23 bits of integers as float32 numbers inside (0, 1), neither end included."""
-    return (ops.cast(_shifted(x, 9), "float32") + 0.5) * 2.0**-23
+def _uniform(x: Tensor, dtype: Any) -> Tensor:
+    """The upper 23 bits of integers as numbers inside (0, 1), neither end included."""
+    return (ops.cast(_shifted(x, 9), dtype) + 0.5) * 2.0**-23
 
 
 def _norm(x: Tensor, axis: int | None) -> Tensor:

@@ -21,6 +21,7 @@ class Averaging(EvaluationWeights):
     slots_of: Any
     assign: Any
     _iterations: Any
+    _widest: str
     _get_variable_index: Any
     _model_variables_moving_average: list[Any]
 
@@ -57,35 +58,45 @@ class Averaging(EvaluationWeights):
             return None
         slots = {n: ops.convert_to_tensor(slot) for n, slot in self.slots_of(variable).items()}
         dtype = keras.utils.standardize_dtype(variable.dtype)
+        working = precision.working_dtype(variable)
         value = ops.convert_to_tensor(variable)
         if precision.needs_residual(dtype):
             value = precision.join(value, slots.pop("residual"), dtype)
-        result = rule.evaluated(ops.cast(value, "float32"), slots)
+        result = rule.evaluated(ops.cast(value, working), slots)
         return None if result is None else (_copy(result[0], dtype), result[1])
 
     def _update_model_variables_moving_average(self, trainable_variables: list[Any]) -> None:
         if not self.use_ema:
             return
-        share = 1.0 - self.ema_momentum
+        share: Any = 1.0 - self.ema_momentum
+        if self._widest == "float64":
+            share = ops.convert_to_tensor(share, "float64")
         if self.gradient_accumulation_steps:
-            updated = (self._iterations + 1) % self.gradient_accumulation_steps == 0
-            share = ops.where(updated, share, 0.0)
+            share = ops.where(self._updates_now(), share, 0.0)
         # Up to the first update the average is the variable itself.
-        share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), "float32")
+        share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), self._widest)
         for variable, average in zip(
             trainable_variables, self._model_variables_moving_average, strict=True
         ):
             if average is not None:
-                change = ops.cast(ops.convert_to_tensor(variable), "float32") - average
-                average.assign(average + share * change)
+                change = ops.cast(ops.convert_to_tensor(variable), average.dtype) - average
+                average.assign(average + ops.cast(share, average.dtype) * change)
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables: list[Any]) -> None:
-        # Here rather than in Keras, because the average has another dtype than the variable.
+        # Here rather than in Keras, because the average has another dtype than the variable, and
+        # Keras asks for it at each micro-batch of the update.
         for variable, average in zip(
             trainable_variables, self._model_variables_moving_average, strict=True
         ):
             if average is not None:
-                self.assign(variable, ops.cast(average, variable.dtype))
+                value = ops.cast(average, variable.dtype)
+                if self.gradient_accumulation_steps:
+                    value = ops.where(self._updates_now(), value, ops.convert_to_tensor(variable))
+                self.assign(variable, value)
+
+    def _updates_now(self) -> Any:
+        """Whether this call is the last of those that an update accumulates."""
+        return (self._iterations + 1) % self.gradient_accumulation_steps == 0
 
 
 def evaluates_another_value(rule: Any) -> bool:

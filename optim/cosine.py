@@ -39,7 +39,7 @@ def turn_remainder(done: Tensor, turns: int, period: int) -> Tensor:
     return ops.mod(ops.cast(done, "int32") * turns - quotient * period, period)
 
 
-def half_wave(rest: Tensor, period: int) -> Tensor:
+def half_wave(rest: Tensor, period: int, dtype: Any = "float32") -> Tensor:
     r"""The height of a half wave, :math:`(1 + \cos(\pi\, \text{rest} / \text{period})) / 2`.
 
     Written as a square of a sine counted from the end, which has all digits near 0 as well.
@@ -47,11 +47,12 @@ def half_wave(rest: Tensor, period: int) -> Tensor:
     Args:
         rest: whole numbers.
         period: where the height is 0.
+        dtype: of the result.
 
     Returns:
-        float32 tensor of the shape of ``rest``.
+        A tensor of the shape of ``rest``.
     """
-    left = ops.cast(period - rest, "float32") / period
+    left = ops.cast(period - rest, dtype) / period
     return ops.square(ops.sin((0.5 * math.pi) * left))
 
 
@@ -71,7 +72,7 @@ def wave(done: Tensor, cycles: float, length: int) -> Tensor:
     ratio = turns / (2 * length)
     if float(turns) == 2 * cycles and ratio.denominator <= _LARGEST_PERIOD:
         rest = turn_remainder(done, ratio.numerator, ratio.denominator)
-        return half_wave(2 * rest, ratio.denominator)
+        return half_wave(2 * rest, ratio.denominator, done.dtype)
     return ops.square(ops.cos((math.pi * cycles / length) * done))
 
 
@@ -171,7 +172,7 @@ class CosineWithRestarts(FiniteSchedule):
         done = step - self.num_warmup_steps
         ratio = Fraction(self.num_cycles, self.length)
         rest = turn_remainder(done, ratio.numerator, ratio.denominator)
-        return ops.where(done >= self.length, 0.0, half_wave(rest, ratio.denominator))
+        return ops.where(done >= self.length, 0.0, half_wave(rest, ratio.denominator, done.dtype))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

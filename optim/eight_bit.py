@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from optim import precision
 from optim.checks import check_pattern
 from optim.codes import (
     BLOCK,
@@ -132,7 +133,7 @@ class EightBit(Optimizer):
         self.full = self.full_precision.from_config(config)
 
     def rule_for(self, variable: Any) -> Optimizer:
-        """This rule for large tensors, full precision for small ones and what ``keep`` matches.
+        """This rule for large tensors; full precision for small ones, float64 and ``keep``.
 
         Args:
             variable: one of the variables the optimizer is built with.
@@ -141,7 +142,8 @@ class EightBit(Optimizer):
             This optimizer, or one of the class `full_precision`.
         """
         small = math.prod(tuple(variable.shape)) < SMALLEST
-        return self.full if small or re.search(self.keep, path_of(variable)) else self
+        wide = precision.working_dtype(variable) == "float64"
+        return self.full if small or wide or re.search(self.keep, path_of(variable)) else self
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Codes and scales in place of every slot of the variable's shape.

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from optim import precision
 from optim.averaging import evaluates_another_value
 from optim.checks import check_flag
 from optim.evaluation_weights import EvaluationWeights
@@ -116,7 +117,7 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
         with kernels.colocated(variable):
             return self.add_variable(
                 shape=tuple(variable.shape),
-                dtype="float32",
+                dtype=precision.working_dtype(variable),
                 name=f"{prefix}_average".replace("/", "_").replace(":", "_"),
                 layout=getattr(variable, "_layout", None),
             )
@@ -130,26 +131,30 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):
         """
         if not self.built:
             self.build(list(trainable_variables or []))
-        with kernels.no_gradient():
+        widest = "float32"
+        if any(a is not None and a.dtype == "float64" for a in self._averages.variables):
+            widest = "float64"
+        with kernels.no_gradient(), precision.arithmetic(widest):
             before = self.inner_optimizer.iterations + 0
             self.inner_optimizer.apply(grads, trainable_variables)
             count = self.inner_optimizer.iterations
-            share = self._share(ops.cast(count, "float32"))
+            share = self._share(ops.cast(count, widest))
             # Accumulation and loss scaling have calls that are no updates.
             share = ops.where(ops.equal(before, count), 0.0, share)
             for variable, average in zip(
                 self._trainable_variables, self._averages.variables, strict=True
             ):
                 if average is not None:
-                    change = ops.cast(ops.convert_to_tensor(variable), "float32") - average
-                    average.assign(average + share * change)
+                    change = ops.cast(ops.convert_to_tensor(variable), average.dtype) - average
+                    average.assign(average + ops.cast(share, average.dtype) * change)
 
     def _share(self, count: Any) -> Any:
         """What the newest weights contribute after ``count`` updates, the first one all."""
         kept: Any = self.decay
         if self.warmup:
             kept = ops.minimum(kept, (1.0 + count) / (10.0 + count))
-        return ops.cast(ops.where(count <= 1.0, 1.0, 1.0 - kept), "float32")
+        one, rest = (ops.convert_to_tensor(x, count.dtype) for x in (1.0, 1.0 - kept))
+        return ops.where(count <= 1.0, one, rest)
 
     def _evaluated(self, variable: Any) -> tuple[Any, dict[str, Any]] | None:
         average = self._averages.variables[self._get_variable_index(variable)]

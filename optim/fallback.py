@@ -6,6 +6,7 @@ with the same result, and the log says so once. These are all of them:
 - ``kernels/jax.py``: results in the order in which they overwrite their old values (`jax_order`);
 - ``kernels/tensorflow.py``: the same, and whether XLA compiles (`tensorflow_order`);
 - ``kernels/torch.py``: PyTorch's fused optimizers, recorded rules (`torch_elementwise`), the scope;
+- ``precision.py``: the table by which Keras makes float32 of float64;
 - here: the walk over a model's layers.
 
 `kbtrain.fallback` is the same for ``kbtrain``; neither package imports the other.

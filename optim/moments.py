@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import keras
 from keras import ops
 
 Tensor = Any
@@ -107,6 +108,7 @@ def rectify(beta_2: float, step: Tensor, limit: float = 5.0) -> tuple[Tensor, Te
     .. math:: \rho_t = \rho_\infty - 2/a + (2/a)\,(1 - x / (e^x - 1))
 
     whose first difference is a constant (computed in float64), and whose last factor has a series.
+    In float64 the series is not exact enough, nor needed.
 
     Args:
         beta_2: decay rate of the mean square, in [0, 1).
@@ -121,10 +123,13 @@ def rectify(beta_2: float, step: Tensor, limit: float = 5.0) -> tuple[Tensor, Te
         return ops.less(step, 0.0), ops.ones_like(step)
     a = -math.log(beta_2)
     x = step * a
-    small = ops.minimum(x, 1.0)
-    square = small * small
-    series = square * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
-    lost = ops.where(x < 1.0, 0.5 * small - series, 1.0 - x / ops.expm1(ops.maximum(x, 1.0)))
+    if keras.utils.standardize_dtype(step.dtype) == "float64":
+        lost = 1.0 - x / ops.expm1(x)
+    else:
+        small = ops.minimum(x, 1.0)
+        square = small * small
+        series = square * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
+        lost = ops.where(x < 1.0, 0.5 * small - series, 1.0 - x / ops.expm1(ops.maximum(x, 1.0)))
     rho = (rho_inf - 2.0 / a) + (2.0 / a) * lost
     rectified = rho > limit
     rho = ops.where(rectified, rho, 5.0)  # any at which the factor is finite

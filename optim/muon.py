@@ -214,7 +214,9 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
     x = matrix if wide else ops.transpose(matrix)
     # By the largest element first: squares of gradients below 1e-19 are 0 in float32.
     x = x / ops.maximum(ops.max(ops.abs(x)), 1e-30)
-    x = ops.cast(x / (ops.sqrt(kernels.squared_norm(x)) + 1e-7), dtype)
+    x = x / (ops.sqrt(kernels.squared_norm(x)) + 1e-7)
+    if dtype != "float32":  # which is the matrix's own
+        x = ops.cast(x, dtype)
     if dtype == "float32" and 2 * x.shape[0] <= x.shape[1]:
         for done in range(0, steps, _AT_ONCE):
             x = ops.matmul(_polynomial(x, min(_AT_ONCE, steps - done)), x)
@@ -222,7 +224,7 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
         for _ in range(steps):
             gram = ops.matmul(x, ops.transpose(x))
             x = a * x + ops.matmul(b * gram + c * ops.matmul(gram, gram), x)
-    x = ops.cast(x, "float32")
+    x = ops.cast(x, matrix.dtype)
     return x if wide else ops.transpose(x)
 
 

@@ -1,4 +1,4 @@
-"""`Optimizer`: a Keras optimizer whose algorithm is one pure float32 rule."""
+"""`Optimizer`: a Keras optimizer whose algorithm is one pure rule, float32 for most variables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +46,9 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
 
     A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
     its hyperparameters are (``get_config``). Everything else sits here and is the same for all:
-    float32 arithmetic and float32 state whatever the dtype of the variable, low-precision variables
-    that follow their float32 trajectory (`optim.precision`), weight decay per variable, sparse
-    gradients, and the execution by the kernels of the running backend.
+    float32 arithmetic and float32 state (float64 for a variable in float64), low-precision
+    variables that follow their float32 trajectory (`optim.precision`), weight decay per variable,
+    sparse gradients, and the execution by the kernels of the running backend.
 
     A subclass may treat variables differently. `rule_for` names the optimizer whose rule a variable
     gets (Muon gives its matrices one and everything else AdamW's), `learning_rate_multiplier_of`
@@ -177,7 +177,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         """The rule: one update of one tensor, a pure function written in `keras.ops`.
 
         Args:
-            parameter: float32 tensor.
+            parameter: float32 tensor; float64, as all that is float32 here, for a variable in it.
             gradient: float32 tensor of the same shape.
             slots: slot name -> tensor, as `slot_shapes` says.
             step: float32 scalar, 1 at the first update.
@@ -240,6 +240,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         """
         if self.built:
             return
+        dtypes = {precision.working_dtype(variable) for variable in variables}
+        self._widest = "float64" if "float64" in dtypes else "float32"
         super().build(variables)
         # Built again, those of a group may be frozen: it was right for all of them.
         groups = assign(self._parameter_groups, variables, strict=not self._has_been_built)
@@ -276,12 +278,13 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
 
     def _add_slot(self, variable: Any, name: str, slot: Slot) -> Any:
         prefix = path_of(variable)
+        dtype = precision.working_dtype(variable) if slot.dtype == "float32" else slot.dtype
         same_shape = tuple(slot.shape) == tuple(variable.shape)
         with kernels.colocated(variable):
             return self.add_variable(
                 shape=slot.shape,
                 initializer=initializer_of(slot, variable),
-                dtype=slot.dtype,
+                dtype=dtype,
                 name=f"{prefix}_{name}".replace("/", "_").replace(":", "_"),
                 layout=getattr(variable, "_layout", None) if same_shape else None,
             )
@@ -289,7 +292,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
-        """As in Keras, but float32: also the moving average and the accumulated gradients.
+        """As in Keras, but of the working dtype: also moving average and accumulated gradients.
 
         Args:
             reference_variable: the variable whose shape and place the new one takes.
@@ -378,15 +381,18 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         with kernels.no_gradient():
             super().apply(grads, trainable_variables)
 
+    _widest = "float32"
+
     def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Any]) -> None:
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             check_gradient(gradient, variable)
-        # Dense and float32 before Keras clips or accumulates them.
+        # Dense and of the working dtype before Keras clips or accumulates them.
         grads = [
-            kernels.float32_gradient(gradient, variable)
+            kernels.dense_gradient(gradient, variable)
             for gradient, variable in zip(grads, trainable_variables, strict=True)
         ]
-        super()._backend_apply_gradients(grads, trainable_variables)
+        with precision.arithmetic(self._widest):
+            super()._backend_apply_gradients(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
         """Nothing to do here: decay is part of the rule."""
@@ -394,12 +400,19 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
     def _backend_update_step(
         self, grads: list[Tensor], trainable_variables: list[Any], learning_rate: Any
     ) -> None:
-        kernels.execute(
-            self, grads, trainable_variables, self._step(), ops.cast(learning_rate, "float32")
-        )
+        rate = ops.cast(learning_rate, self._widest)
+        kernels.execute(self, grads, trainable_variables, self._step(), rate)
+
+    def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        if self._widest == "float32":
+            return super()._clip_gradients(grads)
+        # A norm over gradients of two dtypes.
+        dtypes = [keras.utils.standardize_dtype(g.dtype) for g in grads]
+        clipped = super()._clip_gradients([ops.cast(g, "float64") for g in grads])
+        return [ops.cast(g, dtype) for g, dtype in zip(clipped, dtypes, strict=True)]
 
     def _step(self) -> Tensor:
-        return ops.cast(self.iterations + 1, "float32")
+        return ops.cast(self.iterations + 1, self._widest)
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """Keras' entry for a single variable: execute the rule and assign the results.
@@ -410,8 +423,10 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
             learning_rate: the learning rate of this update.
         """
         check_gradient(gradient, variable)
-        gradient = kernels.float32_gradient(gradient, variable)
-        self.update_variable(gradient, variable, self._step(), ops.cast(learning_rate, "float32"))
+        gradient = kernels.dense_gradient(gradient, variable)
+        rate = ops.cast(learning_rate, self._widest)
+        with precision.arithmetic(self._widest):
+            self.update_variable(gradient, variable, self._step(), rate)
 
     def update_variable(
         self,
@@ -424,13 +439,15 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         """Execute the rule for one variable, as it is written, and assign the results.
 
         Args:
-            gradient: float32 tensor of the shape of the variable.
+            gradient: tensor of the shape of the variable, of its working dtype.
             variable: the variable to update.
-            step: float32 scalar, 1 at the first update.
-            learning_rate: float32 scalar, not yet multiplied for this variable.
+            step: scalar of at least that precision, 1 at the first update.
+            learning_rate: scalar likewise, not yet multiplied for this variable.
             through: called as ``through(pure, value, gradient, slots)``, returns what
                 ``pure(value, gradient, slots)`` would: the new value and slots.
         """
+        if self._widest == "float64":
+            step, learning_rate = (ops.cast(x, gradient.dtype) for x in (step, learning_rate))
         slots = self.slots_of(variable)
         treatment = self.treatment_of(variable)
         old_value = ops.convert_to_tensor(variable)
@@ -463,5 +480,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
 
     def _get_current_learning_rate(self) -> Any:
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-            return self._learning_rate(self.iterations)
+            count = self.iterations
+            if self._widest == "float64" and hasattr(self._learning_rate, "keeps_float64"):
+                count = ops.cast(count, "float64")  # and so is the rate
+            return self._learning_rate(count)
         return super()._get_current_learning_rate()

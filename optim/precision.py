@@ -7,11 +7,20 @@ variable is the rounded half of a float32 number, and a slot called ``"residual"
 The rounding is done on the bits of the float32 number. A cast down and up again does the same,
 but a compiler that may keep excess precision (XLA by default, PyTorch's inductor) may remove such a
 pair of casts, and then every residual is zero.
+
+A float64 variable has float64 arithmetic and state, and no residual. Keras' own rules of promotion
+make float32 of float64 on PyTorch and JAX; `keeping_float64` is for that.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
+
+from optim.fallback import PrivatePart
 
 # Significand bits of float32 that each format drops.
 _DROPPED_BITS = {"bfloat16": 16, "float16": 13}
@@ -19,6 +28,65 @@ _FLOAT16_LARGEST = 65504.0
 # Below this a float16 is a multiple of 2**-24, and so is a float32 that 0.75 was added to.
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
 _FLOAT16_SUBNORMAL_SHIFT = 0.75
+
+
+def working_dtype(variable: Any) -> str:
+    """The dtype of a variable's arithmetic and state: ``"float64"`` for one in it, else float32.
+
+    On JAX without ``jax_enable_x64`` a variable that calls itself float64 has a float32 value.
+    """
+    if keras.utils.standardize_dtype(variable.dtype) != "float64":
+        return "float32"
+    return keras.utils.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+
+
+def schedule_dtype(step: Any) -> str:
+    """The dtype of a schedule: float64 if the step is, or if Keras computes in it by default."""
+    if keras.utils.standardize_dtype(getattr(step, "dtype", "int32")) == "float64":
+        return "float64"
+    if keras.config.floatx() != "float64":
+        return "float32"
+    return keras.utils.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype)
+
+
+@contextlib.contextmanager
+def keeping_float64() -> Iterator[None]:
+    """Inside, operations of Keras make float64 of float64, which they do on TensorFlow anyway.
+
+    Their rules of promotion end with a step from 64 to 32 bits, and there is no public door to that
+    table.
+    """
+    table = _narrowing()
+    before = table.get("float64")
+    if before is not None:
+        table["float64"] = "float64"
+    try:
+        yield
+    finally:
+        if before is not None:
+            table["float64"] = before
+
+
+def arithmetic(dtype: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, Keras computes in ``"float64"`` or as ever."""
+    return keeping_float64() if dtype == "float64" else contextlib.nullcontext()
+
+
+def _narrowing_table() -> dict[str, str]:
+    from keras.src.backend.common import dtypes
+
+    table: dict[str, str] = dtypes.BIT64_TO_BIT32_DTYPE
+    table["float64"]  # there, or this is another table
+    return table
+
+
+_narrowing = PrivatePart(
+    "Keeping float64 in operations of Keras",
+    "keras",
+    _narrowing_table,
+    dict,
+    "Where Keras makes float32 of float64, variables in float64 are updated so.",
+)
 
 
 def needs_residual(dtype: str) -> bool:

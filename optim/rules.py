@@ -24,6 +24,8 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 class Slot:
     """A piece of state that is not a float32 tensor of zeros.
 
+    What is float32 here is float64 for a variable in float64.
+
     Attributes:
         shape: its shape.
         dtype: its dtype, as Keras names it.
@@ -108,10 +110,11 @@ def advance(
     Args:
         rule: the optimizer whose rule it is.
         value: the variable's value.
-        gradient: float32 tensor of the same shape.
+        gradient: tensor of the same shape; like the slots and scalars it is float32, or float64 if
+            the value is.
         slots: slot name -> tensor, with the ``"residual"`` of a low-precision value.
-        step: float32 scalar, 1 at the first update.
-        learning_rate: float32 scalar, times the variable's multiplier.
+        step: 1 at the first update.
+        learning_rate: times the variable's multiplier.
         weight_decay: the variable's decay.
 
     Returns:
@@ -119,18 +122,13 @@ def advance(
     """
     dtype = keras.utils.standardize_dtype(value.dtype)
     scalars = (step, learning_rate, weight_decay)
-    if dtype == "float32":
+    if dtype in ("float32", "float64"):
         return rule.update(value, gradient, slots, *scalars)
-    if precision.needs_residual(dtype):
-        rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
-        total = precision.join(value, slots["residual"], dtype)
-        total, rule_slots = rule.update(total, gradient, rule_slots, *scalars)
-        value, residual = precision.split(total, dtype)
-        return value, {**rule_slots, "residual": residual}
-    # A wider variable keeps its digits: it is moved by the float32 difference.
-    narrow = ops.cast(value, "float32")
-    moved, slots = rule.update(narrow, gradient, slots, *scalars)
-    return value + ops.cast(moved - narrow, dtype), slots
+    rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
+    total = precision.join(value, slots["residual"], dtype)
+    total, rule_slots = rule.update(total, gradient, rule_slots, *scalars)
+    value, residual = precision.split(total, dtype)
+    return value, {**rule_slots, "residual": residual}
 
 
 def initializer_of(slot: Slot, variable: Any) -> Any:
@@ -154,5 +152,7 @@ def initializer_of(slot: Slot, variable: Any) -> Any:
         return initializer
     # By value: TensorFlow cannot lift an initializer that reads a variable out of a traced step.
     with kernels.outside_of_tracing():
-        value = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(variable), "float32"))
+        value = ops.convert_to_numpy(
+            ops.cast(ops.convert_to_tensor(variable), precision.working_dtype(variable))
+        )
     return lambda shape, dtype: ops.cast(np.array(value), dtype)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from optim.checks import check_flag
+from optim.checks import check_flag, check_integer
 from optim.moments import bias_correction, moving_average, rectify
 from optim.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range, elementwise
 
@@ -27,6 +27,7 @@ class _ScheduleFree(Optimizer):
         r: float,
         weight_lr_power: float,
         weight_decay: float | None,
+        warmup_steps: int = 0,
         **common: Unpack[CommonArguments],
     ) -> None:
         if common.get("use_ema"):
@@ -38,6 +39,7 @@ class _ScheduleFree(Optimizer):
         self._beta = check_range(*beta, 1e-6, 1.0)
         self.r = check_range("r", r, 0.0)
         self.weight_lr_power = check_range("weight_lr_power", weight_lr_power, 0.0)
+        self.warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...] | Slot]:
         """The distance of the moving sequence, and what the weights of the average depend on.
@@ -71,6 +73,8 @@ class _ScheduleFree(Optimizer):
         if weight_decay:
             direction = direction + weight_decay * parameter
         rate = learning_rate * factor
+        if self.warmup_steps:
+            rate = rate * ops.minimum(step / self.warmup_steps, 1.0)
         largest = ops.maximum(slots["largest_rate"], rate)
         weight = largest**self.weight_lr_power * step**self.r
         total = slots["weight_sum"] + weight
@@ -91,7 +95,12 @@ class _ScheduleFree(Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
-        return {**super().get_config(), "r": self.r, "weight_lr_power": self.weight_lr_power}
+        return {
+            **super().get_config(),
+            "r": self.r,
+            "weight_lr_power": self.weight_lr_power,
+            "warmup_steps": self.warmup_steps,
+        }
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -113,9 +122,9 @@ class ScheduleFreeAdamW(_ScheduleFree):
     collects its statistics at :math:`y`; with it, run some batches through the model before
     evaluating, or use a norm without statistics.
 
-    Use a constant rate, best with a warm-up: ``constant_with_warmup``. In place of the momentum
-    there is the average, so the state is as large as Adam's. `keras.optimizers.ScheduleFreeAdamW`
-    averages with equal weights whatever the rate, and evaluates and saves :math:`y`.
+    Use a constant rate, best with ``warmup_steps``. In place of the momentum there is the average,
+    so the state is as large as Adam's. `keras.optimizers.ScheduleFreeAdamW` averages with equal
+    weights whatever the rate, and evaluates and saves :math:`y`.
 
     Args:
         learning_rate: a number, a learning-rate schedule or a callable without arguments.
@@ -125,6 +134,7 @@ class ScheduleFreeAdamW(_ScheduleFree):
         r: power of the step in the weights of the average.
         weight_lr_power: power of the largest learning rate so far in these weights.
         weight_decay: multiple of the variable added to the direction.
+        warmup_steps: updates in which the rate rises linearly to ``learning_rate``.
         **common: the arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
@@ -151,10 +161,17 @@ class ScheduleFreeAdamW(_ScheduleFree):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         weight_decay: float | None = 0.0,
+        warmup_steps: int = 0,
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(
-            learning_rate, ("beta_1", beta_1), r, weight_lr_power, weight_decay, **common
+            learning_rate,
+            ("beta_1", beta_1),
+            r,
+            weight_lr_power,
+            weight_decay,
+            warmup_steps,
+            **common,
         )
         self.beta_1 = self._beta
         self.beta_2 = check_range("beta_2", beta_2, 0.0, 1.0)
@@ -274,7 +291,9 @@ class ScheduleFreeRAdam(ScheduleFreeAdamW):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
-        return {**super().get_config(), "silent_sgd_phase": self.silent_sgd_phase}
+        config = {**super().get_config(), "silent_sgd_phase": self.silent_sgd_phase}
+        del config["warmup_steps"]  # there is none: the rectified rate takes its place
+        return config
 
 
 @keras.saving.register_keras_serializable(package="optim")
@@ -289,6 +308,7 @@ class ScheduleFreeSGD(_ScheduleFree):
         r: power of the step in the weights of the average.
         weight_lr_power: power of the largest learning rate so far in these weights.
         weight_decay: multiple of the variable added to the gradient.
+        warmup_steps: updates in which the rate rises linearly to ``learning_rate``.
         **common: the arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
@@ -313,10 +333,17 @@ class ScheduleFreeSGD(_ScheduleFree):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
         weight_decay: float | None = 0.0,
+        warmup_steps: int = 0,
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(
-            learning_rate, ("momentum", momentum), r, weight_lr_power, weight_decay, **common
+            learning_rate,
+            ("momentum", momentum),
+            r,
+            weight_lr_power,
+            weight_decay,
+            warmup_steps,
+            **common,
         )
         self.momentum = self._beta
 

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from optim import precision
 from optim.checks import check_count, check_range
 from optim.optimizer import Tensor
 
@@ -41,6 +42,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         0.125
     """
 
+    keeps_float64 = True
+
     def __init__(self, learning_rate: float, num_warmup_steps: int = 0) -> None:
         self.learning_rate = check_range("learning_rate", learning_rate, 0.0)
         self.num_warmup_steps = check_count("num_warmup_steps", num_warmup_steps, 0)
@@ -52,14 +55,16 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             step: number of updates done so far: an integer, a scalar tensor or variable.
 
         Returns:
-            float32 scalar tensor.
+            float32 scalar tensor; float64 if the step is, or ``keras.config.floatx()``.
         """
-        step = ops.cast(step, "float32")
-        factor = self.factor(step)
-        if self.num_warmup_steps:
-            warm = step < self.num_warmup_steps
-            factor = ops.where(warm, self.warmup_factor(step), factor)
-        return ops.cast(self.learning_rate * factor, "float32")
+        dtype = precision.schedule_dtype(step)
+        with precision.arithmetic(dtype):
+            step = ops.cast(step, dtype)
+            factor = self.factor(step)
+            if self.num_warmup_steps:
+                warm = step < self.num_warmup_steps
+                factor = ops.where(warm, self.warmup_factor(step), factor)
+            return ops.cast(self.learning_rate * factor, dtype)
 
     def warmup_factor(self, step: Tensor) -> Tensor:
         """The share of the learning rate during the warm-up.

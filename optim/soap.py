@@ -186,7 +186,7 @@ class SOAP(Optimizer):
         basis = kernels.refresh(first, eigenvectors, preconditioner, basis)
         # The order goes along as one more row, because one tensor is all that comes back.
         length = basis.shape[0]
-        same = ops.reshape(ops.arange(length, dtype="float32"), (1, length))
+        same = ops.cast(ops.reshape(ops.arange(length, dtype="float32"), (1, length)), basis.dtype)
         both = ops.concatenate([basis, same], axis=0)
         both = kernels.refresh(due, turned_towards, preconditioner, both)
         return preconditioner, both[:length], ops.cast(both[length], "int32")
@@ -237,7 +237,7 @@ def turned_towards(matrix: Tensor, both: Tensor) -> Tensor:
     order = ops.argsort(-sizes)
     new, _ = ops.qr(ops.matmul(safe, ops.take(basis, order, axis=1)))
     new = ops.where(finite, new, float("nan"))
-    moved = ops.where(finite, ops.cast(order, "float32"), both[length])
+    moved = ops.where(finite, ops.cast(order, both.dtype), both[length])
     return ops.concatenate([new, ops.reshape(moved, (1, length))], axis=0)
 
 

@@ -104,7 +104,7 @@ class WarmupStableDecay(Schedule):
         done = ops.clip(step, 0.0, float(length))
         height = done / length
         if self.warmup_type == "cosine":
-            height = half_wave(length - done, length)
+            height = half_wave(length - done, length, done.dtype)
         elif self.warmup_type == "1-sqrt":
             # 1 - sqrt(x) without its cancellation near x = 1.
             height = height / (1.0 + ops.sqrt((length - done) / length))

@@ -213,18 +213,18 @@ def test_a_compiled_model_brings_everything(tmp_path):
     kernel = weights(model)[0]
     trainer = Trainer(
         model,
-        arguments(tmp_path, max_steps=1, max_grad_norm=0, learning_rate=9.0),
+        arguments(tmp_path, max_steps=1, max_grad_norm=0, learning_rate=0.2),
         train_dataset=(x, y),
         eval_dataset=(x, y),
     )
-    trainer.fit()
+    trainer.fit()  # with the optimizer of compile, and the rate that was set
     error = x @ kernel - y
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)
     assert entry["loss"] == pytest.approx(np.mean(error**2), rel=1e-6)
     assert entry["mae"] == pytest.approx(np.mean(np.abs(error)), rel=1e-6)
-    assert entry["learning_rate"] == pytest.approx(0.1)
+    assert entry["learning_rate"] == pytest.approx(0.2)
     assert trainer.optimizer is model.optimizer
-    np.testing.assert_allclose(weights(model)[0], kernel - 0.1 * 2 * x.T @ error / 8, rtol=1e-5)
+    np.testing.assert_allclose(weights(model)[0], kernel - 0.2 * 2 * x.T @ error / 8, rtol=1e-5)
     assert "eval_mae" in trainer.evaluate()
 
 

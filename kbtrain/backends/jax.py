@@ -45,6 +45,7 @@ from kbtrain.backends.jax_model_steps import (  # noqa: F401
 )
 from kbtrain.backends.jax_state import Scope, now, run_stateless
 from kbtrain.backends.jax_trace import on_cpu, trace
+from kbtrain.backends.scope import is_overwritten
 from kbtrain.keras_private import stateless_scope
 
 TAKES_STRINGS = False
@@ -228,24 +229,29 @@ def apply_optimizer(
 ) -> None:
     """Update ``variables`` with the gradients times ``factor``, a scalar.
 
-    The stateless form, because some optimizers branch on the device.
+    Not times it are those that Keras overwrites a variable with. The stateless form, because some
+    optimizers branch on the device.
     """
     state = optimizer.variables
     values, slots = optimizer.stateless_apply(
-        [v.value for v in state], _scale(gradients, factor), [v.value for v in variables]
+        [v.value for v in state], _scale(gradients, factor, variables), [v.value for v in variables]
     )
     for variable, value in zip([*variables, *state], [*values, *slots], strict=True):
         variable.assign(value)
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype("float32"))) for g in gradients))
+    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    dtype = "float64" if any(g.dtype == jnp.float64 for g in gradients) else "float32"
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(dtype))) for g in gradients))
 
 
-def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+def _scale(gradients: Sequence[Any], factor: Any, variables: Sequence[keras.Variable]) -> list[Any]:
     """Multiply every gradient by one scalar, keeping dtypes."""
-    return [g * factor.astype(g.dtype) for g in gradients]
+    return [
+        g if is_overwritten(v) else g * factor.astype(g.dtype)
+        for g, v in zip(gradients, variables, strict=True)
+    ]
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:

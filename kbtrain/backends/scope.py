@@ -9,6 +9,11 @@ import keras
 from keras import ops
 
 
+def is_overwritten(variable: keras.Variable) -> bool:
+    """Whether what is differentiated for a variable is its new value, as for float8 scales."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
 class LossScope(keras.StatelessScope):
     """Holds what the layers assign, without cutting a weight off from its gradient.
 

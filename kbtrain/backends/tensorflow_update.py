@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from kbtrain.backends.scope import is_overwritten
 from kbtrain.fallback import PrivatePart
 
 LARGE_BYTES = 1 << 20
@@ -39,12 +40,14 @@ def apply_optimizer(
 ) -> None:
     """Update ``variables`` with the gradients times ``factor``, a scalar.
 
+    Not times it are those that Keras overwrites a variable with.
+
     In a graph each operation of the rule is a pass over memory. So where the rule is elementwise
     and the variables are large, XLA compiles it, also in a step that otherwise runs as a graph.
     """
 
     def apply(gradients: Sequence[Any], factor: Any) -> None:
-        optimizer.apply(_scale(gradients, factor), list(variables))
+        optimizer.apply(_scale(gradients, factor, variables), list(variables))
 
     gradients = list(gradients)
     least = max(LARGE_BYTES, len(gradients) * BYTES_PER_VARIABLE)
@@ -63,9 +66,10 @@ def size_of(tensor: Any) -> int:
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32."""
+    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    dtype = "float64" if any(g.dtype == tf.float64 for g in gradients) else "float32"
     square = _squared_norm if _for_xla_on_cpu() else _squared_norm_of_a_graph
-    return tf.sqrt(tf.add_n([square(tf.cast(g, "float32")) for g in gradients]))
+    return tf.sqrt(tf.add_n([square(tf.cast(g, dtype)) for g in gradients]))
 
 
 def _for_xla_on_cpu() -> bool:
@@ -113,6 +117,9 @@ def _squared_norm(tensor: Any) -> Any:
     return tf.reduce_sum(sums[0]) + (tf.reduce_sum(rest * rest) if even < count else 0.0)
 
 
-def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
+def _scale(gradients: Sequence[Any], factor: Any, variables: Sequence[keras.Variable]) -> list[Any]:
     """Multiply every gradient by one scalar, keeping dtypes."""
-    return [g * tf.cast(factor, g.dtype) for g in gradients]
+    return [
+        g if is_overwritten(v) else g * tf.cast(factor, g.dtype)
+        for g, v in zip(gradients, variables, strict=True)
+    ]

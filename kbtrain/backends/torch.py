@@ -10,7 +10,7 @@ import keras
 import torch
 from torch.utils import checkpoint
 
-from kbtrain.backends.scope import LossScope, NoticingScope
+from kbtrain.backends.scope import LossScope, NoticingScope, is_overwritten
 
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.torch_device import (  # noqa: F401
@@ -349,15 +349,21 @@ def apply_optimizer(
     factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables`` with the gradients times ``factor``, a scalar."""
-    optimizer.apply(_scale(gradients, factor), list(variables))
+    """Update ``variables`` with the gradients times ``factor``, a scalar.
+
+    Not times it are those that Keras overwrites a variable with.
+    """
+    _multiply(
+        [g for g, v in zip(gradients, variables, strict=True) if not is_overwritten(v)], factor
+    )
+    optimizer.apply(list(gradients), list(variables))
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32."""
+    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
     wide = any(g.dtype == torch.float64 for g in gradients)
     norms = _norms(list(gradients), torch.float64 if wide else torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 _norms = PrivatePart(
@@ -368,13 +374,6 @@ _norms = PrivatePart(
     "They are taken one by one.",
     passes=is_oom,
 )
-
-
-def _scale(gradients: Sequence[Any], factor: Any) -> list[Any]:
-    """Multiply every gradient by one scalar, in place, keeping dtypes."""
-    gradients = list(gradients)
-    _multiply(gradients, factor)
-    return gradients
 
 
 _multiply = PrivatePart(

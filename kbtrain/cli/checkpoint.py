@@ -147,7 +147,7 @@ def _facts(outline: CheckpointOutline) -> dict[str, Any]:
     state, progress = outline.state, outline.progress
     parameters = sum(math.prod(array.shape) for array in outline.arrays.get("model", []))
     facts = {
-        "step": f"{outline.step} of {state.get('max_steps', '?')}",
+        "step": f"{outline.step} of {state.get('max_steps') or '?'}",
         "epoch": state.get("epoch", "?"),
         "position": f"batch {progress['batch']} of epoch {progress['epoch']}" if progress else "-",
         "best": "-",

@@ -5,6 +5,8 @@ This is the small part of ``keras.tree`` that data needs, without importing Kera
 prepared, and tested, before a backend is chosen.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +104,8 @@ def to_numpy(value: Any, name: str = "batch", strings: bool = False) -> Any:
     """Convert everything in a structure to NumPy arrays of dtypes a model can take.
 
     Python numbers, (nested) lists of numbers and whatever has ``__array__`` become arrays. float64
-    becomes float32, as everywhere in Keras; all other numeric dtypes stay.
+    becomes float32, as everywhere in Keras, unless ``keras.config.floatx()`` is float64; all other
+    numeric dtypes stay.
 
     Args:
         value: A structure of arrays, tensors, numbers and lists of numbers.
@@ -185,13 +188,37 @@ def _is_text(array: np.ndarray) -> bool:
 
 
 def cast(array: np.ndarray) -> np.ndarray:
-    """Return float64 (and wider) as float32, foreign byte order as native, the rest as it is."""
+    """Return float64 (and wider) as float32, foreign byte order as native, the rest as it is.
+
+    Where Keras computes in float64 by default (``keras.config.floatx()``), float64 stays.
+    """
     dtype = array.dtype
     if dtype is _FLOAT32:
         return array
     if dtype.kind == "f" and dtype.itemsize >= _FLOAT64.itemsize:
-        return array.astype(np.float32)
+        return array.astype(np.float64 if keeps_float64() else np.float32, copy=False)
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+
+
+def keeps_float64() -> bool:
+    """Whether data in float64 stays so: in this process's Keras, or where a worker was told."""
+    if "float64" in _TOLD:
+        return _TOLD["float64"]
+    keras = sys.modules.get("keras")
+    return keras is not None and keras.config.floatx() == "float64"
+
+
+@contextlib.contextmanager
+def keeping_float64(keep: bool) -> Iterator[None]:
+    """What `keeps_float64` says inside: the Keras of a worker process has the default settings."""
+    _TOLD["float64"] = keep
+    try:
+        yield
+    finally:
+        del _TOLD["float64"]
+
+
+_TOLD: dict[str, bool] = {}
 
 
 def has_array(value: Any) -> bool:

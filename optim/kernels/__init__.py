@@ -5,7 +5,8 @@ One module per backend, the same names in each:
 - ``no_gradient()``: a context in which nothing is recorded for differentiation.
 - ``colocated(variable)``: a context that creates variables where ``variable`` lives.
 - ``outside_of_tracing()``: a context in which variables can be read on the host, if they exist.
-- ``float32_gradient(gradient, variable)``: the gradient as a dense float32 tensor.
+- ``dense_gradient(gradient, variable)``: the gradient as a dense tensor, float32 or, for a
+  variable in float64, float64.
 - ``execute(optimizer, gradients, variables, step, learning_rate)``: runs the optimizer's rule over
   all variables and assigns the results.
 - ``refresh(due, compute, operand, current)``: ``compute(operand, current)`` where the boolean

@@ -18,6 +18,7 @@ from keras import ops
 from optim.fallback import PrivatePart
 from optim.kernels.jax_wait import after, zero_after
 from optim.order import LARGE, Pure
+from optim.precision import working_dtype
 
 FUSED: dict[str, Callable[..., None]] = {}
 
@@ -37,11 +38,11 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def float32_gradient(gradient: Any, variable: Any) -> Any:
-    """The gradient as a dense float32 array, of the shape it came in."""
+def dense_gradient(gradient: Any, variable: Any) -> Any:
+    """The gradient as a dense array of the working dtype, of the shape it came in."""
     if isinstance(gradient, JAXSparse):
         gradient = gradient.todense()
-    return ops.cast(gradient, "float32")
+    return ops.cast(gradient, working_dtype(variable))
 
 
 def execute(

@@ -10,6 +10,7 @@ import tensorflow as tf
 from optim.fallback import PrivatePart
 from optim.kernels import tensorflow_order
 from optim.kernels.tensorflow_order import for_xla_on_cpu
+from optim.precision import working_dtype
 
 FUSED: dict[str, Callable[..., None]] = {}
 
@@ -32,19 +33,20 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return tf.init_scope()
 
 
-def float32_gradient(gradient: Any, variable: Any) -> Any:
-    """The gradient as a dense float32 tensor; rows that an `IndexedSlices` repeats are added up.
+def dense_gradient(gradient: Any, variable: Any) -> Any:
+    """The gradient, dense, of the working dtype; rows that `IndexedSlices` repeat are added up.
 
     Made dense before anything else sees it: a norm over the unsummed rows would be wrong, and the
     momentum of a row without a gradient decays like any other on every backend.
     """
+    dtype = working_dtype(variable)
     if isinstance(gradient, tf.IndexedSlices):
         return tf.math.unsorted_segment_sum(
-            tf.cast(gradient.values, tf.float32), gradient.indices, variable.shape[0]
+            tf.cast(gradient.values, dtype), gradient.indices, variable.shape[0]
         )
     if isinstance(gradient, tf.SparseTensor):
         gradient = tf.sparse.to_dense(gradient)
-    return tf.cast(gradient, tf.float32)
+    return tf.cast(gradient, dtype)
 
 
 def execute(
@@ -105,7 +107,7 @@ def squared_norm(x: Any) -> Any:
 def mean_product(x: Any, y: Any) -> Any:
     """The mean of the products of the elements of two tensors."""
     count = tf.size(x) if x.shape.num_elements() is None else x.shape.num_elements()
-    return _sum_of_products(x, y) / tf.cast(count, "float32")
+    return _sum_of_products(x, y) / tf.cast(count, x.dtype)
 
 
 def _sum_of_products(x: Any, y: Any) -> Any:

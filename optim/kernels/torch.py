@@ -15,6 +15,7 @@ from optim.kernels.torch_adafactor import run_adafactor
 from optim.kernels.torch_eight_bit import run_eight_bit
 from optim.kernels.torch_elementwise import NotElementwise, record_program, run_elementwise
 from optim.kernels.torch_operation import LIBRARY, Numbered
+from optim.precision import working_dtype
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -34,11 +35,14 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def float32_gradient(gradient: Any, variable: Any) -> Any:
-    """The gradient as a dense float32 tensor."""
+def dense_gradient(gradient: Any, variable: Any) -> Any:
+    """The gradient as a dense tensor of the working dtype."""
+    if not torch.is_tensor(gradient):  # an array of NumPy's
+        gradient = keras.ops.convert_to_tensor(gradient)
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
-    return gradient if gradient.dtype is torch.float32 else gradient.float()
+    dtype = torch.float64 if working_dtype(variable) == "float64" else torch.float32
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 def execute(
@@ -48,11 +52,14 @@ def execute(
     in_place = optimizer.kernel is None and not _in_stateless_scope()
     batches: dict[Any, _Batch] = {}
     failures: list[Exception] = []
+    wide_step, wide_rate = step, learning_rate
+    if step.dtype is torch.float64:  # some variables are, and the others have kernels for float32
+        step, learning_rate = step.float(), learning_rate.float()
     for gradient, variable in zip(gradients, variables, strict=True):
         treatment = optimizer.treatment_of(variable)
         parameter = _storage(variable)
         if not (in_place and _fused(treatment.rule) and _fusible(parameter)):
-            optimizer.update_variable(gradient, variable, step, learning_rate)
+            optimizer.update_variable(gradient, variable, wide_step, wide_rate)
             continue
         if treatment not in batches:
             batches[treatment] = _Batch(failure=_failure(treatment, parameter.device))
@@ -334,10 +341,11 @@ def singular_vectors(matrix: Any) -> Any:
     """The singular vectors on the smaller side of a matrix, as columns, the largest first.
 
     They are eigenvectors of a product with itself, which takes a third of the time of a singular
-    value decomposition. In float64 squares lose nothing that float32 has.
+    value decomposition. In float64 squares lose nothing that float32 has; of a float64 matrix they
+    would.
     """
     wide = (matrix if matrix.shape[0] < matrix.shape[1] else matrix.T).double()
-    return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).float()
+    return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(matrix.dtype)
 
 
 # ---- what is computed now and then ---------------------------------------------------------------

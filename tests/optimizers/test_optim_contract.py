@@ -354,8 +354,8 @@ def test_gradient_of_an_embedding(name):
             lambda: (ops.sum(model(tokens) ** 2), ()), variables
         )
         BACKEND.apply_optimizer(optimizer, gradients, ops.ones(()), variables)
-        float32_gradient = optim.kernels.backend.float32_gradient
-        return [float32_gradient(g, v) for g, v in zip(gradients, variables, strict=True)]
+        dense_gradient = optim.kernels.backend.dense_gradient
+        return [dense_gradient(g, v) for g, v in zip(gradients, variables, strict=True)]
 
     call = BACKEND.compile_step(step, [*variables, *optimizer.variables])
     dense = [host(g) for g in call(BACKEND.to_device(np.array([[1, 1, 3]], "int32")))]

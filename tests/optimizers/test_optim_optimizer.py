@@ -345,7 +345,7 @@ def test_unknown_variable_is_refused(tools):
 
 
 def test_kernel_modules_have_the_same_names():
-    names = ("no_gradient", "colocated", "outside_of_tracing", "float32_gradient", "execute")
+    names = ("no_gradient", "colocated", "outside_of_tracing", "dense_gradient", "execute")
     for name in names:
         assert callable(getattr(kernels, name))
     assert isinstance(kernels.FUSED, dict)
@@ -409,3 +409,33 @@ class TestGradientsThatCannotBeRight:
         optimizer.build([variable])
         with pytest.raises(ValueError, match="must have the shape"):
             optimizer.update_step(ops.ones(()), variable, 0.1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "adafactor"])
+def test_accumulation_is_one_larger_batch_for_averages_too(tools, name):
+    """An average that overwrites the weights every second update is not one for micro-batches."""
+    generator = np.random.default_rng(0)
+    start = generator.normal(size=(3, 4)).astype("float32")
+    gradients = generator.normal(size=(4, 3, 3, 4)).astype("float32")
+    results = []
+    for steps in (None, 3):
+        variable = keras.Variable(start, name="kernel")
+        optimizer = optim.get(
+            name,
+            learning_rate=optim.LinearWithWarmup(0.1, 1, 9),
+            use_ema=True,
+            ema_momentum=0.5,
+            ema_overwrite_frequency=2,
+            gradient_accumulation_steps=steps,
+        )
+        calls = gradients.mean(axis=1) if steps is None else gradients.reshape(12, 3, 4)
+        tools.run(optimizer, [variable], calls[:, None])
+        results.append(tools.to_numpy(variable))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
+    assert np.abs(results[0] - start).max() > 0.01
+
+
+def test_gradients_may_be_arrays():
+    variable = keras.Variable([1.0, 2.0])
+    optim.SGD(0.5).apply([np.array([2.0, 4.0])], [variable])
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), [0.0, 0.0])
