@@ -137,6 +137,7 @@ WITH_A_PLAIN_WAY = {
     "optim/kernels/jax_order.py",
     "optim/kernels/tensorflow_order.py",
     "optim/kernels/torch.py",
+    "optim/precision.py",
 }
 
 
