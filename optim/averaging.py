@@ -15,6 +15,7 @@ class Averaging(EvaluationWeights):
 
     use_ema: bool
     ema_momentum: float
+    ema_overwrite_frequency: int | None
     gradient_accumulation_steps: int | None
     iterations: Any
     rule_of: Any
@@ -24,6 +25,7 @@ class Averaging(EvaluationWeights):
     _widest: str
     _get_variable_index: Any
     _model_variables_moving_average: list[Any]
+    _trainable_variables: list[Any]
 
     def evaluated(self, parameter: Any, slots: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """The value to evaluate where it is not the one that is trained; a pure function.
@@ -75,24 +77,39 @@ class Averaging(EvaluationWeights):
             share = ops.where(self._updates_now(), share, 0.0)
         # Up to the first update the average is the variable itself.
         share = ops.cast(ops.where(ops.equal(self.iterations, 0), 1.0, share), self._widest)
-        for variable, average in zip(
-            trainable_variables, self._model_variables_moving_average, strict=True
-        ):
-            if average is not None:
-                change = ops.cast(ops.convert_to_tensor(variable), average.dtype) - average
-                average.assign(average + ops.cast(share, average.dtype) * change)
+        for variable, average in self._averages(trainable_variables):
+            change = ops.cast(ops.convert_to_tensor(variable), average.dtype) - average
+            average.assign(average + ops.cast(share, average.dtype) * change)
+
+    def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
+        """Keras' own update, with the overwriting by averages counted in updates.
+
+        Keras asks whether the weights are to be overwritten at each micro-batch of an update, on
+        JAX in code of its own. So it is told of no frequency.
+        """
+        frequency, self.ema_overwrite_frequency = self.ema_overwrite_frequency, None
+        try:
+            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        finally:
+            self.ema_overwrite_frequency = frequency
+        if self.use_ema and frequency:
+            due = ops.equal((self.iterations + 1) % frequency, 0)
+            if self.gradient_accumulation_steps:
+                due = ops.logical_and(due, self._updates_now())
+            for variable, average in self._averages(self._trainable_variables):
+                value = ops.cast(average, variable.dtype)
+                self.assign(variable, ops.where(due, value, ops.convert_to_tensor(variable)))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables: list[Any]) -> None:
-        # Here rather than in Keras, because the average has another dtype than the variable, and
-        # Keras asks for it at each micro-batch of the update.
-        for variable, average in zip(
-            trainable_variables, self._model_variables_moving_average, strict=True
-        ):
-            if average is not None:
-                value = ops.cast(average, variable.dtype)
-                if self.gradient_accumulation_steps:
-                    value = ops.where(self._updates_now(), value, ops.convert_to_tensor(variable))
-                self.assign(variable, value)
+        # Here rather than in Keras, because the average has another dtype than the variable.
+        for variable, average in self._averages(trainable_variables):
+            self.assign(variable, ops.cast(average, variable.dtype))
+
+    def _averages(self, trainable_variables: list[Any]) -> list[tuple[Any, Any]]:
+        """The variables that are averaged, each with its average."""
+        averages = self._model_variables_moving_average
+        pairs = zip(trainable_variables, averages, strict=True)
+        return [(variable, average) for variable, average in pairs if average is not None]
 
     def _updates_now(self) -> Any:
         """Whether this call is the last of those that an update accumulates."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
+import numpy as np
 from keras import ops
 
 from optim.adamw import AdamW
@@ -158,6 +159,7 @@ class SOAP(Optimizer):
         at = ops.maximum(counted, 1.0)
         direction = _turned(ops.reshape(momentum, sides), *bases)
         direction = direction / (ops.sqrt(velocity) + self.epsilon)
+        direction = ops.where(_is_above_rounding(velocity, *bases), direction, 0.0)
         direction = ops.reshape(_turned(direction, *map(_transposed, bases)), shape)
         rate = learning_rate * ops.sqrt(bias_correction(beta_2, at)) / bias_correction(beta_1, at)
         moved = parameter - rate * direction
@@ -215,8 +217,33 @@ def eigenvectors(matrix: Tensor, current: Tensor) -> Tensor:
         would raise an error on one backend and not end on another.
     """
     safe, finite = _safe(matrix)
-    vectors = ops.flip(ops.eigh(safe)[1], axis=1)
-    return ops.where(finite, vectors, float("nan"))
+    values, vectors = (ops.flip(part, axis=-1) for part in ops.eigh(safe))
+    return ops.where(finite, _settled(values, vectors), float("nan"))
+
+
+def _settled(values: Tensor, vectors: Tensor) -> Tensor:
+    """Eigenvectors in which rounding has no say where the matrix has not full rank.
+
+    The first gradient of a layer seldom gives its preconditioner full rank, and to an eigenvalue of
+    zero every basis of the null space is right: a decomposition returns one that the last bits
+    choose. Adam in another basis is another update, so accumulated gradients, another backend or
+    another order of addition would train differently. The null space as a whole is stable; its
+    basis is made from fixed vectors, close to the axes, projected onto it.
+
+    Args:
+        values: Tensor of shape (n,), the largest first.
+        vectors: Tensor of shape (n, n), as columns.
+    """
+    known = values > 1e-5 * values[0]
+    kept = ops.where(known, vectors, 0.0)
+    length = vectors.shape[0]
+    axes = ops.eye(length, dtype=vectors.dtype)
+    numbers = ops.arange(1, length + 1, dtype=vectors.dtype)
+    # Not the axes themselves: projected ones can be linearly dependent.
+    fixed = axes + 0.01 * ops.cos(ops.outer(numbers, numbers))
+    projected = ops.matmul(axes - ops.matmul(kept, _transposed(kept)), fixed)
+    basis, _ = ops.qr(ops.where(known, vectors, projected))
+    return ops.where(known, vectors, basis)
 
 
 def turned_towards(matrix: Tensor, both: Tensor) -> Tensor:
@@ -247,6 +274,25 @@ def _safe(matrix: Tensor) -> tuple[Tensor, Tensor]:
     safe = ops.where(finite, matrix, 0.0)
     # Relative to the largest element: of small gradients the squares are smaller still.
     return safe / ops.maximum(ops.max(ops.abs(safe)), 1e-37), ops.all(finite)
+
+
+def _is_above_rounding(velocity: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Where squared gradients in the eigenbasis are more than what rounding leaves there.
+
+    A gradient has no part in the null space of its preconditioner; turned into the eigenbasis, it
+    has one of its size times the precision. Divided by its own root that would be a full step, in
+    a direction that nothing but rounding has chosen.
+
+    Args:
+        velocity: Tensor of shape (n, m), the mean of the squares.
+        left: The basis of the first side; None if it is not turned.
+        right: The basis of the second side.
+    """
+    turned = [axis for axis, basis in enumerate((left, right)) if basis is not None]
+    if not turned:
+        return ops.ones_like(velocity, dtype="bool")
+    precision = 8.0 * float(np.finfo(keras.backend.standardize_dtype(velocity.dtype)).eps)
+    return velocity > precision**2 * ops.sum(velocity, axis=turned, keepdims=True)
 
 
 def _turned(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

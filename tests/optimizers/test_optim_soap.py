@@ -177,3 +177,24 @@ def test_wrong_integers(argument, value):
 def test_wrong_shampoo_beta():
     with pytest.raises(ValueError, match="`shampoo_beta`"):
         optim.SOAP(shampoo_beta=1.0)
+
+
+def test_rounding_has_no_say_where_a_gradient_has_not_full_rank(tools):
+    """The last bits of a gradient of rank 1 choose no direction: its null space is left alone."""
+    generator = np.random.default_rng(0)
+    left, right = generator.normal(size=(5, 4)), generator.normal(size=3)
+    exact = left[:, :, None] * right
+    start = generator.normal(size=(4, 3)).astype("float32")
+    results = []
+    for noise in (0.0, 1e-7):
+        gradients = exact * (1 + noise * generator.choice([-1.0, 1.0], exact.shape))
+        variable = keras.Variable(start, name="kernel")
+        optimizer = optim.SOAP(0.1, weight_decay=0.0)
+        tools.run(optimizer, [variable], gradients.astype("float32")[:, None])
+        results.append(tools.to_numpy(variable))
+    np.testing.assert_allclose(results[0], results[1], atol=2e-5)
+    # What has moved lies along the gradient's one direction on the right.
+    moved = results[0] - start
+    along = np.outer(moved @ right, right) / (right @ right)
+    np.testing.assert_allclose(moved, along, atol=2e-5)
+    assert np.abs(moved).max() > 0.1
