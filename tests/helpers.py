@@ -8,7 +8,10 @@ from kbtrain.callbacks import EVENTS
 
 
 def arguments(output_dir, **changes):
-    """Arguments of a quiet short run that saves nothing, in the order of the data."""
+    """Arguments of a quiet short run that saves nothing, in the order of the data.
+
+    ``learning_rate=None`` leaves it unset, so that a compiled model keeps that of its optimizer.
+    """
     defaults = {
         "learning_rate": 0.01,
         "logging_steps": 1,
@@ -17,7 +20,10 @@ def arguments(output_dir, **changes):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return TrainingArguments(output_dir=str(output_dir), **(defaults | changes))
+    values = defaults | changes
+    if values["learning_rate"] is None:
+        del values["learning_rate"]
+    return TrainingArguments(output_dir=str(output_dir), **values)
 
 
 def make_data(samples=16, features=3, outputs=1, seed=0):

@@ -314,6 +314,5 @@ SAID = {
     "warmup_ratio": "Write warmup_steps=0.1",
     "logging_dir": "output_dir chooses where a run is written",
     "torch_compile": "Write jit_compile=True",
-    "push_to_hub": "does not upload models",
 }
 RELATED = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}

@@ -150,8 +150,8 @@ def test_flat_labels_train_and_evaluate_as_in_keras(tmp_path, loss, compiled):
     given = {"loss": None} if compiled else {"loss": loss, "metrics": ["accuracy", "mae"]}
     expected = plain.evaluate(x, y, batch_size=5, verbose=0, return_dict=True)
     args = arguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=6, per_device_eval_batch_size=5,
-        max_grad_norm=0.0,
+        tmp_path, learning_rate=None, max_steps=2, per_device_train_batch_size=6,
+        per_device_eval_batch_size=5,
     )  # fmt: skip
     optimizers = (None if compiled else keras.optimizers.SGD(0.1), None)
     trainer = Trainer(model, args, train_dataset=(x, y), eval_dataset=(x, y),

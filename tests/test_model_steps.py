@@ -35,8 +35,8 @@ def run(model, folder, data, **changes):
         "per_device_train_batch_size": 8,
         "logging_strategy": "epoch",
     }
-    args = arguments(folder, **(defaults | changes))
-    return Trainer(model, args.replace(learning_rate=5e-5), train_dataset=data)
+    args = arguments(folder, learning_rate=None, **(defaults | changes))
+    return Trainer(model, args, train_dataset=data)
 
 
 @pytest.mark.parametrize("kind", [Vae, Contrastive, Gan, CallsSuper])
@@ -174,8 +174,8 @@ def test_trainer_compute_loss_replaces_the_step(tmp_path, caplog):
 
     model = compiled(Vae)
     before = weights(model)
-    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=8)
-    trainer = Own(model, args.replace(learning_rate=5e-5), train_dataset=X, eval_dataset=X)
+    args = arguments(tmp_path, learning_rate=None, max_steps=2, per_device_train_batch_size=8)
+    trainer = Own(model, args, train_dataset=X, eval_dataset=X)
     trainer.fit()
     assert "Vae.train_step is not used" in caplog.text
     assert "grad_norm" in trainer.state.log_history[0]
@@ -230,15 +230,14 @@ def test_evaluation_in_training_leaves_its_metrics_alone(tmp_path):
     model = compiled(CallsSuper)
     args = arguments(
         tmp_path,
+        learning_rate=None,
         num_train_epochs=1,
         per_device_train_batch_size=8,
         logging_strategy="epoch",
         eval_strategy="steps",
         eval_steps=1,
     )
-    trainer = Trainer(
-        model, args.replace(learning_rate=5e-5), train_dataset=(X, Y), eval_dataset=(X, Y)
-    )
+    trainer = Trainer(model, args, train_dataset=(X, Y), eval_dataset=(X, Y))
     reference = compiled(CallsSuper)
     history = reference.fit(X, Y, batch_size=8, shuffle=False, verbose=0).history
     trainer.fit()

@@ -308,9 +308,8 @@ def test_what_keras_added_up_itself_is_no_result(tmp_path):
         optimizer=keras.optimizers.SGD(0.0), loss={"a": "mse", "b": "mae"}, metrics={"a": ["mae"]}
     )
     expected = model.evaluate(*data, batch_size=8, verbose=0, return_dict=True)
-    trainer = Trainer(
-        model, arguments(tmp_path, max_steps=1), train_dataset=data, eval_dataset=data
-    )
+    args = arguments(tmp_path, learning_rate=None, max_steps=1)
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
     trainer.fit()
     found = trainer.evaluate()
     (entry,) = (e for e in trainer.state.log_history if "loss" in e)

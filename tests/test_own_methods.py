@@ -48,14 +48,13 @@ def test_compute_loss_of_the_model(tmp_path):
     model, reference = penalized(), penalized()
     history = reference.fit(X, Y, batch_size=5, epochs=2, shuffle=False, verbose=0).history
     args = arguments(
-        tmp_path, num_train_epochs=2, per_device_train_batch_size=5, logging_strategy="epoch"
+        tmp_path,
+        learning_rate=None,
+        num_train_epochs=2,
+        per_device_train_batch_size=5,
+        logging_strategy="epoch",
     )
-    trainer = Trainer(
-        model,
-        args.replace(learning_rate=5e-5, max_grad_norm=0.0),
-        train_dataset=(X, Y),
-        eval_dataset=(X, Y),
-    )
+    trainer = Trainer(model, args, train_dataset=(X, Y), eval_dataset=(X, Y))
     trainer.fit()
     for got, expected in zip(weights(model), weights(reference), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from kbtrain.data.batch import Batch, LabelKeys, nesting_hint, to_batch, unpack
 from kbtrain.data.foreign import derives_from, is_grain
 from kbtrain.data.loader import DataLoader, check_count, every_column
 from kbtrain.data.sources import IterableSource, UnsizedDataError
-from kbtrain.data.structure import is_list_of_numbers, leaves_with_paths, map_raw
+from kbtrain.data.structure import is_list_of_numbers, is_sparse, leaves_with_paths, map_raw
 from kbtrain.data.unused import ColumnFilter
 from kbtrain.errors import DataError
 
@@ -180,6 +180,8 @@ def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
 
     def shape(leaf: Any, path: str) -> Any:
         known = getattr(leaf, "shape", None)
+        if is_sparse(leaf) and leaf.shape[0] == 1:
+            known = leaf.shape[1:]  # a row, which SciPy gives two axes
         return np.empty(np.shape(leaf) if known is None else tuple(known), np.void)
 
     try:
