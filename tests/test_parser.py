@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import doctest
 import enum
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -367,9 +367,12 @@ class ByAnnotation(argparse.ArgumentParser):
         return (self.cls(**vars(self.parse_args(words))),)
 
 
-PARSERS = [ByAnnotation]
-if importlib.util.find_spec("transformers"):
-    PARSERS.append(importlib.import_module("transformers").HfArgumentParser)
+def transformers_parser(cls):
+    """The real one, where transformers is installed."""
+    return importlib.import_module("transformers").HfArgumentParser(cls)
+
+
+PARSERS = [ByAnnotation, pytest.param(transformers_parser, marks=pytest.mark.cross)]
 
 
 @dataclasses.dataclass
