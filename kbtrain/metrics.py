@@ -56,6 +56,7 @@ class CompiledMetrics:
     def __init__(self, model: keras.Model) -> None:
         self._model = self._compiled = model
         self._reset_values: list[list[np.ndarray]] = []
+        self._returned: dict[str, keras.Variable] = {}
 
     def _sets(self) -> list[Any]:
         """What Keras made of the arguments of ``compile``: all metrics in one."""
@@ -83,10 +84,16 @@ class CompiledMetrics:
                         "for one output, and a dict by output for several. "
                         f"Keras says: {first_lines(error)}"
                     ) from None
-        self.update(x, y, outputs, sample_weight, masks)
+        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
+            returned = self._add(x, y, outputs, sample_weight)
+        known = {metric.name for metric in self._kept()} | set(TAKEN)
         for each in self._sets():
             for name in each.result():
                 check_name(name, "metrics has")
+                known.add(name)
+        for name, value in returned.items():
+            if name not in known and getattr(value, "shape", ()) == ():
+                self._returned[name] = _last_value(name)
         self.reset()
 
     def update(
@@ -94,14 +101,18 @@ class CompiledMetrics:
     ) -> None:
         """Add one batch."""
         with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
-            self._add(x, y, outputs, sample_weight)
+            returned = self._add(x, y, outputs, sample_weight)
+        for name, variable in self._returned.items():
+            if name in returned:
+                variable.assign(ops.cast(returned[name], variable.dtype))
 
-    def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> None:
+    def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> dict[str, Any]:
+        """Add one batch; what the model's own ``compute_metrics`` returns for it."""
         if type(self._model).compute_metrics is not keras.Model.compute_metrics:
-            self._model.compute_metrics(x, y, outputs, sample_weight)
-            return
+            return dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
         for each in self._sets():
             each.update_state(y, outputs, sample_weight)
+        return {}
 
     def result(self) -> dict[str, float]:
         """Current values by name.
@@ -118,18 +129,23 @@ class CompiledMetrics:
             if not all(map(np.array_equal, _values(metric), before)):
                 with _in_float64([metric]):
                     _add_result(values, metric.name, metric.result())
+        for name, variable in self._returned.items():
+            _add_result(values, name, variable.value)
         return values
 
     def reset(self) -> None:
         """Reset every metric."""
         for metric in [*self._sets(), *self._kept()]:
             metric.reset_state()
+        for variable in self._returned.values():
+            variable.assign(ops.zeros((), variable.dtype))
         self._reset_values = [_values(metric) for metric in self._kept()]
 
     @property
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""
-        return [v for metric in [*self._sets(), *self._kept()] for v in metric.variables]
+        kept = [v for metric in [*self._sets(), *self._kept()] for v in metric.variables]
+        return [*kept, *self._returned.values()]
 
 
 class ListedMetrics(CompiledMetrics):
@@ -173,6 +189,13 @@ def _listed(metrics: Any) -> Any:
 
 def _is_compiled_set(metric: keras.metrics.Metric) -> bool:
     return metric.name == "compile_metrics"
+
+
+def _last_value(name: str) -> keras.Variable:
+    """Where a value that ``compute_metrics`` returns, and no metric has, leaves the step."""
+    return keras.Variable(
+        "zeros", shape=(), dtype="float32", trainable=False, name=name.replace("/", "_")
+    )
 
 
 def _values(metric: keras.metrics.Metric) -> list[np.ndarray]:

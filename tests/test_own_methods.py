@@ -135,6 +135,36 @@ def test_compute_metrics_of_the_model(tmp_path):
     assert metrics["eval_largest"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_what_compute_metrics_returns_under_a_name_of_its_own_is_reported(tmp_path):
+    class Own(Base):
+        def __init__(self):
+            super().__init__()
+            self.error = keras.metrics.MeanAbsoluteError(name="error")
+
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            self.error.update_state(y, y_pred, sample_weight)
+            results = super().compute_metrics(x, y, y_pred, sample_weight)
+            return results | {"percent": 100 * self.error.result(), "curve": ops.ones(3)}
+
+    model = Own()
+    model(X[:1])
+    model.compile("sgd", "mse", metrics=["mse"])
+    args = arguments(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=5)
+    trainer = Trainer(with_weights(model), args, train_dataset=(X, Y), eval_dataset=(X, Y))
+    for _ in range(2):  # the second starts anew
+        metrics = trainer.evaluate()
+        kernel, bias = weights(model)
+        expected = np.mean(np.abs(X @ kernel + bias - Y))
+        assert metrics["eval_error"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["eval_percent"] == pytest.approx(100 * expected, rel=1e-6)
+        assert "eval_mse" in metrics
+        assert "eval_curve" not in metrics
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "percent" in entry]
+    assert logged
+    assert all(e["percent"] == pytest.approx(100 * e["error"], rel=1e-6) for e in logged)
+
+
 @pytest.mark.parametrize("where", ["model", "layer"])
 def test_a_metric_that_call_updates(tmp_path, where):
     class Counting(keras.layers.Layer):
