@@ -77,8 +77,15 @@ class ModelMetrics:
         """Nothing: the step does it."""
 
     def result(self) -> dict[str, float]:
-        """Current values of those that the step returns."""
+        """Current values of those that the step returns.
+
+        A mean that nothing was added to says nothing: what the step returns under its name, such as
+        a loss beside the one Keras keeps for a compiled model, is a number of the step's own.
+        """
         values = _flat(self._model.get_metrics_result())
+        for metric in self._model.metrics:
+            if isinstance(metric, keras.metrics.Mean) and not ops.convert_to_numpy(metric.count):
+                values.pop(metric.name, None)
         return {
             name: np.asarray(ops.convert_to_numpy(value)).tolist()
             for name, value in values.items()

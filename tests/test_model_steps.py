@@ -255,3 +255,25 @@ def test_what_is_missing_for_an_evaluation_is_named(tmp_path):
         trainer.evaluate()
     with pytest.raises(ConfigurationError, match="no call and no predict_step"):
         trainer.predict(X)
+
+
+def test_a_number_of_the_steps_own_is_not_hidden_by_keras_mean_of_that_name(tmp_path):
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def test_step(self, *args):  # Keras' steps get another first argument on JAX
+            data = args[-1]
+            logs = {"loss": keras.ops.sum(keras.ops.ones_like(data[1]))}
+            return (logs, args[0]) if len(args) > 1 else logs
+
+    model = Own()
+    model(X[:1])
+    model.compile("sgd", "mse")  # which makes a mean called "loss", and nothing updates it
+    args = arguments(tmp_path, per_device_eval_batch_size=8)
+    metrics = Trainer(model, args, eval_dataset=(X[:8], Y[:8])).evaluate()
+    assert metrics["eval_loss"] == Y[:8].size
