@@ -120,12 +120,14 @@ def test_a_forked_worker_does_not_hold_the_lock(tmp_path):
         "import os, sys, time\nfrom kbtrain.checkpoint.lock import RunLock\n"
         "RunLock(sys.argv[1]).acquire()\n"
         "child = os.fork()\n"
-        "print(child, flush=True)\ntime.sleep(600)"  # 0 in the child, once it has forgotten
+        # 0 in the child, once it has forgotten. One write each: two processes share the pipe.
+        "os.write(1, b'%d\\n' % child)\ntime.sleep(600)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        child = max(int(parent.stdout.readline()) for _ in range(2))
+        child = None
         try:
+            child = max(int(parent.stdout.readline()) for _ in range(2))
             with pytest.raises(FolderInUseError):
                 RunLock(tmp_path).acquire()
             parent.kill()
@@ -134,7 +136,9 @@ def test_a_forked_worker_does_not_hold_the_lock(tmp_path):
             lock.acquire()
             lock.release()
         finally:
-            os.kill(child, signal.SIGKILL)
+            parent.kill()
+            if child is not None:
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
