@@ -73,6 +73,7 @@ def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, 
 
 
 def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
+    import accelerate  # noqa: F401  (the HF Trainer wants it, and says so only when it is made)
     import transformers
 
     class Model(nn.Module):
