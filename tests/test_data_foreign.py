@@ -339,9 +339,11 @@ def test_our_collators_get_what_they_look_at_and_what_the_model_takes(tmp_path, 
     assert "(it takes input_ids): attention_mask." in caplog.text
 
 
+# A backend that takes strings hands the column to Keras, which warns before the model refuses it.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_columns_can_be_kept(tmp_path):
     args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
-    with pytest.raises(DataError, match="text.*is a string"):
+    with pytest.raises(DataError, match="text.*(is a string|Expected: .None, 3.)"):
         Trainer(two_inputs(), args, None, ROWS, loss="mse").fit()
 
 
