@@ -188,6 +188,7 @@ def install():
     torch.cuda.set_sync_debug_mode = watch
     torch.cuda.CUDAGraph = CUDAGraph
     torch.cuda.graph = Capture
+    torch.cuda.is_current_stream_capturing = lambda: machine.capturing
     torch.cuda.Stream = Stream
     torch.cuda.stream = use_stream
     torch.cuda.current_stream = lambda: machine.current

@@ -282,7 +282,15 @@ def _script(part: Part) -> Callable[..., Any]:
     def in_python(*given: torch.Tensor) -> Any:
         return module()(*given)
 
-    return PrivatePart(_TORCHSCRIPT, "torch", script, in_python, _IN_PYTHON, passes=is_oom)
+    return PrivatePart(_TORCHSCRIPT, "torch", script, in_python, _IN_PYTHON, passes=_is_no_fault)
+
+
+def _is_no_fault(error: BaseException) -> bool:
+    """Whether TorchScript is not to blame: no memory, or a graph's capture that has failed.
+
+    A stream that is being captured takes nothing after its first error, so nothing is tried again.
+    """
+    return is_oom(error) or torch.cuda.is_current_stream_capturing()
 
 
 _TORCHSCRIPT = "Running a captured step as TorchScript"
