@@ -290,7 +290,10 @@ def _is_no_fault(error: BaseException) -> bool:
 
     A stream that is being captured takes nothing after its first error, so nothing is tried again.
     """
-    return is_oom(error) or torch.cuda.is_current_stream_capturing()
+    try:
+        return is_oom(error) or torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # a build without CUDA
+        return False
 
 
 _TORCHSCRIPT = "Running a captured step as TorchScript"
