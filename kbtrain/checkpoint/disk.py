@@ -246,7 +246,29 @@ def describe_space(directory: Path) -> str:
     return text
 
 
-class NotingReader(io.RawIOBase):
+class _FileOfHDF5(io.RawIOBase):
+    """What libhdf5 asks of a file besides reading and writing."""
+
+    _file: io.FileIO
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+
+class NotingReader(_FileOfHDF5):
     """Lets libhdf5 read a file; a failing read is reported when asked for, not when it happens.
 
     An exception that goes through libhdf5 can leave it with a file that it closes when Python is
@@ -277,24 +299,8 @@ class NotingReader(io.RawIOBase):
             view[:] = bytes(len(view))
             return len(view)
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position."""
-        return self._file.seek(offset, whence)
 
-    def tell(self) -> int:
-        """Return the position."""
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-
-class DeferredErrorFile(io.RawIOBase):
+class DeferredErrorFile(_FileOfHDF5):
     """A new file whose failing writes are reported when asked for, not when they happen.
 
     libhdf5 is written through this: after a write that failed it still wants to flush its metadata
@@ -345,23 +351,7 @@ class DeferredErrorFile(io.RawIOBase):
         """Read into ``buffer``; libhdf5 reads back some of its own metadata."""
         return self._file.readinto(buffer) or 0
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
     def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
         """Return True."""
         return True
 
