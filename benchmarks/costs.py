@@ -136,7 +136,8 @@ def one_checkpoint_stall(width: int) -> dict[str, float]:
     import keras
     import numpy as np
 
-    from kbtrain import Trainer, TrainerCallback, actions
+    from kbtrain import Trainer, TrainerCallback
+    from kbtrain.training import actions
 
     class Copy(TrainerCallback):
         """After each save, when it has been written, a plain copy of the same arrays."""

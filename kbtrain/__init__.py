@@ -11,8 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kbtrain.callbacks import EarlyStoppingCallback as EarlyStoppingCallback
-    from kbtrain.callbacks import TrainerCallback as TrainerCallback
+    from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
+    from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
+    from kbtrain.callbacks.progress_bar import PrinterCallback as PrinterCallback
+    from kbtrain.callbacks.progress_bar import ProgressCallback as ProgressCallback
+    from kbtrain.callbacks.state import TrainerControl as TrainerControl
+    from kbtrain.callbacks.state import TrainerState as TrainerState
+    from kbtrain.checkpoint.load_weights import LoadReport as LoadReport
+    from kbtrain.checkpoint.load_weights import load_weights as load_weights
+    from kbtrain.config.argument_parser import ArgumentParser as ArgumentParser
+    from kbtrain.config.argument_parser import HfArgumentParser as HfArgumentParser
+    from kbtrain.config.training_args import TrainingArguments as TrainingArguments
     from kbtrain.data import DataCollatorForLanguageModeling as DataCollatorForLanguageModeling
     from kbtrain.data import DataCollatorForPacking as DataCollatorForPacking
     from kbtrain.data import DataCollatorForSeq2Seq as DataCollatorForSeq2Seq
@@ -36,24 +45,15 @@ if TYPE_CHECKING:
     from kbtrain.errors import NonFiniteError as NonFiniteError
     from kbtrain.errors import OutputError as OutputError
     from kbtrain.errors import TrainingInterrupted as TrainingInterrupted
-    from kbtrain.evaluation import EvalLoopOutput as EvalLoopOutput
-    from kbtrain.evaluation import EvalPrediction as EvalPrediction
-    from kbtrain.evaluation import PredictionOutput as PredictionOutput
-    from kbtrain.fitting import TrainOutput as TrainOutput
-    from kbtrain.parser import ArgumentParser as ArgumentParser
-    from kbtrain.parser import HfArgumentParser as HfArgumentParser
-    from kbtrain.progress import PrinterCallback as PrinterCallback
-    from kbtrain.progress import ProgressCallback as ProgressCallback
-    from kbtrain.rng import set_seed as set_seed
-    from kbtrain.state import TrainerControl as TrainerControl
-    from kbtrain.state import TrainerState as TrainerState
-    from kbtrain.trainer import Trainer as Trainer
-    from kbtrain.training_args import TrainingArguments as TrainingArguments
-    from kbtrain.warm_start import LoadReport as LoadReport
-    from kbtrain.warm_start import load_weights as load_weights
+    from kbtrain.evaluation.evaluate import EvalLoopOutput as EvalLoopOutput
+    from kbtrain.evaluation.evaluate import EvalPrediction as EvalPrediction
+    from kbtrain.evaluation.evaluate import PredictionOutput as PredictionOutput
+    from kbtrain.trainer.trainer import Trainer as Trainer
+    from kbtrain.training.fit import TrainOutput as TrainOutput
+    from kbtrain.utils.rng import set_seed as set_seed
 
 _HOMES = {
-    "callbacks": ("EarlyStoppingCallback", "TrainerCallback"),
+    "callbacks.base": ("EarlyStoppingCallback", "TrainerCallback"),
     "data": (
         "DataCollatorForLanguageModeling",
         "DataCollatorForPacking",
@@ -79,15 +79,15 @@ _HOMES = {
         "OutputError",
         "TrainingInterrupted",
     ),
-    "evaluation": ("EvalLoopOutput", "EvalPrediction", "PredictionOutput"),
-    "fitting": ("TrainOutput",),
-    "parser": ("ArgumentParser", "HfArgumentParser"),
-    "progress": ("PrinterCallback", "ProgressCallback"),
-    "rng": ("set_seed",),
-    "state": ("TrainerControl", "TrainerState"),
-    "trainer": ("Trainer",),
-    "training_args": ("TrainingArguments",),
-    "warm_start": ("LoadReport", "load_weights"),
+    "evaluation.evaluate": ("EvalLoopOutput", "EvalPrediction", "PredictionOutput"),
+    "training.fit": ("TrainOutput",),
+    "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
+    "callbacks.progress_bar": ("PrinterCallback", "ProgressCallback"),
+    "utils.rng": ("set_seed",),
+    "callbacks.state": ("TrainerControl", "TrainerState"),
+    "trainer.trainer": ("Trainer",),
+    "config.training_args": ("TrainingArguments",),
+    "checkpoint.load_weights": ("LoadReport", "load_weights"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -99,7 +99,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         if name.startswith("_"):
             raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
-        reason = importlib.import_module("kbtrain.import_hints").import_hint(name)
+        reason = importlib.import_module("kbtrain.utils.import_hints").import_hint(name)
         if reason:
             # An AttributeError's text is lost where a name is imported from a module.
             raise ImportError(f"kbtrain has no {name!r}. {reason}")

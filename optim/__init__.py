@@ -17,43 +17,46 @@ Example:
     ['constant', 'constant_with_warmup']
 """
 
-from optim.adafactor import Adafactor, RelativeStep
-from optim.adagrad import Adagrad
-from optim.adam import Adam
-from optim.adamw import AdamW
-from optim.adamw_8bit import AdamW8bit
-from optim.adan import Adan
-from optim.ademamix import AdEMAMix
-from optim.ademamix_8bit import AdEMAMix8bit
-from optim.apollo import APOLLOAdamW
-from optim.cosine import (
+from optim.algorithms.adafactor import Adafactor, RelativeStep
+from optim.algorithms.adagrad import Adagrad
+from optim.algorithms.adam import Adam
+from optim.algorithms.adamw import AdamW
+from optim.algorithms.adamw_8bit import AdamW8bit
+from optim.algorithms.adan import Adan
+from optim.algorithms.ademamix import AdEMAMix
+from optim.algorithms.ademamix_8bit import AdEMAMix8bit
+from optim.algorithms.apollo import APOLLOAdamW
+from optim.algorithms.ema import EMA
+from optim.algorithms.galore import GaLoreAdamW
+from optim.algorithms.grokadamw import GrokAdamW
+from optim.algorithms.lamb import LAMB
+from optim.algorithms.lion import Lion
+from optim.algorithms.lion_8bit import Lion8bit
+from optim.algorithms.muon import Muon
+from optim.algorithms.nadam import NAdam
+from optim.algorithms.radam import RAdam
+from optim.algorithms.rmsprop import RMSprop
+from optim.algorithms.rmsprop_8bit import RMSprop8bit
+from optim.algorithms.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
+from optim.algorithms.sgd import SGD
+from optim.algorithms.soap import SOAP
+from optim.algorithms.stable_adamw import StableAdamW
+from optim.core.evaluation_weights import SwapEvaluationWeights
+from optim.core.optimizer import Optimizer, Slot
+from optim.core.parameter_groups import groups_for, layerwise_lr_decay
+from optim.core.weight_decay import decay_parameter_names, exclude_norms_and_biases
+from optim.registry import get, get_scheduler, names, scheduler_names
+from optim.schedules.cosine import (
     CosineWarmupWithMinLR,
     CosineWithMinLR,
     CosineWithRestarts,
     CosineWithWarmup,
 )
-from optim.decay import decay_parameter_names, exclude_norms_and_biases
-from optim.ema import EMA
-from optim.evaluation_weights import SwapEvaluationWeights
-from optim.feed_metric import FeedMetricSchedule
-from optim.galore import GaLoreAdamW
-from optim.grokadamw import GrokAdamW
-from optim.lamb import LAMB
-from optim.lion import Lion
-from optim.lion_8bit import Lion8bit
-from optim.metric_schedule import MetricSchedule
-from optim.muon import Muon
-from optim.nadam import NAdam
-from optim.optimizer import Optimizer, Slot
-from optim.parameter_groups import groups_for, layerwise_lr_decay
-from optim.plateau import GreedyLR, ReduceLROnPlateau
-from optim.plotting import plot_schedule
-from optim.radam import RAdam
-from optim.registry import get, get_scheduler, names, scheduler_names
-from optim.rmsprop import RMSprop
-from optim.rmsprop_8bit import RMSprop8bit
-from optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
-from optim.schedules import (
+from optim.schedules.keras_callback import FeedMetricSchedule
+from optim.schedules.metric_driven import MetricSchedule
+from optim.schedules.plateau import GreedyLR, ReduceLROnPlateau
+from optim.schedules.plotting import plot_schedule
+from optim.schedules.warmup import (
     Constant,
     ConstantWithWarmup,
     InverseSqrtWithWarmup,
@@ -61,10 +64,7 @@ from optim.schedules import (
     PolynomialWithWarmup,
     Schedule,
 )
-from optim.sgd import SGD
-from optim.soap import SOAP
-from optim.stable_adamw import StableAdamW
-from optim.warmup_stable_decay import WarmupStableDecay
+from optim.schedules.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
     "APOLLOAdamW",

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.callbacks import EVENTS
+from kbtrain.callbacks.base import EVENTS
 
 
 def arguments(output_dir, **changes):

@@ -21,7 +21,7 @@ from helpers import make_data, train_logs, weights, with_weights
 from keras import layers
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.backends import torch_graph
+from kbtrain.backends.torch.capture import cuda_graph
 from kbtrain.errors import NonFiniteError
 
 FOLDER = Path(sys.argv[1])
@@ -107,7 +107,7 @@ def numbers(trainer, whole):
 
 def run(name, graphs, whole=False, **arguments):
     """One run: its numbers, and what happened with graphs."""
-    torch_graph.RUNS_BEFORE = 3 if graphs else 10**9
+    cuda_graph.RUNS_BEFORE = 3 if graphs else 10**9
     machine.captures = machine.replays = 0
     messages.clear()
     trainer, error = train(name, **arguments)
@@ -198,7 +198,7 @@ class Own(layers.Layer):
 @contextlib.contextmanager
 def short_of_memory(summaries):
     """Memory ends while the first graph and the plain step are compared: so many succeed."""
-    summary = torch_graph._summary
+    summary = cuda_graph._summary
     left = [summaries - 1]
 
     def limited(tensors):
@@ -207,14 +207,14 @@ def short_of_memory(summaries):
             raise torch.OutOfMemoryError("out of memory, for a test")
         return summary(tensors)
 
-    torch_graph._summary = limited
+    cuda_graph._summary = limited
     yield
-    torch_graph._summary = summary
+    cuda_graph._summary = summary
 
 
 def resumed():
     """Half of a run, then the other half; graphs come about in both."""
-    torch_graph.RUNS_BEFORE = 3
+    cuda_graph.RUNS_BEFORE = 3
     saving = {"save_strategy": "steps", "save_steps": 7}
     whole, _ = train("whole", max_steps=14, **saving)
     train("half", max_steps=14, callbacks=[Stops()], **saving)
@@ -237,11 +237,11 @@ def with_nan():
 
 def left():
     """Graphs that are there after a run, while its Trainer is."""
-    torch_graph.RUNS_BEFORE = 3
+    cuda_graph.RUNS_BEFORE = 3
     trainer, _ = train("left")
     gc.collect()
     assert trainer.state.global_step == 12
-    return len(torch_graph._ALIVE)
+    return len(cuda_graph._ALIVE)
 
 
 def run_again():
@@ -268,21 +268,21 @@ def main():
         "resumed": resumed(),
         "noisy": run("noisy", True, make=lambda: model(Own(noisy)))[1],
     }
-    torch_graph.MOST_BEGINNINGS, most = 1, torch_graph.MOST_BEGINNINGS
+    cuda_graph.MOST_BEGINNINGS, most = 1, cuda_graph.MOST_BEGINNINGS
     reports["moving"] = compare("moving", "plain", callbacks=[Moves({6})])
-    torch_graph.MOST_BEGINNINGS = most
-    torch_graph.MOST_GRAPHS, most = 0, torch_graph.MOST_GRAPHS
+    cuda_graph.MOST_BEGINNINGS = most
+    cuda_graph.MOST_GRAPHS, most = 0, cuda_graph.MOST_GRAPHS
     reports["too many"] = compare("too many", "plain")
-    torch_graph.MOST_GRAPHS = most
-    torch_graph.MOST_BYTES, most = 8, torch_graph.MOST_BYTES
+    cuda_graph.MOST_GRAPHS = most
+    cuda_graph.MOST_BYTES, most = 8, cuda_graph.MOST_BYTES
     reports["too large"] = compare("too large", "plain")
-    torch_graph.MOST_BYTES = most
+    cuda_graph.MOST_BYTES = most
     for name in ("short of memory", "shorter"):
         with short_of_memory(1 if name == "shorter" else 2):
             reports[name] = compare(name, "plain")
-    torch_graph.IS_SAFE = False
+    cuda_graph.IS_SAFE = False
     reports["old"] = compare("old", "plain")
-    torch_graph.IS_SAFE = True
+    cuda_graph.IS_SAFE = True
     machine.wrong = 1e-3
     reports["wrong"] = compare("wrong", "plain")
     sys.__stdout__.write(json.dumps(reports))

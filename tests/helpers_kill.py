@@ -22,7 +22,7 @@ import numpy as np
 from helpers import arguments, make_data, weights, with_weights
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.checkpoint import disk
+from kbtrain.utils import filesystem as disk
 
 STEPS = 96
 

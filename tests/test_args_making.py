@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kbtrain import ArgumentParser, TrainingArguments, args_making
-from kbtrain.args_neutral import NEUTRAL, asks_for_nothing
-from kbtrain.args_renames import DROPPED, RENAMED
+from kbtrain import ArgumentParser, TrainingArguments
+from kbtrain.config import construction
+from kbtrain.config.inactive_settings import NEUTRAL, asks_for_nothing
+from kbtrain.config.migration import DROPPED, RENAMED
 from kbtrain.errors import ConfigurationError, FrozenArgumentsError
 
 NAMES = Path(__file__).resolve().parent.parent / "docs" / "reference" / "names.json"
@@ -314,6 +315,6 @@ def test_a_script_may_look_at_such_a_setting():
 
 
 def test_examples_in_docstrings():
-    result = doctest.testmod(args_making)
+    result = doctest.testmod(construction)
     assert result.attempted > 0
     assert result.failed == 0

@@ -8,8 +8,8 @@ from helpers import Recorder, StopAt, arguments, make_data, same, train_logs, we
 from keras import ops
 
 from kbtrain import Trainer, backends
-from kbtrain.batch_size import smaller
 from kbtrain.errors import ConfigurationError, OutOfMemoryError
+from kbtrain.training.auto_batch_size import smaller
 
 BACKEND = backends.load()
 

@@ -9,9 +9,10 @@ import threading
 import pytest
 from helpers import arguments, linear_model, make_data, same, weights
 
-from kbtrain import Trainer, TrainerCallback, TrainerState, best_model
+from kbtrain import Trainer, TrainerCallback, TrainerState
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
+from kbtrain.training import best_model
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -18,11 +18,11 @@ from kbtrain import (
     TrainerControl,
     TrainingArguments,
 )
-from kbtrain.callback_handler import CallbackHandler
-from kbtrain.callbacks import EVENTS, metric_value
-from kbtrain.progress import display
-from kbtrain.state import TrainerState
-from kbtrain.verbosity import set_log_level
+from kbtrain.callbacks.base import EVENTS, metric_value
+from kbtrain.callbacks.handler import CallbackHandler
+from kbtrain.callbacks.progress_bar import display
+from kbtrain.callbacks.state import TrainerState
+from kbtrain.utils.logging import set_log_level
 
 
 def make_trainer(output_dir, callbacks=(), model=None, **changes):

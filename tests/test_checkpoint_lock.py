@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from kbtrain.checkpoint.lock import LOCK_NAME, RunLock
+from kbtrain.checkpoint.storage.lock import LOCK_NAME, RunLock
 from kbtrain.errors import FolderInUseError
 
 HOLDER = """

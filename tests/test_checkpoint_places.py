@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbtrain.checkpoint import places, read_arrays, write_arrays
-from kbtrain.checkpoint.format import read_verified_arrays, read_verified_outline
+from kbtrain.checkpoint import read_arrays, write_arrays
+from kbtrain.checkpoint.storage import array_index
+from kbtrain.checkpoint.storage.format import read_verified_arrays, read_verified_outline
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-LINE_SIZE = len(places.INDEX_LINE % (0, 0))
+LINE_SIZE = len(array_index.INDEX_LINE % (0, 0))
 ARRAYS = {
     "net/kernel": np.arange(20_000, dtype="float32").reshape(100, 200),  # its bytes come later
     "net/scale": np.ones(3, ml_dtypes.bfloat16),
@@ -38,7 +39,7 @@ def intact(tmp_path_factory):
 
 def sealed(body):
     """With a checksum that is right."""
-    return body + places.TRAILER % hashlib.sha256(body).hexdigest().encode()
+    return body + array_index.TRAILER % hashlib.sha256(body).hexdigest().encode()
 
 
 def read(data):
@@ -57,14 +58,14 @@ def read(data):
 
 def with_index(intact, index):
     """The file with another index."""
-    body = intact[: -places.TRAILER_SIZE - LINE_SIZE]
+    body = intact[: -array_index.TRAILER_SIZE - LINE_SIZE]
     text = index if isinstance(index, bytes) else json.dumps(index).encode()
-    return sealed(body + text + places.INDEX_LINE % (len(body), len(text)))
+    return sealed(body + text + array_index.INDEX_LINE % (len(body), len(text)))
 
 
 def index_of(intact):
     offset, size = (
-        int(n) for n in intact[-places.TRAILER_SIZE - 39 : -places.TRAILER_SIZE].split()
+        int(n) for n in intact[-array_index.TRAILER_SIZE - 39 : -array_index.TRAILER_SIZE].split()
     )
     return json.loads(intact[offset : offset + size])
 
@@ -86,7 +87,7 @@ def test_libhdf5_is_not_asked(intact, monkeypatch):
 
 
 def test_a_file_without_the_line_is_read_as_former_versions_wrote_it(intact):
-    loaded = read(sealed(intact[: -places.TRAILER_SIZE - LINE_SIZE]))
+    loaded = read(sealed(intact[: -array_index.TRAILER_SIZE - LINE_SIZE]))
     assert {n: a.tobytes() for n, a in loaded.items()} == {
         n: a.tobytes() for n, a in ARRAYS.items()
     }
@@ -95,7 +96,7 @@ def test_a_file_without_the_line_is_read_as_former_versions_wrote_it(intact):
 @QUICK
 @given(st.data())
 def test_altered_bytes_are_other_values_or_refused(intact, data):
-    end = len(intact) - places.TRAILER_SIZE - LINE_SIZE
+    end = len(intact) - array_index.TRAILER_SIZE - LINE_SIZE
     body, line = bytearray(intact[:end]), intact[end : end + LINE_SIZE]
     position = st.integers(0, end - 1) | st.integers(end - 700, end - 1)  # the index is at the end
     for start, piece in data.draw(st.lists(st.tuples(position, st.binary(min_size=1)), min_size=1)):
@@ -130,9 +131,9 @@ def test_any_index_is_read_or_refused(intact, index):
 @QUICK
 @given(st.integers(0, 10**19 - 1), st.integers(0, 10**19 - 1))
 def test_any_place_of_the_index_is_read_or_refused(intact, offset, size):
-    body = intact[: -places.TRAILER_SIZE - LINE_SIZE]
+    body = intact[: -array_index.TRAILER_SIZE - LINE_SIZE]
     with contextlib.suppress(CheckpointDamagedError):
-        read(sealed(body + places.INDEX_LINE % (offset, size)))
+        read(sealed(body + array_index.INDEX_LINE % (offset, size)))
 
 
 def changed(intact, **fields):
@@ -192,4 +193,4 @@ def test_an_outline_is_of_the_same_index(intact, tmp_path):
 @given(st.binary(max_size=200))
 def test_any_bytes_before_the_line_and_the_checksum(data):
     with contextlib.suppress(CheckpointError):
-        read(sealed(data + places.INDEX_LINE % (0, len(data))))
+        read(sealed(data + array_index.INDEX_LINE % (0, len(data))))

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from kbtrain.checkpoint import CheckpointStore, disk
+from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -17,6 +17,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
 )
+from kbtrain.utils import filesystem
 
 
 def save(store, step, **more):
@@ -94,7 +95,9 @@ def test_files_that_others_keep_in_a_checkpoint(store):
     assert {name: (path / name).read_bytes() for name in others} == others
     assert store.verify(path) == []
     assert store.load(path).documents.keys() == {"trainer_state"}
-    assert disk.tree_size(path) == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert filesystem.tree_size(path) == sum(
+        f.stat().st_size for f in path.rglob("*") if f.is_file()
+    )
     (path / "assets" / "x.json").write_bytes(b"[]")
     assert "assets/x.json" in store.verify(path)[0]
     save(store, 8, other_files=others)
@@ -196,7 +199,7 @@ WRITING = [
     *((os, "fsync", call) for call in range(1, 9)),
     *((h5py.Group, "create_dataset", call) for call in (1, 2, 3)),
     (os, "rename", 1),
-    (disk.Path, "mkdir", 2),
+    (filesystem.Path, "mkdir", 2),
 ]
 
 
@@ -338,7 +341,7 @@ def test_files_that_a_dead_process_was_replacing_are_removed(store, dead_pid, mo
     for path in (old, *others):
         path.write_bytes(b"half")
     monkeypatch.chdir(store.directory)
-    with disk.replacing(disk.Path("results.json")) as temporary:
+    with filesystem.replacing(filesystem.Path("results.json")) as temporary:
         temporary.write_bytes(b"{}")
         assert store.clean_leftovers() == [old]
     assert names(store.directory) == sorted([*(path.name for path in others), "results.json"])

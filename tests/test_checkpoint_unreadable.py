@@ -10,8 +10,9 @@ import shutil
 import numpy as np
 import pytest
 
-from kbtrain.checkpoint import CheckpointStore, disk, faults
-from kbtrain.checkpoint.lock import RunLock
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.storage import faults
+from kbtrain.checkpoint.storage.lock import RunLock
 from kbtrain.cli import main
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -20,6 +21,7 @@ from kbtrain.errors import (
     CheckpointUnreadableError,
     is_disk_trouble,
 )
+from kbtrain.utils import filesystem
 
 TRANSIENT = ["EIO", "ESTALE", "EMFILE", "ENFILE", "EACCES", "EPERM", "ENOMEM", "ETIMEDOUT"]
 
@@ -66,8 +68,8 @@ def refuse(monkeypatch, error, call, ending):
         def open_regular(path):
             return Refusing(path, "rb") if str(path).endswith(ending) else opened(path, "rb")
 
-        for module in ("format", "manifest", "reading"):
-            target = __import__(f"kbtrain.checkpoint.{module}", fromlist=["x"])
+        for module in ("format", "manifest", "folder_reader"):
+            target = __import__(f"kbtrain.checkpoint.storage.{module}", fromlist=["x"])
             if hasattr(target, "open_regular"):
                 monkeypatch.setattr(target, "open_regular", open_regular)
         return
@@ -283,18 +285,19 @@ def test_checkpoints_without_a_run_are_kept_but_the_one_resumed_from(folder):
 
 
 def test_what_a_dead_process_left_elsewhere_is_removed(tmp_path):
-    here = f"0a1b{disk._host()}"
+    here = f"0a1b{filesystem._host()}"
     dead, alive = 2**31 - 1, os.getppid()
     gone = tmp_path / f".tmp-{dead}-{here}-model.keras"
+    elsewhere = "ffff" if filesystem._host() != "ffff" else "0000"
     stay = [
         tmp_path / f".tmp-{alive}-{here}-model.keras",
-        tmp_path / f".tmp-{dead}-0a1b{'f' * 4 if disk._host() != 'ffff' else '0' * 4}-model.keras",
+        tmp_path / f".tmp-{dead}-0a1b{elsewhere}-model.keras",
         tmp_path / ".tmp-notes",
     ]
     old = tmp_path / f".tmp-{dead}-0a1bffff-old.keras"
     for path in (gone, *stay, old):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    with disk.replacing(tmp_path / "model.keras") as temporary:
+    with filesystem.replacing(tmp_path / "model.keras") as temporary:
         temporary.write_bytes(b"whole")
     assert names(tmp_path) == sorted([*(path.name for path in stay), "model.keras"])

@@ -13,10 +13,11 @@ from helpers import arguments, batch_norm_model, make_data, train_logs, weights
 from helpers_resume import make_trainer
 
 from kbtrain import Trainer
-from kbtrain.checkpoint import CheckpointStore, read_arrays, write_arrays, writing
-from kbtrain.checkpoint.layout import keras_layout
+from kbtrain.checkpoint import CheckpointStore, read_arrays, write_arrays
+from kbtrain.checkpoint.keras_layout import keras_layout
+from kbtrain.checkpoint.run_state import gather_model, places
+from kbtrain.checkpoint.storage import array_writer
 from kbtrain.errors import CheckpointError
-from kbtrain.persistence import gather_model, places
 
 LAYERS = keras.layers
 VERSION_1 = Path(__file__).parent / "golden" / "checkpoint_v1"
@@ -156,8 +157,8 @@ def test_a_checkpoint_of_a_run_is_loaded_by_a_model_that_knows_nothing_of_kbtrai
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**22])
 def test_large_arrays_go_around_libhdf5_and_come_back(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(writing, "DIRECT_BYTES", 16)
-    monkeypatch.setattr(writing, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(array_writer, "DIRECT_BYTES", 16)
+    monkeypatch.setattr(array_writer, "CHUNK_BYTES", chunk)
     arrays = {
         "a/b": np.arange(24, dtype="float64").reshape(2, 3, 4).transpose(),
         "scalar": np.float32(3),

@@ -3,17 +3,17 @@
 import doctest
 import math
 
+import kbtrain.data.collators.sequence.language_modeling
+import kbtrain.data.collators.sequence.padding
+import kbtrain.data.collators.sequence.sequence
 import keras
 import numpy as np
 import pytest
 from helpers import StopAt, arguments, same, weights, with_weights
 
-import kbtrain.data.collators
-import kbtrain.data.collators_lm
-import kbtrain.data.lengths
-import kbtrain.data.padding
-import kbtrain.data.permutation
 import kbtrain.data.prefetch
+import kbtrain.data.sampling.by_length
+import kbtrain.data.sampling.permutation
 from kbtrain import (
     DataCollatorForLanguageModeling,
     DataCollatorForPacking,
@@ -23,7 +23,7 @@ from kbtrain import (
     Trainer,
 )
 from kbtrain.data import DataLoader
-from kbtrain.data.collators_lm import causal_segments
+from kbtrain.data.collators.language_modeling import causal_segments
 from kbtrain.errors import ConfigurationError, DataError
 
 SAMPLES = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import Recorder, StopAt, arguments, linear_model, make_data, same, weights
 
-import kbtrain.data.epochs
+import kbtrain.data.fixed_epochs
 from kbtrain import Trainer
 from kbtrain.data import Batches, DataLoader, FixedEpochs, as_loader
 from kbtrain.errors import ConfigurationError

@@ -19,9 +19,9 @@ from kbtrain.data import (
     as_loader,
     as_source,
 )
-from kbtrain.data.foreign import resume_caveat, yields_batches
+from kbtrain.data.sources.interop import resume_caveat, yields_batches
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.loaders import make_loader
+from kbtrain.training.dataloaders import make_loader
 
 X, Y = make_data(20)
 

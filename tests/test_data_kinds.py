@@ -8,8 +8,8 @@ from scipy import sparse
 
 from kbtrain import Trainer, backends
 from kbtrain.data import LabelKeys, as_source, default_collate, to_batch
-from kbtrain.data.splitting import split
-from kbtrain.data.structure import as_array
+from kbtrain.data.sources.validation_split import split
+from kbtrain.data.tree import as_array
 from kbtrain.errors import DataError
 
 X, Y = make_data(12, 3)

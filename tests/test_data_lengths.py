@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kbtrain import Trainer
 from kbtrain.data import DataLoader, as_source, epoch_order
-from kbtrain.data.lengths import group_by_length, rebalance
+from kbtrain.data.sampling.by_length import group_by_length, rebalance
 from kbtrain.errors import ConfigurationError, DataError
 
 

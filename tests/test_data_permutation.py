@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbtrain.data import DataLoader, epoch_order
-from kbtrain.data.permutation import FeistelPermutation
-from kbtrain.data.sampling import MAX_STORED
+from kbtrain.data.sampling.permutation import FeistelPermutation
+from kbtrain.data.sampling.sampler import MAX_STORED
 
 
 @settings(max_examples=80, deadline=None)

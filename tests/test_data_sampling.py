@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kbtrain.data import epoch_order
-from kbtrain.data.sampling import STRATEGIES
+from kbtrain.data.sampling.sampler import STRATEGIES
 from kbtrain.errors import ConfigurationError
 
 

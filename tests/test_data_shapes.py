@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from helpers import arguments
 
-import kbtrain.data.shapes
+import kbtrain.data.shape_monitor
 from kbtrain import Trainer
 from kbtrain.data import Batches, as_loader
-from kbtrain.data.shapes import MANY_SHAPES
+from kbtrain.data.shape_monitor import MANY_SHAPES
 
 
 def batches(lengths):

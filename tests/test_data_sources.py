@@ -14,7 +14,7 @@ import pytest
 
 import kbtrain.data
 from kbtrain.data import ArraySource, IterableSource, MapSource, UnsizedDataError, as_source
-from kbtrain.data.columns import DiskColumn
+from kbtrain.data.sources.columns import DiskColumn
 from kbtrain.errors import DataError
 
 X = np.arange(30, dtype=np.float32).reshape(10, 3)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from helpers import arguments, linear_model, make_data, with_weights
 
-from kbtrain import Trainer, evaluation
+from kbtrain import Trainer
 from kbtrain.data import as_loader, default_collate
-from kbtrain.data.foreign import is_endless
 from kbtrain.data.loader import DataLoader
-from kbtrain.data.sources import IterableSource
+from kbtrain.data.sources.base import IterableSource
+from kbtrain.data.sources.interop import is_endless
 from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.evaluation import evaluate
 
 X, Y = make_data(24, 3)
 CUTS = (slice(0, 8), slice(8, 16), slice(16, 21))
@@ -239,7 +240,7 @@ def test_an_evaluation_of_endless_data_is_refused(tmp_path, data):
 
 
 def test_an_evaluation_without_a_length_is_bounded(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(evaluation, "MAX_UNSIZED", 5)
+    monkeypatch.setattr(evaluate, "MAX_UNSIZED", 5)
 
     def endless():
         while True:

@@ -10,8 +10,9 @@ from helpers import arguments, linear_model, make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbtrain import EarlyStoppingCallback, Trainer, fitting
+from kbtrain import EarlyStoppingCallback, Trainer
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
+from kbtrain.training import fit as fitting
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 NAMES = ("progress", "rng", "trainer_state", "training_args", "lr_scheduler")

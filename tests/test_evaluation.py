@@ -14,8 +14,8 @@ from helpers import (
 )
 
 from kbtrain import ConfigurationError, DataError, EvalPrediction, Trainer
-from kbtrain.evaluation import PADDING
-from kbtrain.step_times import speed
+from kbtrain.evaluation.evaluate import PADDING
+from kbtrain.utils.timing import speed
 
 
 def make(tmp_path, model=None, size=4, **kwargs):
@@ -400,7 +400,7 @@ def test_batches_stay_apart_on_request(tmp_path):
 @pytest.mark.parametrize("most", [None, 1, 3])
 def test_outputs_of_so_many_batches_wait_on_the_device(tmp_path, monkeypatch, most):
     x, y = make_data(80)
-    monkeypatch.setattr("kbtrain.pace.BLOCK_SECONDS", 1e9)
+    monkeypatch.setattr("kbtrain.data.block_length.BLOCK_SECONDS", 1e9)
     trainer = make(tmp_path, args={"eval_accumulation_steps": most})
     trainer.bound.build((x[:4], y[:4]))
     step, calls = trainer.bound.eval_step(with_loss=True, gather=True), []

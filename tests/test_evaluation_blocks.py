@@ -9,8 +9,8 @@ from helpers import Recorder, arguments, linear_model, make_data, weights, with_
 from test_fast_paths import CASES
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.evaluation import Evaluation
-from kbtrain.pace import Pace
+from kbtrain.data.block_length import Pace
+from kbtrain.evaluation.evaluate import Evaluation
 
 
 class EveryBatch(TrainerCallback):
@@ -31,7 +31,7 @@ def blocks(monkeypatch):
         run(self, block)
 
     monkeypatch.setattr(Evaluation, "_run_block", recorded)
-    monkeypatch.setattr("kbtrain.pace.BLOCK_SECONDS", 1e9)
+    monkeypatch.setattr("kbtrain.data.block_length.BLOCK_SECONDS", 1e9)
     return sizes
 
 

@@ -167,8 +167,8 @@ def test_an_update_is_left_out_without_reading_the_flag(tmp_path, monkeypatch, o
     found = []
     if BACKEND.name == "torch":  # as on a GPU; the others never read it
         program, skips = (
-            importlib.import_module(f"kbtrain.backends.torch_{room}")
-            for room in ("program", "skips")
+            importlib.import_module(f"kbtrain.backends.torch.capture.{module}")
+            for module in ("program", "predication")
         )
 
         def drop_selections(graph):

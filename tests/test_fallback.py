@@ -10,11 +10,12 @@ import keras
 import numpy as np
 import pytest
 
-from kbtrain import Trainer, TrainingArguments, backends, fallback, keras_private
+from kbtrain import Trainer, TrainingArguments, backends
 from kbtrain.checkpoint import name_variables
-from kbtrain.checkpoint.layout import KerasLayout, keras_layout
+from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.errors import ConfigurationError
-from kbtrain.fallback import ISSUES, NotAFailure, PrivatePart
+from kbtrain.utils import fallback, keras_private
+from kbtrain.utils.fallback import ISSUES, NotAFailure, PrivatePart
 
 BACKEND = backends.load()
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,20 +93,20 @@ def test_the_issue_page_is_that_of_the_project():
 ATTRIBUTES = {
     # what breaks: module, attribute, and the backends that use it
     "masks, read": ("keras.src.backend.common.masking", "get_keras_mask", None),
-    "scopes": ("kbtrain.recompute", "stateless_scope", "recompute"),
-    "surroundings": ("kbtrain.keras_private", "get_global_attribute", "recompute"),
-    "convolutions": ("kbtrain.backends.jax_convolutions", "_rewritten", "jax"),
-    "jaxpr": ("kbtrain.backends.jax_convolutions", "jaxpr_as_fun", "jax"),
-    "recorder": ("kbtrain.backends.torch_capture", "record", "torch"),
-    "make_fx": ("kbtrain.backends.torch_capture", "CapturedStep", "torch"),
-    "program": ("kbtrain.backends.torch_capture", "make_program", "torch"),
-    "native": ("kbtrain.backends.torch_capture", "native_operations", "torch"),
-    "TorchScript": ("kbtrain.backends.torch_program", "to_script", "torch"),
+    "scopes": ("kbtrain.model.wrappers.gradient_checkpointing", "stateless_scope", "recompute"),
+    "surroundings": ("kbtrain.utils.keras_private", "get_global_attribute", "recompute"),
+    "convolutions": ("kbtrain.backends.jax.conv_layout", "_rewritten", "jax"),
+    "jaxpr": ("kbtrain.backends.jax.conv_layout", "jaxpr_as_fun", "jax"),
+    "recorder": ("kbtrain.backends.torch.capture.step", "record", "torch"),
+    "make_fx": ("kbtrain.backends.torch.capture.step", "CapturedStep", "torch"),
+    "program": ("kbtrain.backends.torch.capture.step", "make_program", "torch"),
+    "native": ("kbtrain.backends.torch.capture.step", "native_operations", "torch"),
+    "TorchScript": ("kbtrain.backends.torch.capture.program", "to_script", "torch"),
     "interpreter": ("torch._C", "_set_graph_executor_optimize", "torch"),
     "norms": ("torch", "_foreach_norm", "torch"),
     "products": ("torch", "_foreach_mul_", "torch"),
-    "XLA": ("kbtrain.backends.tensorflow_update", "_for_xla._fast", "tensorflow"),
-    "determinism": ("kbtrain.backends.tensorflow_device", "_is_determinism_on._fast", "tensorflow"),
+    "XLA": ("kbtrain.backends.tensorflow.optimizer", "_for_xla._fast", "tensorflow"),
+    "determinism": ("kbtrain.backends.tensorflow.device", "_is_determinism_on._fast", "tensorflow"),
 }
 
 

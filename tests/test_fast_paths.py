@@ -7,7 +7,7 @@ from helpers import arguments, batch_norm_model, make_data, same, train_logs, we
 from keras import layers
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.run import Run
+from kbtrain.training.run import Run
 
 
 class EveryStep(TrainerCallback):
@@ -173,7 +173,9 @@ def test_the_numbers_do_not_depend_on_how_many_updates_run_in_one_call(case, tmp
         return update(self, block)
 
     monkeypatch.setattr(Run, "update", recorded)
-    monkeypatch.setattr("kbtrain.pace.BLOCK_SECONDS", 1e9)  # however slow the machine is
+    monkeypatch.setattr(
+        "kbtrain.data.block_length.BLOCK_SECONDS", 1e9
+    )  # however slow the machine is
     together = train(case, tmp_path / "a", logging_steps=100)
     assert max(sizes) > 1
     assert sum(sizes) == 24
@@ -294,7 +296,7 @@ def test_each_shape_is_compiled_once(case, tmp_path, monkeypatch):
 
 
 def test_the_history_in_the_state_is_bounded_and_the_log_file_has_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("kbtrain.state.HISTORY_LIMIT", 10)
+    monkeypatch.setattr("kbtrain.callbacks.state.HISTORY_LIMIT", 10)
     trainer = train("dense, batch norm, dropout", tmp_path, logging_steps=1, report_to="json")
     assert [entry["step"] for entry in trainer.state.log_history] == [*range(16, 25), 24]
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -8,8 +8,10 @@ import pytest
 from helpers import arguments, train_logs
 from keras import layers, ops
 
-from kbtrain import Trainer, fallback, float64, keras_private
-from kbtrain.data.structure import to_numpy
+from kbtrain import Trainer
+from kbtrain.data.tree import to_numpy
+from kbtrain.model import float64
+from kbtrain.utils import fallback, keras_private
 
 
 @pytest.fixture(autouse=True)

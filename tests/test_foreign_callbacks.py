@@ -8,7 +8,7 @@ import pytest
 from helpers import arguments, linear_model, make_data
 
 from kbtrain import ConfigurationError, EarlyStoppingCallback, Trainer
-from kbtrain.foreign_callbacks import _OF_KERAS, advice
+from kbtrain.callbacks.interop import _OF_KERAS, advice
 
 K = keras.callbacks
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.gathering import (
+from kbtrain.evaluation.gather import (
     PADDING,
     Batchwise,
     Concatenated,

@@ -7,7 +7,7 @@ from helpers import Recorder, arguments, same, weights
 
 from kbtrain import ConfigurationError, DataError, Trainer
 from kbtrain.data import ArraySource
-from kbtrain.gathering import PADDING
+from kbtrain.evaluation.gather import PADDING
 
 VOCABULARY = 7
 

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 from helpers import Recorder, StopAt, arguments, linear_model, make_data, weights, without_timings
 
-from kbtrain import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingInterrupted,
-    interruption,
-    saving,
-)
-from kbtrain.checkpoint import CheckpointStore
+from kbtrain import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingInterrupted
+from kbtrain.checkpoint import CheckpointStore, saver
+from kbtrain.training import stop_signals
 
 
 def make_trainer(folder, callbacks=(), **changes):
@@ -72,7 +66,7 @@ def python_handles_sigint():
 
 
 def handlers():
-    return [signal.getsignal(number) for number in interruption.SIGNALS]
+    return [signal.getsignal(number) for number in stop_signals.SIGNALS]
 
 
 def saved_steps(folder):
@@ -386,8 +380,8 @@ def clock(monkeypatch):
     class Time:
         monotonic = perf_counter = staticmethod(lambda: now[0])
 
-    monkeypatch.setattr(interruption, "time", Time)
-    monkeypatch.setattr(saving, "time", Time)  # what a checkpoint takes decides when to stop
+    monkeypatch.setattr(stop_signals, "time", Time)
+    monkeypatch.setattr(saver, "time", Time)  # what a checkpoint takes decides when to stop
     return now
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cross  # needs JAX, whatever Keras runs on
 
 def test_a_number_that_jax_does_not_have_is_an_error_in_words():
     jax = importlib.import_module("jax")
-    compiling = importlib.import_module("kbtrain.backends.jax_compile")
+    compiling = importlib.import_module("kbtrain.backends.jax.compile")
 
     def looks(x):
         return x * float(x)

@@ -32,8 +32,8 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_a_turned_convolution_gives_the_same_numbers(case):
     jax = importlib.import_module("jax")
-    traces = importlib.import_module("kbtrain.backends.jax_trace")
-    convolutions = importlib.import_module("kbtrain.backends.jax_convolutions")
+    traces = importlib.import_module("kbtrain.backends.jax.trace")
+    convolutions = importlib.import_module("kbtrain.backends.jax.conv_layout")
     data_shape, kernel_shape, order, options = CONVOLUTIONS[case]
     generator = np.random.default_rng(1)
     data = generator.normal(size=data_shape).astype("float32")

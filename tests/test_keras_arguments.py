@@ -8,8 +8,8 @@ from helpers import arguments, make_data, weights, with_weights
 
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.data import ArraySource, DataLoader, LabelKeys, weighted
-from kbtrain.data.splitting import split
-from kbtrain.data.weighting import ClassWeights
+from kbtrain.data.class_weight import ClassWeights
+from kbtrain.data.sources.validation_split import split
 from kbtrain.errors import ConfigurationError, DataError
 
 X, _ = make_data(12, 3)

@@ -12,8 +12,8 @@ from helpers import arguments, fit, linear_model, make_data, train_logs, weights
 from keras import ops
 
 from kbtrain import ConfigurationError, DataError, Trainer
-from kbtrain.keras_losses import keras_loss_pair, resolve_loss, same_rank
-from kbtrain.loss import mean
+from kbtrain.model.losses.keras_losses import keras_loss_pair, resolve_loss, same_rank
+from kbtrain.model.losses.pairs import mean
 
 FUNCTIONS = sorted({n for n in dir(keras.losses) if n[0].islower()} - {"get", "serialize",
                                                                      "deserialize"})  # fmt: skip

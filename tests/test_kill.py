@@ -15,7 +15,7 @@ from helpers import without_timings
 from helpers_kill import STEPS
 
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.lock import LOCK_NAME
+from kbtrain.checkpoint.storage.lock import LOCK_NAME
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from helpers import arguments
 from keras import ops
 
 from kbtrain import ConfigurationError, Trainer
-from kbtrain.keras_losses import keras_loss_pair
-from kbtrain.label_smoothing import smoothed
+from kbtrain.model.losses.keras_losses import keras_loss_pair
+from kbtrain.model.losses.label_smoothing import smoothed
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy
 

@@ -6,8 +6,15 @@ import pytest
 from keras import ops
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.keras_losses import keras_loss_pair, resolve_loss
-from kbtrain.loss import LossPair, as_pair, call_loss_func, count_items, mean, weighted_sum
+from kbtrain.model.losses.keras_losses import keras_loss_pair, resolve_loss
+from kbtrain.model.losses.pairs import (
+    LossPair,
+    as_pair,
+    call_loss_func,
+    count_items,
+    mean,
+    weighted_sum,
+)
 
 
 def tensor(value, dtype="float32"):

@@ -7,7 +7,7 @@ from helpers import arguments, linear_model, make_data, train_logs, with_weights
 
 from kbtrain import Trainer
 from kbtrain.errors import ConfigurationError
-from kbtrain.metrics import ListedMetrics
+from kbtrain.model.metrics import ListedMetrics
 
 
 def tensor(value, dtype="float32"):

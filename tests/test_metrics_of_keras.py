@@ -9,7 +9,7 @@ from helpers import arguments, linear_model, make_data
 from keras import ops
 
 from kbtrain import Trainer
-from kbtrain.metrics import CompiledMetrics, ListedMetrics
+from kbtrain.model.metrics import CompiledMetrics, ListedMetrics
 
 NEEDS = {
     "IoU": {"num_classes": 2, "target_class_ids": [0]},

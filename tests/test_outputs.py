@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.outputs import Outputs, check_loss_weights, pair_up
+from kbtrain.model.losses.pairing import Outputs, check_loss_weights, pair_up
 
 MSE, MAE = keras.losses.mean_squared_error, keras.losses.mean_absolute_error
 

@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbtrain import ArgumentParser, TrainingArguments, parser, yaml_text
+from kbtrain import ArgumentParser, TrainingArguments
+from kbtrain.config import argument_parser
+from kbtrain.config import yaml as yaml_text
 from kbtrain.errors import ConfigurationError
 
 
@@ -88,7 +90,7 @@ def test_options_become_fields(line, expected):
 
 def test_both_spellings_exist_for_every_field():
     for field in dataclasses.fields(TrainingArguments):
-        options = parser._Field(field, str).options()
+        options = argument_parser._Field(field, str).options()
         assert f"--{field.name}" in options
         assert f"--{field.name.replace('_', '-')}" in options
 
@@ -328,7 +330,7 @@ def test_what_is_written_reads_back(values):
 
 
 def test_examples_in_docstrings():
-    result = doctest.testmod(parser)
+    result = doctest.testmod(argument_parser)
     assert result.attempted > 0
     assert result.failed == 0
 

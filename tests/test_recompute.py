@@ -8,7 +8,7 @@ from keras import ops
 
 from kbtrain import Trainer, backends
 from kbtrain.errors import ConfigurationError
-from kbtrain.recompute import recomputed
+from kbtrain.model.wrappers.gradient_checkpointing import recomputed
 
 
 class Block(keras.layers.Layer):

@@ -9,7 +9,7 @@ import pytest
 
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.trainer_renames import MEMBERS, PARAMETERS
+from kbtrain.trainer.migration import MEMBERS, PARAMETERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 DATA = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from helpers import arguments, linear_model, make_data, train_logs, weights
 
-from kbtrain import Trainer, memory, reports, tokens, verbosity
+from kbtrain import Trainer
+from kbtrain.data import token_count
 from kbtrain.errors import DataError
+from kbtrain.trainer import reports
+from kbtrain.utils import logging as verbosity
+from kbtrain.utils import memory
 
 X, Y = make_data(16)
 
@@ -139,13 +143,13 @@ IDS = np.array([[[1, 2, 0], [3, 0, 0]], [[4, 5, 6], [7, 8, 0]]], np.int32)  # 2 
     ],
 )
 def test_tokens_of_a_block(batch, mode, updates, expected):
-    assert tokens.count_tokens([{"single": batch}], updates, mode) == expected
+    assert token_count.count_tokens([{"single": batch}], updates, mode) == expected
 
 
 @pytest.mark.parametrize("x", [{"a": IDS, "b": IDS}, IDS * 0.5])
 def test_without_a_clear_input_of_tokens_it_says_what_there_is(x):
     with pytest.raises(DataError, match="input_ids, token_ids, tokens.*float|input_ids.*int32"):
-        tokens.count_tokens([{"single": (x, IDS)}], 1, "all")
+        token_count.count_tokens([{"single": (x, IDS)}], 1, "all")
 
 
 def test_the_tokenizer_says_what_padding_is(tmp_path):
@@ -209,10 +213,10 @@ def test_tokens_are_logged_and_resumed(tmp_path):
 
 def test_labels_by_name_are_no_tokens():
     batch = {"tokens": IDS, "target": IDS}
-    assert tokens.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all", ["target"])
+    assert token_count.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all", ["target"])
     with pytest.raises(DataError, match="ids.*target"):
-        tokens.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all")
-    assert tokens.count_tokens([{"single": batch}], 1, "all") == IDS[:1].size
+        token_count.count_tokens([{"single": {"ids": IDS, "target": IDS}}], 1, "all")
+    assert token_count.count_tokens([{"single": batch}], 1, "all") == IDS[:1].size
 
 
 def test_no_tokens_are_counted_unless_asked(tmp_path):

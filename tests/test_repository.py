@@ -59,6 +59,14 @@ def top_levels(tree: ast.AST) -> set[str]:
     return {name.partition(".")[0] for name in imported(tree)}
 
 
+def framework_of(path: Path) -> str:
+    """The framework that a file may import: the name of its folder below a backend folder."""
+    for folder in BACKEND_FOLDERS:
+        if relative(path).startswith(folder):
+            return relative(path).removeprefix(folder).split("/")[0].removesuffix(".py")
+    return ""
+
+
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -85,8 +93,7 @@ def test_the_rules_below_look_at_something():
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_a_framework_is_imported_in_its_own_backend_file_only(path):
-    framework = path.stem.partition("_")[0]  # torch_capture.py is a part of torch.py
-    allowed = {framework} if relative(path).startswith(BACKEND_FOLDERS) else set()
+    allowed = {framework_of(path)}
     if "jax" in allowed:
         allowed |= {"jaxlib"}
     assert top_levels(parse(path)) & FRAMEWORKS <= allowed
@@ -108,7 +115,7 @@ def test_the_two_packages_do_not_import_each_other(path):
     "path", [p for p in SOURCES if relative(p).startswith("optim/")], ids=relative
 )
 def test_optim_needs_keras_and_numpy_only(path):
-    own = {path.stem.partition("_")[0]} if "kernels/" in relative(path) else set()
+    own = {framework_of(path)} - {""}
     if path.stem == "plotting":  # imported when something is drawn, and not before
         assert "matplotlib" not in {
             alias.name
@@ -122,22 +129,22 @@ def test_optim_needs_keras_and_numpy_only(path):
 
 PRIVATE = ("keras.src", "jax._src", "jax.extend", "tensorflow.python", "torch._")
 WITH_A_PLAIN_WAY = {
-    "kbtrain/keras_private.py",
-    "kbtrain/lazy_tensorflow.py",
-    "kbtrain/checkpoint/layout.py",
-    "kbtrain/warm_start.py",
-    "kbtrain/backends/jax_convolutions.py",
-    "kbtrain/backends/tensorflow_device.py",
-    "kbtrain/backends/tensorflow_update.py",
+    "kbtrain/utils/keras_private.py",
+    "kbtrain/utils/tensorflow_import.py",
+    "kbtrain/checkpoint/keras_layout.py",
+    "kbtrain/checkpoint/load_weights.py",
+    "kbtrain/backends/jax/conv_layout.py",
+    "kbtrain/backends/tensorflow/device.py",
+    "kbtrain/backends/tensorflow/optimizer.py",
     # torch_runner imports them when it records a step, and goes on without them.
-    "kbtrain/backends/torch_capture.py",
-    "kbtrain/backends/torch_native.py",
-    "kbtrain/backends/torch_random.py",
-    "kbtrain/backends/torch_record.py",
-    "optim/kernels/jax_order.py",
-    "optim/kernels/tensorflow_order.py",
-    "optim/kernels/torch.py",
-    "optim/precision.py",
+    "kbtrain/backends/torch/capture/step.py",
+    "kbtrain/backends/torch/capture/keras_overrides.py",
+    "kbtrain/backends/torch/capture/random.py",
+    "kbtrain/backends/torch/capture/trace.py",
+    "optim/kernels/jax/inplace_order.py",
+    "optim/kernels/tensorflow/inplace_order.py",
+    "optim/kernels/torch/__init__.py",
+    "optim/core/precision.py",
 }
 
 
@@ -181,8 +188,8 @@ def test_imports_have_no_cycles():
         parents = {name.rpartition(".")[0], name}
         graph[name] = wanted - parents
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("kbtrain.step") < order.index("kbtrain.trainer")
-    assert order.index("kbtrain.loop") < order.index("kbtrain.trainer")
+    assert order.index("kbtrain.training.train_step") < order.index("kbtrain.trainer.trainer")
+    assert order.index("kbtrain.training.loop") < order.index("kbtrain.trainer.trainer")
 
 
 def loaded_after(code: str) -> set[str]:

@@ -14,8 +14,8 @@ from helpers import StopAt, arguments, linear_model, make_data, train_logs
 from helpers_resume import in_new_process, make_trainer, results
 
 from kbtrain import CheckpointMismatchError, Trainer, TrainingArguments
-from kbtrain.args_changes import CONSEQUENCES, HARMLESS, compare_arguments
 from kbtrain.checkpoint import CheckpointStore
+from kbtrain.config.diff import CONSEQUENCES, HARMLESS, compare_arguments
 
 STEPS = {"plain": 18, "accumulation": 9, "short group": 6}
 

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from helpers import Recorder, arguments, linear_model, make_data, same, weights
 
-from kbtrain import Trainer, TrainerCallback, best_model
-from kbtrain.checkpoint import CheckpointStore, disk
+from kbtrain import Trainer, TrainerCallback
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.saver import Saver, Snapshot
 from kbtrain.errors import CheckpointError, FolderInUseError
-from kbtrain.saving import Saver, Snapshot
+from kbtrain.training import best_model
+from kbtrain.utils import filesystem
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -295,14 +297,14 @@ def test_on_save_comes_when_the_checkpoint_is_complete(tmp_path):
 
 def full_disk(monkeypatch, failing_steps, error=FULL):
     """Let the writing of some steps' checkpoints fail, as the disk would."""
-    original = disk.fsync_directory
+    original = filesystem.fsync_directory
 
     def fail(path):
         if any(path.name.startswith(f".tmp-checkpoint-{step}-") for step in failing_steps):
             raise error
         original(path)
 
-    monkeypatch.setattr(disk, "fsync_directory", fail)
+    monkeypatch.setattr(filesystem, "fsync_directory", fail)
 
 
 @pytest.mark.parametrize("background", [True, False])

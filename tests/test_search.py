@@ -14,8 +14,9 @@ from helpers import arguments
 from helpers_regression import Line, regression_data, simulate
 from optuna.trial import TrialState
 
-from kbtrain import Trainer, TrainerCallback, search
+from kbtrain import Trainer, TrainerCallback
 from kbtrain.errors import ConfigurationError
+from kbtrain.trainer import search
 
 X, Y = regression_data(32)
 RATES = [0.001, 0.1, 0.03]

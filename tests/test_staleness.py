@@ -11,9 +11,9 @@ from helpers import arguments, linear_model, make_data, train_logs, with_weights
 from keras import ops
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.captured_objects import intercepted
 from kbtrain.errors import ConfigurationError
-from kbtrain.frozen_values import frozen, is_changeable
+from kbtrain.tracing.frozen_values import frozen, is_changeable
+from kbtrain.tracing.objects import intercepted
 
 FACTOR = 1.0
 SETTINGS = {"factor": 1.0}

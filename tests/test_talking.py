@@ -14,8 +14,8 @@ import pytest
 from helpers import Recorder, arguments, linear_model, make_data
 
 from kbtrain import ConfigurationError, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.state import TrainerControl, TrainerState
 from kbtrain.trackers import base
 from kbtrain.trackers.csv_table import CsvCallback
 from kbtrain.trackers.json_lines import JsonLinesCallback
@@ -132,7 +132,7 @@ def test_a_bar_that_fails_is_reported_once(tmp_path, caplog, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no widgets here")
 
-    monkeypatch.setattr("kbtrain.progress.tqdm", broken)
+    monkeypatch.setattr("kbtrain.callbacks.progress_bar.tqdm", broken)
     trainer = train(tmp_path, [ProgressCallback(disable=False)])
     assert trainer.state.global_step == 3
     assert caplog.text.count("no widgets here") == 1
@@ -383,6 +383,6 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
 
 @pytest.mark.parametrize("path", ["run", "a:b/run", "C:/run", "C:\\run", "~/x", "/a/b:c", "a/s3:x"])
 def test_paths_are_none(path):
-    from kbtrain.local_path import check_local
+    from kbtrain.utils.local_path import check_local
 
     check_local("output_dir", path)

@@ -3,7 +3,8 @@
 import pytest
 from helpers import Recorder, arguments, linear_model, make_data
 
-from kbtrain import Trainer, TrainingArguments, timed
+from kbtrain import Trainer, TrainingArguments
+from kbtrain.callbacks import time_triggers
 from kbtrain.errors import ConfigurationError
 
 X, Y = make_data(16)
@@ -21,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     fake = Clock()
-    monkeypatch.setattr(timed, "time", fake)
+    monkeypatch.setattr(time_triggers, "time", fake)
     return fake
 
 
@@ -65,7 +66,7 @@ def test_without_minutes_nobody_looks_at_the_clock(tmp_path, clock):
 
 
 def test_a_block_may_have_many_updates_all_the_same():
-    assert timed.TimedCallback.every_step is False
+    assert time_triggers.TimedCallback.every_step is False
 
 
 def test_an_evaluation_needs_data(tmp_path):

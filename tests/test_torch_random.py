@@ -18,7 +18,7 @@ def torch():
 @pytest.fixture(scope="module")
 def numbers(torch):
     """The operations as they are on a GPU."""
-    module = importlib.import_module("kbtrain.backends.torch_random")
+    module = importlib.import_module("kbtrain.backends.torch.capture.random")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_on_gpu", lambda seed: True)
         yield torch.ops.kbtrain_random
@@ -42,7 +42,7 @@ def splitmix64(key, count):
 
 @pytest.mark.parametrize("key", [1234567, 0, -1, -(2**63), 2**63 - 1])
 def test_the_bits_are_those_of_the_published_generator(key, torch):
-    module = importlib.import_module("kbtrain.backends.torch_random")
+    module = importlib.import_module("kbtrain.backends.torch.capture.random")
     found = module.random_bits(torch.tensor(key), (5, 20)).flatten().tolist()
     assert [z % 2**64 for z in found] == splitmix64(key % 2**64, 100)
     if key == 1234567:  # a value that is published for this seed

@@ -15,7 +15,7 @@ def torch():
 @pytest.fixture
 def copied(torch):
     """``copied(make)``: what is left of copies of views, as arguments of the operation made."""
-    views = importlib.import_module("kbtrain.backends.torch_views")
+    views = importlib.import_module("kbtrain.backends.torch.capture.views")
 
     def run(make):
         graph = torch.fx.Graph()

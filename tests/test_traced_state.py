@@ -10,7 +10,7 @@ from helpers import Recorder, arguments, linear_model, make_data, same, weights
 from keras import ops
 
 from kbtrain import Trainer
-from kbtrain.traced_state import Decisions, Moment
+from kbtrain.tracing.position import Decisions, Moment
 
 EXPRESSIONS = {
     "updates": lambda s: s.global_step,

@@ -16,8 +16,9 @@ import pytest
 from fake_trackers import FAKES
 from helpers import StopAt, arguments, linear_model, make_data
 
-from kbtrain import Trainer, TrainerCallback, registry, trackers
+from kbtrain import Trainer, TrainerCallback, trackers
 from kbtrain.errors import ConfigurationError
+from kbtrain.optimization import registry
 from kbtrain.trackers import TRACKERS, base
 
 X, Y = make_data(16)

@@ -11,7 +11,7 @@ from keras import ops
 import optim
 from kbtrain import Trainer
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.evaluation_weights import swapped_in
+from kbtrain.optimization.evaluation_weights import swapped_in
 
 
 @keras.saving.register_keras_serializable(package="tests_trainer")

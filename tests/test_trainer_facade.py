@@ -19,11 +19,11 @@ from kbtrain import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    args_process,
-    gathering,
 )
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.step_times import StepTimes
+from kbtrain.config import process_properties
+from kbtrain.evaluation import gather
+from kbtrain.utils.timing import StepTimes
 
 
 def make(tmp_path, model=None, data=None, callbacks=(), **changes):
@@ -55,7 +55,7 @@ def test_one_process_answers_for_itself():
     with args.main_process_first(desc="tokenizing"):
         done = True
     assert done
-    assert doctest.testmod(args_process).failed == 0
+    assert doctest.testmod(process_properties).failed == 0
 
 
 def test_samples_of_an_update(tmp_path):
@@ -364,7 +364,7 @@ def test_a_slow_callback_is_host_time_and_evaluations_are_none(tmp_path):
 
 def test_nested_times_count_once(monkeypatch):
     now = iter([0.0, 1.0, 5.0, 7.0])
-    monkeypatch.setattr("kbtrain.step_times.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("kbtrain.utils.timing.time.perf_counter", lambda: next(now))
     times = StepTimes()
     with times.of("other"), times.of("compute"):
         pass
@@ -465,7 +465,7 @@ def test_results_become_what_json_can_hold(tmp_path):
     assert trainer.state.log_history[-1]["more"] == 0.5
     with pytest.raises(ConfigurationError, match=r"log\(\) got.*'thing'. Received: object"):
         trainer.log({"thing": object()})
-    assert doctest.testmod(gathering).failed == 0
+    assert doctest.testmod(gather).failed == 0
 
 
 def test_a_method_that_would_never_be_called_is_an_error(tmp_path):

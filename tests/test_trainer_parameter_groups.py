@@ -8,7 +8,8 @@ import pytest
 from helpers import StopAt, arguments, make_data, same, train_logs, weights, with_weights
 
 import optim
-from kbtrain import ConfigurationError, Trainer, building
+from kbtrain import ConfigurationError, Trainer
+from kbtrain.model import build as building
 
 GROUPS = [
     {"match": "first/", "lr_multiplier": 0.5, "weight_decay": 0.0},

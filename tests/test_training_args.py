@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbtrain import Trainer, args_validation, training_args
-from kbtrain.args_renames import DROPPED, NOT_YET, RENAMED
-from kbtrain.args_validation import check_saves_follow_evaluations
+from kbtrain import Trainer
+from kbtrain.config import training_args, validation
+from kbtrain.config.argument_parser import ArgumentParser
+from kbtrain.config.migration import DROPPED, NOT_YET, RENAMED
+from kbtrain.config.training_args import TrainingArguments, resolve_steps
+from kbtrain.config.validation import check_saves_follow_evaluations
 from kbtrain.errors import ConfigurationError
-from kbtrain.parser import ArgumentParser
-from kbtrain.training_args import TrainingArguments, resolve_steps
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
 
@@ -199,7 +200,7 @@ def test_signature_names_every_field_and_type_hints_resolve():
     assert hints["save_total_limit"] == int | None
 
 
-@pytest.mark.parametrize("module", [training_args, args_validation])
+@pytest.mark.parametrize("module", [training_args, validation])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

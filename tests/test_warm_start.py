@@ -21,8 +21,8 @@ from kbtrain import (
     Trainer,
     load_weights,
 )
-from kbtrain.checkpoint.disk import FileEntry
-from kbtrain.checkpoint.manifest import read_manifest, write_manifest
+from kbtrain.checkpoint.storage.manifest import read_manifest, write_manifest
+from kbtrain.utils.filesystem import FileEntry
 
 LAYERS = keras.layers
 

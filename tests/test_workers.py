@@ -16,9 +16,9 @@ from helpers_workers import Fatal, Noisy, Pairs
 
 from kbtrain import Trainer
 from kbtrain.data import Batches, DataLoader, StreamLoader
+from kbtrain.data.workers import WorkerLoader, make_batch
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.loaders import make_loader
-from kbtrain.workers import WorkerLoader, make_batch
+from kbtrain.training.dataloaders import make_loader
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kbtrain import Trainer, callbacks, state, trackers
-from kbtrain.args_renames import DROPPED, NOT_YET, RENAMED
-from kbtrain.args_renames import MEMBERS as ARGS_MEMBERS
-from kbtrain.trainer_renames import MEMBERS, PARAMETERS
-from kbtrain.training_args import TrainingArguments
+from kbtrain.callbacks import base as callbacks
+from kbtrain.callbacks import state
+from kbtrain import Trainer, trackers
+from kbtrain.config.migration import DROPPED, NOT_YET, RENAMED
+from kbtrain.config.migration import MEMBERS as ARGS_MEMBERS
+from kbtrain.trainer.migration import MEMBERS, PARAMETERS
+from kbtrain.config.training_args import TrainingArguments
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -72,7 +74,7 @@ def parameters(path: Path, name: str) -> set[str]:
 def existing() -> dict[str, set[str]]:
     """The names kbtrain has, by section."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    trainer = ROOT / "kbtrain" / "trainer.py"
+    trainer = ROOT / "kbtrain" / "trainer" / "trainer.py"
     return {
         "arguments": fields,
         "arguments of Seq2SeqTrainingArguments": fields,

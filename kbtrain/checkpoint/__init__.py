@@ -8,14 +8,14 @@ can be listed and verified without loading a framework.
 
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.checkpoint.disk import FileEntry
-from kbtrain.checkpoint.format import read_arrays
-from kbtrain.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from kbtrain.checkpoint.storage.array_writer import write_arrays
+from kbtrain.checkpoint.storage.format import read_arrays
+from kbtrain.checkpoint.storage.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
-from kbtrain.checkpoint.writing import write_arrays
+from kbtrain.utils.filesystem import FileEntry
 
 if TYPE_CHECKING:
-    from kbtrain.checkpoint.variables import (
+    from kbtrain.checkpoint.variable_names import (
         RestorePlan,
         capture,
         name_optimizer_variables,
@@ -45,6 +45,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kbtrain.checkpoint import variables
+    from kbtrain.checkpoint import variable_names
 
-    return getattr(variables, name)
+    return getattr(variable_names, name)

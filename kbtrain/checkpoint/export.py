@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from kbtrain.checkpoint.disk import NotingReader, replacing
-from kbtrain.checkpoint.faults import reading
-from kbtrain.checkpoint.manifest import open_verified, read_manifest
-from kbtrain.checkpoint.reading import read_checkpoint
+from kbtrain.checkpoint.storage.faults import reading
+from kbtrain.checkpoint.storage.folder_reader import read_checkpoint
+from kbtrain.checkpoint.storage.manifest import open_verified, read_manifest
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     ConfigurationError,
     first_lines,
 )
-from kbtrain.local_path import check_local
+from kbtrain.utils.filesystem import NotingReader, replacing
+from kbtrain.utils.local_path import check_local
 
 if TYPE_CHECKING:
     import keras
@@ -70,7 +70,7 @@ def build_model(path: Path) -> keras.Model:
     """
     import keras  # loads a framework
 
-    from kbtrain.checkpoint.variables import restore_model_arrays
+    from kbtrain.checkpoint.variable_names import restore_model_arrays
 
     checkpoint = read_checkpoint(path)
     config = checkpoint.documents.get("model_config")

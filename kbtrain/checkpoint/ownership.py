@@ -12,8 +12,8 @@ import os
 import secrets
 from pathlib import Path
 
-from kbtrain.checkpoint.manifest import MANIFEST_NAME
-from kbtrain.checkpoint.reading import Checkpoint, manifest_of
+from kbtrain.checkpoint.storage.folder_reader import Checkpoint, manifest_of
+from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
 from kbtrain.errors import CheckpointError
 
 _Identity = tuple[int, ...]

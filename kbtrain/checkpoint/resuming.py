@@ -11,18 +11,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kbtrain.checkpoint import disk
-from kbtrain.checkpoint.faults import exists, is_folder, names_in
-from kbtrain.checkpoint.folder import list_checkpoints
-from kbtrain.checkpoint.manifest import MANIFEST_NAME
-from kbtrain.checkpoint.reading import Checkpoint, read_checkpoint
+from kbtrain.checkpoint.storage.faults import exists, is_folder, names_in
+from kbtrain.checkpoint.storage.folder_reader import Checkpoint, read_checkpoint
+from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
+from kbtrain.checkpoint.storage.run_folder import list_checkpoints
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigurationError,
 )
-from kbtrain.local_path import check_local
+from kbtrain.utils import filesystem
+from kbtrain.utils.local_path import check_local
 
 Log = Callable[[str], None]
 
@@ -112,7 +112,7 @@ def _at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Che
     names = names_in(path)
     if MANIFEST_NAME not in names and list_checkpoints(path):
         return _required(path.absolute(), damaged, log)
-    if MANIFEST_NAME in names or disk.parse_checkpoint_name(path.name) is not None:
+    if MANIFEST_NAME in names or filesystem.parse_checkpoint_name(path.name) is not None:
         return read_checkpoint(path)
     if is_folder(path) and not names:
         return _required(path.absolute(), damaged, log)

@@ -2,7 +2,7 @@
 
 ``save`` takes host arrays only, so it can run in a thread; its ``CheckpointError`` has the
 ``OSError`` as ``__cause__``. Who saves when, what a failure means and one run per folder are
-matters of ``kbtrain/saving.py``.
+matters of ``kbtrain/checkpoint/saver.py``.
 """
 
 import errno
@@ -14,21 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.checkpoint import disk, folder, resuming
-from kbtrain.checkpoint.contents import SHARD_BYTES, Places, write_contents
-from kbtrain.checkpoint.faults import exists, is_folder
-from kbtrain.checkpoint.folder import Listing
-from kbtrain.checkpoint.manifest import check_other_files, check_stems
+from kbtrain.checkpoint import resuming
 from kbtrain.checkpoint.ownership import Ownership
-from kbtrain.checkpoint.reading import Checkpoint, find_problems, manifest_of, read_checkpoint
 from kbtrain.checkpoint.resuming import Log
+from kbtrain.checkpoint.storage import run_folder as folder
+from kbtrain.checkpoint.storage.faults import exists, is_folder
+from kbtrain.checkpoint.storage.folder_reader import (
+    Checkpoint,
+    find_problems,
+    manifest_of,
+    read_checkpoint,
+)
+from kbtrain.checkpoint.storage.folder_writer import SHARD_BYTES, Places, write_contents
+from kbtrain.checkpoint.storage.manifest import check_other_files, check_stems
+from kbtrain.checkpoint.storage.run_folder import Listing
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     CheckpointFormatError,
     ConfigurationError,
 )
-from kbtrain.local_path import check_local
+from kbtrain.utils import filesystem
+from kbtrain.utils.local_path import check_local
 
 Paths = list[Path]
 Problems = list[str]
@@ -104,14 +111,15 @@ class CheckpointStore:
                 was the reason.
         """
         whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
-        if not whole or not 0 <= step <= disk.MAX_STEP:
+        if not whole or not 0 <= step <= filesystem.MAX_STEP:
             raise ConfigurationError(
-                f"`step` must be a whole number from 0 to {disk.MAX_STEP}. Received: step={step!r}"
+                f"`step` must be a whole number from 0 to {filesystem.MAX_STEP}. "
+                f"Received: step={step!r}"
             )
         step, documents, others = int(step), documents or {}, other_files or {}
         check_stems(arrays, documents)
         check_other_files(others, documents)
-        final = self.directory / disk.checkpoint_name(step)
+        final = self.directory / filesystem.checkpoint_name(step)
         self._check_place(final)
         try:
             with self.temporary_folder(step) as temporary:
@@ -157,17 +165,17 @@ class CheckpointStore:
         text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
         text += " Nothing of it was kept, earlier checkpoints are untouched."
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            room = disk.describe_space(what.parent)
+            room = filesystem.describe_space(what.parent)
             return CheckpointError(f"{text} {room} {self._describe_checkpoints()}")
         return CheckpointError(
-            f"{text} {disk.describe_space(what.parent)} Make {self.directory} a folder that this "
-            "process can write to, or choose another output_dir."
+            f"{text} {filesystem.describe_space(what.parent)} Make {self.directory} a folder that "
+            "this process can write to, or choose another output_dir."
         )
 
     def _describe_checkpoints(self) -> str:
         with suppress(OSError, CheckpointError):
             if present := self.list():
-                size = sum(disk.tree_size(path) for _, path in present)
+                size = sum(filesystem.tree_size(path) for _, path in present)
                 return (
                     f"The checkpoints there ({present[0][1].name} to {present[-1][1].name}, "
                     f"{len(present)} in all) take {size / 1e6:,.0f} MB: free space by deleting old "
@@ -177,7 +185,7 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
-        return self.directory / disk.checkpoint_name(step)
+        return self.directory / filesystem.checkpoint_name(step)
 
     def load(self, path: str | os.PathLike[str]) -> Checkpoint:
         """Read a checkpoint, verifying sizes and checksums of all its files on the way.
@@ -369,7 +377,7 @@ def _read_back(folder: Path, final: Path) -> None:
 
 def _protected_step(item: int | str | Path) -> int:
     """Return the step that an item of `protect` means."""
-    step = item if isinstance(item, int) else disk.parse_checkpoint_name(Path(item).name)
+    step = item if isinstance(item, int) else filesystem.parse_checkpoint_name(Path(item).name)
     if step is None:
         raise ConfigurationError(
             f"`protect` takes steps and folders named checkpoint-{{step}}. Received: {item!r}"

@@ -8,9 +8,9 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-from kbtrain.args_renames import explain_unknown
+from kbtrain.config.migration import explain_unknown
+from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.training_args import TrainingArguments
 
 
 def run(words: Sequence[str]) -> int:

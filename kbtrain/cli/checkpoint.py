@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.checkpoint.export import export
-from kbtrain.checkpoint.faults import exists, reading
-from kbtrain.checkpoint.manifest import MANIFEST_NAME
-from kbtrain.checkpoint.reading import CheckpointOutline, find_problems, read_outline
+from kbtrain.checkpoint.storage.faults import exists, reading
+from kbtrain.checkpoint.storage.folder_reader import CheckpointOutline, find_problems, read_outline
+from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
 from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.errors import (
     CheckpointError,
@@ -134,7 +134,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def export_model(arguments: argparse.Namespace) -> int:
     """The model of one checkpoint as a Keras file; of a run, its newest."""
-    from kbtrain.lazy_tensorflow import not_imported  # loads Keras
+    from kbtrain.utils.tensorflow_import import not_imported
 
     path = _checkpoints(arguments.path)[-1]
     with not_imported():

@@ -20,29 +20,32 @@ from kbtrain.data.batch import (
 )
 from kbtrain.data.batch_loader import BatchLoader, as_loader
 from kbtrain.data.blocks import Batches, Block, micro_batches
-from kbtrain.data.collate import Collate, default_collate, default_data_collator
-from kbtrain.data.collators import (
+from kbtrain.data.class_weight import check_class_weight, weighted
+from kbtrain.data.collators.default import Collate, default_collate, default_data_collator
+from kbtrain.data.collators.language_modeling import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForPacking,
+)
+from kbtrain.data.collators.sequence import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
 )
-from kbtrain.data.collators_lm import DataCollatorForLanguageModeling, DataCollatorForPacking
-from kbtrain.data.epochs import FixedEpochs
+from kbtrain.data.fixed_epochs import FixedEpochs
 from kbtrain.data.loader import DataLoader, Loader
-from kbtrain.data.recognise import as_source
-from kbtrain.data.sampling import epoch_order
-from kbtrain.data.sources import (
+from kbtrain.data.sampling.sampler import epoch_order
+from kbtrain.data.sources.base import (
     ArraySource,
     IterableSource,
     MapSource,
     Source,
     UnsizedDataError,
 )
-from kbtrain.data.splitting import split
+from kbtrain.data.sources.column_filter import ColumnFilter
+from kbtrain.data.sources.infer import as_source
+from kbtrain.data.sources.validation_split import split
 from kbtrain.data.stream import ModelInputs, StreamLoader
-from kbtrain.data.structure import map_structure, to_numpy, with_none, without_none
-from kbtrain.data.unused import ColumnFilter
-from kbtrain.data.weighting import check_class_weight, weighted
+from kbtrain.data.tree import map_structure, to_numpy, with_none, without_none
 
 __all__ = [
     "ArraySource",

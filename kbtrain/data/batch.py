@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kbtrain.data.structure import (
-    is_list_of_numbers,
-    leaves_with_paths,
-    map_structure,
-    to_numpy,
-)
+from kbtrain.data.tree import is_list_of_numbers, leaves_with_paths, map_structure, to_numpy
 from kbtrain.errors import DataError
 
 LABEL_KEYS = ("labels", "label", "label_ids")

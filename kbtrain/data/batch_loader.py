@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kbtrain.data.batch import LabelNames, to_batch
-from kbtrain.data.foreign import (
+from kbtrain.data.loader import Loader, check_count, every_column
+from kbtrain.data.sources.base import UnsizedDataError, failed
+from kbtrain.data.sources.column_filter import ColumnFilter
+from kbtrain.data.sources.interop import (
     check_batched,
     derives_from,
     ends_epochs,
     is_endless,
     resume_caveat,
 )
-from kbtrain.data.loader import Loader, check_count, every_column
-from kbtrain.data.sources import UnsizedDataError, failed
-from kbtrain.data.unused import ColumnFilter
 from kbtrain.errors import DataError
 
 logger = logging.getLogger("kbtrain")

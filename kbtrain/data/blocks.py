@@ -12,8 +12,8 @@ import numpy as np
 from kbtrain.data.batch import LabelNames, count_samples, named_leaves, signature, stack
 from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.prefetch import Prefetched
-from kbtrain.data.shapes import ShapeWatch
-from kbtrain.data.structure import map_structure
+from kbtrain.data.shape_monitor import ShapeWatch
+from kbtrain.data.tree import map_structure
 
 MAX_BLOCK = 64
 """Updates in one block, at most."""

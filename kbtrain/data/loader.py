@@ -13,17 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from kbtrain.data.batch import LabelNames, to_batch
-from kbtrain.data.collate import Collate, default_collate
-from kbtrain.data.lengths import rebalance
-from kbtrain.data.recognise import as_source
-from kbtrain.data.sampling import NEED_LENGTHS, Order, check_strategy, epoch_order
-from kbtrain.data.sources import (
-    ArraySource,
-    IterableSource,
-    Source,
-    failed,
-)
-from kbtrain.data.unused import ColumnFilter, without_texts
+from kbtrain.data.collators.default import Collate, default_collate
+from kbtrain.data.sampling.by_length import rebalance
+from kbtrain.data.sampling.sampler import NEED_LENGTHS, Order, check_strategy, epoch_order
+from kbtrain.data.sources.base import ArraySource, IterableSource, Source, failed
+from kbtrain.data.sources.column_filter import ColumnFilter, without_texts
+from kbtrain.data.sources.infer import as_source
 from kbtrain.errors import ConfigurationError, DataError
 
 logger = logging.getLogger("kbtrain")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from kbtrain.data.batch import Batch, LabelKeys, nesting_hint, to_batch, unpack
-from kbtrain.data.foreign import derives_from, is_grain
 from kbtrain.data.loader import DataLoader, check_count, every_column
-from kbtrain.data.sources import IterableSource, UnsizedDataError
-from kbtrain.data.structure import is_list_of_numbers, is_sparse, leaves_with_paths, map_raw
-from kbtrain.data.unused import ColumnFilter
+from kbtrain.data.sources.base import IterableSource, UnsizedDataError
+from kbtrain.data.sources.column_filter import ColumnFilter
+from kbtrain.data.sources.interop import derives_from, is_grain
+from kbtrain.data.tree import is_list_of_numbers, is_sparse, leaves_with_paths, map_raw
 from kbtrain.errors import DataError
 
 logger = logging.getLogger("kbtrain")

@@ -12,9 +12,9 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
-from kbtrain import registry
-from kbtrain.callbacks import TrainerCallback
+from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.errors import ConfigurationError
+from kbtrain.optimization import registry
 
 GROUP = "kbtrain.trackers"
 

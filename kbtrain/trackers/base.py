@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks import TrainerCallback
+from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import KbtrainError
-from kbtrain.state import TrainerControl, TrainerState
-from kbtrain.talking import harmless
 from kbtrain.trackers.completed import is_summary, nothing_to_do
+from kbtrain.utils.best_effort import harmless
 
 if TYPE_CHECKING:
-    from kbtrain.training_args import TrainingArguments
+    from kbtrain.config.training_args import TrainingArguments
 
 logger = logging.getLogger("kbtrain")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kbtrain.state import TrainerState
+from kbtrain.callbacks.state import TrainerState
 
 
 def nothing_to_do(state: TrainerState, given: Mapping[str, Any]) -> bool:

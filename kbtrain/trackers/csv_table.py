@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kbtrain.state import TrainerState
+from kbtrain.callbacks.state import TrainerState
 from kbtrain.trackers.log_file import LogFile, replace_whole
 
 FILE_NAME = "log.csv"

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks import TrainerCallback
-from kbtrain.checkpoint.disk import replacing
-from kbtrain.state import TrainerControl, TrainerState
-from kbtrain.talking import harmless
+from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.trackers.completed import is_summary, nothing_to_do
+from kbtrain.utils.best_effort import harmless
+from kbtrain.utils.filesystem import replacing
 
 if TYPE_CHECKING:
-    from kbtrain.training_args import TrainingArguments
+    from kbtrain.config.training_args import TrainingArguments
 
 logger = logging.getLogger("kbtrain")
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.extras import require
 from kbtrain.trackers.base import Tracker
+from kbtrain.utils.optional_imports import require
 
 if TYPE_CHECKING:
-    from kbtrain.training_args import TrainingArguments
+    from kbtrain.config.training_args import TrainingArguments
 
 
 class TensorBoardCallback(Tracker):

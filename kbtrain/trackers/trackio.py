@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.extras import require
 from kbtrain.trackers.base import Tracker
+from kbtrain.utils.optional_imports import require
 
 if TYPE_CHECKING:
-    from kbtrain.training_args import TrainingArguments
+    from kbtrain.config.training_args import TrainingArguments
 
 PROJECT = "kbtrain"
 """The project of runs that name none; Trackio wants one."""

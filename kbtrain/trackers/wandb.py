@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.extras import require
 from kbtrain.trackers.base import Tracker
+from kbtrain.utils.optional_imports import require
 
 if TYPE_CHECKING:
-    from kbtrain.training_args import TrainingArguments
+    from kbtrain.config.training_args import TrainingArguments
 
 STEP = "train/global_step"
 

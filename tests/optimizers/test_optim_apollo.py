@@ -17,7 +17,7 @@ from kbtrain.checkpoint import (
     restore,
     write_arrays,
 )
-from optim.apollo import random_normal
+from optim.algorithms.apollo import random_normal
 
 
 def hashed(x):

@@ -2,23 +2,27 @@
 
 import doctest
 import importlib
-import pkgutil
 from pathlib import Path
 
 import pytest
 
 import optim
 
-ROOMS = ["optim", *(f"optim.{m.name}" for m in pkgutil.iter_modules(optim.__path__))]
+FOLDER = Path(optim.__file__).parent
 MODULES = [
-    name
-    for name in ROOMS
-    if ">>> " in Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+    ".".join(["optim", *path.relative_to(FOLDER).with_suffix("").parts]).removesuffix(".__init__")
+    for path in sorted(FOLDER.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
 ]
 
 
 def test_every_optimizer_has_an_example():
-    assert {"optim", "optim.adamw", "optim.sgd", "optim.schedules"} <= set(MODULES)
+    assert {
+        "optim",
+        "optim.algorithms.adamw",
+        "optim.algorithms.sgd",
+        "optim.schedules.warmup",
+    } <= set(MODULES)
     assert len(MODULES) > 15
 
 

@@ -13,9 +13,9 @@ from kbtrain.checkpoint import (
     restore,
     write_arrays,
 )
-from optim.codes import BLOCK, code_values, nearest, nearest_to_root, not_larger
-from optim.eight_bit import SMALLEST, quantized, restored
+from optim.core.eight_bit import SMALLEST, quantized, restored
 from optim.kernels import backend as kernels
+from optim.kernels.eight_bit_codes import BLOCK, code_values, nearest, nearest_to_root, not_larger
 
 CLASSES = {
     "adamw": (optim.AdamW8bit, optim.AdamW, {"learning_rate": 1e-2}),
@@ -107,7 +107,7 @@ def test_one_look_up_counts_the_borders(rng, kind):
 def test_pieces_of_a_large_tensor(tools, rng, monkeypatch, name, dtype):
     """What a kernel does in pieces is what the rule does, but for roundings at borders."""
     if hasattr(kernels, "run_eight_bit"):
-        monkeypatch.setattr("optim.kernels.torch_eight_bit._PIECE", 1024)
+        monkeypatch.setattr("optim.kernels.torch.eight_bit._PIECE", 1024)
     cls, _, arguments = CLASSES[name]
     shapes = [(31, 257), (64, 64), (20,)]  # several pieces, the last block of one not full
     start = [rng.standard_normal(shape).astype("float32") for shape in shapes]

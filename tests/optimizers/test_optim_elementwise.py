@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import optim
-from optim.optimizer import elementwise
+from optim.core.optimizer import elementwise
 
 
 class Swapping(optim.Optimizer):

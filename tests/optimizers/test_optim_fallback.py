@@ -9,21 +9,24 @@ import numpy as np
 import pytest
 
 import optim
-from optim import fallback
-from optim.fallback import PrivatePart
+from optim.core import fallback
+from optim.core.fallback import PrivatePart
+from optim.core.rule import elementwise
 from optim.kernels import backend
-from optim.rules import elementwise
 
 BROKEN = {
-    "jax": [("optim.kernels.jax_order", "in_place"), ("optim.kernels.jax_order", "jaxpr_as_fun")],
+    "jax": [
+        ("optim.kernels.jax.inplace_order", "in_place"),
+        ("optim.kernels.jax.inplace_order", "jaxpr_as_fun"),
+    ],
     "tensorflow": [
-        ("optim.kernels.tensorflow_order", "in_place"),
-        ("optim.kernels.tensorflow_order", "_for_xla._fast"),
+        ("optim.kernels.tensorflow.inplace_order", "in_place"),
+        ("optim.kernels.tensorflow.inplace_order", "_for_xla._fast"),
     ],
     "torch": [
         ("torch", "_fused_adam_"),
         ("torch.fx.experimental.proxy_tensor", "make_fx"),
-        ("optim.kernels.torch_pieces", "adam_"),
+        ("optim.kernels.torch.tiles", "adam_"),
         ("keras.src.backend.common.stateless_scope", "in_stateless_scope"),
     ],
 }[backend.__name__.rpartition(".")[2]]

@@ -9,7 +9,7 @@ from keras import ops
 from references import CASES, trajectory
 
 import optim
-from optim import fallback, precision
+from optim.core import fallback, precision
 
 UPDATES = 12
 

@@ -15,7 +15,7 @@ from kbtrain.checkpoint import (
     restore,
     write_arrays,
 )
-from optim import galore
+from optim.algorithms import galore
 from optim.kernels import backend as kernels
 
 

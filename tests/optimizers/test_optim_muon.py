@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import optim
-from optim.muon import orthogonalized
+from optim.algorithms.muon import orthogonalized
 
 
 def newton_schulz(matrix, steps=5):

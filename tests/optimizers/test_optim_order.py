@@ -90,7 +90,7 @@ def check(rule, given, value, slots):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_jax_makes_the_numbers_of_the_rule_and_copies_nothing(rule):
     jax = importlib.import_module("jax")
-    order = importlib.import_module("optim.kernels.jax_order")
+    order = importlib.import_module("optim.kernels.jax.inplace_order")
     names, most = RULES[rule]
     value, gradient, slots = draw(names)
 
@@ -109,7 +109,7 @@ def test_jax_makes_the_numbers_of_the_rule_and_copies_nothing(rule):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_tensorflow_makes_the_numbers_of_the_rule_and_copies_nothing(rule):
     tf = importlib.import_module("tensorflow")
-    order = importlib.import_module("optim.kernels.tensorflow_order")
+    order = importlib.import_module("optim.kernels.tensorflow.inplace_order")
     names, most = RULES[rule]
     value, gradient, slots = draw(names)
     with tf.device("CPU:0"):
@@ -138,7 +138,7 @@ def test_tensorflow_makes_the_numbers_of_the_rule_and_copies_nothing(rule):
 )
 def test_says_whether_something_is_kept_in_between(rule, expected):
     jnp = importlib.import_module("jax.numpy")
-    order = importlib.import_module("optim.kernels.jax_order")
+    order = importlib.import_module("optim.kernels.jax.inplace_order")
     ones = jnp.ones(SHAPE)
     slots = {name: ones for name in RULES[rule][0]}
     _, one_loop = order.in_place(lambda v, g, s: rule(v, g, s), ones, ones, slots)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import optim
-from optim.parameter_groups import parse_groups
+from optim.core.parameter_groups import parse_groups
 
 
 @keras.saving.register_keras_serializable(package="test")

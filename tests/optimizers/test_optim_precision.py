@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import optim
-from optim import precision
+from optim.core import precision
 
 LOW = ["bfloat16", "float16"]
 SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11}

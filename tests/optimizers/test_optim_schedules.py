@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 import optim
-from optim.cosine import turn_remainder
+from optim.schedules.cosine import turn_remainder
 
 
 def values(schedule, steps):

@@ -7,7 +7,7 @@ from helpers_contract import BACKEND, compiled, host
 from keras import ops
 
 import optim
-from optim import soap
+from optim.algorithms import soap
 
 
 def reference(start, gradients, rate, sides, frequency, longest=100, betas=(0.95, 0.95),

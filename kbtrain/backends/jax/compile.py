@@ -1,0 +1,332 @@
+"""JAX: steps as pure functions of the variables' values, jitted with donated state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from kbtrain.backends.jax.device import compiler_options, free_memory
+from kbtrain.backends.jax.scope import now, run_stateless
+from kbtrain.backends.jax.trace import trace
+from kbtrain.data import signature
+from kbtrain.errors import EAGER, ConfigurationError, LooksAtNumber, causes, user_line
+
+logger = logging.getLogger("kbtrain")
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any], Any]:
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    After each call the variables hold the current values. The old buffers are donated: an array
+    taken from ``variable.value`` before a call must not be used after it.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: ``False`` runs eagerly, to debug; anything else jits.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+    variables = list(variables)
+
+    def eager(inputs: Any) -> Any:
+        with now.tracing(variables):
+            return fn(inputs)
+
+    if jit_compile is False:
+        return eager
+
+    def pure(values: list[Any], inputs: Any) -> tuple[Any, list[Any]]:
+        with now.tracing(variables):
+            outputs, changed = run_stateless(lambda: fn(inputs), values)
+        return outputs, [changed.get(i, value) for i, value in enumerate(values)]
+
+    jitted = jax.jit(pure, donate_argnums=0, compiler_options=compiler_options())
+    complete = _completing(variables, jitted)
+
+    def call(inputs: Any) -> Any:
+        new = complete(inputs, lambda: ([v._value for v in variables], inputs))
+        values = [variable._value for variable in variables]
+        if len({id(value) for value in values}) != len(values):
+            values = _without_aliases(values)
+        if new:
+            _compile(jitted, values, inputs)
+        outputs, values = jitted(values, inputs)
+        # `assign` would convert and check each value again: ten times the cost of the whole call.
+        for variable, value in zip(variables, values, strict=True):
+            variable._value = value
+        return outputs
+
+    return call
+
+
+def _completing(
+    variables: list[keras.Variable], jitted: Any
+) -> Callable[[Any, Callable[[], tuple[Any, ...]]], bool]:
+    """What a step reads beside its state would be a constant for ever, so it is made state.
+
+    Returns:
+        ``complete(inputs, arguments)``, to be called before ``jitted``: where it has not seen
+        inputs like these, it is traced with its ``arguments()``, ``variables`` are completed, and
+        the answer is true.
+    """
+    known: set[Any] = set()
+
+    def complete(inputs: Any, arguments: Callable[[], tuple[Any, ...]]) -> bool:
+        if (key := signature(inputs)) in known:
+            return False
+        now.strangers.clear()
+        jitted.trace(*arguments())
+        variables.extend(now.strangers)
+        known.add(key)
+        return True
+
+    return complete
+
+
+def _compile(jitted: Any, *args: Any) -> None:
+    """Compile for these arguments; the next call finds it done.
+
+    What the compiler leaves with the C library goes back to the system (a hundred megabytes),
+    before the step asks for memory of its own.
+    """
+    jitted.lower(*args).compile()
+    free_memory()
+
+
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    calls: int = 0,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+        calls: About how many steps there will be (of no use here).
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis of at least that length. The count does
+        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+    """
+
+    def steps(inputs: tuple[Any, Any]) -> Any:
+        block, count = inputs
+        before = [v.value for v in now.state]
+        outputs, after = _loop(fn, [], before, block, 0, count)
+        for variable, value in zip(now.state, after, strict=True):
+            variable.assign(value)
+        return outputs
+
+    eager = _explaining(_step_by_step(compile_step(fn, variables, False)))
+    if jit_compile is False:
+        return eager
+    call = compile_step(steps, variables, jit_compile)
+    return _or_eagerly(lambda block, count: call((block, np.int32(count))), eager)
+
+
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own; jitted, unless it is to be eager."""
+    return compile_steps(fn, variables, False if eagerly else jit_compile)
+
+
+def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``; from where Python wants a value that a trace does not have, ``eager``."""
+    use = compiled
+
+    def call(*args: Any) -> Any:
+        nonlocal use
+        try:
+            return use(*args)
+        except Exception as error:
+            if use is eager or not _looks_at_values(error):
+                raise
+            logger.warning(EAGER, user_line(error))
+        use = eager
+        return use(*args)
+
+    return call
+
+
+def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Without jit Python may look at values, but not at those that are differentiated."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return eager(*args)
+        except Exception as error:
+            if not _looks_at_values(error):
+                raise
+            raise ConfigurationError(
+                f"The step's Python takes a tensor that depends on the weights{user_line(error)} "
+                "for a number or a NumPy array, as float() does: JAX does not allow that while it "
+                "differentiates. Look at keras.ops.stop_gradient(tensor) instead; or use "
+                "keras.ops.where and keras.ops.cond, which can be compiled."
+            ) from None
+
+    return call
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
+
+
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,  # bool() and float(), too
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    LooksAtNumber,
+)
+
+
+def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+    def call(block: Any, count: int) -> Any:
+        rows = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(count)]
+        return jax.tree.map(lambda *outputs: jnp.stack(outputs), *[step(row) for row in rows])
+
+    return call
+
+
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns; the others are neither donated nor replaced.
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis of at least that length, and the number of entries that were run. Neither
+        number enters the compiled code.
+    """
+    changing = list(changing)
+    fixed = [v for v in variables if not any(v is other for other in changing)]
+    one_by_one = _step_by_step(compile_step(fn, [*fixed, *changing], False))
+
+    def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
+        return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
+
+    if jit_compile is False:
+        return eager
+
+    def pure(
+        constant: list[Any], values: list[Any], block: Any, start: Any, count: Any
+    ) -> tuple[Any, list[Any]]:
+        with now.tracing([*fixed, *changing]):
+            return _loop(fn, constant, values, block, start, count, output_bytes)
+
+    jitted = jax.jit(pure, donate_argnums=1, compiler_options=compiler_options())
+    complete = _completing(fixed, jitted)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        numbers = np.int32(start), np.int32(count)
+        state = [fixed, changing]
+        new = complete(
+            block, lambda: (*([v._value for v in part] for part in state), block, *numbers)
+        )
+        values = [v._value for v in changing]
+        if len({id(value) for value in values}) != len(values):
+            values = _without_aliases(values)
+        constant = [v._value for v in fixed]
+        if new:
+            _compile(jitted, constant, values, block, *numbers)
+        outputs, values = jitted(constant, values, block, *numbers)
+        for variable, value in zip(changing, values, strict=True):
+            variable._value = value
+        return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
+
+    return _or_eagerly(call, eager)
+
+
+def _loop(
+    fn: Callable[[Any], Any],
+    constant: list[Any],
+    values: list[Any],
+    block: Any,
+    start: Any,
+    count: Any,
+    output_bytes: int | None = None,
+) -> tuple[Any, list[Any]]:
+    """Run ``fn`` on the entries of ``block`` from ``start`` on, in a loop, while tracing.
+
+    Args:
+        fn: One step; its state is ``[*constant, *values]``.
+        constant: Values of the state that it leaves alone.
+        values: Values of the state that it changes.
+        block: Inputs along a leading axis.
+        start: Number of the first entry.
+        count: Number of entries, at most.
+        output_bytes: Size of the outputs, at most, unless those of one entry are larger.
+
+    Returns:
+        The outputs along a leading axis, and the new ``values``.
+    """
+
+    def one(values: list[Any], index: Any) -> tuple[list[Any], Any]:
+        row = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), block)
+        outputs, changed = run_stateless(lambda: fn(row), [*constant, *values])
+        return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
+
+    room = jax.tree.leaves(block)[0].shape[0]
+    run: Any = one
+    if room > 1:
+        run, (_, shapes) = trace(one, values, jnp.int32(0))
+        if output_bytes is not None:
+            size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+            room = max(1, min(room, output_bytes // max(size, 1)))
+    if room == 1:
+        values, outputs = run(values, start)
+        return jax.tree.map(lambda x: x[None], outputs), values
+    buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
+
+    def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+        index, values, buffers = loop
+        values, outputs = run(values, start + index)
+        buffers = jax.tree.map(lambda b, o: b.at[index].set(o), buffers, outputs)
+        return index + 1, values, buffers
+
+    _, values, buffers = jax.lax.while_loop(
+        lambda loop: (loop[0] < count) & (loop[0] < room), body, (jnp.int32(0), values, buffers)
+    )
+    return buffers, values
+
+
+def _without_aliases(values: list[Any]) -> list[Any]:
+    """Copy what appears twice: one buffer cannot be donated two times."""
+    seen: set[int] = set()
+    distinct = []
+    for value in values:
+        distinct.append(jnp.copy(value) if id(value) in seen else value)
+        seen.add(id(value))
+    return distinct

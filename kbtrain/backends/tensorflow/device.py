@@ -1,0 +1,175 @@
+"""TensorFlow: data to the device and back, random state, devices, precision, memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kbtrain.utils.fallback import PrivatePart
+
+
+def to_device(tree: Any, pin: bool = False) -> Any:
+    """Copy a structure of NumPy arrays to the device.
+
+    Args:
+        tree: The arrays.
+        pin: Of no use here.
+    """
+    return tf.nest.map_structure(tf.convert_to_tensor, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Wait for a structure of tensors and return it as NumPy arrays."""
+    return tf.nest.map_structure(lambda t: t.numpy() if tf.is_tensor(t) else np.asarray(t), tree)
+
+
+def start_to_host(tree: Any) -> Callable[[], Any]:
+    """The result waits for a structure of tensors and returns it as NumPy arrays."""
+    return lambda: to_host(tree)
+
+
+def host_view(value: Any) -> np.ndarray:
+    """A variable's value on the host, in the variable's own memory where that is there."""
+    tensor = tf.convert_to_tensor(value)
+    try:
+        # ``numpy()`` makes a copy; the buffer of a tensor in host memory is that memory.
+        return np.asarray(memoryview(tensor))
+    except (TypeError, ValueError, BufferError):  # types that Python's buffers do not know
+        return np.asarray(tensor.numpy())
+
+
+def synchronize() -> None:
+    """Wait until all computations that were started are done."""
+    tf.test.experimental.sync_devices()
+
+
+def rng_state() -> dict[str, np.ndarray]:
+    """Keras draws from its seed generators only; TensorFlow's own generator is the global one."""
+    return {"generator": tf.random.get_global_generator().state.numpy()}
+
+
+def set_rng_state(state: dict[str, np.ndarray]) -> None:
+    """Restore what ``rng_state`` returned; a checkpoint of another backend has nothing for us."""
+    if "generator" in state:
+        tf.random.get_global_generator().reset(state["generator"])
+
+
+def devices() -> list[str]:
+    """The devices of this process, as ``device_scope`` takes them."""
+    listed = [*tf.config.list_logical_devices("GPU"), *tf.config.list_logical_devices("CPU")]
+    return [d.name.removeprefix("/device:").lower() for d in listed]
+
+
+def _named(device: str) -> str:
+    platform, _, index = device.partition(":")
+    return f"/{platform.upper()}:{index or 0}"
+
+
+@contextlib.contextmanager
+def device_scope(device: str | None) -> Iterator[None]:
+    """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    if device is None:
+        yield
+        return
+    with tf.device(_named(device)):
+        yield
+
+
+def place(variables: Sequence[keras.Variable], device: str | None) -> None:
+    """Move the values of ``variables`` to ``device``; without one leave them."""
+    if device is None:
+        return
+    name = _named(device)
+    for variable in variables:
+        if not variable.value.device.endswith(name.removeprefix("/")):
+            with tf.device(name):
+                variable._value = tf.Variable(
+                    variable.value, trainable=variable.trainable, name=variable.name
+                )
+
+
+@contextlib.contextmanager
+def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
+    """Precision of float32 products, and kernels that give the same result each time.
+
+    Args:
+        tf32: Whether they may be computed in TensorFloat-32; None leaves TensorFlow's setting.
+        deterministic: Operations without such a kernel raise an error.
+    """
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    was = _is_determinism_on()
+    if tf32 is not None:
+        tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
+        if not was:
+            _turn_determinism_off()
+
+
+# There is no public way to turn determinism off again, or to ask for it.
+def _asks_for_determinism() -> bool:
+    from tensorflow.python.framework import config
+
+    return bool(config.is_op_determinism_enabled())
+
+
+def _disable_determinism() -> None:
+    from tensorflow.python.framework import config
+
+    config.disable_op_determinism()
+
+
+_STAYS = "After full_determinism it stays switched on for the rest of the process."
+
+_is_determinism_on = PrivatePart(
+    "Asking for deterministic operations",
+    "tensorflow",
+    _asks_for_determinism,
+    lambda: True,
+    _STAYS,
+)
+_turn_determinism_off = PrivatePart(
+    "Switching deterministic operations off",
+    "tensorflow",
+    _disable_determinism,
+    lambda: None,
+    _STAYS,
+)
+
+
+def device_info(device: str | None = None) -> str:
+    """The device in use, as a person would name it."""
+    name = devices()[0] if device is None else _named(device).removeprefix("/").lower()
+    if name.startswith("cpu"):
+        return name
+    gpu = tf.config.list_physical_devices("GPU")[int(name.partition(":")[2])]
+    details = tf.config.experimental.get_device_details(gpu)
+    return f"{name} ({details.get('device_name', 'unknown')})"
+
+
+def memory_stats() -> dict[str, int]:
+    """Bytes in use and at the peak on the GPU; empty on the CPU, which does not count."""
+    if not tf.config.list_logical_devices("GPU"):
+        return {}
+    info = tf.config.experimental.get_memory_info("GPU:0")
+    return {"in_use": int(info["current"]), "peak": int(info["peak"])}
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether ``error`` says that the device ran out of memory."""
+    # Under XLA it may be an internal error that says so.
+    named = isinstance(error, MemoryError | tf.errors.ResourceExhaustedError)
+    return named or (isinstance(error, tf.errors.OpError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def free_memory() -> None:
+    """Give memory that is held for later back to the device (nothing on this backend)."""

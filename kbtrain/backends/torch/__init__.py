@@ -1,0 +1,391 @@
+"""PyTorch: the step is captured once per shape and run on the variables' own parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.utils import checkpoint
+
+from kbtrain.backends.scopes import LossScope, NoticingScope, is_overwritten
+from kbtrain.backends.torch.capture.guard import NotCapturable, guard
+
+# The rest of what a backend has, see kbtrain.backends.
+from kbtrain.backends.torch.device import (  # noqa: F401
+    device_info,
+    device_scope,
+    devices,
+    free_memory,
+    host_view,
+    is_oom,
+    memory_stats,
+    numerics,
+    place,
+    rng_state,
+    set_rng_state,
+    start_to_host,
+    synchronize,
+    to_device,
+    to_host,
+)
+from kbtrain.backends.torch.model_steps import (  # noqa: F401
+    check_signature,
+    reversible,
+    run_predict_step,
+    run_test_step,
+    run_train_step,
+    try_train_step,
+)
+from kbtrain.backends.torch.runner import InParts, Runner, now
+from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.keras_private import stateless_scope
+
+TAKES_STRINGS = False
+"""Whether tensors can hold strings."""
+
+name = "torch"
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+) -> Callable[[Any], Any]:
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    The step is recorded once for each shape of its inputs (``torch_capture``), in a fraction of a
+    second, and then runs without Keras' Python. What cannot be recorded runs eagerly, and the log
+    says why.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: ``False`` runs eagerly, to debug; ``True`` compiles the record further by
+            ``torch.compile``; anything else records.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+    return Runner(fn, variables, jit_compile)
+
+
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    calls: int = 0,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+        calls: About how many steps there will be (of no use here).
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis.
+    """
+    runner = Runner(fn, variables, jit_compile)
+
+    def call(block: Any, count: int) -> Any:
+        rows = [leaf[:count].unbind() for leaf in keras.tree.flatten(block)]
+        step = runner.for_shape(_first_row(block))
+        with torch.no_grad():
+            results = [step(row) for row in zip(*rows, strict=True)]
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return keras.tree.pack_sequence_as(step.outputs, stacked)
+
+    return call
+
+
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own: it calls ``backward``, so eagerly."""
+    return compile_steps(fn, variables, False)
+
+
+def _first_row(block: Any) -> Any:
+    return keras.tree.map_structure(lambda leaf: leaf[0], block)
+
+
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns (of no use here).
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis, and the number of entries that were run.
+    """
+    runner = Runner(fn, variables, jit_compile)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        rows = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
+        step = runner.for_shape(_first_row(block))
+        results: list[list[torch.Tensor]] = []
+        room = 1
+        for row in zip(*rows, strict=True):
+            with torch.no_grad():
+                results.append(step(row))
+            if len(results) == 1:
+                size = sum(t.numel() * t.element_size() for t in results[0])
+                room = output_bytes // max(size, 1)
+            if len(results) >= room:
+                break
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return keras.tree.pack_sequence_as(step.outputs, stacked), len(results)
+
+    return call
+
+
+def value_and_grad(
+    fn: Callable[..., tuple[Any, Any]], variables: Sequence[keras.Variable], *args: Any
+) -> tuple[Any, Any, list[Any], list[tuple[keras.Variable, Any]]]:
+    """Differentiate ``fn(*args) -> (scalar, aux)`` with respect to ``variables``.
+
+    Returns:
+        ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
+        the layers asked for (moving statistics, seed states); nothing has been assigned yet. A
+        variable the loss does not depend on has a zero gradient, as on JAX.
+    """
+    values = [v.value for v in variables]
+    with torch.enable_grad():
+        with NoticingScope(variables, values, now.know) as scope:
+            value, aux = fn(*args)
+        gradients = torch.autograd.grad(value, values, allow_unused=True)
+    gradients = [
+        torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
+    ]
+    updates = [(v, new.detach()) for v, new in scope.changes(now.variables)]
+    return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
+
+
+def _detach(x: Any) -> Any:
+    if not torch.is_tensor(x):
+        return x
+    detached = x.detach()
+    if (mask := getattr(x, "_keras_mask", None)) is not None:
+        detached._keras_mask = mask
+    return detached
+
+
+def dropping() -> keras.StatelessScope:
+    """A scope in which assignments are forgotten; losses of layers are collected."""
+    # With the values: a regularizer asks the scope for the one of its weight.
+    return keras.StatelessScope([(v, v.value) for v in now.variables], collect_losses=True)
+
+
+def recompute(
+    fn: Callable[[Sequence[Any]], list[Any]],
+    tensors: Sequence[Any],
+    variables: Sequence[keras.Variable],
+) -> list[Any]:
+    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+
+    Args:
+        fn: May read and assign variables; both times it finds the same values.
+        tensors: Everything else it depends on.
+        variables: Those it reads or assigns.
+    """
+    if not torch.is_grad_enabled():
+        return fn(tensors)
+    if now.capturing:
+        # TorchScript keeps every tensor while it records, and computes what is equal once only.
+        raise NotCapturable("layers are to be run again, which a record would not do")
+    scope = stateless_scope()
+    variables = list({id(v): v for v in variables}.values())
+    held = [None if scope is None else scope.get_current_value(v) for v in variables]
+    before = [v._value if x is None else x for v, x in zip(variables, held, strict=True)]
+    changes: list[tuple[keras.Variable, torch.Tensor]] = []
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mapping = list(zip(variables, before, strict=True))
+        with LossScope(mapping, collect_losses=True) as scope:
+            given = [scope.get_current_value(v) for v in variables]
+            outputs = fn(tensors)
+        after = [scope.get_current_value(v) for v in variables]
+        pairs = zip(variables, given, after, strict=True)
+        changes[:] = [(v, new) for v, old, new in pairs if new is not old]
+        return tuple(outputs)
+
+    # It would be stopped early by an exception, which Keras takes for an error of the layer.
+    with checkpoint.set_checkpoint_early_stop(False):
+        outputs = checkpoint.checkpoint(run, *tensors, use_reentrant=False)
+    for variable, value in list(changes):
+        variable.assign(value)
+    return list(outputs)
+
+
+def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
+
+    ``fn`` may assign variables; all other tensors it uses are in the carry and the inputs (it is
+    captured, and everything else would be a constant). Returns the last carry and the outputs
+    along a new leading axis.
+    """
+    if now.capturing:
+        raise InParts("it has a loop, whose body is captured by itself")
+    body = fn if now.compile_body is None else now.compile_body(fn)
+    length = keras.tree.flatten(inputs)[0].shape[0]
+    outputs = []
+    for i in range(length):
+        carry, output = body(carry, keras.tree.map_structure(lambda t, i=i: t[i], inputs))
+        outputs.append(output)
+    return carry, keras.tree.map_structure(lambda *t: torch.stack(t), *outputs)
+
+
+def accept_numbers(cls: type) -> None:
+    """Let the framework's own functions take objects of a class for their ``value``; once."""
+    # It has __torch_function__, from keras.Variable.
+
+
+def is_symbolic(variable: keras.Variable) -> bool:
+    """Whether a step is being recorded; ``variable`` is part of its state then."""
+    if now.capturing:
+        now.know(variable)
+    return now.capturing
+
+
+def _on_cpu(condition: Any) -> bool:
+    return condition.device.type == "cpu"
+
+
+def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
+    """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
+    guarded = now.capturing and _on_cpu(condition)
+    if guarded:
+        guard(condition)
+    for variable, value in updates:
+        if now.capturing:
+            now.committed.append(variable)
+        else:
+            now.remember(variable)
+        if not guarded:
+            value = torch.where(condition, value.to(variable.value.dtype), variable.value)
+        variable.assign(value)
+
+
+def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
+    """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
+
+    On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue: there
+    fused optimizers are given the flag, and for what else changes old values are kept and selected.
+    """
+    if _on_cpu(condition):
+        if now.capturing:
+            guard(condition)
+            fn()
+        elif condition:
+            fn()
+        return
+    values = [v.value for v in variables]
+    before = [value.clone() for value in values]
+    with _flagged_optimizers(condition):
+        fn()
+    for value, old in zip(values, before, strict=True):
+        value.copy_(torch.where(condition, value, old))
+
+
+def _flags(condition: Any) -> contextlib.AbstractContextManager[Any]:
+    from kbtrain.backends.torch.capture.predication import FlaggedOptimizers
+
+    return FlaggedOptimizers(condition)
+
+
+_flagged_optimizers = PrivatePart(
+    "Giving fused optimizers a flag",
+    "torch",
+    _flags,
+    lambda condition: contextlib.nullcontext(),
+    "Updates on a GPU take longer.",
+    passes=is_oom,
+)
+
+
+def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+    """Run ``fn``, which assigns variables through ``commit_if``.
+
+    Returns:
+        Its result, and ``undo_if(condition)``, which takes the assignments back.
+    """
+    journal = now.journal = {}
+    try:
+        result = fn()
+    finally:
+        now.journal = None
+
+    def undo_if(condition: Any) -> None:
+        for variable, old in journal.values():
+            variable.assign(torch.where(condition, old, variable.value))
+
+    return result, undo_if
+
+
+def apply_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    factor: Any,
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Update ``variables`` with the gradients times ``factor``, a scalar.
+
+    Not times it are those that Keras overwrites a variable with.
+    """
+    _multiply(
+        [g for g, v in zip(gradients, variables, strict=True) if not is_overwritten(v)], factor
+    )
+    optimizer.apply(list(gradients), list(variables))
+
+
+def global_norm(gradients: Sequence[Any]) -> Any:
+    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    wide = any(g.dtype == torch.float64 for g in gradients)
+    norms = _norms(list(gradients), torch.float64 if wide else torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+_norms = PrivatePart(
+    "Taking the norms of a list of tensors",
+    "torch",
+    lambda tensors, dtype: torch._foreach_norm(tensors, 2.0, dtype),
+    lambda tensors, dtype: [torch.linalg.vector_norm(t, dtype=dtype) for t in tensors],
+    "They are taken one by one.",
+    passes=is_oom,
+)
+
+
+_multiply = PrivatePart(
+    "Multiplying a list of tensors",
+    "torch",
+    lambda tensors, factor: torch._foreach_mul_(tensors, factor),
+    lambda tensors, factor: [t.mul_(factor.to(t.dtype)) for t in tensors],
+    "They are multiplied one by one.",
+    passes=is_oom,
+)
+
+
+def inference() -> contextlib.AbstractContextManager[Any]:
+    """Code of the user's runs without keeping what a gradient would need."""
+    return torch.no_grad()

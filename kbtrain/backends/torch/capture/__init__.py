@@ -1,0 +1,1 @@
+"""PyTorch: a train step recorded once and run as one program."""

@@ -1,0 +1,349 @@
+"""On a GPU: a captured step as a CUDA graph, one launch in place of hundreds.
+
+A CUDA graph repeats operations on fixed memory. A step fits that: its variables are changed where
+they are, its inputs are copied to memory of the graph, its results out of it. How it comes about:
+
+1. A few updates run plainly, on the stream of the capture: libraries set themselves up in them.
+2. The step is captured, which executes nothing, and runs plainly once more.
+3. The next update is done twice from the same state: by the graph, then plainly. Only if results,
+   variables and random state agree, the graph is used from then on. The plain one counts.
+
+Where something does not fit, the plain step goes on, and the log says why: the host has to look at
+a value, memory is short, a capture fails (then none is tried again). If a variable gets other
+memory, all begins anew.
+
+Graphs share memory: it holds nothing from one launch to the next, and the launches of a thread
+follow one another.
+
+No GPU was there to try this on. It was tried with a stand-in for torch's graphs (`tests/`), which
+records operations and repeats them, on a CPU and on a pretended GPU (docs/decisions.md).
+
+Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kbtrain.backends.torch.capture.program import Program, no_collection
+from kbtrain.errors import causes
+
+logger = logging.getLogger("kbtrain")
+
+RUNS_BEFORE = 3
+"""Updates of a shape before its graph is captured; a shape that is rare is not worth it."""
+
+MOST_GRAPHS = 16
+"""Graphs that one step may have: one for each shape of its inputs."""
+
+MOST_BYTES = 1 << 28
+"""Inputs and results of a step may have this size, at most: they are copied in each launch."""
+
+MOST_BEGINNINGS = 4
+"""How often variables may have moved before a step is left without a graph."""
+
+TOLERANCE = 10.0
+"""How much further from a plain run a graph may be than another plain run is, where atomic
+additions make no two runs the same."""
+
+KIND = "cuda"
+"""The devices that have graphs."""
+
+IS_SAFE = torch.__version__ >= (2, 13)
+"""In older versions a capture that fails breaks the allocator and the random numbers."""
+
+_Place = tuple[torch.device, int]
+"""A device and a thread: what one thread launches follows one another, and can share memory."""
+
+_ALIVE: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, _Place] = weakref.WeakKeyDictionary()
+"""All graphs: only a pool that one of them uses can be used by another."""
+
+_CAPTURING = threading.Lock()
+_TOO_LARGE = "its inputs and results are too large to copy them in each step"
+
+Run = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[torch.Tensor]]
+
+
+class Graphs:
+    """The graphs of one step, for all shapes of its inputs.
+
+    Attributes:
+        alive: Those there are.
+        failed: Why a capture failed: PyTorch does not give back all memory of such a one.
+    """
+
+    def __init__(self) -> None:
+        self.alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.failed: str | None = None
+
+
+def with_graph(program: Program, examples: Sequence[torch.Tensor], graphs: Graphs) -> Run:
+    """Run a program as a CUDA graph where it is on a GPU and fits into one, else as it is.
+
+    Args:
+        program: The recorded step.
+        examples: A value for each of its inputs, those of the state included.
+        graphs: The graphs of the same step for other shapes.
+
+    Returns:
+        ``run(inputs, state)``, the program's results.
+    """
+
+    def plain(inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return program.run(*inputs, *state)
+
+    # A constant that is one number may be anywhere: it becomes a part of the operations.
+    held = [tensor for tensor in program.holds if tensor.dim()]
+    devices = {tensor.device for tensor in (*examples, *held)}
+    if not any(device.type == KIND for device in devices):
+        return plain
+    reason = program.waits
+    if not IS_SAFE:
+        reason = f"they need PyTorch 2.13, this is {torch.__version__}"
+    elif len(devices) > 1:
+        reason = f"it is on several devices ({', '.join(map(str, devices))})"
+    if reason is not None:
+        _explain(reason)
+        return plain
+    return _Graphed(program, devices.pop(), graphs)
+
+
+def _explain(why: str) -> None:
+    logger.info("The captured step runs without a CUDA graph: %s", why)
+
+
+class _Graphed:
+    """A program that becomes a graph in the course of its first runs.
+
+    Args:
+        program: Touches one device only, and never waits for it.
+        device: That device.
+        graphs: The graphs of the same step for other shapes.
+    """
+
+    def __init__(self, program: Program, device: torch.device, graphs: Graphs) -> None:
+        self._program = program
+        self._place = device, threading.get_ident()
+        self._graphs = graphs
+        self._addresses: list[int] = []
+        self._beginnings = self._runs = 0
+        self._given: list[torch.Tensor] = []
+        self._results: list[torch.Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_proven = self._is_plain = False
+
+    def __call__(
+        self, inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run the program."""
+        device, thread = self._place
+        if self._is_plain or threading.get_ident() != thread:
+            return self._program.run(*inputs, *state)
+        addresses = [tensor.data_ptr() for tensor in (*state, *self._program.holds)]
+        if addresses != self._addresses:
+            self._begin(inputs, addresses)
+            if self._is_plain:
+                return self._program.run(*inputs, *state)
+        if self._given:
+            torch._foreach_copy_(self._given, list(inputs))
+        if self._is_proven:
+            return self._replay()
+        self._runs += 1
+        with torch.cuda.device(device):
+            if self._graph is not None:
+                return self._prove(state)
+            if self._runs > RUNS_BEFORE:
+                self._capture(state)
+            elif self._runs == RUNS_BEFORE:
+                return self._watched(state)
+            return self._plainly(state)
+
+    def _begin(self, inputs: Sequence[torch.Tensor], addresses: list[int]) -> None:
+        self._drop()
+        self._addresses, self._runs, self._given = addresses, 0, []
+        self._beginnings += 1
+        if self._beginnings > MOST_BEGINNINGS:
+            self._give_up("its variables have other memory again and again")
+            return
+        if _size(inputs) > MOST_BYTES:
+            self._give_up(_TOO_LARGE)
+            return
+        self._given = [torch.empty_like(tensor) for tensor in inputs]
+        if any(a.stride() != b.stride() for a, b in zip(self._given, inputs, strict=True)):
+            self._give_up("an input has gaps in memory")
+
+    def _drop(self) -> None:
+        self._results, self._graph, self._is_proven = [], None, False
+
+    def _give_up(self, why: str) -> None:
+        self._go_on_plainly()
+        _explain(why)
+
+    def _go_on_plainly(self) -> None:
+        self._drop()
+        self._is_plain = True
+        torch.cuda.empty_cache()  # of the side stream, where no other one looks for memory
+
+    def _plainly(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run as the graph will: on the same memory and, as PyTorch wants it, on a side stream.
+
+        What the side stream allocates is only used again after it has waited for this one.
+        """
+        here, side = torch.cuda.current_stream(), _stream(self._place)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            results = self._program.run(*self._given, *state)
+        here.wait_stream(side)
+        if not self._is_plain and _size([*self._given, *results]) > MOST_BYTES:
+            self._give_up(_TOO_LARGE)
+        return [result.clone() for result in results]
+
+    def _watched(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run, and give up if the host waits for the device somewhere in it."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                results = self._plainly(state)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        if not self._is_plain and any("synchronizing" in str(w.message) for w in caught):
+            self._give_up("the host waits for the device in it")
+        return results
+
+    def _capture(self, state: Sequence[torch.Tensor]) -> None:
+        if len(self._graphs.alive) >= MOST_GRAPHS:
+            self._give_up(f"inputs of {MOST_GRAPHS} other shapes have one")
+            return
+        if self._graphs.failed is not None:
+            self._give_up(self._graphs.failed)
+            return
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            # One capture at a time; garbage could give memory back to the device in the middle.
+            with _CAPTURING, no_collection():
+                pools = [other.pool() for other, place in _ALIVE.items() if place == self._place]
+                with torch.cuda.graph(
+                    graph,
+                    pool=pools[0] if pools else None,
+                    stream=_stream(self._place),
+                    capture_error_mode="thread_local",  # other threads may do what they do
+                ):
+                    self._results = self._program.run(*self._given, *state)
+                _ALIVE[graph] = self._place
+        except Exception as error:
+            torch.cuda.set_stream(here)  # torch leaves the other one where it fails
+            self._graphs.failed = f"its capture failed ({_first_error(error)})"
+            self._give_up(self._graphs.failed)
+            return
+        self._graph = graph
+        self._graphs.alive.add(graph)
+
+    def _replay(self) -> list[torch.Tensor]:
+        assert self._graph is not None
+        self._graph.replay()
+        return [result.clone() for result in self._results]  # the next launch overwrites them
+
+    def _prove(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One update by the graph and plainly; the plain one is kept."""
+        tensors = [*self._given, *state]
+        changed = [tensors[i] for i in self._program.changes]
+        before: list[torch.Tensor] = []
+        device = self._place[0]
+        random = _random_state(device)
+
+        def trial(run: Callable[[], list[torch.Tensor]]) -> _Outcome:
+            # Where there is no copy, nothing has been changed yet.
+            for tensor, old in zip(changed, before, strict=False):
+                tensor.copy_(old)
+            _set_random_state(random, device)
+            results = run()
+            return results, _summary([*results, *changed]), _random_state(device)
+
+        def plainly() -> list[torch.Tensor]:
+            return self._plainly(state)
+
+        agree = None
+        try:
+            before += [tensor.clone() for tensor in changed]
+            _, replayed, drawn = trial(self._replay)
+            results, plain, expected = trial(plainly)
+            noise = 0.0
+            if not torch.equal(replayed, plain):
+                results, again, _ = trial(plainly)
+                noise = _distance(again, plain)
+            agree = _distance(replayed, plain) <= TOLERANCE * noise
+            agree = agree and all(map(torch.equal, drawn, expected))
+        except torch.OutOfMemoryError:
+            pass  # and out of here, where the error holds on to memory
+        if agree is None:
+            self._give_up("there is no memory to compare it with the plain step")
+            return trial(plainly)[0]
+        if agree:
+            self._is_proven = True
+            torch.cuda.empty_cache()
+        else:
+            logger.warning(
+                "A CUDA graph of the step gave other numbers than the step itself, which goes on "
+                "without it. No update was lost. Please report this, with model and optimizer."
+            )
+            self._go_on_plainly()
+        return results
+
+
+_Outcome = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
+"""Results of a run, a summary of all that it changed, and the random state after it."""
+
+
+@functools.cache
+def _stream(place: _Place) -> torch.cuda.Stream:
+    """The stream of all captures there: graphs of one stream can share memory."""
+    return torch.cuda.Stream(place[0])
+
+
+def _first_error(error: Exception) -> str:
+    """What went wrong first, in one line; TorchScript says it in the middle of its own words."""
+    lines = [line for cause in causes(error) for line in str(cause).splitlines()]
+    parts = (line.rpartition("Error: ") for line in lines)
+    named = (message for _, found, message in parts if found and message)
+    return next(named, lines[-1] if lines else type(error).__name__)
+
+
+def _size(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
+
+
+def _set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state(state[1], device)
+
+
+def _summary(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum and the norm of each tensor, on the host: float64 of shape (tensors, 2)."""
+    rows = []
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        values = real if real.is_floating_point() else real.float()
+        total = values.sum(dtype=torch.float64)
+        rows.append(torch.stack([total, torch.linalg.vector_norm(values, dtype=torch.float64)]))
+    return torch.nan_to_num(torch.stack(rows).cpu()) if rows else torch.zeros(0, 2)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference between two summaries, in units of the norms."""
+    if not a.numel():
+        return 0.0
+    norms = torch.maximum(a[:, 1], b[:, 1]).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(((a - b).abs().amax(1) / norms).max())

@@ -1,0 +1,151 @@
+"""What Keras layers do on torch, in the operations that torch has fast kernels for.
+
+Used while a step is recorded, so the numbers are those of the layers to rounding, and a step that
+runs eagerly is plain Keras. Four things are replaced: batch normalisation by torch's own kernel
+(Keras has a dozen passes over the data), copies between channels-last and channels-first layouts
+of the same bytes by nothing, sums by index by operations that look at no values, and random
+numbers from a seed that is a tensor by operations that can be recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import keras
+import torch
+from keras import ops
+
+# Two operations whose Keras code looks at values; metrics such as AUC and MeanIoU use them.
+from keras.src.backend.torch import core as keras_core
+from keras.src.backend.torch import math as keras_math
+
+# The one place where Keras turns the state of a seed generator into a torch generator.
+from keras.src.backend.torch import random as keras_random
+from torch.overrides import TorchFunctionMode
+
+from kbtrain.backends.torch.capture.random import Seeds, draw
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def native_operations() -> Iterator[None]:
+    """Replace the operations above, for code that is being recorded."""
+    layer = keras.layers.BatchNormalization
+    seeds = Seeds()
+    with (
+        mock.patch.object(layer, "call", _batch_normalization(layer.call)),
+        mock.patch.object(keras_random, "torch_seed_generator", seeds.generator),
+        mock.patch.object(keras_math, "_segment_reduction_fn", _segment_reduction),
+        mock.patch.object(keras_core, "scatter", _scatter),
+        _Operations(seeds),
+    ):
+        yield
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+class _Operations(TorchFunctionMode):
+    """Sees every torch function that is called, and replaces some."""
+
+    def __init__(self, seeds: Seeds) -> None:
+        super().__init__()
+        self._seeds = seeds
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.contiguous and not kwargs and _is_channels_last(args):
+            return args[0]
+        if (seed := self._seeds.of(kwargs.get("generator"))) is not None:
+            return draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
+        return func(*args, **kwargs)
+
+
+def _is_channels_last(args: Any) -> bool:
+    """Whether a tensor lies densely in memory with its second axis last: no need to copy it."""
+    tensor = args[0]
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = layouts.get(tensor.dim()) if len(args) == 1 else None
+    return layout is not None and tensor.is_contiguous(memory_format=layout)
+
+
+# --- batch normalisation --------------------------------------------------------------------------
+
+
+def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BatchNormalization.call`` through torch's kernel, where it has one."""
+
+    def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        axis = self.axis % x.dim()
+        values = x.numel() // x.shape[axis]
+        special = self.synchronized or getattr(self, "renorm", False) or values < 2
+        if mask is not None or special or axis not in (1, x.dim() - 1):
+            return original(self, inputs, training=training, mask=mask)
+        view, restore = _channels_second(x, axis)
+        scale = ops.cast(self.gamma, x.dtype) if self.scale else None
+        offset = ops.cast(self.beta, x.dtype) if self.center else None
+        if training and self.trainable:
+            mean, variance = (torch.zeros_like(ops.cast(self.moving_mean, x.dtype)) for _ in "12")
+            # With momentum 1 the statistics of this batch come back in place of the moving ones.
+            result, *_ = aten._native_batch_norm_legit(
+                view, scale, offset, mean, variance, True, 1.0, self.epsilon
+            )
+            biased = variance * ((values - 1) / values)
+            for moving, new in ((self.moving_mean, mean), (self.moving_variance, biased)):
+                old = ops.cast(moving, x.dtype)
+                moving.assign(old * self.momentum + new * (1.0 - self.momentum))
+        else:
+            moments = (ops.cast(v, x.dtype) for v in (self.moving_mean, self.moving_variance))
+            result, *_ = aten._native_batch_norm_legit_no_training(
+                view, scale, offset, *moments, 0.0, self.epsilon
+            )
+        return ops.cast(restore(result), self.compute_dtype)
+
+    return call
+
+
+def _channels_second(
+    x: torch.Tensor, axis: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """``x`` with the channels second, as torch wants it, and how to undo that."""
+    if axis == 1:
+        return x, lambda result: result
+    if x.dim() == 4:
+        return x.permute(0, 3, 1, 2), lambda result: result.permute(0, 2, 3, 1)
+    # (batch, ..., channels) as an image of width 1
+    image = x.reshape(x.shape[0], -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return image, lambda result: result.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+# --- sums by index --------------------------------------------------------------------------------
+
+
+def _segment_reduction(data: Any, segment_ids: Any, method: str, num_segments: int | None) -> Any:
+    """Keras' ``segment_sum`` and the like, whose own code reads a shape back from a tensor."""
+    count = int(torch.max(segment_ids)) + 1 if num_segments is None else num_segments
+    start = {"amax": -math.inf, "amin": math.inf, "prod": 1.0}.get(method, 0.0)
+    # What belongs to no segment goes into one more, which is dropped.
+    ids = segment_ids.long()
+    ids = torch.where((ids < 0) | (ids >= count), count, ids)
+    ids = ids.reshape(-1, *(1 for _ in data.shape[1:])).expand(data.shape)
+    result = torch.full((count + 1, *data.shape[1:]), start, device=data.device)
+    result = result.scatter_reduce(0, ids, data.float(), method)
+    return result[:-1].type(data.dtype)
+
+
+def _scatter(indices: Any, values: Any, shape: Any) -> Any:
+    """Keras' ``scatter``, which is a loop over the indices in Python."""
+    indices, values = ops.convert_to_tensor(indices).long(), ops.convert_to_tensor(values)
+    depth = indices.shape[-1]
+    places = indices.reshape(-1, depth).unbind(1)
+    values = values.reshape(-1, *shape[depth:])
+    zeros = torch.zeros(tuple(shape), dtype=values.dtype, device=values.device)
+    return zeros.index_put(places, values, accumulate=True)

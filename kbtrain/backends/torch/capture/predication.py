@@ -1,0 +1,89 @@
+"""On a GPU: an update that may have to be left out, without a copy of all that it changes.
+
+Reading a flag would stop the queue of a GPU, so ``run_if`` keeps the old values, lets the update
+happen and selects: a dozen passes over the model and its optimizer. torch's fused optimizers can
+look at a flag themselves; what only they change needs none of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
+
+from kbtrain.backends.torch.capture.simplify import ASSIGN, Memory
+
+aten = torch.ops.aten
+
+_FUNCTIONS = {torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_, torch._fused_adagrad_}
+_OPERATIONS = {
+    getattr(getattr(aten, function.__name__), overload)
+    for function in _FUNCTIONS
+    for overload in getattr(aten, function.__name__).overloads()
+}
+
+
+class FlaggedOptimizers(TorchFunctionMode):
+    """Fused optimizers that are called inside change nothing where ``condition`` is false.
+
+    Args:
+        condition: A boolean scalar on the device.
+    """
+
+    def __init__(self, condition: torch.Tensor) -> None:
+        super().__init__()
+        self._skip = torch.logical_not(condition).float()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FUNCTIONS and kwargs.get("found_inf") is None:
+            kwargs = {**kwargs, "found_inf": self._skip}
+        return func(*args, **kwargs)
+
+
+def drop_selections(graph: Graph) -> None:
+    """Leave out ``x.copy_(where(condition, x, old))`` where the kernels did that already.
+
+    That is so if, since ``old = x.clone()``, nothing but fused optimizers with that condition has
+    written to ``x``.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    memory = Memory(graph)
+    nodes = list(graph.nodes)
+    for node in nodes:
+        if node.target is not ASSIGN or node.args[1].target is not aten.where.self:
+            continue
+        variable, (condition, new, old) = _origin(node.args[0]), node.args[1].args
+        if old.target is not aten.clone.default or len(memory.owners(variable)) != 1:
+            continue
+        if not (variable is _origin(new) is _origin(old.args[0])):
+            continue
+        (owner,) = memory.owners(variable)
+        writers = [nodes[i] for i in memory.writes[owner] if i > memory.position[old]]
+        if all(w is node or _is_flagged(w, condition) for w in writers):
+            selected = node.args[1]
+            for unused in (node, selected, old):
+                if not unused.users:
+                    graph.erase_node(unused)
+
+
+def _origin(node: Node) -> Node:
+    """A node behind views that change nothing."""
+    while node.target is aten.detach.default:
+        node = node.args[0]
+    return node
+
+
+def _is_flagged(node: Node, condition: Node) -> bool:
+    """Whether this is a fused optimizer that changes nothing where ``condition`` is false."""
+    skip = node.kwargs.get("found_inf")
+    if node.target not in _OPERATIONS or skip is None:
+        return False
+    negated = skip.args[0] if skip.target is aten._to_copy.default else skip
+    return negated.target is aten.logical_not.default and negated.args[0] is condition

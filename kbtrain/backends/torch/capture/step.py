@@ -1,0 +1,164 @@
+"""Capture of a torch step: from Python over Keras layers to a fixed list of ATen operations.
+
+A step is run once on fake tensors, which records every operation, forward, backward and update,
+for these shapes (`torch_record`); `torch_program` makes a program of the record. What depends on
+values in Python (``if`` on a tensor, ``.item()``) cannot be recorded: torch says so during the
+capture, and the step runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from kbtrain.backends.torch.capture.cuda_graph import Graphs, with_graph
+from kbtrain.backends.torch.capture.guard import NotCapturable
+from kbtrain.backends.torch.capture.keras_overrides import native_operations
+from kbtrain.backends.torch.capture.large_gradients import Kept
+from kbtrain.backends.torch.capture.program import make_program, no_collection, same_random_state
+from kbtrain.backends.torch.capture.trace import Unrecorded, record
+from kbtrain.errors import causes, first_lines, user_line
+from kbtrain.utils.fallback import report
+
+logger = logging.getLogger("kbtrain")
+
+# Without a rule for fake tensors, recording a fused optimizer runs it on real ones made of zeros:
+# four times the size of the model for a moment. They change their arguments and return nothing.
+_RULES = torch.library.Library("aten", "IMPL")
+for _operation in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_", "_fused_adagrad_"):
+    for _overload in getattr(torch.ops.aten, _operation).overloads():
+        _name = _operation if _overload == "default" else f"{_operation}.{_overload}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
+            _RULES.impl(_name, lambda *args, **kwargs: None, "Meta")
+
+_LOOKS_AT_VALUES = (DataDependentOutputException, GuardOnDataDependentSymNode)
+
+
+class CapturedStep:
+    """A recorded step for inputs of one shape.
+
+    Args:
+        fn: The step, ``fn(inputs) -> outputs``, structures of tensors.
+        variables: Everything it reads or assigns.
+        inputs: Example inputs; their values do not matter.
+        inductor: Compile the record further by ``torch.compile``.
+        kept: Memory that it shares with the records for other shapes.
+        graphs: The CUDA graphs of these.
+
+    Attributes:
+        outputs: The structure of its outputs.
+
+    Raises:
+        NotCapturable: The step cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any], Any],
+        variables: Sequence[keras.Variable],
+        inputs: Any,
+        inductor: bool,
+        kept: Kept,
+        graphs: Graphs,
+    ) -> None:
+        self._variables = list(variables)
+        examples = [*keras.tree.flatten(inputs), *self._state()]
+        with no_collection(), torch.no_grad():
+            recorded, self.outputs = _record(fn, self._variables, inputs)
+            program = make_program(recorded, examples, inductor, kept)
+        self._run = with_graph(program, examples, graphs)
+
+    def _state(self) -> list[torch.Tensor]:
+        return [variable._value for variable in self._variables]
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the recorded operations on flattened inputs; the outputs are flat, too.
+
+        Raises:
+            GuardFailed: The guard did not hold; nothing was changed.
+        """
+        return self._run(inputs, self._state())
+
+
+def _record(
+    fn: Callable[[Any], Any], variables: list[keras.Variable], inputs: Any
+) -> tuple[Any, Any]:
+    """The step as one graph of ATen operations, and the structure of its outputs.
+
+    The variables' values are inputs of the graph, after those of the step.
+    """
+    outputs: list[Any] = []
+    real = [variable._value for variable in variables]
+    count = len(keras.tree.flatten(inputs))
+    inside = False
+
+    def flat_step(*flat: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal inside
+        for variable, value in zip(variables, flat[count:], strict=True):
+            variable._value = value.requires_grad_(variable.trainable)
+        inside = True
+        result = fn(keras.tree.pack_sequence_as(inputs, list(flat[:count])))
+        inside = False
+        outputs[:] = [keras.tree.map_structure(lambda _: 0, result)]
+        return keras.tree.flatten(result)
+
+    python, numpy = random.getstate(), np.random.get_state(legacy=True)
+    examples = [*keras.tree.flatten(inputs), *(t.detach() for t in real)]
+    try:
+        with same_random_state(), native_operations():
+            recorded = _recorded(flat_step, examples)
+    except NotCapturable:
+        raise
+    except Exception as error:
+        line = user_line(error)
+        if _looks_at_values(error):
+            raise NotCapturable(f"its Python looks at values of tensors{line}") from error
+        reason = NotCapturable(f"{type(error).__name__}: {first_lines(error, 1)}{line}")
+        # In the middle of a user's own code the reason is there, most likely.
+        reason.failure = None if inside and line else error
+        raise reason from error
+    finally:
+        for variable, value in zip(variables, real, strict=True):
+            variable._value = value
+    if random.getstate() != python or not _equal(numpy, np.random.get_state(legacy=True)):
+        random.setstate(python)
+        np.random.set_state(numpy)
+        raise NotCapturable("the model draws Python or NumPy random numbers")
+    return recorded, outputs[0]
+
+
+def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
+    """The record of a step; that of ``make_fx`` where Python looks at values, say."""
+    try:
+        return record(step, examples)
+    except NotCapturable:
+        raise
+    except Exception as error:  # whatever it is, make_fx decides whether it is one
+        logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
+        failure = error
+    recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    if not (isinstance(failure, Unrecorded) or _looks_at_values(failure)):
+        report(
+            "Recording a step's operations",
+            "torch",
+            failure,
+            "make_fx records them, which takes some seconds longer.",
+        )
+    return recorded
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,160 @@
+"""Rewrites of a recorded graph: fewer views, fewer copies, plain products.
+
+Keras writes a product of tensors as a chain of views around a batched product of one matrix. Each
+view costs about a microsecond, and what stands between a product and its bias keeps the two from
+being one operation. What a chain of views amounts to is read off the strides of its end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from kbtrain.backends.torch.capture.simplify import Memory
+
+aten = torch.ops.aten
+
+_CHAINED = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: None,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: None,
+    aten._scaled_dot_product_flash_attention: 3,
+    aten._scaled_dot_product_flash_attention_backward: 4,
+    aten._scaled_dot_product_efficient_attention: 3,
+    aten._scaled_dot_product_efficient_attention_backward: 4,
+    aten._scaled_dot_product_cudnn_attention: 3,
+    aten._scaled_dot_product_cudnn_attention_backward: 4,
+}
+"""Attention, and how many of its first arguments may be strided views (query, key and value, after
+the gradient); None for all. A mask for a GPU has to be aligned."""
+
+
+def plain_products(graph: Graph) -> None:
+    """Make batched products of a single matrix plain ones, which take a bias.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.bmm.default or node.meta["val"].shape[0] != 1:
+            continue
+        with graph.inserting_before(node):
+            factors = [_call(graph, aten.squeeze.dim, factor, 0) for factor in node.args]
+            product = _call(graph, aten.mm.default, *factors)
+            result = _call(graph, aten.unsqueeze.default, product, 0)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def shorten_views(graph: Graph) -> None:
+    """Replace chains of views by one or two that lead to the same place.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    for node in graph.nodes:
+        if node.target is aten._unsafe_view.default:  # a view that does not say so
+            node.target = aten.view.default
+    memory = Memory(graph)
+    for node in list(graph.nodes):
+        if node.target not in _CHAINED:
+            continue
+        base, length = node, 0
+        while base.target in _CHAINED:
+            base, length = base.args[0], length + 1
+        # A kernel's result may lie otherwise in memory than its fake said. Then a copy may be due,
+        # which is no view any more: only for what nobody writes to.
+        read_only = base.op == "call_function" and not memory.written_after(base, -1)
+        reshape = aten.reshape.default if read_only else aten.view.default
+        with graph.inserting_before(node):
+            shorter = _view(graph, base, node.meta["val"], length, reshape)
+        if shorter is not None:
+            node.replace_all_uses_with(shorter)
+            graph.erase_node(node)
+    for node in reversed(graph.nodes):  # what was in between, and what did not fit
+        if node.target in _CHAINED and not node.users:
+            graph.erase_node(node)
+
+
+def _view(graph: Graph, base: Node, wanted: torch.Tensor, below: int, reshape: Any) -> Node | None:
+    """``base`` with the shape and strides of ``wanted`` in fewer than ``below`` views, or None."""
+    held = base.meta["val"]
+    dense = held.is_contiguous() and held.numel() == wanted.numel() > 0
+    if not dense or held.storage_offset() != wanted.storage_offset():
+        return None
+    if wanted.shape == held.shape and wanted.stride() == held.stride():
+        return base
+    # The axes in the order of memory; those of length 1 may be anywhere.
+    order = sorted(range(wanted.dim()), key=lambda i: (-wanted.stride(i), wanted.shape[i] != 1))
+    shape = [int(wanted.shape[i]) for i in order]
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    found = [wanted.stride(i) for i in order]
+    if any(n > 1 and a != b for n, a, b in zip(shape, strides, found, strict=True)):
+        return None
+    steps = (tuple(shape) != tuple(held.shape)) + (order != sorted(order))
+    if steps >= below:
+        return None
+    result = base
+    if tuple(shape) != tuple(held.shape):
+        result = _call(graph, reshape, result, shape)
+    if order != sorted(order):
+        result = _call(
+            graph, aten.permute.default, result, [order.index(i) for i in range(len(order))]
+        )
+    # Also the strides of axes of length 1: they decide what a kernel takes for channels-last.
+    return result if result.meta["val"].stride() == wanted.stride() else None
+
+
+def copy_where_needed(graph: Graph) -> None:
+    """Leave out copies to another layout that nobody needs.
+
+    Attention's kernel reads strided views of query, key and value as well, and what only looks
+    strided while it is recorded need not be copied.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    memory = Memory(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.clone.default or not node.users:
+            continue
+        source, start = node.args[0], memory.position[node]
+        if memory.written_after(source, start) or memory.written_after(node, start):
+            continue
+        if node.kwargs.get("memory_format") is not torch.contiguous_format:
+            continue
+        attention = all(_takes_view(user, node) for user in node.users)
+        if attention and source.meta["val"].stride(-1) == 1:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        else:
+            node.target, node.kwargs = aten.contiguous.default, {}
+
+
+def _takes_view(user: Node, node: Node) -> bool:
+    """Whether attention may be given ``node`` as a view whose last axis is dense."""
+    packet = getattr(user.target, "overloadpacket", None)
+    if packet not in _ATTENTION:
+        return False
+    places = _ATTENTION[packet]
+    return places is None or not (node in user.args[places:] or node in user.kwargs.values())
+
+
+def _call(graph: Graph, operation: Any, *args: Any) -> Node:
+    """A new operation, with a fake tensor that says what it results in."""
+    node = graph.call_function(operation, args)
+    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+    node.meta["val"] = operation(*values)
+    return node

@@ -1,0 +1,236 @@
+"""Running a torch step: captured where possible, once per shape, else as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import torch
+
+from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
+from kbtrain.backends.torch.device import is_oom
+from kbtrain.data import signature
+from kbtrain.errors import KbtrainError
+from kbtrain.utils.fallback import report
+
+logger = logging.getLogger("kbtrain")
+
+
+@dataclass
+class _Now:
+    """What is being run, for the functions that a step calls.
+
+    Attributes:
+        capturing: Whether a step is being recorded: conditions become guards, nothing can be read.
+        variables: Those of the step, to name the ones that layers ask to change.
+        compile_body: Compiles the body of a loop in the step; None if it runs as it is.
+        committed: The variables that ``commit_if`` has met in the step being recorded.
+        journal: What ``commit_if`` has overwritten, while somebody may want to take it back.
+    """
+
+    capturing: bool = False
+    variables: list[keras.Variable] = field(default_factory=list)
+    compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    committed: list[keras.Variable] = field(default_factory=list)
+    journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        variables: Sequence[keras.Variable],
+        compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    ) -> Iterator[None]:
+        """Run a step of these variables."""
+        before = self.variables, self.compile_body
+        self.variables, self.compile_body = list(variables), compile_body
+        try:
+            yield
+        finally:
+            self.variables, self.compile_body = before
+
+    def know(self, variable: keras.Variable) -> None:
+        """Make a variable that is being assigned part of the state, if nobody told us of it.
+
+        Raises:
+            Stranger: The step is being recorded; it has to be recorded with this variable.
+        """
+        if any(variable is known for known in self.variables):
+            return
+        if self.capturing:
+            raise Stranger(variable)
+        self.variables.append(variable)
+
+    def remember(self, variable: keras.Variable) -> None:
+        """Keep the value a variable has now, if somebody may want to go back to it."""
+        if self.journal is not None and id(variable) not in self.journal:
+            self.journal[id(variable)] = (variable, variable.value.detach().clone())
+
+
+now = _Now()
+
+
+class Runner:
+    """Runs a function of tensors captured where possible, once per shape, else as it is.
+
+    Args:
+        fn: Function of one structure of tensors.
+        variables: Everything it reads or assigns.
+        jit_compile: ``False`` captures nothing, ``True`` adds ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any], Any],
+        variables: Sequence[keras.Variable],
+        jit_compile: bool | str,
+    ) -> None:
+        self._fn = fn
+        self._variables = list(variables)
+        self._jit_compile = jit_compile
+        self._captured: dict[Any, Any] = {}
+        self._failures: dict[Any, Exception] = {}
+        self._commits: dict[Any, list[keras.Variable]] = {}
+        self._bodies: dict[Any, Runner] = {}
+        self._kept: Any = {}
+        self._graphs: Any = None
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the function."""
+        run = self.for_shape(inputs)
+        with torch.no_grad():
+            results = run(keras.tree.flatten(inputs))
+        return keras.tree.pack_sequence_as(run.outputs, results)
+
+    def for_shape(self, inputs: Any) -> _FlatStep:
+        """The function for inputs like these, from a list of tensors to a list of tensors."""
+        key = signature(inputs)
+        if key not in self._captured and self._jit_compile is not False:
+            self._captured[key] = self._capture(key, inputs)
+            self._commits[key] = list(now.committed)
+        return _FlatStep(
+            self._captured.get(key),
+            self._commits.get(key, []),
+            self.eager,
+            self._failures.pop(key, None),
+            structure=inputs,
+        )
+
+    def eager(self, inputs: Any) -> Any:
+        """Run the function as it is; the bodies of its loops are captured."""
+        body = None if self._jit_compile is False else self._body
+        with torch.no_grad(), now.running(self._variables, body):
+            return self._fn(inputs)
+
+    def _capture(self, key: Any, inputs: Any) -> Any:
+        """The recorded step; None where there is none."""
+        now.capturing = True
+        try:
+            # Not before it is needed: it rests on much of PyTorch that is not public.
+            from kbtrain.backends.torch.capture.step import CapturedStep, Graphs
+
+            self._graphs = self._graphs or Graphs()
+            while True:
+                now.committed.clear()
+                try:
+                    return CapturedStep(
+                        self.eager,
+                        self._variables,
+                        inputs,
+                        self._jit_compile is True,
+                        self._kept,
+                        self._graphs,
+                    )
+                except Stranger as stranger:
+                    self._variables.append(stranger.variable)
+        except InParts:
+            logger.debug("The step is captured in parts, one for each micro-batch.")
+            return None
+        except NotCapturable as reason:
+            logger.info("The step runs eagerly, it cannot be captured: %s", _own_words(reason))
+            if reason.failure is not None:
+                self._failures[key] = reason.failure
+            return None
+        except KbtrainError:
+            raise
+        except Exception as error:
+            if is_oom(error):
+                raise
+            self._failures[key] = error
+            return None
+        finally:
+            now.capturing = False
+
+    def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        # The function is a new closure each time; its code says that it is the same one.
+        key = fn.__code__
+        if key not in self._bodies:
+            self._bodies[key] = Runner(lambda both: fn(*both), self._variables, self._jit_compile)
+        runner = self._bodies[key]
+        return lambda carry, inputs: runner((carry, inputs))
+
+
+class _FlatStep:
+    """A step for inputs of one shape, without the cost of their structure.
+
+    Attributes:
+        outputs: The structure of the outputs, known after the first run.
+    """
+
+    def __init__(
+        self,
+        captured: Any,
+        commits: Sequence[keras.Variable],
+        eager: Callable[[Any], Any],
+        failure: Exception | None,
+        structure: Any,
+    ) -> None:
+        self._captured = captured
+        self._commits = commits
+        self._eager = eager
+        self._failure = failure
+        self._structure = structure
+        self.outputs: Any = None if captured is None else captured.outputs
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the step on flattened inputs, under ``torch.no_grad``."""
+        if self._captured is not None:
+            for variable in self._commits:
+                now.remember(variable)
+            try:
+                return self._captured(inputs)
+            except GuardFailed:
+                pass
+        self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
+        if self._failure is not None:  # the step by itself does not fail
+            report("Capturing a step", "torch", self._failure, "It runs eagerly, which is slower.")
+            self._failure = None
+        return keras.tree.flatten(self.outputs)
+
+
+def _own_words(reason: NotCapturable) -> str:
+    """A reason without what Keras has put around it, which prints that of a layer in bold type."""
+    bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(reason), re.DOTALL)
+    return bold[1] if bold else str(reason)
+
+
+class InParts(NotCapturable):
+    """Not an obstacle: a loop whose body is captured by itself."""
+
+
+class Stranger(NotCapturable):
+    """The step assigns a variable that it was not said to have.
+
+    Attributes:
+        variable: That variable.
+    """
+
+    _keras_call_info_injected = True  # Keras would make another one of it, with a text alone
+
+    def __init__(self, variable: keras.Variable) -> None:
+        super().__init__(f"it assigns {variable.path}, which is no variable of the model")
+        self.variable = variable

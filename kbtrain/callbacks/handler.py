@@ -1,0 +1,207 @@
+"""The handler: calls the callbacks of an event, and keeps their state."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks import interop
+from kbtrain.callbacks.base import EVENTS, STEP_EVENTS, TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
+from kbtrain.errors import ConfigurationError, KbtrainError
+from kbtrain.utils.best_effort import report
+
+if TYPE_CHECKING:
+    from kbtrain.config.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
+
+
+class CallbackHandler:
+    """Calls the callbacks of an event in their order, each with the control of the one before.
+
+    Args:
+        callbacks: Callback objects or classes.
+        context: Returns the keyword arguments every event gets.
+    """
+
+    def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
+        self.callbacks: list[TrainerCallback] = []
+        self._context = context
+        for callback in callbacks:
+            self.add(callback)
+
+    def add(self, callback: Any) -> None:
+        """Add a callback object, or a class, which is instantiated."""
+        _check_kind(callback)
+        instance = _made(callback) if isinstance(callback, type) else callback
+        _check_events(instance)
+        _warn_of_what_nobody_calls(instance)
+        if any(type(other) is type(instance) for other in self.callbacks):
+            logger.warning("A callback of class %s was there already.", type(instance).__name__)
+        self.callbacks.append(instance)
+
+    def pop(self, callback: Any) -> TrainerCallback | None:
+        """Remove and return a callback (by object, or the first of a class); None if absent."""
+        for other in self.callbacks:
+            if other is callback or (isinstance(callback, type) and type(other) is callback):
+                self.callbacks.remove(other)
+                return other
+        return None
+
+    def listeners(self, event: str) -> list[TrainerCallback]:
+        """The callbacks that override ``event``, in their class or on the object itself.
+
+        Looked up each time, as a method may be put on an object at any moment.
+        """
+        if event not in EVENTS:
+            raise ConfigurationError(
+                f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
+            )
+        return [callback for callback in self.callbacks if _listens(callback, event)]
+
+    def need_every_step(self) -> bool:
+        """Whether somebody listens to the events of each update."""
+        return any(c.every_step for event in STEP_EVENTS for c in self.listeners(event))
+
+    def need_every_batch(self) -> bool:
+        """Whether somebody listens to each batch of an evaluation."""
+        return any(c.every_step for c in self.listeners("on_prediction_step"))
+
+    def fire(
+        self,
+        event: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Call ``event`` of everyone who listens; return the control that results."""
+        listeners = self.listeners(event)
+        if not listeners:
+            return control
+        kwargs = self._context() | kwargs
+        for callback in listeners:
+            try:
+                result = getattr(callback, event)(args, state, control, **kwargs)
+            except Exception as error:
+                if getattr(callback, "only_talks", False) and not isinstance(error, KbtrainError):
+                    report(callback, event, error)
+                    continue
+                error.add_note(
+                    f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
+                )
+                raise
+            if result is not None and not isinstance(result, TrainerControl):
+                raise ConfigurationError(
+                    f"{type(callback).__name__}.{event} must return a TrainerControl or None. "
+                    f"Received: {result!r}."
+                )
+            control = control if result is None else result
+        return control
+
+    def close(self) -> None:
+        """Let go of what callbacks hold open, also after an error, whatever one of them does."""
+        for callback in self.callbacks:
+            if close := getattr(callback, "close", None):
+                try:
+                    close()
+                except Exception:  # the training is over; an error here would hide its own
+                    logger.exception("%s could not be closed.", type(callback).__name__)
+
+    def state(self) -> dict[str, list[Any]]:
+        """The state of the callbacks that have one, by class name, in order."""
+        states: dict[str, list[Any]] = {}
+        callback: Any
+        for callback in self.callbacks:
+            if _has_state(callback):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        return states
+
+    def load_state(self, states: dict[str, list[Any]]) -> None:
+        """Inverse of ``state``; says which saved states found no callback."""
+        remaining = {name: list(values) for name, values in states.items()}
+        callback: Any
+        for callback in self.callbacks:
+            if _has_state(callback) and remaining.get(type(callback).__name__):
+                callback.load_state(remaining[type(callback).__name__].pop(0))
+        for name in (name for name, values in remaining.items() if values):
+            logger.warning(
+                "The checkpoint has a state for the callback %s, which is not in use.", name
+            )
+
+
+def _check_kind(callback: Any) -> None:
+    """Make sure that something is a callback of kbtrain, an object or a class."""
+    cls = callback if isinstance(callback, type) else type(callback)
+    if not issubclass(cls, TrainerCallback):
+        raise ConfigurationError(
+            "A callback must be a TrainerCallback or a subclass of it. "
+            f"Received: {callback!r:.200}. {interop.advice(callback) or ''}".rstrip()
+        )
+
+
+def _listens(callback: TrainerCallback, event: str) -> bool:
+    own = vars(callback).get(event)
+    if own is not None:
+        return callable(own)
+    return getattr(type(callback), event) is not getattr(TrainerCallback, event)
+
+
+def _made(cls: type) -> Any:
+    """An object of a callback's class."""
+    try:
+        inspect.signature(cls).bind()
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"The callback class {cls.__name__} cannot be made without arguments ({problem}): give "
+            "an object instead of the class."
+        ) from None
+    return cls()
+
+
+def _check_events(callback: TrainerCallback) -> None:
+    """Make sure that the events a callback overrides can be called with all that they get.
+
+    Raises:
+        ConfigurationError: One does not take ``**kwargs``.
+    """
+    for event in EVENTS:
+        if not _listens(callback, event):
+            continue
+        parameters = inspect.signature(getattr(callback, event)).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ConfigurationError(
+                f"{type(callback).__name__}.{event} must be defined as {event}(self, args, state, "
+                "control, **kwargs): an event gets more by name than the three. "
+                f"Received: {event}({', '.join(p.name for p in parameters)})."
+            )
+
+
+def _warn_of_what_nobody_calls(callback: TrainerCallback) -> None:
+    """Say so where a method looks like an event, or a state like the reference's, and is not."""
+    cls = type(callback)
+    for name in dir(cls):
+        if not name.startswith("on_") or name in EVENTS or not callable(getattr(cls, name)):
+            continue
+        if near := difflib.get_close_matches(name, EVENTS, n=1, cutoff=0.75):
+            logger.warning(
+                "%s.%s is never called: there is no such event. Did you mean %s?",
+                cls.__name__,
+                name,
+                near[0],
+            )
+    if hasattr(cls, "from_state") and not _has_state(callback):
+        logger.warning(
+            "The state of %s is not saved: that takes the two methods state(self), which returns "
+            "values for JSON, and load_state(self, state). from_state is not called.",
+            cls.__name__,
+        )
+
+
+def _has_state(callback: Any) -> bool:
+    """Whether both methods are there; an attribute named ``state`` may be anything."""
+    return all(callable(getattr(callback, name, None)) for name in ("state", "load_state"))

@@ -1,0 +1,145 @@
+"""Weights from elsewhere into a model: a checkpoint, a ``.weights.h5`` or a ``.keras`` file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+
+from kbtrain.checkpoint import (
+    CheckpointStore,
+    RestorePlan,
+    keras_weights,
+    name_variables,
+    plan_restore,
+    read_arrays,
+)
+from kbtrain.checkpoint.keras_layout import keras_layout
+from kbtrain.checkpoint.run_state import model_variables
+from kbtrain.checkpoint.storage.faults import exists, is_damage, is_folder, unreadable
+from kbtrain.checkpoint.storage.format import ARRAYS_FORMAT
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    concise,
+    first_lines,
+)
+from kbtrain.model.build import take_in_new_values
+from kbtrain.utils.local_path import check_local
+
+logger = logging.getLogger("kbtrain")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_weights`` did.
+
+    Attributes:
+        loaded: Variables that got a value.
+        missing: Variables of the model that the file has no value for; they keep theirs.
+        unexpected: Values of the file that the model has no variable for.
+        different: Values that do not fit their variable, with both shapes.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    different: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} variables loaded"]
+        for name in ("missing", "unexpected", "different"):
+            if items := getattr(self, name):
+                parts.append(
+                    f"{len(items)} {name} ({', '.join(items[:5])}"
+                    f"{', ...' if len(items) > 5 else ''})"
+                )
+        return "; ".join(parts)
+
+
+@concise
+def load_weights(
+    model: keras.Model, source: str | os.PathLike[str], strict: bool = True
+) -> LoadReport:
+    """Put weights from a file into a model; optimizer and data position are not touched.
+
+    Args:
+        model: A built model.
+        source: A checkpoint, the folder of a run (its newest intact checkpoint is used), a
+            ``.weights.h5`` or a ``.keras`` file.
+        strict: Whether all variables must be there, with their shapes, and nothing else. If not,
+            what fits is loaded; the report, which is logged as a warning, names the rest.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        ConfigurationError: The model is not built.
+        CheckpointNotFoundError: There is no such file or checkpoint.
+        CheckpointDamagedError: It is damaged, or claims more than it holds.
+        CheckpointUnreadableError: It cannot be read now.
+        CheckpointMismatchError: It does not fit (``strict``), or nothing of it does. Then nothing
+            has been changed.
+
+    Example:
+        >>> report = load_weights(model, "runs/old", strict=False)  # doctest: +SKIP
+        >>> report.missing  # doctest: +SKIP
+        ('sequential/head/kernel', 'sequential/head/bias')
+    """
+    if not model.built:
+        raise ConfigurationError(
+            f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
+            "or begin it with a keras.Input."
+        )
+    check_local("source", source)
+    path = Path(source)
+    named = name_variables(model_variables(model))
+    if is_folder(path):
+        checkpoint = CheckpointStore(path).resolve(path)
+        assert checkpoint is not None  # a path is found or an error
+        saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
+        plan = plan_restore(named, saved, strict=strict)
+    else:
+        plan = _plan_from_file(model, path, named, strict)
+    plan.apply()
+    take_in_new_values(model)
+    report = LoadReport(tuple(plan.names), plan.missing, plan.unexpected, plan.different)
+    if report.missing or report.unexpected or report.different:
+        logger.warning("%s: %s.", path, report)
+    return report
+
+
+def _plan_from_file(
+    model: keras.Model, path: Path, named: dict[str, keras.Variable], strict: bool
+) -> RestorePlan:
+    """Read what fits out of a Keras file; shapes are compared before anything is read."""
+    if not exists(path):
+        raise CheckpointNotFoundError(f"There is no {path}.")
+    if not path.name.endswith((".weights.h5", ".keras")):
+        raise CheckpointError(
+            "Expected a checkpoint's or a run's folder, or a file that ends in .weights.h5 or "
+            f".keras. Received: {path}"
+        )
+    try:
+        with keras_weights.opened(path) as file:
+            if file.attrs.get("format") == ARRAYS_FORMAT:
+                return plan_restore(named, read_arrays(path), strict=strict)
+            # Keras does not store the states of seed generators: those stay as they are.
+            links = keras_layout(model, named).links
+            variables = {place: named[name] for place, name in links.items()}
+            return plan_restore(variables, keras_weights.values(file), strict=strict)
+    except CheckpointError:
+        raise
+    except MemoryError as error:
+        raise unreadable(path, error) from error
+    except Exception as error:  # h5py and zipfile raise whatever the damage happens to hit
+        if isinstance(error, OSError) and not is_damage(error):
+            raise unreadable(path, error) from error
+        raise CheckpointDamagedError(
+            f"{path} is not a readable Keras file ({type(error).__name__}: {first_lines(error)})."
+        ) from error

@@ -1,0 +1,244 @@
+"""Saving during a run: in the background, one at a time, with a lock and a policy for failures."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.storage.folder_writer import Places
+from kbtrain.checkpoint.storage.lock import RunLock
+from kbtrain.errors import CheckpointError, is_disk_trouble
+from kbtrain.utils.host_buffers import HostBuffers
+
+logger = logging.getLogger("kbtrain")
+
+OnError = Literal["warn", "raise"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One checkpoint in host memory; nothing in it is shared with what training changes.
+
+    Attributes:
+        step: Optimizer updates done.
+        arrays: Group -> name -> array.
+        documents: Name -> JSON value.
+        info: For the manifest.
+        places: Group -> where other readers look for its arrays.
+        keep: How many checkpoints to leave afterwards; None keeps all.
+        protect: Checkpoints that are not deleted.
+        other_files: Path in the folder -> content, besides arrays and documents.
+    """
+
+    step: int
+    arrays: Mapping[str, Mapping[str, np.ndarray]]
+    documents: Mapping[str, Any]
+    info: Mapping[str, Any]
+    places: Mapping[str, Places] = field(default_factory=dict)
+    keep: int | None = None
+    protect: tuple[Path, ...] = ()
+    other_files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    """A save that was begun and whose end nobody has looked at yet."""
+
+    snapshot: Snapshot
+    on_error: OnError
+    failed: Callable[[], None]
+    error: BaseException | None = None
+    thread: threading.Thread | None = field(default=None)
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time.
+
+    In the background, ``save`` returns as soon as a thread has taken over the host copy; the thread
+    writes, flushes, reads back, renames and only then deletes old ones. An error comes out of the
+    next call of ``poll``, ``save`` or ``wait`` in the training thread.
+
+    Args:
+        store: Where the checkpoints go.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = store
+        self.longest: float | None = None
+        """Seconds that the slowest write so far took; None before the first."""
+        self.buffers = HostBuffers()
+        """Memory for the next snapshot, once the last one has been written (``wait``)."""
+        self._lock = RunLock(store.directory)
+        self._job: _Job | None = None
+        self._guard = threading.Lock()
+        self._abandoned = False
+
+    @contextmanager
+    def running(self, will_save: bool, on_error: OnError) -> Iterator[None]:
+        """Hold the folder during a run; at the end wait for what is being written.
+
+        Args:
+            will_save: Whether the run is going to save; if not, the folder is left alone until
+                somebody saves all the same.
+            on_error: What to do if the folder cannot be written to.
+
+        Raises:
+            FolderInUseError: Another run holds the folder.
+            CheckpointError: The folder cannot be written to and ``on_error`` is ``"raise"``; or the
+                last save failed likewise.
+        """
+        self._join()
+        self._abandoned = False
+        if will_save:
+            self._take_folder(on_error)
+        try:
+            self._clean()
+            yield
+            self.wait()
+        except KeyboardInterrupt:
+            self._abandon()  # at once: a write that goes on ends by itself, or with the process
+            raise
+        except BaseException:
+            if self._job is not None:
+                self._job.on_error = "warn"  # one error at a time
+            self.wait()
+            raise
+        finally:
+            # New ones, not cleared: what was abandoned may still be written from the old ones.
+            self.buffers = HostBuffers()
+            with self._guard:
+                if not self._abandoned:
+                    self._lock.release()
+
+    def _clean(self) -> None:
+        try:
+            self.store.clean_leftovers(alone=self._lock.is_held)
+        except CheckpointError as error:  # who resumes is told again
+            logger.warning("Leftovers of former runs were not looked for: %s", error)
+
+    def save(
+        self,
+        snapshot: Snapshot,
+        background: bool,
+        on_error: OnError,
+        failed: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Write a checkpoint, after the one that is still being written.
+
+        Args:
+            snapshot: What to write.
+            background: Whether to return before it is written.
+            on_error: ``"warn"`` or ``"raise"``, for trouble with the disk; other errors are raised
+                in any case.
+            failed: Called in the training thread if it could not be written.
+
+        Returns:
+            Whether it is written (in the background: begun).
+
+        Raises:
+            CheckpointError: This save, or the one before it, failed.
+        """
+        self.wait()
+        job = _Job(snapshot, on_error, failed)
+        self._job = job
+        if background:
+            # A daemon: a process that is told to stop at once does not wait for it, and what it
+            # leaves half written is removed by the next start.
+            job.thread = threading.Thread(target=self._write, args=[job], daemon=True)
+            job.thread.start()
+            return True
+        self._write(job)
+        return self._collect()
+
+    def poll(self) -> None:
+        """Let the error of a background save come out, if it has ended; never waits."""
+        if self._job is not None and (self._job.thread is None or not self._job.thread.is_alive()):
+            self._collect()
+
+    def wait(self) -> None:
+        """Wait for the save in the background; its error comes out."""
+        self._join()
+        self._collect()
+
+    def settle(self) -> None:
+        """Wait for the save in the background; its error is kept for later."""
+        self._join()
+
+    def _join(self) -> None:
+        if self._job is not None and self._job.thread is not None:
+            self._job.thread.join()
+
+    def _collect(self) -> bool:
+        """Deal with the outcome of the last save; return whether it was written."""
+        job, self._job = self._job, None
+        if job is None or job.error is None:
+            return True
+        job.failed()
+        if job.on_error == "raise" or not is_disk_trouble(job.error):
+            raise job.error
+        logger.warning(
+            "%s Training goes on (on_save_error='warn'); the next checkpoint is tried when it is "
+            "due.",
+            job.error,
+        )
+        return False
+
+    def _write(self, job: _Job) -> None:
+        """Write, verify, rotate; in the background if it was asked for."""
+        start, one = time.perf_counter(), job.snapshot
+        try:
+            self._lock_folder()
+            contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
+            self.store.save(one.step, *contents)
+            self._rotate(one)
+            self.longest = max(self.longest or 0.0, time.perf_counter() - start)
+        except BaseException as error:
+            if job.thread is None and not isinstance(error, Exception):
+                self._job = None
+                raise  # an interrupt of the training thread
+            job.error = error
+        finally:
+            if job.thread is not None:
+                with self._guard:
+                    if self._abandoned:
+                        self._lock.release()
+
+    def _rotate(self, snapshot: Snapshot) -> None:
+        """Delete old ones; the new one is there, whatever comes of it."""
+        try:
+            self.store.rotate(snapshot.keep, snapshot.protect)
+        except (CheckpointError, OSError) as error:
+            logger.warning("Old checkpoints were not deleted: %s", error)
+
+    def _take_folder(self, on_error: OnError) -> None:
+        try:
+            self._lock_folder()
+        except CheckpointError as error:
+            if on_error == "raise" or not is_disk_trouble(error):
+                raise
+            logger.warning(
+                "%s Training goes on (on_save_error='warn'), but nothing can be saved until that "
+                "is mended.",
+                error,
+            )
+
+    def _lock_folder(self) -> None:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise self.store.explain_failure(self.store.directory, error) from error
+
+    def _abandon(self) -> None:
+        job = self._job
+        with self._guard:
+            running = job is not None and job.thread is not None and job.thread.is_alive()
+            self._abandoned = running

@@ -1,0 +1,1 @@
+"""Bytes and folders of checkpoints: written, verified and read without Keras."""

@@ -1,0 +1,241 @@
+"""Writing arrays: libhdf5 lays out the file, large arrays go to the disk from NumPy's memory.
+
+libhdf5 keeps a lock for the whole process while it writes an array, so a training thread that reads
+its data through h5py would wait for a checkpoint's largest array. So libhdf5 gets the small arrays
+and reserves room for the large ones; their bytes are then written, and hashed, in chunks without
+any lock (NumPy, hashlib and files let other threads run meanwhile).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from kbtrain.checkpoint.storage.array_index import INDEX_LINE, TRAILER
+from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
+from kbtrain.checkpoint.storage.format import ARRAYS_FORMAT, ARRAYS_VERSION
+from kbtrain.errors import CheckpointError
+from kbtrain.utils.filesystem import DeferredErrorFile, FileEntry
+
+CHUNK_BYTES = 2**22
+DIRECT_BYTES = 2**16  # below, libhdf5 is quicker than bookkeeping
+
+_OWN = ("arrays", "index")  # what a link's first component must not be
+
+Region = tuple[int, np.ndarray]
+
+
+def write_arrays(
+    path: str | Path,
+    arrays: Mapping[str, np.ndarray],
+    links: Mapping[str, str] | None = None,
+    values: Mapping[str, np.ndarray] | None = None,
+) -> FileEntry:
+    """Write named arrays to a new HDF5 file and flush it to the disk.
+
+    Every array becomes one contiguous dataset under ``/arrays``, at the path its name spells
+    (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` keeps the exact names, their
+    order, dtypes, shapes and places in the file. Values are kept bit for bit, NaN payloads
+    included; bfloat16 and float8 are stored as unsigned integers with an attribute ``dtype``. The
+    place of the index and the checksum of the HDF5 data follow it. Equal arrays under equal names
+    give equal bytes.
+
+    Args:
+        path: The file to create; it must not exist.
+        arrays: Name -> array of any shape. Names are any non-empty strings.
+        links: Further places for other readers: HDF5 path -> name of an array. An array of a type
+            HDF5 does not have is put there as a copy in float32.
+        values: HDF5 path -> array, for other readers alone; ``read_arrays`` does not see them.
+
+    Returns:
+        The file's size and checksum; the checksum is that of the arrays in memory, so reading the
+        file back against it also finds what was written wrongly.
+
+    Raises:
+        CheckpointError: If a dtype cannot be stored or libhdf5 fails.
+        OSError: If the disk refuses (full, read-only, ...); the file is then incomplete.
+
+    Example:
+        >>> import tempfile
+        >>> from kbtrain.checkpoint import read_arrays
+        >>> path = Path(tempfile.mkdtemp()) / "model.h5"
+        >>> entry = write_arrays(path, {"dense/kernel": np.eye(2, dtype="float32")})
+        >>> read_arrays(path)["dense/kernel"]
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+    """
+    path = Path(path)
+    plain = {name: _checked_array(name, array) for name, array in arrays.items()}
+    with DeferredErrorFile(path) as file:
+        try:
+            with h5py.File(file, "w") as h5:
+                writer = _Layout(h5, file)
+                writer.arrays(plain)
+                writer.others(plain, links or {}, values or {})
+        except Exception as error:
+            file.raise_deferred()  # the disk's own words, where the disk is the reason
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise CheckpointError(
+                f"Could not write {path.name}: libhdf5 failed while storing {len(plain)} arrays "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        file.raise_deferred()
+        digest = _fill(file, writer.regions)
+        line = INDEX_LINE % writer.index
+        file.write(line)
+        digest.update(line)
+        trailer = TRAILER % digest.hexdigest().encode()
+        file.write(trailer)
+        digest.update(trailer)  # goes on from the state it has: both checksums in one pass
+        file.sync()
+        return FileEntry(file.tell(), digest.hexdigest())
+
+
+class _Layout:
+    """Creates the datasets of a file.
+
+    Attributes:
+        regions: Offset and array of those whose bytes are still to come.
+        index: Offset and size of the index.
+    """
+
+    def __init__(self, h5: h5py.File, file: DeferredErrorFile) -> None:
+        self.regions: list[Region] = []
+        self.index = (0, 0)
+        self._h5, self._file = h5, file
+        self._datasets: dict[str, h5py.Dataset] = {}
+
+    def arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._h5.attrs["format"] = ARRAYS_FORMAT
+        self._h5.attrs["version"] = ARRAYS_VERSION
+        root = self._h5.create_group("arrays")
+        index = []
+        for (name, array), path in zip(arrays.items(), _dataset_paths(arrays), strict=True):
+            stored = array if array.dtype in NATIVE else array.view(f"u{array.dtype.itemsize}")
+            dataset = self._dataset(root, path, stored)
+            if stored is not array:
+                dataset.attrs["dtype"] = array.dtype.name
+            self._datasets[name] = dataset
+            index.append(
+                {
+                    "name": name,
+                    "path": path,
+                    "dtype": array.dtype.name,
+                    "shape": array.shape,
+                    "offset": dataset.id.get_offset() or 0,  # None if it has no bytes
+                }
+            )
+        text = json.dumps(index).encode()
+        written = self._h5.create_dataset("index", data=np.frombuffer(text, dtype="uint8"))
+        self.index = (written.id.get_offset(), len(text))
+
+    def others(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        links: Mapping[str, str],
+        values: Mapping[str, np.ndarray],
+    ) -> None:
+        """What other readers look for; left out where it would collide with what is ours."""
+        copies = dict(values)
+        for place, name in links.items():
+            if name not in arrays or place.partition("/")[0] in _OWN:
+                continue
+            if arrays[name].dtype in NATIVE:
+                self._h5[place] = self._datasets[name]
+            else:
+                copies[place] = arrays[name]
+        for place, value in copies.items():
+            if place.partition("/")[0] not in _OWN:
+                native = np.asarray(value)
+                if native.dtype not in NATIVE:
+                    native = native.astype("float32")
+                self._dataset(self._h5, place, np.require(native, requirements="C"))
+
+    def _dataset(self, parent: h5py.Group, path: str, array: np.ndarray) -> h5py.Dataset:
+        self._file.raise_deferred()  # no point in going on once the disk is full
+        if array.nbytes < DIRECT_BYTES:
+            return parent.create_dataset(path, data=array)
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        dataset = parent.create_dataset(path, array.shape, array.dtype, dcpl=properties)
+        self.regions.append((dataset.id.get_offset(), array))
+        return dataset
+
+
+def _fill(file: DeferredErrorFile, regions: list[Region]) -> Any:
+    """Write the large arrays to their places; return the running checksum of the whole file."""
+    digest = hashlib.sha256()
+    end = file.seek(0, 2)
+    position = 0
+    for offset, array in sorted(regions, key=lambda region: region[0]):
+        _hash_file(file, digest, position, offset)
+        position = offset
+        for chunk in _chunks(array):
+            digest.update(chunk)
+            file.seek(position)
+            file.write(chunk)
+            file.raise_deferred()
+            position += len(chunk)
+    _hash_file(file, digest, position, end)
+    file.seek(max(position, end))
+    return digest
+
+
+def _chunks(array: np.ndarray) -> Iterator[memoryview]:
+    data = memoryview(array.reshape(-1).view(np.uint8).data)
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
+
+
+def _hash_file(file: DeferredErrorFile, digest: Any, start: int, end: int) -> None:
+    """Add bytes to the checksum that libhdf5 has written."""
+    file.seek(start)
+    while start < end and (data := file.read(min(end - start, CHUNK_BYTES))):
+        digest.update(data)
+        start += len(data)
+
+
+def _checked_array(name: str, array: np.ndarray) -> np.ndarray:
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"An array's name must be a non-empty string. Received: name={name!r}"
+        )
+    array = np.asarray(array)
+    if array.dtype.name not in DTYPES:
+        raise CheckpointError(
+            f"The array {name!r} cannot be stored: its dtype is none of "
+            f"{', '.join(sorted(DTYPES))}. Received: dtype={array.dtype}"
+        )
+    # Little-endian in the file whatever the machine; ascontiguousarray would make scalars 1-D.
+    return np.require(array, dtype=DTYPES[array.dtype.name], requirements="C")
+
+
+def _dataset_paths(names: Mapping[str, Any]) -> list[str]:
+    """Return one distinct HDF5 path per name, equal to the name wherever HDF5 allows."""
+    safe = ["/".join(_safe_component(part) for part in name.split("/")) for name in names]
+    groups = {path[: match.start()] for path in safe for match in re.finditer("/", path)}
+    taken = groups | set(safe)  # a dataset cannot lie where a group or another dataset does
+    result: list[str] = []
+    seen: set[str] = set()
+    for path in safe:
+        unique, count = path, 0
+        while unique in seen or unique in groups or (unique != path and unique in taken):
+            count += 1
+            unique = f"{path}~{count}"
+        seen.add(unique)
+        result.append(unique)
+    return result
+
+
+def _safe_component(part: str) -> str:
+    """Escape what HDF5 gives a meaning of its own: empty, ".", "..", NUL, and lone surrogates."""
+    if part in ("", ".", ".."):
+        return "%" + part
+    return part.replace("\0", "%00").encode("utf-8", "backslashreplace").decode()

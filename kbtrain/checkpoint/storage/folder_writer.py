@@ -1,0 +1,123 @@
+"""What is in the folder of a checkpoint: files of arrays, documents, and the manifest."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kbtrain.checkpoint.storage.array_writer import write_arrays
+from kbtrain.checkpoint.storage.format import write_json
+from kbtrain.checkpoint.storage.manifest import (
+    DOCUMENT_SUFFIX,
+    Manifest,
+    arrays_file,
+    write_manifest,
+)
+from kbtrain.utils import filesystem
+
+SHARD_BYTES = 4 * 2**30
+
+
+class Places(Protocol):
+    """Where other readers look for the arrays of a group (``layout.KerasLayout`` is one)."""
+
+    @property
+    def links(self) -> Mapping[str, str]:
+        """HDF5 path -> name of the array."""
+
+    @property
+    def values(self) -> Mapping[str, np.ndarray]:
+        """HDF5 path -> what is there besides."""
+
+
+def write_contents(
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    documents: Mapping[str, Any],
+    info: Mapping[str, Any],
+    places: Mapping[str, Places],
+    shard_bytes: int,
+    other_files: Mapping[str, bytes],
+    run: str | None = None,
+) -> None:
+    """Fill an empty folder: the manifest comes last; all is flushed to the disk.
+
+    Args:
+        folder: Where to; it exists.
+        step: Optimizer updates done.
+        arrays: Group -> name -> array.
+        documents: Name -> JSON value.
+        info: Noted in the manifest.
+        places: Group -> where other readers look for its arrays.
+        shard_bytes: A group that takes more is spread over several files.
+        other_files: Path in the folder -> content.
+        run: Identity of the run that writes.
+
+    Raises:
+        CheckpointError: Something cannot be stored.
+        OSError: The disk refuses.
+    """
+    files = {}
+    for group, values in arrays.items():
+        parts = _shards(values, shard_bytes)
+        shards = {arrays_file(group, n, len(parts)): part for n, part in enumerate(parts, 1)}
+        layout, first = places.get(group), next(iter(shards))
+        for name, shard in shards.items():
+            links = layout.links if layout else {}
+            extra = layout.values if layout and name == first else {}
+            entry = write_arrays(folder / name, shard, links, extra)
+            files[name] = entry._replace(group=group)
+        if layout and len(shards) > 1:
+            name = f"{group}.weights{DOCUMENT_SUFFIX}"
+            files[name] = write_json(folder / name, _weight_map(shards, layout))
+    for stem, value in documents.items():
+        name = stem + DOCUMENT_SUFFIX
+        files[name] = write_json(folder / name, value)
+    others = _write_others(folder, other_files)
+    write_manifest(folder, Manifest(step, files, info, other_files=others, run=run))
+    filesystem.fsync_directory(folder)
+
+
+def _write_others(
+    folder: Path, other_files: Mapping[str, bytes]
+) -> dict[str, filesystem.FileEntry]:
+    entries = {}
+    for path, data in other_files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        entries[path] = filesystem.write_bytes(folder / path, data)
+    for below in sorted({p for path in entries for p in Path(path).parents[:-1]}):
+        filesystem.fsync_directory(folder / below)
+    return entries
+
+
+def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:
+    """Divide arrays, in their order, into files of at most ``limit`` bytes or one array each."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in values.items():
+        bytes_of_one = np.asarray(array).nbytes
+        if shards[-1] and size + bytes_of_one > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += bytes_of_one
+    return shards
+
+
+def _weight_map(shards: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> dict[str, Any]:
+    """Return what Keras reads to find the file of a layer's values: ``model.weights.json``."""
+    files_of: dict[str, list[str]] = {}
+    found = [
+        (place, file)
+        for file, arrays in shards.items()
+        for place, name in places.links.items()
+        if name in arrays
+    ]
+    for place, file in [*found, *((place, next(iter(shards))) for place in places.values)]:
+        files = files_of.setdefault("/" + place.rpartition("/")[0], [])
+        if file not in files:
+            files.append(file)
+    total = sum(np.asarray(array).nbytes for part in shards.values() for array in part.values())
+    return {"metadata": {"total_size": total}, "weight_map": files_of}

@@ -1,0 +1,239 @@
+"""The files of one checkpoint: arrays as HDF5, documents as JSON. See docs/checkpoint-format.md.
+
+The functions here know one file at a time. Which files make a checkpoint, and whether they are the
+ones that were written, is in ``manifest.py``; where they lie and when they count, in ``store.py``.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import h5py
+import numpy as np
+
+from kbtrain.checkpoint.storage.array_index import (
+    TRAILER,
+    TRAILER_SIZE,
+    ArrayOutline,
+    find_places,
+    read_place,
+)
+from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
+from kbtrain.checkpoint.storage.faults import reading
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
+from kbtrain.utils.filesystem import FileEntry, NotingReader, open_regular, write_bytes
+
+ARRAYS_FORMAT = "kbtrain-arrays"
+ARRAYS_VERSION = 1
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a file that ``write_arrays`` wrote.
+
+    Args:
+        path: The file; a symbolic link is refused.
+
+    Returns:
+        Name -> array, in the order they were written, with the dtypes they had.
+
+    Raises:
+        CheckpointDamagedError: If the file is missing, not HDF5, or not as ``write_arrays`` left
+            it.
+        CheckpointFormatError: If it was written in a newer format.
+        CheckpointUnreadableError: If it cannot be read now.
+    """
+    path = Path(path)
+    with reading(path, path.name), open_regular(path) as file:
+        _check_trailer(file, path.name)
+        return read_verified_arrays(file, path.name)
+
+
+def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
+    """Read arrays from an open file whose checksum the caller has found right.
+
+    Without that, libhdf5 may not come back, which reads the files of former versions.
+
+    Args:
+        file: The file; its position does not matter.
+        name: What it is called, for messages.
+
+    Raises:
+        CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
+        OSError: If reading fails.
+    """
+    if (places := find_places(file, name)) is not None:
+        return {place.outline.name: read_place(file, place, name) for place in places}
+    with _opened(file, name) as (h5, size):  # as former versions wrote it
+        return _read_h5(h5, size, name)
+
+
+@contextmanager
+def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
+    """Open verified HDF5 data; whatever libhdf5 finds wrong with them becomes one error."""
+    size = file.seek(0, 2)
+    noting = NotingReader(file)
+    try:
+        with h5py.File(noting, "r") as h5:
+            yield h5, size
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        noting.raise_noted()
+        # libhdf5 and h5py raise whatever the damage happens to hit (OSError, KeyError,
+        # RuntimeError, ValueError, ...); to the user all of them mean the same.
+        raise CheckpointDamagedError(
+            f"{name} is not a readable array file ({type(error).__name__}: {error})."
+        ) from error
+    noting.raise_noted()
+
+
+def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
+    """List the arrays of an open file whose checksum the caller has found right.
+
+    Args:
+        file: The file; its position does not matter.
+        name: What it is called, for messages.
+
+    Raises:
+        CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
+        OSError: If reading fails.
+    """
+    if (places := find_places(file, name)) is not None:
+        return [place.outline for place in places]
+    with _opened(file, name) as (h5, size):
+        return [outline for outline, _ in _read_index(h5, [size], name)]
+
+
+def dump_json(name: str, value: Any) -> bytes:
+    """Return a JSON document: sorted keys, indent 2, UTF-8, a line break at the end.
+
+    Non-finite floats are written as Python does (``NaN``, ``Infinity``, ``-Infinity``). NumPy
+    scalars become plain numbers.
+
+    Args:
+        name: What the document is called, for messages.
+        value: Mappings, lists, strings, numbers, booleans and None, nested in any way.
+
+    Raises:
+        CheckpointError: If the value holds anything else.
+    """
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain)
+        try:
+            return text.encode() + b"\n"
+        except UnicodeEncodeError:  # file names that are no UTF-8 reach Python as lone surrogates
+            return json.dumps(value, indent=2, sort_keys=True, default=_plain).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The document {name!r} cannot be written as JSON: {error}. Expected mappings with "
+            "string keys, lists, strings, numbers, booleans and None. Convert other objects "
+            "first (arrays belong into `arrays`)."
+        ) from error
+
+
+def parse_json(name: str, data: bytes) -> Any:
+    """Return the value of a JSON document.
+
+    Raises:
+        CheckpointDamagedError: If the bytes are not JSON in UTF-8.
+    """
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{name} is not readable as JSON ({error}).") from error
+
+
+def write_json(path: Path, value: Any) -> FileEntry:
+    """Write a JSON document to a new file, flush it, and return its size and checksum.
+
+    Raises:
+        CheckpointError: If the value cannot be written as JSON.
+        OSError: If the disk refuses.
+    """
+    return write_bytes(path, dump_json(path.stem, value))
+
+
+def _check_trailer(file: io.FileIO, name: str) -> None:
+    remaining = file.seek(0, 2) - TRAILER_SIZE
+    file.seek(max(remaining, 0))
+    trailer = file.read()
+    file.seek(0)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    while remaining > 0 and (count := file.readinto(buffer[:remaining])):
+        digest.update(buffer[:count])
+        remaining -= count
+    if trailer != TRAILER % digest.hexdigest().encode():
+        _damaged(name, "its bytes and the checksum at its end do not agree")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic) and isinstance(value.item(), bool | int | float | str):
+        return value.item()
+    raise TypeError(f"an object of type {type(value).__name__} is not JSON serializable")
+
+
+def _read_index(
+    h5: h5py.File, room: list[int], name: str
+) -> list[tuple[ArrayOutline, h5py.Dataset]]:
+    """Return the arrays in the order of writing, each with the dataset that should hold it."""
+    kind, version = h5.attrs.get("format"), h5.attrs.get("version")
+    if kind != ARRAYS_FORMAT or not isinstance(version, np.integer):
+        _damaged(name, f"it says it is {kind!r}, version {version!r}, not {ARRAYS_FORMAT!r}")
+    if version > ARRAYS_VERSION:
+        raise CheckpointFormatError(
+            f"{name} was written in version {version} of the array format; this kbtrain reads "
+            f"version {ARRAYS_VERSION} and older. Update kbtrain."
+        )
+    found: dict[str, tuple[ArrayOutline, h5py.Dataset]] = {}
+    for entry in json.loads(_read_dataset(h5["index"], np.dtype("uint8"), room, name).tobytes()):
+        array_name, dtype = entry["name"], DTYPES[entry["dtype"]]
+        if not isinstance(array_name, str) or array_name in found:
+            _damaged(name, f"the array name {array_name!r} is not a string or appears twice")
+        dataset = h5["arrays"][entry["path"]]
+        if dtype not in NATIVE and dataset.attrs.get("dtype") != dtype.name:
+            _damaged(name, f"{array_name!r} should be marked as {dtype.name}")
+        if list(dataset.shape) != entry["shape"]:
+            _damaged(name, f"{array_name!r} has shape {dataset.shape}, not {entry['shape']}")
+        found[array_name] = ArrayOutline(array_name, dtype.name, dataset.shape), dataset
+    return list(found.values())
+
+
+def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
+    room = [size]  # what is left for array data in a file of this size
+    return {
+        outline.name: _read_dataset(dataset, DTYPES[outline.dtype], room, name)
+        for outline, dataset in _read_index(h5, room, name)
+    }
+
+
+def _read_dataset(
+    dataset: h5py.Dataset, dtype: np.dtype[Any], room: list[int], name: str
+) -> np.ndarray:
+    """Read a dataset of the expected dtype that really lies, whole and plain, in this file."""
+    stored = dtype if dtype in NATIVE else np.dtype(f"u{dtype.itemsize}")
+    plain = (
+        isinstance(dataset, h5py.Dataset)
+        and dataset.dtype == stored
+        and dataset.chunks is None
+        and dataset.external is None
+        and not dataset.is_virtual
+    )
+    if not plain:
+        _damaged(name, f"{dataset!r} is not a plain dataset of {stored}")
+    # A shape costs nothing to claim: without this, a few bytes could ask for terabytes.
+    needed = dataset.size * stored.itemsize
+    room[0] -= needed
+    if room[0] < 0 or dataset.id.get_storage_size() != needed:
+        _damaged(name, f"{dataset.name!r} claims {needed} bytes that the file does not hold")
+    array = np.empty(dataset.shape, dtype=stored)
+    if array.size:
+        dataset.read_direct(array)
+    return array.view(dtype)
+
+
+def _damaged(name: str, problem: str) -> NoReturn:
+    raise CheckpointDamagedError(f"{name} is not as kbtrain wrote it: {problem}.")

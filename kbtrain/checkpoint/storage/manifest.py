@@ -1,0 +1,319 @@
+"""The list of a checkpoint's files, written last: what makes a folder a checkpoint.
+
+The manifest vouches for every other file (size and SHA-256) and for itself (a SHA-256 over its own
+bytes), so that any byte that changed in any file is noticed before a value of it is used.
+"""
+
+import hashlib
+import io
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from kbtrain.checkpoint.storage.faults import reading
+from kbtrain.checkpoint.storage.format import dump_json, parse_json
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
+from kbtrain.utils.filesystem import FileEntry, open_regular, write_bytes
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "kbtrain-checkpoint"
+FORMAT_VERSION = 2
+ARRAYS_SUFFIX = ".h5"
+DOCUMENT_SUFFIX = ".json"
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_SHARD = re.compile(
+    r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5|model_[0-9]+\.weights\.h5|model\.weights\.json",
+    re.ASCII | re.IGNORECASE,
+)
+_PART = re.compile(r"[^/\\:\x00-\x1f]+")
+_RUN = re.compile(r"[0-9a-f]{1,64}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_OWN_CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+_NO_CHECKSUM = b'"checksum": "' + b"0" * 64 + b'"'
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        step: Optimizer updates done when the checkpoint was taken.
+        files: File name -> size and checksum.
+        info: What the writer wanted to be known: backend, package versions, ...
+        format_version: Version of the checkpoint format.
+        other_files: Path in the folder, with ``/`` -> size and checksum of a file that is neither
+            arrays nor a document.
+        run: Identity of the run that wrote it, kept by whoever resumes it; None if it has none.
+    """
+
+    step: int
+    files: Mapping[str, FileEntry]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    other_files: Mapping[str, FileEntry] = field(default_factory=dict)
+    run: str | None = None
+
+    @property
+    def all_files(self) -> list[tuple[str, FileEntry]]:
+        """``files`` and ``other_files``."""
+        return [*self.files.items(), *self.other_files.items()]
+
+
+def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
+    """Return the name of the file, or of one of several, that holds a group of arrays.
+
+    Example:
+        >>> arrays_file("model"), arrays_file("model", 1, 3), arrays_file("optimizer", 2, 3)
+        ('model.weights.h5', 'model_00000.weights.h5', 'optimizer-00002-of-00003.h5')
+    """
+    if group == "model":  # as Keras' load_weights wants them
+        return f"model_{shard - 1:05d}.weights.h5" if shards > 1 else "model.weights.h5"
+    part = f"-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
+    return group + part + ARRAYS_SUFFIX
+
+
+def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
+    """Check the names of array groups and documents, which become file names.
+
+    Raises:
+        CheckpointError: If a name is no plain file name on every system, is reserved, or differs
+            from another only in upper and lower case.
+    """
+    groups = list(arrays)
+    names = [arrays_file(group) for group in groups]
+    names += [stem + DOCUMENT_SUFFIX for stem in documents]
+    for name in names:
+        if not is_file_name(name) or _SHARD.fullmatch(name):
+            raise CheckpointError(
+                "The name of an array group or document must consist of letters, digits, '_', '-' "
+                "and '.', not begin with '.' or '-', have 100 characters at most, not be "
+                "'manifest' or 'model.weights' and not end like '-00001-of-00002'. "
+                f"Received: {name.rpartition('.')[0]!r}"
+            )
+    folded = [name.casefold() for name in names]
+    if twice := sorted({name for name in names if folded.count(name.casefold()) > 1}):
+        raise CheckpointError(
+            "Names of array groups and documents must differ in more than upper and lower case. "
+            f"Received: {', '.join(twice)}"
+        )
+
+
+def check_other_files(paths: Iterable[str], documents: Iterable[str]) -> None:
+    """Check the paths of files that are neither arrays nor documents.
+
+    Args:
+        paths: Relative to the checkpoint's folder, with ``/``.
+        documents: Names of the documents beside them.
+
+    Raises:
+        CheckpointError: A path cannot be in a checkpoint, or is kept for what is there anyway.
+    """
+    taken = {stem.casefold() + DOCUMENT_SUFFIX for stem in documents} | {MANIFEST_NAME}
+    for path in paths:
+        first = path.partition("/")[0].casefold()
+        own = first in taken or first.endswith((ARRAYS_SUFFIX, ".weights" + DOCUMENT_SUFFIX))
+        if own or not is_other_path(path):
+            raise CheckpointError(
+                "A further file of a checkpoint must have a plain relative path, with / between "
+                "folders, and no name that the checkpoint itself uses. "
+                f"Received: {path!r} beside {', '.join(sorted(taken))} and arrays in *.h5"
+            )
+
+
+def is_other_path(path: str) -> bool:
+    """Return whether a file that is neither arrays nor a document may lie there."""
+    parts = path.split("/")
+    return len(path) <= 1000 and all(_PART.fullmatch(p) and p not in (".", "..") for p in parts)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a checkpoint of this format may contain a file of this name."""
+    stem, dot, suffix = name.rpartition(".")
+    return (
+        dot + suffix in (ARRAYS_SUFFIX, DOCUMENT_SUFFIX)
+        and _STEM.fullmatch(stem) is not None
+        and name.casefold() != MANIFEST_NAME
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` and flush it to the disk.
+
+    Raises:
+        CheckpointError: If ``info`` cannot be written as JSON.
+        OSError: If the disk refuses.
+    """
+    value = {
+        "checksum": "0" * 64,
+        "files": _as_json(manifest.files),
+        "format": FORMAT,
+        "format_version": manifest.format_version,
+        "info": manifest.info,
+        "step": manifest.step,
+    }
+    if manifest.other_files:
+        value["other_files"] = _as_json(manifest.other_files)
+    if manifest.run is not None:
+        value["run"] = manifest.run
+    data = dump_json("manifest", value)
+    # Keys are sorted, so the first occurrence is the manifest's own field whatever `info` holds.
+    own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
+    write_bytes(folder / MANIFEST_NAME, data.replace(_NO_CHECKSUM, own, 1))
+
+
+def _as_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    return {
+        name: {"sha256": entry.sha256, "size": entry.size}
+        | ({"group": entry.group} if entry.group is not None else {})
+        for name, entry in files.items()
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json`` and check all it says except the other files.
+
+    Raises:
+        CheckpointDamagedError: If it is missing, altered or says what it cannot say.
+        CheckpointFormatError: If it is intact and of a newer format, or another program's.
+        CheckpointUnreadableError: If it cannot be read now.
+    """
+    data = _read_manifest_bytes(folder / MANIFEST_NAME)
+    # The checksum is over bytes, so it holds for manifests of any version and any JSON writer.
+    match = _OWN_CHECKSUM.search(data)
+    value = parse_json(MANIFEST_NAME, data)
+    if not isinstance(value, dict):
+        raise _damaged(f"it is a {type(value).__name__}, not a mapping")
+    if "checksum" not in value and value.get("format") != FORMAT:
+        raise CheckpointFormatError(
+            f"{MANIFEST_NAME} in {folder} is not one of kbtrain's: expected a field 'format' that "
+            f"says {FORMAT!r}. Received: fields {sorted(value)[:8]}. It is left as it is; to "
+            "train in that place, move it elsewhere or choose another output_dir."
+        )
+    blank = data[: match.start()] + _NO_CHECKSUM + data[match.end() :] if match else b""
+    if match is None or hashlib.sha256(blank).hexdigest().encode() != match[1]:
+        raise _damaged("its bytes are not those that were written (checksum)")
+    return _parse_manifest(value)
+
+
+@contextmanager
+def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
+    """Open a file of a checkpoint after checking its kind, size and checksum.
+
+    The one open file is hashed and then read, from its beginning, by the caller: nothing can come
+    in between, and the second reading finds it in the system's cache.
+
+    Raises:
+        CheckpointDamagedError: If it is missing or not what the manifest says.
+        CheckpointUnreadableError: If it cannot be read now.
+    """
+    with _opened(folder, name) as file:
+        with reading(folder / name, name):
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
+            file.seek(0)
+        if size != entry.size:
+            raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
+        if digest != entry.sha256:
+            raise CheckpointDamagedError(f"{name}: contents altered (SHA-256 differs)")
+        yield file
+
+
+def check_size(folder: Path, name: str, entry: FileEntry) -> None:
+    """Compare kind and size of a file with the manifest, without reading it.
+
+    Raises:
+        CheckpointDamagedError: If it is missing, no regular file or of another size.
+        CheckpointUnreadableError: If it cannot be opened now.
+    """
+    with _opened(folder, name) as file:
+        with reading(folder / name, name):
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.size:
+            raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
+
+
+def _opened(folder: Path, name: str) -> io.FileIO:
+    with reading(folder / name, name):
+        for parent in Path(name).parents[:-1]:  # a link there would lead out of the folder
+            if stat.S_ISLNK(os.lstat(folder / parent).st_mode):
+                raise CheckpointDamagedError(f"{name}: {parent} is a symbolic link")
+        return open_regular(folder / name)
+
+
+def _read_manifest_bytes(path: Path) -> bytes:
+    with reading(path, MANIFEST_NAME):
+        try:
+            with open_regular(path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > _MAX_MANIFEST_BYTES:
+                    raise _damaged(f"{size} bytes are more than it can have")
+                return file.read()
+        except FileNotFoundError as error:
+            raise CheckpointDamagedError(
+                f"{MANIFEST_NAME}: missing. It is written last: without it the checkpoint is "
+                "incomplete"
+            ) from error
+
+
+def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
+    """Turn an unaltered manifest's value into a Manifest; strict, as its writer may be anybody."""
+    version = value.get("format_version")
+    if value.get("format") != FORMAT or not _is_count(version) or version == 0:
+        raise _damaged(f"format={value.get('format')!r}, format_version={version!r}")
+    if version > FORMAT_VERSION:
+        raise CheckpointFormatError(
+            f"The checkpoint has format version {version}; this kbtrain reads version "
+            f"{FORMAT_VERSION} and older. Update kbtrain to use it. It is left as it is; to begin "
+            "anew without it, choose another output_dir."
+        )
+    files, info, step = value.get("files"), value.get("info"), value.get("step")
+    others, run = value.get("other_files", {}), value.get("run")
+    if run is not None and not (isinstance(run, str) and _RUN.fullmatch(run)):
+        raise _damaged(f"'run' is {run!r}")
+    if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
+        raise _damaged("'step', 'files' or 'info' is missing or of a wrong type")
+    if not isinstance(others, dict):
+        raise _damaged("'other_files' is of a wrong type")
+    entries: dict[str, FileEntry] = {}
+    for name, entry in files.items():
+        if not is_file_name(name):
+            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+        noted = _parse_entry(name, entry)
+        entries[name] = noted._replace(group=_group(name, entry, version))
+    for name in others:
+        if not is_other_path(name):
+            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+    noted_others = {name: _parse_entry(name, entry) for name, entry in others.items()}
+    return Manifest(step, entries, info, version, noted_others, run)
+
+
+def _parse_entry(name: str, entry: Any) -> FileEntry:
+    size = entry.get("size") if isinstance(entry, dict) else None
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise _damaged(f"the size or checksum of {name!r} is not one")
+    return FileEntry(size, digest)
+
+
+def _group(name: str, entry: Mapping[str, Any], version: int) -> str | None:
+    """The group of arrays a file belongs to; None for a document."""
+    if not name.endswith(ARRAYS_SUFFIX):
+        return None
+    group = name.removesuffix(ARRAYS_SUFFIX) if version == 1 else entry.get("group")
+    if not isinstance(group, str) or not _STEM.fullmatch(group):
+        raise _damaged(f"the group of {name!r} is not one")
+    return group
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _damaged(problem: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(f"{MANIFEST_NAME}: {problem}")

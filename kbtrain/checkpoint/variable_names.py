@@ -1,0 +1,445 @@
+"""Variables by name: under which key each is saved, and how keys find their variables again.
+
+Keras numbers layers and optimizers over a whole process (``dense``, ``dense_1``, ...), so the same
+model built twice has other paths the second time. Saved keys are the paths; on loading they match
+exactly or, failing that, after both sides are renumbered in order of appearance, or in their order
+if one side only lacks names of parents. Anything that still does not match is an error: nothing is
+skipped, and nothing is assigned before everything has been checked.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+
+from kbtrain import backends
+from kbtrain.errors import CheckpointMismatchError
+from kbtrain.utils.host_buffers import HostBuffers
+
+_AUTO_SUFFIX = re.compile(r"(.+?)_(\d+)(#\d+)?", re.ASCII)
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """Which saved array goes into which variable; checked, not yet carried out.
+
+    Attributes:
+        names: Variable's key in this process -> key in the checkpoint, of those that get a value.
+            The optimizer's plan follows the model's.
+        values: Pairs of a variable and the array for it, cast to its dtype.
+        missing: Keys of variables that get none; always empty for a strict plan, as the next two.
+        unexpected: Keys of the checkpoint that are not used.
+        different: What does not fit its variable, in words.
+    """
+
+    names: dict[str, str]
+    values: list[tuple[keras.Variable, np.ndarray]]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    different: tuple[str, ...] = ()
+
+    def apply(self) -> None:
+        """Assign the values."""
+        for variable, value in self.values:
+            _assign(variable, value)
+
+
+def name_variables(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
+    """Give every variable the key under which it is saved: its path.
+
+    Where several variables have the same path (Keras allows equal layer names in subclassed
+    models), the first keeps it and the others get ``#1``, ``#2``, ... in their order. A variable
+    that is listed twice counts once.
+
+    Args:
+        variables: For instance ``model.variables``; their order matters for matching later.
+
+    Returns:
+        Key -> variable, in the given order.
+
+    Example:
+        >>> head = keras.layers.Dense(1, name="head")
+        >>> model = keras.Sequential([keras.Input((2,)), head], name="net")
+        >>> list(name_variables(model.variables))
+        ['net/head/kernel', 'net/head/bias']
+    """
+    unique = list({id(variable): variable for variable in variables}.values())
+    return dict(zip(_distinct([variable.path for variable in unique]), unique, strict=True))
+
+
+def name_optimizer_variables(
+    optimizer_variables: Iterable[keras.Variable], model_variables: Iterable[keras.Variable]
+) -> dict[str, keras.Variable]:
+    """Give every optimizer variable the key under which it is saved.
+
+    Keras names a slot ``"adam_3/sequential_dense_1_kernel_momentum"``; its key is
+    ``"momentum/sequential/dense_1/kernel"``: the slot, then the model variable's own key. Other
+    variables of the optimizer lose the optimizer's name (``"iteration"``, ``"learning_rate"``);
+    what is not recognised keeps its path. Equal keys (an inner optimizer's ``"iteration"``,
+    Adafactor's factors) are told apart as in ``name_variables``.
+
+    Args:
+        optimizer_variables: ``optimizer.variables``.
+        model_variables: ``model.variables``, the same ones that ``name_variables`` gets.
+
+    Returns:
+        Key -> variable, in the optimizer's order.
+    """
+    unique = list({id(variable): variable for variable in optimizer_variables}.values())
+    owners = {
+        variable.path.removesuffix("iteration")
+        for variable in unique
+        if variable.path.endswith("/iteration")
+    }
+    local = [_without_owner(variable.path, owners) for variable in unique]
+    slots = _recognise_slots(local, name_variables(model_variables))
+    keys = [slot or name for slot, name in zip(slots, local, strict=True)]
+    return dict(zip(_distinct(keys), unique, strict=True))
+
+
+def capture(
+    named: Mapping[str, keras.Variable], buffers: HostBuffers | None = None, group: str = ""
+) -> dict[str, np.ndarray]:
+    """Copy the values of variables to the host.
+
+    Args:
+        named: Key -> variable, from ``name_variables`` or ``name_optimizer_variables``.
+        buffers: Where to copy to; the default is new memory.
+        group: What tells these keys from others in the buffers.
+
+    Returns:
+        Key -> array with the variable's dtype (bfloat16 and float8 as in ``ml_dtypes``), sharing no
+        memory with the variable.
+    """
+    buffers = HostBuffers() if buffers is None else buffers
+    return {
+        name: _to_host(variable, buffers, f"{group}:{name}") for name, variable in named.items()
+    }
+
+
+def restore(
+    named: Mapping[str, keras.Variable],
+    saved: Mapping[str, np.ndarray],
+    what: str = "model",
+    model_names: Mapping[str, str] | None = None,
+) -> None:
+    """Assign saved values to variables, all of them or none.
+
+    Args:
+        named: Key -> variable of this process.
+        saved: Key -> array from the checkpoint.
+        what: Whose variables these are, for messages: ``"model"``, ``"optimizer"``, ...
+        model_names: For an optimizer: ``plan_restore(...).names`` of its model.
+
+    Raises:
+        CheckpointMismatchError: If names, shapes or values do not fit; then no variable has been
+            changed.
+    """
+    plan_restore(named, saved, what, model_names).apply()
+
+
+def plan_restore(
+    named: Mapping[str, keras.Variable],
+    saved: Mapping[str, Any],
+    what: str = "model",
+    model_names: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> RestorePlan:
+    """Check that saved values fit variables, without assigning any.
+
+    To restore a model and its optimizer together or not at all, make both plans, then apply both.
+
+    Args:
+        named: As in ``restore``.
+        saved: As in ``restore``; also what has a shape and becomes an array when asked to.
+        what: As in ``restore``.
+        model_names: As in ``restore``; the optimizer's slots then follow their model variable
+            wherever it was found, rather than being renumbered themselves.
+        strict: Whether everything must fit; otherwise what fits is planned, and the plan says what
+            does not.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointMismatchError: If names, shapes or values do not fit; if not ``strict``, only if
+            none do.
+    """
+    names = _match(list(named), list(saved), model_names)
+    missing = [key for key in named if key not in names]
+    used = set(names.values())
+    unexpected = [key for key in saved if key not in used]
+    different: list[str] = []
+    values = []
+    for key, saved_key in names.items():
+        variable, shape = named[key], tuple(np.shape(saved[saved_key]))
+        label = key if key == saved_key else f"{key} (saved as {saved_key})"
+        if tuple(variable.shape) != shape:  # first: what is saved may not have been read yet
+            different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
+            continue
+        array = np.asarray(saved[saved_key])
+        if (value := _cast(array, _dtype_of(variable))) is None:
+            different.append(f"{label}: {array.dtype} values that {variable.dtype} cannot hold")
+        else:
+            values.append((variable, value))
+    misfit = bool(missing or unexpected or different)
+    if misfit and (strict or not values):
+        raise CheckpointMismatchError(
+            _mismatch_message(what, len(named), len(saved), missing, unexpected, different)
+        )
+    planned = {id(variable) for variable, _ in values}
+    names = {key: found for key, found in names.items() if id(named[key]) in planned}
+    return RestorePlan(names, values, tuple(missing), tuple(unexpected), tuple(different))
+
+
+def restore_model_arrays(
+    model: keras.Model, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Put the arrays of a checkpoint into a model without metrics or optimizer.
+
+    Args:
+        model: A model built from the configuration in the checkpoint.
+        arrays: The checkpoint's groups; of weights that are trained and evaluated with different
+            values, those for evaluation are taken.
+
+    Raises:
+        CheckpointMismatchError: If they do not fit.
+    """
+    values = {**arrays.get("model", {}), **arrays.get("evaluation", {})}
+    restore(name_variables(model.variables), values)
+
+
+def _distinct(keys: list[str]) -> list[str]:
+    """Append #1, #2, ... to repeated keys, never producing one that is there already."""
+    taken = set(keys)
+    counts: Counter[str] = Counter()
+    result = []
+    for key in keys:
+        unique = key
+        if counts[key]:
+            while unique in taken:
+                unique = f"{key}#{counts[key]}"
+                counts[key] += 1
+            taken.add(unique)
+        else:
+            counts[key] = 1
+        result.append(unique)
+    return result
+
+
+def _without_owner(path: str, owners: Iterable[str]) -> str:
+    """Cut the optimizer's own name off one of its variables' paths."""
+    return path.removeprefix(max((o for o in owners if path.startswith(o)), key=len, default=""))
+
+
+def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> list[str | None]:
+    """Return ``"{slot}/{model key}"`` for every name that is a model variable's slot, else None."""
+    by_flat_path: dict[str, list[str]] = defaultdict(list)
+    for key, variable in model.items():
+        by_flat_path[variable.path.replace("/", "_")].append(key)
+    repeats = Counter(names)
+    seen: Counter[str] = Counter()
+    result: list[str | None] = []
+    for name in names:
+        result.append(None)
+        # The longest model path that fits: "a_b" and "a_b_c" may both be variables.
+        ends = (index for index in range(len(name) - 1, 0, -1) if name[index] == "_")
+        flat = next((name[:end] for end in ends if name[:end] in by_flat_path), None)
+        if flat is None:
+            continue
+        keys = by_flat_path[flat]
+        # Equal flat paths ("a/b_c" and "a_b/c") come in the model's order, as Keras makes the
+        # slots.
+        if len(keys) != repeats[name]:
+            keys = [key for key in keys if model[key].trainable]
+        if len(keys) == repeats[name]:
+            result[-1] = f"{name[len(flat) + 1 :]}/{keys[seen[name]]}"
+            seen[name] += 1
+    return result
+
+
+def _to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.ndarray:
+    try:
+        value = backends.load().host_view(variable.value)
+    except TypeError:
+        # Not every framework hands out float8; all hand out its bits.
+        bits = keras.ops.convert_to_numpy(keras.ops.view(variable.value, "uint8"))
+        return np.array(bits).view(_dtype_of(variable))
+    copy = buffers.take(name, value.shape, value.dtype)
+    np.copyto(copy, value)
+    return copy
+
+
+def _assign(variable: keras.Variable, value: np.ndarray) -> None:
+    try:
+        # A copy: JAX may go on using the array's own memory, which others can still write to.
+        variable.assign(np.array(value))
+    except TypeError:  # as in _to_host
+        variable.assign(keras.ops.view(np.array(value).view("uint8"), value.dtype.name))
+
+
+def _dtype_of(variable: keras.Variable) -> np.dtype[Any]:
+    name = keras.backend.standardize_dtype(variable.dtype)
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _match(
+    keys: list[str], saved: list[str], model_names: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Return key -> saved key for all that can be matched."""
+    if model_names is not None:
+        return _match_following(keys, saved, model_names)
+    if set(keys) == set(saved):
+        return {key: key for key in keys}
+    canonical = dict(zip(_canonical(saved), saved, strict=True))
+    own = dict(zip(_canonical(keys), keys, strict=True))
+    if own.keys() == canonical.keys():
+        return {key: canonical[name] for name, key in own.items()}
+    if (without_root := _match_without_root(keys, saved)) is not None:
+        return without_root
+    if (without_parents := _match_without_parents(keys, saved)) is not None:
+        return without_parents
+    # A mismatch: pair what can be paired, in the way that explains more, for the message's sake.
+    by_canonical_name = {key: canonical[name] for name, key in own.items() if name in canonical}
+    by_name = {key: key for key in keys if key in set(saved)}
+    return max(by_name, by_canonical_name, key=len)
+
+
+def _match_without_root(keys: list[str], saved: list[str]) -> dict[str, str] | None:
+    """Match names of which one side has the model's own name in front and the other has not.
+
+    A Sequential that was built from its configuration (``from_config``, ``load_model``) calls
+    ``dense/kernel`` what it called ``sequential/dense/kernel`` when it was built from layers.
+    """
+    for shorter, longer in ((keys, saved), (saved, keys)):
+        for root in {key.partition("/")[0] for key in longer if "/" in key}:
+            cut = [key.removeprefix(root + "/") for key in longer]
+            known = dict(zip(_canonical(shorter), shorter, strict=True))
+            found = dict(zip(_canonical(cut), longer, strict=True))
+            if known.keys() == found.keys() and len(found) == len(longer):
+                pairs = {known[name]: found[name] for name in found}
+                return pairs if shorter is keys else {v: k for k, v in pairs.items()}
+    return None
+
+
+def _match_without_parents(keys: list[str], saved: list[str]) -> dict[str, str] | None:
+    """Match names, one after the other, of which one side lacks some of the parents' names.
+
+    A copy (``clone_model``, ``load_model``) of a model of several Sequentials has ``dense/kernel``
+    for ``sequential_2/sequential/dense/kernel``: its parts were built before they were put
+    together. Layers and variables keep their order and the names of their kinds.
+    """
+    if len(keys) != len(saved):
+        return None
+    pairs = dict(zip(keys, saved, strict=True))
+    for shorter, longer in ((keys, saved), (saved, keys)):
+        if all(map(_is_without_parents, shorter, longer)):
+            return pairs
+    return None
+
+
+def _is_without_parents(short: str, long: str) -> bool:
+    """Whether a name is another one with some of the components before the last two left out."""
+    found, full = (
+        [_AUTO_SUFFIX.sub(r"\1", component) for component in key.partition("#")[0].split("/")]
+        for key in (short, long)
+    )
+    remaining = iter(full)
+    return found[-2:] == full[-2:] and all(component in remaining for component in found)
+
+
+def _match_following(
+    keys: list[str], saved: list[str], model_names: Mapping[str, str]
+) -> dict[str, str]:
+    """Match slots by their model variable's match, and the rest as usual."""
+    followed = {}
+    for key in keys:
+        slot, _, model_key = key.partition("/")
+        if model_key in model_names:
+            followed[key] = f"{slot}/{model_names[model_key]}"
+    known, saved_models = set(saved), set(model_names.values())
+    names = {key: target for key, target in followed.items() if target in known}
+    rest = [key for key in keys if key not in followed]
+    saved_rest = [key for key in saved if key.partition("/")[2] not in saved_models]
+    return names | _match(rest, saved_rest, None)
+
+
+def _canonical(keys: list[str]) -> list[tuple[Any, ...]]:
+    """Renumber the automatic ``_N`` endings of all path components in order of first appearance.
+
+    The numbering starts anew below every parent, so ``net_4/dense_7`` and ``net/dense_2`` come out
+    equal if each is the first of its kind. Keys that differ stay different.
+    """
+    numbers: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
+    result = []
+    for key in keys:
+        parent: tuple[Any, ...] = ()
+        for component in key.split("/"):
+            match = _AUTO_SUFFIX.fullmatch(component)
+            base = match[1] if match else component.partition("#")[0]
+            known = numbers[*parent, base]
+            parent = (*parent, (base, known.setdefault(component, len(known))))
+        result.append(parent)
+    return result
+
+
+def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray | None:
+    """Return the array in another dtype, None if values would be lost.
+
+    Between floating-point types rounding is allowed, a finite value that becomes infinite or NaN is
+    not; all other casts must keep every value.
+    """
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind == "c" and dtype.kind != "c":
+        return None
+    with np.errstate(all="ignore"):
+        result = array.astype(dtype)
+        if _is_float(array.dtype) and _is_float(dtype):
+            wide, cast = array.astype("float64"), result.astype("float64")
+            return result if np.array_equal(np.isfinite(wide), np.isfinite(cast)) else None
+        try:
+            same = np.array_equal(result.astype(array.dtype), array)
+        except TypeError:
+            same = False
+    signs_agree = np.array_equal(result < 0, array < 0) if same else False
+    return result if same and signs_agree else None
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat16", "float"))
+
+
+def _mismatch_message(
+    what: str,
+    wanted: int,
+    found: int,
+    missing: list[str],
+    unexpected: list[str],
+    different: list[str],
+) -> str:
+    lines = [
+        f"The checkpoint does not fit this {what}: {wanted} variables expected, {found} saved. "
+        "Nothing was changed."
+    ]
+    for title, items in (
+        (f"In the {what} but not in the checkpoint", missing),
+        (f"In the checkpoint but not in the {what}", unexpected),
+        ("Different", different),
+    ):
+        if items:
+            lines.append(f"{title} ({len(items)}):")
+            lines += [f"  {item}" for item in items[:_SHOWN]]
+            if len(items) > _SHOWN:
+                lines.append(f"  ... and {len(items) - _SHOWN} more")
+    lines.append(
+        f"Build the {what} with the code and settings of the run that saved it, or train from the "
+        "beginning without resuming."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""``TrainingArguments``: fields, converters, validation, serialization, older names, parsing."""

@@ -1,0 +1,102 @@
+"""Settings of Transformers that kbtrain has not, given with a value that asks for nothing.
+
+Scripts and settings files write many of them out: ``push_to_hub=False``, ``local_rank=-1``. Such a
+value is accepted, for it changes nothing; any other one is refused with what to use instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kbtrain.config.converters import plain
+from kbtrain.config.migration import DROPPED, RENAMED
+
+_NOTHING: tuple[Any, ...] = (None, False, "", [], (), {})
+_SPLITTING = {
+    "split_batches": False,
+    "dispatch_batches": None,
+    "even_batches": True,
+    "use_seedable_sampler": True,
+    "non_blocking": False,
+    "gradient_accumulation_kwargs": None,
+}
+
+# What else asks for nothing: defaults of Transformers, and what it writes for them into its JSON.
+_ALSO: dict[str, tuple[Any, ...]] = {
+    "accelerator_config": (_SPLITTING,),
+    "dataloader_in_order": (True,),
+    "ddp_timeout": (1800,),
+    "eval_use_gather_object": (0,),
+    "fsdp_config": ({"min_num_params": 0, "xla": False, "xla_fsdp_v2": False,
+                     "xla_fsdp_grad_ckpt": False},),
+    "fsdp_min_num_params": (0,),
+    "hub_strategy": ("every_save",),
+    "hub_token": ("<HUB_TOKEN>",),
+    "local_rank": (-1, 0),  # 0 is the first process, and there is one
+    "past_index": (-1,),
+    "push_to_hub_token": ("<PUSH_TO_HUB_TOKEN>",),
+    "ray_scope": ("last",),
+    "tpu_num_cores": (0,),
+}  # fmt: skip
+
+# Of names that are written otherwise here, False can ask for something: only these values do not.
+_OF_RENAMED: dict[str, tuple[Any, ...]] = {
+    "adafactor": (False,),
+    "evaluate_during_training": (False,),
+    "evaluation_strategy": ("no",),
+    "fp16_backend": ("auto", ""),
+    "fp16_opt_level": ("O1", ""),
+    "group_by_length": (False,),
+    "half_precision_backend": ("auto", ""),
+    "include_inputs_for_metrics": (False,),
+    "include_tokens_per_second": (False, "no"),
+    "jit_mode_eval": (False,),
+    # True is the default there, and hides a NaN in the logs; here on_nonfinite decides what becomes
+    # of the update, and a NaN that is let through is logged as one, which False asks for.
+    "logging_nan_inf_filter": (True, False),
+    "no_cuda": (False,),
+    "sortish_sampler": (False,),
+    "torch_compile": (False,),
+    "torchdynamo": (False, ""),
+    "use_mps_device": (False,),
+    "warmup_ratio": (0.0, 0),
+}
+
+_BY_DEFAULT = {
+    "dataloader_in_order": True,
+    "ddp_timeout": 1800,
+    "hub_strategy": "every_save",
+    "local_rank": -1,
+    "past_index": -1,
+    "ray_scope": "last",
+    **dict.fromkeys(
+        [
+            *("eval_use_gather_object", "hub_always_push", "push_to_hub", "use_cache"),
+            *("use_liger_kernel", "overwrite_output_dir", "save_safetensors", "tpu_metrics_debug"),
+            *("use_ipex", "use_legacy_prediction_loop"),
+        ],
+        False,
+    ),
+}
+
+NEUTRAL: dict[str, Any] = {name: _BY_DEFAULT.get(name) for name in DROPPED}
+"""What ``args.NAME`` is for a setting that kbtrain has nothing for: that of nothing asked."""
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a value of a setting that kbtrain has not can be left out.
+
+    Args:
+        name: The name that is no field.
+        value: What was given.
+    """
+    if name in DROPPED:
+        usual = (None,) if name == "dataloader_in_order" else _NOTHING
+        accepted = (*usual, *_ALSO.get(name, ()))
+    elif name in RENAMED:
+        accepted = (None, *_OF_RENAMED.get(name, ()))
+    else:
+        return False
+    value = plain(value)
+    # By type as well: 1 is not True, and what an array compares to is no bool.
+    return any(type(value) is type(one) and value == one for one in accepted)

@@ -1,0 +1,226 @@
+"""Names that ``TrainingArguments`` does not have: what to write instead, or why there is nothing.
+
+Users bring the names of ``transformers`` 4.x and 5.x, and those of Keras. Each gets its own answer;
+``tests/test_training_args.py`` checks that no name of the 5.x reference is left without one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from kbtrain.config.converters import shown
+
+# Old name -> what to write. "{value}" is the repr of the value that came with the old name.
+RENAMED: dict[str, str] = {
+    # transformers 4.x
+    "adafactor": "It is now a name of an optimizer: write optim='adafactor' if one of that name is "
+    "installed.",
+    "evaluate_during_training": "Write eval_strategy='steps' (for True) or eval_strategy='no'.",
+    "evaluation_strategy": "Write eval_strategy={value}.",
+    "fp16_backend": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
+    "fp16_opt_level": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
+    "group_by_length": "Write train_sampling_strategy='group_by_length' (for True).",
+    "half_precision_backend": "Drop it; there is one implementation of mixed precision. "
+    "Write bf16=True.",
+    "include_inputs_for_metrics": "Write include_for_metrics=['inputs'] for True.",
+    "include_tokens_per_second": "Write include_num_input_tokens_seen='all', which logs the rate "
+    "as well.",
+    "jit_mode_eval": "Write jit_compile=True, which covers training and evaluation.",
+    "no_cuda": "Write use_cpu={value}.",
+    "per_gpu_eval_batch_size": "Write per_device_eval_batch_size={value}.",
+    "per_gpu_train_batch_size": "Write per_device_train_batch_size={value}.",
+    "torch_compile": "Write jit_compile={value}, which holds for every backend.",
+    "torchdynamo": "Write jit_compile=True, which holds for every backend.",
+    "use_mps_device": "The backend chooses the device. Leave it out, or write use_cpu=True to stay "
+    "on the CPU.",
+    "warmup_ratio": "Write warmup_steps={value}: below 1 it is a ratio of all steps.",
+    # Seq2SeqTrainingArguments
+    "generation_config": "Write generation_kwargs={{'max_length': 64}}: the keyword arguments of "
+    "the model's generate.",
+    "generation_num_beams": "Write generation_kwargs={{'num_beams': {value}}} if the model's "
+    "generate takes that; a KerasHub model gets its sampler from its own compile.",
+    # another meaning here
+    "logging_nan_inf_filter": "A NaN is never hidden in the logs. Choose with on_nonfinite what "
+    "happens instead: 'raise' (default) stops before the weights are touched, 'skip' leaves the "
+    "update out, 'ignore' applies it.",
+    "sortish_sampler": "Write train_sampling_strategy='group_by_length' for True.",
+    # Keras
+    "batch_size": "Write per_device_train_batch_size={value} (and per_device_eval_batch_size).",
+    "beta_1": "Write adam_beta1={value}.",
+    "beta_2": "Write adam_beta2={value}.",
+    "class_weight": "It is an argument of the Trainer: Trainer(class_weight={value}).",
+    "validation_split": "It is an argument of the Trainer: Trainer(validation_split={value}).",
+    "epochs": "Write num_train_epochs={value}.",
+    "epsilon": "Write adam_epsilon={value}.",
+    "global_clipnorm": "Write max_grad_norm={value}.",
+    "lr": "Write learning_rate={value}.",
+    "optimizer": "Write optim='adamw' (a name), or give an optimizer object to the Trainer.",
+    "shuffle": "Write train_sampling_strategy='random' (for True) or 'sequential' (for False).",
+    "verbose": "Write disable_tqdm=True for 0, disable_tqdm=False for 1.",
+    "clipnorm": "Write max_grad_norm={value} for the norm of all gradients together, or "
+    "optim_args={{'clipnorm': {value}}} for each one's own.",
+    "clipvalue": "Write optim_args={{'clipvalue': {value}}}.",
+    "momentum": "Write optim_args={{'momentum': {value}}}.",
+    "use_ema": "Write ema=True.",
+    "ema_momentum": "Write ema={value}.",
+    "initial_epoch": "Write resume_from_checkpoint='auto': a resumed run knows where it was.",
+    "validation_batch_size": "Write per_device_eval_batch_size={value}.",
+    "validation_freq": "Write eval_strategy='epoch', or eval_strategy='steps' with eval_steps.",
+    "validation_steps": "Write eval_max_steps={value}.",
+    "workers": "Write dataloader_num_workers={value}.",
+    "use_multiprocessing": "Write dataloader_num_workers=2 (for True).",
+    "max_queue_size": "Write dataloader_prefetch_factor={value}.",
+    "run_eagerly": "Write jit_compile=False (for True).",
+    "auto_scale_loss": "Write fp16=True, which scales the loss.",
+    # Lightning
+    "max_epochs": "Write num_train_epochs={value}.",
+    "gradient_clip_val": "Write max_grad_norm={value}.",
+    "accumulate_grad_batches": "Write gradient_accumulation_steps={value}.",
+    "precision": "Write bf16=True or fp16=True for mixed precision.",
+    "mixed_precision": "Write bf16=True or fp16=True.",
+    "log_dir": "Write output_dir={value}; report_to chooses the trackers, which write there.",
+    "betas": "Write adam_beta1 and adam_beta2.",
+    "eps": "Write adam_epsilon={value}.",
+    "early_stopping_patience": "Give the Trainer a callback: EarlyStoppingCallback({value}).",
+    # what belongs to the Trainer
+    **dict.fromkeys(
+        [
+            *("model", "train_dataset", "eval_dataset", "data_collator", "processing_class"),
+            *("tokenizer", "model_init", "loss", "metrics", "compute_loss_func", "callbacks"),
+            *("compute_metrics", "optimizers", "loss_weights", "weighted_metrics"),
+        ],
+        "It belongs to the Trainer: give it there, beside the arguments.",
+    ),
+    "x": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
+    "y": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
+    "validation_data": "It belongs to the Trainer: give it there, as eval_dataset.",
+    "sample_weight": "It belongs to the data: give the Trainer (x, y, sample_weight).",
+}
+
+_HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
+_DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Leave it out."
+_COMPILER = "It is a setting of torch.compile. Use jit_compile, which holds for every backend."
+_LAUNCHER = "It belongs to a launcher of PyTorch. Leave it out; one process drives one device."
+_LIGER = "It patches PyTorch classes of transformers models. Leave it out."
+_TRACKIO = "It belongs to Hugging Face Spaces. Leave it out; report_to chooses the trackers."
+_FSDP = "It belongs to torch's FSDP, which kbtrain does not use. Leave it out."
+_ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Leave it out; "
+
+# Fields of the reference (5.x, then 4.x) that have no place here -> why, and what to use.
+DROPPED: dict[str, str] = {
+    "accelerator_config": _ACCELERATE
+    + "gradient_accumulation_steps and dataloader_drop_last are fields of their own.",
+    "dataloader_in_order": "The order of the data is a function of the seed and the epoch, always. "
+    "Leave it out; train_sampling_strategy chooses the order.",
+    "ddp_backend": _DDP,
+    "ddp_broadcast_buffers": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "ddp_find_unused_parameters": _DDP,
+    "ddp_static_graph": _DDP,
+    "ddp_timeout": _DDP,
+    "deepspeed": "DeepSpeed exists for PyTorch models only. Leave it out; to save memory use "
+    "bf16=True and gradient_accumulation_steps.",
+    "eval_use_gather_object": "Predictions are arrays (or nests of arrays). Leave it out.",
+    "fsdp_config": _FSDP,
+    "hub_always_push": _HUB,
+    "hub_model_id": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_revision": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "liger_kernel_config": _LIGER,
+    "local_rank": _LAUNCHER,
+    "push_to_hub": _HUB,
+    "torch_compile_backend": _COMPILER,
+    "torch_compile_mode": _COMPILER,
+    "torch_empty_cache_steps": "It empties the cache of one backend's memory allocator. Leave it "
+    "out; a callback can do that on_step_end.",
+    "trackio_bucket_id": _TRACKIO,
+    "trackio_space_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO,
+    "use_cache": "It is a setting of transformers models. Leave it out, or set it on the model.",
+    "use_liger_kernel": _LIGER,
+    # gone since 4.x
+    "dispatch_batches": _ACCELERATE + "every process reads its own part of the data.",
+    "fsdp_min_num_params": _FSDP,
+    "fsdp_transformer_layer_cls_to_wrap": _FSDP,
+    "logging_dir": "There is no separate directory for logs. output_dir chooses where a run is "
+    "written, report_to the trackers.",
+    "mp_parameters": "It belongs to SageMaker. Leave it out.",
+    "overwrite_output_dir": "kbtrain never empties output_dir. Choose a new output_dir, or go on "
+    "with resume_from_checkpoint.",
+    "past_index": "It carried state between batches of models of 2019. Leave it out.",
+    "push_to_hub_model_id": _HUB,
+    "push_to_hub_organization": _HUB,
+    "push_to_hub_token": _HUB,
+    "ray_scope": "It belongs to hyperparameter search with Ray. Leave it out.",
+    "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Leave it out.",
+    "split_batches": _ACCELERATE + "per_device_train_batch_size is per device, always.",
+    "tpu_metrics_debug": "It belongs to PyTorch/XLA. Leave it out.",
+    "tpu_num_cores": "The backend finds its devices. Leave it out.",
+    "use_ipex": "It belongs to an extension of PyTorch. Leave it out.",
+    "use_legacy_prediction_loop": "There is one loop for evaluation and prediction. Leave it out.",
+    "xpu_backend": _DDP,
+}
+
+
+# Fields of the reference that are still to come -> what holds until then.
+NOT_YET: dict[str, str] = {}
+
+
+# Properties and methods of the reference's arguments that are not here, and why.
+MEMBERS: dict[str, str] = {
+    "device": "The backend knows it: `trainer.backend.device_info()`.",
+    "n_gpu": "Arguments are values and look at no device.",
+    "parallel_mode": "Arguments are values and look at no device.",
+    "place_model_on_device": "The backend places variables.",
+    "set_training": "Arguments are frozen: `args.replace(...)`.",
+    "set_evaluate": "Arguments are frozen: `args.replace(...)`.",
+    "set_testing": "Arguments are frozen: `args.replace(...)`.",
+    "set_save": "Arguments are frozen: `args.replace(...)`.",
+    "set_logging": "Arguments are frozen: `args.replace(...)`.",
+    "set_push_to_hub": "kbtrain uploads nothing.",
+    "set_optimizer": "Arguments are frozen: `args.replace(...)`.",
+    "set_lr_scheduler": "Arguments are frozen: `args.replace(...)`.",
+    "set_dataloader": "Arguments are frozen: `args.replace(...)`.",
+}
+
+
+def reason(name: str, value: Any) -> str:
+    """What to write in place of a known setting, or why there is nothing; empty for others.
+
+    Args:
+        name: The name that is no field.
+        value: What was given under that name.
+    """
+    if name in RENAMED:
+        return RENAMED[name].format(value=shown(value))
+    return DROPPED.get(name) or NOT_YET.get(name, "")
+
+
+def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
+    """What to tell a user who gave an argument that does not exist.
+
+    Args:
+        name: The unknown name.
+        value: What was given under that name.
+        known: The names that exist.
+
+    Returns:
+        One sentence or more: what happened and what to write instead.
+    """
+    # A secret must not end up in a log through an error message.
+    written = f"<{name.upper()}>" if name.endswith("token") else shown(value)
+    received = f"Received: {name}={written}."
+    for table, said in (
+        (RENAMED, "has another name or form here"),
+        (DROPPED, "does not exist here"),
+        (NOT_YET, "is not available in this version"),
+    ):
+        if name in table:
+            return f"`{name}` {said}. {received} {reason(name, value)}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    meant = f"Did you mean {' or '.join(close)}?" if close else f"It has: {', '.join(known)}."
+    return f"TrainingArguments has no argument `{name}`. {received} {meant}"

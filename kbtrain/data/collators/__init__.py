@@ -1,0 +1,1 @@
+"""From a list of samples to one batch: stacking, padding, packing, masking."""

@@ -1,0 +1,145 @@
+"""Samples of different lengths to arrays: what the collators for sequences have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.batch import LABEL_KEYS
+from kbtrain.data.tree import as_array, cast
+from kbtrain.errors import ConfigurationError, DataError
+
+IGNORED = -100
+"""A label that does not count, as in the reference; the losses of kbtrain leave it out."""
+
+
+def fields(samples: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+    """The samples' fields, each as a list of arrays; labels under the key ``"labels"``.
+
+    Args:
+        samples: Dicts with the same keys, or sequences of token numbers (``"input_ids"``).
+
+    Raises:
+        DataError: There is no sample, their keys differ, or a value is no array.
+    """
+    if not samples:
+        raise DataError("Expected at least one sample to collate. Received: none")
+    if not isinstance(samples[0], Mapping):
+        if isinstance(samples[0], tuple):
+            raise DataError(
+                "This collator takes dicts such as {'input_ids': [...], 'labels': ...}, or lists "
+                "of token numbers. Received: a tuple"
+            )
+        samples = [{"input_ids": sample} for sample in samples]
+    keys = list(samples[0])
+    for position, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or sample.keys() != samples[0].keys():
+            received = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
+            raise DataError(
+                f"All samples must have the same keys. Sample 0 of the batch has {keys}, sample "
+                f"{position} differs. Received: {received}"
+            )
+    columns = {}
+    for key in keys:
+        name = LABEL_KEYS[0] if key in LABEL_KEYS else str(key)
+        if name in columns:
+            raise DataError(f"A sample may have one of the keys {LABEL_KEYS}. Received: {keys}")
+        columns[name] = _alike([as_array(sample[key], f"sample[{key!r}]") for sample in samples])
+    return columns
+
+
+def _alike(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays in one dtype for the values of all; to NumPy an empty list holds floats."""
+    kinds = {array.dtype for array in arrays if array.size} or {np.dtype(np.int64)}
+    common = kinds.pop() if len(kinds) == 1 else np.result_type(*kinds)
+    return [cast(array.astype(common, copy=False)) for array in arrays]
+
+
+def lengths(columns: Mapping[str, Sequence[np.ndarray]]) -> list[int]:
+    """How many tokens each sample has.
+
+    Raises:
+        DataError: There are none, or a number in place of a list of them.
+    """
+    if "input_ids" not in columns:
+        raise DataError(
+            "Samples need the field 'input_ids': its length is that of the sample. "
+            f"Received: {list(columns)}"
+        )
+    for position, ids in enumerate(columns["input_ids"]):
+        if ids.ndim == 0:
+            raise DataError(
+                f"'input_ids' of each sample must be a list of token numbers. Received: {ids} in "
+                f"sample {position} of the batch"
+            )
+    return [len(ids) for ids in columns["input_ids"]]
+
+
+def stack(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of arrays of equal shapes.
+
+    Raises:
+        DataError: The shapes differ; the message says how to have them padded.
+    """
+    if len({array.shape for array in arrays}) > 1:
+        shapes = sorted({array.shape for array in arrays})
+        raise DataError(
+            f"{name!r} differs in shape from sample to sample, and this collator does not know how "
+            f"to pad it: give padding_values={{{name!r}: ...}}, or remove the column. "
+            f"Received: shapes {shapes[:4]}"
+        )
+    return cast(np.stack(arrays))
+
+
+def pad(arrays: Sequence[np.ndarray], value: float, length: int, side: str = "right") -> np.ndarray:
+    """Arrays of different lengths as one, filled up at one side.
+
+    Args:
+        arrays: Arrays of shape ``(n, ...)``, alike but for ``n``.
+        value: What to fill up with.
+        length: The common length, at least the longest ``n``.
+        side: ``"right"`` or ``"left"``.
+
+    Returns:
+        An array of shape ``(len(arrays), length, ...)``.
+
+    Example:
+        >>> pad([np.array([1, 2]), np.array([3])], value=0, length=3).tolist()
+        [[1, 2, 0], [3, 0, 0]]
+    """
+    result = np.full((len(arrays), length, *arrays[0].shape[1:]), value, arrays[0].dtype)
+    for row, array in zip(result, arrays, strict=True):
+        if side == "right":
+            row[: len(array)] = array
+        else:
+            row[length - len(array) :] = array
+    return result
+
+
+def round_up(length: int, multiple: int | None) -> int:
+    """The next multiple of ``multiple``; ``length`` itself without one."""
+    return length if multiple is None else -(-length // multiple) * multiple
+
+
+def check_positive(name: str, value: int | None) -> None:
+    """Raise a ConfigurationError unless ``value`` is None or an integer of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(
+            f"{name} must be an integer of at least 1, or None. Received: {name}={value!r}"
+        )
+
+
+def token_id(name: str, given: int | None, tokenizer: Any) -> int:
+    """A token's number: the given one, or the tokenizer's attribute of that name.
+
+    Raises:
+        ConfigurationError: Neither is there.
+    """
+    value = getattr(tokenizer, name, None) if given is None else given
+    if value is None:
+        missing = "" if tokenizer is None else f" {type(tokenizer).__name__} has none."
+        raise ConfigurationError(
+            f"This collator needs {name}: give it, or a tokenizer that has it.{missing} "
+            f"Received: {name}=None"
+        )
+    return int(value)

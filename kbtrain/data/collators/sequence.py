@@ -1,0 +1,199 @@
+"""Collators for sequences: padding, token classification, sequence to sequence.
+
+They take lists of dicts and return dicts of NumPy arrays. Names and defaults are those of the
+reference; instead of a tokenizer the token numbers themselves will do.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data.collators.padding import (
+    IGNORED,
+    check_positive,
+    fields,
+    lengths,
+    pad,
+    round_up,
+    stack,
+    token_id,
+)
+from kbtrain.errors import ConfigurationError, DataError
+
+_FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1}
+
+
+@dataclass(frozen=True)
+class DataCollatorWithPadding:
+    """Pads what comes per token; stacks everything else.
+
+    Args:
+        tokenizer: Where ``pad_token_id`` and ``padding_side`` are read from if they are not given.
+        padding: True or ``"longest"`` pads to the longest sample of the batch, ``"max_length"`` to
+            ``max_length``, False not at all (the samples must be equally long).
+        max_length: Length to pad to; a longer sample is an error, nothing is cut off.
+        pad_to_multiple_of: Round the length up to a multiple of this. Each length is compiled once,
+            so this bounds the number of compilations.
+        pad_token_id: Number that fills up ``input_ids``.
+        padding_side: ``"right"`` (the default) or ``"left"``.
+        padding_values: What fills up further fields that come per token, by name.
+        return_attention_mask: Add ``attention_mask`` (1 for tokens, 0 for padding) if the samples
+            have none.
+
+    Returns (when called with a list of samples):
+        A dict of arrays of shape ``(batch, length, ...)``. A sample's ``"label"`` or
+        ``"label_ids"`` becomes ``"labels"``.
+
+    Raises:
+        ConfigurationError: The arguments do not fit together.
+        DataError: Samples do not fit together, or are longer than ``max_length``.
+
+    Example:
+        >>> collate = DataCollatorWithPadding(pad_token_id=0, pad_to_multiple_of=4)
+        >>> batch = collate([{"input_ids": [5, 6, 7], "label": 1}, {"input_ids": [8], "label": 0}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 6, 7, 0], [8, 0, 0, 0]], [1, 0])
+    """
+
+    tokenizer: Any = None
+    padding: bool | str = True
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int | None = None
+    padding_side: str | None = None
+    padding_values: Mapping[str, float] = field(default_factory=dict)
+    return_attention_mask: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments, and read the tokenizer."""
+        if self.padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ConfigurationError(
+                "padding must be True or 'longest', 'max_length', or False. "
+                f"Received: padding={self.padding!r}"
+            )
+        if self.padding == "max_length" and self.max_length is None:
+            raise ConfigurationError("padding='max_length' needs max_length. Received: None")
+        check_positive("max_length", self.max_length)
+        check_positive("pad_to_multiple_of", self.pad_to_multiple_of)
+        side = self.padding_side or getattr(self.tokenizer, "padding_side", None) or "right"
+        if side not in ("right", "left"):
+            raise ConfigurationError(
+                f"padding_side must be 'right' or 'left'. Received: padding_side={side!r}"
+            )
+        object.__setattr__(self, "padding_side", side)
+        if self.padding not in (False, "do_not_pad"):
+            number = token_id("pad_token_id", self.pad_token_id, self.tokenizer)
+            object.__setattr__(self, "pad_token_id", number)
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The columns it looks at. A loader leaves out others that the model does not take."""
+        return frozenset(("input_ids", "word_ids", *_FILL, *self.padding_values))
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Collate samples; see the class."""
+        return self.collate(fields(samples))
+
+    def collate(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+        """The batch of the samples' fields (``kbtrain.data.collators.padding.fields``)."""
+        counts = lengths(columns)
+        length = self.length(max(counts))
+        if self.return_attention_mask and "attention_mask" not in columns:
+            columns = {**columns, "attention_mask": [np.ones(n, np.int64) for n in counts]}
+        fill = self.fill()
+        batch = {}
+        for name, arrays in columns.items():
+            if name not in fill or not self.padding or self.padding == "do_not_pad":
+                batch[name] = stack(name, arrays)
+                continue
+            if [a.shape[:1] for a in arrays] != [(n,) for n in counts]:
+                raise DataError(
+                    f"{name!r} must have one value for each of the sample's input_ids. Received: "
+                    f"lengths {[a.shape[:1] for a in arrays][:4]} and {counts[:4]}"
+                )
+            batch[name] = pad(arrays, fill[name], length, str(self.padding_side))
+        return batch
+
+    def fill(self) -> dict[str, float]:
+        """What comes per token, and what it is filled up with."""
+        assert self.pad_token_id is not None or not self.padding or self.padding == "do_not_pad"
+        return {"input_ids": self.pad_token_id or 0, **_FILL, **self.padding_values}
+
+    def length(self, longest: int) -> int:
+        """The length to pad to, for a batch whose longest sample has ``longest`` tokens.
+
+        Raises:
+            DataError: That is more than ``max_length`` where that is the length.
+        """
+        if self.padding != "max_length":
+            return round_up(longest, self.pad_to_multiple_of)
+        assert self.max_length is not None
+        if longest > self.max_length:
+            raise DataError(
+                f"A sample has {longest} tokens, more than max_length={self.max_length}. Cut it "
+                "off where it is tokenized (truncation), or raise max_length."
+            )
+        return round_up(self.max_length, self.pad_to_multiple_of)
+
+
+@dataclass(frozen=True)
+class DataCollatorForTokenClassification(DataCollatorWithPadding):
+    """Like ``DataCollatorWithPadding``, with one label per token, padded alike.
+
+    Args:
+        label_pad_token_id: Label of padding; -100 is left out of the loss.
+
+    Example:
+        >>> collate = DataCollatorForTokenClassification(pad_token_id=0)
+        >>> samples = [{"input_ids": [5, 6], "labels": [1, 2]}, {"input_ids": [7], "labels": [0]}]
+        >>> collate(samples)["labels"].tolist()
+        [[1, 2], [0, -100]]
+    """
+
+    label_pad_token_id: int = IGNORED
+
+    def fill(self) -> dict[str, float]:
+        """What comes per token, and what it is filled up with."""
+        return {"labels": self.label_pad_token_id, **super().fill()}
+
+
+@dataclass(frozen=True)
+class DataCollatorForSeq2Seq(DataCollatorWithPadding):
+    """Pads inputs and labels, each to a length of its own.
+
+    Args:
+        label_pad_token_id: What fills up the labels; -100 is left out of the loss.
+        decoder_start_token_id: If given, the batch gets ``decoder_input_ids``: the labels moved one
+            to the right after this token, with ``pad_token_id`` for -100.
+
+    Example:
+        >>> collate = DataCollatorForSeq2Seq(pad_token_id=0, decoder_start_token_id=9)
+        >>> batch = collate([{"input_ids": [1, 2, 3], "labels": [4, 5]},
+        ...                  {"input_ids": [1], "labels": [6]}])
+        >>> batch["labels"].tolist(), batch["decoder_input_ids"].tolist()
+        ([[4, 5], [6, -100]], [[9, 4], [9, 6]])
+    """
+
+    label_pad_token_id: int = IGNORED
+    decoder_start_token_id: int | None = None
+
+    def collate(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+        """The batch of the samples' fields."""
+        labels = columns.get("labels")
+        batch = super().collate({k: v for k, v in columns.items() if k != "labels"})
+        if labels is None:
+            return batch
+        if any(array.ndim == 0 for array in labels):
+            raise DataError("The labels of each sample must be a list of token numbers.")
+        width = self.length(max(len(array) for array in labels))
+        side = str(self.padding_side)
+        batch["labels"] = pad(labels, self.label_pad_token_id, width, side)
+        if self.decoder_start_token_id is not None:
+            shifted = np.full_like(batch["labels"], self.decoder_start_token_id)
+            shifted[:, 1:] = batch["labels"][:, :-1]
+            number = token_id("pad_token_id", self.pad_token_id, self.tokenizer)
+            shifted[shifted == self.label_pad_token_id] = number
+            batch["decoder_input_ids"] = shifted
+        return batch

@@ -1,0 +1,1 @@
+"""The order in which the samples of an epoch are read."""

@@ -1,0 +1,1 @@
+"""Where samples come from: arrays, data sets, iterables and what other libraries make."""

@@ -1,0 +1,108 @@
+"""Models that bring their preprocessing along, as the tasks of KerasHub do: raw texts to tokens.
+
+Keras' ``fit`` runs such a model's ``preprocess_samples`` on each batch. Here it is the collator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data import map_structure, unpack
+from kbtrain.data.sources.interop import yields_batches
+from kbtrain.errors import DataError
+
+
+def preprocesses(model: Any, data: Any, input_names: frozenset[str] | None) -> bool:
+    """Whether a model is to preprocess a data set by itself.
+
+    Args:
+        model: The model.
+        data: The data set, as it was given.
+        input_names: What the model takes; a dict with all of that is preprocessed already.
+    """
+    if getattr(model, "preprocessor", None) is None:
+        return False
+    if not callable(getattr(model, "preprocess_samples", None)):
+        return False
+    x = data[0] if isinstance(data, tuple) and data else data
+    return not (isinstance(x, Mapping) and input_names and input_names <= x.keys())
+
+
+def preprocessed(model: Any, data: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:
+    """A data set of raw samples, and the collator that makes batches of them.
+
+    Args:
+        model: A model with ``preprocess_samples``.
+        data: Arrays and lists ``(x, y)`` or ``(x, y, sample_weight)``, samples, or what yields
+            batches; then these are preprocessed, and there is no collator.
+    """
+    if yields_batches(data):
+        if hasattr(data, "element_spec") and hasattr(data, "map"):  # of tf.data, as Keras does it
+            return data.map(model.preprocess_samples), None
+        raise DataError(
+            f"{type(model).__name__} preprocesses its data by itself, which it can do with arrays, "
+            "samples and tf.data.Dataset. Received: batches of a "
+            f"{type(data).__name__}. Preprocess them there (model.preprocess_samples), and make "
+            "the model with preprocessor=None."
+        )
+    if isinstance(data, tuple | Mapping):
+        data = _Columns(data)
+    return data, lambda samples: _batch(model, samples)
+
+
+class _Columns:
+    """The samples of lists and arrays that are given by columns."""
+
+    def __init__(self, columns: Any) -> None:
+        self._columns = columns
+        lengths = {len(column) for column in _leaves(columns)}
+        if len(lengths) != 1:
+            raise DataError(
+                "All columns of the data must have the same length. "
+                f"Received: lengths {sorted(lengths)}."
+            )
+        (self._length,) = lengths
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return _map(lambda column: column[index], self._columns)
+
+
+def _map(function: Callable[[Any], Any], columns: Any) -> Any:
+    """As in KerasHub: tuples and dicts are structure, a list is a column of texts or numbers."""
+    if isinstance(columns, Mapping):
+        return {name: _map(function, column) for name, column in columns.items()}
+    if isinstance(columns, tuple):
+        return tuple(_map(function, column) for column in columns)
+    return function(columns)
+
+
+def _leaves(columns: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _map(leaves.append, columns)
+    return leaves
+
+
+def _batch(model: Any, samples: Sequence[Any]) -> Any:
+    """Join samples, and let the model preprocess them."""
+    joined = _joined(samples)
+    x, y, weight = (joined, None, None) if isinstance(joined, list) else unpack(joined)
+    if isinstance(x, Mapping) and len(x) == 1:  # of a data set with a column of texts
+        (x,) = x.values()
+    return map_structure(np.asarray, model.preprocess_samples(x, y, weight))
+
+
+def _joined(samples: Sequence[Any]) -> Any:
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {name: _joined([sample[name] for sample in samples]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_joined(part) for part in zip(*samples, strict=True))
+    if isinstance(first, str | bytes):
+        return [s.decode("utf-8") if isinstance(s, bytes) else str(s) for s in samples]
+    return np.asarray(samples)

@@ -1,0 +1,1 @@
+"""One pass over an evaluation set: batches to outputs, losses, metrics and results."""

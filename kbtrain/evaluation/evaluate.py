@@ -1,0 +1,469 @@
+"""Evaluation and prediction: exact over the whole set, whatever the batch size."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kbtrain.checkpoint import run_state
+from kbtrain.data import (
+    Batches,
+    Block,
+    LabelNames,
+    Loader,
+    as_loader,
+    map_structure,
+    signature,
+    unpack,
+    with_none,
+    without_none,
+)
+from kbtrain.distributed import placement
+from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
+from kbtrain.evaluation.gather import PADDING as PADDING
+from kbtrain.evaluation.gather import Batchwise, Concatenated, Listed, compute_on_host
+from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
+from kbtrain.evaluation.generate import make_generator
+from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
+from kbtrain.model import build as building
+from kbtrain.model.bound_model import CompiledEvalStep
+from kbtrain.model.losses.label_check import LabelCheck
+from kbtrain.model.metrics import MetricSet
+from kbtrain.optimization.evaluation_weights import swapped_in
+from kbtrain.tracing.position import Moment
+from kbtrain.utils.timing import speed
+
+logger = logging.getLogger("kbtrain")
+
+UNREAD_CALLS = 16
+"""Calls whose losses stay on the device; bounds memory and keeps the device busy."""
+
+MAX_UNSIZED = 20_000
+"""Batches of an evaluation on data without a length: what goes on after them may have no end."""
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+
+class PredictionOutput(NamedTuple):
+    """Result of ``Trainer.predict``.
+
+    Attributes:
+        predictions: The model's outputs, in the order of the data set.
+        label_ids: The labels, or None.
+        metrics: Loss, metrics and speed; names begin with ``test_``.
+    """
+
+    predictions: Any
+    label_ids: Any
+    metrics: dict[str, float]
+
+
+class EvalLoopOutput(NamedTuple):
+    """Result of one pass over an evaluation set.
+
+    Attributes:
+        predictions: Outputs, or None if they were not asked for.
+        label_ids: Labels, or None.
+        metrics: Results with their prefix.
+        num_samples: Number of samples seen.
+    """
+
+    predictions: Any
+    label_ids: Any
+    metrics: dict[str, float]
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a pass over the data.
+
+    Attributes:
+        prefix: Put before every metric's name, with an underscore.
+        with_loss: Compute the loss and the metrics; the data has labels.
+        compute_metrics: Called on the host, with everything or batch by batch; None for none.
+        keep_outputs: Return outputs and labels.
+        batchwise: ``batch_eval_metrics``.
+        concatenate: ``eval_do_concat_batches``.
+        include: Members of ``include_for_metrics``.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+        expected: Samples there will be, if that is known.
+        max_batches: Batches at most; None for all.
+        bound: Batches after which data without a length is taken for endless.
+        batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
+            fit.
+        generate: From the inputs of a batch to what counts as its outputs; None for the model's.
+    """
+
+    prefix: str
+    with_loss: bool
+    compute_metrics: Callable[..., Any] | None = None
+    keep_outputs: bool = False
+    batchwise: bool = False
+    concatenate: bool = True
+    include: Sequence[str] = ()
+    label_names: LabelNames = None
+    expected: int | None = None
+    max_batches: int | None = None
+    bound: int | None = None
+    batches_per_call: int | None = None
+    generate: Callable[[Any], Any] | None = None
+
+    @property
+    def gather(self) -> bool:
+        """Whether outputs come to the host."""
+        return self.keep_outputs or self.compute_metrics is not None
+
+    @property
+    def gather_from_model(self) -> bool:
+        """Whether these are what the model returns when it is called."""
+        return self.gather and self.generate is None
+
+
+def evaluate(
+    trainer: Trainer,
+    dataloader: Any,
+    prefix: str,
+    gather: bool,
+    keep_outputs: bool = False,
+    ignore_keys: Sequence[str] | None = None,
+) -> EvalLoopOutput:
+    """Pass once over a data set with the Trainer's model.
+
+    Args:
+        trainer: Whose model, metrics and callbacks.
+        dataloader: Loader or iterable of batches.
+        prefix: Put before every metric's name, with an underscore.
+        gather: Copy outputs and labels to the host, for ``compute_metrics``.
+        keep_outputs: Return them; data without labels is welcome then.
+        ignore_keys: Outputs to leave out, of a model that returns a dict.
+
+    Raises:
+        ConfigurationError: The prefix is no text, or ``ignore_keys`` no list of texts.
+        DataError: There is no data, or not of the model's kind.
+    """
+    if not isinstance(prefix, str) or not prefix:
+        raise ConfigurationError(
+            "metric_key_prefix must be a text, such as 'eval': it is put before every metric's "
+            f"name. Received: {prefix!r}."
+        )
+    check_ignore_keys(ignore_keys)
+    if trainer.bound.is_outdated and not trainer.is_in_train:
+        trainer.adopt(trainer.model)
+    bound, backend = trainer.bound, trainer.backend
+    trainer.captured.due |= not trainer.is_in_train
+    bound.renew(trainer.captured.look())
+    policy = None if trainer.is_in_train else trainer.args.full_eval_policy
+    with (
+        placement.settings(backend, trainer.args, bound.model),
+        building.computing_in(bound.model, policy),
+    ):
+        args, names = trainer.args, bound.label_names
+        loader = trainer.eval_dataloader = as_loader(dataloader, label_names=names)
+        max_batches = None if keep_outputs else args.eval_max_steps
+        _check_ends(loader, max_batches, keep_outputs)
+        batches = Batches(loader, names)
+        first = batches.peek()
+        if first is None:
+            raise DataError(
+                "The evaluation data has no samples. Pass a data set with at least one, or, with "
+                "dataloader_drop_last, at least one full batch."
+            )
+        bound.build(first)
+        with_loss = not keep_outputs or unpack(first, names).y is not None
+        wanted = Wanted(
+            prefix=prefix,
+            with_loss=with_loss,
+            compute_metrics=trainer.compute_metrics if gather else None,
+            keep_outputs=keep_outputs,
+            batchwise=args.batch_eval_metrics,
+            concatenate=args.eval_do_concat_batches,
+            include=args.include_for_metrics,
+            label_names=names,
+            expected=loader.num_examples,
+            max_batches=max_batches,
+            bound=None if loader.sized or max_batches is not None else MAX_UNSIZED,
+            batches_per_call=args.eval_accumulation_steps,
+            generate=_generator(trainer) if gather and args.predict_with_generate else None,
+        )
+        metrics = bound.evaluation_metrics if with_loss else None
+        # In training the metrics are in the middle of adding up what the next log will say. What
+        # layers draw in an evaluation must not change what they draw after it.
+        kept = [*bound.advancing_variables]
+        kept += bound.metric_variables if trainer.is_in_train else []
+        saved = run_state.copies(kept)
+        if metrics is not None:
+            metrics.reset()
+        trainer.position.set(Moment.of(trainer.state.global_step, trainer.state.epoch))
+        evaluation = Evaluation(
+            backend,
+            bound.eval_step(with_loss, wanted.gather_from_model, policy, ignore_keys or ()),
+            wanted,
+            on_batches=lambda count: _between_batches(trainer, count),
+            every_batch=trainer.callback_handler.need_every_batch(),
+            label_check=bound.label_check if with_loss else None,
+            pin=args.dataloader_pin_memory,
+        )
+        try:
+            with swapped_in(trainer.optimizer if trainer.training_weights else None):
+                return evaluation.run(batches, metrics)
+        except Exception as error:
+            if not backend.is_oom(error):
+                raise
+            raise OutOfMemoryError(
+                f"The evaluation did not fit into memory: {first_lines(error)}. Lower "
+                f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
+            ) from error
+        finally:
+            run_state.put_back(kept, saved)
+            trainer.captured.settle()
+
+
+def _check_ends(loader: Loader, max_batches: int | None, keep_outputs: bool) -> None:
+    """Refuse data that is known to have no end, unless the number of batches is given."""
+    if max_batches is None and getattr(loader, "endless", False):
+        take = "Take a part of it (`.take(n)` of a tf.data.Dataset; leave out `.repeat()`)"
+        raise ConfigurationError(
+            f"{getattr(loader, 'name', 'The data')} repeats without end, so an evaluation of it "
+            f"would never be done. {take}{'.' if keep_outputs else ', or set eval_max_steps.'}"
+        )
+
+
+def check_ignore_keys(keys: Any) -> None:
+    """Make sure that ``ignore_keys`` is a list of names, or None.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    is_list = isinstance(keys, list | tuple | set | frozenset)
+    if keys is not None and not (is_list and all(isinstance(key, str) for key in keys)):
+        raise ConfigurationError(
+            "ignore_keys must be a list of keys of the model's outputs, such as ['hidden']. "
+            f"Received: ignore_keys={_shortened(keys)}. (A prefix is written "
+            "metric_key_prefix=..., and data with labels is one argument: evaluate((x, y)).)"
+        )
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"a {type(value).__name__}"
+
+
+def _between_batches(trainer: Trainer, count: int) -> None:
+    """After a call: tell who listens, and leave if the run is to stop and can come back here."""
+    trainer.fire("on_prediction_step", batches=count)
+    trainer.watch.between_batches(trainer.saver.longest)
+
+
+def _generator(trainer: Trainer) -> Callable[[Any], Any]:
+    return make_generator(trainer.model, trainer.backend, trainer.args)
+
+
+@dataclass
+class _Started:
+    """A call to the device whose results have not been read; becomes a ``gathering.Part``."""
+
+    results: Callable[[], dict[str, Any]]
+    labels: Any
+    inputs: Any
+    batches: int
+    size: int
+    outputs: Any = None
+    losses: np.ndarray | None = None
+
+
+class Evaluation:
+    """One pass over a data set: several batches per call, results read while the next ones run.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        step: The compiled evaluation step.
+        wanted: What is asked of it.
+        on_batches: Called after each call to the device with the number of its batches.
+        every_batch: Every batch is to be a call of its own.
+        label_check: Looks at the labels; None does not.
+        pin: Copy batches to the device from page-locked memory.
+    """
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        step: CompiledEvalStep,
+        wanted: Wanted,
+        on_batches: Callable[[int], None],
+        every_batch: bool,
+        label_check: LabelCheck | None = None,
+        pin: bool = False,
+    ) -> None:
+        self._label_check, self._pin = label_check, pin
+        self._backend, self._step, self._wanted = backend, step, wanted
+        self._on_batches, self._every_batch = on_batches, every_batch
+        self._started: collections.deque[_Started] = collections.deque()
+        self._totals = Totals()
+        self._logs: dict[str, Any] | None = None  # what a model's own test_step returned last
+        self._samples = self._batches = 0
+        compute = wanted.compute_metrics
+        self._batchwise = Batchwise(compute) if compute is not None and wanted.batchwise else None
+        self._gathered: Concatenated | Listed | None = None
+        if wanted.keep_outputs or (compute is not None and not wanted.batchwise):
+            # A part of the set needs memory for that part: it grows then.
+            expected = wanted.expected if wanted.max_batches is None else None
+            self._gathered = Concatenated(expected) if wanted.concatenate else Listed()
+
+    def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
+        """Pass over ``batches``.
+
+        The loss is (sum of all sums) / (sum of all counts), of each output, added up batch by batch
+        in float64 on the host, so that it does not depend on how batches fall into calls.
+        """
+        start = time.perf_counter()
+        with contextlib.closing(batches.blocks(0, 0, 1, self._limit)) as blocks:
+            for block in blocks:
+                self._run_block(block)
+                self._on_batches(block.updates)
+                if self._batches == self._wanted.max_batches:
+                    break
+                if self._batches == self._wanted.bound:
+                    logger.warning(
+                        "The evaluation data has no length and had not ended after %d batches: the "
+                        "evaluation stops here, and its results are of these batches. "
+                        "eval_max_steps sets another number.",
+                        self._batches,
+                    )
+                    break
+        self._read(keep=0)
+        if self._logs is not None:
+            values = self._logs
+        else:
+            values = self._totals.result() if self._wanted.with_loss else {}
+        if metrics is not None:
+            values |= metrics.result()
+        gathered = {} if self._gathered is None else self._gathered.take()
+        if self._batchwise is not None:
+            values |= self._without_loss(self._batchwise.result())
+        elif self._wanted.compute_metrics is not None and "labels" in gathered:
+            computed = compute_on_host(self._wanted.compute_metrics, gathered)
+            values |= self._without_loss(computed)
+        seconds = time.perf_counter() - start
+        prefix, keep = self._wanted.prefix, self._wanted.keep_outputs
+        prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}
+        prefixed |= speed(prefix, seconds, self._samples, self._batches)
+        return EvalLoopOutput(
+            gathered.get("outputs") if keep else None,
+            gathered.get("labels") if keep else None,
+            prefixed,
+            self._samples,
+        )
+
+    def _without_loss(self, computed: dict[str, Any]) -> dict[str, Any]:
+        """The results of ``compute_metrics`` without one that would hide the loss."""
+        names = {"loss", f"{self._wanted.prefix}_loss"} if self._wanted.with_loss else set()
+        if hidden := sorted(names & computed.keys()):
+            logger.warning(
+                "compute_metrics returned %r, which is the name of the loss: it is left out. "
+                "Choose another name.",
+                hidden[0],
+            )
+        return {name: value for name, value in computed.items() if name not in names}
+
+    def _limit(self) -> int:
+        """Batches that the next block may have."""
+        wanted, limits = self._wanted, [self._step.pace.affordable]
+        if self._every_batch or wanted.generate is not None:
+            limits.append(1)
+        if wanted.gather and wanted.batches_per_call is not None:
+            limits.append(wanted.batches_per_call)
+        for end in (wanted.max_batches, wanted.bound):
+            if end is not None:
+                limits.append(end - self._batches)
+        return min(limits)
+
+    def _run_block(self, block: Block) -> None:
+        """Start the batches of a block, in as many calls as their outputs need."""
+        begin = time.perf_counter()
+        ((_, rows),) = block.chunks[0].items()
+        if self._label_check is not None:
+            self._label_check(rows, block.updates, ("batch",), self._batches)
+        measure = self._step.pace.is_worth_measuring(signature(rows))
+        tensors = self._backend.to_device(without_none(rows), self._pin)
+        first = 0
+        while first < block.updates:
+            results, count = self._call(tensors, first, block)
+            labels = inputs = outputs = None
+            if self._wanted.gather:
+                part = map_structure(lambda x, a=first, b=first + count: x[a:b], rows)
+                x, labels, _ = unpack(part, self._wanted.label_names)
+                inputs = x if "inputs" in self._wanted.include else None
+                outputs = None if self._wanted.generate is None else self._generated(x, first)
+            size = block.samples // block.updates
+            results = self._backend.start_to_host(results)
+            self._started.append(_Started(results, labels, inputs, count, size, outputs))
+            first += count
+            # Outputs leave the device while the next call runs: never more than two calls' worth.
+            self._read(keep=1 if self._wanted.gather else UNREAD_CALLS)
+        self._samples += block.samples
+        self._batches += block.updates
+        if measure:
+            self._read(keep=0)
+            self._step.pace.measured(block.updates, block.room, time.perf_counter() - begin)
+
+    def _generated(self, x: Any, batch: int) -> Any:
+        """What the model generates for the one batch in ``x``."""
+        assert self._wanted.generate is not None
+        try:
+            rows = self._wanted.generate(map_structure(lambda a: a[0], x))
+        except Exception as error:
+            error.add_note(f"Raised by the model's generate, at batch {self._batches + batch}.")
+            raise
+        return map_structure(lambda a: a[None], rows)
+
+    def _call(self, tensors: Any, first: int, block: Block) -> tuple[dict[str, Any], int]:
+        if not self._wanted.with_loss and not self._wanted.gather_from_model:
+            return {}, block.updates - first
+        try:
+            return self._step.run(tensors, first, block.updates - first)
+        except Exception as error:
+            error.add_note(
+                f"Raised in evaluation, at batch {self._batches + first}, in batches of the "
+                f"structure and shapes {block.outline}."
+            )
+            raise
+
+    def _read(self, keep: int) -> None:
+        """Wait for all started calls but the newest ``keep``, and take in their results."""
+        while len(self._started) > keep:
+            part = self._started.popleft()
+            count = part.batches
+            results = map_structure(lambda x, n=count: x[:n], part.results())
+            if "logs" in results:
+                self._logs = {name: x[-1].tolist() for name, x in results["logs"].items()}
+            if "loss" in results:
+                self._totals.add(results["loss"])
+                if "loss" in self._wanted.include:
+                    part.losses = losses_of_batches(results["loss"])
+            if not self._wanted.gather:
+                continue
+            if self._wanted.generate is None:
+                part.outputs = with_none(map_structure(as_plain, results["outputs"]))
+            if self._gathered is not None:
+                self._gathered.add(part)
+            if self._batchwise is not None:
+                self._batchwise.add(part)
+
+
+def as_plain(array: np.ndarray) -> np.ndarray:
+    """The array in a dtype of NumPy's own: bfloat16 and 8-bit floats become float32."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def _with_prefix(name: str, prefix: str) -> str:
+    return name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"

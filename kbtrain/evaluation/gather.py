@@ -1,0 +1,361 @@
+"""The outputs of an evaluation on the host: put together, or handed on batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from kbtrain.data import map_structure
+from kbtrain.data.tree import as_array
+from kbtrain.errors import ConfigurationError, DataError
+
+PADDING = -100
+"""Fills up outputs and labels of different lengths, so that they can be put together."""
+
+
+@dataclass
+class EvalPrediction:
+    """What ``compute_metrics`` receives, as NumPy arrays.
+
+    It unpacks and indexes like a tuple of those attributes that there are: ``predictions, label_ids
+    = p``, ``p[0]``.
+
+    Attributes:
+        predictions: The model's outputs for the whole set (nested as the model returns them); with
+            ``eval_do_concat_batches=False`` a list with those of each batch; with
+            ``batch_eval_metrics=True`` those of one batch.
+        label_ids: The labels, likewise.
+        inputs: The inputs, if ``include_for_metrics`` has "inputs".
+        losses: The mean loss of each sample's batch, if it has "loss".
+    """
+
+    predictions: Any
+    label_ids: Any
+    inputs: Any = None
+    losses: Any = None
+
+    @property
+    def elements(self) -> tuple[Any, ...]:
+        """Predictions and labels, and what else there is of inputs and losses."""
+        extra = [x for x in (self.inputs, self.losses) if x is not None]
+        return (self.predictions, self.label_ids, *extra)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.elements)
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.elements[index]
+
+
+class Rows:
+    """The rows of one array, written piece by piece into memory that is allocated once.
+
+    Args:
+        expected: How many rows there will be, or None if that is not known: the memory grows by
+            half then, in place where the system can. Axes after the first may differ from piece to
+            piece; they are filled up to the longest with ``PADDING``. A longer one takes a copy,
+            and makes room for a quarter more, so that data sorted by length is not copied for each
+            new length.
+
+    Example:
+        >>> rows = Rows(expected=3)
+        >>> rows.add(np.array([[1, 2]]))
+        >>> rows.add(np.array([[3], [4]]))
+        >>> rows.result().tolist()
+        [[1, 2], [3, -100], [4, -100]]
+    """
+
+    def __init__(self, expected: int | None = None) -> None:
+        self._expected = expected
+        self._buffer: np.ndarray | None = None
+        self._longest: tuple[int, ...] = ()
+        self._count = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Append rows; they are copied.
+
+        Args:
+            rows: Shape ``(n, ...)``.
+
+        Raises:
+            DataError: The number of axes differs, or lengths do in a dtype that cannot hold the
+                padding.
+        """
+        buffer = self._buffer
+        if buffer is None:
+            size = max(len(rows), self._expected or 0)
+            buffer = self._buffer = np.empty((size, *rows.shape[1:]), rows.dtype)
+            self._longest = rows.shape[1:]
+        if self._longest != rows.shape[1:] or buffer.dtype != rows.dtype:
+            buffer = self._buffer = self._fit(buffer, rows)
+        end = self._count + len(rows)
+        if end > len(buffer):
+            buffer.resize((max(end, len(buffer) * 3 // 2), *buffer.shape[1:]), refcheck=False)
+        target = buffer[self._count : end]
+        if target.shape != rows.shape:
+            target[...] = PADDING
+        target[(slice(None), *map(slice, rows.shape[1:]))] = rows
+        self._count = end
+
+    def _fit(self, buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """A buffer with what there is, and with room for rows of another shape or dtype."""
+        if buffer.ndim != rows.ndim:
+            raise DataError(
+                "Outputs and labels must have the same number of axes in every batch. "
+                f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first "
+                "axis). Return one form from preprocess_logits_for_metrics, or set "
+                "eval_do_concat_batches=False."
+            )
+        dtype = np.result_type(buffer.dtype, rows.dtype)
+        if self._longest != rows.shape[1:] and dtype.kind in "bu":
+            raise DataError(
+                f"Outputs or labels of dtype {dtype} have different lengths, and {PADDING}, which "
+                "would fill them up, is no value of this dtype. Cast them to a signed integer or "
+                "a float, or set eval_do_concat_batches=False. "
+                f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first axis)"
+            )
+        self._longest = tuple(map(max, self._longest, rows.shape[1:]))
+        if dtype == buffer.dtype and all(map(operator.le, self._longest, buffer.shape[1:])):
+            return buffer
+        room = [
+            old if new <= old else max(new, old * 5 // 4)
+            for new, old in zip(self._longest, buffer.shape[1:], strict=True)
+        ]
+        wider = np.empty((len(buffer), *room), dtype)
+        wider[: self._count] = PADDING
+        wider[(slice(self._count), *map(slice, buffer.shape[1:]))] = buffer[: self._count]
+        return wider
+
+    def result(self) -> np.ndarray:
+        """All rows; nothing may be added afterwards."""
+        assert self._buffer is not None
+        if self._longest != self._buffer.shape[1:]:
+            rows = (slice(self._count), *map(slice, self._longest))
+            return np.ascontiguousarray(self._buffer[rows])
+        if self._count < len(self._buffer):
+            self._buffer.resize((self._count, *self._longest), refcheck=False)
+        return self._buffer
+
+
+class Part(Protocol):
+    """Neighbouring batches of equal shapes.
+
+    Attributes:
+        outputs, labels, inputs: Structures of arrays ``(batches, batch size, ...)``, or None.
+        losses: The mean loss of each batch, ``(batches,)``, or None.
+        batches: How many there are.
+        size: Samples in each.
+    """
+
+    outputs: Any
+    labels: Any
+    inputs: Any
+    losses: np.ndarray | None
+    batches: int
+    size: int
+
+
+NAMES = ("outputs", "labels", "inputs", "losses")
+
+
+class Concatenated:
+    """All batches in one array each.
+
+    Args:
+        expected: Samples there will be, if that is known.
+    """
+
+    def __init__(self, expected: int | None) -> None:
+        self._expected = expected
+        self._rows: dict[str, Any] = {}
+
+    def add(self, part: Part) -> None:
+        """Append the batches of ``part``."""
+        for name in NAMES:
+            tree = getattr(part, name)
+            if name == "losses" and tree is not None:
+                tree = np.repeat(tree.astype(np.float32), part.size).reshape(-1, part.size)
+            if tree is None:
+                continue
+            if name not in self._rows:
+                self._rows[name] = map_structure(lambda x: self._make(x, part), tree)
+            map_structure(lambda rows, x: rows.add(_merge(x)), self._rows[name], tree)
+
+    def _make(self, x: np.ndarray, part: Part) -> Rows:
+        # An output that has no row per sample (a scalar, a matrix per batch) has its own count.
+        per_sample = x.ndim > 1 and x.shape[1] == part.size
+        return Rows(self._expected if per_sample else None)
+
+    def take(self) -> dict[str, Any]:
+        """Everything, by name."""
+        return {
+            name: map_structure(lambda rows: rows.result(), rows)
+            for name, rows in self._rows.items()
+        }
+
+
+class Listed:
+    """The arrays of each batch, in lists (``eval_do_concat_batches=False``)."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, list[Any]] = {}
+
+    def add(self, part: Part) -> None:
+        """Append the batches of ``part``."""
+        for batch in batches_of(part):
+            for name, tree in batch.items():
+                self._lists.setdefault(name, []).append(tree)
+
+    def take(self) -> dict[str, Any]:
+        """The lists, by name."""
+        return self._lists
+
+
+class Batchwise:
+    """Calls ``compute_metrics`` for each batch (``batch_eval_metrics=True``).
+
+    Args:
+        compute_metrics: ``(EvalPrediction, compute_result) -> dict``; only the last call has
+            ``compute_result=True``, and only its result counts.
+    """
+
+    def __init__(self, compute_metrics: Callable[..., Any]) -> None:
+        self._compute = compute_metrics
+        self._waiting: dict[str, Any] | None = None
+
+    def add(self, part: Part) -> None:
+        """Hand on all batches but the newest, which may be the last one."""
+        for batch in batches_of(part):
+            if self._waiting is not None:
+                compute_on_host(self._compute, self._waiting, compute_result=False)
+            self._waiting = batch if "labels" in batch else None
+
+    def result(self) -> dict[str, Any]:
+        """Hand on the last batch; what ``compute_metrics`` returns for it."""
+        if self._waiting is None:
+            return {}
+        return compute_on_host(self._compute, self._waiting, compute_result=True)
+
+
+def batches_of(part: Part) -> Iterator[dict[str, Any]]:
+    """What there is of each batch, in copies."""
+    for i in range(part.batches):
+        batch = {
+            name: map_structure(lambda x, i=i: np.array(x[i]), getattr(part, name))
+            for name in ("outputs", "labels", "inputs")
+            if getattr(part, name) is not None
+        }
+        if part.losses is not None:
+            batch["losses"] = np.full(part.size, part.losses[i], np.float32)
+        yield batch
+
+
+def compute_on_host(
+    compute_metrics: Callable[..., Any],
+    gathered: Mapping[str, Any],
+    compute_result: bool | None = None,
+) -> dict[str, Any]:
+    """Call ``compute_metrics``, batch by batch if ``compute_result`` is no None.
+
+    Returns:
+        The metrics; nothing from a batch that is not the last one.
+    """
+    kwargs = {} if compute_result is None else {"compute_result": compute_result}
+    try:
+        values = compute_metrics(prediction(gathered), **kwargs)
+    except Exception as error:
+        error.add_note("Raised by compute_metrics.")
+        raise
+    return {} if compute_result is False else checked_metrics(values)
+
+
+def prediction(gathered: Mapping[str, Any]) -> EvalPrediction:
+    """What ``compute_metrics`` is called with."""
+    return EvalPrediction(
+        gathered["outputs"], gathered["labels"], gathered.get("inputs"), gathered.get("losses")
+    )
+
+
+def check_batchwise(compute_metrics: Any) -> None:
+    """Make sure that ``compute_metrics`` can be called batch by batch.
+
+    Raises:
+        ConfigurationError: It does not take ``compute_result``.
+    """
+    if compute_metrics is None:
+        return
+    parameters = inspect.signature(compute_metrics).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "compute_result" not in parameters and not takes_any:
+        raise ConfigurationError(
+            "batch_eval_metrics=True calls compute_metrics(prediction, compute_result=...) for "
+            "each batch, with True for the last one. Give it that argument. "
+            f"Received: compute_metrics with the arguments {list(parameters)}."
+        )
+
+
+def checked_metrics(values: Any) -> dict[str, Any]:
+    """The result of ``compute_metrics`` in what JSON can hold.
+
+    Raises:
+        ConfigurationError: It is no dict, or one with values that are no numbers.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            "compute_metrics must return a dict from names to numbers. "
+            f"Received: {type(values).__name__}."
+        )
+    return plain_values(values, "compute_metrics returned")
+
+
+def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """Results by name in what JSON can hold: tensors and arrays of one element become numbers.
+
+    Args:
+        values: By name.
+        source: What the error begins with, such as "compute_metrics returned".
+
+    Raises:
+        ConfigurationError: There is no dict, or a value is neither numbers nor text.
+
+    Example:
+        >>> plain_values({"f1": np.float32(0.5), "matrix": np.eye(2, dtype=int)}, "this is")
+        {'f1': 0.5, 'matrix': [[1, 0], [0, 1]]}
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f"{source} no dict from names to numbers. Received: {type(values).__name__}."
+        )
+    return {str(name): _plain(name, value, source) for name, value in values.items()}
+
+
+def _plain(name: Any, value: Any, source: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(f"{name}[{k!r}]", v, source) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{i}]", v, source) for i, v in enumerate(value)]
+    if hasattr(type(value), "__array__"):
+        array = as_array(value, str(name))  # in its own precision: metrics are often float64
+        if array.dtype.kind in "biuf":
+            return array.item() if array.size == 1 else array.tolist()
+    raise ConfigurationError(
+        f"{source} something that is no number under the name {name!r}. "
+        f"Received: {type(value).__name__}."
+    )
+
+
+def _merge(x: np.ndarray) -> np.ndarray:
+    """Batches along one axis; an output without a batch axis gives one row per batch."""
+    return x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x

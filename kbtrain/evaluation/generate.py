@@ -1,0 +1,125 @@
+"""Evaluating by generation: the model's own ``generate`` in place of its outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+
+from kbtrain.checkpoint import run_state
+from kbtrain.config.converters import thaw
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.errors import ConfigurationError, DataError
+from kbtrain.evaluation.gather import PADDING
+
+
+def check_generates(model: keras.Model, args: TrainingArguments) -> None:
+    """Make sure that ``model`` can generate with the options of ``args``.
+
+    Raises:
+        ConfigurationError: It has no ``generate``, or one that does not take an option.
+    """
+    kind = type(model).__name__
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise ConfigurationError(
+            "predict_with_generate=True needs a model with a method generate(inputs, "
+            f"max_length=...), such as KerasHub's causal language models. Received: {kind}, which "
+            "has none."
+        )
+    try:
+        parameters = inspect.signature(generate).parameters
+    except (TypeError, ValueError):  # of compiled code: the call will say
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := [name for name in options(args) if name not in parameters]:
+        raise ConfigurationError(
+            f"{kind}.generate does not take {', '.join(unknown)}. It has: {', '.join(parameters)}. "
+            "Change generation_kwargs or generation_max_length, or leave them out. "
+            f"Received: {options(args)}."
+        )
+
+
+def options(args: TrainingArguments) -> dict[str, Any]:
+    """The keyword arguments of ``generate``."""
+    found: dict[str, Any] = thaw(args.generation_kwargs)
+    if args.generation_max_length is not None:
+        found["max_length"] = args.generation_max_length
+    return found
+
+
+def make_generator(
+    model: keras.Model, backend: ModuleType, args: TrainingArguments
+) -> Callable[[Any], Any]:
+    """``generate(x) -> outputs`` for the inputs of a batch, both structures of NumPy arrays.
+
+    Sequences of one batch that are lists of different lengths are filled up with ``PADDING``.
+    Generating draws no random numbers from the training: the state of the model's seed generators
+    is put back, so a run is the same whether it is evaluated or not.
+
+    Raises:
+        DataError: (when called) The model returned something else than one row for each sample.
+    """
+    given = options(args)
+    seeds = [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
+
+    def generate(x: Any) -> Any:
+        with backend.inference(), _put_back(seeds):
+            generated = model.generate(x, **given)
+            rows = _rows(generated, backend)
+        expected = len(keras.tree.flatten(x)[0])
+        for array in keras.tree.flatten(rows):
+            if array.shape[:1] != (expected,):
+                raise DataError(
+                    f"{type(model).__name__}.generate must return one row for each of the "
+                    f"{expected} samples of a batch. Received: an array of shape {array.shape}."
+                )
+        return rows
+
+    return generate
+
+
+@contextlib.contextmanager
+def _put_back(variables: list[keras.Variable]) -> Iterator[None]:
+    before = run_state.copies(variables)
+    try:
+        yield
+    finally:
+        run_state.put_back(variables, before)
+
+
+def _rows(generated: Any, backend: ModuleType) -> Any:
+    """What ``generate`` returned, as NumPy arrays."""
+    if isinstance(generated, dict):
+        return {name: _rows(value, backend) for name, value in generated.items()}
+    if isinstance(generated, tuple):
+        return tuple(_rows(value, backend) for value in generated)
+    if isinstance(generated, list):
+        return _filled(generated, backend)
+    return _array(generated, backend)
+
+
+def _filled(rows: list[Any], backend: ModuleType) -> np.ndarray:
+    """A list with one row for each sample (a list of numbers, a tensor, a text) as an array."""
+    arrays = [_array(row, backend) for row in rows]
+    if len({array.shape for array in arrays}) <= 1:
+        return np.array(arrays)
+    if any(array.ndim != 1 or array.dtype.kind not in "if" for array in arrays):
+        shapes = [array.shape for array in arrays]
+        raise DataError(f"generate returned sequences that cannot be put together: {shapes}.")
+    filled = np.full((len(arrays), max(map(len, arrays))), PADDING, np.result_type(*arrays))
+    for row, array in zip(filled, arrays, strict=True):
+        row[: len(array)] = array
+    return filled
+
+
+def _array(value: Any, backend: ModuleType) -> np.ndarray:
+    if keras.ops.is_tensor(value):
+        value = backend.to_host(value)
+    return np.asarray(value)

@@ -1,0 +1,41 @@
+"""Models in float64 compute in float64: Keras' rules make float32 of it on PyTorch and JAX."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+from kbtrain.model.losses.pairs import float_dtype
+from kbtrain.utils.keras_private import flatten_layers, narrowing_table
+
+
+def computes_in_float64(model: keras.Model) -> bool:
+    """Whether any layer of a model has weights or computes in float64, where there is one.
+
+    JAX has none unless ``jax_enable_x64`` is set: float32 takes its place without a word.
+    """
+    policies = (layer.dtype_policy for layer in flatten_layers(model))
+    asked = any("float64" in (p.compute_dtype, p.variable_dtype) for p in policies)
+    return asked and float_dtype(keras.ops.convert_to_tensor(np.zeros(1))) == "float64"
+
+
+@contextlib.contextmanager
+def kept(model: keras.Model) -> Iterator[None]:
+    """Inside, what operations of Keras make of float64 is float64, if a model computes in it.
+
+    Keras' rules of promotion end with a step from 64 to 32 bits, "to be aligned with JAX's default
+    behavior": on PyTorch, and on JAX with ``jax_enable_x64``, a product of two float64 matrices is
+    float32. Other models find these rules as they are.
+    """
+    table = narrowing_table() if computes_in_float64(model) else {}
+    before = table.get("float64")
+    if before is not None:
+        table["float64"] = "float64"
+    try:
+        yield
+    finally:
+        if before is not None:
+            table["float64"] = before

@@ -1,0 +1,361 @@
+"""One pass of a batch through the model and the loss, for the train and the evaluation step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from kbtrain.data import LabelNames, counting_leaf, unpack, with_none
+from kbtrain.errors import ConfigurationError, DataError, KbtrainError
+from kbtrain.model.losses.keras_losses import (
+    both,
+    chosen,
+    is_summed,
+    keras_loss_pair,
+    takes_any_labels,
+    without_ignored,
+)
+from kbtrain.model.losses.output_losses import LossTerms, OutputLosses, losses_of, with_added
+from kbtrain.model.losses.pairing import Outputs, loss_weights_of, pair_up
+from kbtrain.model.losses.pairs import (
+    LossPair,
+    as_dtype_of,
+    as_float,
+    as_pair,
+    call_loss_func,
+    count_items,
+)
+from kbtrain.model.own_methods import overrides
+from kbtrain.utils.keras_private import get_keras_mask
+
+ComputeLoss = Callable[..., Any]
+
+
+class _TrainingScope(keras.layers.Layer):
+    """Calls a function with the layers' ``training`` flag set, as inside an outer layer.
+
+    So ``model(x)`` in a user's ``compute_loss`` runs dropout in training and not in evaluation,
+    without having to pass a flag on.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: keras.Model) -> None:
+        super().__init__(autocast=False, name="training_scope")
+        self._function = function
+        self.model = model  # tracked, so that the losses of add_loss are cleared for each call
+        self.built = True
+
+    def call(self, batch: Any, num_items: Any = None, training: bool | None = None) -> Any:
+        return self._function(batch, num_items)
+
+
+class ForwardPass:
+    """What a step runs on each batch.
+
+    Args:
+        model: A built model.
+        compute_loss: ``Trainer.compute_loss``, possibly overridden.
+        loss: The resolved loss, to know which labels are ignored.
+        tracked: Where ``Trainer.track`` puts values while the loss is computed.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+        with_metrics: Whether anybody wants the arguments of metrics.
+        by_model: The loss is the model's own ``compute_loss``.
+        without_labels: Metrics are updated where a batch has no labels, too.
+        batch_size: Samples that every batch must have, as states of the model are for so many.
+
+    Attributes:
+        has_terms: Whether the loss may be of several terms, whose counts have to be known for a
+            whole update before its first micro-batch is differentiated.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        compute_loss: ComputeLoss,
+        loss: Any,
+        tracked: dict[str, Any],
+        label_names: LabelNames = None,
+        *,
+        with_metrics: bool = True,
+        has_terms: bool = False,
+        by_model: bool = False,
+        without_labels: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        self._model, self._tracked = model, tracked
+        self._loss = loss
+        self._label_names, self._with_metrics = label_names, with_metrics
+        self.has_terms = has_terms
+        self._by_model, self._without_labels = by_model, without_labels
+        self._batch_size = batch_size
+        self._training = False
+        self._added_is_in = False  # losses of add_loss and regularizers are part of the loss
+
+        def with_loss(batch: Any, num_items: Any) -> Any:
+            return compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items)
+
+        self._with_loss = _TrainingScope(with_loss, model)
+
+    def __call__(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[LossPair | LossTerms, Any, tuple[Any, ...] | None]:
+        """Loss, outputs and the metrics' arguments; see ``kbtrain.training.train_step.Forward``."""
+        batch = with_none(batch)
+        x, y, sample_weight = unpack(batch, self._label_names)
+        self._check_size(x)
+        self._tracked.clear()
+        self._training, self._added_is_in = training, False
+        result = (
+            self.model_loss(batch)
+            if self._by_model
+            else self._with_loss(batch, num_items=num_items, training=training)
+        )
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ConfigurationError(
+                "compute_loss(..., return_outputs=True) must return (loss, outputs). "
+                f"Received: {type(result).__name__}."
+            )
+        loss, outputs = result
+        size = counting_leaf(x, y, sample_weight).shape[0]
+        value: LossPair | LossTerms
+        if isinstance(loss, OutputLosses):
+            value = loss.terms(training)
+        else:
+            value = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
+        if self._tracked:
+            value = value._replace(extras={**value.extras, **self._tracked})
+            self._tracked.clear()  # values of this trace must not live on
+        added = [] if self._added_is_in else self._model.losses
+        if added:
+            value = with_added(value, added, size, training and self.has_terms)
+        if not self._with_metrics or (y is None and not self._without_labels):
+            return value, outputs, None
+        if y is None or self._by_model:  # only the model knows which label is whose
+            tensors = tensors_of(outputs)
+            masks = [None] * len(keras.tree.flatten(tensors))
+            return value, outputs, (x, y, tensors, sample_weight, masks)
+        return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
+
+    def model_loss(self, batch: Any) -> tuple[LossPair, Any]:
+        """The loss by the model's own ``compute_loss``, called as Keras' ``fit`` calls it.
+
+        It has added what it wants of ``model.losses``, and applied the sample weights.
+        """
+        x, y, sample_weight = unpack(batch, self._label_names)
+        outputs = _call(self._model, x, training=self._training)
+        compute = self._model.compute_loss
+        takes_training = "training" in inspect.signature(compute).parameters
+        named = {"training": self._training} if takes_training else {}
+        try:
+            loss = compute(x, y, outputs, sample_weight, **named)
+        except AttributeError as error:
+            if getattr(self._model, "compiled", False):
+                raise
+            name = type(self._model).__name__
+            raise ConfigurationError(
+                f"{name}.compute_loss misses something, and the model is not compiled. Call its "
+                f"compile() first, if that is what sets it. Python says: {error}"
+            ) from error
+        self._added_is_in = True
+        return as_pair(loss, counting_leaf(x, y, sample_weight).shape[0]), outputs
+
+    def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
+        """``(x, y, outputs, sample_weight, masks)`` in the structure of the outputs.
+
+        There is a mask for each output, False at what does not count, or None. Ignored labels
+        become a label that every metric can take.
+        """
+        outputs = tensors_of(outputs)
+        known = Outputs(outputs, output_names(self._model))
+        losses = {} if self._loss is None else known.assign(self._loss, "loss")
+        active = [i for i in range(len(known.leaves)) if losses.get(i) is not None]
+        if keras.tree.is_nested(y) and not known.nested and takes_any_labels(self._loss):
+            return x, y, outputs, weight, [get_keras_mask(outputs)]
+        labels = known.labels(y, active, label_names=self._label_names)
+        if keras.tree.is_nested(weight):
+            weights = known.labels(weight, active, "sample weight", self._label_names)
+            weight = known.pack(weights)
+        masks: list[Any] = []
+        for i, output in enumerate(known.leaves):
+            mask = get_keras_mask(output) if ops.is_tensor(output) else None
+            if losses.get(i) is not None and ops.is_tensor(labels.get(i)):
+                loss = chosen(losses[i], labels[i], output)
+                labels[i], keep = without_ignored(loss, labels[i], output)
+                mask = both(mask, keep)
+            masks.append(mask)
+        return x, known.pack(labels), outputs, weight, masks
+
+    def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
+        """Outputs only, for data without labels."""
+        x = as_taken(self._model, unpack(with_none(batch), self._label_names).x)
+        self._check_size(x)
+        return None, self._model(x, training=training), None
+
+    def _check_size(self, x: Any) -> None:
+        size = keras.tree.flatten(x)[0].shape[0]
+        if self._batch_size not in (None, size):
+            raise DataError(
+                f"The model {self._model.name!r} has a stateful RNN, whose states are for batches "
+                f"of {self._batch_size} samples. Received: a batch of {size}. Set "
+                "dataloader_drop_last=True, or a batch size that divides the number of samples; "
+                "for evaluations per_device_eval_batch_size, too."
+            )
+
+
+def inputs_of(model: Any) -> Any:
+    """The ``keras.Input`` objects of a model in their structure; None if only its code says."""
+    try:
+        return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    except (AttributeError, ValueError):
+        return None
+
+
+def as_taken(model: keras.Model, x: Any) -> Any:
+    """What a dict holds for a model with one input: Keras would warn of the dict at each trace."""
+    taken = inputs_of(model)
+    named = isinstance(x, Mapping) and isinstance(taken, keras.KerasTensor) and taken.name in x
+    return x[taken.name] if named else x
+
+
+def tensors_of(outputs: Any) -> Any:
+    """The outputs of a model without what is no tensor: None, most of the time, or a number.
+
+    Neither losses nor metrics are about these.
+    """
+    if all(map(_is_tensor, keras.tree.flatten(outputs))):
+        return outputs
+    if isinstance(outputs, Mapping):
+        kept = {key: tensors_of(value) for key, value in outputs.items()}
+        return {key: value for key, value in kept.items() if _has_tensors(value)}
+    if isinstance(outputs, list | tuple):
+        items = [item for item in map(tensors_of, outputs) if _has_tensors(item)]
+        return items if isinstance(outputs, list) else tuple(items)
+    return outputs
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, keras.KerasTensor) or ops.is_tensor(leaf)
+
+
+def _has_tensors(tree: Any) -> bool:
+    return any(map(_is_tensor, keras.tree.flatten(tree)))
+
+
+def output_names(model: keras.Model) -> list[str] | None:
+    """The names of a functional model's outputs; None of another one's."""
+    names = getattr(model, "output_names", None)
+    return list(names) if names else None
+
+
+def default_loss(
+    model: keras.Model,
+    batch: Any,
+    num_items: Any,
+    loss: Any,
+    loss_weights: Any,
+    loss_func: Callable[..., Any] | None,
+    label_names: LabelNames = None,
+) -> tuple[LossPair | OutputLosses, Any]:
+    """What ``Trainer.compute_loss`` does unless it is overridden.
+
+    Raises:
+        ConfigurationError: There is nothing to compute a loss with.
+        DataError: The data has no labels, and the loss needs some.
+    """
+    x, y, sample_weight = unpack(batch, label_names)
+    outputs = _call(model, x)
+    size = counting_leaf(x, y, sample_weight).shape[0]
+    if loss is None and loss_func is None:
+        return _own_loss(model, outputs, size), outputs
+    if y is None:
+        raise DataError(
+            "The data has no labels, but the loss needs them. Give (x, y) arrays, or a dict with "
+            f"the key 'labels'. Received: {_keys(batch)}."
+        )
+    if loss_func is not None:
+        return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
+    tensors = tensors_of(outputs)
+    known = Outputs(tensors, output_names(model))
+    nested = [keras.tree.is_nested(tree) for tree in (loss, tensors, y)]
+    whole = nested == [False, False, True] and takes_any_labels(loss)  # a function of all labels
+    if (any(nested) and not whole) or is_summed(loss):
+        rows = pair_up(loss, loss_weights, y, known, sample_weight, label_names)
+        return losses_of(rows, size), outputs
+    pair = keras_loss_pair(loss, y, outputs, sample_weight)
+    if loss_weights is not None:
+        (weight,) = loss_weights_of(loss_weights, [0], known).values()
+        pair = pair._replace(sum=pair.sum * as_dtype_of(weight, pair.sum))
+    return pair, outputs
+
+
+def _call(model: keras.Model, x: Any, **kwargs: Any) -> Any:
+    x = as_taken(model, x)
+    try:
+        return model(x, **kwargs)
+    except ValueError as error:
+        # Only real inputs are compared with the rank of keras.Input.
+        if isinstance(error, KbtrainError) or "Invalid input shape for input" not in str(error):
+            raise
+        shapes = keras.tree.map_structure(lambda t: str(tuple(t.shape)), x)
+        expected = re.search(r"Expected shape (\(.*?\))", str(error))
+        raise DataError(
+            f"The model {model.name!r} does not accept the inputs of the data: one of these has "
+            f"another shape than its keras.Input. Received: {shapes}."
+            + (f" Expected: {expected[1]}." if expected else "")
+        ) from None
+
+
+def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
+    if isinstance(outputs, Mapping) and "loss" in outputs:
+        return as_pair(outputs["loss"], size)
+    if model.losses:
+        zero = as_dtype_of(0.0, as_float(model.losses[0]))
+        return LossPair(zero, as_dtype_of(size, zero))
+    raise ConfigurationError(
+        "There is no loss: pass loss=... or compute_loss_func=... to the Trainer, compile the "
+        "model with one, return a dict with the key 'loss' from it, or use add_loss in it."
+        + _instead_of_loss(model)
+    )
+
+
+def _instead_of_loss(model: keras.Model) -> str:
+    """What else a model of this class can be given where there is no loss."""
+    name = type(model).__name__
+    if overrides(model, "train_step"):
+        return (
+            f" {name} has a train_step of its own and no test_step, so it is evaluated as any "
+            "keras.Model is. Define test_step in it, too; or evaluate nothing (eval_strategy='no')."
+        )
+    if overrides(model, "compile") and not getattr(model, "compiled", False):
+        return f" {name} has a compile of its own, which has not been called."
+    return " Or define compute_loss(self, x, y, y_pred, sample_weight, training) in it."
+
+
+def _keys(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with the keys {sorted(map(str, batch))}"
+    if ops.is_tensor(batch):
+        return "one array"
+    return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple) else "")
+
+
+def items_counter(
+    loss_func: Callable[..., Any] | None, label_names: LabelNames = None
+) -> Callable[[Any, int], Any] | None:
+    """``count(batch, batch_axes)`` of labels, if the loss function asks for the total; else None.
+
+    ``batch_axes`` is 1 for a batch and 2 for micro-batches stacked along one more axis.
+    """
+    if loss_func is None or "num_items_in_batch" not in inspect.signature(loss_func).parameters:
+        return None
+
+    def count(batch: Any, batch_axes: int) -> Any:
+        parts = unpack(with_none(batch), label_names)
+        return count_items(parts.y, math.prod(counting_leaf(*parts).shape[:batch_axes]))
+
+    return count

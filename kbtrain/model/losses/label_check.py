@@ -1,0 +1,120 @@
+"""Integer labels that the model has no class for, found on the host before they are trained on.
+
+A backend on its own says nothing (JAX), or shows where in its graph it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kbtrain.data import LabelNames, unpack
+from kbtrain.errors import DataError
+from kbtrain.model.losses.keras_losses import chosen, is_sparse, may_be_sparse
+from kbtrain.model.losses.pairing import Outputs
+from kbtrain.model.losses.pairs import IGNORE_INDEX
+
+
+class LabelCheck:
+    """The classes of a model's outputs, and whether labels are among them.
+
+    Args:
+        loss: A resolved loss, or a dict or list of these. Only sparse cross-entropies are checked.
+        labels: The labels of a batch, for their structure.
+        outputs: What the model returns for it; shapes are enough.
+        output_names: The names of its outputs, if it has some.
+        label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
+
+    Raises:
+        ConfigurationError: Losses, labels and outputs do not belong together.
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        labels: Any,
+        outputs: Any,
+        output_names: Sequence[str] | None = None,
+        label_names: LabelNames = None,
+    ) -> None:
+        self._label_names = label_names
+        self._known = known = Outputs(outputs, output_names)
+        losses = {} if loss is None else known.assign(loss, "loss")
+        self._active = [i for i in range(len(self._known.leaves)) if losses.get(i) is not None]
+        self._classes: list[tuple[int, int, int | None]] = []
+        checked = [i for i in self._active if may_be_sparse(losses[i])]
+        found = known.labels(labels, self._active, label_names=label_names) if checked else {}
+        for i in checked:
+            label, output = found.get(i), self._known.leaves[i]
+            if not hasattr(label, "shape") or len(getattr(output, "shape", ())) < 2:
+                continue
+            each = chosen(losses[i], label, output)
+            if is_sparse(each):
+                classes = output.shape[getattr(each, "_fn_kwargs", {}).get("axis", -1)]
+                if classes is not None:
+                    self._classes.append((i, classes, getattr(each, "ignore_class", None)))
+
+    def __call__(self, batches: Any, count: int, axes: Sequence[str], first: int) -> None:
+        """Look at the labels of several batches.
+
+        Args:
+            batches: A batch with more axes in front, NumPy.
+            count: Entries of the first axis that mean something.
+            axes: What these axes count, for the message: ``("update", "micro-batch")``.
+            first: The number of the first entry of the first axis, for the message.
+
+        Raises:
+            DataError: A label is outside of the classes.
+        """
+        if not self._classes:
+            return
+        _, y, weights = unpack(batches, self._label_names)
+        known, names = self._known, self._label_names
+        found = known.labels(y, self._active, label_names=names)
+        nested = isinstance(weights, Mapping | list | tuple)
+        weighed = known.labels(weights, self._active, "sample weight", names) if nested else {}
+        for i, classes, ignored in self._classes:
+            labels = found.get(i)
+            if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iuf":
+                continue
+            labels = labels[:count]
+            if labels.min() >= 0 and labels.max() < classes:
+                continue
+            wrong = ~((labels >= 0) & (labels < classes)) & (labels != ignored)
+            if labels.dtype.kind == "i":
+                wrong &= labels != IGNORE_INDEX
+            wrong &= _weighed(weighed.get(i) if nested else weights, wrong)
+            if wrong.any():
+                key = known.names[i] if len(known.leaves) > 1 else None
+                _complain(labels, wrong, classes, key, axes, first)
+
+
+def _weighed(weights: Any, like: np.ndarray) -> Any:
+    """Where the weight is not 0: a label without one may be anything."""
+    if not isinstance(weights, np.ndarray) or weights.ndim > like.ndim:
+        return True
+    weights = weights[: len(like)]
+    return (weights != 0).reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
+
+
+def _complain(
+    labels: np.ndarray, wrong: np.ndarray, classes: int, key: Any, axes: Sequence[str], first: int
+) -> None:
+    place = [int(i) for i in np.argwhere(wrong)[0]]
+    label = labels[tuple(place)]
+    place[0] += first
+    named = [*axes, "row", "position"]
+    where = ", ".join(f"{name} {i}" for name, i in zip(named, place, strict=False))
+    right = labels[~wrong]
+    if label == classes and not (right == 0).any():
+        hint = "If the labels begin at 1, subtract 1."
+    else:
+        hint = "Give the last layer more units, or map the labels to this range first."
+    output = "the model's output" if key is None else f"the output {key!r}"
+    raise DataError(
+        f"A label is none of the model's classes: {output} has {classes} of them, so labels are 0 "
+        f"to {classes - 1}, or {IGNORE_INDEX} for what is to be left out. Received: the label "
+        f"{label} ({where}). {hint}"
+    )

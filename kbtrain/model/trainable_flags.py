@@ -1,0 +1,73 @@
+"""Which layers and variables of a model are trained, as part of a checkpoint.
+
+A callback may have frozen or unfrozen some since the run began. A run that resumes begins with the
+flags of its script, and the callback's moment may be over, so the checkpoint has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from kbtrain.model import build as building
+
+Flags = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class TrainableFlags:
+    """The flags of a model.
+
+    Attributes:
+        layers: Path and flag of each layer, outer ones first.
+        variables: Path and flag of each variable.
+    """
+
+    layers: Flags
+    variables: Flags
+
+    @classmethod
+    def of(cls, model: keras.Model) -> TrainableFlags:
+        """The flags as they are."""
+        layers = [(str(x.path), bool(x.trainable)) for x in building.walk_layers(model)]
+        return cls(layers, [(v.path, bool(v.trainable)) for v in model.variables])
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> TrainableFlags:
+        """The inverse of ``to_document``."""
+        layers, variables = (
+            [(str(path), bool(flag)) for path, flag in document[part]]
+            for part in ("layers", "variables")
+        )
+        return cls(layers, variables)
+
+    def to_document(self) -> dict[str, Any]:
+        """As JSON can hold them."""
+        return {
+            "layers": [list(x) for x in self.layers],
+            "variables": list(map(list, self.variables)),
+        }
+
+    def apply(self, model: keras.Model) -> None:
+        """Give a model of the same architecture these flags.
+
+        Raises:
+            ValueError: It has other layers or variables.
+        """
+        layers, variables = list(building.walk_layers(model)), model.variables
+        if len(layers) != len(self.layers) or len(variables) != len(self.variables):
+            raise ValueError(
+                f"{len(self.layers)} layers and {len(self.variables)} variables are known, and the "
+                f"model has {len(layers)} and {len(variables)}"
+            )
+        # A layer hands its flag on to those inside it. One that is inside of two is right after
+        # the second time.
+        for _ in range(2):
+            for layer, (_, flag) in zip(layers, self.layers, strict=True):
+                if layer.trainable != flag:
+                    layer.trainable = flag
+        for variable, (_, flag) in zip(variables, self.variables, strict=True):
+            if variable.trainable != flag:
+                variable.trainable = flag

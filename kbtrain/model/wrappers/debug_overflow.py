@@ -1,0 +1,139 @@
+"""``debug="underflow_overflow"``: which layer or gradient was the first that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kbtrain.data import micro_batches, without_none
+from kbtrain.model.build import walk_layers
+from kbtrain.model.forward import ForwardPass
+from kbtrain.model.losses.output_losses import counts_of, value_of
+from kbtrain.model.losses.pairs import LossPair, as_float
+from kbtrain.model.wrappers import gradient_checkpointing
+from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
+
+SHOWN = 5
+"""Layers before the first bad one whose largest outputs are shown, and gradients that are named."""
+
+
+class Diagnosis:
+    """Runs the batches of a bad update again and looks at each layer's outputs.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        model: The model, as it stands before the bad update.
+        forward: A pass of a batch, with its loss.
+        count_items: See ``kbtrain.model.forward.items_counter``.
+        trainable: The variables that are differentiated for.
+        variables: Everything that a step reads or assigns.
+    """
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        model: keras.Model,
+        forward: ForwardPass,
+        count_items: Callable[[Any, int], Any] | None,
+        trainable: Sequence[keras.Variable],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        self._backend, self._model, self._forward = backend, model, forward
+        self._count_items, self._trainable = count_items, list(trainable)
+        self._variables = list(variables)
+        self._seen: list[tuple[str, Any]] = []
+
+    def explain(self, chunks: Sequence[dict[str, Any]], index: int) -> str:
+        """What was the first thing that is not finite in an update.
+
+        Args:
+            chunks: The chunks of a block (NumPy), see ``kbtrain.data.Block``.
+            index: The number of the update in it.
+        """
+        layers = [layer for layer in walk_layers(self._model) if layer is not self._model]
+        for number, batch in enumerate(micro_batches(chunks, index)):
+            where = f"In micro-batch {number}: "
+            if bad := _bad_inputs(batch):
+                return f"{where}the data itself is not finite ({bad})."
+            with gradient_checkpointing.switched_off(), replaced_calls(layers, self._watched):
+                probe = self._backend.compile_step(self._probe, self._variables)
+                found = self._backend.to_host(probe(self._backend.to_device(without_none(batch))))
+            if (text := self._judge(found)) is not None:
+                return where + text
+        return "Run again, every layer, the loss and all gradients are finite, batch by batch."
+
+    def _watched(self, layer: keras.layers.Layer, call: Call) -> Call:
+        name = f"{layer.path or layer.name} ({type(layer).__name__})"
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outputs = call(*args, **kwargs)
+            tensors = [x for x in keras.tree.flatten(outputs) if ops.is_tensor(x)]
+            floats = [x for x in tensors if "float" in str(x.dtype)]
+            if floats:
+                self._seen.append((name, _largest(floats)))
+            return outputs
+
+        return watched
+
+    def _probe(self, batch: Any) -> dict[str, Any]:
+        """Largest magnitudes: of each layer's outputs, of the loss and of the gradients."""
+        items = None if self._count_items is None else self._count_items(batch, 1)
+
+        def objective(batch: Any) -> tuple[Any, Any]:
+            self._seen.clear()
+            loss, _, _ = self._forward(batch, items, training=True)
+            total = loss.sum if isinstance(loss, LossPair) else value_of(loss, counts_of(loss))
+            return total, [value for _, value in self._seen]
+
+        loss, layers, gradients, _ = self._backend.value_and_grad(objective, self._trainable, batch)
+        return {
+            "layers": layers,
+            "loss": as_float(loss),
+            "gradients": [_largest([g]) for g in gradients],
+        }
+
+    def _judge(self, found: dict[str, Any]) -> str | None:
+        named = [(name, float(x)) for (name, _), x in zip(self._seen, found["layers"], strict=True)]
+        for i, (name, value) in enumerate(named):
+            if not np.isfinite(value):
+                before = ", ".join(f"{n} {x:.3g}" for n, x in named[max(0, i - SHOWN) : i])
+                return (
+                    f"the first output that is not finite is that of {name}. Largest outputs "
+                    f"before it: {before or 'none, it is the first layer'}."
+                )
+        if not np.isfinite(float(found["loss"])):
+            return "all layers' outputs are finite, the loss is not: look at it and at the labels."
+        pairs = zip(self._trainable, found["gradients"], strict=True)
+        if bad := [v.path for v, x in pairs if not np.isfinite(float(x))]:
+            rest = "" if len(bad) <= SHOWN else f" and of {len(bad) - SHOWN} more"
+            return (
+                "outputs and loss are finite, the gradients are not for "
+                f"{', '.join(bad[::-1][:SHOWN])}{rest} (the last layers first)."
+            )
+        return None
+
+
+def _largest(tensors: Sequence[Any]) -> Any:
+    """The largest magnitude in float32; not finite if anything is not."""
+    values = [ops.max(ops.abs(as_float(x))) if 0 not in x.shape else as_float(0.0) for x in tensors]
+    total = values[0]
+    for value in values[1:]:  # a maximum would lose a NaN on some backends
+        total = ops.where(ops.isfinite(total), ops.where(value > total, value, total), total)
+        total = ops.where(ops.isfinite(value), total, value)
+    finite = ops.all(ops.stack([ops.all(ops.isfinite(as_float(x))) for x in tensors]))
+    return ops.where(finite, total, as_float(float("inf")))
+
+
+def _bad_inputs(batch: Any) -> str:
+    """The first array of a batch with something in it that is not finite."""
+    for path, array in keras.tree.flatten_with_path(batch):
+        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+            row = np.argwhere(~np.isfinite(array))[0]
+            name = "/".join(map(str, path)) or "input"
+            return f"array {name}, first at position {tuple(int(i) for i in row)}"
+    return ""

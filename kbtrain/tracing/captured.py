@@ -1,0 +1,245 @@
+"""What a traced step has captured from Python, and whether it has been changed since.
+
+A traced step holds the numbers, flags and functions that its Python found: ``self.beta`` of a
+model, a layer's ``trainable``, a global of the loss's module. Objects of the user's classes are
+watched while they are read in the trace; of Keras' own layers, losses, regularizers and optimizers
+the public settings are; functions say in their code which globals and closures they read.
+
+``Captured.look`` compares, where code of the user's has run since the last time. Its answer is the
+generation of what there is: a step of an earlier one has to be built anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kbtrain.errors import ConfigurationError, place_of
+from kbtrain.model import build as building
+from kbtrain.tracing import objects
+from kbtrain.tracing.frozen_values import frozen, is_changeable
+from kbtrain.tracing.names import Place, names_read_by
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+OFTEN = 5
+"""Changes of one value in a fit, each with a new step, after which a warning says what to do."""
+
+_MISSING = object()
+
+
+@dataclass
+class _Watched:
+    """One value that a step has captured, as it was."""
+
+    place: Place
+    raw: Any
+    frozen: Any
+    changeable: bool
+
+    def differs(self) -> bool:
+        """Whether there is another value now."""
+        now = self.place.namespace.get(self.place.name, _MISSING)
+        if now is self.raw and not self.changeable:
+            return False
+        return bool(frozen(now) != self.frozen)
+
+
+class Captured:
+    """What the steps of a Trainer have captured.
+
+    Args:
+        trainer: The Trainer.
+
+    Attributes:
+        generation: Counts the changes; see ``look``.
+        due: Whether code of the user's may have changed something since the last look.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.generation = 0
+        self.due = True
+        self._read: dict[tuple[int, str], Place] = {}
+        self._watched: list[_Watched] = []
+        self._model: list[tuple[Any, Any]] = []
+        self._recording = self._traced = False
+        self._counts: Counter[tuple[int, str]] = Counter()
+
+    # --- while a step is traced -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def recording(self, symbolic: bool) -> Iterator[None]:
+        """Inside, attributes of the user's objects that are read are noted.
+
+        Args:
+            symbolic: Whether a step is being traced; otherwise nothing happens.
+        """
+        if self._recording or not symbolic:
+            yield
+            return
+        self._recording = self._traced = True
+        try:
+            with objects.intercepted(objects.watched_classes(self._trainer), self._note):
+                yield
+        finally:
+            self._recording = False
+
+    def _note(self, owner: Any, name: str, value: Any) -> None:
+        key = id(owner), name
+        if key in self._read or not objects.is_setting(value):
+            return
+        own = getattr(owner, "__dict__", {})
+        if name in own:
+            namespace: Mapping[str, Any] = own
+        else:  # of the class; an object's own may come to hide it
+            found = next((c for c in type(owner).__mro__ if name in vars(c)), None)
+            if found is None or not objects.is_setting(vars(found)[name]):
+                return
+            namespace = _Attribute(owner)
+        where = place_of(sys._getframe(2))
+        label = f"{type(owner).__name__}.{name}"
+        self._read[key] = Place(namespace, name, label, where, owner)
+
+    # --- afterwards -----------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """If a step was traced just now, what there is now is what it has captured."""
+        if not self._traced:
+            return
+        self._traced = False
+        places = {p.key: p for p in [*self._read.values(), *objects.settings(self._trainer)]}
+        for place in names_read_by(objects.functions(self._trainer)):
+            places.setdefault(place.key, place)
+        self._watched = []
+        for place in places.values():
+            raw = place.namespace.get(place.name, _MISSING)
+            self._watched.append(_Watched(place, raw, frozen(raw), is_changeable(raw)))
+
+    def look(self) -> int:
+        """Compare with what there is now, if code of the user's may have run since.
+
+        Returns:
+            The generation of what there is now.
+
+        Raises:
+            ConfigurationError: The model was compiled anew while it is trained.
+        """
+        if not self.due:
+            return self.generation
+        self.due = False
+        if self._trainer.is_in_train and self._trainer.bound.is_outdated:
+            raise ConfigurationError(
+                "The model was compiled anew while it is trained, by a callback perhaps. Its "
+                "optimizer, loss and metrics belong to the whole run: compile it before fit, or "
+                "between two calls. (Attributes of the three may be set at any time.)"
+            )
+        changed = [w for w in self._watched if w.differs()]
+        before, self._model = self._model, _shape_of(self._trainer.model)
+        model_changed = bool(before) and not _equal(before, self._model)
+        if changed or model_changed:
+            self._tell(changed, before if model_changed else self._model)
+            self.generation += 1
+            self._read.clear()
+            self._watched.clear()
+        return self.generation
+
+    def new_fit(self) -> None:
+        """Look at everything again; changes are counted anew."""
+        self._counts.clear()
+        self.due = True
+        self.look()
+
+    def after_event(self, event: str) -> None:
+        """An event comes: whoever listens may change something.
+
+        Args:
+            event: Its name. At the beginning of an epoch the data may have code of the user's, too.
+        """
+        if not self.due:
+            trainer = self._trainer
+            self.due = (
+                event == "on_epoch_begin"
+                or objects.is_extended(trainer)
+                or any(
+                    not objects.is_own_class(type(c))
+                    for c in trainer.callback_handler.listeners(event)
+                )
+            )
+
+    def _tell(self, changed: list[_Watched], before: list[tuple[Any, Any]]) -> None:
+        for watched in changed:
+            place = watched.place
+            self._counts[place.key] += 1
+            logger.info("%s was changed: the step is compiled anew.", place.label)
+            if self._counts[place.key] == OFTEN:
+                logger.warning(
+                    "%s, which is read%s, was changed %d times in this fit, and each time the step "
+                    "was compiled anew, which takes time. A keras.Variable changes without that: "
+                    "make it one, and assign to it.",
+                    place.label,
+                    place.where or " in the step",
+                    OFTEN,
+                )
+        known = {id(item): setting for item, setting in before}
+        names = [
+            str(getattr(item, "path", None) or item.name)
+            for item, setting in self._model
+            if id(item) in known and known[id(item)] != setting
+        ]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            logger.info(
+                "trainable or dtype of %s%s was changed: the step is compiled anew.",
+                ", ".join(names[:3]),
+                more,
+            )
+
+
+def _shape_of(model: keras.Model) -> list[tuple[Any, Any]]:
+    """The layers and variables of a model with what decides how they are trained."""
+    layers = list(building.walk_layers(model))
+    found: list[tuple[Any, Any]] = [(x, (x.trainable, x.dtype_policy.name)) for x in layers]
+    parts = ("_trainable_variables", "_non_trainable_variables")
+    own = {id(v): v for x in layers for part in parts for v in getattr(x, part, ())}
+    found += [(v, v.trainable) for v in own.values()]
+    found.append((keras, (keras.config.floatx(), keras.config.image_data_format())))
+    return found
+
+
+def _equal(a: list[tuple[Any, Any]], b: list[tuple[Any, Any]]) -> bool:
+    return len(a) == len(b) and all(
+        x is y and left == right for (x, left), (y, right) in zip(a, b, strict=True)
+    )
+
+
+class _Attribute(Mapping[str, Any]):
+    """The attributes of an object, those of its class included."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return vars(self._owner)[name]
+        except KeyError:
+            for cls in type(self._owner).__mro__:
+                if name in vars(cls):
+                    return vars(cls)[name]
+            raise
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self._owner))
+
+    def __len__(self) -> int:
+        return len(vars(self._owner))

@@ -1,0 +1,193 @@
+"""``state.global_step`` and ``state.epoch`` in code that is traced: values on the device.
+
+A traced step runs its Python once and then many times without it. A Python number would be what
+it was at the trace for ever, so such code gets a ``DeviceNumber``: arithmetic with it is part of
+the step, and what Python decides by it (``if``, ``min``, ``int``) is noted as a ``Decision``. The
+step is right as long as its decisions are; ``kbtrain.tracing.retrace`` traces it anew where one is
+not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from kbtrain.errors import LooksAtNumber, first_lines, place_of
+from kbtrain.tracing.device_number import DeviceNumber
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run stands before an update.
+
+    Attributes:
+        step: Updates done.
+        epoch: Number of the epoch.
+        batch: Micro-batches of it that are done.
+        batches: Micro-batches that make one epoch.
+        micro_batches: Micro-batches of the next update; 0 where time stands still (evaluations).
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    batches: int = 1
+    micro_batches: int = 0
+
+    def after(self, updates: int) -> Moment:
+        """The same, some updates later in the epoch."""
+        if not self.micro_batches:
+            return self
+        done = self.batch + updates * self.micro_batches
+        return replace(self, step=self.step + updates, batch=done)
+
+    @classmethod
+    def of(cls, step: int, epoch: float) -> Moment:
+        """A moment in which nothing is trained."""
+        whole, parts = int(epoch), 1 << 20
+        return cls(step, whole, round((epoch - whole) * parts), parts)
+
+    def read(self, name: str) -> float:
+        """The value of ``TrainerState.global_step`` or ``epoch``."""
+        return self.step if name == "global_step" else self.epoch + self.batch / self.batches
+
+
+@dataclass
+class Decisions:
+    """What the Python of one version of a step has decided by numbers of the state.
+
+    Attributes:
+        made: Outcomes by what was asked; each with the question, to ask it again.
+    """
+
+    made: dict[str, tuple[Callable[[Moment], Any], Any]] = field(default_factory=dict)
+
+    def hold(self, moment: Moment) -> bool:
+        """Whether Python would decide the same now."""
+        return all(ask(moment) == outcome for ask, outcome in self.made.values())
+
+    def room(self, moment: Moment, limit: int) -> int:
+        """For how many updates, of ``limit``, they hold; 0 if not even for the first."""
+        if not self.made:
+            return limit
+        return next((i for i in range(limit) if not self.hold(moment.after(i))), limit)
+
+
+class Position:
+    """Where the run stands, on the device and on the host.
+
+    Attributes:
+        moment: The moment of the step that runs next.
+        used: Whether a step has read the numbers: only then they are part of it.
+    """
+
+    _active: ClassVar[Position | None] = None
+    _accepted: ClassVar[bool] = False
+
+    def __init__(self, backend: ModuleType) -> None:
+        self._backend = backend
+        if not Position._accepted:
+            backend.accept_numbers(DeviceNumber)
+            Position._accepted = True
+        self._variable: keras.Variable | None = None
+        self._decisions: Decisions | None = None
+        self._state: Any = None
+        self.moment = Moment()
+        self.used = False
+
+    def set(self, moment: Moment, traced: bool = False) -> None:
+        """Tell the device, if a step reads it.
+
+        Args:
+            moment: The moment of the step that runs next.
+            traced: It has been traced: if it did not read the numbers, it will not.
+        """
+        self.moment = moment
+        now = [moment.step, moment.epoch, moment.batch, moment.batches]
+        if self._variable is None:
+            self._variable = keras.Variable(now, dtype="int32", trainable=False, name="position")
+        elif self.used or not traced:
+            self._variable.assign(ops.convert_to_tensor(now, "int32"))
+
+    @contextlib.contextmanager
+    def readable(self, state: Any, decisions: Decisions) -> Iterator[None]:
+        """Inside, ``state`` gives out the numbers of the step that runs or is traced.
+
+        Args:
+            state: The ``TrainerState``.
+            decisions: Where to note what Python decides by them.
+        """
+        before = Position._active, self._state, self._decisions
+        Position._active, self._state, self._decisions = self, state, decisions
+        try:
+            yield
+        finally:
+            Position._active, self._state, self._decisions = before
+
+    def advance(self, micro_batches: int) -> None:
+        """The step that runs or is traced ends: the next one finds the next numbers."""
+        if self.used and self._variable is not None:
+            more = ops.convert_to_tensor([1, 0, micro_batches, 0], "int32")
+            self._variable.assign(self._variable + more)
+
+    @classmethod
+    def read(cls, state: Any, name: str) -> Any:
+        """What code in a step gets for ``state.global_step`` or ``epoch``; None elsewhere."""
+        active = cls._active
+        if active is None or active._state is not state or active._variable is None:
+            return None
+        return active._number(name)
+
+    def _number(self, name: str) -> Any:
+        assert self._variable is not None
+        variable = self._variable
+        self.used = True
+        if not self._backend.is_symbolic(variable):
+            step, epoch, batch, batches = ops.convert_to_numpy(variable.value).tolist()
+            return Moment(step, epoch, batch, batches).read(name)
+
+        def value() -> Any:
+            if name == "global_step":
+                return variable[0]
+            epoch, batch, batches = (ops.cast(variable[i], "float32") for i in (1, 2, 3))
+            return epoch + batch / batches
+
+        integer = name == "global_step"
+        dtype = "int32" if integer else "float32"
+        try:
+            return DeviceNumber(
+                self, lambda moment: moment.read(name), value, dtype, f"state.{name}"
+            )
+        except Exception as error:  # Keras' variables have changed
+            raise LooksAtNumber(
+                f"state.{name} cannot be a value on the device with this version of Keras: "
+                f"{first_lines(error)}"
+            ) from error
+
+    def decide(self, ask: Callable[[Moment], Any], text: str) -> Any:
+        """Answer a question of Python's, and note that the step depends on it."""
+        outcome = ask(self.moment)
+        if self._decisions is not None:
+            self._decisions.made[text] = ask, outcome
+        return outcome
+
+    def reveal(self, ask: Callable[[Moment], Any], text: str, how: str) -> Any:
+        """Give Python the number itself, where that holds for more than one update.
+
+        Raises:
+            LooksAtNumber: The number is another one in the next update.
+        """
+        if self._decisions is not None and ask(self.moment.after(1)) != ask(self.moment):
+            where = place_of(sys._getframe())
+            raise LooksAtNumber(
+                f"{how}() of {text}{where} takes a number that changes with every update. "
+                "Use keras.ops in place of math and NumPy functions, and arithmetic as it is."
+            )
+        return self.decide(ask, f"{how}({text})")

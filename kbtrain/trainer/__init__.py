@@ -1,0 +1,1 @@
+"""What users call: ``Trainer``, its arguments, reports and search."""

@@ -1,0 +1,255 @@
+"""What of the Trainer's constructor can be known to be wrong before anything is run."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kbtrain.checkpoint.processing_class import check_processing_class
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.data import check_class_weight, split
+from kbtrain.distributed import placement
+from kbtrain.errors import ConfigurationError
+from kbtrain.evaluation.gather import check_batchwise
+from kbtrain.model import build as building
+from kbtrain.optimization import registry
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+FUNCTIONS = {
+    "data_collator": ("(samples) -> batch", 1),
+    "model_init": ("() -> keras.Model, or (trial) -> keras.Model", None),
+    "compute_loss_func": ("(outputs, labels) -> loss", 2),
+    "compute_metrics": ("(EvalPrediction) -> dict", 1),
+    "preprocess_logits_for_metrics": ("(outputs, labels) -> outputs", 2),
+}
+"""Arguments that are functions, with their forms and how many positional arguments they get."""
+
+BY_NAME = ("compute_result", "num_items_in_batch", "sample_weight")
+"""Arguments that some of them get by name, if they have them."""
+
+
+def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
+    """Check the arguments of the constructor.
+
+    Args:
+        trainer: Has those that are kept as they are.
+        model: As given, or None.
+        loss: As given, or None.
+        callbacks: As given, or None.
+        optimizers: As given.
+
+    Raises:
+        ConfigurationError: One of them is of another kind, or two do not fit together.
+    """
+    args, given = trainer.args, {**vars(trainer), "model": model, "loss": loss}
+    _check_args(args)
+    for name, (form, positional) in FUNCTIONS.items():
+        if given[name] is not None:
+            _check_function(name, given[name], form, positional)
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        raise ConfigurationError(
+            "callbacks must be a list of callbacks. "
+            f"Received: {getattr(callbacks, '__name__', type(callbacks).__name__)}."
+        )
+    check_class_weight(trainer.class_weight)
+    _check_compute_loss(trainer)
+    _check_model(given, optimizers)
+    _check_loss(trainer, given)
+    _check_evaluation(given, args)
+    check_processing_class(given["processing_class"])
+    placement.check(trainer.backend, args)
+    if optimizers[0] is None:
+        registry.find(registry.OPTIMIZERS, args.optim, "optim")
+    schedule = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
+    registry.check_names(schedule, args.lr_scheduler_kwargs, "lr_scheduler_kwargs")
+
+
+def _check_args(args: Any) -> None:
+    """The arguments are those of kbtrain."""
+    if isinstance(args, TrainingArguments):
+        return
+    kind, remedy = type(args), ""
+    if kind.__module__.partition(".")[0] == "transformers":
+        remedy = (
+            " It is of transformers: import it from kbtrain, or convert it with "
+            "TrainingArguments.from_dict(args.to_dict())."
+        )
+    elif isinstance(args, Mapping):
+        remedy = " Write TrainingArguments(**args)."
+    elif isinstance(args, str | os.PathLike):
+        remedy = " Write TrainingArguments(output_dir)."
+    elif kind is tuple or hasattr(args, "shape"):
+        remedy = " Data is given by name: train_dataset=(x, y)."
+    raise ConfigurationError(
+        f"args must be a TrainingArguments. Received: {kind.__qualname__}.{remedy}"
+    )
+
+
+def _check_loss(trainer: Trainer, given: Mapping[str, Any]) -> None:
+    """There will be something to minimize, as far as that can be known before a batch is seen.
+
+    Code of the user may add a loss or return one: a model, layer or Trainer of their own, or a
+    regularizer. A model of Keras' own parts cannot.
+    """
+    model = given["model"]
+    if model is None or given["train_dataset"] is None:
+        return
+    if given["loss"] is not None or given["compute_loss_func"] is not None:
+        return
+    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    if owner.__module__ != "kbtrain.trainer.trainer" or getattr(model, "loss", None) is not None:
+        return
+    if isinstance(model, keras.Model) and _adds_no_loss(model):
+        raise ConfigurationError(
+            "There is no loss to train with: pass loss=... (such as 'mse') or "
+            "compute_loss_func=... to the Trainer, or compile the model with one. A Trainer that "
+            "only predicts needs no train_dataset."
+        )
+
+
+def _adds_no_loss(model: keras.Model) -> bool:
+    """Whether a model consists of Keras' own parts, none of which adds or returns a loss."""
+    for part in building.walk_layers(model):
+        if type(part).__module__.partition(".")[0] != "keras":
+            return False
+        if any(v is not None for name, v in vars(part).items() if name.endswith("_regularizer")):
+            return False
+    outputs = None if isinstance(model, keras.Sequential) else model.output
+    return not (isinstance(outputs, Mapping) and "loss" in outputs)
+
+
+def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tuple[Any, Any]:
+    """What is trained on and what is evaluated.
+
+    Raises:
+        ConfigurationError: There is an evaluation set already, or nothing that can be split.
+    """
+    if validation_split is None or validation_split == 0:
+        return train_dataset, eval_dataset
+    if eval_dataset is not None:
+        raise ConfigurationError(
+            "Pass either eval_dataset or validation_split, not both. "
+            f"Received: validation_split={validation_split!r}."
+        )
+    return split(train_dataset, validation_split)
+
+
+def check_resume(checkpoint: Any) -> None:
+    """Make sure that what ``fit`` is to resume from is no data.
+
+    Raises:
+        ConfigurationError: It is neither a path nor True, False or None.
+    """
+    if checkpoint is not None and not isinstance(checkpoint, bool | str | os.PathLike):
+        raise ConfigurationError(
+            "fit(resume_from_checkpoint) takes True, 'auto' or the path of a checkpoint. The data "
+            "belongs to the Trainer: Trainer(model, args, train_dataset=(x, y)). "
+            f"Received: {type(checkpoint).__name__}."
+        )
+
+
+def _check_function(name: str, function: Any, form: str, positional: int | None) -> None:
+    """Make sure that something can be called as it will be."""
+    made = positional is not None and isinstance(function, type)  # a model's class makes one
+    if not callable(function) or made:
+        kind = function.__name__ if isinstance(function, type) else type(function).__name__
+        what = "the class " if isinstance(function, type) else ""
+        raise ConfigurationError(f"{name} must be a function {form}. Received: {what}{kind}.")
+    if positional is None:
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of compiled code: the call will say
+        return
+    named = {n: None for n in BY_NAME if n in signature.parameters}
+    try:
+        signature.bind(*[None] * positional, **named)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{name} must be a function {form}. Received: one with the arguments {signature}: "
+            f"{problem}."
+        ) from None
+
+
+def _check_compute_loss(trainer: Trainer) -> None:
+    """An overridden ``compute_loss`` is called with these arguments; the last may be missing."""
+    signature = inspect.signature(trainer.compute_loss)
+    try:
+        signature.bind(None, None, return_outputs=True)
+    except TypeError as problem:
+        raise ConfigurationError(
+            f"{type(trainer).__name__}.compute_loss must be defined as compute_loss(self, model, "
+            "inputs, return_outputs=False, num_items_in_batch=None). "
+            f"Received: compute_loss{signature}: {problem}."
+        ) from None
+
+
+def with_what_it_takes(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute_loss`` as the step calls it: many were written without ``num_items_in_batch``."""
+    parameters = inspect.signature(compute_loss).parameters.values()
+    if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return compute_loss
+
+    def called(model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
+        return compute_loss(model, inputs, return_outputs=return_outputs)
+
+    return called
+
+
+def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
+    """The model, and what trains it."""
+    model_init = given["model_init"]
+    if (given["model"] is None) == (model_init is None):
+        which = "neither" if model_init is None else "both"
+        raise ConfigurationError(f"Pass either model or model_init. Received: {which}.")
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise ConfigurationError(
+            f"optimizers must be a pair (optimizer, schedule). Received: {optimizers!r}."
+        )
+    optimizer, schedule = optimizers
+    if model_init is not None and (optimizer is not None or schedule is not None):
+        raise ConfigurationError(
+            "optimizers cannot be given together with model_init: each new model needs a new "
+            "optimizer. Override create_optimizer instead."
+        )
+    if optimizer is not None and not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ConfigurationError(
+            "optimizers[0] must be a keras.optimizers.Optimizer. "
+            f"Received: {type(optimizer).__name__}."
+        )
+    is_schedule = isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule)
+    if not (schedule is None or is_schedule or hasattr(schedule, "on_metric")):
+        raise ConfigurationError(
+            "optimizers[1] must be a keras.optimizers.schedules.LearningRateSchedule, such as "
+            "those of optim, or None. A constant learning rate belongs to the optimizer. "
+            f"Received: {type(schedule).__name__}."
+        )
+    if given["loss"] is not None and given["compute_loss_func"] is not None:
+        raise ConfigurationError("Pass either loss or compute_loss_func, not both.")
+
+
+def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None:
+    """What the arguments say about evaluating, and what there is for it."""
+    if given["eval_dataset"] is None:
+        wanted = {
+            "eval_strategy": args.eval_strategy if args.eval_strategy != "no" else None,
+            "eval_minutes": args.eval_minutes,
+            "eval_on_start": args.eval_on_start or None,
+        }
+        for name, value in wanted.items():
+            if value is not None:
+                raise ConfigurationError(f"{name}={value!r} needs an eval_dataset. Received: None.")
+    if args.batch_eval_metrics:
+        check_batchwise(given["compute_metrics"])
+    if args.predict_with_generate and given["preprocess_logits_for_metrics"] is not None:
+        raise ConfigurationError(
+            "preprocess_logits_for_metrics is for the model's outputs, and with "
+            "predict_with_generate=True compute_metrics gets what was generated instead. Do in "
+            "compute_metrics what it did."
+        )

@@ -1,0 +1,115 @@
+"""Names of the reference's Trainer that ``Trainer`` does not have: what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any, Self
+
+from kbtrain.config.migration import reason
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.errors import KERAS, ConfigurationError
+
+PARAMETERS: dict[str, str] = {
+    "tokenizer": "Write processing_class=..., its name since version 5.",
+    "optimizer_cls_and_kwargs": "Register the class under the entry points kbtrain.optimizers and "
+    "write optim=..., optim_args=..., or override create_optimizer.",
+    "optimizer": "Write optimizers=(optimizer, schedule), of which either may be None.",
+    "tb_writer": "Write report_to=['tensorboard'] in TrainingArguments.",
+    # Keras
+    **dict.fromkeys(("x", "y"), "Write train_dataset=(x, y)."),
+    "validation_data": "Write eval_dataset=..., and eval_strategy='epoch' in TrainingArguments.",
+    "sample_weight": "Write train_dataset=(x, y, sample_weight).",
+    "dataset": "Write train_dataset=...",
+    "collate_fn": "Write data_collator=...",
+    "peft_config": "Call model.enable_lora(rank) of a KerasHub backbone, or of a layer, before.",
+}
+PARAMETERS |= {name: text for name, text in KERAS.items() if name not in PARAMETERS}
+"""Parameters of the constructor: the reference's own, and what users of 4.x and Keras may try."""
+
+MEMBERS: dict[str, str] = {
+    "training_step": "The step is compiled as a whole. Override compute_loss.",
+    "prediction_step": "The step is compiled as a whole. Use preprocess_logits_for_metrics.",
+    "compute_loss_context_manager": "Mixed precision is a dtype policy.",
+    "autocast_smart_context_manager": "Mixed precision is a dtype policy.",
+    "get_batch_samples": "The loader groups micro-batches; override get_train_dataloader.",
+    "set_initial_training_values": "The plan of a run follows from the arguments and the data.",
+    "get_tp_size": "Layouts belong to keras.distribution.",
+    "get_cp_size": "Layouts belong to keras.distribution.",
+    "get_sp_size": "Layouts belong to keras.distribution.",
+    "create_optimizer_and_scheduler": "Override create_scheduler and create_optimizer, which are "
+    "called in this order.",
+    "get_optimizer_cls_and_kwargs": "Optimizers are found by entry point; override "
+    "create_optimizer.",
+    "get_optimizer_group": "A Keras optimizer has no parameter groups to look up.",
+    "store_flos": "The estimate 6 x tokens x parameters holds for transformers only.",
+    "floating_point_ops": "The estimate 6 x tokens x parameters holds for transformers only.",
+    "init_hf_repo": "kbtrain uploads nothing.",
+    "push_to_hub": "kbtrain uploads nothing: save_model, then upload with huggingface_hub.",
+    "create_accelerator_and_postprocess": "It belongs to Accelerate.",
+    "loss_is_scaled_for_ga": "Accumulation is exact whatever the model: losses are (sum, count).",
+    "model_wrapped": "Nothing wraps the model: `model`.",
+    "label_smoother": "See label_smoothing_factor.",
+    "accelerator": "It belongs to Accelerate.",
+    "end": "Trackers are closed at the end of every fit.",
+}
+"""Methods and attributes of the reference that are not here, and why."""
+
+OLD_MEMBERS = {"tokenizer": "Write processing_class, its name since version 5."}
+"""Those of version 4, likewise."""
+
+
+class KnownNames:
+    """Explains the reference's names where Python would only say that there is no such thing.
+
+    A subclass of the Trainer may well have a parameter of such a name. A method of such a name is
+    an error: it would never be called.
+    """
+
+    if not TYPE_CHECKING:  # or every attribute would look as if it existed
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what became of a member of the reference."""
+            reason = MEMBERS.get(name) or OLD_MEMBERS.get(name)
+            said = f". {reason}" if reason else ""
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{said}")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse what ``__init__`` does not take, with what to write instead."""
+        if overridden := [name for name in MEMBERS if callable(getattr(cls, name, None))]:
+            raise ConfigurationError(
+                f"{cls.__name__}.{overridden[0]} would never be called: the reference has such a "
+                f"method, kbtrain has not. {MEMBERS[overridden[0]]} Otherwise rename it."
+            )
+        taken = inspect.signature(cls.__init__).parameters
+        kinds = {p.kind for p in taken.values()}
+        strangers = {name: value for name, value in kwargs.items() if name not in taken}
+        if strangers and inspect.Parameter.VAR_KEYWORD not in kinds:
+            known = [name for name in taken if name != "self"]
+            raise ConfigurationError(
+                "\n".join(
+                    f"{cls.__name__} has no parameter {name!r}. {_instead(name, value, known)}"
+                    for name, value in strangers.items()
+                )
+            )
+        by_position = [p.name for p in taken.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        if len(args) > len(by_position) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            raise ConfigurationError(
+                f"{cls.__name__} takes {len(by_position)} arguments by position "
+                f"({', '.join(by_position)}), the others by name. Received: {len(args)} by "
+                "position."
+            )
+        return super().__new__(cls)
+
+
+def _instead(name: str, value: Any, known: list[str]) -> str:
+    """What to write in place of a parameter that does not exist."""
+    if name in PARAMETERS:
+        return PARAMETERS[name]
+    if name in (field.name for field in dataclasses.fields(TrainingArguments)):
+        return f"It is a field of TrainingArguments: write TrainingArguments({name}=...)."
+    if answer := reason(name, value):
+        return f"TrainingArguments is where such settings are. {answer}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"It has: {', '.join(known)}."

@@ -1,0 +1,409 @@
+"""Hyperparameter search with Optuna: one training for each trial, one process or several."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.saver import Saver
+from kbtrain.errors import ConfigurationError
+from kbtrain.optimization import registry
+from kbtrain.training.dataloaders import is_named_datasets
+from kbtrain.utils.optional_imports import require
+
+if TYPE_CHECKING:
+    from kbtrain.config.training_args import TrainingArguments
+    from kbtrain.trainer.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+WORKER = "KBTRAIN_SEARCH_WORKER"
+"""Environment variable by which a process knows that it was started to run trials of a search."""
+
+STUDY = "kbtrain"
+"""Name of a study that was given none."""
+
+_NOT_A_RESULT = ("_runtime", "_per_second")
+
+
+class BestRun(NamedTuple):
+    """The best trial of a search, or one of the best of a search in several directions.
+
+    Attributes:
+        run_id: Number of the trial, as text; its files are in ``{output_dir}/run-{run_id}``.
+        objective: Its value, or a list with one for each direction.
+        hyperparameters: What the trial was run with.
+    """
+
+    run_id: str
+    objective: float | list[float]
+    hyperparameters: dict[str, Any]
+
+
+class Settings(NamedTuple):
+    """A search, as ``Trainer.hyperparameter_search`` describes it."""
+
+    hp_space: Callable[[Any], Mapping[str, Any]]
+    compute_objective: Callable[[dict[str, float]], float | Sequence[float]]
+    n_trials: int
+    directions: tuple[str, ...]
+    hp_name: Callable[[Any], str] | None
+    n_jobs: int
+    sampler: Any
+    pruner: Any
+    storage: Any
+    study_name: str | None
+    load_if_exists: bool
+    timeout: float | None
+
+
+def default_hp_space(trial: Any) -> dict[str, Any]:
+    """The reference's space: learning rate, epochs, seed and batch size."""
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-6, 1e-4, log=True),
+        "num_train_epochs": trial.suggest_int("num_train_epochs", 1, 5),
+        "seed": trial.suggest_int("seed", 1, 40),
+        "per_device_train_batch_size": trial.suggest_categorical(
+            "per_device_train_batch_size", [4, 8, 16, 32, 64]
+        ),
+    }
+
+
+def default_compute_objective(metrics: Mapping[str, float]) -> float:
+    """The evaluation loss if nothing else was measured, otherwise the sum of everything else.
+
+    Example:
+        >>> default_compute_objective({"eval_loss": 0.5, "eval_runtime": 3.0})
+        0.5
+        >>> default_compute_objective({"eval_loss": 0.5, "eval_f1": 0.25, "eval_accuracy": 0.5})
+        0.75
+    """
+    results = {
+        name: value
+        for name, value in metrics.items()
+        if name != "epoch" and not name.endswith(_NOT_A_RESULT) and "_mem_" not in name
+    }
+    loss = results.pop("eval_loss", None)
+    if not results and loss is not None:
+        return loss
+    return float(sum(results.values()))
+
+
+def settings(
+    hp_space: Callable[[Any], Mapping[str, Any]] | None,
+    compute_objective: Callable[[dict[str, float]], Any] | None,
+    n_trials: int,
+    direction: str | Sequence[str],
+    backend: str | None,
+    hp_name: Callable[[Any], str] | None,
+    n_jobs: int,
+    options: Mapping[str, Any],
+) -> Settings:
+    """The arguments of ``Trainer.hyperparameter_search``, with defaults.
+
+    Raises:
+        ConfigurationError: Another backend than Optuna, or an option that does not exist.
+    """
+    if backend not in (None, "optuna"):
+        raise ConfigurationError(
+            f"hyperparameter_search runs on Optuna. Received: backend={backend!r}. Leave it out."
+        )
+    known = {
+        "sampler": None,
+        "pruner": None,
+        "storage": None,
+        "study_name": None,
+        "load_if_exists": False,
+        "timeout": None,
+    }
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigurationError(
+            f"hyperparameter_search has no option {unknown[0]!r}. It has: {', '.join(known)}."
+        )
+    return Settings(
+        hp_space or default_hp_space,
+        compute_objective or default_compute_objective,
+        n_trials,
+        (direction,) if isinstance(direction, str) else tuple(direction),
+        hp_name,
+        n_jobs,
+        **(known | dict(options)),
+    )
+
+
+def takes_trial(model_init: Any) -> bool:
+    """Whether a function has a parameter ``trial``, or one without a default."""
+    parameters = inspect.signature(model_init).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(
+        p.name == "trial" or (p.default is inspect.Parameter.empty and p.kind in plain)
+        for p in parameters
+    )
+
+
+def search(trainer: Trainer, settings: Settings) -> BestRun | list[BestRun]:
+    """Run the trials; see ``Trainer.hyperparameter_search``."""
+    _check(trainer, settings)
+    optuna = require("optuna", "optuna", "hyperparameter_search")
+    order = json.loads(os.environ.get(WORKER, "null"))
+    if order is not None:
+        _work(optuna, trainer, settings, order)
+    try:
+        study = optuna.create_study(
+            directions=list(settings.directions),
+            sampler=settings.sampler,
+            pruner=settings.pruner,
+            storage=_storage(optuna, trainer, settings),
+            study_name=settings.study_name or (STUDY if settings.n_jobs > 1 else None),
+            load_if_exists=settings.load_if_exists,
+        )
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise ConfigurationError(
+            f"{error} Resume it with load_if_exists=True, or give another study_name or storage."
+        ) from None
+    if study.get_trials(deepcopy=False):
+        study.sampler.reseed_rng()  # a seeded sampler would repeat what it tried first
+    remaining = settings.n_trials - _finished(optuna, study)
+    if remaining <= 0:
+        logger.warning("The study %s has its %d trials.", study.study_name, settings.n_trials)
+    shares = [len(range(i, max(remaining, 0), settings.n_jobs)) for i in range(settings.n_jobs)]
+    workers = [_start_worker(trainer, study, share) for share in shares[1:] if share]
+    try:
+        if shares[0]:
+            _optimize(optuna, study, trainer, settings, shares[0])
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    finally:
+        failed = [worker.pid for worker in workers if worker.wait() != 0]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(workers)} processes of the search failed; their messages are "
+            f"above. The trials that were finished are in the study {study.study_name!r}."
+        )
+    return best(optuna, study)
+
+
+def best(optuna: Any, study: Any) -> BestRun | list[BestRun]:
+    """The best trial of a study, or the Pareto front of one in several directions.
+
+    Raises:
+        ConfigurationError: No trial was completed.
+    """
+    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    if not complete:
+        raise ConfigurationError(
+            f"No trial of the study {study.study_name!r} was completed: all were pruned. Use "
+            "another pruner, or one that waits longer (n_warmup_steps)."
+        )
+    if len(study.directions) > 1:
+        return [_as_run(trial, list(trial.values)) for trial in study.best_trials]
+    return _as_run(study.best_trial, study.best_trial.value)
+
+
+def _as_run(trial: Any, objective: Any) -> BestRun:
+    values = trial.user_attrs.get("hyperparameters", trial.params)
+    return BestRun(str(trial.number), objective, dict(values))
+
+
+def _check(trainer: Trainer, settings: Settings) -> None:
+    if trainer.model_init is None:
+        raise ConfigurationError(
+            "hyperparameter_search needs a new model for each trial: pass model_init=... (a "
+            "function that returns the model) to the Trainer instead of model=... ."
+        )
+    if trainer.eval_dataset is None:
+        raise ConfigurationError("hyperparameter_search needs an eval_dataset. Received: None.")
+    if settings.n_trials < 1 or settings.n_jobs < 1:
+        raise ConfigurationError(
+            "n_trials and n_jobs must be at least 1. "
+            f"Received: n_trials={settings.n_trials}, n_jobs={settings.n_jobs}."
+        )
+    if settings.n_jobs > 1:
+        _check_processes(settings)
+    wrong = [d for d in settings.directions if d not in ("minimize", "maximize")]
+    if wrong or not settings.directions:
+        raise ConfigurationError(
+            "direction must be 'minimize' or 'maximize', or a list of these. "
+            f"Received: {wrong[0] if wrong else settings.directions!r}."
+        )
+
+
+def _check_processes(settings: Settings) -> None:
+    """Part of `_check`: what only processes started anew can do."""
+    if not Path(sys.argv[0]).is_file():
+        raise ConfigurationError(
+            "n_jobs > 1 starts the program once more for each process, so it must be a script. "
+            f"Received: {sys.argv[0]!r}. Use n_jobs=1, or start several processes yourself with "
+            "the same storage and load_if_exists=True."
+        )
+    if settings.storage is not None and not isinstance(settings.storage, str):
+        raise ConfigurationError(
+            "With n_jobs > 1 storage must be a URL, such as 'sqlite:///study.db', or None for a "
+            f"file in output_dir. Received: {type(settings.storage).__name__}."
+        )
+
+
+def _finished(optuna: Any, study: Any) -> int:
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+# --- one trial ------------------------------------------------------------------------------------
+
+
+def _optimize(optuna: Any, study: Any, trainer: Trainer, settings: Settings, share: int) -> None:
+    """Run `share` trials in this process, and leave the Trainer with the arguments it had."""
+    args, store, saver = trainer.args, trainer.store, trainer.saver
+    report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
+    trainer.add_callback(report)
+
+    def objective(trial: Any) -> Any:
+        report.trial = trial
+        values = dict(settings.hp_space(trial))
+        trial.set_user_attr("hyperparameters", values)
+        _adjust(trainer, args, values, trial, settings)
+        return _run(trainer, report)
+
+    try:
+        study.optimize(objective, n_trials=share, timeout=settings.timeout, gc_after_trial=True)
+    finally:
+        trainer.remove_callback(report)
+        trainer.args, trainer.store, trainer.saver = args, store, saver
+        trainer.trial = None
+
+
+def _adjust(
+    trainer: Trainer, args: TrainingArguments, values: Mapping[str, Any], trial: Any, s: Settings
+) -> None:
+    """Give the Trainer the arguments, the folder and the state of a trial."""
+    known = args.to_dict()
+    changes = {name: _like(known[name], v) for name, v in values.items() if name in known}
+    own = sorted(set(values) - set(known))
+    if own and not takes_trial(trainer.model_init):
+        raise ConfigurationError(
+            f"hp_space gives {', '.join(own)}, which TrainingArguments does not have, and "
+            "model_init takes no argument that could use it. Write model_init(trial)."
+        )
+    name = s.hp_name(trial) if s.hp_name is not None else f"run-{trial.number}"
+    folder = Path(args.output_dir) / f"run-{trial.number}"
+    trainer.args = args.replace(**changes, output_dir=str(folder), run_name=name)
+    registry.find(registry.OPTIMIZERS, trainer.args.optim, "optim")
+    trainer.store = CheckpointStore(trainer.args.output_dir)
+    trainer.saver = Saver(trainer.store)
+    trainer.trial = trial
+    trainer.state, trainer.control = TrainerState(), TrainerControl()
+
+
+def _like(old: Any, value: Any) -> Any:
+    """A value as the kind of number that the argument had (a sampler may give 3.0 for 3)."""
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _run(trainer: Trainer, report: _Report) -> Any:
+    trainer.fit(resume_from_checkpoint=False)
+    if report.step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        report.metrics = trainer.evaluate()
+    return report.objective()
+
+
+class _Report(TrainerCallback):
+    """Keeps the newest results, tells them to the trial and stops one that is hopeless."""
+
+    def __init__(self, optuna: Any, compute: Callable[[dict[str, float]], Any], prune: bool):
+        self._optuna, self._compute, self._prune = optuna, compute, prune
+        self.trial: Any = None
+        self.metrics: dict[str, float] = {}
+        self.step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the trial before."""
+        self.metrics, self.step = {}, -1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report; with several evaluation sets, when all of this step are there."""
+        if state.global_step != self.step:
+            self.metrics = {}
+        self.step = state.global_step
+        self.metrics |= kwargs["metrics"]
+        if not kwargs["trainer"].is_in_train or not self._prune:
+            return
+        data = kwargs["trainer"].eval_dataset
+        sets = [f"eval_{name}_" for name in data] if is_named_datasets(data) else []
+        if not all(any(key.startswith(one) for key in self.metrics) for one in sets):
+            return
+        self.trial.report(float(self.objective()), state.global_step)
+        if self.trial.should_prune():
+            raise self._optuna.TrialPruned(f"at step {state.global_step}")
+
+    def objective(self) -> Any:
+        """What the trial is judged by, from the newest results.
+
+        Raises:
+            ConfigurationError: ``compute_objective`` asks for one that is not there.
+        """
+        try:
+            return self._compute(self.metrics)
+        except KeyError as error:
+            raise ConfigurationError(
+                f"compute_objective asks for {error}, which is not among the results of the "
+                f"evaluation: {', '.join(self.metrics)}."
+            ) from error
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def _storage(optuna: Any, trainer: Trainer, settings: Settings) -> Any:
+    """Where the study is kept: a file in the output directory if several processes share it."""
+    if settings.storage is not None or settings.n_jobs == 1:
+        return settings.storage
+    path = Path(trainer.args.output_dir) / "study.journal"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _journal(optuna, str(path))
+
+
+def _journal(optuna: Any, path: str) -> Any:
+    journal = optuna.storages.journal
+    return optuna.storages.JournalStorage(journal.JournalFileBackend(path))
+
+
+def _start_worker(trainer: Trainer, study: Any, share: int) -> subprocess.Popen[bytes]:
+    """Start this program once more; it will come to its search and run `share` trials there."""
+    folder = str(Path(trainer.args.output_dir).resolve())
+    order = {"study": study.study_name, "share": share, "output_dir": folder}
+    environment = os.environ | {WORKER: json.dumps(order)}
+    return subprocess.Popen([sys.executable, *sys.argv], env=environment)
+
+
+def _work(optuna: Any, trainer: Trainer, settings: Settings, order: Mapping[str, Any]) -> None:
+    """In a process that was started for it: run the share of trials, and leave the program."""
+    folder = str(Path(trainer.args.output_dir).resolve())
+    if folder != order["output_dir"]:
+        raise ConfigurationError(
+            "A program can have one search with n_jobs > 1: a process started for the search in "
+            f"{order['output_dir']} came to another one first, in {folder}."
+        )
+    storage = settings.storage or _journal(optuna, str(Path(folder) / "study.journal"))
+    study = optuna.load_study(
+        study_name=order["study"],
+        storage=storage,
+        sampler=settings.sampler,
+        pruner=settings.pruner,
+    )
+    study.sampler.reseed_rng()  # or all processes would try the same values
+    _optimize(optuna, study, trainer, settings, int(order["share"]))
+    raise SystemExit(0)

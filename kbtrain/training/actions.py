@@ -1,0 +1,284 @@
+"""What is done when it is due: log, evaluate, save."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks.state import storable
+from kbtrain.checkpoint import processing_class, run_state
+from kbtrain.checkpoint.saver import Snapshot
+from kbtrain.errors import CheckpointError, CheckpointUnreadableError
+from kbtrain.optimization import metric_driven
+from kbtrain.training import best_model
+from kbtrain.training.stop_signals import EvaluationAbandoned
+from kbtrain.utils import rng
+
+if TYPE_CHECKING:
+    from kbtrain.callbacks.state import TrainerState
+    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.run import Run
+
+logger = logging.getLogger("kbtrain")
+
+
+def log_window(trainer: Trainer, run: Run) -> None:
+    """Log the means since the last log; nothing if there was no update since."""
+    logs = run.take_window()
+    if not logs:
+        return
+    if (metrics := trainer.bound.metrics) is not None:
+        logs |= metrics.result()
+        metrics.reset()
+    trainer.log(logs)
+
+
+def evaluate(trainer: Trainer) -> bool:
+    """Evaluate, tell a learning rate that answers to a metric, see whether it is the best.
+
+    Returns:
+        False if somebody asks the run to stop: then no trace of an evaluation is left.
+    """
+    metrics = _evaluate_or_stop(trainer)
+    if metrics is None:
+        return False
+    metric_driven.tell(trainer.lr_scheduler, trainer.args, metrics)
+    best_model.note(trainer, metrics)
+    return True
+
+
+def evaluate_at_start(trainer: Trainer) -> bool:
+    """Evaluate before the first update: no learning rate answers to that.
+
+    Returns:
+        As ``evaluate``.
+    """
+    metrics = _evaluate_or_stop(trainer)
+    if metrics is None:
+        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        logger.warning("%s: stopping before the first step.", trainer.interruption)
+        return False
+    best_model.note(trainer, metrics)
+    return True
+
+
+def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
+    """Evaluate, unless the run is to stop before that is over.
+
+    A set may take hours, and a notice of pre-emption gives seconds. The resumed run begins the
+    evaluation anew.
+
+    Returns:
+        The results; None if there are none. Log, callbacks' states and random states are then what
+        they were.
+    """
+    if trainer.watch.reason(trainer.saver.longest) is not None:
+        return None
+    logged, handler = list(trainer.state.log_history), trainer.callback_handler
+    states = copy.deepcopy(handler.state())
+    random_state = rng.capture(trainer.backend)
+    try:
+        with trainer.watch.abandoning():
+            keys = trainer.ignore_keys_for_eval
+            # Not passed for nothing: a subclass may have an `evaluate` without it.
+            return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
+    except EvaluationAbandoned:
+        trainer.state.log_history[:] = logged
+        handler.load_state(states)
+        rng.restore(trainer.backend, *random_state)
+        return None
+
+
+def look_around(trainer: Trainer) -> bool:
+    """Between two steps: see to a failed save, and to who asks the run to save and stop.
+
+    Returns:
+        Whether the run is to stop here although it has not reached its end.
+    """
+    trainer.saver.poll()
+    reason = trainer.watch.reason(trainer.saver.longest)
+    if reason is None or trainer.control.should_training_stop:
+        return False
+    _stop(trainer, saving=trainer.args.save_strategy != "no")
+    return True
+
+
+def leave_unfinished(trainer: Trainer, run: Run, after: str) -> None:
+    """Save and stop in place of an evaluation, which the resumed run begins with.
+
+    Args:
+        trainer: Whose evaluation it is.
+        run: The run.
+        after: "step" or "epoch", where the evaluation was due.
+    """
+    run.progress.unfinished = {"after": after, "save": trainer.control.should_save}
+    logger.warning(
+        "The evaluation of step %d is left to the resumed run.", trainer.state.global_step
+    )
+    _stop(trainer, saving=trainer.args.save_strategy != "no")
+
+
+def position(state: TrainerState) -> str:
+    """Where a run is: "7 of 20", or "7" where its end is not known."""
+    return (
+        f"{state.global_step} of {state.max_steps}" if state.max_steps else f"{state.global_step}"
+    )
+
+
+def _stop(trainer: Trainer, saving: bool) -> None:
+    """Let the loop save, if it can, and end."""
+    if trainer.interruption is None:
+        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        logger.warning(
+            "%s: %s at step %s, then stopping.",
+            trainer.interruption,
+            "saving" if saving else "not saving (save_strategy='no')",
+            position(trainer.state),
+        )
+    trainer.control.should_training_stop = True
+    trainer.control.should_save = saving
+
+
+def save(trainer: Trainer, run: Run) -> None:
+    """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for.
+
+    ``on_save`` comes once the checkpoint is complete, so whoever listens makes the run wait.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    # First: whether the save before succeeded decides which one is the best and must stay, and its
+    # copy of the state makes room for the next.
+    trainer.saver.wait()
+    former_best = best_model.begin_saving(trainer, run)
+
+    def failed() -> None:
+        best_model.take_back(trainer, run, step, former_best)
+
+    listened_to = bool(trainer.callback_handler.listeners("on_save"))
+    background = args.save_async and not listened_to
+    if trainer.saver.save(_snapshot(trainer, run), background, args.on_save_error, failed):
+        trainer.fire("on_save")
+
+
+def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
+    """Copy everything of a checkpoint to the host: what training waits for."""
+    state, args = trainer.state, trainer.args
+    state.stateful_callbacks = _callback_states(trainer)
+    buffers = trainer.saver.buffers
+    trained = run_state.gather_model(trainer.model, buffers)
+    evaluated = run_state.gather_evaluation(trainer.model, trainer.optimizer, trained, buffers)
+    arrays = {"model": trained | (evaluated if args.save_only_model else {})}
+    documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
+    if (config := run_state.model_config(trainer.model)) is not None:
+        documents["model_config"] = config
+    if not args.save_only_model:
+        more_arrays, more_documents = run_state.gather_training(
+            trainer.backend,
+            trainer.model,
+            trainer.optimizer,
+            trainer.bound.metric_variables,
+            run.progress,
+            trainer.other_optimizers,
+            buffers,
+        )
+        arrays |= more_arrays
+        if evaluated:
+            arrays["evaluation"] = evaluated
+        documents |= more_documents
+        if (flags := _trained(trainer, run)) is not None:
+            documents["trainable"] = flags
+        if metric_driven.is_metric_driven(trainer.lr_scheduler):
+            documents["lr_scheduler"] = copy.deepcopy(trainer.lr_scheduler.state())
+    best = state.best_model_checkpoint
+    return Snapshot(
+        step=state.global_step,
+        arrays=arrays,
+        documents=documents,
+        info=run_state.environment(trainer.backend),
+        places={"model": run_state.places(trainer.model)},
+        keep=args.save_total_limit,
+        protect=(Path(best),) if best else (),
+        other_files=_processing_files(trainer, run, documents),
+    )
+
+
+def _trained(trainer: Trainer, run: Run) -> dict[str, Any] | None:
+    if run.trainable_at_start is None or trainer.optimizer is None:
+        return None
+    return run_state.trained_document(trainer.model, trainer.optimizer, run.trainable_at_start)
+
+
+def _callback_states(trainer: Trainer) -> dict[str, list[Any]]:
+    """The states of the callbacks, as JSON can hold them.
+
+    Raises:
+        CheckpointError: One cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
+            warning says so, and the checkpoint is written without.
+    """
+    found = {}
+    for name, states in trainer.callback_handler.state().items():
+        try:
+            found[name] = [storable(one) for one in states]
+        except Exception as error:  # a user's object may do anything when it is looked at
+            text = (
+                f"The state of the callback {name} cannot be saved as JSON ({error}): its state() "
+                "should return numbers, text, lists and dicts."
+            )
+            if trainer.args.on_save_error == "raise":
+                raise CheckpointError(text) from error
+            logger.warning("%s Checkpoints are written without it (on_save_error='warn').", text)
+    return found
+
+
+def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> Mapping[str, bytes]:
+    """What ``processing_class`` writes; it is asked once in a run, as that takes time.
+
+    Raises:
+        CheckpointError: It cannot, and ``on_save_error`` is ``"raise"``; otherwise a warning says
+            so, and the checkpoint is written without.
+    """
+    if trainer.processing_class is None:
+        return {}
+    if run.processing_files is None:
+        step = trainer.state.global_step
+        try:
+            run.processing_files = processing_class.files_of(
+                trainer.processing_class, trainer.store, step, documents
+            )
+        except CheckpointError as error:
+            if trainer.args.on_save_error == "raise":
+                raise
+            logger.warning(
+                "%s. The checkpoint is written without it (on_save_error='warn'); a resumed run "
+                "does not need it.",
+                error,
+            )
+    return run.processing_files or {}
+
+
+def warn_of_former_run(trainer: Trainer) -> None:
+    """Before a fresh start that will save: say so if there are checkpoints of another run."""
+    try:
+        listed = trainer.store.list()
+    except CheckpointUnreadableError as error:
+        logger.warning("%s A fresh run does not need them.", error)
+        return
+    if listed:
+        logger.warning(
+            "%s holds checkpoints of a former run (%s to %s). This one begins at step 0, replaces "
+            "those of its own steps and deletes no others: until it is further than they are, "
+            "resume_from_checkpoint=True would go on from the former run. Resume, delete them, or "
+            "choose another output_dir.",
+            trainer.store.directory,
+            listed[0][1].name,
+            listed[-1][1].name,
+        )
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest checkpoint of the run's folder, to name it in a message."""
+    trainer.saver.settle()
+    listed = trainer.store.list()
+    return listed[-1][1] if listed else None

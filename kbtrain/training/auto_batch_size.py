@@ -1,0 +1,150 @@
+"""``auto_find_batch_size``: micro-batches that fit into memory, and still the same updates."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.checkpoint import Checkpoint, documents, run_state
+from kbtrain.errors import ConfigurationError, OutOfMemoryError
+from kbtrain.optimization import metric_driven
+from kbtrain.training import fit as fitting
+from kbtrain.utils import rng
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+
+def smaller(batch_size: int, accumulation: int) -> tuple[int, int] | None:
+    """The next smaller micro-batch that the samples of an update can be cut into.
+
+    Args:
+        batch_size: Samples of a micro-batch.
+        accumulation: Micro-batches of an update.
+
+    Returns:
+        Both numbers anew, with the same product; None below one sample.
+
+    Example:
+        >>> smaller(64, 1), smaller(6, 4), smaller(1, 8)
+        ((32, 2), (4, 6), None)
+    """
+    update = batch_size * accumulation
+    sizes = (size for size in range(batch_size - 1, 0, -1) if update % size == 0)
+    return next(((size, update // size) for size in sizes), None)
+
+
+def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
+    """Train; with ``auto_find_batch_size`` as often as it takes to find a size that fits.
+
+    Each attempt starts from where the first one did, and its updates have the same samples, so
+    what comes out is what a run with the size that was found gives. ``trainer.args`` says then
+    which one that is.
+
+    Raises:
+        OutOfMemoryError: One sample at a time does not fit either.
+        ConfigurationError: The size of the batches is not the Trainer's to choose.
+    """
+    if not trainer.args.auto_find_batch_size:
+        return fitting.fit(trainer, checkpoint)
+    if checkpoint is not None:
+        _go_on_with(trainer, documents.mapping(checkpoint, "training_args"))
+    start = _Start(trainer)
+    kept = trainer.store.list()
+    while True:
+        try:
+            return fitting.fit(trainer, checkpoint, start.begin)
+        except OutOfMemoryError as error:
+            if not error.in_training:
+                raise
+            _choose_smaller(trainer, error)
+        # Out of the handler: what failed is not held by its traceback any more.
+        gc.collect()
+        trainer.backend.free_memory()
+        trainer.saver.settle()
+        written = [item for item in trainer.store.list() if item not in kept]
+        trainer.store.delete([item for item in written if trainer.store.owns(item[1])])
+        start.put_back()
+
+
+def _go_on_with(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Begin with the size that the saved run had found, if its updates had as many samples."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    found = {name: saved.get(name) for name in names}
+    batch_size, accumulation = found.values()
+    args = trainer.args
+    if not isinstance(batch_size, int) or not isinstance(accumulation, int):
+        return
+    if batch_size * accumulation == args.train_batch_size * args.gradient_accumulation_steps:
+        trainer.args = args.replace(**found)
+
+
+def _choose_smaller(trainer: Trainer, error: OutOfMemoryError) -> None:
+    args, loader = trainer.args, trainer.train_dataloader
+    if loader is None or loader.batch_size != args.train_batch_size:
+        raise ConfigurationError(
+            "auto_find_batch_size=True cannot make these batches smaller: they come from the data "
+            f"({getattr(loader, 'name', 'train_dataset')}) as they are. Make them smaller there, "
+            f"or pass samples in place of batches. {error}"
+        ) from error
+    found = smaller(args.train_batch_size, args.gradient_accumulation_steps)
+    if found is None:
+        raise error
+    size, accumulation = found
+    logger.warning(
+        "auto_find_batch_size: %d samples at a time do not fit into memory. Starting again with "
+        "per_device_train_batch_size=%d, gradient_accumulation_steps=%d: the same %d samples in "
+        "an update.",
+        args.train_batch_size,
+        size,
+        accumulation,
+        size * accumulation,
+    )
+    trainer.args = args.replace(
+        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation
+    )
+
+
+class _Start:
+    """Where the first attempt began, in host memory, to begin there again.
+
+    A model of ``model_init`` and an optimizer of the arguments are made anew in any case.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._variables: list[Any] = []
+        self._values: list[Any] = []
+        self._random: Any = None
+        self._callbacks: Any = None
+        self._schedule: Any = None
+
+    def begin(self) -> None:
+        """Note everything, in the first attempt; put the random state back in the later ones."""
+        trainer = self._trainer
+        if self._random is not None:
+            rng.restore(trainer.backend, *self._random)
+            return
+        self._random = rng.capture(trainer.backend)
+        self._callbacks = copy.deepcopy(trainer.callback_handler.state())
+        if metric_driven.is_metric_driven(trainer.lr_scheduler):
+            self._schedule = copy.deepcopy(trainer.lr_scheduler.state())
+        if trainer.model_init is None:
+            self._variables += run_state.model_variables(trainer.model)
+        if trainer.given_optimizers[0] is not None or trainer.bound.compiled:
+            assert trainer.optimizer is not None
+            self._variables += trainer.optimizer.variables
+        self._values = run_state.copies(self._variables)
+
+    def put_back(self) -> None:
+        """Everything but the random state, which the next attempt itself makes use of."""
+        if self._random is None:  # it did not come to the first update
+            return
+        run_state.put_back(self._variables, self._values)
+        self._trainer.callback_handler.load_state(copy.deepcopy(self._callbacks))
+        if self._schedule is not None:
+            self._trainer.lr_scheduler.load_state(copy.deepcopy(self._schedule))

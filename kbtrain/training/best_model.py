@@ -1,0 +1,217 @@
+"""The best model of a run: the best that was seen, the best that was saved, and loading it.
+
+The two differ where a save fails, or an evaluation comes without one: ``state.best_metric`` is the
+best of all evaluations, ``state.best_model_checkpoint`` the best of those that have a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks.base import metric_value
+from kbtrain.checkpoint import Checkpoint, run_state
+from kbtrain.checkpoint.storage.faults import is_folder
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    CheckpointUnreadableError,
+)
+from kbtrain.utils.filesystem import parse_checkpoint_name
+
+if TYPE_CHECKING:
+    from kbtrain.callbacks.state import TrainerState
+    from kbtrain.config.training_args import TrainingArguments
+    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.run import Run
+
+logger = logging.getLogger("kbtrain")
+
+Saved = tuple[str | None, float | None]
+
+
+def note(trainer: Trainer, metrics: dict[str, Any]) -> None:
+    """Remember an evaluation if it is the best so far; with ``save_strategy="best"`` save it."""
+    args, state, run = trainer.args, trainer.state, trainer.current_run
+    if args.metric_for_best_model is None:
+        return
+    value = metric_value(metrics, args.metric_for_best_model)
+    if _better(args, value, state.best_metric):
+        state.best_metric, state.best_global_step = value, state.global_step
+    if run is not None:
+        run.score = state.global_step, value
+    if args.save_strategy == "best":
+        trainer.control.should_save = _better(args, value, state.best_saved_metric)
+
+
+def _better(args: TrainingArguments, value: float, best: float | None) -> bool:
+    if best is None:
+        best = -math.inf if args.greater_is_better else math.inf
+    return value > best if args.greater_is_better else value < best
+
+
+def begin_saving(trainer: Trainer, run: Run) -> Saved:
+    """Let the checkpoint that is about to be written be the best one saved, if it is.
+
+    Returns:
+        What was the best one before; ``take_back`` takes it if the write fails.
+    """
+    state = trainer.state
+    with contextlib.suppress(CheckpointUnreadableError):  # out of reach for now
+        _forget_lost(trainer)
+    before = state.best_model_checkpoint, state.best_saved_metric
+    if (value := _value_to_save(trainer, run)) is not None:
+        state.best_model_checkpoint = str(trainer.store.path(state.global_step))
+        state.best_saved_metric = value
+    return before
+
+
+def _value_to_save(trainer: Trainer, run: Run) -> float | None:
+    """The metric of this step, if its checkpoint is to be the best one."""
+    args, state = trainer.args, trainer.state
+    if run.score is None or run.score[0] != state.global_step:
+        return None
+    value = run.score[1]
+    if not _better(args, value, state.best_saved_metric):
+        return None
+    # Without a model to load, the best step alone counts, as in the reference: unless it is known
+    # to have no checkpoint.
+    best = state.best_global_step == state.global_step
+    return value if best or args.load_best_model_at_end or run.best_is_lost else None
+
+
+def take_back(trainer: Trainer, run: Run, step: int, before: Saved) -> None:
+    """Undo ``begin_saving`` after a write that failed.
+
+    Args:
+        trainer: Whose run it is.
+        run: The run.
+        step: Whose checkpoint could not be written.
+        before: What ``begin_saving`` returned.
+    """
+    state = trainer.state
+    if state.best_model_checkpoint != before[0]:
+        state.best_model_checkpoint, state.best_saved_metric = before
+        run.best_is_lost |= state.best_global_step == step
+
+
+def _forget_lost(trainer: Trainer, damaged: Collection[str] = ()) -> None:
+    """Where somebody has deleted the best checkpoint, the best of those still there takes over.
+
+    Args:
+        trainer: Whose state it is.
+        damaged: Checkpoints that count as lost, too.
+    """
+    state = trainer.state
+    path = state.best_model_checkpoint
+    if path is None or (path not in damaged and is_folder(Path(path))):
+        return
+    state.best_model_checkpoint = state.best_saved_metric = None
+    for entry in state.log_history:
+        value = _logged(entry, trainer.args.metric_for_best_model)
+        place = trainer.store.path(int(entry["step"]))
+        if value is None or str(place) in damaged or not trainer.store.owns(place):
+            continue
+        if _better(trainer.args, value, state.best_saved_metric):
+            state.best_model_checkpoint, state.best_saved_metric = str(place), value
+
+
+def _logged(entry: Mapping[str, Any], metric: str | None) -> float | None:
+    """The metric in an entry of the log, an evaluation's; None if it has none."""
+    name = str(metric)
+    found = entry.get(name if name.startswith("eval_") else f"eval_{name}")
+    return float(found) if isinstance(found, float | int) else None
+
+
+def recall(state: TrainerState, metric: str | None) -> None:
+    """Find the metric of the best checkpoint in a state of an earlier kbtrain, which lacks it."""
+    if state.best_model_checkpoint is None or state.best_saved_metric is not None:
+        return
+    step = parse_checkpoint_name(Path(state.best_model_checkpoint).name)
+    if step == state.best_global_step:
+        state.best_saved_metric = state.best_metric
+        return
+    for entry in state.log_history:
+        if entry.get("step") == step and (value := _logged(entry, metric)) is not None:
+            state.best_saved_metric = value
+
+
+def load(trainer: Trainer) -> None:
+    """Put the weights of the best checkpoint into the model, which may have them already.
+
+    Raises:
+        CheckpointUnreadableError: They cannot be read now.
+    """
+    state, store = trainer.state, trainer.store
+    try:
+        _forget_lost(trainer)
+        if _is_in_memory(trainer):
+            logger.warning(
+                "load_best_model_at_end: the best step %s has no checkpoint; the model keeps the "
+                "weights of step %s, the best there are.",
+                state.best_global_step,
+                state.global_step,
+            )
+            return
+        checkpoint = _read(trainer)
+    except CheckpointUnreadableError as error:
+        raise CheckpointUnreadableError(
+            f"load_best_model_at_end: {error} Training itself is complete (step "
+            f"{state.global_step}): fit(resume_from_checkpoint=True) trains no more and loads the "
+            "best model; so does kbtrain.load_weights(model, that checkpoint)."
+        ) from error
+    if checkpoint is None:
+        logger.warning(
+            "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its last "
+            "weights.",
+            state.best_global_step,
+        )
+        return
+    run_state.restore_model(trainer.model, checkpoint)
+    path = checkpoint.path
+    if path.name != store.path(state.best_global_step or 0).name:
+        logger.warning(
+            "load_best_model_at_end: the best step %s has no checkpoint; these are the weights of "
+            "the best one that was saved, %s.",
+            state.best_global_step,
+            path,
+        )
+        return
+    logger.info(
+        "Loaded the best model: %s (%s = %s).",
+        path,
+        trainer.args.metric_for_best_model,
+        state.best_metric,
+    )
+    if trainer.args.save_total_limit == 1:
+        store.keep_only(path)
+
+
+def _is_in_memory(trainer: Trainer) -> bool:
+    """Whether the model holds better weights than any checkpoint, as its own could not be saved."""
+    state, run = trainer.state, trainer.current_run
+    step = state.global_step
+    if state.best_model_checkpoint is not None:
+        if Path(state.best_model_checkpoint).name == trainer.store.path(step).name:
+            return False
+        if run is not None and run.score is not None and run.score[0] == step:
+            saved = state.best_saved_metric
+            return saved is not None and _better(trainer.args, run.score[1], saved)
+    return state.best_global_step == step
+
+
+def _read(trainer: Trainer) -> Checkpoint | None:
+    """Read the best checkpoint that is intact; None if there is none."""
+    state, damaged = trainer.state, set[str]()
+    while (path := state.best_model_checkpoint) is not None:
+        try:
+            return trainer.store.load(path)
+        except (CheckpointDamagedError, CheckpointNotFoundError) as error:
+            logger.warning("load_best_model_at_end: %s", error)
+            damaged.add(path)
+            _forget_lost(trainer, damaged)
+    return None

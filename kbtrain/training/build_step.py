@@ -1,0 +1,135 @@
+"""The train step of a run: built from the Trainer as it is, and again when that has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kbtrain.callbacks.state import Plan
+from kbtrain.checkpoint.run_state import Progress
+from kbtrain.errors import ConfigurationError
+from kbtrain.model import own_steps
+from kbtrain.model.bound_model import unique
+from kbtrain.model.forward import ForwardPass, items_counter
+from kbtrain.optimization import changing_variables, factory
+from kbtrain.tracing.position import Decisions, Moment
+from kbtrain.tracing.retrace import LiveStep
+from kbtrain.training.train_step import make_train_step
+from kbtrain.utils import rng
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+
+def trained_variables(model: keras.Model) -> list[keras.Variable]:
+    """The variables that are trained now.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    trainable: list[keras.Variable] = model.trainable_variables
+    if not trainable:
+        raise ConfigurationError(
+            f"The model {model.name!r} has no trainable variables: there is nothing to "
+            "train. Set `trainable = True` on the layers that should learn."
+        )
+    return trainable
+
+
+LONG = 1 << 31
+"""About how many updates a run has whose data does not say it."""
+
+
+def live_train_step(
+    trainer: Trainer,
+    forward: ForwardPass,
+    halted: keras.Variable,
+    plan: Plan,
+    progress: Progress,
+) -> LiveStep:
+    """The compiled train step of a run, which follows what is changed in Python.
+
+    Args:
+        trainer: Whose model and optimizer, both with all their variables.
+        forward: One pass of a batch.
+        halted: See ``make_train_step``.
+        plan: How many updates and epochs there are.
+        progress: The run's progress.
+    """
+    traces, accumulation = trainer.traces, trainer.args.gradient_accumulation_steps
+
+    # A step of the model's own may train a part with its optimizer, and another with another.
+    own = trainer.bound.own.train_step
+    follows = not own or changing_variables.has_all(trainer.optimizer, trainer.model)
+
+    max_grad_norm = 0.0 if own else factory.clips_above(trainer)
+
+    def build(decisions: Decisions) -> Callable[[Any, int], dict[str, Any]]:
+        args, bound, optimizer = trainer.args, trainer.bound, trainer.optimizer
+        assert optimizer is not None
+        trained = trained_variables(bound.model)
+        if follows and not trainer.other_optimizers:
+            changing_variables.follow(optimizer, bound.model)
+        optimizers = [optimizer, *trainer.other_optimizers.values()]
+        state = [*bound.variables(), *(v for each in optimizers for v in each.variables), halted]
+        variables = unique(state)
+        trainer.backend.place(variables, args.chosen_device)
+        step = (
+            _own_step(trainer, halted, variables)
+            if own
+            else make_train_step(
+                trainer.backend,
+                traces.forward(forward, rng.global_seed_variable()),
+                items_counter(trainer.compute_loss_func, bound.label_names),
+                optimizer,
+                trained,
+                bound.metrics,
+                max_grad_norm,
+                args.on_nonfinite,
+                halted,
+                forward.has_terms,
+            )
+        )
+
+        def update(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+            result = step(chunks)
+            trainer.position.advance(sum(map(_micro_batches, chunks)))
+            return result
+
+        traced = traces.step(update, decisions, halted)
+        backend, jit = trainer.backend, args.jit_compile
+        compiled: Callable[[Any, int], dict[str, Any]]
+        if own:
+            eagerly = bool(bound.model.run_eagerly)
+            compiled = backend.compile_model_steps(traced, variables, jit, eagerly)
+        else:
+            compiled = backend.compile_steps(traced, variables, jit, plan.max_steps or LONG)
+        return compiled
+
+    def moment(micro_batches: int) -> Moment:
+        batches = plan.batches_per_epoch or plan.max_steps * accumulation or 1 << 30
+        return Moment(
+            trainer.state.global_step, progress.epoch, progress.batch, batches, micro_batches
+        )
+
+    return LiveStep(build, trainer.position, trainer.captured, moment)
+
+
+def _own_step(
+    trainer: Trainer, halted: keras.Variable, variables: list[keras.Variable]
+) -> Callable[[Any], dict[str, Any]]:
+    """The step of a model that has its own ``train_step``."""
+    metrics = trainer.bound.metrics
+    assert isinstance(metrics, own_steps.ModelMetrics)
+    return own_steps.make_train_step(
+        trainer.backend, trainer.model, metrics, trainer.args.on_nonfinite, halted, variables
+    )
+
+
+def _micro_batches(chunk: dict[str, Any]) -> int:
+    if "single" in chunk:
+        return 1
+    length: int = keras.tree.flatten(chunk["stacked"])[0].shape[0]
+    return length

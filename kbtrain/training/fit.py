@@ -1,0 +1,307 @@
+"""One call of ``fit``: everything before the first update and after the last."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+
+from kbtrain.callbacks.state import Plan, TrainerState, make_plan, steps_until_due
+from kbtrain.checkpoint import Checkpoint, documents, run_state
+from kbtrain.checkpoint.storage.faults import is_folder
+from kbtrain.config.diff import compare_arguments
+from kbtrain.config.training_args import resolve_steps
+from kbtrain.config.validation import check_saves_follow_evaluations
+from kbtrain.data import Batches, Block, Loader, as_loader, weighted
+from kbtrain.data.block_length import Pace
+from kbtrain.data.token_count import count_tokens
+from kbtrain.errors import CheckpointMismatchError, ConfigurationError
+from kbtrain.model import own_steps
+from kbtrain.model.forward import items_counter
+from kbtrain.model.trainable_flags import TrainableFlags
+from kbtrain.model.wrappers import gradient_checkpointing, neftune
+from kbtrain.model.wrappers.debug_overflow import Diagnosis
+from kbtrain.optimization import changing_variables, evaluation_weights, factory, metric_driven
+from kbtrain.training import actions, best_model
+from kbtrain.training.build_step import live_train_step, trained_variables
+from kbtrain.training.dataloaders import in_epochs, warn_of_inexact_resume
+from kbtrain.training.loop import train_loop
+from kbtrain.training.run import Run
+from kbtrain.utils import rng
+from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.memory import measured
+
+if TYPE_CHECKING:
+    from kbtrain.trainer.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
+
+
+class TrainOutput(NamedTuple):
+    """Result of ``Trainer.fit``.
+
+    Attributes:
+        global_step: Updates done.
+        training_loss: Mean loss over all updates of the run, also those before a resume; NaN where
+            a model's own ``train_step`` returns none.
+        metrics: ``train_loss``, ``epoch`` and the speed of this call.
+    """
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+def fit(
+    trainer: Trainer,
+    checkpoint: Checkpoint | None,
+    prepared: Callable[[], None] = lambda: None,
+) -> TrainOutput:
+    """Train from the beginning, or from a checkpoint, to the end.
+
+    Args:
+        trainer: What to train.
+        checkpoint: Where to go on from, if not from the beginning.
+        prepared: Called when everything stands where the first update will find it.
+    """
+    with measured(trainer.backend, "train", trainer.args.skip_memory_metrics) as memory:
+        run, seconds = _run(trainer, checkpoint, prepared)
+    state, progress = trainer.state, run.progress
+    loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
+    metrics = run.speed(seconds) | memory | {"epoch": state.epoch}
+    if run.has_loss:
+        metrics["train_loss"] = loss
+    trainer.log(metrics)
+    # As in Keras: from here on the model holds the weights that were evaluated.
+    evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
+    trainer.training_weights = False
+    if trainer.args.load_best_model_at_end and trainer.interruption is None:
+        best_model.load(trainer)
+    trainer.fire("on_train_end")
+    return TrainOutput(state.global_step, loss, metrics)
+
+
+def _run(
+    trainer: Trainer, checkpoint: Checkpoint | None, prepared: Callable[[], None]
+) -> tuple[Run, float]:
+    """All updates of this call, and the seconds they took."""
+    run = prepare(trainer, checkpoint)
+    prepared()
+    trainer.current_run, trainer.training_weights = run, True
+    trainer.control.new_training()
+    trainer.fire("on_train_begin")
+    begun = True
+    if trainer.args.eval_on_start and checkpoint is None:
+        begun = actions.evaluate_at_start(trainer)
+    run.times.restart()
+    args, model = trainer.args, trainer.model
+    noise = neftune.noise(model, args.neftune_noise_alpha)
+    again = gradient_checkpointing.recomputed(
+        model, trainer.backend, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
+    )
+    with contextlib.closing(run.batches), noise, again:
+        if begun:
+            train_loop(trainer, run)
+            run.read()
+    with run.times.of("other"):
+        trainer.saver.wait()
+    return run, run.times.total
+
+
+def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
+    """Model, optimizer and compiled step, put back to the checkpoint if there is one.
+
+    Raises:
+        ConfigurationError, DataError: Arguments, data and model do not fit together.
+        CheckpointMismatchError: The checkpoint is of another model or optimizer.
+    """
+    args = trainer.args
+    if trainer.model_init is not None:
+        rng.set_seed(args.seed)
+        trainer.adopt(trainer.call_model_init())
+    elif trainer.bound.is_outdated:
+        trainer.adopt(trainer.model)
+    names = trainer.bound.label_names
+    loader = as_loader(trainer.get_train_dataloader(), label_names=names)
+    loader = in_epochs(weighted(loader, trainer.class_weight, names), args)
+    trainer.train_dataloader = loader
+    plan = _plan(trainer, loader)
+    if args.save_strategy != "no":
+        warn_of_inexact_resume(loader)
+    batches = Batches(loader, names)
+    first = batches.peek()
+    if first is None:
+        raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
+    bound = trainer.bound
+    forward = bound.build(first)
+    trainable = trained_variables(bound.model)
+    if bound.own.train_step:
+        own_steps.check_arguments(trainer)
+        own_steps.build_by_step(trainer.backend, bound.model, first)
+    trainable_at_start = TrainableFlags.of(bound.model)
+    trainer.captured.new_fit()
+    bound.renew(trainer.captured.generation)
+    optimizer = factory.build_optimizer(trainer, plan.max_steps)
+    if not bound.own.train_step:  # a given one may have been built for what was trained before
+        changing_variables.follow(optimizer, bound.model)
+    trainer.state = _fresh_state(trainer, plan, loader)
+    if bound.metrics is not None:
+        bound.metrics.reset()
+    progress = run_state.Progress(batch_size=loader.batch_size, num_examples=loader.num_examples)
+    if checkpoint is not None:
+        progress = _restore(trainer, checkpoint, optimizer, loader.num_examples)
+        progress.move_to(loader.batch_size)
+
+    halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
+    step = live_train_step(trainer, forward, halted, plan, progress)
+    explain = None
+    if "underflow_overflow" in args.debug:
+        count_items = items_counter(trainer.compute_loss_func, names)
+        explain = Diagnosis(
+            trainer.backend, bound.model, forward, count_items, trainable, bound.variables()
+        ).explain
+    return Run(
+        explain=explain,
+        label_check=bound.label_check,
+        trainable_at_start=trainable_at_start,
+        backend=trainer.backend,
+        plan=plan,
+        batches=batches,
+        accumulation=args.gradient_accumulation_steps,
+        step=step,
+        newest_only=bound.own.train_step,
+        running_loss=bound.own.train_step and any(m.name == "loss" for m in bound.model.metrics),
+        state=trainer.state,
+        progress=progress,
+        on_nonfinite=args.on_nonfinite,
+        last_checkpoint=lambda: actions.last_checkpoint(trainer),
+        limit=lambda: min(
+            _updates_without_looking(trainer), step.room(args.gradient_accumulation_steps)
+        ),
+        first_step=trainer.state.global_step,
+        count_tokens=_token_counter(trainer),
+        # As in Keras: a step of the model's own may count its calls in Python.
+        pace=Pace.of(1 if bound.own.train_step else args.steps_per_execution),
+        pin=args.dataloader_pin_memory,
+    )
+
+
+def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
+    mode, labels = trainer.args.include_num_input_tokens_seen, trainer.bound.label_names
+    if mode == "no":
+        return None
+    padding = getattr(trainer.processing_class, "pad_token_id", None) or 0
+    return lambda block: count_tokens(block.chunks, block.updates, mode, labels, padding)
+
+
+def _plan(trainer: Trainer, loader: Loader) -> Plan:
+    args = trainer.args
+    if not loader.sized and args.max_steps <= 0:
+        why = factory.why_total_is_needed(trainer)
+        if why is not None:
+            raise ConfigurationError(
+                "The training data has no length, so the number of steps cannot be counted, and "
+                f"{why} needs it: set max_steps, or steps_per_epoch. "
+                f"Received: {type(trainer.train_dataset).__name__}, max_steps={args.max_steps}."
+            )
+    batches = len(loader) if loader.sized else None
+    return make_plan(
+        batches, args.gradient_accumulation_steps, args.num_train_epochs, args.max_steps
+    )
+
+
+def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
+    args = trainer.args
+    state = TrainerState(
+        max_steps=plan.max_steps,
+        num_train_epochs=plan.num_epochs,
+        logging_steps=resolve_steps(args.logging_steps, plan.max_steps),
+        eval_steps=resolve_steps(args.eval_steps or 0, plan.max_steps),
+        save_steps=resolve_steps(args.save_steps, plan.max_steps),
+        train_batch_size=loader.batch_size,
+    )
+    if trainer.trial is not None:
+        state.is_hyper_param_search, state.trial_name = True, args.run_name
+        state.trial_params = dict(trainer.trial.params)
+    if args.load_best_model_at_end and args.save_strategy == args.eval_strategy == "steps":
+        check_saves_follow_evaluations(state.save_steps, state.eval_steps)
+    return state
+
+
+def _restore_schedule(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """A schedule that answers to a metric goes on counting where it was."""
+    if not metric_driven.is_metric_driven(trainer.lr_scheduler):
+        return
+    if (state := checkpoint.documents.get("lr_scheduler")) is None:
+        raise CheckpointMismatchError(
+            f"{checkpoint.path} is of a run whose learning rate did not answer to a metric, so "
+            "there is nothing to go on from. Resume with the lr_scheduler_type it had, or start "
+            "a new run."
+        )
+    try:
+        trainer.lr_scheduler.load_state(state)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointMismatchError(f"{checkpoint.path}, lr_scheduler: {error}") from None
+
+
+def _updates_without_looking(trainer: Trainer) -> int:
+    if trainer.callback_handler.need_every_step():
+        return 1
+    return steps_until_due(trainer.args, trainer.state)
+
+
+def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:
+    """The state of a checkpoint, with the best one where it lies now: folders may be moved."""
+    state = TrainerState(**documents.fields_of(checkpoint, "trainer_state", TrainerState))
+    if state.global_step != checkpoint.step:
+        documents.damaged(
+            checkpoint, "trainer_state", f"it is of step {state.global_step}, not {checkpoint.step}"
+        )
+    if state.best_model_checkpoint is not None:
+        name = Path(state.best_model_checkpoint).name
+        if parse_checkpoint_name(name) is None:
+            documents.damaged(checkpoint, "trainer_state", f"the best checkpoint is {name!r}")
+        places = [trainer.store.directory / name, checkpoint.path.parent / name]
+        state.best_model_checkpoint = str(next((p for p in places if is_folder(p)), places[0]))
+        best_model.recall(state, trainer.args.metric_for_best_model)
+    return state
+
+
+def _restore(
+    trainer: Trainer, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
+) -> run_state.Progress:
+    """Put everything back to where the checkpoint was taken."""
+    if (trained := run_state.trained_in(checkpoint)) is not None:
+        # A callback had frozen or unfrozen something.
+        flags = trained[0]
+        documents.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
+        if not trainer.other_optimizers:
+            changing_variables.follow(optimizer, trainer.model)
+    progress = run_state.restore_run(
+        trainer.backend,
+        trainer.model,
+        optimizer,
+        trainer.bound.metric_variables,
+        checkpoint,
+        trainer.other_optimizers,
+    )
+    for change in compare_arguments(
+        documents.mapping(checkpoint, "training_args"), trainer.args.to_dict()
+    ):
+        logger.warning("Resuming with another setting: %s", change)
+    trainer.state.continue_from(_saved_state(trainer, checkpoint))
+    _restore_schedule(trainer, checkpoint)
+    if trainer.args.restore_callback_states_from_checkpoint:
+        states = trainer.state.stateful_callbacks
+        documents.attempt(
+            checkpoint, "trainer_state", lambda: trainer.callback_handler.load_state(states)
+        )
+    if trainer.args.ignore_data_skip:
+        progress.batch = 0
+    progress.check_length(num_examples, checkpoint.path)
+    logger.info("Resuming from %s at step %d.", checkpoint.path, trainer.state.global_step)
+    return progress

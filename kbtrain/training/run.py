@@ -1,0 +1,310 @@
+"""One call of ``fit``: its data, its compiled step, and the numbers the device still owes us."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
+from kbtrain.callbacks.state import Plan, TrainerState
+from kbtrain.checkpoint.run_state import Progress
+from kbtrain.data import Batches, Block, without_none
+from kbtrain.data.block_length import Pace
+from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
+from kbtrain.model.losses.label_check import LabelCheck
+from kbtrain.model.metrics import MetricSet
+from kbtrain.model.trainable_flags import TrainableFlags
+from kbtrain.utils.timing import StepTimes, speed
+
+logger = logging.getLogger("kbtrain")
+
+MAX_PENDING = 4
+"""Calls after which the host catches up with the device: how far a signal, an error or a save may
+have to wait for what was started before it."""
+
+RUN_AHEAD = 2
+"""Calls that stay unread then, so that the device does not run dry."""
+
+
+@dataclass
+class Run:
+    """State of one ``fit`` that is not part of a checkpoint, and the reading of results.
+
+    Attributes:
+        backend: A module of ``kbtrain.backends``.
+        plan: How many updates and epochs there are.
+        batches: The data.
+        accumulation: Micro-batches per update.
+        step: The compiled train steps, ``step(tensors, block)``.
+        state: The run's progress, for people.
+        progress: The run's progress, for resuming.
+        on_nonfinite: What to do about a non-finite loss or gradient.
+        last_checkpoint: Returns the newest checkpoint, to name it in an error.
+        limit: Returns how many updates may run before something may be due.
+        first_step: The step this call began at.
+        pace: How many updates one call of the compiled step may have.
+        count_tokens: Counts the tokens of a block, or None.
+        pin: Copy batches to the device from page-locked memory.
+        explain: Says of an update (the chunks of its block, its number there) what in it was not
+            finite first; None to leave it at that.
+        label_check: Looks at the labels of the first epoch; None does not.
+        newest_only: A log has the extras of its newest update, not their means: a model's own step
+            returns means itself.
+        running_loss: The loss of an update is the mean of all since the last log.
+        trainable_at_start: What was trained when this call began.
+        samples: Samples of this call so far.
+        tokens: Tokens of this call so far.
+        times: Where the time goes.
+        processing_files: What ``processing_class`` wrote for the first checkpoint: path -> content.
+        score: Step and metric of the last evaluation that counts for the best model.
+        best_is_lost: Whether the checkpoint of the best step could not be written.
+    """
+
+    backend: ModuleType
+    plan: Plan
+    batches: Batches
+    accumulation: int
+    step: Callable[[Any, Block], dict[str, Any]]
+    state: TrainerState
+    progress: Progress
+    on_nonfinite: str
+    last_checkpoint: Callable[[], Any]
+    limit: Callable[[], int]
+    first_step: int
+    pace: Pace = field(default_factory=Pace)
+    count_tokens: Callable[[Block], int] | None = None
+    pin: bool = False
+    explain: Callable[[Any, int], str] | None = None
+    label_check: LabelCheck | None = None
+    newest_only: bool = False
+    running_loss: bool = False
+    trainable_at_start: TrainableFlags | None = None
+    samples: int = 0
+    tokens: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+    processing_files: Mapping[str, bytes] | None = None
+    score: tuple[int, float] | None = None
+    best_is_lost: bool = False
+    _block: Block | None = None
+    _result: dict[str, Any] | None = None
+    _pending: list[tuple[int, int, Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
+    _newest: dict[str, Any] = field(default_factory=dict)
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """The rest of the current epoch, in blocks that end where something may be due."""
+        progress = self.progress
+        blocks = self.batches.blocks(
+            progress.epoch, progress.batch, self.accumulation, self._block_limit
+        )
+        with contextlib.closing(blocks):
+            while True:
+                with self.times.of("data"):
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                self._block, self._result = block, None
+                yield block
+
+    def newest(self, metrics: MetricSet | None) -> dict[str, Any]:
+        """The newest update for callbacks: ``batch``, ``loss`` and ``metrics``, read on demand.
+
+        Args:
+            metrics: The metrics of the training.
+        """
+        block, result = self._block, self._result
+        return {
+            "batch": None if block is None else MicroBatches(block),
+            "loss": None if block is None or result is None else self._lazy_loss(block, result),
+            "metrics": LazyMapping(dict if metrics is None else metrics.result),
+        }
+
+    def _lazy_loss(self, block: Block, result: dict[str, Any]) -> LazyNumber:
+        def read() -> float:
+            with self.times.of("compute"):
+                losses: Any = self.backend.to_host(result["loss"])
+            return float(losses[block.updates - 1])
+
+        return LazyNumber(read)
+
+    def _block_limit(self) -> int:
+        return max(1, min(self.limit(), self.pace.affordable))
+
+    def update(self, block: Block) -> None:
+        """Start the updates of a block; nothing is waited for."""
+        start = time.perf_counter()
+        if self.label_check is not None:
+            self._check_labels(self.label_check, block)
+        try:
+            with self.times.of("compute"):
+                chunks = self.backend.to_device(without_none(block.chunks), self.pin)
+                result = self.step(chunks, block)
+                # Queued behind these updates: waiting for the copy later does not wait for what
+                # was started meanwhile.
+                wait = self.backend.start_to_host(result)
+        except Exception as error:
+            self._raise_if_memory(error, self.state.global_step + 1, block.outline)
+            error.add_note(
+                f"Raised by update {self.state.global_step + 1}, whose micro-batches have the "
+                f"structure and shapes {block.outline}."
+            )
+            raise
+        self._result = result
+        chunks = None if self.explain is None else block.chunks
+        self._pending.append((self.state.global_step + 1, block.updates, chunks, wait))
+        self.state.global_step += block.updates
+        self.progress.batch += block.updates * block.micro_batches
+        self.state.epoch = self.plan.epoch_at(
+            self.progress.epoch, self.progress.batch, self.accumulation
+        )
+        self.samples += block.samples
+        if self.count_tokens is not None:
+            tokens = self.count_tokens(block)
+            self.tokens += tokens
+            self.state.num_input_tokens_seen += tokens
+        if self.pace.is_worth_measuring(block.outline):
+            self.read()
+            self.pace.measured(block.updates, block.room, time.perf_counter() - start)
+        elif len(self._pending) >= MAX_PENDING:
+            self.read(keep=RUN_AHEAD)
+
+    def _check_labels(self, check: LabelCheck, block: Block) -> None:
+        for chunk in block.chunks:
+            for kind, batches in chunk.items():
+                axes = ("update",) if kind == "single" else ("update", "micro-batch")
+                check(batches, block.updates, axes, self.state.global_step + 1)
+
+    def end_epoch(self, stopped: bool) -> None:
+        """Move on to the next epoch, unless the run was stopped in the middle of this one."""
+        length = self.plan.batches_per_epoch
+        if not stopped or (length is not None and self.progress.batch >= length):
+            self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+            self.label_check = None
+            if length is None and not self.plan.max_steps:
+                self.state.epoch = float(self.progress.epoch)
+
+    def read(self, keep: int = 0) -> None:
+        """Wait for the updates that were started and add up their results.
+
+        Args:
+            keep: Newest calls that are left alone.
+
+        Raises:
+            OutOfMemoryError: One of them did not fit into memory.
+            NonFiniteError: One of them was not finite and ``on_nonfinite`` is ``"raise"``.
+        """
+        ready = self._pending[: len(self._pending) - keep]
+        self._pending = self._pending[len(ready) :]
+        blocks = [(first, count, chunks) for first, count, chunks, _ in ready]
+        try:
+            with self.times.of("compute"):
+                results = [wait() for *_, wait in ready]
+        except Exception as error:
+            self._raise_if_memory(error, self.state.global_step)
+            raise
+        for (first, count, chunks), block in zip(blocks, results, strict=True):
+            # As numbers of Python: element by element, arrays are ten times slower.
+            extras = {name: x.tolist() for name, x in block.pop("extras").items()}
+            values = {name: x.tolist() for name, x in block.items()}
+            for i in range(count):
+                more = {name: x[i] for name, x in extras.items()}
+                result = {name: x[i] for name, x in values.items()}
+                if not result["finite"] and self.on_nonfinite != "ignore":
+                    self._nonfinite(first + i, result, chunks, i)
+                else:
+                    self._add(result, more)
+
+    def _raise_if_memory(self, error: Exception, step: int, outline: Any = None) -> None:
+        """Say what to do if an update did not fit into memory."""
+        if self.backend.is_oom(error):
+            what = "" if outline is None else f" Structure and shapes of its batches: {outline}."
+            raise OutOfMemoryError(
+                f"Update {step} did not fit into memory: {first_lines(error)}.{what} Set "
+                "auto_find_batch_size=True, or lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps by the same factor, which gives the same updates.",
+                in_training=True,
+            ) from error
+
+    def _add(self, result: dict[str, Any], extras: dict[str, float]) -> None:
+        """Add one update's results to the sums."""
+        loss, progress = result["loss"], self.progress
+        progress.window_steps += 1
+        if self.running_loss:  # the mean of the window so far
+            loss = loss * progress.window_steps - progress.window_sum
+        progress.loss_sum += loss
+        progress.window_sum += loss
+        if self.newest_only:
+            self.progress.window_extras = extras
+        elif extras:
+            sums = self.progress.window_extras or {}
+            for name, value in extras.items():
+                sums[name] = sums.get(name, 0.0) + value
+            self.progress.window_extras = sums
+        self._newest = result
+
+    def _nonfinite(self, step: int, result: dict[str, Any], chunks: Any, index: int) -> None:
+        loss, norm = result["loss"], result.get("grad_norm", "not known")
+        if self.on_nonfinite == "skip":
+            self.progress.skipped += 1
+            logger.warning(
+                "Update %d skipped: loss %s, gradient norm %s (%d skipped so far).",
+                step,
+                loss,
+                norm,
+                self.progress.skipped,
+            )
+            return
+        # Every update after this one was a no-op on the device: the run stands before it.
+        self.state.global_step = step - 1
+        checkpoint = self.last_checkpoint()
+        why = (
+            "Look for NaN or infinity in the data of this update, or lower the learning rate."
+            if self.newest_only
+            else "Look for NaN or infinity in the data of this update (debug='underflow_overflow' "
+            "names the layer), lower learning_rate, or set max_grad_norm."
+            if self.explain is None
+            else self.explain(chunks, index)
+        )
+        raise NonFiniteError(
+            f"Update {step} was not finite: loss {loss}, gradient norm {norm}. The weights are as "
+            f"update {step - 1} left them. Last checkpoint: {checkpoint or 'none was saved'}. "
+            f"{why} on_nonfinite='skip' leaves such updates out, 'ignore' applies them."
+        )
+
+    def take_window(self) -> dict[str, float]:
+        """Means since the last log, with the newest gradient norm and learning rate."""
+        self.read()
+        progress, steps = self.progress, self.progress.window_steps
+        if not steps:
+            return {}
+        known = [name for name in ("grad_norm", "learning_rate") if name in self._newest]
+        logs = {} if self.newest_only else {"loss": progress.window_sum / steps}
+        logs |= {name: self._newest[name] for name in known}
+        extras = progress.window_extras or {}
+        logs |= extras if self.newest_only else {n: total / steps for n, total in extras.items()}
+        if self.count_tokens is not None:
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            logs |= self.speed(self.times.total)
+        progress.window_sum, progress.window_steps, progress.window_extras = 0.0, 0, None
+        return logs
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the updates have one: a model's own step may return others in its place."""
+        return not self.newest_only or not math.isnan(self.progress.loss_sum)
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Samples, steps and tokens per second, and where the time of the steps went.
+
+        Args:
+            seconds: What this call has taken so far.
+        """
+        rates = speed("train", seconds, self.samples, self.state.global_step - self.first_step)
+        if self.count_tokens is not None:
+            rates["train_tokens_per_second"] = round(self.tokens / max(seconds, 1e-9), 3)
+        return rates | self.times.split(seconds)

@@ -1,0 +1,306 @@
+"""The train step and the evaluation step, written once over Keras variables.
+
+``loss -> gradients -> accumulate -> clip -> finite check -> optimizer -> metrics``. Nothing here
+waits for the device: what the host wants to know comes back as tensors, to be read when something
+is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import keras
+from keras import ops
+
+from kbtrain.backends.scopes import is_overwritten
+from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, means_of, value_of
+from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, float_dtype, mean
+from kbtrain.model.metrics import MetricSet
+
+
+class Forward(Protocol):
+    """One pass through the model.
+
+    Returns ``(loss, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
+    regularizers, the model's outputs, and the arguments for ``MetricSet.update``. Without labels
+    (in prediction) the first and the last are None.
+    """
+
+    def __call__(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[LossPair | LossTerms | None, Any, tuple[Any, ...] | None]:
+        """Run the model on one batch."""
+
+
+def make_train_step(
+    backend: ModuleType,
+    forward: Forward,
+    count_items: Callable[[Any, int], Any] | None,
+    optimizer: keras.optimizers.Optimizer,
+    trainable: Sequence[keras.Variable],
+    metrics: MetricSet | None,
+    max_grad_norm: float,
+    on_nonfinite: str,
+    halted: keras.Variable,
+    has_terms: bool = False,
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Build the step of one optimizer update.
+
+    The step takes a list of chunks, each ``{"single": micro_batch}`` or ``{"stacked": batch}``
+    with micro-batches along a new leading axis (these run in one loop inside the step).
+
+    The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches;
+    of several outputs each has its own counts, which a pass before the first gradient adds up.
+    It is clipped by its global norm as torch does: ``g * min(1, max_norm / (norm + 1e-6))``.
+    All is float32, and float64 for variables in float64.
+
+    What is no gradient but a new value (``overwrite_with_gradient``: scales of float8 layers) goes
+    to the optimizer as it is, of several micro-batches the largest, as in Keras.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        forward: See ``Forward``.
+        count_items: Number of labels in a batch (see ``kbtrain.model.forward.items_counter``),
+            where the loss function wants the total of the whole update; else None.
+        optimizer: A built Keras optimizer.
+        trainable: The variables it was built with.
+        metrics: Metrics to update, if any.
+        max_grad_norm: Clip above this norm; 0 does not clip.
+        on_nonfinite: ``"raise"`` freezes the run at the first non-finite loss or gradient (the
+            host raises when it sees the flag), ``"skip"`` leaves out that update, ``"ignore"``
+            applies it.
+        halted: Integer variable, 1 from the first non-finite step on (``"raise"`` only).
+        has_terms: Whether the loss may be of several terms (see
+            ``kbtrain.model.losses.output_losses``).
+
+    Returns:
+        ``step(chunks) -> {"loss", "grad_norm", "learning_rate", "finite", "extras"}``, scalars on
+        the device. ``grad_norm`` is the norm before clipping, ``learning_rate`` the one used.
+    """
+    # Such an optimizer meets overflow with a smaller scale: only the loss itself is checked.
+    scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    replaced = [is_overwritten(v) for v in trainable]
+    # float8 layers keep track of the size of the gradients of Keras' loss, a mean; a loss scale is
+    # for means, too: a sum overflows float16 for nothing.
+    of_mean = scales_itself or any(replaced)
+    state = [*trainable, *optimizer.variables]
+    trained = {id(v) for v in trainable}
+
+    def differentiate(
+        batch: Any, num_items: Any, counts: Mapping[str, Any] | None = None
+    ) -> tuple[LossPair | LossTerms, Any, list[Any], list[Any]]:
+        def objective(batch: Any) -> tuple[Any, Any]:
+            loss, _, metric_inputs = forward(batch, num_items, training=True)
+            assert loss is not None
+            if isinstance(loss, LossTerms):
+                value = value_of(loss, counts_of(loss) if counts is None else counts)
+            else:
+                value = loss.sum
+                if of_mean:
+                    value = mean(value, ops.stop_gradient(loss.count))
+            return optimizer.scale_loss(value), (loss, metric_inputs)
+
+        _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
+            objective, trainable, batch
+        )
+        if of_mean and isinstance(result, LossPair):
+            count = divisor(result.count)
+            gradients = [
+                g if whole else _times(as_float(g), count)
+                for g, whole in zip(gradients, replaced, strict=True)
+            ]
+        return result, metric_inputs, gradients, updates
+
+    def is_running() -> Any:
+        return ops.equal(halted, 0)
+
+    def update_metrics(condition: Any, inputs: Any) -> None:
+        if metrics is not None and inputs is not None:  # a batch without labels has none
+            backend.run_if(condition, lambda: metrics.update(*inputs), metrics.variables)
+
+    def accumulate(
+        carry: dict[str, Any], batch: Any
+    ) -> tuple[dict[str, Any], LossPair | LossTerms]:
+        result, metric_inputs, new, updates = differentiate(
+            batch, carry.get("num_items"), carry.get("counts")
+        )
+        total = result.sum if isinstance(result, LossPair) else value_of(result, counts_of(result))
+        usable = ops.logical_and(ops.isfinite(total), is_running())
+        if on_nonfinite == "ignore":
+            usable = ops.ones_like(usable)
+        backend.commit_if(usable, updates)
+        update_metrics(usable, metric_inputs)
+        total = [
+            ops.maximum(t, g) if whole else t + as_float(g)
+            for t, g, whole in zip(carry["gradients"], new, replaced, strict=True)
+        ]
+        return {**carry, "gradients": total}, result
+
+    def over_chunks(
+        function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, chunks: list[dict[str, Any]]
+    ) -> tuple[Any, Any]:
+        """Run through all micro-batches; the results along one axis."""
+        results = []
+        for chunk in chunks:
+            batches = chunk.get("stacked")
+            if batches is None:
+                batches = keras.tree.map_structure(lambda t: ops.expand_dims(t, 0), chunk["single"])
+            carry, result = backend.scan(function, carry, batches)
+            results.append(result)
+        return carry, keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)
+
+    def count(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # What the counts do not depend on, mostly all of the model, is dropped in compiling.
+        with backend.dropping():
+            loss, _, _ = forward(batch, None, training=True)
+        assert loss is not None
+        return carry, counts_of(loss)
+
+    def run_chunks(
+        chunks: list[dict[str, Any]], num_items: Any
+    ) -> tuple[LossPair | LossTerms, list[Any]]:
+        carry: dict[str, Any] = {}
+        if has_terms:
+            _, counts = over_chunks(count, {}, chunks)
+            if counts:
+                carry["counts"] = {name: ops.sum(each) for name, each in counts.items()}
+        carry["gradients"] = [ops.zeros(v.shape, float_dtype(v.value)) for v in trainable]
+        if num_items is not None:
+            carry["num_items"] = num_items
+        carry, joined = over_chunks(accumulate, carry, chunks)
+        if isinstance(joined, LossTerms):
+            return added_up(joined), carry["gradients"]
+        counts = joined.count
+        extras = {
+            name: mean(ops.sum(_times(values, counts)), ops.sum(counts))
+            for name, values in joined.extras.items()
+        }
+        return LossPair(ops.sum(joined.sum), ops.sum(counts), extras), carry["gradients"]
+
+    def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        num_items = None
+        if count_items is not None:
+            num_items = sum(
+                count_items(batch, 1 if kind == "single" else 2)
+                for chunk in chunks
+                for kind, batch in chunk.items()
+            )
+        metric_inputs: Any = None
+        undo_if: Callable[[Any], None] | None = None
+        updates: list[Any] = []
+        if len(chunks) == 1 and "single" in chunks[0]:
+            result, metric_inputs, gradients, updates = differentiate(
+                chunks[0]["single"], num_items
+            )
+        else:
+            (result, gradients), undo_if = backend.undoable(lambda: run_chunks(chunks, num_items))
+
+        proper = [g for g, whole in zip(gradients, replaced, strict=True) if not whole]
+        norm = backend.global_norm(proper)
+        if isinstance(result, LossTerms):
+            loss, extras = value_of(result, counts_of(result)), means_of(result)
+            per_item = as_dtype_of(1.0, norm)
+        else:
+            loss, extras = mean(result.sum, result.count), dict(result.extras)
+            # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
+            per_item = mean(1.0, as_dtype_of(result.count, norm))
+        loss_scale = as_float(optimizer.scale_loss(1.0))
+        norm = norm * per_item / as_dtype_of(loss_scale, norm)
+        factor = per_item
+        if max_grad_norm > 0:
+            factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        learning_rate = as_float(optimizer.learning_rate)
+        finite = ops.isfinite(loss)
+        if not scales_itself:
+            finite = ops.logical_and(finite, ops.isfinite(norm))
+            for new_value, whole in zip(gradients, replaced, strict=True):
+                if whole:
+                    finite = ops.logical_and(finite, ops.all(ops.isfinite(new_value)))
+
+        # A layer may assign its own weights: the optimizer goes on from there.
+        own = [(v, value) for v, value in updates if id(v) in trained]
+        updates = [(v, value) for v, value in updates if id(v) not in trained]
+
+        def apply() -> None:
+            for variable, value in own:
+                variable.assign(value)
+            backend.apply_optimizer(optimizer, gradients, factor, trainable)
+
+        if on_nonfinite == "ignore":
+            good = ops.ones_like(finite)
+            apply()
+        else:
+            good = ops.logical_and(finite, is_running())
+            backend.run_if(good, apply, state)
+            if undo_if is not None:
+                undo_if(ops.logical_not(good))
+        backend.commit_if(good, updates)
+        if metric_inputs is not None:
+            update_metrics(good, metric_inputs)
+        if on_nonfinite == "raise":
+            bad = ops.cast(ops.logical_not(finite), halted.dtype)
+            halted.assign(ops.maximum(halted.value, bad))
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "finite": finite,
+            "extras": extras | ({"loss_scale": loss_scale} if scales_itself else {}),
+        }
+
+    return train_step
+
+
+def _times(tensor: Any, factor: Any) -> Any:
+    return tensor * as_dtype_of(factor, tensor)
+
+
+def make_eval_step(
+    backend: ModuleType,
+    forward: Forward,
+    advancing: Sequence[keras.Variable],
+    metrics: MetricSet | None,
+    select_outputs: Callable[[Any, Any], Any] | None,
+) -> Callable[[Any], dict[str, Any]]:
+    """Build the step of one evaluation batch.
+
+    It changes the metrics, and what advances from batch to batch. All else that layers assign is
+    forgotten.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        forward: See ``Forward``.
+        advancing: Seeds and states that the next batch goes on with.
+        metrics: Metrics to update, if any.
+        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
+
+    Returns:
+        ``step(batch) -> {"loss", "outputs"}``, tensors on the device: a ``LossPair`` or
+        ``LossTerms``. A batch without labels has only the outputs.
+    """
+
+    def eval_step(batch: Any) -> dict[str, Any]:
+        with backend.dropping() as scope:
+            loss, outputs, metric_inputs = forward(batch, None, training=False)
+            kept = None if select_outputs is None else select_outputs(outputs, batch)
+        # A metric that a layer updates is one of these.
+        carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
+        if metrics is not None and metric_inputs is not None:
+            metrics.update(*metric_inputs)
+        result: dict[str, Any] = {}
+        if loss is not None:
+            result["loss"] = loss
+        if kept is not None:
+            result["outputs"] = kept
+        return result
+
+    return eval_step
+
+
+def carry_over(scope: keras.StatelessScope, variables: Sequence[keras.Variable]) -> None:
+    """Assign what a scope noted for ``variables``; the rest is forgotten with it."""
+    for variable in variables:
+        if (new := scope.get_current_value(variable)) is not None:
+            variable.assign(new)

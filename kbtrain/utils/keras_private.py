@@ -1,0 +1,194 @@
+"""What kbtrain uses of Keras that is not public, each with what happens where it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import keras
+
+from kbtrain.utils.fallback import PrivatePart
+
+
+def _part(name: str, fast: Any, plain: Any, instead: str) -> PrivatePart:
+    return PrivatePart(name, "keras", fast, plain, instead)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+# A mask is an attribute of the tensor, or, where tensors take none (JAX), in a table of Keras' own.
+
+
+def _get_keras_mask(tensor: Any) -> Any:
+    from keras.src.backend.common.masking import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def _set_keras_mask(tensor: Any, mask: Any) -> None:
+    from keras.src.backend.common.masking import set_keras_mask
+
+    set_keras_mask(tensor, mask)
+
+
+def _set_attribute(tensor: Any, mask: Any) -> None:
+    with contextlib.suppress(AttributeError):
+        tensor._keras_mask = mask
+
+
+_ATTRIBUTE = "Only masks that are an attribute of their tensor are seen; on JAX none are."
+
+get_keras_mask = _part(
+    "Reading the mask of a tensor",
+    _get_keras_mask,
+    lambda tensor: getattr(tensor, "_keras_mask", None),
+    _ATTRIBUTE,
+)
+"""The mask that a layer left on a tensor, or None."""
+
+set_keras_mask = _part("Setting the mask of a tensor", _set_keras_mask, _set_attribute, _ATTRIBUTE)
+"""``set_keras_mask(tensor, mask)``: what layers that come after it will find."""
+
+
+# --- scopes ---------------------------------------------------------------------------------------
+
+
+def stateless_scope() -> Any:
+    """The scope that a step runs in, or None.
+
+    Who asks runs layers again for their gradients, and has a plain way to go on with.
+    """
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    return get_stateless_scope()
+
+
+def get_global_attribute(name: str) -> Any:
+    """What layers run under besides their arguments; as with `stateless_scope`."""
+    from keras.src.backend.common import global_state
+
+    return global_state.get_global_attribute(name)
+
+
+def set_global_attribute(name: str, value: Any) -> None:
+    """The inverse of `get_global_attribute`."""
+    from keras.src.backend.common import global_state
+
+    global_state.set_global_attribute(name, value)
+
+
+def _in_training() -> bool:
+    context = get_global_attribute("current_call_ctx")
+    return context is not None and bool(context.get_value("training"))
+
+
+in_training = _part(
+    "Asking a layer whether it is in training",
+    _in_training,
+    lambda: False,
+    "NEFTune adds no noise, and gradient_checkpointing remembers what layers compute.",
+)
+"""Whether the layer that is being called runs as in training."""
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def _functional() -> type:
+    from keras.src.models.functional import Functional
+
+    return Functional
+
+
+def _type_of_a_functional_model() -> type:
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, keras.ops.abs(inputs)))
+
+
+functional_class = _part(
+    "Finding the class of functional models",
+    _functional,
+    _type_of_a_functional_model,
+    "It is taken from a small model.",
+)
+"""The class of models that were made of inputs and outputs."""
+
+
+def _layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    return list(layer._flatten_layers())
+
+
+def _walk(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    found: dict[int, keras.layers.Layer] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, keras.layers.Layer) and id(value) not in found:
+            found[id(value)] = value
+            is_model = isinstance(value, keras.Model)
+            visit(value.layers if is_model else list(vars(value).values()))
+        elif isinstance(value, dict):
+            for item in list(value.values()):
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(layer)
+    return list(found.values())
+
+
+flatten_layers = _part(
+    "Walking over the layers of a model",
+    _layers,
+    _walk,
+    "Layers are found by the attributes of layers.",
+)
+"""The layer and everything below it, each once, in a stable order."""
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def _global_seed_generator() -> Any:
+    from keras.src.random.seed_generator import global_seed_generator
+
+    return global_seed_generator()
+
+
+_own: list[Any] = []
+
+
+def _own_generator() -> Any:
+    if not _own:
+        _own.append(keras.random.SeedGenerator(0))
+    return _own[0]
+
+
+global_seed_generator = PrivatePart(
+    "Finding Keras' global seed generator",
+    "keras",
+    _global_seed_generator,
+    _own_generator,
+    "What layers without a seed draw is not part of a checkpoint.",
+    passes=lambda error: isinstance(error, ValueError),  # Keras refuses to make it in a trace
+)
+"""The generator that Keras draws from where a layer or operation has no seed."""
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+def _narrowing_table() -> dict[str, str]:
+    from keras.src.backend.common import dtypes
+
+    table: dict[str, str] = dtypes.BIT64_TO_BIT32_DTYPE
+    table["float64"]  # there, or this is another table
+    return table
+
+
+narrowing_table = _part(
+    "Keeping float64 in operations of Keras",
+    _narrowing_table,
+    dict,
+    "Where Keras makes float32 of float64, a model in float64 is trained so.",
+)
+"""What Keras' rules of promotion make of 64-bit dtypes at the end; changed, it holds at once."""

@@ -1,0 +1,105 @@
+"""Every source of randomness of a run, as arrays and JSON, to save and to put back."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+
+from kbtrain.config import converters
+from kbtrain.errors import ConfigurationError
+from kbtrain.utils import tensorflow_import
+from kbtrain.utils.keras_private import global_seed_generator
+
+
+def set_seed(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy, the backend, Keras' global generator, and TensorFlow if it is imported.
+
+    Who has not imported TensorFlow draws nothing from it. The Trainer does this when it is made,
+    with ``args.seed``; call it before you make the model, so that its weights follow from it too.
+
+    Args:
+        seed: From 0 to 2**32 - 1.
+        deterministic: Not here: see ``full_determinism`` of ``TrainingArguments``.
+
+    Raises:
+        ConfigurationError: The seed is of another kind, or ``deterministic`` was asked for.
+
+    Example:
+        >>> set_seed(42)
+    """
+    try:
+        seed = converters.whole(0, converters.MAX_SEED)(seed)
+    except converters.Unfit as refusal:
+        raise ConfigurationError(f"seed must be {refusal}. Received: {seed!r}") from None
+    if deterministic:
+        raise ConfigurationError(
+            "set_seed sets seeds. Received: deterministic=True. For kernels that give the same "
+            "result each time write TrainingArguments(full_determinism=True)."
+        )
+    with tensorflow_import.not_imported():
+        keras.utils.set_random_seed(seed)
+
+
+def global_generator() -> Any:
+    """The generator that Keras draws from where a layer or operation has no seed.
+
+    On JAX it cannot be asked for while a function is traced; what is drawn from it then is a
+    state like any other.
+    """
+    return global_seed_generator()
+
+
+def global_seed_variable() -> keras.Variable:
+    """State of the generator that Keras draws from where a layer or operation has no seed."""
+    return global_seed_generator().state
+
+
+def capture(backend: ModuleType) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Random state outside the model: ``(arrays, JSON document)``."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    arrays = {f"backend/{name}": value for name, value in backend.rng_state().items()}
+    arrays["numpy"] = np.asarray(keys)
+    arrays["python"] = np.asarray(internal, dtype=np.uint64)
+    arrays["keras"] = keras.ops.convert_to_numpy(global_seed_variable().value)
+    document = {
+        "backend": backend.name,
+        "python": {"version": version, "gauss": gauss},
+        "numpy": {
+            "algorithm": algorithm,
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+    return arrays, document
+
+
+def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
+    """Inverse of ``capture``. Another backend's own generators are left as they are."""
+    # First, because Keras makes its generator on demand, from a draw of Python's.
+    variable = global_seed_variable()
+    internal = tuple(int(x) for x in arrays["python"])
+    gauss = document["python"]["gauss"]  # which setstate takes unlooked at
+    gauss = None if gauss is None else float(gauss)
+    random.setstate((document["python"]["version"], internal, gauss))
+    state = document["numpy"]
+    np.random.set_state(
+        (
+            state["algorithm"],
+            arrays["numpy"],
+            state["position"],
+            state["has_gauss"],
+            state["cached"],
+        )
+    )
+    variable.assign(arrays["keras"].astype(variable.dtype))
+    if document["backend"] == backend.name:
+        prefix = "backend/"
+        backend.set_rng_state(
+            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        )

@@ -1,0 +1,112 @@
+"""Adam, with AMSGrad as an option."""
+
+from typing import Any, Unpack
+
+import keras
+
+from optim.core.checks import check_flag
+from optim.core.moments import adam_denominator, adam_moments, add_l2, bias_correction
+from optim.core.optimizer import CommonArguments, Optimizer, Tensor, check_range, elementwise, fused
+
+
+@keras.saving.register_keras_serializable(package="optim")
+class Adam(Optimizer):
+    r"""Adam in the arithmetic of PyTorch and optax.
+
+    With gradient :math:`g`, learning rate :math:`\eta`, weight decay :math:`\lambda` and the update
+    counter :math:`t`, from 1:
+
+    .. math::
+        g' &= g + \lambda p_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g' \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2)\, g'^2 \\
+        p_t &= p_{t-1} - \eta\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    with :math:`\hat m_t = m_t / (1 - \beta_1^t)` and :math:`\hat v_t` likewise. With ``amsgrad``
+    the largest :math:`v` so far takes the place of :math:`v_t`.
+
+    `keras.optimizers.Adam` adds epsilon before the correction of the bias (see `optim.AdamW`), has
+    the default 1e-7, and treats ``weight_decay`` as AdamW does. On PyTorch the update is executed
+    by PyTorch's own fused kernel.
+
+    Args:
+        learning_rate: a number, a learning-rate schedule or a callable without arguments.
+        beta_1: decay rate of the mean of the gradient, in [0, 1).
+        beta_2: decay rate of the mean of its square, in [0, 1).
+        epsilon: keeps the denominator away from zero, not negative.
+        weight_decay: added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
+            PyTorch; `keras.optimizers` decouples it).
+        amsgrad: divide by the largest mean square so far; one more slot.
+        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+
+    Raises:
+        ValueError: if a hyperparameter is out of its range.
+
+    Example:
+        >>> import keras, optim
+        >>> variable = keras.Variable([1.0, -1.0])
+        >>> optimizer = optim.Adam(learning_rate=0.25)
+        >>> optimizer.apply([keras.ops.array([3.0, -2.0])], [variable])
+        >>> [round(float(x), 4) for x in keras.ops.convert_to_numpy(variable)]
+        [0.75, -0.75]
+
+    Reference:
+        - [Kingma and Ba, Adam: A Method for Stochastic Optimization](https://arxiv.org/abs/1412.6980)
+        - [Reddi et al., On the Convergence of Adam and Beyond](https://arxiv.org/abs/1904.09237)
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        **common: Unpack[CommonArguments],
+    ) -> None:
+        super().__init__(learning_rate, weight_decay=weight_decay, **common)
+        self.beta_1 = check_range("beta_1", beta_1, 0.0, 1.0)
+        self.beta_2 = check_range("beta_2", beta_2, 0.0, 1.0)
+        self.epsilon = check_range("epsilon", epsilon, 0.0)
+        self.amsgrad = check_flag("amsgrad", amsgrad)
+
+    def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The running means of the gradient and of its square.
+
+        Args:
+            shape: shape of the variable.
+
+        Returns:
+            Shapes of ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
+        """
+        slots = {"momentum": shape, "velocity": shape}
+        return {**slots, "velocity_max": shape} if self.amsgrad else slots
+
+    @fused("adam")
+    @elementwise
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        slots: dict[str, Tensor],
+        step: Tensor,
+        learning_rate: Tensor,
+        weight_decay: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One update of one tensor, see `Optimizer.update`."""
+        gradient = add_l2(gradient, parameter, weight_decay)
+        slots = adam_moments(slots, gradient, self.beta_1, self.beta_2)
+        denominator = adam_denominator(slots, step, self.beta_2, self.epsilon)
+        scale = learning_rate / bias_correction(self.beta_1, step)
+        return parameter - scale * slots["momentum"] / denominator, slots
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor, as a serializable dictionary."""
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "amsgrad": self.amsgrad,
+        }

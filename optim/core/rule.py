@@ -1,0 +1,158 @@
+"""The vocabulary of update rules: slots, treatments, marks for kernels, any float dtype."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple, TypeVar
+
+import keras
+import numpy as np
+from keras import ops
+
+from optim.core import precision
+from optim.core.parameter_groups import path_of
+from optim.kernels import backend as kernels
+
+Tensor = Any
+"""A tensor of the running backend."""
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A piece of state that is not a float32 tensor of zeros.
+
+    What is float32 here is float64 for a variable in float64.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype, as Keras names it.
+        initializer: its first value: a number, a Keras initializer or the name of one,
+            ``"parameter"`` for the value the variable has when the optimizer is built, or
+            ``"path"`` for an integer in [0, 2 ** 31) made of the variable's path.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    initializer: Any = "zeros"
+
+
+class Treatment(NamedTuple):
+    """How one variable is updated; variables with equal treatments can share a kernel call.
+
+    Attributes:
+        rule: the optimizer whose pure part (`Optimizer.update` and hyperparameters) is executed.
+        weight_decay: see `Optimizer.weight_decay_of`.
+        learning_rate_multiplier: see `Optimizer.learning_rate_multiplier_of`.
+    """
+
+    rule: Any
+    weight_decay: float
+    learning_rate_multiplier: float
+
+    def learning_rate(self, learning_rate: Tensor) -> Tensor:
+        """The optimizer's learning rate as this treatment has it."""
+        multiplier = self.learning_rate_multiplier
+        return learning_rate if multiplier == 1.0 else learning_rate * multiplier
+
+
+def fused(name: str) -> Callable[[Rule], Rule]:
+    """Mark an `Optimizer.update` as the rule that the kernels of this name also execute.
+
+    The mark sits on the function, so a subclass that overrides ``update`` is never given to the
+    kernel of its parent's rule.
+
+    Args:
+        name: key in the ``FUSED`` table of the backend's kernel module; a backend without the key
+            executes the rule itself.
+
+    Returns:
+        A decorator.
+    """
+
+    def mark(rule: Rule) -> Rule:
+        rule.fused = name  # type: ignore[attr-defined]
+        return rule
+
+    return mark
+
+
+def elementwise(rule: Rule) -> Rule:
+    """Mark an `Optimizer.update` whose result at an element depends on that element alone.
+
+    Scalars may enter: the step, the learning rate, slots of shape ``()``, and the sum or mean of
+    all elements of something (`keras.ops.sum`, `keras.ops.mean`). Shapes, other reductions and
+    products of matrices may not. A kernel may then execute the rule on pieces of a tensor.
+
+    Args:
+        rule: the method.
+
+    Returns:
+        The same method. As with `fused`, the mark is not inherited by a method that overrides it.
+    """
+    rule.elementwise = True  # type: ignore[attr-defined]
+    return rule
+
+
+def advance(
+    rule: Any,
+    value: Tensor,
+    gradient: Tensor,
+    slots: dict[str, Tensor],
+    step: Tensor,
+    learning_rate: Tensor,
+    weight_decay: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Execute a rule on a value of any float dtype. Pure.
+
+    Args:
+        rule: the optimizer whose rule it is.
+        value: the variable's value.
+        gradient: tensor of the same shape; like the slots and scalars it is float32, or float64 if
+            the value is.
+        slots: slot name -> tensor, with the ``"residual"`` of a low-precision value.
+        step: 1 at the first update.
+        learning_rate: times the variable's multiplier.
+        weight_decay: the variable's decay.
+
+    Returns:
+        The new value and the new slots, dtypes unchanged.
+    """
+    dtype = keras.utils.standardize_dtype(value.dtype)
+    scalars = (step, learning_rate, weight_decay)
+    if dtype in ("float32", "float64"):
+        return rule.update(value, gradient, slots, *scalars)
+    rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
+    total = precision.join(value, slots["residual"], dtype)
+    total, rule_slots = rule.update(total, gradient, rule_slots, *scalars)
+    value, residual = precision.split(total, dtype)
+    return value, {**rule_slots, "residual": residual}
+
+
+def initializer_of(slot: Slot, variable: Any) -> Any:
+    """A slot's first value, as Keras takes it.
+
+    Args:
+        slot: the slot.
+        variable: the variable that it belongs to.
+
+    Returns:
+        A Keras initializer, the name of one, or a function of a shape and a dtype.
+    """
+    initializer = slot.initializer
+    if isinstance(initializer, Real):
+        return keras.initializers.Constant(float(initializer))
+    if initializer == "path":
+        path = path_of(variable)
+        number = zlib.crc32(path.encode()) >> 1
+        return lambda shape, dtype: ops.full(shape, number, dtype)
+    if initializer != "parameter":
+        return initializer
+    # By value: TensorFlow cannot lift an initializer that reads a variable out of a traced step.
+    with kernels.outside_of_tracing():
+        value = ops.convert_to_numpy(
+            ops.cast(ops.convert_to_tensor(variable), precision.working_dtype(variable))
+        )
+    return lambda shape, dtype: ops.cast(np.array(value), dtype)

@@ -1,0 +1,387 @@
+"""Execution on PyTorch: a fused kernel over lists of tensors where one exists, else the rule."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import torch
+
+from optim.core.fallback import PrivatePart, report
+from optim.core.precision import working_dtype
+from optim.kernels.torch.adafactor import run_adafactor
+from optim.kernels.torch.custom_op import LIBRARY, Numbered
+from optim.kernels.torch.eight_bit import run_eight_bit
+from optim.kernels.torch.elementwise import NotElementwise, record_program, run_elementwise
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def no_gradient() -> AbstractContextManager[Any]:
+    """Variables are parameters that require a gradient; their update must not be recorded."""
+    return torch.no_grad()
+
+
+def colocated(variable: Any) -> AbstractContextManager[Any]:
+    """Keras places every variable on the one device of its scope."""
+    return nullcontext()
+
+
+def outside_of_tracing() -> AbstractContextManager[Any]:
+    """PyTorch always executes."""
+    return nullcontext()
+
+
+def dense_gradient(gradient: Any, variable: Any) -> Any:
+    """The gradient as a dense tensor of the working dtype."""
+    if not torch.is_tensor(gradient):  # an array of NumPy's
+        gradient = keras.ops.convert_to_tensor(gradient)
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    dtype = torch.float64 if working_dtype(variable) == "float64" else torch.float32
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
+
+
+def execute(
+    optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
+) -> None:
+    """Run the fused equivalent of each rule, one call per treatment, or the rule itself."""
+    in_place = optimizer.kernel is None and not _in_stateless_scope()
+    batches: dict[Any, _Batch] = {}
+    failures: list[Exception] = []
+    wide_step, wide_rate = step, learning_rate
+    if step.dtype is torch.float64:  # some variables are, and the others have kernels for float32
+        step, learning_rate = step.float(), learning_rate.float()
+    for gradient, variable in zip(gradients, variables, strict=True):
+        treatment = optimizer.treatment_of(variable)
+        parameter = _storage(variable)
+        if not (in_place and _fused(treatment.rule) and _fusible(parameter)):
+            optimizer.update_variable(gradient, variable, wide_step, wide_rate)
+            continue
+        if treatment not in batches:
+            batches[treatment] = _Batch(failure=_failure(treatment, parameter.device))
+        batch = batches[treatment]
+        if batch.failure is not None:
+            optimizer.update_variable(gradient, variable, step, learning_rate)
+            failures.append(batch.failure)
+            continue
+        batch.add(parameter, gradient, optimizer.slots_of(variable))
+    for treatment, batch in batches.items():
+        if batch.parameters:
+            batch.run(
+                _fused(treatment.rule),
+                treatment.rule,
+                step,
+                treatment.learning_rate(learning_rate),
+                treatment.weight_decay,
+            )
+    if failures:  # the rule itself does not fail
+        report(
+            "Updating lists of tensors in place",
+            "torch",
+            failures[0],
+            "The rule runs as it is written, which takes longer.",
+        )
+
+
+def _asks_the_scope() -> bool:
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    return bool(in_stateless_scope())
+
+
+_in_stateless_scope = PrivatePart(
+    "Asking for a stateless scope",
+    "keras",
+    _asks_the_scope,
+    lambda: True,
+    "The rule runs as it is written, which takes longer.",
+)
+"""Whether values belong to the caller, so that nothing may be changed in place."""
+
+_FAILURES: Numbered[Exception | None] = Numbered()
+
+
+def _failure(treatment: Any, device: torch.device) -> Exception | None:
+    """What a rule's kernel fails with in this version of PyTorch, before anything is changed."""
+    rule, weight_decay = treatment.rule, treatment.weight_decay
+    key = (weight_decay, device)
+    return _FAILURES[_FAILURES.number(rule, key, lambda: _tried(rule, weight_decay, device))]
+
+
+def _tried(rule: Any, weight_decay: float, device: torch.device) -> Exception | None:
+    kernel = _fused(rule)
+    try:
+        if isinstance(kernel, functools.partial) and kernel.func is run_eight_bit:
+            rule = rule.full
+            kernel = _fused(rule)
+        if kernel is run_elementwise:
+            record_program(rule, weight_decay, device)
+        elif kernel is not run_adafactor:
+            _outside_of_modes(lambda: _try_on_one_number(kernel, rule, weight_decay, device))
+    except NotElementwise:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _outside_of_modes(fn: Callable[[], None]) -> None:
+    """Run ``fn`` in a thread: what records operations in this one does not see those of another."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fn).result()
+
+
+def _try_on_one_number(
+    kernel: Callable[..., None], rule: Any, weight_decay: float, device: torch.device
+) -> None:
+    def one() -> torch.Tensor:
+        return torch.ones(1, device=device)
+
+    slots = {name: [one()] for name in rule.slot_shapes((1,))}
+    with torch.no_grad():
+        kernel(rule, [one()], [one()], slots, one().squeeze(), one().squeeze(), weight_decay)
+
+
+def _fused(rule: Any) -> Any:
+    """What executes a rule over lists of tensors: a kernel, or the rule in pieces, or None."""
+    name = getattr(type(rule).update, "fused", None) or ""
+    if name == "sgd" and rule.dampening:  # only PyTorch's first step differs, and it is not told
+        name = ""
+    if name == "eight_bit":
+        kernel = _fused(rule.full)
+        return kernel and functools.partial(run_eight_bit, kernel)
+    elementwise = getattr(type(rule).update, "elementwise", False)
+    return FUSED.get(name) or (run_elementwise if elementwise else None)
+
+
+def _storage(variable: Any) -> torch.Tensor:
+    """The tensor a variable holds, to be changed in place.
+
+    Not `keras.Variable.value`: that is a cast copy inside an autocast scope, and it looks up three
+    scopes at every access, which is half of the time of an update of a small model.
+    """
+    return variable._value
+
+
+def _fusible(parameter: torch.Tensor) -> bool:
+    # The fused kernels walk raw memory: every list has to be dense and in the same order.
+    return (
+        parameter.is_contiguous()
+        and parameter.dtype is not torch.float64
+        and parameter.device.type in _FUSED_DEVICES
+    )
+
+
+@dataclass
+class _Batch:
+    """Tensors that share a treatment and are updated by one call of a fused kernel.
+
+    Attributes:
+        failure: what the kernel fails with; the tensors are then updated one by one.
+    """
+
+    parameters: list[torch.Tensor] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    slots: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    failure: Exception | None = None
+    low_precision: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=list
+    )
+
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor, slots: dict[str, Any]) -> None:
+        if "residual" in slots:
+            residual = _storage(slots["residual"])
+            master = _joined(parameter, residual)
+            self.low_precision.append((parameter, residual, master))
+            parameter = master
+        self.parameters.append(parameter)
+        self.gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
+        for name, slot in slots.items():
+            if name != "residual":
+                self.slots.setdefault(name, []).append(_storage(slot))
+
+    def run(
+        self,
+        fused: Callable[..., None],
+        optimizer: Any,
+        step: torch.Tensor,
+        learning_rate: torch.Tensor,
+        weight_decay: float,
+    ) -> None:
+        fused(
+            optimizer,
+            self.parameters,
+            self.gradients,
+            self.slots,
+            step,
+            learning_rate,
+            weight_decay,
+        )
+        for parameter, residual, master in self.low_precision:
+            parameter.copy_(master)
+            residual.copy_(_remainder(master, parameter))
+
+
+def _joined(parameter: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`optim.core.precision.join`, with casts that eager PyTorch always executes."""
+    wide = parameter.float()
+    master = wide + residual
+    return torch.where(master.to(parameter.dtype) == parameter, master, wide)
+
+
+def _remainder(master: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What rounding ``master`` to ``parameter`` has cut off, 0 where it overflowed."""
+    return torch.nan_to_num_(master - parameter, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _fused_adam(
+    operation: str,
+    rule: Any,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    slots: dict[str, list[torch.Tensor]],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+) -> None:
+    """PyTorch's own fused Adam or AdamW; step and learning rate stay on the device."""
+    getattr(torch, operation)(
+        parameters,
+        gradients,
+        slots["momentum"],
+        slots["velocity"],
+        slots.get("velocity_max", []),
+        [step] * len(parameters),
+        lr=learning_rate,
+        beta1=rule.beta_1,
+        beta2=rule.beta_2,
+        weight_decay=weight_decay,
+        eps=rule.epsilon,
+        amsgrad=rule.amsgrad,
+        maximize=False,
+    )
+
+
+def _fused_sgd(
+    rule: Any,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    slots: dict[str, list[torch.Tensor]],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+) -> None:
+    """PyTorch's own fused SGD. A buffer of zeros without dampening needs no first step."""
+    torch._fused_sgd_(
+        parameters,
+        gradients,
+        slots.get("momentum", []),
+        weight_decay=weight_decay,
+        momentum=rule.momentum,
+        lr=learning_rate,
+        dampening=0.0,
+        nesterov=rule.nesterov,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def _fused_adagrad(
+    rule: Any,
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    slots: dict[str, list[torch.Tensor]],
+    step: torch.Tensor,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+) -> None:
+    """PyTorch's own fused Adagrad."""
+    torch._fused_adagrad_(
+        parameters,
+        gradients,
+        slots["accumulator"],
+        [step] * len(parameters),
+        lr=learning_rate,
+        lr_decay=rule.lr_decay,
+        weight_decay=weight_decay,
+        eps=rule.epsilon,
+        maximize=False,
+    )
+
+
+FUSED: dict[str, Callable[..., None]] = {
+    "adam": functools.partial(_fused_adam, "_fused_adam_"),
+    "adamw": functools.partial(_fused_adam, "_fused_adamw_"),
+    "sgd": _fused_sgd,
+    "adagrad": _fused_adagrad,
+    "adafactor": run_adafactor,
+}
+
+
+def take(table: Any, indices: Any) -> Any:
+    """``table[indices]``, without the care that Keras takes of indices below 0."""
+    return torch.index_select(table, 0, indices.reshape(-1)).reshape(indices.shape)
+
+
+def squared_norm(x: Any) -> Any:
+    """The sum of the squares of all elements of a tensor."""
+    return keras.ops.sum(x * x)
+
+
+def mean_product(x: Any, y: Any) -> Any:
+    """The mean of the products of the elements of two tensors."""
+    return keras.ops.mean(x * y)
+
+
+def singular_vectors(matrix: Any) -> Any:
+    """The singular vectors on the smaller side of a matrix, as columns, the largest first.
+
+    They are eigenvectors of a product with itself, which takes a third of the time of a singular
+    value decomposition. In float64 squares lose nothing that float32 has; of a float64 matrix they
+    would.
+    """
+    wide = (matrix if matrix.shape[0] < matrix.shape[1] else matrix.T).double()
+    return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(matrix.dtype)
+
+
+# ---- what is computed now and then ---------------------------------------------------------------
+
+_COMPUTE: list[Callable[[Any, Any], Any]] = []
+
+# It looks at a value; PyTorch has a mark for what no CUDA graph can hold since 2.9.
+_MARKS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+LIBRARY.define(
+    "refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor", tags=_MARKS
+)
+
+
+def _refresh(
+    due: torch.Tensor, operand: torch.Tensor, current: torch.Tensor, compute: int
+) -> torch.Tensor:
+    # A result has memory of its own, as PyTorch demands of an operation.
+    if not due:
+        return current.clone()
+    return _COMPUTE[compute](operand, current).contiguous()
+
+
+LIBRARY.impl("refresh", _refresh, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "optim::refresh",
+    lambda due, operand, current, compute: torch.empty_like(current),
+    lib=LIBRARY,
+)
+
+
+def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
+    """``compute(operand, current)`` if it is due, else ``current``.
+
+    One operation to PyTorch, so that it can be a part of a captured step: it decides when it runs,
+    not when it is recorded. On a GPU that waits for the device.
+    """
+    if compute not in _COMPUTE:
+        _COMPUTE.append(compute)
+    return torch.ops.optim.refresh(due, operand, current, _COMPUTE.index(compute))
