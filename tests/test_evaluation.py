@@ -403,7 +403,7 @@ def test_outputs_of_so_many_batches_wait_on_the_device(tmp_path, monkeypatch, mo
     monkeypatch.setattr("kbtrain.data.block_length.BLOCK_SECONDS", 1e9)
     trainer = make(tmp_path, args={"eval_accumulation_steps": most})
     trainer.bound.build((x[:4], y[:4]))
-    step, calls = trainer.bound.eval_step(with_loss=True, gather=True), []
+    step, calls = trainer.eval_steps.get(with_loss=True, gather=True), []
     run = step.run
 
     def recorded(block, start, count):

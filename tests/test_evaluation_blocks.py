@@ -134,7 +134,7 @@ def test_outputs_of_any_size_leave_the_device(tmp_path, blocks):
     model = with_weights(keras.Model(inputs, keras.ops.repeat(wide, 14_000, axis=-1)))
     trainer = Trainer(model, arguments(tmp_path, per_device_eval_batch_size=4))
     trainer.bound.build(x[:4])
-    outputs = Outputs(trainer.bound.eval_step(with_loss=False, gather=True))
+    outputs = Outputs(trainer.eval_steps.get(with_loss=False, gather=True))
     predictions = trainer.predict(x).predictions
     assert blocks == [1, 1, 4, 16, 18]
     assert outputs.calls == [1, 1, 3, 1, 3, 3, 3, 3, 3, 1, 3, 3, 3, 3, 3, 3]

@@ -10,8 +10,7 @@ from keras import layers, ops
 
 from kbtrain import Trainer
 from kbtrain.data.tree import to_numpy
-from kbtrain.model import float64
-from kbtrain.utils import fallback, keras_private
+from kbtrain.utils import fallback, float64, keras_private
 
 
 @pytest.fixture(autouse=True)

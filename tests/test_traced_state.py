@@ -10,7 +10,8 @@ from helpers import Recorder, arguments, linear_model, make_data, same, weights
 from keras import ops
 
 from kbtrain import Trainer
-from kbtrain.tracing.position import Decisions, Moment
+from kbtrain.tracing.moment import Moment
+from kbtrain.tracing.position import Decisions
 
 EXPRESSIONS = {
     "updates": lambda s: s.global_step,

@@ -9,7 +9,7 @@ from helpers import StopAt, arguments, make_data, same, train_logs, weights, wit
 
 import optim
 from kbtrain import ConfigurationError, Trainer
-from kbtrain.model import build as building
+from kbtrain.optimization import weight_decay
 
 GROUPS = [
     {"match": "first/", "lr_multiplier": 0.5, "weight_decay": 0.0},
@@ -133,9 +133,9 @@ def test_an_optimizer_that_knows_no_groups(tmp_path):
 
 
 def test_kbtrain_and_optim_agree_on_what_is_not_decayed():
-    assert building.NO_DECAY_NAMES.pattern == optim.decay.NO_DECAY_NAMES.pattern
-    assert building.NO_DECAY_LAYERS == optim.decay.NO_DECAY_LAYERS
-    assert building.decay_parameter_names(model()) == optim.decay_parameter_names(model())
+    assert weight_decay.NO_DECAY_NAMES.pattern == optim.decay.NO_DECAY_NAMES.pattern
+    assert weight_decay.NO_DECAY_LAYERS == optim.decay.NO_DECAY_LAYERS
+    assert weight_decay.decay_parameter_names(model()) == optim.decay_parameter_names(model())
 
 
 # ---- target modules ------------------------------------------------------------------------------

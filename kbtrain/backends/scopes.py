@@ -59,3 +59,10 @@ class NoticingScope(LossScope):
         """Those of ``variables`` that were assigned, with their new values."""
         new = [(v, self.get_current_value(v)) for v in variables]
         return [(v, n) for v, n in new if n is not self._held.get(id(v))]
+
+
+def carry_over(scope: keras.StatelessScope, variables: Sequence[keras.Variable]) -> None:
+    """Assign what a scope noted for ``variables``; the rest is forgotten with it."""
+    for variable in variables:
+        if (new := scope.get_current_value(variable)) is not None:
+            variable.assign(new)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 
-from kbtrain.checkpoint.documents import is_of
 from kbtrain.errors import ConfigurationError
 from kbtrain.tracing.position import Position
+from kbtrain.utils.json_types import is_of
 from kbtrain.utils.output_files import save_json
 
 if TYPE_CHECKING:

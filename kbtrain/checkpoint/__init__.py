@@ -15,14 +15,8 @@ from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
 from kbtrain.utils.filesystem import FileEntry
 
 if TYPE_CHECKING:
-    from kbtrain.checkpoint.variable_names import (
-        RestorePlan,
-        capture,
-        name_optimizer_variables,
-        name_variables,
-        plan_restore,
-        restore,
-    )
+    from kbtrain.checkpoint.variables import RestorePlan, capture, plan_restore, restore
+    from kbtrain.model.variable_names import name_optimizer_variables, name_variables
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,6 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from kbtrain.checkpoint import variable_names
+    from kbtrain.checkpoint import variables
+    from kbtrain.model import variable_names
 
-    return getattr(variable_names, name)
+    return getattr(variable_names if name.startswith("name_") else variables, name)

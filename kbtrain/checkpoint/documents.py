@@ -7,13 +7,13 @@ is, it becomes a value of the right types or a ``CheckpointDamagedError``.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.errors import CheckpointDamagedError
+from kbtrain.utils.json_types import is_of
 
 T = TypeVar("T")
 
@@ -69,23 +69,3 @@ def damaged(checkpoint: Checkpoint, name: str, problem: str) -> NoReturn:
         f"The checkpoint {checkpoint.path} is damaged: {name}.json: {problem:.300}. Its checksums "
         "are right, so it was written like this. Resume from another one."
     )
-
-
-def is_of(value: Any, expected: Any) -> bool:
-    """Whether a value of JSON has a type, as dataclasses write it."""
-    origin, inner = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        return any(is_of(value, one) for one in inner)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(is_of(item, inner[1]) for item in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
-    if expected is Any:
-        return True
-    if isinstance(value, bool):
-        return expected is bool
-    if expected is float:
-        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-    if expected is int:
-        return isinstance(value, int) and 0 <= value < 2**63
-    return isinstance(value, expected)

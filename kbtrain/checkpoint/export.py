@@ -70,7 +70,7 @@ def build_model(path: Path) -> keras.Model:
     """
     import keras  # loads a framework
 
-    from kbtrain.checkpoint.variable_names import restore_model_arrays
+    from kbtrain.checkpoint.variables import restore_model_arrays
 
     checkpoint = read_checkpoint(path)
     config = checkpoint.documents.get("model_config")

@@ -29,7 +29,7 @@ from kbtrain.errors import (
     concise,
     first_lines,
 )
-from kbtrain.model.build import take_in_new_values
+from kbtrain.model.variables import take_in_new_values
 from kbtrain.utils.local_path import check_local
 
 logger = logging.getLogger("kbtrain")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kbtrain.checkpoint.storage.manifest import check_other_files
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.data import ArraySource, Collate, DataCollatorWithPadding, default_collate
-from kbtrain.data.sources.interop import yields_batches
-from kbtrain.data.tree import has_array
 from kbtrain.errors import CheckpointError, ConfigurationError
 
 _SAVE = ("save_pretrained", "save_to_preset")
@@ -70,28 +67,3 @@ def files_of(
             f"{store.path(step)}: {type(error).__name__}: {error}"
         ) from error
     return files
-
-
-def padding_collator(processing: Any, dataset: Any) -> Collate | None:
-    """The collator of a data set that was given none: padding, if there is something to pad with.
-
-    None where there is no ``pad_token_id``, or the data is arrays or batches already.
-    """
-    if getattr(processing, "pad_token_id", None) is None:
-        return None
-    arrays = isinstance(dataset, Mapping | tuple | ArraySource) or has_array(dataset)
-    if arrays or yields_batches(dataset):
-        return None
-    return _PadTokens(processing)
-
-
-class _PadTokens(DataCollatorWithPadding):
-    """Pads token data and stacks any other."""
-
-    is_default = True  # nobody asked for it: the data need not be samples
-
-    def __call__(self, samples: Sequence[Any]) -> Any:
-        sample = samples[0]
-        if isinstance(sample, Mapping) and "input_ids" in sample:
-            return super().__call__(samples)
-        return default_collate(samples)

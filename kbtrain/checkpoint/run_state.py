@@ -29,9 +29,10 @@ from kbtrain.checkpoint import (
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
 from kbtrain.errors import CheckpointMismatchError
-from kbtrain.model import build as building
 from kbtrain.model.trainable_flags import TrainableFlags
-from kbtrain.optimization import changing_variables, evaluation_weights
+from kbtrain.model.variables import state_variables, take_in_new_values
+from kbtrain.optimization import changing_variables
+from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils import rng, tensorflow_import
 from kbtrain.utils.host_buffers import HostBuffers
 from kbtrain.utils.output_files import writing
@@ -117,7 +118,7 @@ def model_variables(model: keras.Model) -> list[keras.Variable]:
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     optimizer = getattr(model, "optimizer", None)
     others = metrics | {id(v) for v in (optimizer.variables if optimizer else [])}
-    return [v for v in building.state_variables(model) if id(v) not in others]
+    return [v for v in state_variables(model) if id(v) not in others]
 
 
 def gather_model(model: keras.Model, buffers: HostBuffers | None = None) -> dict[str, np.ndarray]:
@@ -169,7 +170,7 @@ def gather_evaluation(
 ) -> dict[str, np.ndarray]:
     """Host copies of what is evaluated in place of some of the trained weights, by path."""
     named = name_variables(model_variables(model))
-    return evaluation_weights.differing(optimizer, named, trained, buffers)
+    return differing(optimizer, named, trained, buffers)
 
 
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
@@ -180,7 +181,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     """
     arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
-    building.take_in_new_values(model)
+    take_in_new_values(model)
 
 
 def gather_training(
@@ -274,7 +275,7 @@ def restore_run(
         plan.apply()
     arrays = {key: checkpoint.arrays["optimizer"][key] for key in aside}
     changing_variables.restore_aside(optimizer, arrays, model_plan.names)
-    building.take_in_new_values(model)
+    take_in_new_values(model)
     saved = checkpoint.arrays.get("metrics", {})
     values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
@@ -372,3 +373,22 @@ def save_keras_file(model: keras.Model, path: Path) -> None:
     """Write ``model`` as a ``.keras`` file, complete or not at all."""
     with writing(path) as temporary, tensorflow_import.not_imported():
         model.save(temporary)
+
+
+def differing(
+    optimizer: Any,
+    named: dict[str, keras.Variable],
+    trained: dict[str, np.ndarray],
+    buffers: HostBuffers | None = None,
+) -> dict[str, np.ndarray]:
+    """Host copies of the values to evaluate that are not the trained ones.
+
+    Args:
+        optimizer: The one that trains the model.
+        named: The model's variables by the names they are saved under.
+        trained: Host copies of all of them.
+        buffers: Where to copy to; the default is new memory.
+    """
+    with swapped_in(optimizer) as there:
+        values = capture(named, buffers, "evaluation") if there else {}
+    return {k: v for k, v in values.items() if not np.array_equal(v, trained[k])}

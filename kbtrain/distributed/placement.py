@@ -10,7 +10,7 @@ import keras
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.model import float64
+from kbtrain.utils import float64
 
 
 def check(backend: ModuleType, args: TrainingArguments) -> None:

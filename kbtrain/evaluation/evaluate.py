@@ -28,17 +28,17 @@ from kbtrain.data import (
 )
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
+from kbtrain.evaluation.compiled_steps import CompiledEvalStep, EvalSteps
 from kbtrain.evaluation.gather import PADDING as PADDING
 from kbtrain.evaluation.gather import Batchwise, Concatenated, Listed, compute_on_host
 from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
 from kbtrain.evaluation.generate import make_generator
 from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
-from kbtrain.model import build as building
-from kbtrain.model.bound_model import CompiledEvalStep
+from kbtrain.model import precision
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.metrics import MetricSet
 from kbtrain.optimization.evaluation_weights import swapped_in
-from kbtrain.tracing.position import Moment
+from kbtrain.tracing.moment import Moment
 from kbtrain.utils.timing import speed
 
 logger = logging.getLogger("kbtrain")
@@ -50,7 +50,7 @@ MAX_UNSIZED = 20_000
 """Batches of an evaluation on data without a length: what goes on after them may have no end."""
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 
 class PredictionOutput(NamedTuple):
@@ -130,7 +130,8 @@ class Wanted:
 
 
 def evaluate(
-    trainer: Trainer,
+    trainer: TrainerBase,
+    steps: EvalSteps,
     dataloader: Any,
     prefix: str,
     gather: bool,
@@ -141,6 +142,7 @@ def evaluate(
 
     Args:
         trainer: Whose model, metrics and callbacks.
+        steps: The compiled steps of its model.
         dataloader: Loader or iterable of batches.
         prefix: Put before every metric's name, with an underscore.
         gather: Copy outputs and labels to the host, for ``compute_metrics``.
@@ -157,15 +159,13 @@ def evaluate(
             f"name. Received: {prefix!r}."
         )
     check_ignore_keys(ignore_keys)
-    if trainer.bound.is_outdated and not trainer.is_in_train:
-        trainer.adopt(trainer.model)
     bound, backend = trainer.bound, trainer.backend
     trainer.captured.due |= not trainer.is_in_train
-    bound.renew(trainer.captured.look())
+    steps.renew(trainer.captured.look())
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
     with (
         placement.settings(backend, trainer.args, bound.model),
-        building.computing_in(bound.model, policy),
+        precision.computing_in(bound.model, policy),
     ):
         args, names = trainer.args, bound.label_names
         loader = trainer.eval_dataloader = as_loader(dataloader, label_names=names)
@@ -206,7 +206,7 @@ def evaluate(
         trainer.position.set(Moment.of(trainer.state.global_step, trainer.state.epoch))
         evaluation = Evaluation(
             backend,
-            bound.eval_step(with_loss, wanted.gather_from_model, policy, ignore_keys or ()),
+            steps.get(with_loss, wanted.gather_from_model, policy, ignore_keys or ()),
             wanted,
             on_batches=lambda count: _between_batches(trainer, count),
             every_batch=trainer.callback_handler.need_every_batch(),
@@ -258,13 +258,13 @@ def _shortened(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"a {type(value).__name__}"
 
 
-def _between_batches(trainer: Trainer, count: int) -> None:
+def _between_batches(trainer: TrainerBase, count: int) -> None:
     """After a call: tell who listens, and leave if the run is to stop and can come back here."""
     trainer.fire("on_prediction_step", batches=count)
     trainer.watch.between_batches(trainer.saver.longest)
 
 
-def _generator(trainer: Trainer) -> Callable[[Any], Any]:
+def _generator(trainer: TrainerBase) -> Callable[[Any], Any]:
     return make_generator(trainer.model, trainer.backend, trainer.args)
 
 

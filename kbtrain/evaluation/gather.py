@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kbtrain.data import map_structure
-from kbtrain.data.tree import as_array
+from kbtrain.data.plain_values import plain_values
 from kbtrain.errors import ConfigurationError, DataError
 
 PADDING = -100
@@ -314,46 +314,6 @@ def checked_metrics(values: Any) -> dict[str, Any]:
             f"Received: {type(values).__name__}."
         )
     return plain_values(values, "compute_metrics returned")
-
-
-def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """Results by name in what JSON can hold: tensors and arrays of one element become numbers.
-
-    Args:
-        values: By name.
-        source: What the error begins with, such as "compute_metrics returned".
-
-    Raises:
-        ConfigurationError: There is no dict, or a value is neither numbers nor text.
-
-    Example:
-        >>> plain_values({"f1": np.float32(0.5), "matrix": np.eye(2, dtype=int)}, "this is")
-        {'f1': 0.5, 'matrix': [[1, 0], [0, 1]]}
-    """
-    if not isinstance(values, Mapping):
-        raise ConfigurationError(
-            f"{source} no dict from names to numbers. Received: {type(values).__name__}."
-        )
-    return {str(name): _plain(name, value, source) for name, value in values.items()}
-
-
-def _plain(name: Any, value: Any, source: str) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(f"{name}[{k!r}]", v, source) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(f"{name}[{i}]", v, source) for i, v in enumerate(value)]
-    if hasattr(type(value), "__array__"):
-        array = as_array(value, str(name))  # in its own precision: metrics are often float64
-        if array.dtype.kind in "biuf":
-            return array.item() if array.size == 1 else array.tolist()
-    raise ConfigurationError(
-        f"{source} something that is no number under the name {name!r}. "
-        f"Received: {type(value).__name__}."
-    )
 
 
 def _merge(x: np.ndarray) -> np.ndarray:

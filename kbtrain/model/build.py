@@ -5,36 +5,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from kbtrain.config.converters import thaw
 from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, with_none, without_none
 from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.tree import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
 from kbtrain.model.forward import as_taken, inputs_of, tensors_of
 from kbtrain.model.metrics import MetricSet
-from kbtrain.optimization import registry
-from kbtrain.utils.keras_private import flatten_layers
+from kbtrain.utils.layers import walk_layers
 
 logger = logging.getLogger("kbtrain")
 
-NO_DECAY_LAYERS = (
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.RMSNormalization,
-    keras.layers.UnitNormalization,
-)
-NO_DECAY_NAMES = re.compile(
-    r"bias|(^|/)(gamma|beta|scale)$|layernorm|rmsnorm|(^|/)norm($|/)|_norm($|/)"
-)
 # optim has the same two for those who train without kbtrain; a test keeps them equal.
 
 
@@ -49,86 +36,6 @@ def check_model(model: Any) -> keras.Model:
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     hint = " Build it first: pass model_init=... for a function." if callable(model) else ""
     raise ConfigurationError(f"model must be a keras.Model. Received: {kind}.{hint}")
-
-
-def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """The layer and everything below it, each once, in a stable order."""
-    yield from flatten_layers(layer)
-
-
-def state_variables(model: keras.Model) -> list[keras.Variable]:
-    """All variables of a model. Keras does not count the states of a stateful RNN among them."""
-    states = [
-        state
-        for layer in walk_layers(model)
-        if getattr(layer, "stateful", False)
-        for state in keras.tree.flatten(getattr(layer, "states", None))
-        if isinstance(state, keras.Variable)
-    ]
-    return list({id(v): v for v in [*model.variables, *states]}.values())
-
-
-def take_in_new_values(model: keras.Model) -> None:
-    """After variables were assigned from outside: what layers have computed from them is computed.
-
-    ``Normalization`` keeps the mean and the deviation it divides by, as Keras' ``load_weights``
-    knows.
-    """
-    for layer in walk_layers(model):
-        if isinstance(layer, keras.layers.Normalization) and layer.built:
-            layer.finalize_state()
-
-
-def states_batch_size(model: keras.Model) -> int | None:
-    """How many samples the states of stateful RNNs are for; None without any."""
-    for layer in walk_layers(model):
-        if getattr(layer, "stateful", False):
-            for state in keras.tree.flatten(getattr(layer, "states", None)):
-                if isinstance(state, keras.Variable) and len(state.shape):
-                    return int(state.shape[0])
-    return None
-
-
-def advancing_variables(model: keras.Model) -> list[keras.Variable]:
-    """What changes from one batch to the next in inference, too: seeds, and states of RNNs."""
-    known = {id(v) for v in model.variables}
-    return [
-        v for v in state_variables(model) if id(v) not in known or v.name == "seed_generator_state"
-    ]
-
-
-def use_mixed_precision(model: keras.Model, policy: str) -> None:
-    """Give every float32 layer a policy such as ``mixed_bfloat16``: only the arithmetic changes.
-
-    A policy is captured when a layer is made, so the global one would come too late.
-    """
-    for layer in walk_layers(model):
-        if layer.dtype_policy.name == "float32":
-            layer.dtype_policy = policy
-
-
-def computes_in_float16(model: keras.Model) -> bool:
-    """Whether a layer with weights has the policy ``mixed_float16``, or the model itself."""
-    return any(
-        layer.dtype_policy.name == "mixed_float16"
-        for layer in walk_layers(model)
-        if layer is model or layer.trainable_variables
-    )
-
-
-@contextlib.contextmanager
-def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
-    """Inside, layers with float32 weights compute by ``policy``; None changes nothing."""
-    changed = [] if policy is None else list(walk_layers(model))
-    mixed = ("float32", "mixed_bfloat16", "mixed_float16")
-    before = [(layer, layer.dtype_policy) for layer in changed if layer.dtype_policy.name in mixed]
-    for layer, _ in before:
-        layer.dtype_policy = policy
-    try:
-        yield
-    finally:
-        for layer, own in before:
-            layer.dtype_policy = own
 
 
 def build_model(
@@ -202,7 +109,7 @@ def build_by_loss(model: keras.Model, forward: Any, batch: Any) -> None:
 
     Args:
         model: The model.
-        forward: See ``kbtrain.training.train_step.Forward``.
+        forward: See ``kbtrain.model.forward.Forward``.
         batch: A batch as the loader gives it (NumPy).
 
     Raises:
@@ -278,129 +185,6 @@ def _dtype(array: Any) -> str:
     return str(getattr(array, "dtype", np.asarray(array).dtype))
 
 
-def decay_parameter_names(model: keras.Model) -> list[str]:
-    """Paths of the trainable variables that weight decay applies to.
-
-    Not decayed: everything inside a normalization layer, biases, scales and offsets, and whatever
-    is named like a norm (``.../layernorm/...``, ``norm``, ``..._norm``), as in the reference.
-    """
-    inside_norm = {
-        id(variable)
-        for layer in walk_layers(model)
-        if isinstance(layer, NO_DECAY_LAYERS)
-        for variable in layer.trainable_variables
-    }
-    return [
-        variable.path
-        for variable in model.trainable_variables
-        if id(variable) not in inside_norm and not NO_DECAY_NAMES.search(variable.path.lower())
-    ]
-
-
-def check_optimizer(optimizer: Any, source: str) -> None:
-    """Make sure that what a package or an overridden method offers as an optimizer is one.
-
-    Raises:
-        ConfigurationError: It is something else.
-    """
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ConfigurationError(
-            f"{source} must make a keras.optimizers.Optimizer. "
-            f"Received: {type(optimizer).__name__}."
-        )
-
-
-def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """Tell the optimizer which variables of ``model`` are not decayed."""
-    decayed = set(decay_parameter_names(model))
-    excluded = [v for v in model.trainable_variables if v.path not in decayed]
-    if excluded:
-        optimizer.exclude_from_weight_decay(var_list=excluded)
-
-
-def set_parameter_groups(
-    optimizer: keras.optimizers.Optimizer, model: keras.Model, groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """Give the optimizer its parameter groups, if there are any.
-
-    Args:
-        optimizer: An optimizer without state; one inside of others is found.
-        model: The built model: groups may name types of its layers.
-        groups: ``args.parameter_groups``.
-
-    Raises:
-        ConfigurationError: The optimizer knows no groups, or a group is wrong.
-    """
-    if not groups:
-        return
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    if not hasattr(optimizer, "set_parameter_groups"):
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-        raise ConfigurationError(
-            "parameter_groups needs an optimizer with a method set_parameter_groups, such as those "
-            f"of optim. Received: {kind}."
-        )
-    try:
-        optimizer.set_parameter_groups(thaw(groups), model)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(str(error)) from None
-
-
-def with_average(
-    optimizer: keras.optimizers.Optimizer, options: Mapping[str, Any] | None
-) -> keras.optimizers.Optimizer:
-    """The optimizer inside one that averages the weights, or itself without ``args.ema``.
-
-    Raises:
-        ConfigurationError: No package offers averages, or one refuses the options.
-    """
-    if options is None:
-        return optimizer
-    factory = registry.find(registry.WRAPPERS, "ema", "ema")
-    return registry.call_with_known(factory, {"inner_optimizer": optimizer}, dict(options), "ema")
-
-
-def build_optimizer_state(
-    optimizer: keras.optimizers.Optimizer, model: keras.Model, has_groups: bool
-) -> None:
-    """Create the optimizer's variables.
-
-    Raises:
-        ConfigurationError: The variables do not fit the parameter groups or another argument, or
-            the optimizer has a state for other ones.
-    """
-    if optimizer.built:
-        _check_state_fits(optimizer, model)
-        return
-    try:
-        optimizer.build(model.trainable_variables)
-    except ValueError as error:
-        if has_groups:
-            raise ConfigurationError(str(error)) from None
-        raise ConfigurationError(f"{type(optimizer).__name__}: {error}") from error
-    if has_groups and hasattr(optimizer, "parameter_groups_table"):
-        logger.info("Parameter groups:\n%s", optimizer.parameter_groups_table())
-
-
-def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """A given optimizer keeps its state from fit to fit; that is of no use for another model.
-
-    Variables of this one may have been frozen or unfrozen since.
-    """
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    trained = getattr(optimizer, "_trainable_variables", None) or model.trainable_variables
-    own = {id(v) for v in model.variables}
-    if trained and not any(id(v) in own for v in trained):
-        unknown = [v.path for v in model.trainable_variables]
-        raise ConfigurationError(
-            f"The optimizer ({type(optimizer).__name__}) was used for other variables already: it "
-            f"has no state for {unknown[0]!r}. Make a new one for this model (Keras optimizers "
-            "belong to one set of variables)."
-        )
-
-
 def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
     """Create the metrics' variables from the shapes of a batch, without computing anything.
 
@@ -408,7 +192,7 @@ def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
 
     Args:
         metrics: What is built.
-        forward: See ``kbtrain.training.train_step.Forward``.
+        forward: See ``kbtrain.model.forward.Forward``.
         batch: A batch as the loader gives it (NumPy).
     """
 

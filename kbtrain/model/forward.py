@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 from keras import ops
@@ -21,7 +21,12 @@ from kbtrain.model.losses.keras_losses import (
     takes_any_labels,
     without_ignored,
 )
-from kbtrain.model.losses.output_losses import LossTerms, OutputLosses, losses_of, with_added
+from kbtrain.model.losses.output_losses import (
+    LossTerms,
+    OutputLosses,
+    losses_of,
+    with_added,
+)
 from kbtrain.model.losses.pairing import Outputs, loss_weights_of, pair_up
 from kbtrain.model.losses.pairs import (
     LossPair,
@@ -104,7 +109,7 @@ class ForwardPass:
     def __call__(
         self, batch: Any, num_items: Any, training: bool
     ) -> tuple[LossPair | LossTerms, Any, tuple[Any, ...] | None]:
-        """Loss, outputs and the metrics' arguments; see ``kbtrain.training.train_step.Forward``."""
+        """Loss, outputs and the metrics' arguments; see ``kbtrain.model.forward.Forward``."""
         batch = with_none(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
         self._check_size(x)
@@ -359,3 +364,17 @@ def items_counter(
         return count_items(parts.y, math.prod(counting_leaf(*parts).shape[:batch_axes]))
 
     return count
+
+
+class Forward(Protocol):
+    """One pass through the model.
+
+    Returns ``(loss, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
+    regularizers, the model's outputs, and the arguments for ``MetricSet.update``. Without labels
+    (in prediction) the first and the last are None.
+    """
+
+    def __call__(
+        self, batch: Any, num_items: Any, training: bool
+    ) -> tuple[LossPair | LossTerms | None, Any, tuple[Any, ...] | None]:
+        """Run the model on one batch."""

@@ -21,13 +21,12 @@ from kbtrain.data import with_none, without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
 from kbtrain.model.losses.pairs import as_float
-from kbtrain.model.metrics import MetricSet
-from kbtrain.model.own_methods import OwnMethods, overrides
-from kbtrain.training.train_step import Forward, carry_over
+from kbtrain.model.own_methods import overrides
 from kbtrain.utils import rng
+from kbtrain.utils.layers import walk_layers
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    pass
 
 logger = logging.getLogger("kbtrain")
 
@@ -39,7 +38,7 @@ def optimizers_of(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
     """
     known = {id(getattr(model, "optimizer", None))}
     found: dict[str, keras.optimizers.Optimizer] = {}
-    for layer in building.walk_layers(model):
+    for layer in walk_layers(model):
         prefix = "" if layer is model else f"{layer.name}."
         for attribute, value in list(vars(layer).items()):
             # What Keras keeps for itself has no place of its own in a checkpoint.
@@ -194,69 +193,6 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    backend: ModuleType,
-    model: keras.Model,
-    own: OwnMethods,
-    forward: Forward | None,
-    predict: Forward,
-    advancing: Sequence[keras.Variable],
-    metrics: MetricSet | None,
-    select_outputs: Callable[[Any, Any], Any] | None,
-) -> Callable[[Any], dict[str, Any]]:
-    """Build the step of one evaluation batch by the model's ``test_step`` and ``predict_step``.
-
-    It changes the metrics, and what advances from batch to batch. All else is forgotten.
-
-    Args:
-        backend: A module of ``kbtrain.backends``.
-        model: The model.
-        own: Which steps are the model's own; what is not is done as for other models.
-        forward: Loss and outputs, see ``kbtrain.training.train_step.Forward``; None where no
-            loss is wanted.
-        predict: Outputs only.
-        advancing: Seeds and states that the next batch goes on with.
-        metrics: Metrics to update, if any.
-        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
-
-    Returns:
-        ``step(batch)``: what ``step.make_eval_step`` returns, with "logs", which ``test_step``
-        returned, in place of the loss.
-    """
-    name = type(model).__name__
-
-    def evaluated(batch: Any) -> tuple[dict[str, Any], Any, Any]:
-        if forward is None or not own.test_step:
-            run = predict if forward is None else forward
-            loss, outputs, inputs = run(batch, None, training=False)
-            return {} if loss is None else {"loss": loss}, outputs, inputs
-        logs = logged(backend.run_test_step(model, with_none(batch)), f"{name}.test_step")
-        if isinstance(metrics, ModelMetrics):
-            metrics.names = set(logs)
-        outputs = None
-        if select_outputs is not None and not own.predict_step:
-            outputs = predict(batch, None, training=False)[1]
-        return {"logs": logs}, outputs, None
-
-    def eval_step(batch: Any) -> dict[str, Any]:
-        result: dict[str, Any]
-        with backend.dropping() as scope:
-            if own.predict_step and forward is None:
-                result, outputs, inputs = {}, None, None
-            else:
-                result, outputs, inputs = evaluated(batch)
-            if select_outputs is not None:
-                if own.predict_step:
-                    outputs = backend.run_predict_step(model, with_none(batch))
-                result["outputs"] = select_outputs(outputs, batch)
-        carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
-        if metrics is not None and inputs is not None:
-            metrics.update(*inputs)
-        return result
-
-    return eval_step
-
-
 # --- getting ready --------------------------------------------------------------------------------
 
 
@@ -324,59 +260,6 @@ def _only_building(optimizers: Sequence[Any]) -> Iterator[None]:
 
 
 # --- what cannot hold -----------------------------------------------------------------------------
-
-_INSTEAD = {
-    "gradient_accumulation_steps": "give it to the optimizer you compile the model with",
-    "max_grad_norm": "give global_clipnorm=... to the optimizer you compile the model with",
-    "parameter_groups": "give them to the optimizer you compile the model with",
-    "ema": "give use_ema=True to the optimizer you compile the model with",
-    "fp16": "compile the model under the dtype policy mixed_float16",
-    "gradient_checkpointing": "use keras.remat in the model",
-    "debug": "look at the values in the step",
-}
-"""Arguments that are about losses and gradients, and what to do instead."""
-
-
-def check_arguments(trainer: Trainer) -> None:
-    """Before training by the model's own ``train_step``: refuse what cannot hold, say the rest.
-
-    Raises:
-        ConfigurationError: An argument was set that the step would ignore; the model is not
-            compiled; it overrides more than the step.
-    """
-    args, model = trainer.args, trainer.model
-    step = f"{type(model).__name__}.train_step"
-    how = (
-        "To train by the Trainer's own step, override Trainer.compute_loss, which replaces the "
-        "model's train_step."
-    )
-    trainer.backend.check_signature(model, "train_step")
-    check_function(model, "train")
-    if not getattr(model, "compiled", False):
-        raise ConfigurationError(
-            f"The model trains by its own {step}, with the optimizers and losses that it was "
-            f"compiled with, and it is not compiled. Call its compile() first. {how}"
-        )
-    for name, instead in _INSTEAD.items():
-        if getattr(args, name) and args.is_set(name):
-            if name == "gradient_accumulation_steps" and args.gradient_accumulation_steps == 1:
-                continue
-            raise ConfigurationError(
-                f"{name}={getattr(args, name)!r} cannot hold for a model that trains by its own "
-                f"{step}: {instead}. {how}"
-            )
-    given, schedule = trainer.given_optimizers
-    if schedule is not None or given is not None and given is not model.optimizer:
-        raise ConfigurationError(
-            f"optimizers=... was given, and the model trains by its own {step} with what it was "
-            f"compiled with: compile the model with this optimizer. {how}"
-        )
-    logger.warning(
-        "The model trains by its own %s, as in Keras' fit: each batch is one update, the logs are "
-        "what it returns, and gradients are neither accumulated nor clipped nor measured.%s",
-        step,
-        " metrics=... are for evaluations only." if trainer.bound.has_given_metrics else "",
-    )
 
 
 def check_function(model: keras.Model, kind: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from kbtrain.model import build as building
+from kbtrain.utils.layers import walk_layers
 
 Flags = list[tuple[str, bool]]
 
@@ -31,7 +31,7 @@ class TrainableFlags:
     @classmethod
     def of(cls, model: keras.Model) -> TrainableFlags:
         """The flags as they are."""
-        layers = [(str(x.path), bool(x.trainable)) for x in building.walk_layers(model)]
+        layers = [(str(x.path), bool(x.trainable)) for x in walk_layers(model)]
         return cls(layers, [(v.path, bool(v.trainable)) for v in model.variables])
 
     @classmethod
@@ -56,7 +56,7 @@ class TrainableFlags:
         Raises:
             ValueError: It has other layers or variables.
         """
-        layers, variables = list(building.walk_layers(model)), model.variables
+        layers, variables = list(walk_layers(model)), model.variables
         if len(layers) != len(self.layers) or len(variables) != len(self.variables):
             raise ValueError(
                 f"{len(self.layers)} layers and {len(self.variables)} variables are known, and the "

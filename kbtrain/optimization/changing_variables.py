@@ -15,8 +15,8 @@ from typing import Any
 
 import keras
 
-from kbtrain.checkpoint import name_optimizer_variables, name_variables
 from kbtrain.errors import ConfigurationError, first_lines
+from kbtrain.model.variable_names import name_optimizer_variables, name_variables
 
 logger = logging.getLogger("kbtrain")
 

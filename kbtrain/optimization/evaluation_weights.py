@@ -12,10 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
-
-from kbtrain.checkpoint import capture
-from kbtrain.utils.host_buffers import HostBuffers
 
 
 @contextlib.contextmanager
@@ -48,25 +44,6 @@ def swapped_in(optimizer: Any) -> Iterator[bool]:
         finally:
             for (variable, _), value in zip(pairs, before, strict=True):
                 variable.assign(value)
-
-
-def differing(
-    optimizer: Any,
-    named: dict[str, keras.Variable],
-    trained: dict[str, np.ndarray],
-    buffers: HostBuffers | None = None,
-) -> dict[str, np.ndarray]:
-    """Host copies of the values to evaluate that are not the trained ones.
-
-    Args:
-        optimizer: The one that trains the model.
-        named: The model's variables by the names they are saved under.
-        trained: Host copies of all of them.
-        buffers: Where to copy to; the default is new memory.
-    """
-    with swapped_in(optimizer) as there:
-        values = capture(named, buffers, "evaluation") if there else {}
-    return {k: v for k, v in values.items() if not np.array_equal(v, trained[k])}
 
 
 def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:

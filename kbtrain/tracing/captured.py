@@ -17,18 +17,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from kbtrain.errors import ConfigurationError, place_of
-from kbtrain.model import build as building
 from kbtrain.tracing import objects
 from kbtrain.tracing.frozen_values import frozen, is_changeable
 from kbtrain.tracing.names import Place, names_read_by
-
-if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+from kbtrain.tracing.objects import Subject
+from kbtrain.utils.layers import walk_layers
 
 logger = logging.getLogger("kbtrain")
 
@@ -66,7 +64,7 @@ class Captured:
         due: Whether code of the user's may have changed something since the last look.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Subject) -> None:
         self._trainer = trainer
         self.generation = 0
         self.due = True
@@ -208,7 +206,7 @@ class Captured:
 
 def _shape_of(model: keras.Model) -> list[tuple[Any, Any]]:
     """The layers and variables of a model with what decides how they are trained."""
-    layers = list(building.walk_layers(model))
+    layers = list(walk_layers(model))
     found: list[tuple[Any, Any]] = [(x, (x.trainable, x.dtype_policy.name)) for x in layers]
     parts = ("_trainable_variables", "_non_trainable_variables")
     own = {id(v): v for x in layers for part in parts for v in getattr(x, part, ())}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import keras
 from keras import ops
 
-if TYPE_CHECKING:
-    from kbtrain.tracing.position import Moment, Position
+from kbtrain.tracing.moment import Moment
 
 _NUMBERS = (int, float, bool)
 
@@ -78,6 +77,18 @@ def _unary(host: Callable[[Any], Any], device: Callable[[Any], Any], form: str, 
     return method
 
 
+class Observer(Protocol):
+    """Who keeps account of what Python decides by a number; see ``kbtrain.tracing.position``."""
+
+    moment: Moment
+
+    def decide(self, ask: Callable[[Moment], Any], text: str) -> Any:
+        """Answer a question that a branch of Python asks, and note the answer."""
+
+    def reveal(self, ask: Callable[[Moment], Any], text: str, how: str) -> Any:
+        """Hand out a number as one of Python's, where that can be right."""
+
+
 class DeviceNumber(keras.Variable):
     """A number of the state in a traced step, or what was computed from it.
 
@@ -94,7 +105,7 @@ class DeviceNumber(keras.Variable):
 
     def __init__(
         self,
-        position: Position,
+        position: Observer,
         on_host: Callable[[Moment], Any],
         on_device: Callable[[], Any],
         dtype: str,

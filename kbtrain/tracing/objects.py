@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import keras
 
-from kbtrain.model import build as building
 from kbtrain.tracing.frozen_values import PLAIN, is_changeable
 from kbtrain.tracing.names import Place
-
-if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+from kbtrain.utils.layers import walk_layers
 
 _OURS = ("keras", "kbtrain", "optim")
 _BOOKKEEPING = frozenset(
@@ -25,6 +22,27 @@ _BOOKKEEPING = frozenset(
 Note = Callable[[Any, str, Any], None]
 
 
+class Subject(Protocol):
+    """What the steps are made of: a Trainer, as far as it matters here."""
+
+    bound: Any
+    state: Any
+    given_metrics: Any
+    optimizer: Any
+    compute_loss_func: Any
+    preprocess_logits_for_metrics: Any
+    callback_handler: Any
+    is_in_train: bool
+
+    @property
+    def model(self) -> Any:
+        """The model in training."""
+
+    @property
+    def compute_loss(self) -> Any:
+        """The loss of one micro-batch."""
+
+
 def is_setting(value: Any) -> bool:
     """Whether a step that has read this value would run otherwise with another one."""
     if isinstance(value, (*PLAIN, types.FunctionType, keras.layers.Layer)):
@@ -32,7 +50,7 @@ def is_setting(value: Any) -> bool:
     return is_changeable(value) or keras.ops.is_tensor(value)
 
 
-def owners(trainer: Trainer) -> list[Any]:
+def owners(trainer: Subject) -> list[Any]:
     """The objects whose code runs in a step."""
     bound = trainer.bound
     found = [
@@ -40,7 +58,7 @@ def owners(trainer: Trainer) -> list[Any]:
         trainer.state,
         trainer.compute_loss_func,
         trainer.preprocess_logits_for_metrics,
-        *building.walk_layers(bound.model),
+        *walk_layers(bound.model),
         *keras.tree.flatten(bound.loss),
         *keras.tree.flatten(trainer.given_metrics),
         *bound.model.metrics,
@@ -67,12 +85,12 @@ def is_own_class(cls: type, of: tuple[str, ...] = _OURS) -> bool:
     return cls.__module__.partition(".")[0] in of
 
 
-def is_extended(trainer: Trainer) -> bool:
+def is_extended(trainer: Subject) -> bool:
     """Whether methods of the Trainer may be the user's."""
     return not is_own_class(type(trainer))
 
 
-def watched_classes(trainer: Trainer) -> list[type]:
+def watched_classes(trainer: Subject) -> list[type]:
     """The classes, of users and of other packages, whose attributes are noted while they are read.
 
     Keras' own have settings that nobody changes by accident; those are simply compared.
@@ -136,7 +154,7 @@ def _ignored() -> set[str]:
     return _IGNORED
 
 
-def settings(trainer: Trainer) -> Iterator[Place]:
+def settings(trainer: Subject) -> Iterator[Place]:
     """What is compared whether a step was seen reading it or not."""
     for name in ("args", "optimizer", "compute_loss_func", "preprocess_logits_for_metrics"):
         yield Place(vars(trainer), name, f"Trainer.{name}", "", trainer)
@@ -168,7 +186,7 @@ def _public(owner: Any) -> Iterator[Place]:
                     yield Place(vars(value), inner, label, "", value)
 
 
-def functions(trainer: Trainer) -> list[Any]:
+def functions(trainer: Subject) -> list[Any]:
     """The user's functions that run in a step."""
     found: list[Any] = [trainer.compute_loss]
     for owner in owners(trainer):

@@ -18,7 +18,8 @@ import keras
 
 from kbtrain.data import Block
 from kbtrain.tracing.captured import Captured
-from kbtrain.tracing.position import Decisions, Moment, Position
+from kbtrain.tracing.moment import Moment
+from kbtrain.tracing.position import Decisions, Position
 
 logger = logging.getLogger("kbtrain")
 

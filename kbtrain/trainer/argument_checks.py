@@ -15,11 +15,11 @@ from kbtrain.data import check_class_weight, split
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation.gather import check_batchwise
-from kbtrain.model import build as building
 from kbtrain.optimization import registry
+from kbtrain.utils.layers import walk_layers
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 FUNCTIONS = {
     "data_collator": ("(samples) -> batch", 1),
@@ -34,7 +34,7 @@ BY_NAME = ("compute_result", "num_items_in_batch", "sample_weight")
 """Arguments that some of them get by name, if they have them."""
 
 
-def check(trainer: Trainer, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
+def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
     """Check the arguments of the constructor.
 
     Args:
@@ -91,7 +91,7 @@ def _check_args(args: Any) -> None:
     )
 
 
-def _check_loss(trainer: Trainer, given: Mapping[str, Any]) -> None:
+def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
     """There will be something to minimize, as far as that can be known before a batch is seen.
 
     Code of the user may add a loss or return one: a model, layer or Trainer of their own, or a
@@ -115,7 +115,7 @@ def _check_loss(trainer: Trainer, given: Mapping[str, Any]) -> None:
 
 def _adds_no_loss(model: keras.Model) -> bool:
     """Whether a model consists of Keras' own parts, none of which adds or returns a loss."""
-    for part in building.walk_layers(model):
+    for part in walk_layers(model):
         if type(part).__module__.partition(".")[0] != "keras":
             return False
         if any(v is not None for name, v in vars(part).items() if name.endswith("_regularizer")):
@@ -177,7 +177,7 @@ def _check_function(name: str, function: Any, form: str, positional: int | None)
         ) from None
 
 
-def _check_compute_loss(trainer: Trainer) -> None:
+def _check_compute_loss(trainer: TrainerBase) -> None:
     """An overridden ``compute_loss`` is called with these arguments; the last may be missing."""
     signature = inspect.signature(trainer.compute_loss)
     try:

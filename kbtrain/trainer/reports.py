@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint import run_state
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.evaluation.gather import plain_values
+from kbtrain.data.plain_values import plain_values
 from kbtrain.utils.output_files import read_json, save_json, save_text, writing
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
@@ -112,7 +112,7 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def create_model_card(trainer: Trainer, facts: CardFacts) -> Path:
+def create_model_card(trainer: TrainerBase, facts: CardFacts) -> Path:
     """Write ``README.md`` and, if matplotlib is installed, ``loss.png`` into the output directory.
 
     Returns:
@@ -138,7 +138,7 @@ def create_model_card(trainer: Trainer, facts: CardFacts) -> Path:
     return path
 
 
-def _summary(trainer: Trainer) -> str:
+def _summary(trainer: TrainerBase) -> str:
     """What the model is and how long it was trained."""
     model, state = trainer.model, trainer.state
     if not model.built:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -19,11 +18,11 @@ from kbtrain.checkpoint.saver import Saver
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
 from kbtrain.training.dataloaders import is_named_datasets
+from kbtrain.training.trainer_base import TrainerBase, takes_trial
 from kbtrain.utils.optional_imports import require
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
-    from kbtrain.trainer.trainer import Trainer
 
 logger = logging.getLogger("kbtrain")
 
@@ -141,17 +140,7 @@ def settings(
     )
 
 
-def takes_trial(model_init: Any) -> bool:
-    """Whether a function has a parameter ``trial``, or one without a default."""
-    parameters = inspect.signature(model_init).parameters.values()
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(
-        p.name == "trial" or (p.default is inspect.Parameter.empty and p.kind in plain)
-        for p in parameters
-    )
-
-
-def search(trainer: Trainer, settings: Settings) -> BestRun | list[BestRun]:
+def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
     """Run the trials; see ``Trainer.hyperparameter_search``."""
     _check(trainer, settings)
     optuna = require("optuna", "optuna", "hyperparameter_search")
@@ -217,7 +206,7 @@ def _as_run(trial: Any, objective: Any) -> BestRun:
     return BestRun(str(trial.number), objective, dict(values))
 
 
-def _check(trainer: Trainer, settings: Settings) -> None:
+def _check(trainer: TrainerBase, settings: Settings) -> None:
     if trainer.model_init is None:
         raise ConfigurationError(
             "hyperparameter_search needs a new model for each trial: pass model_init=... (a "
@@ -263,7 +252,9 @@ def _finished(optuna: Any, study: Any) -> int:
 # --- one trial ------------------------------------------------------------------------------------
 
 
-def _optimize(optuna: Any, study: Any, trainer: Trainer, settings: Settings, share: int) -> None:
+def _optimize(
+    optuna: Any, study: Any, trainer: TrainerBase, settings: Settings, share: int
+) -> None:
     """Run `share` trials in this process, and leave the Trainer with the arguments it had."""
     args, store, saver = trainer.args, trainer.store, trainer.saver
     report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
@@ -285,7 +276,11 @@ def _optimize(optuna: Any, study: Any, trainer: Trainer, settings: Settings, sha
 
 
 def _adjust(
-    trainer: Trainer, args: TrainingArguments, values: Mapping[str, Any], trial: Any, s: Settings
+    trainer: TrainerBase,
+    args: TrainingArguments,
+    values: Mapping[str, Any],
+    trial: Any,
+    s: Settings,
 ) -> None:
     """Give the Trainer the arguments, the folder and the state of a trial."""
     known = args.to_dict()
@@ -313,7 +308,7 @@ def _like(old: Any, value: Any) -> Any:
     return value
 
 
-def _run(trainer: Trainer, report: _Report) -> Any:
+def _run(trainer: TrainerBase, report: _Report) -> Any:
     trainer.fit(resume_from_checkpoint=False)
     if report.step != trainer.state.global_step or trainer.args.load_best_model_at_end:
         report.metrics = trainer.evaluate()
@@ -367,7 +362,7 @@ class _Report(TrainerCallback):
 # --- several processes ----------------------------------------------------------------------------
 
 
-def _storage(optuna: Any, trainer: Trainer, settings: Settings) -> Any:
+def _storage(optuna: Any, trainer: TrainerBase, settings: Settings) -> Any:
     """Where the study is kept: a file in the output directory if several processes share it."""
     if settings.storage is not None or settings.n_jobs == 1:
         return settings.storage
@@ -381,7 +376,7 @@ def _journal(optuna: Any, path: str) -> Any:
     return optuna.storages.JournalStorage(journal.JournalFileBackend(path))
 
 
-def _start_worker(trainer: Trainer, study: Any, share: int) -> subprocess.Popen[bytes]:
+def _start_worker(trainer: TrainerBase, study: Any, share: int) -> subprocess.Popen[bytes]:
     """Start this program once more; it will come to its search and run `share` trials there."""
     folder = str(Path(trainer.args.output_dir).resolve())
     order = {"study": study.study_name, "share": share, "output_dir": folder}
@@ -389,7 +384,7 @@ def _start_worker(trainer: Trainer, study: Any, share: int) -> subprocess.Popen[
     return subprocess.Popen([sys.executable, *sys.argv], env=environment)
 
 
-def _work(optuna: Any, trainer: Trainer, settings: Settings, order: Mapping[str, Any]) -> None:
+def _work(optuna: Any, trainer: TrainerBase, settings: Settings, order: Mapping[str, Any]) -> None:
     """In a process that was started for it: run the share of trials, and leave the program."""
     folder = str(Path(trainer.args.output_dir).resolve())
     if folder != order["output_dir"]:

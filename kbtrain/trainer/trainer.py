@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,43 +14,43 @@ from kbtrain.callbacks import time_triggers
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.processing_class import padding_collator
+from kbtrain.checkpoint import CheckpointStore, run_state
+from kbtrain.checkpoint import processing_class as processing
 from kbtrain.checkpoint.saver import Saver
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.data import ColumnFilter, Loader, task_preprocessing
+from kbtrain.data import ColumnFilter, Loader
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError, concise
 from kbtrain.evaluation import evaluate as evaluation
+from kbtrain.evaluation.compiled_steps import EvalSteps
 from kbtrain.evaluation.evaluate import EvalLoopOutput, EvalPrediction, PredictionOutput
 from kbtrain.evaluation.generate import check_generates
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
-from kbtrain.model.forward import default_loss
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
-from kbtrain.optimization import factory
+from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.tracing.captured import Captured
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
-from kbtrain.trainer import argument_checks, search
-from kbtrain.trainer.event_methods import EventMethods
+from kbtrain.trainer import argument_checks, reports, search
 from kbtrain.trainer.migration import KnownNames
-from kbtrain.trainer.queries import QuestionMethods
-from kbtrain.trainer.report_methods import ReportMethods
-from kbtrain.trainer.search_method import SearchMethods
 from kbtrain.training import actions, auto_batch_size
-from kbtrain.training.dataloaders import evaluation_set, is_named_datasets, make_loader
+from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput
 from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import Watch
+from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
+from kbtrain.utils.best_effort import say
+from kbtrain.utils.local_path import check_local
 from kbtrain.utils.logging import set_log_level
 from kbtrain.utils.memory import measured
+from kbtrain.utils.output_files import explained, save_json, save_text
 
 
-class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, KnownNames):
+class Trainer(KnownNames, TrainerBase):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
@@ -183,114 +184,17 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
             metrics=self.given_metrics,
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=argument_checks.with_what_it_takes(self.compute_loss),
-            preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
-            traces=self.traces,
             own_compute_loss=getattr(self.compute_loss, "__func__", None)
-            is not Trainer.compute_loss,
+            is not TrainerBase.compute_loss,
+        )
+        self.eval_steps = EvalSteps(
+            self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
         if self.args.predict_with_generate:
             check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None
         self._columns = None if names is None else ColumnFilter(names, self.args.label_names)
-
-    @property
-    def model(self) -> keras.Model:
-        """The model in training; another one may be assigned."""
-        return self.bound.model
-
-    @model.setter
-    def model(self, model: keras.Model) -> None:
-        self.adopt(model)
-
-    @property
-    def loss(self) -> Any:
-        """The loss in use: the one that was given, or the compiled model's."""
-        return self.bound.loss
-
-    def _callback_context(self) -> dict[str, Any]:
-        """What every event gets; nothing in it waits for the device until it is looked at."""
-        run = self.current_run
-        return dict.fromkeys(("batch", "loss", "metrics")) | {
-            **({} if run is None else run.newest(self.bound.metrics)),
-            "trainer": self,
-            "model": self.model,
-            "processing_class": self.processing_class,
-            "optimizer": self.optimizer,
-            "lr_scheduler": self.lr_scheduler,
-            "train_dataloader": self.train_dataloader,
-            "eval_dataloader": self.eval_dataloader,
-        }
-
-    # --- what a user may override ---------------------------------------------------------------
-
-    def compute_loss(
-        self,
-        model: keras.Model,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The loss of one micro-batch; traced into the step. Override for a loss of your own.
-
-        Args:
-            model: Call it on the inputs; the ``training`` flag is set for you.
-            inputs: A batch in the structure of the data set, as tensors.
-            return_outputs: Whether to return ``(loss, outputs)``; the Trainer always asks for it.
-            num_items_in_batch: Labels in the whole update if ``compute_loss_func`` takes it.
-
-        Returns:
-            The loss: a scalar (mean over the batch), per-element losses, ``(sum, count)``, or one
-            of these with a dict of values to log.
-        """
-        loss: Any
-        if self.bound.own.compute_loss and self.bound.forward is not None:
-            loss, outputs = self.bound.forward.model_loss(inputs)
-        else:
-            loss, outputs = default_loss(
-                model,
-                inputs,
-                num_items_in_batch,
-                self.loss,
-                self.bound.loss_weights,
-                self.compute_loss_func,
-                self.bound.label_names,
-            )
-        return (loss, outputs) if return_outputs else loss
-
-    def get_train_dataloader(self) -> Any:
-        """The training batches; may return any iterable of batches."""
-        if self.train_dataset is None:
-            raise ConfigurationError("fit() needs a train_dataset. Received: None.")
-        return self._make_loader(self.train_dataset, "train_dataset", train=True)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The batches of an evaluation set, in order; may return any iterable of batches."""
-        data = evaluation_set(self.eval_dataset, eval_dataset)
-        return self._make_loader(data, "eval_dataset", train=False)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The batches of a set to predict, in order; may return any iterable of batches."""
-        return self._make_loader(test_dataset, "test_dataset", train=False)
-
-    def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
-        collate = self.data_collator or padding_collator(self.processing_class, data)
-        inputs = self.bound.inputs()
-        columns, names = self._columns, building.input_names(self.model)
-        if self.data_collator is None and task_preprocessing.preprocesses(self.model, data, names):
-            data, collate = task_preprocessing.preprocessed(self.model, data)
-            columns = None  # it takes others than the model's inputs
-        return make_loader(data, self.args, collate, name, train, columns, inputs)
-
-    def create_scheduler(self, num_training_steps: int) -> Any:
-        """The learning-rate schedule for a run of ``num_training_steps`` updates."""
-        return factory.make_schedule(self.args, num_training_steps)
-
-    def create_optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer of ``args.optim``; it does not decay norms and biases."""
-        return factory.make_optimizer(
-            self.args, self.lr_scheduler, self.model, self.num_training_steps
-        )
 
     # --- training -------------------------------------------------------------------------------
 
@@ -348,13 +252,6 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
 
     train = fit
 
-    def call_model_init(self) -> keras.Model:
-        """A new model from ``model_init``, which gets the trial if it asks for one."""
-        assert self.model_init is not None
-        if search.takes_trial(self.model_init):
-            return self.model_init(self.trial)
-        return self.model_init()
-
     # --- evaluation and prediction --------------------------------------------------------------
 
     @concise
@@ -385,8 +282,8 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation.evaluate(
-                self, loader, metric_key_prefix, gather=not loss_only, ignore_keys=ignore_keys
+            output = self._evaluate(
+                loader, metric_key_prefix, not loss_only, ignore_keys=ignore_keys
             )
         output.metrics.update(memory, epoch=self.state.epoch)
         self.log(output.metrics)
@@ -409,9 +306,7 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         """
         loader = self.get_test_dataloader(test_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = evaluation.evaluate(
-                self, loader, metric_key_prefix, True, keep_outputs=True, ignore_keys=ignore_keys
-            )
+            output = self._evaluate(loader, metric_key_prefix, True, True, ignore_keys)
         output.metrics.update(memory)
         self.fire("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
@@ -434,4 +329,154 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         """
         default, given = self.args.prediction_loss_only, prediction_loss_only
         keep = not (default if given is None else given)
-        return evaluation.evaluate(self, dataloader, metric_key_prefix, keep, keep, ignore_keys)
+        return self._evaluate(dataloader, metric_key_prefix, keep, keep, ignore_keys)
+
+    def _evaluate(
+        self,
+        dataloader: Any,
+        prefix: str,
+        gather: bool,
+        keep_outputs: bool = False,
+        ignore_keys: Sequence[str] | None = None,
+    ) -> EvalLoopOutput:
+        """Pass once over a data set, with the steps of the model as it is compiled now."""
+        if self.bound.is_outdated and not self.is_in_train:
+            self.adopt(self.model)
+        return evaluation.evaluate(
+            self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
+        )
+
+    # --- what a run leaves behind ---------------------------------------------------------------
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Save the model for use without kbtrain.
+
+        Args:
+            output_dir: A folder, which gets ``model.keras``, ``training_args.json`` and the files
+                of ``processing_class``, or a path that ends in ``.keras``. The default is
+                ``args.output_dir``.
+
+        Returns:
+            The path of the ``.keras`` file.
+
+        Raises:
+            ConfigurationError: ``output_dir`` is no path.
+            OutputError: It cannot be written to.
+        """
+        if not isinstance(output_dir, str | os.PathLike | None):
+            raise ConfigurationError(
+                "save_model takes the path of a folder or of a .keras file. "
+                f"Received: {output_dir!r}."
+            )
+        check_local("output_dir", output_dir)
+        target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
+        if target.suffix != ".keras":
+            save_text(target / "training_args.json", self.args.to_json_string() + "\n")
+            with explained(target):
+                processing.save(self.processing_class, target)
+            target = target / "model.keras"
+        with swapped_in(self.optimizer if self.training_weights else None):
+            run_state.save_keras_file(self.model, target)
+        return target
+
+    def save_state(self) -> Path:
+        """Write ``trainer_state.json`` into the output directory."""
+        path = Path(self.args.output_dir) / "trainer_state.json"
+        save_json(path, self.state.to_dict())
+        return path
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Metrics as people read them: MB, h:mm:ss, four decimals."""
+        return reports.metrics_format(metrics)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
+        if self.state.is_world_process_zero:
+            say(reports.metrics_table(split, metrics), error_stream=False)
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
+        """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""
+        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: str | Sequence[str] | None = None,
+        dataset_args: str | Sequence[str] | None = None,
+    ) -> Path:
+        """Write ``README.md`` about the run (results, loss plot, settings, versions).
+
+        Args:
+            language: Of the model, if it has one.
+            license: Of the model.
+            tags: More tags for the card's header.
+            model_name: The title; the default is ``args.run_name`` or the folder's name.
+            finetuned_from: The model that this one began as.
+            tasks: What it is for, as model hubs call it ("text-classification").
+            dataset_tags: Names of the data sets, for the header.
+            dataset: Names of the data sets, for people.
+            dataset_args: Which part of them.
+
+        Returns:
+            The path of the card.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        facts = reports.CardFacts(
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
+            dataset_args,
+        )  # fmt: skip
+        return reports.create_model_card(self, facts)
+
+    # --- search ---------------------------------------------------------------------------------
+
+    @concise
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], Mapping[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | Sequence[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        *,
+        n_jobs: int = 1,
+        **options: Any,
+    ) -> search.BestRun | list[search.BestRun]:
+        """Train with several hyperparameters and say which were best (extra ``optuna``).
+
+        Each trial begins with a new model and writes to ``{output_dir}/run-{number}``.
+
+        Args:
+            hp_space: From an Optuna trial to arguments and their values (``trial.suggest_float``
+                and so on); names that are no arguments are for ``model_init(trial)``.
+            compute_objective: From the results of an evaluation to the value that is optimized, or
+                one for each direction; the default is the loss, or the sum of the other metrics.
+            n_trials: Trials the study has in the end; a resumed study runs those that are missing.
+            direction: "minimize", "maximize", or a list of these.
+            backend: "optuna" or None.
+            hp_name: From a trial to its ``run_name``.
+            n_jobs: Processes. All but this one run the program anew up to this call, and share the
+                device with it. The study is then kept in ``{output_dir}/study.journal``.
+            **options: ``sampler``, ``pruner``, ``storage``, ``study_name``, ``load_if_exists``
+                (to resume a study) and ``timeout`` (seconds), as in Optuna.
+
+        Returns:
+            The best run; for several directions those that no other one beats in all.
+
+        Raises:
+            ConfigurationError: There is no ``model_init`` or ``eval_dataset``, or see the message.
+        """
+        return search.search(
+            self,
+            search.settings(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, n_jobs, options
+            ),
+        )

@@ -19,13 +19,13 @@ from kbtrain.utils import rng
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
-    from kbtrain.trainer.trainer import Trainer
     from kbtrain.training.run import Run
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
 
-def log_window(trainer: Trainer, run: Run) -> None:
+def log_window(trainer: TrainerBase, run: Run) -> None:
     """Log the means since the last log; nothing if there was no update since."""
     logs = run.take_window()
     if not logs:
@@ -36,7 +36,7 @@ def log_window(trainer: Trainer, run: Run) -> None:
     trainer.log(logs)
 
 
-def evaluate(trainer: Trainer) -> bool:
+def evaluate(trainer: TrainerBase) -> bool:
     """Evaluate, tell a learning rate that answers to a metric, see whether it is the best.
 
     Returns:
@@ -50,7 +50,7 @@ def evaluate(trainer: Trainer) -> bool:
     return True
 
 
-def evaluate_at_start(trainer: Trainer) -> bool:
+def evaluate_at_start(trainer: TrainerBase) -> bool:
     """Evaluate before the first update: no learning rate answers to that.
 
     Returns:
@@ -65,7 +65,7 @@ def evaluate_at_start(trainer: Trainer) -> bool:
     return True
 
 
-def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
+def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
     """Evaluate, unless the run is to stop before that is over.
 
     A set may take hours, and a notice of pre-emption gives seconds. The resumed run begins the
@@ -92,7 +92,7 @@ def _evaluate_or_stop(trainer: Trainer) -> dict[str, Any] | None:
         return None
 
 
-def look_around(trainer: Trainer) -> bool:
+def look_around(trainer: TrainerBase) -> bool:
     """Between two steps: see to a failed save, and to who asks the run to save and stop.
 
     Returns:
@@ -106,7 +106,7 @@ def look_around(trainer: Trainer) -> bool:
     return True
 
 
-def leave_unfinished(trainer: Trainer, run: Run, after: str) -> None:
+def leave_unfinished(trainer: TrainerBase, run: Run, after: str) -> None:
     """Save and stop in place of an evaluation, which the resumed run begins with.
 
     Args:
@@ -128,7 +128,7 @@ def position(state: TrainerState) -> str:
     )
 
 
-def _stop(trainer: Trainer, saving: bool) -> None:
+def _stop(trainer: TrainerBase, saving: bool) -> None:
     """Let the loop save, if it can, and end."""
     if trainer.interruption is None:
         trainer.interruption = trainer.watch.reason(trainer.saver.longest)
@@ -142,7 +142,7 @@ def _stop(trainer: Trainer, saving: bool) -> None:
     trainer.control.should_save = saving
 
 
-def save(trainer: Trainer, run: Run) -> None:
+def save(trainer: TrainerBase, run: Run) -> None:
     """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for.
 
     ``on_save`` comes once the checkpoint is complete, so whoever listens makes the run wait.
@@ -162,7 +162,7 @@ def save(trainer: Trainer, run: Run) -> None:
         trainer.fire("on_save")
 
 
-def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
+def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     """Copy everything of a checkpoint to the host: what training waits for."""
     state, args = trainer.state, trainer.args
     state.stateful_callbacks = _callback_states(trainer)
@@ -204,13 +204,13 @@ def _snapshot(trainer: Trainer, run: Run) -> Snapshot:
     )
 
 
-def _trained(trainer: Trainer, run: Run) -> dict[str, Any] | None:
+def _trained(trainer: TrainerBase, run: Run) -> dict[str, Any] | None:
     if run.trainable_at_start is None or trainer.optimizer is None:
         return None
     return run_state.trained_document(trainer.model, trainer.optimizer, run.trainable_at_start)
 
 
-def _callback_states(trainer: Trainer) -> dict[str, list[Any]]:
+def _callback_states(trainer: TrainerBase) -> dict[str, list[Any]]:
     """The states of the callbacks, as JSON can hold them.
 
     Raises:
@@ -232,7 +232,9 @@ def _callback_states(trainer: Trainer) -> dict[str, list[Any]]:
     return found
 
 
-def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> Mapping[str, bytes]:
+def _processing_files(
+    trainer: TrainerBase, run: Run, documents: Iterable[str]
+) -> Mapping[str, bytes]:
     """What ``processing_class`` writes; it is asked once in a run, as that takes time.
 
     Raises:
@@ -258,7 +260,7 @@ def _processing_files(trainer: Trainer, run: Run, documents: Iterable[str]) -> M
     return run.processing_files or {}
 
 
-def warn_of_former_run(trainer: Trainer) -> None:
+def warn_of_former_run(trainer: TrainerBase) -> None:
     """Before a fresh start that will save: say so if there are checkpoints of another run."""
     try:
         listed = trainer.store.list()
@@ -277,7 +279,7 @@ def warn_of_former_run(trainer: Trainer) -> None:
         )
 
 
-def last_checkpoint(trainer: Trainer) -> Path | None:
+def last_checkpoint(trainer: TrainerBase) -> Path | None:
     """The newest checkpoint of the run's folder, to name it in a message."""
     trainer.saver.settle()
     listed = trainer.store.list()

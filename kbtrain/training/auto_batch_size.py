@@ -14,7 +14,7 @@ from kbtrain.training import fit as fitting
 from kbtrain.utils import rng
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
@@ -38,7 +38,7 @@ def smaller(batch_size: int, accumulation: int) -> tuple[int, int] | None:
     return next(((size, update // size) for size in sizes), None)
 
 
-def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
+def fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
     """Train; with ``auto_find_batch_size`` as often as it takes to find a size that fits.
 
     Each attempt starts from where the first one did, and its updates have the same samples, so
@@ -71,7 +71,7 @@ def fit(trainer: Trainer, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
         start.put_back()
 
 
-def _go_on_with(trainer: Trainer, saved: dict[str, Any]) -> None:
+def _go_on_with(trainer: TrainerBase, saved: dict[str, Any]) -> None:
     """Begin with the size that the saved run had found, if its updates had as many samples."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     found = {name: saved.get(name) for name in names}
@@ -83,7 +83,7 @@ def _go_on_with(trainer: Trainer, saved: dict[str, Any]) -> None:
         trainer.args = args.replace(**found)
 
 
-def _choose_smaller(trainer: Trainer, error: OutOfMemoryError) -> None:
+def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
     args, loader = trainer.args, trainer.train_dataloader
     if loader is None or loader.batch_size != args.train_batch_size:
         raise ConfigurationError(
@@ -115,7 +115,7 @@ class _Start:
     A model of ``model_init`` and an optimizer of the arguments are made anew in any case.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: TrainerBase) -> None:
         self._trainer = trainer
         self._variables: list[Any] = []
         self._values: list[Any] = []

@@ -26,15 +26,15 @@ from kbtrain.utils.filesystem import parse_checkpoint_name
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
     from kbtrain.config.training_args import TrainingArguments
-    from kbtrain.trainer.trainer import Trainer
     from kbtrain.training.run import Run
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
 Saved = tuple[str | None, float | None]
 
 
-def note(trainer: Trainer, metrics: dict[str, Any]) -> None:
+def note(trainer: TrainerBase, metrics: dict[str, Any]) -> None:
     """Remember an evaluation if it is the best so far; with ``save_strategy="best"`` save it."""
     args, state, run = trainer.args, trainer.state, trainer.current_run
     if args.metric_for_best_model is None:
@@ -54,7 +54,7 @@ def _better(args: TrainingArguments, value: float, best: float | None) -> bool:
     return value > best if args.greater_is_better else value < best
 
 
-def begin_saving(trainer: Trainer, run: Run) -> Saved:
+def begin_saving(trainer: TrainerBase, run: Run) -> Saved:
     """Let the checkpoint that is about to be written be the best one saved, if it is.
 
     Returns:
@@ -70,7 +70,7 @@ def begin_saving(trainer: Trainer, run: Run) -> Saved:
     return before
 
 
-def _value_to_save(trainer: Trainer, run: Run) -> float | None:
+def _value_to_save(trainer: TrainerBase, run: Run) -> float | None:
     """The metric of this step, if its checkpoint is to be the best one."""
     args, state = trainer.args, trainer.state
     if run.score is None or run.score[0] != state.global_step:
@@ -84,7 +84,7 @@ def _value_to_save(trainer: Trainer, run: Run) -> float | None:
     return value if best or args.load_best_model_at_end or run.best_is_lost else None
 
 
-def take_back(trainer: Trainer, run: Run, step: int, before: Saved) -> None:
+def take_back(trainer: TrainerBase, run: Run, step: int, before: Saved) -> None:
     """Undo ``begin_saving`` after a write that failed.
 
     Args:
@@ -99,7 +99,7 @@ def take_back(trainer: Trainer, run: Run, step: int, before: Saved) -> None:
         run.best_is_lost |= state.best_global_step == step
 
 
-def _forget_lost(trainer: Trainer, damaged: Collection[str] = ()) -> None:
+def _forget_lost(trainer: TrainerBase, damaged: Collection[str] = ()) -> None:
     """Where somebody has deleted the best checkpoint, the best of those still there takes over.
 
     Args:
@@ -140,7 +140,7 @@ def recall(state: TrainerState, metric: str | None) -> None:
             state.best_saved_metric = value
 
 
-def load(trainer: Trainer) -> None:
+def load(trainer: TrainerBase) -> None:
     """Put the weights of the best checkpoint into the model, which may have them already.
 
     Raises:
@@ -191,7 +191,7 @@ def load(trainer: Trainer) -> None:
         store.keep_only(path)
 
 
-def _is_in_memory(trainer: Trainer) -> bool:
+def _is_in_memory(trainer: TrainerBase) -> bool:
     """Whether the model holds better weights than any checkpoint, as its own could not be saved."""
     state, run = trainer.state, trainer.current_run
     step = state.global_step
@@ -204,7 +204,7 @@ def _is_in_memory(trainer: Trainer) -> bool:
     return state.best_global_step == step
 
 
-def _read(trainer: Trainer) -> Checkpoint | None:
+def _read(trainer: TrainerBase) -> Checkpoint | None:
     """Read the best checkpoint that is intact; None if there is none."""
     state, damaged = trainer.state, set[str]()
     while (path := state.best_model_checkpoint) is not None:

@@ -11,16 +11,18 @@ from kbtrain.callbacks.state import Plan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import own_steps
-from kbtrain.model.bound_model import unique
 from kbtrain.model.forward import ForwardPass, items_counter
-from kbtrain.optimization import changing_variables, factory
-from kbtrain.tracing.position import Decisions, Moment
+from kbtrain.model.variables import unique
+from kbtrain.optimization import changing_variables
+from kbtrain.tracing.moment import Moment
+from kbtrain.tracing.position import Decisions
 from kbtrain.tracing.retrace import LiveStep
+from kbtrain.training.optimizer import clips_above
 from kbtrain.training.train_step import make_train_step
 from kbtrain.utils import rng
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 
 def trained_variables(model: keras.Model) -> list[keras.Variable]:
@@ -43,7 +45,7 @@ LONG = 1 << 31
 
 
 def live_train_step(
-    trainer: Trainer,
+    trainer: TrainerBase,
     forward: ForwardPass,
     halted: keras.Variable,
     plan: Plan,
@@ -64,7 +66,7 @@ def live_train_step(
     own = trainer.bound.own.train_step
     follows = not own or changing_variables.has_all(trainer.optimizer, trainer.model)
 
-    max_grad_norm = 0.0 if own else factory.clips_above(trainer)
+    max_grad_norm = 0.0 if own else clips_above(trainer)
 
     def build(decisions: Decisions) -> Callable[[Any, int], dict[str, Any]]:
         args, bound, optimizer = trainer.args, trainer.bound, trainer.optimizer
@@ -118,7 +120,7 @@ def live_train_step(
 
 
 def _own_step(
-    trainer: Trainer, halted: keras.Variable, variables: list[keras.Variable]
+    trainer: TrainerBase, halted: keras.Variable, variables: list[keras.Variable]
 ) -> Callable[[Any], dict[str, Any]]:
     """The step of a model that has its own ``train_step``."""
     metrics = trainer.bound.metrics

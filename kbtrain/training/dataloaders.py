@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import (
+    ArraySource,
     BatchLoader,
     Collate,
     ColumnFilter,
+    DataCollatorWithPadding,
     DataLoader,
     FixedEpochs,
     Loader,
     ModelInputs,
     StreamLoader,
     as_source,
+    default_collate,
 )
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.sources.interop import yields_batches
@@ -189,3 +192,28 @@ def evaluation_set(datasets: Any, given: Any) -> Any:
 
 def _is_plain_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and not isinstance(value[0], Mapping | tuple)
+
+
+def padding_collator(processing: Any, dataset: Any) -> Collate | None:
+    """The collator of a data set that was given none: padding, if there is something to pad with.
+
+    None where there is no ``pad_token_id``, or the data is arrays or batches already.
+    """
+    if getattr(processing, "pad_token_id", None) is None:
+        return None
+    arrays = isinstance(dataset, Mapping | tuple | ArraySource) or has_array(dataset)
+    if arrays or yields_batches(dataset):
+        return None
+    return _PadTokens(processing)
+
+
+class _PadTokens(DataCollatorWithPadding):
+    """Pads token data and stacks any other."""
+
+    is_default = True  # nobody asked for it: the data need not be samples
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        sample = samples[0]
+        if isinstance(sample, Mapping) and "input_ids" in sample:
+            return super().__call__(samples)
+        return default_collate(samples)

@@ -25,18 +25,19 @@ from kbtrain.model.forward import items_counter
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.model.wrappers import gradient_checkpointing, neftune
 from kbtrain.model.wrappers.debug_overflow import Diagnosis
-from kbtrain.optimization import changing_variables, evaluation_weights, factory, metric_driven
-from kbtrain.training import actions, best_model
+from kbtrain.optimization import changing_variables, evaluation_weights, metric_driven
+from kbtrain.training import actions, best_model, own_step_arguments
 from kbtrain.training.build_step import live_train_step, trained_variables
 from kbtrain.training.dataloaders import in_epochs, warn_of_inexact_resume
 from kbtrain.training.loop import train_loop
+from kbtrain.training.optimizer import build_optimizer, why_total_is_needed
 from kbtrain.training.run import Run
 from kbtrain.utils import rng
 from kbtrain.utils.filesystem import parse_checkpoint_name
 from kbtrain.utils.memory import measured
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
@@ -57,7 +58,7 @@ class TrainOutput(NamedTuple):
 
 
 def fit(
-    trainer: Trainer,
+    trainer: TrainerBase,
     checkpoint: Checkpoint | None,
     prepared: Callable[[], None] = lambda: None,
 ) -> TrainOutput:
@@ -86,7 +87,7 @@ def fit(
 
 
 def _run(
-    trainer: Trainer, checkpoint: Checkpoint | None, prepared: Callable[[], None]
+    trainer: TrainerBase, checkpoint: Checkpoint | None, prepared: Callable[[], None]
 ) -> tuple[Run, float]:
     """All updates of this call, and the seconds they took."""
     run = prepare(trainer, checkpoint)
@@ -112,7 +113,7 @@ def _run(
     return run, run.times.total
 
 
-def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
+def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     """Model, optimizer and compiled step, put back to the checkpoint if there is one.
 
     Raises:
@@ -140,12 +141,11 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     forward = bound.build(first)
     trainable = trained_variables(bound.model)
     if bound.own.train_step:
-        own_steps.check_arguments(trainer)
+        own_step_arguments.check_arguments(trainer)
         own_steps.build_by_step(trainer.backend, bound.model, first)
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
-    bound.renew(trainer.captured.generation)
-    optimizer = factory.build_optimizer(trainer, plan.max_steps)
+    optimizer = build_optimizer(trainer, plan.max_steps)
     if not bound.own.train_step:  # a given one may have been built for what was trained before
         changing_variables.follow(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
@@ -190,7 +190,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint | None) -> Run:
     )
 
 
-def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
+def _token_counter(trainer: TrainerBase) -> Callable[[Block], int] | None:
     mode, labels = trainer.args.include_num_input_tokens_seen, trainer.bound.label_names
     if mode == "no":
         return None
@@ -198,10 +198,10 @@ def _token_counter(trainer: Trainer) -> Callable[[Block], int] | None:
     return lambda block: count_tokens(block.chunks, block.updates, mode, labels, padding)
 
 
-def _plan(trainer: Trainer, loader: Loader) -> Plan:
+def _plan(trainer: TrainerBase, loader: Loader) -> Plan:
     args = trainer.args
     if not loader.sized and args.max_steps <= 0:
-        why = factory.why_total_is_needed(trainer)
+        why = why_total_is_needed(trainer)
         if why is not None:
             raise ConfigurationError(
                 "The training data has no length, so the number of steps cannot be counted, and "
@@ -214,7 +214,7 @@ def _plan(trainer: Trainer, loader: Loader) -> Plan:
     )
 
 
-def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
+def _fresh_state(trainer: TrainerBase, plan: Plan, loader: Loader) -> TrainerState:
     args = trainer.args
     state = TrainerState(
         max_steps=plan.max_steps,
@@ -232,7 +232,7 @@ def _fresh_state(trainer: Trainer, plan: Plan, loader: Loader) -> TrainerState:
     return state
 
 
-def _restore_schedule(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def _restore_schedule(trainer: TrainerBase, checkpoint: Checkpoint) -> None:
     """A schedule that answers to a metric goes on counting where it was."""
     if not metric_driven.is_metric_driven(trainer.lr_scheduler):
         return
@@ -248,13 +248,13 @@ def _restore_schedule(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise CheckpointMismatchError(f"{checkpoint.path}, lr_scheduler: {error}") from None
 
 
-def _updates_without_looking(trainer: Trainer) -> int:
+def _updates_without_looking(trainer: TrainerBase) -> int:
     if trainer.callback_handler.need_every_step():
         return 1
     return steps_until_due(trainer.args, trainer.state)
 
 
-def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:
+def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
     """The state of a checkpoint, with the best one where it lies now: folders may be moved."""
     state = TrainerState(**documents.fields_of(checkpoint, "trainer_state", TrainerState))
     if state.global_step != checkpoint.step:
@@ -272,7 +272,7 @@ def _saved_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainerState:
 
 
 def _restore(
-    trainer: Trainer, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
+    trainer: TrainerBase, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
 ) -> run_state.Progress:
     """Put everything back to where the checkpoint was taken."""
     if (trained := run_state.trained_in(checkpoint)) is not None:

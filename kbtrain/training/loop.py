@@ -11,12 +11,12 @@ from kbtrain.training import actions
 from kbtrain.training.run import Run
 
 if TYPE_CHECKING:
-    from kbtrain.trainer.trainer import Trainer
+    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
 
-def train_loop(trainer: Trainer, run: Run) -> None:
+def train_loop(trainer: TrainerBase, run: Run) -> None:
     """Run updates until the plan is done or somebody stops it.
 
     ::
@@ -95,7 +95,7 @@ def ends_epoch(control: TrainerControl) -> bool:
     return control.should_epoch_stop or control.should_training_stop
 
 
-def catch_up(trainer: Trainer, run: Run, after: str) -> bool:
+def catch_up(trainer: TrainerBase, run: Run, after: str) -> bool:
     """Do what a signal kept the former run from doing: an evaluation, and the save behind it.
 
     Args:
@@ -117,7 +117,7 @@ def catch_up(trainer: Trainer, run: Run, after: str) -> bool:
     return True
 
 
-def log_evaluate_save(trainer: Trainer, run: Run, after: str) -> None:
+def log_evaluate_save(trainer: TrainerBase, run: Run, after: str) -> None:
     """Do what is due after a "step" or an "epoch", in this order.
 
     An evaluation that a signal does not let end is left to the resumed run.

@@ -9,29 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 from keras import ops
 
 from kbtrain.backends.scopes import is_overwritten
+from kbtrain.model.forward import Forward
 from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, means_of, value_of
-from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, float_dtype, mean
+from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
 from kbtrain.model.metrics import MetricSet
-
-
-class Forward(Protocol):
-    """One pass through the model.
-
-    Returns ``(loss, outputs, metric_inputs)``: the loss of the batch including ``add_loss`` and
-    regularizers, the model's outputs, and the arguments for ``MetricSet.update``. Without labels
-    (in prediction) the first and the last are None.
-    """
-
-    def __call__(
-        self, batch: Any, num_items: Any, training: bool
-    ) -> tuple[LossPair | LossTerms | None, Any, tuple[Any, ...] | None]:
-        """Run the model on one batch."""
+from kbtrain.utils.float64 import float_dtype
 
 
 def make_train_step(
@@ -255,52 +243,3 @@ def make_train_step(
 
 def _times(tensor: Any, factor: Any) -> Any:
     return tensor * as_dtype_of(factor, tensor)
-
-
-def make_eval_step(
-    backend: ModuleType,
-    forward: Forward,
-    advancing: Sequence[keras.Variable],
-    metrics: MetricSet | None,
-    select_outputs: Callable[[Any, Any], Any] | None,
-) -> Callable[[Any], dict[str, Any]]:
-    """Build the step of one evaluation batch.
-
-    It changes the metrics, and what advances from batch to batch. All else that layers assign is
-    forgotten.
-
-    Args:
-        backend: A module of ``kbtrain.backends``.
-        forward: See ``Forward``.
-        advancing: Seeds and states that the next batch goes on with.
-        metrics: Metrics to update, if any.
-        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
-
-    Returns:
-        ``step(batch) -> {"loss", "outputs"}``, tensors on the device: a ``LossPair`` or
-        ``LossTerms``. A batch without labels has only the outputs.
-    """
-
-    def eval_step(batch: Any) -> dict[str, Any]:
-        with backend.dropping() as scope:
-            loss, outputs, metric_inputs = forward(batch, None, training=False)
-            kept = None if select_outputs is None else select_outputs(outputs, batch)
-        # A metric that a layer updates is one of these.
-        carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
-        if metrics is not None and metric_inputs is not None:
-            metrics.update(*metric_inputs)
-        result: dict[str, Any] = {}
-        if loss is not None:
-            result["loss"] = loss
-        if kept is not None:
-            result["outputs"] = kept
-        return result
-
-    return eval_step
-
-
-def carry_over(scope: keras.StatelessScope, variables: Sequence[keras.Variable]) -> None:
-    """Assign what a scope noted for ``variables``; the rest is forgotten with it."""
-    for variable in variables:
-        if (new := scope.get_current_value(variable)) is not None:
-            variable.assign(new)

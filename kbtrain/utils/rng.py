@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import random
 from types import ModuleType
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain.config import converters
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import tensorflow_import
 from kbtrain.utils.keras_private import global_seed_generator
+
+MAX_SEED = 2**32 - 1  # what the seeding functions of NumPy and Keras take
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
@@ -31,10 +33,12 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     Example:
         >>> set_seed(42)
     """
-    try:
-        seed = converters.whole(0, converters.MAX_SEED)(seed)
-    except converters.Unfit as refusal:
-        raise ConfigurationError(f"seed must be {refusal}. Received: {seed!r}") from None
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed <= MAX_SEED:
+        raise ConfigurationError(
+            f"seed must be a whole number of at least 0 and at most {MAX_SEED}. Received: {seed!r}"
+        )
+    seed = int(seed)
     if deterministic:
         raise ConfigurationError(
             "set_seed sets seeds. Received: deterministic=True. For kernels that give the same "

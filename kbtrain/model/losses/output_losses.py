@@ -22,7 +22,8 @@ from keras import ops
 
 from kbtrain.model.losses.keras_losses import is_summed, keras_loss_pair
 from kbtrain.model.losses.pairing import OutputLoss
-from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, float_dtype, mean
+from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
+from kbtrain.utils.float64 import float_dtype
 
 
 class Term(NamedTuple):

@@ -19,6 +19,7 @@ import keras
 from keras import ops
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils.float64 import float_dtype
 
 IGNORE_INDEX = -100
 """Integer labels with this value are left out of the loss and of the metrics."""
@@ -42,12 +43,6 @@ def as_float(value: Any) -> Any:
     """``value`` as a float32 tensor; one in float64 stays as it is."""
     tensor = ops.convert_to_tensor(value)
     return ops.cast(tensor, float_dtype(tensor))
-
-
-def float_dtype(*tensors: Any) -> str:
-    """The dtype to compute in: ``"float64"`` if any of the tensors has it, else ``"float32"``."""
-    wide = any(keras.backend.standardize_dtype(t.dtype) == "float64" for t in tensors)
-    return "float64" if wide else "float32"
 
 
 def as_dtype_of(value: Any, reference: Any) -> Any:

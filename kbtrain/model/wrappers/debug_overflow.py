@@ -11,12 +11,12 @@ import numpy as np
 from keras import ops
 
 from kbtrain.data import micro_batches, without_none
-from kbtrain.model.build import walk_layers
 from kbtrain.model.forward import ForwardPass
 from kbtrain.model.losses.output_losses import counts_of, value_of
 from kbtrain.model.losses.pairs import LossPair, as_float
 from kbtrain.model.wrappers import gradient_checkpointing
 from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
+from kbtrain.utils.layers import walk_layers
 
 SHOWN = 5
 """Layers before the first bad one whose largest outputs are shown, and gradients that are named."""

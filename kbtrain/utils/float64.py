@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
-from kbtrain.model.losses.pairs import float_dtype
 from kbtrain.utils.keras_private import flatten_layers, narrowing_table
 
 
@@ -39,3 +39,9 @@ def kept(model: keras.Model) -> Iterator[None]:
     finally:
         if before is not None:
             table["float64"] = before
+
+
+def float_dtype(*tensors: Any) -> str:
+    """The dtype to compute in: ``"float64"`` if any of the tensors has it, else ``"float32"``."""
+    wide = any(keras.backend.standardize_dtype(t.dtype) == "float64" for t in tensors)
+    return "float64" if wide else "float32"

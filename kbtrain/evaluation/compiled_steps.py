@@ -1,0 +1,206 @@
+"""The compiled evaluation steps of a model: one for each form of an evaluation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.data import unpack, with_none, without_none
+from kbtrain.data.block_length import Pace
+from kbtrain.errors import ConfigurationError
+from kbtrain.evaluation.eval_step import make_eval_step
+from kbtrain.evaluation.own_eval_step import make_own_eval_step
+from kbtrain.model import build as building
+from kbtrain.model import own_steps
+from kbtrain.model.bound_model import BoundModel
+from kbtrain.model.metrics import MetricSet
+from kbtrain.model.variables import unique
+from kbtrain.tracing.position import Decisions
+from kbtrain.tracing.retrace import Traces, Versions
+from kbtrain.utils import rng
+
+
+@dataclass
+class CompiledEvalStep:
+    """A compiled evaluation step, with what was learned about how long it takes.
+
+    Attributes:
+        versions: Its compiled versions.
+        traces: What its Python needs while it is traced.
+        pace: How many batches one call may have.
+    """
+
+    versions: Versions
+    traces: Traces
+    pace: Pace = field(default_factory=Pace)
+
+    def run(self, block: Any, start: int, count: int) -> tuple[dict[str, Any], int]:
+        """Run batches of a block, see ``compile_eval_steps`` of a backend."""
+        version = self.versions.at(self.traces.position.moment)
+        results: tuple[dict[str, Any], int] = version.run(block, start, count)
+        return results
+
+
+class EvalSteps:
+    """The compiled evaluation steps of a bound model.
+
+    Args:
+        bound: The model with its loss and metrics.
+        args: ``jit_compile``, ``devices``.
+        backend: The backend in use.
+        preprocess: ``preprocess_logits_for_metrics``, or None.
+        traces: What the Python of a step needs while it is traced.
+    """
+
+    def __init__(
+        self,
+        bound: BoundModel,
+        args: TrainingArguments,
+        backend: ModuleType,
+        preprocess: Callable[[Any, Any], Any] | None,
+        traces: Traces,
+    ) -> None:
+        self._bound, self._args, self._backend = bound, args, backend
+        self._preprocess, self._traces = preprocess, traces
+        self._steps: dict[Hashable, CompiledEvalStep] = {}
+        self._generation = 0
+
+    def get(
+        self,
+        with_loss: bool,
+        gather: bool,
+        policy: str | None = None,
+        ignore_keys: Collection[str] = (),
+    ) -> CompiledEvalStep:
+        """The compiled evaluation step; one for each of the forms.
+
+        Args:
+            with_loss: The data has labels: compute the loss and update the metrics.
+            gather: Return the outputs for the host.
+            policy: The dtype policy it runs under, if another one than in training.
+            ignore_keys: Outputs that stay on the device, of a model that returns a dict.
+        """
+        bound, own = self._bound, self._bound.own
+        ignored = frozenset(ignore_keys)
+        key = (with_loss, gather, policy, ignored)
+        if key not in self._steps:
+            assert bound.forward is not None
+            self._check_can_evaluate(with_loss, gather)
+            variables = bound.variables()
+            metrics = bound.evaluation_metrics if with_loss else None
+            select = functools.partial(self._select_outputs, ignored=ignored) if gather else None
+            if own.test_step and with_loss or own.predict_step and gather:
+                step = self._own_step(with_loss, metrics, select)
+            else:
+                step = make_eval_step(
+                    self._backend,
+                    bound.forward if with_loss else bound.forward.predict,
+                    bound.advancing_variables,
+                    metrics,
+                    select,
+                )
+            self._backend.place(variables, self._args.chosen_device)
+
+            def compile(decisions: Decisions) -> Callable[..., Any]:
+                return self._backend.compile_eval_steps(
+                    self._traces.step(step, decisions, rng.global_seed_variable()),
+                    variables,
+                    unique([*(metrics.variables if metrics else []), *bound.advancing_variables]),
+                    self._args.jit_compile,
+                )
+
+            self._steps[key] = CompiledEvalStep(Versions(compile, "evaluation"), self._traces)
+        return self._steps[key]
+
+    def renew(self, generation: int) -> None:
+        """Forget the compiled evaluation steps if what they have captured is not what there is.
+
+        Args:
+            generation: See `kbtrain.tracing.captured.Captured`.
+        """
+        if generation != self._generation:
+            self._steps.clear()
+            self._generation = generation
+
+    def _check_can_evaluate(self, with_loss: bool, gather: bool) -> None:
+        """Make sure that a step of the model's own is there where the model cannot be called."""
+        model, own = self._bound.model, self._bound.own
+        for kind in ("test", "predict"):
+            if (kind == "test") == with_loss:
+                own_steps.check_function(model, kind)
+            if getattr(own, f"{kind}_step"):
+                self._backend.check_signature(model, f"{kind}_step")
+        if building.has_call(model) or (with_loss and self._bound.own_compute_loss):
+            return
+        missing = "test_step" if with_loss and not own.test_step else "predict_step"
+        if missing == "test_step" or gather and not own.predict_step:
+            raise ConfigurationError(
+                f"{type(model).__name__} has no call and no {missing}, so there is nothing to "
+                f"{'evaluate' if with_loss else 'predict'} with. Define one of the two."
+            )
+
+    def _own_step(
+        self,
+        with_loss: bool,
+        metrics: MetricSet | None,
+        select: Callable[[Any, Any], Any] | None,
+    ) -> Callable[[Any], dict[str, Any]]:
+        """The evaluation step with the model's own ``test_step`` or ``predict_step``."""
+        bound = self._bound
+        assert bound.forward is not None
+        return make_own_eval_step(
+            self._backend,
+            bound.model,
+            bound.own,
+            bound.forward if with_loss else None,
+            bound.forward.predict,
+            bound.advancing_variables,
+            metrics,
+            select,
+        )
+
+    def _select_outputs(self, outputs: Any, batch: Any, ignored: Collection[str]) -> Any:
+        """What of a batch's outputs goes to the host."""
+        if ignored and isinstance(outputs, Mapping):
+            names = list(outputs)
+            outputs = {name: outputs[name] for name in names if name not in ignored}
+            if not outputs:
+                raise ConfigurationError(
+                    "ignore_keys leaves nothing of the model's outputs. "
+                    f"Received: ignore_keys={sorted(ignored)}, outputs {names}."
+                )
+        if self._preprocess is not None:
+            outputs = self._preprocess(outputs, unpack(with_none(batch), self._bound.label_names).y)
+        return _movable(outputs)
+
+
+def _movable(outputs: Any) -> Any:
+    """Outputs in what can leave the device: numbers as tensors, None as ``without_none`` has it.
+
+    Raises:
+        ConfigurationError: There is something else among them.
+    """
+
+    def move(path: tuple[Any, ...], leaf: Any) -> Any:
+        if leaf is None or keras.ops.is_tensor(leaf):
+            return leaf
+        try:
+            if isinstance(leaf, str | bytes):
+                raise TypeError
+            return keras.ops.convert_to_tensor(leaf)
+        except (TypeError, ValueError):
+            name = path[0] if path else "output"
+            raise ConfigurationError(
+                f"The model returns something that is no tensor, under {name!r}, and the outputs "
+                f"are asked for. Received: {type(leaf).__name__}. Leave it out of what the model "
+                f"returns, or pass ignore_keys=[{name!r}]."
+            ) from None
+
+    leaves = [move(path, leaf) for path, leaf in keras.tree.flatten_with_path(outputs)]
+    return without_none(keras.tree.pack_sequence_as(outputs, leaves))

@@ -1,0 +1,82 @@
+"""The evaluation step of a model with its own test_step or predict_step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from kbtrain.backends.scopes import carry_over
+from kbtrain.data import with_none
+from kbtrain.model.forward import Forward
+from kbtrain.model.metrics import MetricSet
+from kbtrain.model.own_methods import OwnMethods
+
+if TYPE_CHECKING:
+    pass
+from kbtrain.model.own_steps import ModelMetrics, logged
+
+
+def make_own_eval_step(
+    backend: ModuleType,
+    model: keras.Model,
+    own: OwnMethods,
+    forward: Forward | None,
+    predict: Forward,
+    advancing: Sequence[keras.Variable],
+    metrics: MetricSet | None,
+    select_outputs: Callable[[Any, Any], Any] | None,
+) -> Callable[[Any], dict[str, Any]]:
+    """Build the step of one evaluation batch by the model's ``test_step`` and ``predict_step``.
+
+    It changes the metrics, and what advances from batch to batch. All else is forgotten.
+
+    Args:
+        backend: A module of ``kbtrain.backends``.
+        model: The model.
+        own: Which steps are the model's own; what is not is done as for other models.
+        forward: Loss and outputs, see ``kbtrain.model.forward.Forward``; None where no
+            loss is wanted.
+        predict: Outputs only.
+        advancing: Seeds and states that the next batch goes on with.
+        metrics: Metrics to update, if any.
+        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
+
+    Returns:
+        ``step(batch)``: what ``kbtrain.evaluation.eval_step.make_eval_step`` returns, with "logs",
+        which ``test_step`` returned, in place of the loss.
+    """
+    name = type(model).__name__
+
+    def evaluated(batch: Any) -> tuple[dict[str, Any], Any, Any]:
+        if forward is None or not own.test_step:
+            run = predict if forward is None else forward
+            loss, outputs, inputs = run(batch, None, training=False)
+            return {} if loss is None else {"loss": loss}, outputs, inputs
+        logs = logged(backend.run_test_step(model, with_none(batch)), f"{name}.test_step")
+        if isinstance(metrics, ModelMetrics):
+            metrics.names = set(logs)
+        outputs = None
+        if select_outputs is not None and not own.predict_step:
+            outputs = predict(batch, None, training=False)[1]
+        return {"logs": logs}, outputs, None
+
+    def eval_step(batch: Any) -> dict[str, Any]:
+        result: dict[str, Any]
+        with backend.dropping() as scope:
+            if own.predict_step and forward is None:
+                result, outputs, inputs = {}, None, None
+            else:
+                result, outputs, inputs = evaluated(batch)
+            if select_outputs is not None:
+                if own.predict_step:
+                    outputs = backend.run_predict_step(model, with_none(batch))
+                result["outputs"] = select_outputs(outputs, batch)
+        carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
+        if metrics is not None and inputs is not None:
+            metrics.update(*inputs)
+        return result
+
+    return eval_step

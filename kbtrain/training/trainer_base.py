@@ -1,0 +1,339 @@
+"""``TrainerBase``: the parts that a run has, what is logged, and the methods users may override.
+
+The loop, the evaluation and everything else that needs a Trainer know this class. ``Trainer`` adds
+its construction and what a user calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.handler import CallbackHandler
+from kbtrain.callbacks.state import TrainerControl, TrainerState
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.saver import Saver
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.data import ColumnFilter, Loader, as_loader, task_preprocessing
+from kbtrain.data.plain_values import plain_values
+from kbtrain.errors import ConfigurationError
+from kbtrain.model import build as building
+from kbtrain.model.bound_model import BoundModel
+from kbtrain.model.forward import default_loss
+from kbtrain.model.losses.pairs import as_extra
+from kbtrain.optimization import factory, weight_decay
+from kbtrain.optimization.factory import learning_rates
+from kbtrain.tracing.captured import Captured
+from kbtrain.tracing.position import Position
+from kbtrain.tracing.retrace import Traces
+from kbtrain.training.dataloaders import evaluation_set, make_loader, padding_collator
+from kbtrain.training.run import Run
+from kbtrain.training.stop_signals import Watch
+
+
+class TrainerBase(ABC):
+    """A Trainer as the loop and the evaluation see it.
+
+    Attributes:
+        args: The arguments.
+        backend: The backend in use.
+        bound: The model with its loss and metrics.
+        captured: What the compiled steps have captured from Python.
+        traces: What the Python of a step needs while it is traced.
+        position: Where the run is, for code that is traced.
+        store: The checkpoints of ``args.output_dir``.
+        saver: Writes them.
+        watch: Who asks the run to stop: signals, and the clock.
+        interruption: Why the run ended early, if it did.
+        state: Where the run is, for callbacks; it is in every checkpoint.
+        control: What callbacks ask the run to do next.
+        current_run: The ``fit`` that runs, if one does.
+        is_in_train: Whether one does.
+        training_weights: Whether the model holds the weights in training, which may differ from
+            those to evaluate.
+        optimizer: The optimizer of the last ``fit``; None before.
+        other_optimizers: Those that a model with its own ``train_step`` has beside it, by name.
+        lr_scheduler: The schedule, if there is one.
+        num_training_steps: Updates of the run; 0 if that is not known.
+        given_optimizers: The argument ``optimizers`` of the Trainer.
+        given_metrics: The arguments ``metrics`` and ``weighted_metrics``.
+        trial: The trial of a hyperparameter search, in one.
+        ignore_keys_for_eval: See ``Trainer.fit``.
+    """
+
+    args: TrainingArguments
+    backend: ModuleType
+    bound: BoundModel
+    captured: Captured
+    traces: Traces
+    position: Position
+    store: CheckpointStore
+    saver: Saver
+    watch: Watch
+    interruption: str | None
+    state: TrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    current_run: Run | None
+    is_in_train: bool
+    training_weights: bool
+    optimizer: keras.optimizers.Optimizer | None
+    other_optimizers: dict[str, keras.optimizers.Optimizer]
+    lr_scheduler: Any
+    num_training_steps: int
+    given_optimizers: tuple[Any, Any]
+    given_metrics: tuple[Any, Any]
+    trial: Any
+    ignore_keys_for_eval: Sequence[str] | None
+    train_dataset: Any
+    eval_dataset: Any
+    train_dataloader: Loader | None
+    eval_dataloader: Loader | None
+    class_weight: Mapping[int, float] | None
+    data_collator: Callable[[list[Any]], Any] | None
+    model_init: Callable[..., keras.Model] | None
+    compute_loss_func: Callable[..., Any] | None
+    compute_metrics: Callable[..., Any] | None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
+    processing_class: Any
+    _columns: ColumnFilter | None
+    _tracked: dict[str, Any]
+
+    @abstractmethod
+    def adopt(self, model: Any) -> None:
+        """Take a model, with what it was compiled with where nothing was given instead."""
+
+    @abstractmethod
+    def fit(
+        self,
+        resume_from_checkpoint: bool | str | Path | None = None,
+        ignore_keys_for_eval: Sequence[str] | None = None,
+    ) -> Any:
+        """Train; see ``Trainer.fit``."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, Any]:
+        """Evaluate, log the result and return it."""
+
+    @property
+    def model(self) -> keras.Model:
+        """The model in training; another one may be assigned."""
+        return self.bound.model
+
+    @model.setter
+    def model(self, model: keras.Model) -> None:
+        self.adopt(model)
+
+    @property
+    def loss(self) -> Any:
+        """The loss in use: the one that was given, or the compiled model's."""
+        return self.bound.loss
+
+    def _callback_context(self) -> dict[str, Any]:
+        """What every event gets; nothing in it waits for the device until it is looked at."""
+        run = self.current_run
+        return dict.fromkeys(("batch", "loss", "metrics")) | {
+            **({} if run is None else run.newest(self.bound.metrics)),
+            "trainer": self,
+            "model": self.model,
+            "processing_class": self.processing_class,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.lr_scheduler,
+            "train_dataloader": self.train_dataloader,
+            "eval_dataloader": self.eval_dataloader,
+        }
+
+    # --- what is logged, and who is told -------------------------------------------------------
+
+    def track(self, name: str, value: Any) -> None:
+        """Log the mean of ``value`` over the updates; call it where the loss is computed.
+
+        Args:
+            name: The name in the logs (with ``eval_`` before it in evaluations).
+            value: A number or a tensor, of which the mean is taken.
+
+        Raises:
+            ConfigurationError: The name has a meaning already, or the value is no number.
+        """
+        self._tracked[name] = as_extra(name, value, "track() got")
+
+    def log(self, logs: Mapping[str, Any], start_time: float | None = None) -> None:
+        """Add an entry to ``state.log_history`` and tell the callbacks.
+
+        Args:
+            logs: Names and numbers.
+            start_time: For subclasses that hand it on, as in the reference; of no effect, as logs
+                of the training have their speed already.
+        """
+        entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
+        self.state.remember(entry)
+        self.fire("on_log", logs=entry)
+
+    def fire(self, event: str, **kwargs: Any) -> None:
+        """Call ``event`` of all callbacks."""
+        self.captured.after_event(event)
+        self.control = self.callback_handler.fire(
+            event, self.args, self.state, self.control, **kwargs
+        )
+
+    # --- what a user may override ---------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: keras.Model,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one micro-batch; traced into the step. Override for a loss of your own.
+
+        Args:
+            model: Call it on the inputs; the ``training`` flag is set for you.
+            inputs: A batch in the structure of the data set, as tensors.
+            return_outputs: Whether to return ``(loss, outputs)``; the Trainer always asks for it.
+            num_items_in_batch: Labels in the whole update if ``compute_loss_func`` takes it.
+
+        Returns:
+            The loss: a scalar (mean over the batch), per-element losses, ``(sum, count)``, or one
+            of these with a dict of values to log.
+        """
+        loss: Any
+        if self.bound.own.compute_loss and self.bound.forward is not None:
+            loss, outputs = self.bound.forward.model_loss(inputs)
+        else:
+            loss, outputs = default_loss(
+                model,
+                inputs,
+                num_items_in_batch,
+                self.loss,
+                self.bound.loss_weights,
+                self.compute_loss_func,
+                self.bound.label_names,
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> Any:
+        """The training batches; may return any iterable of batches."""
+        if self.train_dataset is None:
+            raise ConfigurationError("fit() needs a train_dataset. Received: None.")
+        return self._make_loader(self.train_dataset, "train_dataset", train=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The batches of an evaluation set, in order; may return any iterable of batches."""
+        data = evaluation_set(self.eval_dataset, eval_dataset)
+        return self._make_loader(data, "eval_dataset", train=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The batches of a set to predict, in order; may return any iterable of batches."""
+        return self._make_loader(test_dataset, "test_dataset", train=False)
+
+    def _make_loader(self, data: Any, name: str, train: bool) -> Loader:
+        collate = self.data_collator or padding_collator(self.processing_class, data)
+        inputs = self.bound.inputs()
+        columns, names = self._columns, building.input_names(self.model)
+        if self.data_collator is None and task_preprocessing.preprocesses(self.model, data, names):
+            data, collate = task_preprocessing.preprocessed(self.model, data)
+            columns = None  # it takes others than the model's inputs
+        return make_loader(data, self.args, collate, name, train, columns, inputs)
+
+    def create_scheduler(self, num_training_steps: int) -> Any:
+        """The learning-rate schedule for a run of ``num_training_steps`` updates."""
+        return factory.make_schedule(self.args, num_training_steps)
+
+    def create_optimizer(self) -> keras.optimizers.Optimizer:
+        """The optimizer of ``args.optim``; it does not decay norms and biases."""
+        return factory.make_optimizer(
+            self.args, self.lr_scheduler, self.model, self.num_training_steps
+        )
+
+    def call_model_init(self) -> keras.Model:
+        """A new model from ``model_init``, which gets the trial if it asks for one."""
+        assert self.model_init is not None
+        if takes_trial(self.model_init):
+            return self.model_init(self.trial)
+        return self.model_init()
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback object or class."""
+        self.callback_handler.add(callback)
+
+    def pop_callback(self, callback: Any) -> TrainerCallback | None:
+        """Remove a callback (object or class) and return it; None if it is not there."""
+        return self.callback_handler.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback (object or class)."""
+        self.pop_callback(callback)
+
+    # --- questions -----------------------------------------------------------------------------
+
+    @property
+    def label_names(self) -> list[str]:
+        """Keys of a batch that hold labels: ``args.label_names``, or the usual one."""
+        return ["labels"] if self.args.label_names is None else list(self.args.label_names)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process is the first of all, which writes what is written once."""
+        return self.state.is_world_process_zero
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this process is the first of its machine."""
+        return self.state.is_local_process_zero
+
+    def get_total_train_batch_size(self, args: TrainingArguments | None = None) -> int:
+        """Samples in one update: per device, times accumulation, times processes.
+
+        Args:
+            args: Arguments other than the Trainer's own.
+        """
+        args = self.args if args is None else args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rates of the next update, each that some variable has once.
+
+        Raises:
+            ConfigurationError: There is no optimizer yet: ``fit`` makes it.
+        """
+        if self.optimizer is None:
+            raise ConfigurationError("There is no optimizer before fit() has begun.")
+        return learning_rates(self.optimizer, self.bound.model.trainable_variables)
+
+    def get_decay_parameter_names(self, model: keras.Model | None = None) -> list[str]:
+        """Paths of the trainable variables that weight decay applies to.
+
+        Args:
+            model: A model other than the Trainer's own.
+        """
+        return weight_decay.decay_parameter_names(self.bound.model if model is None else model)
+
+    def get_num_trainable_parameters(self) -> int:
+        """Number of trainable scalars in the model."""
+        return sum(math.prod(v.shape) for v in self.bound.model.trainable_variables)
+
+    def num_examples(self, dataloader: Any) -> int | None:
+        """Samples in an epoch of ``dataloader``; None if it does not know."""
+        return as_loader(dataloader).num_examples
+
+
+def takes_trial(model_init: Any) -> bool:
+    """Whether a function has a parameter ``trial``, or one without a default."""
+    parameters = inspect.signature(model_init).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(
+        p.name == "trial" or (p.default is inspect.Parameter.empty and p.kind in plain)
+        for p in parameters
+    )

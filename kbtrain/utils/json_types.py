@@ -1,0 +1,28 @@
+"""Whether a value out of JSON is of a type."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def is_of(value: Any, expected: Any) -> bool:
+    """Whether a value of JSON has a type, as dataclasses write it."""
+    origin, inner = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of(value, one) for one in inner)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(is_of(item, inner[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
+    if expected is Any:
+        return True
+    if isinstance(value, bool):
+        return expected is bool
+    if expected is float:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    if expected is int:
+        return isinstance(value, int) and 0 <= value < 2**63
+    return isinstance(value, expected)
