@@ -185,11 +185,61 @@ def test_imports_have_no_cycles():
     for name, path in modules.items():
         wanted = {target for target in imported(parse(path)) if target in modules}
         # A package's __init__ gathers what its modules hold; they may name it ("from x import y").
-        parents = {name.rpartition(".")[0], name}
-        graph[name] = wanted - parents
+        parts = name.split(".")
+        graph[name] = wanted - {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("kbtrain.training.train_step") < order.index("kbtrain.trainer.trainer")
     assert order.index("kbtrain.training.loop") < order.index("kbtrain.trainer.trainer")
+
+
+def functions_of(backend: str) -> dict[str, ast.FunctionDef | ast.ImportFrom]:
+    """The functions that a backend's modules define, by name."""
+    folder = ROOT / "kbtrain" / "backends"
+    found = {}
+    for path in [*(folder / backend).rglob("*.py"), *folder.glob("*.py")]:
+        for node in parse(path).body:
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, node)
+    return found
+
+
+def test_each_backend_fulfils_the_protocol():
+    protocol = next(
+        node
+        for node in parse(ROOT / "kbtrain/backends/protocol.py").body
+        if isinstance(node, ast.ClassDef)
+    )
+    wanted = {n.name: n for n in protocol.body if isinstance(n, ast.FunctionDef)}
+    assert len(wanted) > 30
+    for backend in ("jax", "tensorflow", "torch"):
+        names = exported_by(backend)
+        assert {"name", "TAKES_STRINGS"} <= names
+        functions = functions_of(backend)
+        for name, method in wanted.items():
+            assert name in names, f"{backend} has no {name}"
+            assert_accepts(functions[name].args, method.args, f"{backend}.{name}")
+
+
+def exported_by(backend: str) -> set[str]:
+    """The names in a backend's own module."""
+    names = set()
+    for node in parse(ROOT / "kbtrain/backends" / backend / "__init__.py").body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def assert_accepts(own: ast.arguments, wanted: ast.arguments, what: str) -> None:
+    """The arguments of the protocol come first, in its order; what is more has a default."""
+    expected = [a.arg for a in wanted.args[1:]]
+    given = [a.arg for a in own.args]
+    assert given[: len(expected)] == expected, what
+    assert len(own.defaults) >= len(wanted.defaults) + len(given) - len(expected), what
+    assert (own.vararg is None) == (wanted.vararg is None), what
 
 
 def loaded_after(code: str) -> set[str]:

@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import keras
 import numpy as np
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
@@ -102,15 +102,15 @@ class Progress:
 
 
 @functools.cache
-def environment(backend: ModuleType) -> dict[str, Any]:
+def environment(backend: str) -> dict[str, Any]:
     """Backend and versions, for a checkpoint's manifest and for bug reports; do not change it."""
     versions = {"python": platform.python_version()}
-    for name in ("kbtrain", "keras", "numpy", "h5py", backend.name):
+    for name in ("kbtrain", "keras", "numpy", "h5py", backend):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "unknown"
-    return {"backend": backend.name, "versions": versions}
+    return {"backend": backend, "versions": versions}
 
 
 def model_variables(model: keras.Model) -> list[keras.Variable]:
@@ -185,7 +185,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
 
 
 def gather_training(
-    backend: ModuleType,
+    backend: Backend,
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     metric_variables: Sequence[keras.Variable],
@@ -196,7 +196,7 @@ def gather_training(
     """Everything besides the model that an exact resume needs: ``(arrays, documents)``.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model.
         optimizer: What trains it.
         metric_variables: State of the metrics.
@@ -224,7 +224,7 @@ def gather_training(
 
 
 def restore_run(
-    backend: ModuleType,
+    backend: Backend,
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     metric_variables: Sequence[keras.Variable],
@@ -234,7 +234,7 @@ def restore_run(
     """Put model, optimizers, metrics and random state back to where the checkpoint was taken.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model.
         optimizer: What trains it.
         metric_variables: State of the metrics.

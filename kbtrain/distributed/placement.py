@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import ModuleType
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
 
 
-def check(backend: ModuleType, args: TrainingArguments) -> None:
+def check(backend: Backend, args: TrainingArguments) -> None:
     """Make sure that the device of the arguments exists.
 
     Raises:
@@ -31,7 +31,7 @@ def check(backend: ModuleType, args: TrainingArguments) -> None:
 
 
 @contextlib.contextmanager
-def settings(backend: ModuleType, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
+def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
     """Inside, ``devices``, ``tf32`` and ``full_determinism`` hold; afterwards what held before.
 
     And a model in float64 computes in it.

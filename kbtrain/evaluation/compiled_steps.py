@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import unpack, with_none, without_none
 from kbtrain.data.block_length import Pace
@@ -62,7 +62,7 @@ class EvalSteps:
         self,
         bound: BoundModel,
         args: TrainingArguments,
-        backend: ModuleType,
+        backend: Backend,
         preprocess: Callable[[Any, Any], Any] | None,
         traces: Traces,
     ) -> None:

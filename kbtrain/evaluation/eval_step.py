@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
 from kbtrain.model.forward import Forward
 from kbtrain.model.metrics import MetricSet
 
 
 def make_eval_step(
-    backend: ModuleType,
+    backend: Backend,
     forward: Forward,
     advancing: Sequence[keras.Variable],
     metrics: MetricSet | None,
@@ -26,7 +26,7 @@ def make_eval_step(
     forgotten.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         forward: See ``Forward``.
         advancing: Seeds and states that the next batch goes on with.
         metrics: Metrics to update, if any.

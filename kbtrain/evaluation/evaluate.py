@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import run_state
 from kbtrain.data import (
     Batches,
@@ -285,7 +285,7 @@ class Evaluation:
     """One pass over a data set: several batches per call, results read while the next ones run.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         step: The compiled evaluation step.
         wanted: What is asked of it.
         on_batches: Called after each call to the device with the number of its batches.
@@ -296,7 +296,7 @@ class Evaluation:
 
     def __init__(
         self,
-        backend: ModuleType,
+        backend: Backend,
         step: CompiledEvalStep,
         wanted: Wanted,
         on_batches: Callable[[int], None],
@@ -405,8 +405,8 @@ class Evaluation:
                 inputs = x if "inputs" in self._wanted.include else None
                 outputs = None if self._wanted.generate is None else self._generated(x, first)
             size = block.samples // block.updates
-            results = self._backend.start_to_host(results)
-            self._started.append(_Started(results, labels, inputs, count, size, outputs))
+            pending = self._backend.start_to_host(results)
+            self._started.append(_Started(pending, labels, inputs, count, size, outputs))
             first += count
             # Outputs leave the device while the next call runs: never more than two calls' worth.
             self._read(keep=1 if self._wanted.gather else UNREAD_CALLS)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import keras
 import numpy as np
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import run_state
 from kbtrain.config.converters import thaw
 from kbtrain.config.training_args import TrainingArguments
@@ -55,7 +55,7 @@ def options(args: TrainingArguments) -> dict[str, Any]:
 
 
 def make_generator(
-    model: keras.Model, backend: ModuleType, args: TrainingArguments
+    model: keras.Model, backend: Backend, args: TrainingArguments
 ) -> Callable[[Any], Any]:
     """``generate(x) -> outputs`` for the inputs of a batch, both structures of NumPy arrays.
 
@@ -94,7 +94,7 @@ def _put_back(variables: list[keras.Variable]) -> Iterator[None]:
         run_state.put_back(variables, before)
 
 
-def _rows(generated: Any, backend: ModuleType) -> Any:
+def _rows(generated: Any, backend: Backend) -> Any:
     """What ``generate`` returned, as NumPy arrays."""
     if isinstance(generated, dict):
         return {name: _rows(value, backend) for name, value in generated.items()}
@@ -105,7 +105,7 @@ def _rows(generated: Any, backend: ModuleType) -> Any:
     return _array(generated, backend)
 
 
-def _filled(rows: list[Any], backend: ModuleType) -> np.ndarray:
+def _filled(rows: list[Any], backend: Backend) -> np.ndarray:
     """A list with one row for each sample (a list of numbers, a tensor, a text) as an array."""
     arrays = [_array(row, backend) for row in rows]
     if len({array.shape for array in arrays}) <= 1:
@@ -119,7 +119,7 @@ def _filled(rows: list[Any], backend: ModuleType) -> np.ndarray:
     return filled
 
 
-def _array(value: Any, backend: ModuleType) -> np.ndarray:
+def _array(value: Any, backend: Backend) -> np.ndarray:
     if keras.ops.is_tensor(value):
         value = backend.to_host(value)
     return np.asarray(value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
 from kbtrain.data import with_none
 from kbtrain.model.forward import Forward
@@ -20,7 +20,7 @@ from kbtrain.model.own_steps import ModelMetrics, logged
 
 
 def make_own_eval_step(
-    backend: ModuleType,
+    backend: Backend,
     model: keras.Model,
     own: OwnMethods,
     forward: Forward | None,
@@ -34,7 +34,7 @@ def make_own_eval_step(
     It changes the metrics, and what advances from batch to batch. All else is forgotten.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model.
         own: Which steps are the model's own; what is not is done as for other models.
         forward: Loss and outputs, see ``kbtrain.model.forward.Forward``; None where no

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from types import ModuleType
 from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import LabelKeys, ModelInputs, unpack
 from kbtrain.errors import ConfigurationError
@@ -34,7 +34,7 @@ class BoundModel:
         model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
         args: ``bf16``, ``fp16``, ``label_smoothing_factor``, ``jit_compile``, ``devices``,
             ``label_names``.
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         loss: A resolved loss, or None.
         loss_weights: The ``loss_weights`` argument of the Trainer, or None.
         metrics: The arguments ``metrics`` and ``weighted_metrics`` of the Trainer.
@@ -60,7 +60,7 @@ class BoundModel:
         self,
         model: Any,
         args: TrainingArguments,
-        backend: ModuleType,
+        backend: Backend,
         *,
         loss: Any,
         loss_weights: Any,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.data import with_none, without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
@@ -139,7 +139,7 @@ def is_loss(name: str) -> bool:
 
 
 def make_train_step(
-    backend: ModuleType,
+    backend: Backend,
     model: keras.Model,
     metrics: ModelMetrics,
     on_nonfinite: str,
@@ -149,7 +149,7 @@ def make_train_step(
     """Build the step of one update by the model's ``train_step``; see ``step.make_train_step``.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model.
         metrics: Is told what the step returns.
         on_nonfinite: Everything is as it was before a step that returned a loss that is not
@@ -202,14 +202,14 @@ def is_complete(model: keras.Model) -> bool:
     return building.parts_are_built(model) and all(o.built for o in own if o is not None)
 
 
-def build_by_step(backend: ModuleType, model: keras.Model, batch: Any) -> None:
+def build_by_step(backend: Backend, model: keras.Model, batch: Any) -> None:
     """Run the model's ``train_step`` for the variables it creates; no value changes.
 
     So a checkpoint can be put into everything that there will be: optimizers, say, that are built
     when they are first applied.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model.
         batch: A batch as the loader gives it (NumPy).
     """

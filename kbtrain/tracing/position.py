@@ -13,12 +13,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.errors import LooksAtNumber, first_lines, place_of
 from kbtrain.tracing.device_number import DeviceNumber
 from kbtrain.tracing.moment import Moment
@@ -56,7 +56,7 @@ class Position:
     _active: ClassVar[Position | None] = None
     _accepted: ClassVar[bool] = False
 
-    def __init__(self, backend: ModuleType) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
         if not Position._accepted:
             backend.accept_numbers(DeviceNumber)

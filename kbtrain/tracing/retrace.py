@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.data import Block
 from kbtrain.tracing.captured import Captured
 from kbtrain.tracing.moment import Moment
@@ -34,7 +34,7 @@ class Traces:
     """What the Python of a step needs while it is traced: numbers of the state, and who notes.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         position: Where the run stands.
         captured: Notes what the step reads.
         state: Returns the ``TrainerState``.
@@ -42,7 +42,7 @@ class Traces:
 
     def __init__(
         self,
-        backend: ModuleType,
+        backend: Backend,
         position: Position,
         captured: Captured,
         state: Callable[[], Any],

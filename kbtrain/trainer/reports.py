@@ -121,7 +121,7 @@ def create_model_card(trainer: TrainerBase, facts: CardFacts) -> Path:
     folder = Path(trainer.args.output_dir)
     name = facts.model_name or trainer.args.run_name or folder.name or "model"
     plot = _plot(trainer.state, folder / "loss.png")
-    versions = run_state.environment(trainer.backend)["versions"]
+    versions = run_state.environment(trainer.backend.name)["versions"]
     parts = [
         _front_matter(facts.header()),
         f"# {name}\n",

@@ -196,7 +196,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
         step=state.global_step,
         arrays=arrays,
         documents=documents,
-        info=run_state.environment(trainer.backend),
+        info=run_state.environment(trainer.backend.name),
         places={"model": run_state.places(trainer.model)},
         keep=args.save_total_limit,
         protect=(Path(best),) if best else (),

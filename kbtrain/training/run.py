@@ -8,9 +8,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.callbacks.state import Plan, TrainerState
 from kbtrain.checkpoint.run_state import Progress
@@ -37,7 +37,7 @@ class Run:
     """State of one ``fit`` that is not part of a checkpoint, and the reading of results.
 
     Attributes:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         plan: How many updates and epochs there are.
         batches: The data.
         accumulation: Micro-batches per update.
@@ -66,7 +66,7 @@ class Run:
         best_is_lost: Whether the checkpoint of the best step could not be written.
     """
 
-    backend: ModuleType
+    backend: Backend
     plan: Plan
     batches: Batches
     accumulation: int

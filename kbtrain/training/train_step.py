@@ -8,12 +8,12 @@ is logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import keras
 from keras import ops
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import is_overwritten
 from kbtrain.model.forward import Forward
 from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, means_of, value_of
@@ -23,7 +23,7 @@ from kbtrain.utils.float64 import float_dtype
 
 
 def make_train_step(
-    backend: ModuleType,
+    backend: Backend,
     forward: Forward,
     count_items: Callable[[Any, int], Any] | None,
     optimizer: keras.optimizers.Optimizer,
@@ -48,7 +48,7 @@ def make_train_step(
     to the optimizer as it is, of several micro-batches the largest, as in Keras.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         forward: See ``Forward``.
         count_items: Number of labels in a batch (see ``kbtrain.model.forward.items_counter``),
             where the loss function wants the total of the whole update; else None.

@@ -11,11 +11,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.state import TrainerControl, TrainerState
@@ -70,7 +70,7 @@ class TrainerBase(ABC):
     """
 
     args: TrainingArguments
-    backend: ModuleType
+    backend: Backend
     bound: BoundModel
     captured: Captured
     traces: Traces

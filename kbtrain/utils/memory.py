@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 try:
     import resource
@@ -17,8 +17,15 @@ except ImportError:  # not on Windows
 _STATM = Path("/proc/self/statm")
 
 
+class CountsMemory(Protocol):
+    """A backend, as far as its memory goes; see ``kbtrain.backends.protocol``."""
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes in use and at the peak on the accelerator."""
+
+
 @contextlib.contextmanager
-def measured(backend: ModuleType, prefix: str, skip: bool) -> Iterator[dict[str, float]]:
+def measured(backend: CountsMemory, prefix: str, skip: bool) -> Iterator[dict[str, float]]:
     """Memory that a piece of work took, by the reference's names.
 
     ``{prefix}_mem_cpu_alloc_delta`` is what the process holds more than before, and
@@ -27,7 +34,7 @@ def measured(backend: ModuleType, prefix: str, skip: bool) -> Iterator[dict[str,
     process began, so work that stays below an earlier peak shows that one.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         prefix: "train", "eval" or "test".
         skip: Measure nothing.
 
@@ -44,7 +51,7 @@ def measured(backend: ModuleType, prefix: str, skip: bool) -> Iterator[dict[str,
         found[f"{prefix}_mem_{place}_peaked_delta"] = max(0, peak - held)
 
 
-def _now(backend: ModuleType) -> dict[str, tuple[int, int]]:
+def _now(backend: CountsMemory) -> dict[str, tuple[int, int]]:
     """Bytes held and at the peak, by place."""
     places = {}
     if resource is not None and _STATM.exists():

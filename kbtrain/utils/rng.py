@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numbers
 import random
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -15,6 +14,18 @@ from kbtrain.utils import tensorflow_import
 from kbtrain.utils.keras_private import global_seed_generator
 
 MAX_SEED = 2**32 - 1  # what the seeding functions of NumPy and Keras take
+
+
+class RandomStates(Protocol):
+    """A backend, as far as its own random state goes; see ``kbtrain.backends.protocol``."""
+
+    name: str
+
+    def rng_state(self) -> dict[str, np.ndarray]:
+        """The framework's own random state."""
+
+    def set_rng_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore it."""
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
@@ -62,7 +73,7 @@ def global_seed_variable() -> keras.Variable:
     return global_seed_generator().state
 
 
-def capture(backend: ModuleType) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def capture(backend: RandomStates) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Random state outside the model: ``(arrays, JSON document)``."""
     version, internal, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -83,7 +94,7 @@ def capture(backend: ModuleType) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     return arrays, document
 
 
-def restore(backend: ModuleType, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
+def restore(backend: RandomStates, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
     """Inverse of ``capture``. Another backend's own generators are left as they are."""
     # First, because Keras makes its generator on demand, from a draw of Python's.
     variable = global_seed_variable()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.data import micro_batches, without_none
 from kbtrain.model.forward import ForwardPass
 from kbtrain.model.losses.output_losses import counts_of, value_of
@@ -26,7 +26,7 @@ class Diagnosis:
     """Runs the batches of a bad update again and looks at each layer's outputs.
 
     Args:
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         model: The model, as it stands before the bad update.
         forward: A pass of a batch, with its loss.
         count_items: See ``kbtrain.model.forward.items_counter``.
@@ -36,7 +36,7 @@ class Diagnosis:
 
     def __init__(
         self,
-        backend: ModuleType,
+        backend: Backend,
         model: keras.Model,
         forward: ForwardPass,
         count_items: Callable[[Any, int], Any] | None,

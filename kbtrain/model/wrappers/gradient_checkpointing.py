@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import keras
 from keras import ops
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
 from kbtrain.utils import rng
@@ -41,7 +41,7 @@ def switched_off() -> Iterator[None]:
 
 
 def recomputed(
-    model: keras.Model, backend: ModuleType, wanted: bool | None, options: Mapping[str, Any] | None
+    model: keras.Model, backend: Backend, wanted: bool | None, options: Mapping[str, Any] | None
 ) -> contextlib.AbstractContextManager[None]:
     """Inside, of the chosen layers only inputs and outputs are kept for the backward pass.
 
@@ -50,7 +50,7 @@ def recomputed(
 
     Args:
         model: A built model.
-        backend: A module of ``kbtrain.backends``.
+        backend: The backend in use.
         wanted: ``gradient_checkpointing``.
         options: ``gradient_checkpointing_kwargs``: ``layer_names``, the names of the layers, or
             ``every_n_layers``, 1 for all. Layers are the outermost ones that are not models.
@@ -149,7 +149,7 @@ class _Recomputed:
         self._out: list[Any] = []
         self._masked: list[int] = []
 
-    def run(self, backend: ModuleType, unseeded: keras.Variable) -> Any:
+    def run(self, backend: Backend, unseeded: keras.Variable) -> Any:
         """The layer's outputs; `unseeded` is the state of Keras' global generator."""
         stateless_scope()  # what fails, fails here: torch cannot leave a layer halfway
         tensors = [self._leaves[i] for i in self._places] + [mask for _, mask in self._masks]
