@@ -166,7 +166,8 @@ def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
     On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
     as long, its decompositions (of an optimizer, say) minutes; and around the update of large
-    tables it copies them; the graph does not, and its update is XLA's, too (docs/lab/large-tables.md).
+    tables it copies them; the graph does not, and XLA compiles its update, too
+    (docs/lab/large-tables.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return ""
