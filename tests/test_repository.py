@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -217,6 +218,28 @@ def test_public_names_exist_and_are_documented(package):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = kbtrain.no_such_name
+
+
+def test_every_file_states_the_same_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert kbtrain.__version__ == project["version"]
+    assert f"\nversion: {kbtrain.__version__}\n" in citation
+    # The newest section is what is not released yet, or the version itself.
+    assert re.findall(r"^## \[(.+)\]", changelog, re.MULTILINE)[:2] == [
+        "Unreleased",
+        kbtrain.__version__,
+    ]
+
+
+def test_the_changelog_has_one_line_per_change_under_known_headings():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    body = lines[lines.index("## [Unreleased]") :]
+    assert {line for line in body if line.startswith("### ")} <= {
+        f"### {kind}" for kind in ("Added", "Changed", "Fixed", "Performance")
+    }
+    assert [line for line in body if line.startswith(" ")] == []
 
 
 def test_packages_say_that_they_are_typed():
