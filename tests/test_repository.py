@@ -242,6 +242,13 @@ def test_the_changelog_has_one_line_per_change_under_known_headings():
     assert [line for line in body if line.startswith(" ")] == []
 
 
+def test_ci_runs_the_environments_of_tox():
+    envs = re.search(r"^env_list = (.+)$", (ROOT / "tox.ini").read_text("utf-8"), re.MULTILINE)[1]
+    names = re.sub(r"py311-\{(.+?)\}", lambda m: "py311-" + m[1].replace(",", ", py311-"), envs)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert sorted(re.findall(r"\{ env: ([\w-]+),", workflow)) == sorted(names.split(", "))
+
+
 def test_packages_say_that_they_are_typed():
     for package in (kbtrain, optim):
         assert (Path(package.__file__).parent / "py.typed").exists()
