@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbtrain.checkpoint import read_arrays, write_arrays
-from kbtrain.checkpoint.disk import DeferredErrorFile
 from kbtrain.checkpoint.format import dump_json, parse_json, read_verified_arrays
+from kbtrain.checkpoint.hdf5_files import DeferredErrorFile
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)

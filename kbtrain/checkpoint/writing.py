@@ -16,9 +16,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from kbtrain.checkpoint.disk import DeferredErrorFile, FileEntry
+from kbtrain.checkpoint.disk import FileEntry
 from kbtrain.checkpoint.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.format import ARRAYS_FORMAT, ARRAYS_VERSION
+from kbtrain.checkpoint.hdf5_files import DeferredErrorFile, open_for_writing
 from kbtrain.checkpoint.places import INDEX_LINE, TRAILER
 from kbtrain.errors import CheckpointError
 
@@ -73,7 +74,7 @@ def write_arrays(
     plain = {name: _checked_array(name, array) for name, array in arrays.items()}
     with DeferredErrorFile(path) as file:
         try:
-            with h5py.File(file, "w") as h5:
+            with open_for_writing(file) as h5:
                 writer = _Layout(h5, file)
                 writer.arrays(plain)
                 writer.others(plain, links or {}, values or {})
