@@ -21,7 +21,7 @@ from kbtrain.live_step import Traces, Versions
 from kbtrain.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.model_steps import ModelMetrics
 from kbtrain.output_losses import adds_losses
-from kbtrain.outputs import mapped
+from kbtrain.outputs import Outputs, mapped
 from kbtrain.own_methods import OwnMethods
 from kbtrain.pace import Pace
 from kbtrain.step import make_eval_step
@@ -207,7 +207,7 @@ class BoundModel:
             len(losses) > 1
             or self._output_shapes is None  # not known
             or any(is_summed(loss) for loss in losses)
-            or len(keras.tree.flatten(self._output_shapes)) > 1
+            or len(Outputs(self._output_shapes, None).tensors) > 1
             or any(map(adds_losses, building.walk_layers(self.model)))
         )
 

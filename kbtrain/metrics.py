@@ -18,6 +18,7 @@ from keras import ops
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.loss import TAKEN, as_dtype_of, as_float, check_name
+from kbtrain.outputs import beside_tensors, is_tensor
 
 
 class MetricSet(Protocol):
@@ -57,6 +58,7 @@ class CompiledMetrics:
         self._model = self._compiled = model
         self._reset_values: list[list[np.ndarray]] = []
         self._returned: dict[str, keras.Variable] = {}
+        self._counts_tensors = False  # metrics have no entry for an output that is None
 
     def _sets(self) -> list[Any]:
         """What Keras made of the arguments of ``compile``: all metrics in one."""
@@ -74,18 +76,16 @@ class CompiledMetrics:
 
     def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
         """Let Keras create the metrics from the shapes of the first batch."""
-        for each in self._sets():
-            if not each.built:
-                try:
-                    each.build(y, outputs)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise ConfigurationError(
-                        "The metrics do not fit the model's outputs and their labels. Give a list "
-                        "for one output, and a dict by output for several. "
-                        f"Keras says: {first_lines(error)}"
-                    ) from None
-        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
-            returned = self._add(x, y, outputs, sample_weight)
+        unbuilt = [each for each in self._sets() if not each.built]
+        try:
+            returned = self._first(unbuilt, x, y, outputs, sample_weight, masks)
+        except Exception:
+            if all(map(is_tensor, keras.tree.flatten(outputs))):
+                raise
+            for each in unbuilt:
+                each.built = False
+            self._counts_tensors = True
+            returned = self._first(unbuilt, x, y, outputs, sample_weight, masks)
         known = {metric.name for metric in self._kept()} | set(TAKEN)
         for each in self._sets():
             for name in each.result():
@@ -106,12 +106,43 @@ class CompiledMetrics:
             if name in returned:
                 variable.assign(ops.cast(returned[name], variable.dtype))
 
+    def _first(
+        self,
+        unbuilt: Sequence[Any],
+        x: Any,
+        y: Any,
+        outputs: Any,
+        sample_weight: Any,
+        masks: Sequence[Any],
+    ) -> dict[str, Any]:
+        """Build the sets that are not, and add a batch to all of them."""
+        fitted = self._fitted(y, outputs)
+        for each in unbuilt:
+            try:
+                each.build(*fitted)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ConfigurationError(
+                    "The metrics do not fit the model's outputs and their labels. Give a list "
+                    "for one output, and a dict by output for several. "
+                    f"Keras says: {first_lines(error)}"
+                ) from None
+        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
+            return self._add(x, y, outputs, sample_weight)
+
+    def _fitted(self, y: Any, outputs: Any) -> tuple[Any, Any]:
+        """Labels and outputs in the structure that the metrics have."""
+        if not self._counts_tensors:
+            return y, outputs
+        return beside_tensors(outputs, y), beside_tensors(outputs, outputs)
+
     def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> dict[str, Any]:
         """Add one batch; what the model's own ``compute_metrics`` returns for it."""
         if type(self._model).compute_metrics is not keras.Model.compute_metrics:
             return dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
+        if self._counts_tensors:
+            sample_weight = beside_tensors(outputs, sample_weight)
         for each in self._sets():
-            each.update_state(y, outputs, sample_weight)
+            each.update_state(*self._fitted(y, outputs), sample_weight)
         return {}
 
     def result(self) -> dict[str, float]:
