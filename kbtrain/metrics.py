@@ -136,14 +136,20 @@ class CompiledMetrics:
         return beside_tensors(outputs, y), beside_tensors(outputs, outputs)
 
     def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> dict[str, Any]:
-        """Add one batch; what the model's own ``compute_metrics`` returns for it."""
+        """Add one batch; what the model's own ``compute_metrics`` returns for it.
+
+        It updates what the model was compiled with, and does not know of metrics of the Trainer's.
+        """
+        returned: dict[str, Any] = {}
         if type(self._model).compute_metrics is not keras.Model.compute_metrics:
-            return dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
+            returned = dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
+            if self._compiled is self._model:
+                return returned
         if self._counts_tensors:
             sample_weight = beside_tensors(outputs, sample_weight)
         for each in self._sets():
             each.update_state(*self._fitted(y, outputs), sample_weight)
-        return {}
+        return returned
 
     def result(self) -> dict[str, float]:
         """Current values by name.

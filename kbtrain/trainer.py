@@ -37,6 +37,7 @@ from kbtrain.live_step import Traces
 from kbtrain.loaders import evaluation_set, is_named_datasets, make_loader
 from kbtrain.memory import measured
 from kbtrain.outputs import check_loss_weights
+from kbtrain.own_methods import say_what_is_unused
 from kbtrain.processing import padding_collator
 from kbtrain.progress import display
 from kbtrain.run import Run
@@ -140,8 +141,8 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
         rng.set_seed(self.args.seed)
         set_log_level(self.args.log_level)
         self._tracked: dict[str, Any] = {}
-        self._given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
-        self._given_loss_weights = loss_weights
+        self.given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
+        self.given_loss_weights = loss_weights
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
         # Those that a model with a train_step of its own has beside it, by name.
@@ -179,21 +180,22 @@ class Trainer(EventMethods, QuestionMethods, ReportMethods, SearchMethods, Known
 
     def adopt(self, model: Any) -> None:
         """Take a model, with what it was compiled with where nothing was given instead."""
+        overridden = getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss
         self.bound = BoundModel(
             model,
             self.args,
             self.backend,
-            loss=self._given_loss,
-            loss_weights=self._given_loss_weights,
+            loss=self.given_loss,
+            loss_weights=self.given_loss_weights,
             metrics=self.given_metrics,
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=trainer_checks.with_what_it_takes(self.compute_loss),
             preprocess=self.preprocess_logits_for_metrics,
             tracked=self._tracked,
             traces=self.traces,
-            own_compute_loss=getattr(self.compute_loss, "__func__", None)
-            is not Trainer.compute_loss,
+            own_compute_loss=overridden,
         )
+        say_what_is_unused(self, self.bound.own, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from kbtrain.training_args import TrainingArguments
 
 if TYPE_CHECKING:
     from kbtrain.trainer import Trainer
+
+logger = logging.getLogger("kbtrain")
 
 FUNCTIONS = {
     "data_collator": ("(samples) -> batch", 1),
@@ -243,6 +246,11 @@ def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None
         for name, value in wanted.items():
             if value is not None:
                 raise ConfigurationError(f"{name}={value!r} needs an eval_dataset. Received: None.")
+    if args.prediction_loss_only and given["compute_metrics"] is not None:
+        logger.warning(
+            "compute_metrics is not called in evaluations, as prediction_loss_only=True keeps the "
+            "outputs it needs on the device. Leave one of the two out."
+        )
     if args.batch_eval_metrics:
         check_batchwise(given["compute_metrics"])
     if args.predict_with_generate and given["preprocess_logits_for_metrics"] is not None:
