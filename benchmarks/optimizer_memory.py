@@ -2,7 +2,7 @@
 
     python benchmarks/optimizer_memory.py --backend torch
 
-Peaks are Linux' own (``VmHWM``, forgotten before the update that is looked at), on a GPU those of
+Peaks are Linux' own (``VmHWM``, reset before the update that is measured), on a GPU those of
 PyTorch's or XLA's allocator. Columns: state in bytes per parameter; what an update adds at its
 peak, in MiB and as a share of the parameters' float32 size. A full copy of the parameters is 1.00.
 """
