@@ -47,7 +47,7 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same, in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", name]
     command += ["--layers", str(arguments.layers), "--dtype", arguments.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

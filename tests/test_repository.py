@@ -277,3 +277,20 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on():
         if any(needle in path.read_text(encoding="utf-8") for needle in needles)
     ]
     assert found == []
+
+
+WAITING = ("subprocess.run", "subprocess.check_output", "subprocess.check_call", "subprocess.call")
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples", "benchmarks", "docs", "kbtrain"])
+def test_nobody_waits_for_another_process_for_ever(folder):
+    """A child that hangs would hang the whole suite, without a word which test it was."""
+    endless = [
+        f"{relative(path)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in WAITING
+        and "timeout" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert endless == []

@@ -13,6 +13,11 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends.scope import LossScope, NoticingScope
+from kbtrain.backends.stateful_model_steps import (  # noqa: F401
+    check_signature,
+    run_predict_step,
+    run_test_step,
+)
 
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.tensorflow_device import (  # noqa: F401
@@ -34,11 +39,8 @@ from kbtrain.backends.tensorflow_device import (  # noqa: F401
 )
 from kbtrain.backends.tensorflow_functions import inlined
 from kbtrain.backends.tensorflow_model_steps import (  # noqa: F401
-    check_signature,
     one_by_one,
     reversible,
-    run_predict_step,
-    run_test_step,
     run_train_step,
     try_train_step,
 )

@@ -11,6 +11,11 @@ import torch
 from torch.utils import checkpoint
 
 from kbtrain.backends.scope import LossScope, NoticingScope, is_overwritten
+from kbtrain.backends.stateful_model_steps import (  # noqa: F401
+    check_signature,
+    run_predict_step,
+    run_test_step,
+)
 
 # The rest of what a backend has, see kbtrain.backends.
 from kbtrain.backends.torch_device import (  # noqa: F401
@@ -32,10 +37,7 @@ from kbtrain.backends.torch_device import (  # noqa: F401
 )
 from kbtrain.backends.torch_guard import NotCapturable, guard
 from kbtrain.backends.torch_model_steps import (  # noqa: F401
-    check_signature,
     reversible,
-    run_predict_step,
-    run_test_step,
     run_train_step,
     try_train_step,
 )
