@@ -27,7 +27,7 @@ REPEATS = 5
 def fresh(code: str, *arguments: str) -> float:
     """The number that a fresh process prints last."""
     command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600)
     return float(result.stdout.split()[-1])
 
 

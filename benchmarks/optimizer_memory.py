@@ -2,7 +2,7 @@
 
     python benchmarks/optimizer_memory.py --backend torch
 
-Peaks are Linux' own (``VmHWM``, forgotten before the update that is looked at), on a GPU those of
+Peaks are Linux' own (``VmHWM``, reset before the update that is measured), on a GPU those of
 PyTorch's or XLA's allocator. Columns: state in bytes per parameter; what an update adds at its
 peak, in MiB and as a share of the parameters' float32 size. A full copy of the parameters is 1.00.
 """
@@ -47,7 +47,7 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same, in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", name]
     command += ["--layers", str(arguments.layers), "--dtype", arguments.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

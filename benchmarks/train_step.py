@@ -130,7 +130,7 @@ def rows(seconds: dict[str, list[float]]) -> Iterator[tuple[str, float, float, f
 
 
 def flops_per_step(workload: Workload) -> float:
-    """The operations that the model itself needs for a step; 0 where nobody has counted them."""
+    """The operations that the model itself needs for a step; 0 where they are not counted."""
     if workload.size is None:
         return 0.0
     per_token = workload.size.flops_per_token(workload.make().count_params())

@@ -4,8 +4,8 @@ Run it with ``KERAS_BACKEND=jax python examples/char_gpt.py`` (or torch, or tens
 ``pydoc_data.topics``, about half a megabyte of English that every CPython has: nothing is
 downloaded. The last tenth is held out; the result is the bits the model needs for a byte of it.
 
-Stop it whenever you like, also with ``kill -9``, and run the same command again: it goes on from
-its newest checkpoint, and ends with the weights it would have had without the break.
+Stop it whenever you like, also with ``kill -9``, and run the same command again: it resumes from
+its newest checkpoint and ends with the weights it would have had without the interruption.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def main() -> None:
         result = trainer.fit(resume_from_checkpoint="auto")
     except KeyboardInterrupt:
         raise SystemExit(
-            "Interrupted. The same command goes on from the newest checkpoint."
+            "Interrupted. The same command resumes from the newest checkpoint."
         ) from None
     for entry in trainer.state.log_history:
         if "eval_bits_per_byte" in entry:

@@ -1,11 +1,11 @@
-"""Search for hyperparameters with Optuna, hopeless trials stopped early.
+"""Search for hyperparameters with Optuna, with unpromising trials pruned.
 
 Run it with ``KERAS_BACKEND=jax python examples/hyperparameter_search.py`` (or torch, tensorflow);
 needs the extras ``examples`` and ``optuna``. ``--n-jobs 2`` runs trials in two processes. Started
-again with ``--resume`` it goes on with the study it has written to the output directory.
+again with ``--resume`` it continues the study it has written to the output directory.
 
-The search sees the training and the validation set only. The winner's accuracy on the test set is
-looked at once, at the end.
+The search uses the training and the validation set only. The test set is used once, at the end, for
+the winner's accuracy.
 """
 
 from __future__ import annotations

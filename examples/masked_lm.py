@@ -6,7 +6,7 @@ TensorFlow along). ``--help`` lists all options.
 
 The text is ``pydoc_data.topics``, half a megabyte of English that every CPython has: nothing is
 downloaded. Of the words 15 % are hidden, others in every epoch, and the model has to name them from
-both sides. ``text_classification.py`` goes on from what is learned here.
+both sides. ``text_classification.py`` starts from what is learned here.
 """
 
 from __future__ import annotations

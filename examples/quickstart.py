@@ -4,7 +4,7 @@ Run it with ``KERAS_BACKEND=jax python examples/quickstart.py`` (or torch, or te
 1,797 real images of 8x8 pixels, comes with scikit-learn: nothing is downloaded.
 
 The images are split in three. The training set is learned from; after each epoch the validation
-set decides which weights are best and when to stop; the test set is looked at once, at the end.
+set decides which weights are best and when to stop; the test set is used once, at the end.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Run it with ``KERAS_BACKEND=jax python examples/text_classification.py`` (or tor
 it needs what ``masked_lm.py`` needs, and takes the encoder from there. With
 ``--pretrained runs/masked_lm``, after that example, it also takes the tokenizer and the weights,
 and begins with an encoder that has read Python's documentation (for too short a time to be better:
-see docs/decisions.md).
+see docs/lab/examples.md).
 
 The texts are the docstrings of eight packages of the standard library, read from their source:
 nothing is downloaded. Next to the network there is a linear model on the words' frequencies, which

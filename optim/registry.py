@@ -100,7 +100,7 @@ def get_scheduler(
 
     Returns:
         A function of the number of updates done so far, or a schedule that answers to a metric
-        (`optim.schedules.metric_driven`).
+        (`optim.schedules.warmup.metric_driven`).
 
     Raises:
         ValueError: if the name is unknown or offered by two distributions, a count or an argument

@@ -22,7 +22,7 @@ PAGED_LION_8BIT = _PAGED + "Use 'lion_8bit'."
 ADAMW_4BIT = "there is no 4-bit state. Use 'adamw_8bit'."
 NPU = "Keras has no backend for Ascend NPUs. Use 'adamw'."
 APEX = "apex's fused AdamW is superseded. Use 'adamw', which is fused on every backend."
-ADAMW_HF = "the reference has removed its own AdamW. Use 'adamw', which corrects the bias."
+ADAMW_HF = "Transformers has removed its own AdamW. Use 'adamw', which corrects the bias."
 LOMO = _FUSED_BACKWARD + "Use 'adafactor' for little state, or 'sgd' for none."
 LOW_RANK = (
     "low-rank state is there for AdamW with float32 moments, and with one update of all layers. "

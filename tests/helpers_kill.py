@@ -22,7 +22,7 @@ import numpy as np
 from helpers import arguments, make_data, weights, with_weights
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.utils import filesystem as disk
+from kbtrain.checkpoint.storage import hdf5_files
 
 STEPS = 96
 
@@ -69,7 +69,7 @@ def die_at(call):
         view = memoryview(data).cast("B")
         write(file, view[: len(view) // 2])
 
-    watch(disk.DeferredErrorFile, "write", half)
+    watch(hdf5_files.DeferredErrorFile, "write", half)
 
 
 class Noisy:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from kbtrain.checkpoint import read_arrays, write_arrays
 from kbtrain.checkpoint.storage.format import dump_json, parse_json, read_verified_arrays
+from kbtrain.checkpoint.storage.hdf5_files import DeferredErrorFile
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
-from kbtrain.utils.filesystem import DeferredErrorFile
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 NATIVE = (

@@ -42,7 +42,7 @@ def test_the_second_run_is_refused_and_told_about_the_first(other_process, tmp_p
 
 def test_a_killed_process_does_not_block(other_process, tmp_path):
     other_process.send_signal(signal.SIGKILL)
-    other_process.wait()
+    other_process.wait(timeout=60)
     assert (tmp_path / "run" / LOCK_NAME).exists()
     lock = RunLock(tmp_path / "run")
     lock.acquire()

@@ -108,5 +108,7 @@ def test_it_starts_without_keras_and_frameworks(run):
         "heavy = {'keras', 'torch', 'tensorflow', 'jax'} & set(sys.modules)\n"
         "sys.exit(f'{codes} {heavy}' if heavy or any(codes) else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stderr) == (0, "")

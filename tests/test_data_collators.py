@@ -3,14 +3,14 @@
 import doctest
 import math
 
-import kbtrain.data.collators.sequence.language_modeling
-import kbtrain.data.collators.sequence.padding
 import kbtrain.data.collators.sequence.sequence
 import keras
 import numpy as np
 import pytest
 from helpers import StopAt, arguments, same, weights, with_weights
 
+import kbtrain.data.collators.language_modeling
+import kbtrain.data.collators.padding
 import kbtrain.data.prefetch
 import kbtrain.data.sampling.by_length
 import kbtrain.data.sampling.permutation

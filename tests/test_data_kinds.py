@@ -1,5 +1,7 @@
 """Sparse matrices, tables and texts: kinds of arrays that are not NumPy's own."""
 
+from decimal import Decimal
+
 import keras
 import numpy as np
 import pytest
@@ -175,3 +177,30 @@ def test_a_ragged_tensor_is_to_be_padded():
     ragged = type("RaggedTensor", (), {})()
     with pytest.raises(DataError, match=r"to_tensor\(\)"):
         as_array(ragged, "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, 2], "int64"),
+        ([1, 2.5], "float64"),
+        ([[1, 2], [3, 4]], "int64"),
+        ([True, False], "bool"),
+        ([np.float32(0.5), np.float32(2)], "float32"),
+        (5, "int64"),
+    ],
+)
+def test_numbers_that_are_stored_as_objects(values, dtype):
+    found = as_array(np.array(values, dtype=object), "x")
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.array(values))
+
+
+@pytest.mark.parametrize(
+    "values", [[1, None], [1, "a"], [2**63, -1], [10**30], [1, [2]], [Decimal("0.5")]]
+)
+def test_objects_that_are_not_all_numbers(values):
+    array = np.empty(len(values), object)
+    array[:] = values
+    with pytest.raises(DataError, match="x holds Python objects"):
+        as_array(array, "x")

@@ -6,7 +6,16 @@ import pytest
 from helpers import arguments, make_data
 
 from kbtrain import Trainer
-from kbtrain.data import LabelKeys, count_samples, default_collate, to_batch, unpack
+from kbtrain.data import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    DataLoader,
+    LabelKeys,
+    count_samples,
+    default_collate,
+    to_batch,
+    unpack,
+)
 from kbtrain.errors import ConfigurationError, DataError
 
 X, Y = make_data(12, 3)
@@ -224,3 +233,50 @@ def test_a_third_part_that_is_no_weight(tmp_path):
     trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=data, loss="mse")
     with pytest.raises(ConfigurationError, match=r"of shape \(8, 3\).*\(\(x1, x2\), y\)"):
         trainer.fit()
+
+
+# ------------------------------------------------------------------- collators that pad sequences
+
+TOKENS = [
+    {"input_ids": [1, 2], "label": 3, "labels": 0},
+    {"input_ids": [4], "label": 5, "labels": 1},
+]
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        DataCollatorWithPadding(pad_token_id=0),
+        DataCollatorForLanguageModeling(pad_token_id=0, mlm=False),
+        default_collate,
+    ],
+)
+def test_a_collator_of_ours_leaves_an_input_of_the_model_alone(collate):
+    samples = [{**s, "input_ids": [*s["input_ids"], 7][:2]} for s in TOKENS]
+    keys = LabelKeys(inputs=frozenset({"input_ids", "label"}))
+    loader = DataLoader(samples, 2, collate=collate, label_names=keys)
+    (batch,) = loader.epoch(0)
+    assert batch["label"].tolist() == [3, 5]
+    without = [{k: v for k, v in sample.items() if k != "labels"} for sample in samples]
+    (batch,) = DataLoader(without, 2, collate=collate, label_names=keys).epoch(0)
+    assert batch["label"].tolist() == [3, 5]
+
+
+def test_padding_and_a_model_with_an_input_called_label(tmp_path):
+    """The batch, and with it the loss, is that of the arrays padded by hand."""
+    inputs = {
+        "input_ids": keras.Input((2,), name="input_ids"),
+        "label": keras.Input((), name="label"),
+    }
+    outputs = keras.ops.sum(inputs["input_ids"], axis=1) + 10 * inputs["label"]
+    model = keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="ones")(outputs[:, None]))
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=TOKENS,
+        data_collator=DataCollatorWithPadding(pad_token_id=0, return_attention_mask=False),
+        loss="mse",
+    )
+    expected = ((1 + 2 + 30 - 0) ** 2 + (4 + 50 - 1) ** 2) / 2
+    assert trainer.fit().training_loss == pytest.approx(expected, rel=1e-5)

@@ -55,5 +55,7 @@ print("tensorflow" in sys.modules)
 def test_a_run_with_checkpoints_does_not_import_it(tmp_path, backend):
     environment = {**os.environ, "KERAS_BACKEND": backend}
     command = [sys.executable, "-c", RUN, str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
     assert result.stdout.split()[-1] == "False"

@@ -62,7 +62,7 @@ def test_nested_outputs_are_named_by_their_path():
     y = {"head": {"x": "ya", "y": "yb"}, "tail": ["yc", None]}
     found = rows(losses, y, outputs, names=None)
     assert {name: row[2] for name, row in found.items()} == {
-        "head/x": "ya", "head/y": "yb", "tail/output_2": "yc"
+        "head/x": "ya", "head/y": "yb", "tail/mean_squared_error": "yc"
     }  # fmt: skip
 
 

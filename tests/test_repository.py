@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -196,7 +197,8 @@ def functions_of(backend: str) -> dict[str, ast.FunctionDef | ast.ImportFrom]:
     """The functions that a backend's modules define, by name."""
     folder = ROOT / "kbtrain" / "backends"
     found = {}
-    for path in [*(folder / backend).rglob("*.py"), *folder.glob("*.py")]:
+    shared = [*folder.glob("*.py"), ROOT / "kbtrain" / "utils" / "keras_private.py"]
+    for path in [*(folder / backend).rglob("*.py"), *shared]:
         for node in parse(path).body:
             if isinstance(node, ast.FunctionDef):
                 found.setdefault(node.name, node)
@@ -276,6 +278,35 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = kbtrain.no_such_name
 
 
+def test_every_file_states_the_same_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert kbtrain.__version__ == project["version"]
+    assert f"\nversion: {kbtrain.__version__}\n" in citation
+    # The newest section is what is not released yet, or the version itself.
+    assert re.findall(r"^## \[(.+)\]", changelog, re.MULTILINE)[:2] == [
+        "Unreleased",
+        kbtrain.__version__,
+    ]
+
+
+def test_the_changelog_has_one_line_per_change_under_known_headings():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    body = lines[lines.index("## [Unreleased]") :]
+    assert {line for line in body if line.startswith("### ")} <= {
+        f"### {kind}" for kind in ("Added", "Changed", "Fixed", "Performance")
+    }
+    assert [line for line in body if line.startswith(" ")] == []
+
+
+def test_ci_runs_the_environments_of_tox():
+    envs = re.search(r"^env_list = (.+)$", (ROOT / "tox.ini").read_text("utf-8"), re.MULTILINE)[1]
+    names = re.sub(r"py311-\{(.+?)\}", lambda m: "py311-" + m[1].replace(",", ", py311-"), envs)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert sorted(re.findall(r"\{ env: ([\w-]+),", workflow)) == sorted(names.split(", "))
+
+
 def test_packages_say_that_they_are_typed():
     for package in (kbtrain, optim):
         assert (Path(package.__file__).parent / "py.typed").exists()
@@ -304,3 +335,20 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on():
         if any(needle in path.read_text(encoding="utf-8") for needle in needles)
     ]
     assert found == []
+
+
+WAITING = ("subprocess.run", "subprocess.check_output", "subprocess.check_call", "subprocess.call")
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples", "benchmarks", "docs", "kbtrain"])
+def test_nobody_waits_for_another_process_for_ever(folder):
+    """A child that hangs would hang the whole suite, without a word which test it was."""
+    endless = [
+        f"{relative(path)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in WAITING
+        and "timeout" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert endless == []

@@ -549,9 +549,12 @@ def test_a_real_refusal_of_the_system_while_training(tmp_path, caplog):
 def small_disk(tmp_path):
     """A tmpfs of 1 MiB where mounting is allowed; elsewhere the other tests must do."""
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode:
+    if (
+        shutil.which("mount")
+        and not subprocess.run(command, capture_output=True, timeout=300).returncode
+    ):
         yield tmp_path
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=300)
     else:
         yield None
 
@@ -592,7 +595,7 @@ def test_a_folder_that_becomes_read_only(small_disk, caplog):
     def run(*command):
         def act(trainer):
             trainer.saver.settle()
-            subprocess.run([*command, str(folder)], check=True)
+            subprocess.run([*command, str(folder)], check=True, timeout=300)
 
         return act
 

@@ -96,7 +96,7 @@ def test_a_disk_that_takes_no_more_output(tmp_path):
     with open("/dev/full", "w") as full:
         subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=full, stderr=full,
-            env=environment, cwd=Path(__file__).parent, check=False,
+            env=environment, cwd=Path(__file__).parent, check=False, timeout=300,
         )  # fmt: skip
     assert (tmp_path / "end").read_text() == "reached"
     assert CheckpointStore(tmp_path).latest_intact().step == 2

@@ -103,7 +103,9 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "run.py").write_text(RUN)  # autograph reads the file
     command = [sys.executable, str(folder / "run.py"), str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -168,7 +170,9 @@ print(bool(np.isnan(hidden([tf.constant(broken)]).numpy())))
 def test_sums_of_squares_are_right_with_xla_and_without():
     environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", NORMS]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
     *lines, is_nan = result.stdout.splitlines()[-4:]
     graph, compiled, expected = map(json.loads, lines)
     for got in (graph, compiled):

@@ -12,6 +12,11 @@ import h5py
 
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.folder_reader import read_checkpoint
+from kbtrain.checkpoint.storage.hdf5_files import (
+    DeferredErrorFile,
+    open_for_reading,
+    open_for_writing,
+)
 from kbtrain.checkpoint.storage.manifest import open_verified, read_manifest
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -19,7 +24,7 @@ from kbtrain.errors import (
     ConfigurationError,
     first_lines,
 )
-from kbtrain.utils.filesystem import NotingReader, replacing
+from kbtrain.utils.filesystem import replacing
 from kbtrain.utils.local_path import check_local
 
 if TYPE_CHECKING:
@@ -99,18 +104,19 @@ def build_model(path: Path) -> keras.Model:
 def _export_weights(path: Path, target: Path) -> None:
     """Copy what Keras looks for, and nothing else, from all files of the model."""
     copied = 0
-    with h5py.File(target, "x") as new:
-        for name, entry in read_manifest(path).files.items():
-            if entry.group != "model":
-                continue
-            with open_verified(path, name, entry) as file:
-                reader = NotingReader(file)
-                try:
-                    with _readable(path, name), h5py.File(reader, "r") as old:
-                        copied += _merge(old, new)
-                finally:
-                    with reading(path / name, name):
-                        reader.raise_noted()
+    with DeferredErrorFile(target) as written:
+        with open_for_writing(written) as new:
+            for name, entry in read_manifest(path).files.items():
+                if entry.group != "model":
+                    continue
+                with (
+                    open_verified(path, name, entry) as file,
+                    reading(path / name, name),
+                    _readable(path, name),
+                    open_for_reading(file) as old,
+                ):
+                    copied += _merge(old, new)
+        written.sync()
     if not copied:
         raise CheckpointError(
             f"{path} does not say where Keras looks for its values: it is of format 1, or a layer "
@@ -126,7 +132,7 @@ def _readable(path: Path, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk, while writing
+            raise  # the system's
         raise CheckpointDamagedError(
             f"The checkpoint {path} is damaged: {name} is not as kbtrain wrote it "
             f"({type(error).__name__}: {first_lines(error)})."

@@ -13,14 +13,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import ml_dtypes
 import numpy as np
 
+from kbtrain.checkpoint.storage.hdf5_files import open_for_reading
 from kbtrain.errors import CheckpointDamagedError
-from kbtrain.utils.filesystem import NotingReader
 
 _INNER = "model.weights.h5"  # in a .keras file
 _OTHERS = ("optimizer", "metrics", "_metrics")
@@ -66,20 +66,22 @@ def opened(path: Path) -> Iterator[h5py.File]:
             the file is closed, so nothing may be made of what was read before.
     """
     with path.open("rb", buffering=0) as raw:
-        reader = NotingReader(raw)
-        try:
-            if path.suffix != ".keras":
-                with h5py.File(reader, "r") as file:
-                    yield file
-                return
-            with (
-                zipfile.ZipFile(reader) as archive,
-                archive.open(_INNER) as inner,
-                h5py.File(inner, "r") as file,
-            ):
-                yield file
-        finally:
-            reader.raise_noted()
+        if path.suffix != ".keras":
+            with open_for_reading(raw) as h5:
+                yield h5
+            return
+        with _archive(raw) as archive, archive.open(_INNER) as inner, open_for_reading(inner) as h5:
+            yield h5
+
+
+def _archive(raw: IO[bytes]) -> zipfile.ZipFile:
+    """Open an archive; a disk that does not answer is not taken for damage, as zipfile does."""
+    try:
+        return zipfile.ZipFile(raw)
+    except zipfile.BadZipFile as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def values(file: h5py.File) -> dict[str, StoredArray]:

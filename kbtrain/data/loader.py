@@ -5,6 +5,7 @@ the two numbers are all a checkpoint needs, and two epochs may be read at the sa
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -114,7 +115,7 @@ class DataLoader:
         self.strategy = strategy
         self.seed = int(seed)
         self.drop_last = drop_last
-        self._collate: Any = collate
+        self._collate: Any = _with_label_names(collate, label_names)
         self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
         # Called with the first sample that is read without a user's collator.
@@ -330,6 +331,14 @@ class DataLoader:
 
     def _in_batch(self, number: int, error: DataError) -> DataError:
         return DataError(f"Batch {number} of {self.source.name}: {error}")
+
+
+def _with_label_names(collate: Collate | None, names: LabelNames) -> Collate | None:
+    """A collator of ours leaves an input of the model that is called like labels alone."""
+    if collate is default_collate:
+        return functools.partial(default_collate, label_names=names)
+    bind = getattr(collate, "with_label_names", None)
+    return collate if bind is None else bind(names)
 
 
 def every_column(batch: Any, name: str, taken: Collection[str] = ()) -> Any:

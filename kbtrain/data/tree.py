@@ -6,6 +6,7 @@ prepared, and tested, before a backend is chosen.
 """
 
 import contextlib
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -178,8 +179,25 @@ def as_array(value: Any, name: str, strings: bool = False) -> np.ndarray:
         if not strings:
             raise _no_strings(array.dtype, name)
         return array if is_object else array.astype(object)
+    if is_object:
+        array = _numbers_of(array)
     check_dtype(array.dtype, name)
     return array
+
+
+def _numbers_of(array: np.ndarray) -> np.ndarray:
+    """An array of objects that are all numbers, in the dtype NumPy has for them; else itself.
+
+    As pandas and ``np.array(numbers, dtype=object)`` make them. Integers that only a float could
+    hold are not converted, as they would lose digits.
+    """
+    if not array.size or not all(isinstance(value, numbers.Number) for value in array.flat):
+        return array
+    found = np.array(array.tolist())
+    exact = found.dtype.kind not in "fc" or not all(
+        isinstance(value, numbers.Integral) for value in array.flat
+    )
+    return found if exact and found.shape == array.shape else array
 
 
 def _is_text(array: np.ndarray) -> bool:

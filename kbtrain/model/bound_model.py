@@ -18,7 +18,7 @@ from kbtrain.model.losses.keras_losses import is_summed, resolve_loss
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.losses.label_smoothing import smoothed
 from kbtrain.model.losses.output_losses import adds_losses
-from kbtrain.model.losses.pairing import mapped
+from kbtrain.model.losses.pairing import Outputs, mapped
 from kbtrain.model.metrics import CompiledMetrics, ListedMetrics, MetricSet
 from kbtrain.model.own_methods import OwnMethods
 from kbtrain.model.own_steps import ModelMetrics
@@ -199,7 +199,7 @@ class BoundModel:
             len(losses) > 1
             or self._output_shapes is None  # not known
             or any(is_summed(loss) for loss in losses)
-            or len(keras.tree.flatten(self._output_shapes)) > 1
+            or len(Outputs(self._output_shapes, None).tensors) > 1
             or any(map(adds_losses, walk_layers(self.model)))
         )
 

@@ -16,7 +16,8 @@ from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, with_none, 
 from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.tree import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
-from kbtrain.model.forward import as_taken, inputs_of, tensors_of
+from kbtrain.model.forward import as_taken, inputs_of
+from kbtrain.model.losses.pairing import is_tensor, only_tensors
 from kbtrain.model.metrics import MetricSet
 from kbtrain.utils.layers import walk_layers
 
@@ -146,7 +147,7 @@ def input_shapes(batch: Any, label_names: LabelNames = None) -> Hashable:
 
 
 def _tensors_among_outputs(model: keras.Model, specs: Any) -> Any:
-    """The shapes of those outputs that are tensors, of a model with others, too; else None.
+    """The outputs as shapes, None in place of what is no tensor, of a model with such; else None.
 
     Keras itself makes no model of one that returns None, a number or a text beside tensors, but
     it calls, trains and evaluates one.
@@ -155,15 +156,19 @@ def _tensors_among_outputs(model: keras.Model, specs: Any) -> Any:
 
     def call(inputs: Any) -> Any:
         outputs = model(as_taken(model, inputs))
-        found[:] = [keras.tree.flatten(outputs)]
-        return tensors_of(outputs)
+        found[:] = [only_tensors(outputs)]
+        return [leaf for leaf in keras.tree.flatten(outputs) if is_tensor(leaf)]
 
     try:
-        outputs = _Function(call).compute_output_spec(specs)
+        tensors = _Function(call).compute_output_spec(specs)
     except Exception:  # the first one is to be explained
         return None
-    mixed = len(found[0]) > len(keras.tree.flatten(outputs)) > 0
-    return outputs if mixed else None
+    leaves = keras.tree.flatten(found[0])
+    if not len(leaves) > len(tensors) > 0:
+        return None
+    shapes = iter(tensors)
+    leaves = [None if leaf is None else next(shapes) for leaf in leaves]
+    return keras.tree.pack_sequence_as(found[0], leaves)
 
 
 def _runs_on_values(model: keras.Model, x: Any) -> bool:

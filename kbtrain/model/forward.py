@@ -27,7 +27,7 @@ from kbtrain.model.losses.output_losses import (
     losses_of,
     with_added,
 )
-from kbtrain.model.losses.pairing import Outputs, loss_weights_of, pair_up
+from kbtrain.model.losses.pairing import Outputs, loss_weights_of, only_tensors, pair_up
 from kbtrain.model.losses.pairs import (
     LossPair,
     as_dtype_of,
@@ -141,7 +141,7 @@ class ForwardPass:
         if not self._with_metrics or (y is None and not self._without_labels):
             return value, outputs, None
         if y is None or self._by_model:  # only the model knows which label is whose
-            tensors = tensors_of(outputs)
+            tensors = only_tensors(outputs)
             masks = [None] * len(keras.tree.flatten(tensors))
             return value, outputs, (x, y, tensors, sample_weight, masks)
         return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
@@ -175,7 +175,7 @@ class ForwardPass:
         There is a mask for each output, False at what does not count, or None. Ignored labels
         become a label that every metric can take.
         """
-        outputs = tensors_of(outputs)
+        outputs = only_tensors(outputs)
         known = Outputs(outputs, output_names(self._model))
         losses = {} if self._loss is None else known.assign(self._loss, "loss")
         active = [i for i in range(len(known.leaves)) if losses.get(i) is not None]
@@ -227,30 +227,6 @@ def as_taken(model: keras.Model, x: Any) -> Any:
     return x[taken.name] if named else x
 
 
-def tensors_of(outputs: Any) -> Any:
-    """The outputs of a model without what is no tensor: None, most of the time, or a number.
-
-    Neither losses nor metrics are about these.
-    """
-    if all(map(_is_tensor, keras.tree.flatten(outputs))):
-        return outputs
-    if isinstance(outputs, Mapping):
-        kept = {key: tensors_of(value) for key, value in outputs.items()}
-        return {key: value for key, value in kept.items() if _has_tensors(value)}
-    if isinstance(outputs, list | tuple):
-        items = [item for item in map(tensors_of, outputs) if _has_tensors(item)]
-        return items if isinstance(outputs, list) else tuple(items)
-    return outputs
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, keras.KerasTensor) or ops.is_tensor(leaf)
-
-
-def _has_tensors(tree: Any) -> bool:
-    return any(map(_is_tensor, keras.tree.flatten(tree)))
-
-
 def output_names(model: keras.Model) -> list[str] | None:
     """The names of a functional model's outputs; None of another one's."""
     names = getattr(model, "output_names", None)
@@ -284,9 +260,8 @@ def default_loss(
         )
     if loss_func is not None:
         return call_loss_func(loss_func, outputs, y, sample_weight, num_items, size), outputs
-    tensors = tensors_of(outputs)
-    known = Outputs(tensors, output_names(model))
-    nested = [keras.tree.is_nested(tree) for tree in (loss, tensors, y)]
+    known = Outputs(only_tensors(outputs), output_names(model))
+    nested = [keras.tree.is_nested(tree) for tree in (loss, outputs, y)]
     whole = nested == [False, False, True] and takes_any_labels(loss)  # a function of all labels
     if (any(nested) and not whole) or is_summed(loss):
         rows = pair_up(loss, loss_weights, y, known, sample_weight, label_names)

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.model.losses.pairing import beside_tensors, is_tensor
 from kbtrain.model.losses.pairs import TAKEN, as_dtype_of, as_float, check_name
 
 
@@ -57,6 +58,7 @@ class CompiledMetrics:
         self._model = self._compiled = model
         self._reset_values: list[list[np.ndarray]] = []
         self._returned: dict[str, keras.Variable] = {}
+        self._counts_tensors = False  # metrics have no entry for an output that is None
 
     def _sets(self) -> list[Any]:
         """What Keras made of the arguments of ``compile``: all metrics in one."""
@@ -74,18 +76,16 @@ class CompiledMetrics:
 
     def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
         """Let Keras create the metrics from the shapes of the first batch."""
-        for each in self._sets():
-            if not each.built:
-                try:
-                    each.build(y, outputs)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise ConfigurationError(
-                        "The metrics do not fit the model's outputs and their labels. Give a list "
-                        "for one output, and a dict by output for several. "
-                        f"Keras says: {first_lines(error)}"
-                    ) from None
-        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
-            returned = self._add(x, y, outputs, sample_weight)
+        unbuilt = [each for each in self._sets() if not each.built]
+        try:
+            returned = self._first(unbuilt, x, y, outputs, sample_weight, masks)
+        except Exception:
+            if all(map(is_tensor, keras.tree.flatten(outputs))):
+                raise
+            for each in unbuilt:
+                each.built = False
+            self._counts_tensors = True
+            returned = self._first(unbuilt, x, y, outputs, sample_weight, masks)
         known = {metric.name for metric in self._kept()} | set(TAKEN)
         for each in self._sets():
             for name in each.result():
@@ -106,13 +106,50 @@ class CompiledMetrics:
             if name in returned:
                 variable.assign(ops.cast(returned[name], variable.dtype))
 
+    def _first(
+        self,
+        unbuilt: Sequence[Any],
+        x: Any,
+        y: Any,
+        outputs: Any,
+        sample_weight: Any,
+        masks: Sequence[Any],
+    ) -> dict[str, Any]:
+        """Build the sets that are not, and add a batch to all of them."""
+        fitted = self._fitted(y, outputs)
+        for each in unbuilt:
+            try:
+                each.build(*fitted)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ConfigurationError(
+                    "The metrics do not fit the model's outputs and their labels. Give a list "
+                    "for one output, and a dict by output for several. "
+                    f"Keras says: {first_lines(error)}"
+                ) from None
+        with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
+            return self._add(x, y, outputs, sample_weight)
+
+    def _fitted(self, y: Any, outputs: Any) -> tuple[Any, Any]:
+        """Labels and outputs in the structure that the metrics have."""
+        if not self._counts_tensors:
+            return y, outputs
+        return beside_tensors(outputs, y), beside_tensors(outputs, outputs)
+
     def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> dict[str, Any]:
-        """Add one batch; what the model's own ``compute_metrics`` returns for it."""
+        """Add one batch; what the model's own ``compute_metrics`` returns for it.
+
+        It updates what the model was compiled with, and does not know of metrics of the Trainer's.
+        """
+        returned: dict[str, Any] = {}
         if type(self._model).compute_metrics is not keras.Model.compute_metrics:
-            return dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
+            returned = dict(self._model.compute_metrics(x, y, outputs, sample_weight) or {})
+            if self._compiled is self._model:
+                return returned
+        if self._counts_tensors:
+            sample_weight = beside_tensors(outputs, sample_weight)
         for each in self._sets():
-            each.update_state(y, outputs, sample_weight)
-        return {}
+            each.update_state(*self._fitted(y, outputs), sample_weight)
+        return returned
 
     def result(self) -> dict[str, float]:
         """Current values by name.

@@ -59,7 +59,7 @@ class OwnMethods(NamedTuple):
             )
         # An overridden Trainer.compute_loss may call that of the Trainer, and so the model's.
         names = ["train_step", "test_step"]
-        names += ["compute_loss"] if replaced[0] != "Trainer.compute_loss" else []
+        names += ["compute_loss"] if replaced[-1] != "Trainer.compute_loss" else []
         unused = [name for name in names if found[name]]
         if unused:
             logger.warning(

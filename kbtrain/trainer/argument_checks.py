@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from kbtrain.utils.layers import walk_layers
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
+
+logger = logging.getLogger("kbtrain")
 
 FUNCTIONS = {
     "data_collator": ("(samples) -> batch", 1),
@@ -103,7 +106,10 @@ def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
     if given["loss"] is not None or given["compute_loss_func"] is not None:
         return
     owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
-    if owner.__module__ != "kbtrain.trainer.trainer" or getattr(model, "loss", None) is not None:
+    if (
+        owner.__module__ != "kbtrain.trainer.trainer"
+        or getattr(model, "loss", None) is not None
+    ):
         return
     if isinstance(model, keras.Model) and _adds_no_loss(model):
         raise ConfigurationError(
@@ -245,6 +251,11 @@ def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None
         for name, value in wanted.items():
             if value is not None:
                 raise ConfigurationError(f"{name}={value!r} needs an eval_dataset. Received: None.")
+    if args.prediction_loss_only and given["compute_metrics"] is not None:
+        logger.warning(
+            "compute_metrics is not called in evaluations, as prediction_loss_only=True keeps the "
+            "outputs it needs on the device. Leave one of the two out."
+        )
     if args.batch_eval_metrics:
         check_batchwise(given["compute_metrics"])
     if args.predict_with_generate and given["preprocess_logits_for_metrics"] is not None:

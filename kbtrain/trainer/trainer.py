@@ -36,6 +36,7 @@ from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer import argument_checks, reports, search
 from kbtrain.trainer.migration import KnownNames
+from kbtrain.trainer.unused_arguments import say_what_is_unused
 from kbtrain.training import actions, auto_batch_size
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput
@@ -136,8 +137,8 @@ class Trainer(KnownNames, TrainerBase):
         rng.set_seed(self.args.seed)
         set_log_level(self.args.log_level)
         self._tracked: dict[str, Any] = {}
-        self._given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
-        self._given_loss_weights = loss_weights
+        self.given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
+        self.given_loss_weights = loss_weights
         self.given_optimizers = optimizers
         self.optimizer: keras.optimizers.Optimizer | None = None
         # Those that a model with a train_step of its own has beside it, by name.
@@ -175,22 +176,23 @@ class Trainer(KnownNames, TrainerBase):
 
     def adopt(self, model: Any) -> None:
         """Take a model, with what it was compiled with where nothing was given instead."""
+        overridden = getattr(self.compute_loss, "__func__", None) is not TrainerBase.compute_loss
         self.bound = BoundModel(
             model,
             self.args,
             self.backend,
-            loss=self._given_loss,
-            loss_weights=self._given_loss_weights,
+            loss=self.given_loss,
+            loss_weights=self.given_loss_weights,
             metrics=self.given_metrics,
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=argument_checks.with_what_it_takes(self.compute_loss),
             tracked=self._tracked,
-            own_compute_loss=getattr(self.compute_loss, "__func__", None)
-            is not TrainerBase.compute_loss,
+            own_compute_loss=overridden,
         )
         self.eval_steps = EvalSteps(
             self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
+        say_what_is_unused(self, self.bound.own, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None

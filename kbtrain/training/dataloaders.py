@@ -216,4 +216,4 @@ class _PadTokens(DataCollatorWithPadding):
         sample = samples[0]
         if isinstance(sample, Mapping) and "input_ids" in sample:
             return super().__call__(samples)
-        return default_collate(samples)
+        return default_collate(samples, self._label_keys)

@@ -64,6 +64,8 @@ class TrainerBase(ABC):
         lr_scheduler: The schedule, if there is one.
         num_training_steps: Updates of the run; 0 if that is not known.
         given_optimizers: The argument ``optimizers`` of the Trainer.
+        given_loss: The argument ``loss``, resolved.
+        given_loss_weights: The argument ``loss_weights``.
         given_metrics: The arguments ``metrics`` and ``weighted_metrics``.
         trial: The trial of a hyperparameter search, in one.
         ignore_keys_for_eval: See ``Trainer.fit``.
@@ -90,6 +92,8 @@ class TrainerBase(ABC):
     lr_scheduler: Any
     num_training_steps: int
     given_optimizers: tuple[Any, Any]
+    given_loss: Any
+    given_loss_weights: Any
     given_metrics: tuple[Any, Any]
     trial: Any
     ignore_keys_for_eval: Sequence[str] | None

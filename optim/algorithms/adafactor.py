@@ -45,7 +45,7 @@ class RelativeStep(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable(package="optim")
 class Adafactor(Optimizer):
-    r"""Adafactor, in the arithmetic of the reference implementation of `transformers`.
+    r"""Adafactor, in the arithmetic of Transformers' implementation.
 
     With gradient :math:`g`, :math:`\hat\beta_t = 1 - t^{d}` (:math:`d` is ``beta_2_decay``) and the
     root mean square :math:`\mathrm{RMS}(x) = \lVert x \rVert / \sqrt n`:

@@ -124,16 +124,20 @@ def check_gradient(gradient: Any, variable: Any) -> None:
     Raises:
         ValueError: if their shapes differ.
     """
-    if gradient.shape == variable.shape:
+    try:
+        shape = gradient.shape
+    except AttributeError:  # TensorFlow's IndexedSlices, made with a tuple for its shape
+        shape = tuple(gradient.dense_shape)
+    if shape == variable.shape:
         return
     # A shape that is traced may be known in part only.
-    fits = getattr(gradient.shape, "is_compatible_with", None)
+    fits = getattr(shape, "is_compatible_with", None)
     if fits is None or not fits(variable.shape):
         name = getattr(variable, "path", None) or variable.name
         raise ValueError(
             f"The gradient for {name!r} must have the shape of the variable, "
             f"{tuple(variable.shape)}: gradients are taken in the order of the variables. "
-            f"Received: a gradient of shape {tuple(gradient.shape)}"
+            f"Received: a gradient of shape {tuple(shape)}"
         )
 
 

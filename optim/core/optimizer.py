@@ -64,7 +64,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
     Args:
         learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
             the number of updates so far), a schedule that answers to a metric
-            (`optim.schedules.metric_driven`) or a callable without arguments.
+            (`optim.schedules.warmup.metric_driven`) or a callable without arguments.
         weight_decay: decoupled decay, as a fraction of ``learning_rate * variable`` per update.
             `exclude_from_weight_decay` leaves variables out.
         clipnorm: largest norm of the gradient of one variable.

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import optim
+from optim.core.checks import check_gradient
 from optim.kernels import backend as kernels
 
 
@@ -250,6 +251,19 @@ def test_embedding_with_repeated_rows(tools, argument):
     np.testing.assert_allclose(
         tools.to_numpy(model.trainable_variables[0]), expected, rtol=1e-5, atol=1e-6
     )
+
+
+def test_rows_with_a_plain_shape_are_checked():
+    class Rows:  # an IndexedSlices that was made by hand
+        dense_shape = (5, 2)
+
+        @property
+        def shape(self):
+            raise AttributeError("'tuple' object has no attribute 'get_shape'")
+
+    check_gradient(Rows(), keras.Variable(np.ones((5, 2))))
+    with pytest.raises(ValueError, match=r"gradient of shape \(5, 2\)"):
+        check_gradient(Rows(), keras.Variable(np.ones((4, 2))))
 
 
 def test_variable_overwritten_by_its_gradient(tools):

@@ -173,7 +173,7 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
 
     Small state is selected, and so is all state on a GPU, where reading a flag would stop the
     queue. On a CPU a select of large state costs more than the update: old and new values both
-    have to be there, so XLA copies every slot that the rule reads twice (docs/decisions.md).
+    have to be there, so XLA copies every slot that the rule reads twice (docs/lab/large-tables.md).
     """
     before = [v.value for v in variables]
     size = sum(value.nbytes for value in before)

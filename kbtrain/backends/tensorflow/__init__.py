@@ -13,6 +13,11 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends.scopes import LossScope, NoticingScope
+from kbtrain.backends.stateful_model_steps import (  # noqa: F401
+    check_signature,
+    run_predict_step,
+    run_test_step,
+)
 from kbtrain.backends.tensorflow.autograph import inlined
 
 # The rest of what a backend has, see kbtrain.backends.
@@ -34,11 +39,8 @@ from kbtrain.backends.tensorflow.device import (  # noqa: F401
     to_host,
 )
 from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
-    check_signature,
     one_by_one,
     reversible,
-    run_predict_step,
-    run_test_step,
     run_train_step,
     try_train_step,
 )
@@ -161,7 +163,8 @@ def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
     A rule about the graph, not a measurement: the same program gives the same numbers each time.
     On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
     as long, its decompositions (of an optimizer, say) minutes; and around the update of large
-    tables it copies them; the graph does not, and its update is XLA's, too (docs/decisions.md).
+    tables it copies them; the graph does not, and XLA compiles its update, too
+    (docs/lab/large-tables.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return ""

@@ -11,6 +11,11 @@ import torch
 from torch.utils import checkpoint
 
 from kbtrain.backends.scopes import LossScope, NoticingScope, is_overwritten
+from kbtrain.backends.stateful_model_steps import (  # noqa: F401
+    check_signature,
+    run_predict_step,
+    run_test_step,
+)
 from kbtrain.backends.torch.capture.guard import NotCapturable, guard
 
 # The rest of what a backend has, see kbtrain.backends.
@@ -32,10 +37,7 @@ from kbtrain.backends.torch.device import (  # noqa: F401
     to_host,
 )
 from kbtrain.backends.torch.model_steps import (  # noqa: F401
-    check_signature,
     reversible,
-    run_predict_step,
-    run_test_step,
     run_train_step,
     try_train_step,
 )

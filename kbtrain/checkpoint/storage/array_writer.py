@@ -19,8 +19,9 @@ import numpy as np
 from kbtrain.checkpoint.storage.array_index import INDEX_LINE, TRAILER
 from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.storage.format import ARRAYS_FORMAT, ARRAYS_VERSION
+from kbtrain.checkpoint.storage.hdf5_files import DeferredErrorFile, open_for_writing
 from kbtrain.errors import CheckpointError
-from kbtrain.utils.filesystem import DeferredErrorFile, FileEntry
+from kbtrain.utils.filesystem import FileEntry
 
 CHUNK_BYTES = 2**22
 DIRECT_BYTES = 2**16  # below, libhdf5 is quicker than bookkeeping
@@ -73,7 +74,7 @@ def write_arrays(
     plain = {name: _checked_array(name, array) for name, array in arrays.items()}
     with DeferredErrorFile(path) as file:
         try:
-            with h5py.File(file, "w") as h5:
+            with open_for_writing(file) as h5:
                 writer = _Layout(h5, file)
                 writer.arrays(plain)
                 writer.others(plain, links or {}, values or {})

@@ -24,8 +24,9 @@ from kbtrain.checkpoint.storage.array_index import (
 )
 from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.storage.faults import reading
+from kbtrain.checkpoint.storage.hdf5_files import open_for_reading
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.filesystem import FileEntry, NotingReader, open_regular, write_bytes
+from kbtrain.utils.filesystem import FileEntry, open_regular, write_bytes
 
 ARRAYS_FORMAT = "kbtrain-arrays"
 ARRAYS_VERSION = 1
@@ -75,20 +76,19 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
 def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
     """Open verified HDF5 data; whatever libhdf5 finds wrong with them becomes one error."""
     size = file.seek(0, 2)
-    noting = NotingReader(file)
     try:
-        with h5py.File(noting, "r") as h5:
+        with open_for_reading(file) as h5:
             yield h5, size
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        noting.raise_noted()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's
         # libhdf5 and h5py raise whatever the damage happens to hit (OSError, KeyError,
         # RuntimeError, ValueError, ...); to the user all of them mean the same.
         raise CheckpointDamagedError(
             f"{name} is not a readable array file ({type(error).__name__}: {error})."
         ) from error
-    noting.raise_noted()
 
 
 def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:

@@ -112,7 +112,7 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
         words: list[np.ndarray] | None = None
         if self.mlm and self.whole_word_mask:
             samples, words = _take_words(samples)
-        columns = {k: v for k, v in fields(samples).items() if k != "labels"}
+        columns = {k: v for k, v in fields(samples, self._label_keys).items() if k != "labels"}
         special = columns.pop("special_tokens_mask", None)
         batch = self.collate(columns)
         ids = batch["input_ids"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import LABEL_KEYS
+from kbtrain.data.batch import LABEL_KEYS, LabelKeys, LabelNames, label_keys
 from kbtrain.data.tree import as_array, cast
 from kbtrain.errors import ConfigurationError, DataError
 
@@ -13,11 +13,13 @@ IGNORED = -100
 """A label that does not count, as in the reference; the losses of kbtrain leave it out."""
 
 
-def fields(samples: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+def fields(samples: Sequence[Any], label_names: LabelNames = None) -> dict[str, list[np.ndarray]]:
     """The samples' fields, each as a list of arrays; labels under the key ``"labels"``.
 
     Args:
         samples: Dicts with the same keys, or sequences of token numbers (``"input_ids"``).
+        label_names: Which keys hold targets, see ``kbtrain.data.unpack``: an input of the model
+            keeps its name.
 
     Raises:
         DataError: There is no sample, their keys differ, or a value is no array.
@@ -40,12 +42,22 @@ def fields(samples: Sequence[Any]) -> dict[str, list[np.ndarray]]:
                 f"{position} differs. Received: {received}"
             )
     columns = {}
+    known = label_keys(label_names)
     for key in keys:
-        name = LABEL_KEYS[0] if key in LABEL_KEYS else str(key)
+        name = LABEL_KEYS[0] if _is_alias(key, known) else str(key)
         if name in columns:
             raise DataError(f"A sample may have one of the keys {LABEL_KEYS}. Received: {keys}")
         columns[name] = _alike([as_array(sample[key], f"sample[{key!r}]") for sample in samples])
     return columns
+
+
+def _is_alias(key: Any, known: LabelKeys) -> bool:
+    """Whether a field is the labels under another of their usual names."""
+    return (
+        key in LABEL_KEYS
+        and known.names != ()  # then a dict is inputs and nothing else
+        and known.inputs.isdisjoint((key, LABEL_KEYS[0]))
+    )
 
 
 def _alike(arrays: list[np.ndarray]) -> list[np.ndarray]:

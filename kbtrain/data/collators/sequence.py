@@ -4,12 +4,14 @@ They take lists of dicts and return dicts of NumPy arrays. Names and defaults ar
 reference; instead of a tokenizer the token numbers themselves will do.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from kbtrain.data.batch import LabelKeys, LabelNames, label_keys
 from kbtrain.data.collators.padding import (
     IGNORED,
     check_positive,
@@ -44,7 +46,7 @@ class DataCollatorWithPadding:
 
     Returns (when called with a list of samples):
         A dict of arrays of shape ``(batch, length, ...)``. A sample's ``"label"`` or
-        ``"label_ids"`` becomes ``"labels"``.
+        ``"label_ids"`` becomes ``"labels"``, unless the model has an input of that name.
 
     Raises:
         ConfigurationError: The arguments do not fit together.
@@ -92,9 +94,21 @@ class DataCollatorWithPadding:
         """The columns it looks at. A loader leaves out others that the model does not take."""
         return frozenset(("input_ids", "word_ids", *_FILL, *self.padding_values))
 
+    _label_keys = LabelKeys()
+
+    def with_label_names(self, label_names: LabelNames) -> Self:
+        """The same collator for a model of which it is known what it takes.
+
+        Args:
+            label_names: Which keys of a sample hold targets, see ``kbtrain.data.unpack``.
+        """
+        other = copy.copy(self)
+        object.__setattr__(other, "_label_keys", label_keys(label_names))
+        return other
+
     def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
         """Collate samples; see the class."""
-        return self.collate(fields(samples))
+        return self.collate(fields(samples, self._label_keys))
 
     def collate(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         """The batch of the samples' fields (``kbtrain.data.collators.padding.fields``)."""

@@ -87,7 +87,7 @@ class LabelCheck:
                 wrong &= labels != IGNORE_INDEX
             wrong &= _weighed(weighed.get(i) if nested else weights, wrong)
             if wrong.any():
-                key = known.names[i] if len(known.leaves) > 1 else None
+                key = known.names[i] if len(known.tensors) > 1 else None
                 _complain(labels, wrong, classes, key, axes, first)
 
 

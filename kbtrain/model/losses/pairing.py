@@ -3,7 +3,9 @@
 The rules are those of `Model.compile` and `Model.fit`: a dict goes by the keys of the outputs, or
 by the names that a functional model gives them; a list goes by their order; one loss is for all
 outputs; an output whose loss is None needs no label, and one label goes to the one output that
-has a loss.
+has a loss. What a model returns that is no tensor (None, most of the time) keeps its place among
+the outputs, and so have losses, weights and labels an entry for it; those that leave it out are
+taken, too.
 """
 
 from __future__ import annotations
@@ -13,12 +15,48 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from kbtrain.data import LabelNames, label_keys
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.losses.keras_losses import chosen, describe, name_of
 
 Path = tuple[Any, ...]
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether an output of a model is a tensor, of values or of shapes."""
+    return isinstance(leaf, keras.KerasTensor) or ops.is_tensor(leaf)
+
+
+def only_tensors(outputs: Any) -> Any:
+    """The outputs of a model with None in place of everything that is no tensor."""
+    if not keras.tree.is_nested(outputs):
+        return outputs  # the only one: what is wrong with it is said where it is used
+    return keras.tree.map_structure(lambda leaf: leaf if is_tensor(leaf) else None, outputs)
+
+
+def beside_tensors(outputs: Any, values: Any) -> Any:
+    """``values``, in the structure of the outputs, without those that belong to no tensor.
+
+    So an output that is None takes no place; values of another structure are returned as they are.
+    """
+    if isinstance(outputs, Mapping):
+        if not isinstance(values, Mapping) or set(values) != set(outputs):
+            return values
+        kept = [key for key, item in outputs.items() if any(_tensors_in(item))]
+        return {key: beside_tensors(outputs[key], values[key]) for key in kept}
+    if isinstance(outputs, list | tuple):
+        if not isinstance(values, list | tuple) or len(values) != len(outputs):
+            return values
+        pairs = zip(outputs, values, strict=True)
+        items = [beside_tensors(item, value) for item, value in pairs if any(_tensors_in(item))]
+        return items if isinstance(outputs, list) else tuple(items)
+    return values
+
+
+def _tensors_in(tree: Any) -> list[bool]:
+    return [is_tensor(leaf) for leaf in keras.tree.flatten(tree)]
 
 
 class Outputs:
@@ -30,6 +68,7 @@ class Outputs:
 
     Attributes:
         leaves: The outputs.
+        tensors: The positions of those that are tensors: losses and metrics are about these.
         names: Their names: the keys of a dict, else ``names``, else ``output_0``, ``output_1``.
         nested: Whether it is a structure, if only of one output.
         named: Whether the names are the model's, and not ``output_0``.
@@ -40,6 +79,8 @@ class Outputs:
         self.tree, self.nested = tree, keras.tree.is_nested(tree)
         self.paths: list[Path] = [tuple(path) for path, _ in flat]
         self.leaves = [leaf for _, leaf in flat]
+        positions = range(len(flat))
+        self.tensors = [i for i in positions if is_tensor(self.leaves[i])] or list(positions)
         self._given = list(names or ())
         if len(self._given) != len(flat):
             self._given = []
@@ -87,6 +128,9 @@ class Outputs:
                 end = len(path) + 1
                 parts = dict.fromkeys(self.paths[i][:end] for i in below)
                 groups = [[i for i in below if self.paths[i][:end] == part] for part in parts]
+            tensors = [[i] for i in below if i in self.tensors]
+            if len(tree) != len(groups) and len(tree) == len(tensors):
+                groups = tensors  # a list that leaves out what is no tensor
             if len(tree) != len(groups):
                 raise ConfigurationError(
                     f"The {what} is {describe(tree)}, but there are {len(groups)} outputs: "
@@ -96,8 +140,10 @@ class Outputs:
             for value, group in zip(tree, groups, strict=True):
                 below_path = self.paths[group[0]][: len(path) + 1]
                 self._assign(value, below_path, group, what, values)
-        else:
-            values.update(dict.fromkeys(below, tree))
+        elif len(below) == 1:
+            values[below[0]] = tree
+        else:  # one value for all
+            values.update((i, tree) for i in below if i in self.tensors)
 
     def labels(
         self,
@@ -118,8 +164,8 @@ class Outputs:
             ConfigurationError: It cannot be told which is whose.
         """
         if not keras.tree.is_nested(y):
-            if len(self.leaves) == 1 or len(active) == 1:
-                return {active[0] if active else 0: y}
+            if len(self.tensors) == 1 or len(active) == 1:
+                return {(active or self.tensors)[0]: y}
             raise ConfigurationError(
                 f"The losses are for the outputs {[self.names[i] for i in active]}, the {what} is "
                 f"{describe(y)}. Give a dict or a list with one {what} for each output, or None as "
@@ -132,7 +178,7 @@ class Outputs:
             known = dict(zip(same.paths, same.leaves, strict=True))
             if set(known) == set(self.paths):
                 return {i: known[path] for i, path in enumerate(self.paths)}
-        for positions in (range(len(self.leaves)), active):
+        for positions in (range(len(self.leaves)), self.tensors, active):
             if len(positions) == len(y):
                 return dict(zip(positions, y, strict=True))
         raise ConfigurationError(
@@ -226,6 +272,14 @@ def pair_up(
         raise ConfigurationError("There is no loss: it is None for every output.")
     weights = loss_weights_of(loss_weights, active, outputs)
     labels = outputs.labels(y, active, label_names=label_names)
+    if not keras.tree.is_nested(losses):
+        for i in set(labels).difference(outputs.tensors):
+            if labels[i] is not None:
+                raise ConfigurationError(
+                    f"There is a label for the output {outputs.names[i]!r}, which is no tensor, "
+                    "and one loss for all outputs. Give a list or dict of losses with None for "
+                    "this output, or leave its label out."
+                )
     sample_weights: dict[int, Any] = dict.fromkeys(active, sample_weight)
     if keras.tree.is_nested(sample_weight):
         sample_weights = outputs.labels(sample_weight, active, "sample weight", label_names)
@@ -243,12 +297,13 @@ def pair_up(
             loss = chosen(loss, label, output)
         weight = sample_weights.get(i)
         rows.append(OutputLoss(i, outputs.names[i], loss, weights.get(i), label, output, weight))
-    return rows if outputs.named else _named_by_loss(rows)
+    return rows if outputs.named else _named_by_loss(rows, outputs)
 
 
-def _named_by_loss(rows: list[OutputLoss]) -> list[OutputLoss]:
+def _named_by_loss(rows: list[OutputLoss], outputs: Outputs) -> list[OutputLoss]:
     """As Keras names outputs that have no names: by their losses, if these are different ones."""
-    names = [name_of(row.loss) for row in rows]
+    paths = [outputs.paths[row.position] for row in rows]
+    names = [_named(path, name_of(row.loss)) for path, row in zip(paths, rows, strict=True)]
     if len(set(names)) < len(names):
         return rows
     return [row._replace(name=name) for row, name in zip(rows, names, strict=True)]

@@ -16,7 +16,7 @@ Graphs share memory: it holds nothing from one launch to the next, and the launc
 follow one another.
 
 No GPU was there to try this on. It was tried with a stand-in for torch's graphs (`tests/`), which
-records operations and repeats them, on a CPU and on a pretended GPU (docs/decisions.md).
+records operations and repeats them, on a CPU and on a pretended GPU (docs/lab/pytorch-capture.md).
 
 Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """

@@ -2,7 +2,8 @@
 
 The gradient of a table is zeros but for the rows that a batch has looked up. Its memory is too
 large for the allocator to keep, so the system would map and clear it anew in every step, page by
-page, which on a CPU takes longer than the fused update of the whole table (docs/decisions.md).
+page, which on a CPU takes longer than the fused update of the whole table
+(docs/lab/large-tables.md).
 """
 
 from __future__ import annotations
