@@ -100,8 +100,6 @@ ATTRIBUTES = {
     "make_fx": ("kbtrain.backends.torch_capture", "CapturedStep", "torch"),
     "program": ("kbtrain.backends.torch_capture", "make_program", "torch"),
     "native": ("kbtrain.backends.torch_capture", "native_operations", "torch"),
-    "TorchScript": ("kbtrain.backends.torch_program", "to_script", "torch"),
-    "interpreter": ("torch._C", "_set_graph_executor_optimize", "torch"),
     "norms": ("torch", "_foreach_norm", "torch"),
     "products": ("torch", "_foreach_mul_", "torch"),
     "XLA": ("kbtrain.backends.tensorflow_update", "_for_xla._fast", "tensorflow"),
