@@ -18,8 +18,9 @@ import numpy as np
 from keras import ops
 
 from kbtrain import building, rng
-from kbtrain.data import with_none, without_none
+from kbtrain.data import without_none
 from kbtrain.errors import ConfigurationError
+from kbtrain.forward import as_given
 from kbtrain.loss import as_float
 from kbtrain.metrics import MetricSet
 from kbtrain.own_methods import OwnMethods, overrides
@@ -172,7 +173,7 @@ def make_train_step(
         return logs, rate
 
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        data = with_none(chunks[0]["single"])
+        data = as_given(chunks[0]["single"])
         if on_nonfinite == "ignore":
             logs, rate = run(data)
         else:
@@ -228,7 +229,7 @@ def make_eval_step(
             run = predict if forward is None else forward
             loss, outputs, inputs = run(batch, None, training=False)
             return {} if loss is None else {"loss": loss}, outputs, inputs
-        logs = logged(backend.run_test_step(model, with_none(batch)), f"{name}.test_step")
+        logs = logged(backend.run_test_step(model, as_given(batch)), f"{name}.test_step")
         if isinstance(metrics, ModelMetrics):
             metrics.names = set(logs)
         outputs = None
@@ -245,7 +246,7 @@ def make_eval_step(
                 result, outputs, inputs = evaluated(batch)
             if select_outputs is not None:
                 if own.predict_step:
-                    outputs = backend.run_predict_step(model, with_none(batch))
+                    outputs = backend.run_predict_step(model, as_given(batch))
                 result["outputs"] = select_outputs(outputs, batch)
         carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
         if metrics is not None and inputs is not None:
@@ -280,7 +281,7 @@ def build_by_step(backend: ModuleType, model: keras.Model, batch: Any) -> None:
     random_state = rng.capture(backend)
     data = keras.tree.map_structure(ops.convert_to_tensor, without_none(batch))
     with _only_building([getattr(model, "optimizer", None), *optimizers_of(model).values()]):
-        backend.try_train_step(model, with_none(data))
+        backend.try_train_step(model, as_given(data))
     rng.restore(backend, *random_state)
 
 

@@ -20,6 +20,7 @@
 ``apply_optimizer``          one update of a Keras optimizer, with gradients times a factor
 ``global_norm``              over a list of gradients, in one pass
 ``to_device``, ``to_host``   batches in, numbers out
+``ragged``                   a ragged tensor from padded arrays; on TensorFlow only
 ``start_to_host``            the same, begun now and waited for later
 ``host_view``                a variable's value on the host, read at once and never written to
 ``synchronize``              wait until everything that was started is done

@@ -30,6 +30,7 @@ from kbtrain.backends.tensorflow_device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    ragged,
     rng_state,
     set_rng_state,
     start_to_host,
@@ -51,11 +52,12 @@ from kbtrain.backends.tensorflow_update import (  # noqa: F401
     size_of,
 )
 from kbtrain.data import signature
+from kbtrain.data.ragged import has_ragged
 from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
 from kbtrain.keras_private import stateless_scope
 
 TAKES_STRINGS = True
-"""Whether tensors can hold strings."""
+"""Whether tensors can hold strings, and be ragged."""
 
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
@@ -118,6 +120,8 @@ def compile_step(
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if not refused and jit_compile is not False and _has_strings(inputs):
             refuse("strings are none of its types")  # it would end the process
+        if not refused and jit_compile is not False and has_ragged(inputs):
+            refuse("the sizes of ragged tensors depend on values")
         if refused:  # in another shape: to try again takes seconds, for the same answer
             return graph
         if jit_compile is True:
