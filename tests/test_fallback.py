@@ -101,8 +101,6 @@ ATTRIBUTES = {
     "make_fx": ("kbtrain.backends.torch.capture.step", "CapturedStep", "torch"),
     "program": ("kbtrain.backends.torch.capture.step", "make_program", "torch"),
     "native": ("kbtrain.backends.torch.capture.step", "native_operations", "torch"),
-    "TorchScript": ("kbtrain.backends.torch.capture.program", "to_script", "torch"),
-    "interpreter": ("torch._C", "_set_graph_executor_optimize", "torch"),
     "norms": ("torch", "_foreach_norm", "torch"),
     "products": ("torch", "_foreach_mul_", "torch"),
     "XLA": ("kbtrain.backends.tensorflow.optimizer", "_for_xla._fast", "tensorflow"),

@@ -22,7 +22,7 @@ class Backend(Protocol):
 
     Attributes:
         name: The name Keras has for it: "jax", "tensorflow" or "torch".
-        TAKES_STRINGS: Whether tensors may hold texts.
+        TAKES_STRINGS: Whether tensors can hold texts, and be ragged.
     """
 
     name: str
@@ -177,6 +177,17 @@ class Backend(Protocol):
 
     def inference(self) -> contextlib.AbstractContextManager[Any]:
         """Run user code without recording gradients."""
+
+    def ragged(self, dense: Any, lengths: Sequence[Any]) -> Any:
+        """The ragged tensor that ``kbtrain.data.ragged.Ragged`` stands for.
+
+        Args:
+            dense: Its values, padded.
+            lengths: The lengths of the rows along each ragged axis, padded.
+
+        Raises:
+            NotImplementedError: The framework has none; such data is refused before.
+        """
 
     # --- host and device ------------------------------------------------------------------------
 

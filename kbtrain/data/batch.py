@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kbtrain.data.tree import is_list_of_numbers, leaves_with_paths, map_structure, to_numpy
+from kbtrain.data.ragged import Ragged, as_ragged, has_ragged, is_ragged
+from kbtrain.data.tree import (
+    as_array,
+    cast,
+    is_list_of_numbers,
+    leaves_with_paths,
+    map_raw,
+    map_structure,
+    to_numpy,
+)
 from kbtrain.errors import DataError
 
 LABEL_KEYS = ("labels", "label", "label_ids")
@@ -43,7 +52,8 @@ class LabelKeys:
             tuple says that a dict is inputs and nothing else. None for the usual keys.
         inputs: Names of the model's inputs. What has such a name stays with the inputs; it is a
             target besides only if it is one of ``names``.
-        strings: Inputs may be strings: there are layers for them in models on TensorFlow.
+        strings: Inputs may be strings, for which there are layers in models on TensorFlow, and
+            ragged tensors.
     """
 
     names: tuple[str, ...] | None = None
@@ -178,13 +188,45 @@ def to_batch(value: Any, name: str = "batch", label_names: LabelNames = None) ->
         DataError: ``value`` is no batch.
     """
     strings = label_keys(label_names).strings
+    convert = _to_arrays if strings else to_numpy
     if isinstance(value, tuple):
-        batch = tuple(to_numpy(part, f"{name}[{i}]", strings) for i, part in enumerate(value))
+        batch = tuple(convert(part, f"{name}[{i}]") for i, part in enumerate(value))
     elif isinstance(value, list) and not is_list_of_numbers(value):
         return to_batch(tuple(value), name, label_names)
     else:
-        batch = to_numpy(value, name, strings)
+        batch = convert(value, name)
+    batch = with_ragged_inputs(batch, name, label_names)
     count_samples(batch, label_names)
+    return batch
+
+
+def _to_arrays(value: Any, name: str) -> Any:
+    """As ``to_numpy``, with what only tensors of TensorFlow can be: strings, and ragged ones."""
+
+    def convert(leaf: Any, path: str) -> Any:
+        return as_ragged(leaf) if is_ragged(leaf) else cast(as_array(leaf, path, strings=True))
+
+    return map_raw(convert, value, name)
+
+
+def with_ragged_inputs(batch: Any, name: str, label_names: LabelNames = None) -> Any:
+    """A batch, or all data, as `unpack` takes it where there is something ragged in it.
+
+    Raises:
+        DataError: Labels or sample weights are ragged.
+    """
+    if not has_ragged(batch):
+        return batch
+    if isinstance(batch, Ragged):
+        return (batch,)
+    parts = unpack(batch, label_names)
+    for part, value in zip(_PARTS[1:], parts[1:], strict=True):
+        if has_ragged(value):
+            raise DataError(
+                f"{name}: {part} is a RaggedTensor, and losses and metrics are about arrays. Only "
+                "inputs may be ragged: pad it (to_tensor()), and pass sample weights of 0 for what "
+                "is padding."
+            )
     return batch
 
 

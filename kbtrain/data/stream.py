@@ -14,6 +14,7 @@ import numpy as np
 
 from kbtrain.data.batch import Batch, LabelKeys, nesting_hint, to_batch, unpack
 from kbtrain.data.loader import DataLoader, check_count, every_column
+from kbtrain.data.ragged import is_ragged
 from kbtrain.data.sources.base import IterableSource, UnsizedDataError
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.interop import derives_from, is_grain
@@ -128,6 +129,8 @@ class StreamLoader:
                 yield to_batch(self._columns(item, self.name), where, keys)
 
     def _is_batch(self, item: Any) -> bool:
+        if any(is_ragged(leaf) for _, leaf in leaves_with_paths(item)):
+            return True  # samples with something ragged could not be put together
         parts = _shapes(item, self._inputs.label_keys)
         if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
             return False

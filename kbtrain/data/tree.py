@@ -101,7 +101,7 @@ def leaves_with_paths(structure: Any, path: str = "") -> Iterator[tuple[str, Any
         yield path, structure
 
 
-def to_numpy(value: Any, name: str = "batch", strings: bool = False) -> Any:
+def to_numpy(value: Any, name: str = "batch") -> Any:
     """Convert everything in a structure to NumPy arrays of dtypes a model can take.
 
     Python numbers, (nested) lists of numbers and whatever has ``__array__`` become arrays. float64
@@ -111,7 +111,6 @@ def to_numpy(value: Any, name: str = "batch", strings: bool = False) -> Any:
     Args:
         value: A structure of arrays, tensors, numbers and lists of numbers.
         name: How error messages call ``value``.
-        strings: Whether strings may be among them, see ``as_array``.
 
     Returns:
         The same structure with a ``numpy.ndarray`` at every leaf.
@@ -119,7 +118,7 @@ def to_numpy(value: Any, name: str = "batch", strings: bool = False) -> Any:
     Raises:
         DataError: A leaf holds strings, objects or ragged lists, or is no array at all.
     """
-    return map_raw(lambda leaf, path: cast(as_array(leaf, path, strings)), value, name)
+    return map_raw(lambda leaf, path: cast(as_array(leaf, path)), value, name)
 
 
 def map_raw(function: Callable[[Any, str], Any], value: Any, name: str) -> Any:
@@ -300,7 +299,8 @@ def _convert(value: Any, name: str) -> np.ndarray:
     if type(value).__name__ == "RaggedTensor":
         raise DataError(
             f"{name} is a RaggedTensor, and rows of a batch must be equally long. Pad it, as in "
-            "x.to_tensor() or in a data_collator, and pass lengths or a mask as an input."
+            "x.to_tensor() or in a data_collator, and pass lengths or a mask as an input. (Models "
+            "on TensorFlow take ragged inputs.)"
         )
     if not has_array(value) and not isinstance(value, (float, complex, Sequence)):
         raise DataError(

@@ -12,11 +12,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, with_none, without_none
+from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, without_none
 from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.tree import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
-from kbtrain.model.forward import as_taken, inputs_of
+from kbtrain.model.forward import as_given, as_taken, inputs_of
 from kbtrain.model.losses.pairing import is_tensor, only_tensors
 from kbtrain.model.metrics import MetricSet
 from kbtrain.utils.layers import walk_layers
@@ -64,7 +64,7 @@ def build_model(
     if not has_call(model):
         return None
     x = unpack(batch, label_names).x
-    specs = _specs(x)
+    specs = as_given(_specs(x))
     was_built = model.built
     try:
         with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def _runs_on_values(model: keras.Model, x: Any) -> bool:
     """Some models cannot be run on shapes alone (Python control flow on values)."""
     try:
         values = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
-        outputs = model(as_taken(model, values))
+        outputs = model(as_taken(model, as_given(values)))
     except Exception:
         return False
     return any(keras.ops.is_tensor(leaf) for leaf in keras.tree.flatten(outputs))
@@ -225,7 +225,7 @@ def build_compiled(model: keras.Model, batch: Any) -> None:
 
     def run(method: Callable[..., Any], kwargs: Any) -> Callable[[Any], Any]:
         def build(batch: Any) -> Any:
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(with_none(batch))
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(as_given(batch))
             outputs = model(x, training=False)
             method(x, y, outputs, sample_weight, **kwargs)
             return outputs

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import keras
 from keras import ops
 
+from kbtrain import backends
 from kbtrain.data import LabelNames, counting_leaf, unpack, with_none
+from kbtrain.data.ragged import has_ragged, map_ragged
 from kbtrain.errors import ConfigurationError, DataError, KbtrainError
 from kbtrain.model.losses.keras_losses import (
     both,
@@ -110,7 +112,7 @@ class ForwardPass:
         self, batch: Any, num_items: Any, training: bool
     ) -> tuple[LossPair | LossTerms, Any, tuple[Any, ...] | None]:
         """Loss, outputs and the metrics' arguments; see ``kbtrain.model.forward.Forward``."""
-        batch = with_none(batch)
+        batch = as_given(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
         self._check_size(x)
         self._tracked.clear()
@@ -197,7 +199,7 @@ class ForwardPass:
 
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
-        x = as_taken(self._model, unpack(with_none(batch), self._label_names).x)
+        x = as_taken(self._model, unpack(as_given(batch), self._label_names).x)
         self._check_size(x)
         return None, self._model(x, training=training), None
 
@@ -210,6 +212,12 @@ class ForwardPass:
                 "dataloader_drop_last=True, or a batch size that divides the number of samples; "
                 "for evaluations per_device_eval_batch_size, too."
             )
+
+
+def as_given(batch: Any) -> Any:
+    """A batch in the form in which its data was given: with None, and ragged where it was."""
+    batch = with_none(batch)
+    return map_ragged(backends.load().ragged, batch) if has_ragged(batch) else batch
 
 
 def inputs_of(model: Any) -> Any:

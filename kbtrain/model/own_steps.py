@@ -10,23 +10,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from kbtrain.backends.protocol import Backend
-from kbtrain.data import with_none, without_none
+from kbtrain.data import without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
+from kbtrain.model.forward import as_given
 from kbtrain.model.losses.pairs import as_float
 from kbtrain.model.own_methods import overrides
 from kbtrain.utils import rng
 from kbtrain.utils.layers import walk_layers
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("kbtrain")
 
@@ -172,7 +170,7 @@ def make_train_step(
         return logs, rate
 
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        data = with_none(chunks[0]["single"])
+        data = as_given(chunks[0]["single"])
         if on_nonfinite == "ignore":
             logs, rate = run(data)
         else:
@@ -218,7 +216,7 @@ def build_by_step(backend: Backend, model: keras.Model, batch: Any) -> None:
     random_state = rng.capture(backend)
     data = keras.tree.map_structure(ops.convert_to_tensor, without_none(batch))
     with _only_building([getattr(model, "optimizer", None), *optimizers_of(model).values()]):
-        backend.try_train_step(model, with_none(data))
+        backend.try_train_step(model, as_given(data))
     rng.restore(backend, *random_state)
 
 

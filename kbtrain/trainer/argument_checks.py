@@ -106,10 +106,7 @@ def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
     if given["loss"] is not None or given["compute_loss_func"] is not None:
         return
     owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
-    if (
-        owner.__module__ != "kbtrain.trainer.trainer"
-        or getattr(model, "loss", None) is not None
-    ):
+    if owner.__module__ != "kbtrain.trainer.trainer" or getattr(model, "loss", None) is not None:
         return
     if isinstance(model, keras.Model) and _adds_no_loss(model):
         raise ConfigurationError(

@@ -12,7 +12,6 @@ private part                         file                        plain way
 convolutions in the fast order       ``backends/jax_trace``      the function, traced where it runs
 recording a step                     ``backends/torch_runner``   the step runs eagerly
 our own recorder                     ``backends/torch_capture``  ``make_fx`` records
-TorchScript                          ``backends/torch_program``  the operations, called by Python
 optimizers that look at a flag       ``backends/torch``          old values are selected
 norm and product of a list           ``backends/torch``          one tensor after the other
 functions of a user's ``tf.function``  ``backends/tensorflow_functions``  ``tf.autograph.to_graph``

@@ -28,6 +28,7 @@ from kbtrain.backends.jax.device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    ragged,
     rng_state,
     set_rng_state,
     start_to_host,

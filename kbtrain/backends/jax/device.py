@@ -16,6 +16,11 @@ import numpy as np
 from kbtrain.errors import DataError
 
 
+def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
+    """There is none here: data with ragged tensors is refused before a step is made."""
+    raise NotImplementedError("JAX has no ragged tensors that Keras could use.")
+
+
 def to_device(tree: Any, pin: bool = False) -> Any:
     """Start copying a structure of NumPy arrays to the device; returns at once.
 

@@ -31,6 +31,7 @@ from kbtrain.backends.tensorflow.device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    ragged,
     rng_state,
     set_rng_state,
     start_to_host,
@@ -46,11 +47,12 @@ from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
 )
 from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, apply_optimizer, global_norm, size_of  # noqa: F401
 from kbtrain.data import signature
+from kbtrain.data.ragged import has_ragged
 from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
 from kbtrain.utils.keras_private import stateless_scope
 
 TAKES_STRINGS = True
-"""Whether tensors can hold strings."""
+"""Whether tensors can hold strings, and be ragged."""
 
 name = "tensorflow"
 logger = logging.getLogger("kbtrain")
@@ -113,6 +115,8 @@ def compile_step(
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if not refused and jit_compile is not False and _has_strings(inputs):
             refuse("strings are none of its types")  # it would end the process
+        if not refused and jit_compile is not False and has_ragged(inputs):
+            refuse("the sizes of ragged tensors depend on values")
         if refused:  # in another shape: to try again takes seconds, for the same answer
             return graph
         if jit_compile is True:

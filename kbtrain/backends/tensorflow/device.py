@@ -23,6 +23,28 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     return tf.nest.map_structure(tf.convert_to_tensor, tree)
 
 
+def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
+    """The ragged tensor that ``kbtrain.data.ragged.Ragged`` stands for.
+
+    Args:
+        dense: Its values, padded; symbolic to get a symbolic one.
+        lengths: The lengths of the rows along each ragged axis, padded.
+    """
+    if isinstance(dense, keras.KerasTensor):
+        shape = [dense.shape[0], *[None] * len(lengths), *dense.shape[len(lengths) + 1 :]]
+        return keras.KerasTensor(shape, dense.dtype, ragged=True, ragged_rank=len(lengths))
+
+    def of_rows(values: Any) -> Any:
+        return tf.RaggedTensor.from_tensor(
+            values, lengths=lengths[0], row_splits_dtype=lengths[0].dtype
+        )
+
+    rows = of_rows(dense)
+    if len(lengths) == 1:
+        return rows
+    return rows.with_values(ragged(rows.values, [of_rows(each).values for each in lengths[1:]]))
+
+
 def to_host(tree: Any) -> Any:
     """Wait for a structure of tensors and return it as NumPy arrays."""
     return tf.nest.map_structure(lambda t: t.numpy() if tf.is_tensor(t) else np.asarray(t), tree)

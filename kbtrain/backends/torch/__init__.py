@@ -29,6 +29,7 @@ from kbtrain.backends.torch.device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    ragged,
     rng_state,
     set_rng_state,
     start_to_host,
@@ -214,7 +215,7 @@ def recompute(
     if not torch.is_grad_enabled():
         return fn(tensors)
     if now.capturing:
-        # TorchScript keeps every tensor while it records, and computes what is equal once only.
+        # Captured, the second run of a layer that draws random numbers gives other gradients.
         raise NotCapturable("layers are to be run again, which a record would not do")
     scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())

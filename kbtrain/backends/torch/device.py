@@ -12,6 +12,11 @@ import numpy as np
 import torch
 
 
+def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
+    """There is none here: data with ragged tensors is refused before a step is made."""
+    raise NotImplementedError("PyTorch has no ragged tensors that Keras could use.")
+
+
 def to_device(tree: Any, pin: bool = False) -> Any:
     """Copy a structure of NumPy arrays to the device.
 

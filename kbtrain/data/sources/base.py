@@ -13,8 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.data.batch import LabelNames, common_length, label_keys, named_leaves, unpack
+from kbtrain.data.batch import (
+    LabelNames,
+    common_length,
+    label_keys,
+    named_leaves,
+    unpack,
+    with_ragged_inputs,
+)
 from kbtrain.data.collators.default import default_collate
+from kbtrain.data.ragged import Ragged, as_ragged, is_ragged
 from kbtrain.data.sampling.by_length import checked, no_lengths
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.columns import Column, as_column, cut, rows, take
@@ -334,7 +342,9 @@ def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
     """Turn ``(x, y)``, a dict or an array into the same structure of columns."""
     strings = label_keys(label_names).strings
 
-    def column(value: Any, path: str) -> Column:
+    def column(value: Any, path: str) -> Column | Ragged:
+        if strings and is_ragged(value):  # both are for models on TensorFlow
+            return as_ragged(value)
         return as_column(value, path, strings)
 
     if isinstance(data, tuple):
@@ -345,8 +355,9 @@ def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
                 f"Received: a tuple of {len(data)}"
             )
         parts = zip(("x", "y", "sample_weight"), data, strict=False)
-        return tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
-    columns = map_raw(column, data, name)
+        columns = tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
+        return with_ragged_inputs(columns, name, label_names)
+    columns = with_ragged_inputs(map_raw(column, data, name), name, label_names)
     unpack(
         columns, label_names
     )  # a dict of labels alone, or with two kinds of labels, is an error now

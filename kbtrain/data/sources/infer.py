@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kbtrain.data.batch import LabelNames
+from kbtrain.data.ragged import is_ragged
 from kbtrain.data.sources.base import ArraySource, IterableSource, MapSource, Source, failed
 from kbtrain.data.sources.interop import derives_from, yields_batches
 from kbtrain.data.tree import has_array, is_sparse
@@ -55,7 +56,7 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
 def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
-    if isinstance(data, (tuple, Mapping)) or has_array(data) or is_sparse(data):
+    if isinstance(data, (tuple, Mapping)) or has_array(data) or is_sparse(data) or is_ragged(data):
         return ArraySource(data, name, label_names)
     if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
         return IterableSource(data, name)

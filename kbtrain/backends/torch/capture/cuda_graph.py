@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kbtrain.backends.torch.capture.program import Program, no_collection
-from kbtrain.errors import causes
+from kbtrain.errors import causes, first_lines
 
 logger = logging.getLogger("kbtrain")
 
@@ -310,11 +310,8 @@ def _stream(place: _Place) -> torch.cuda.Stream:
 
 
 def _first_error(error: Exception) -> str:
-    """What went wrong first, in one line; TorchScript says it in the middle of its own words."""
-    lines = [line for cause in causes(error) for line in str(cause).splitlines()]
-    parts = (line.rpartition("Error: ") for line in lines)
-    named = (message for _, found, message in parts if found and message)
-    return next(named, lines[-1] if lines else type(error).__name__)
+    """What went wrong first, in one line."""
+    return first_lines(causes(error)[0], 1) or type(error).__name__
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:

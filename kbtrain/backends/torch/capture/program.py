@@ -1,15 +1,14 @@
 """A recorded torch step as a program: first what has no effect, then the check, then the changes.
 
-The operations without an effect on the state (nearly all) become one TorchScript function, which
-the C++ interpreter runs without Python. The few that change a variable (the fused optimizer, a
-moving average, a counter) are called one by one after it. Between the two stands the step's own
-finite check: where it does not hold, nothing has been changed.
+Nearly all operations have no effect on the state. The few that change a variable (the fused
+optimizer, a moving average, a counter) come last. Between the two stands the step's own finite
+check: where it does not hold, nothing has been changed. All of it is one generated Python function
+(`torch_codegen`); with ``jit_compile=True``, ``torch.compile`` takes the part without effects.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import warnings
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kbtrain.backends.torch.capture.codegen import Source
 from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
 from kbtrain.backends.torch.capture.large_gradients import Kept, keep_gradients
 from kbtrain.backends.torch.capture.predication import drop_selections
@@ -31,16 +31,29 @@ from kbtrain.backends.torch.capture.simplify import (
     nodes_in,
     simplify,
 )
-from kbtrain.backends.torch.capture.torchscript import NotScriptable, Part, to_script
 from kbtrain.backends.torch.capture.views import copy_where_needed, plain_products, shorten_views
-from kbtrain.backends.torch.device import is_oom
-from kbtrain.utils.fallback import PrivatePart, report
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
 
 GUARD = aten._assert_async.default
 """Marks, in a recorded graph, that what follows happens only if its argument is true."""
+
+
+class Part(NamedTuple):
+    """The part of a recorded step that has no effect, as a function.
+
+    Attributes:
+        inputs: What it is given.
+        constants: Nodes that stand for tensors, with these.
+        nodes: The operations, in order.
+        results: What the rest of the step needs of it.
+    """
+
+    inputs: list[Node]
+    constants: dict[Node, torch.Tensor]
+    nodes: list[Node]
+    results: list[Node]
 
 
 class Program(NamedTuple):
@@ -90,7 +103,7 @@ def make_program(
     Args:
         module: The recorded step: a ``torch.nn.Module`` with a ``graph``.
         examples: A value for each of its inputs.
-        inductor: Compile the part without effects by ``torch.compile``, not TorchScript.
+        inductor: Compile the part without effects by ``torch.compile``.
         kept: Memory that the programs of one step share (``torch_kept``).
 
     Raises:
@@ -118,26 +131,24 @@ def make_program(
     constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr" and n.users}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
-    part = Part(placeholders, constants, _used(pure, results), results)
-    script = _inductor(part, examples) if inductor else _script(part)
+    part = Part(placeholders, constants, _erase_unused(module.graph, pure, results), results)
+    compiled = _inductor(part, examples) if inductor else None
 
-    code = _Code()
-    names: dict[Node, str] = {}
-    arguments = [code.name(node, names) for node in placeholders]
-    for node, tensor in constants.items():
-        names[node] = code.constant(tensor)
-    targets = "".join(f"{code.name(node, names)}, " for node in results)
-    code.lines.append(f"{targets or '_'} = {code.constant(script)}({', '.join(arguments)})")
+    source = Source(
+        placeholders, constants, _last_uses([*part.nodes, *late], [*returned, *conditions])
+    )
+    if compiled is not None:
+        source.assign(results, compiled, placeholders)
+    else:
+        for node in part.nodes:
+            source.operation(node)
     if conditions:
-        checked = ", ".join(names[node] for node in conditions)
-        code.lines.append(f"{code.constant(_check)}({checked})")
+        source.call(_check, conditions)
     for node in late:
-        call = code.call(node, names)
-        code.lines.append(f"{code.name(node, names)} = {call}")
-    code.lines.append(f"return [{', '.join(names[n] for n in returned)}]")
+        source.operation(node)
     changed = {owner for node in late for owner in _written(node, memory)}
     return Program(
-        code.compile(arguments),
+        source.compile(returned),
         [i for i, node in enumerate(placeholders) if node in changed],
         list(constants.values()),
         "a condition is checked" if conditions else _reason_to_wait([*part.nodes, *late], changed),
@@ -199,7 +210,7 @@ def _sort(module: torch.nn.Module, memory: Memory) -> tuple[list[Node], list[Nod
 
 
 def _reads_value(node: Node) -> bool:
-    """Whether the result is a number read from a tensor, which TorchScript would keep for ever.
+    """Whether the result is a number read from a tensor, which the host has to wait for.
 
     Keras' SGD reads its learning rate so, to give it to an operation that takes only numbers.
     """
@@ -221,15 +232,26 @@ def _is_state(owner: Node) -> bool:
 # --- the part without effects ---------------------------------------------------------------------
 
 
-def _used(nodes: list[Node], results: list[Node]) -> list[Node]:
-    """The nodes that the results need, and those with an effect of their own."""
+def _erase_unused(graph: Graph, nodes: list[Node], results: list[Node]) -> list[Node]:
+    """The nodes that the results need, and those with an effect of their own; the others go."""
     needed = set(results)
     used = []
     for node in reversed(nodes):
         if node in needed or node.is_impure():
             used.append(node)
             needed.update(node.all_input_nodes)
+        else:
+            graph.erase_node(node)
     return used[::-1]
+
+
+def _last_uses(nodes: Sequence[Node], kept: Sequence[Node]) -> dict[Node, Node]:
+    """The last of the nodes that uses each result of another; nothing for what is kept."""
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    return {s: user for s, user in last.items() if s.op == "call_function" and s not in kept}
 
 
 def _as_module(part: Part) -> GraphModule:
@@ -247,8 +269,8 @@ def _as_module(part: Part) -> GraphModule:
     return GraphModule(root, graph)
 
 
-def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """The function compiled by ``torch.compile``; as TorchScript where that fails."""
+def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+    """The function compiled by ``torch.compile``; None where that fails."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -264,78 +286,4 @@ def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any
             type(error).__name__,
             lines[0],
         )
-        return _script(part)
-
-
-def _script(part: Part) -> Callable[..., Any]:
-    """The function as TorchScript; in Python where that has no word for something, or fails."""
-    try:
-        script = to_script(part)
-    except NotScriptable as error:
-        logger.info("The captured step runs in Python, TorchScript cannot express it: %s", error)
-        return _as_module(part)
-    except Exception as error:
-        report(_TORCHSCRIPT, "torch", error, _IN_PYTHON)
-        return _as_module(part)
-    module = functools.cache(lambda: _as_module(part))
-
-    def in_python(*given: torch.Tensor) -> Any:
-        return module()(*given)
-
-    return PrivatePart(_TORCHSCRIPT, "torch", script, in_python, _IN_PYTHON, passes=_is_no_fault)
-
-
-def _is_no_fault(error: BaseException) -> bool:
-    """Whether TorchScript is not to blame: no memory, or a graph's capture that has failed.
-
-    A stream that is being captured takes nothing after its first error, so nothing is tried again.
-    """
-    try:
-        return is_oom(error) or torch.cuda.is_current_stream_capturing()
-    except RuntimeError:  # a build without CUDA
-        return False
-
-
-_TORCHSCRIPT = "Running a captured step as TorchScript"
-_IN_PYTHON = "Python calls its operations one by one, which takes longer for small models."
-
-
-# --- the program ----------------------------------------------------------------------------------
-
-
-class _Code:
-    """Source of a Python function, with the objects it refers to."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.constants: dict[str, Any] = {}
-
-    def constant(self, value: Any) -> str:
-        """A name for an object."""
-        name = f"const{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def name(self, node: Node, names: dict[Node, str]) -> str:
-        """The variable a node's result is kept in."""
-        return names.setdefault(node, f"value{len(names)}")
-
-    def call(self, node: Node, names: dict[Node, str]) -> str:
-        """Source of one operation."""
-        parts = [self._value(argument, names) for argument in node.args]
-        parts += [f"{key}={self._value(value, names)}" for key, value in node.kwargs.items()]
-        return f"{self.constant(node.target)}({', '.join(parts)})"
-
-    def _value(self, value: Any, names: dict[Node, str]) -> str:
-        if isinstance(value, Node):
-            return names[value]
-        if isinstance(value, list | tuple):
-            return f"[{', '.join(self._value(item, names) for item in value)}]"
-        return self.constant(value)
-
-    def compile(self, arguments: list[str]) -> Callable[..., list[Any]]:
-        """The function."""
-        body = "\n    ".join(self.lines)
-        scope = dict(self.constants)
-        exec(f"def program({', '.join(arguments)}):\n    {body}", scope)
-        return scope["program"]
+        return None
