@@ -57,8 +57,9 @@ class ReportMethods:
             with explained(target):
                 processing.save(self.processing_class, target)
             target = target / "model.keras"
-        with swapped_in(self.optimizer if self.training_weights else None):
-            persistence.save_keras_file(self.model, target)  # type: ignore[attr-defined]
+        model: Any = self.model  # type: ignore[attr-defined]
+        with swapped_in(self.optimizer if self.training_weights else None, model.variables):
+            persistence.save_keras_file(model, target)
         return target
 
     def save_state(self) -> Path:

@@ -39,6 +39,7 @@ from kbtrain.backends.torch_program import make_program, no_collection, same_ran
 from kbtrain.backends.torch_record import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
 from kbtrain.fallback import report
+from kbtrain.keras_private import held_values
 
 logger = logging.getLogger("kbtrain")
 
@@ -108,7 +109,7 @@ def _record(
     The variables' values are inputs of the graph, after those of the step.
     """
     outputs: list[Any] = []
-    real = [variable._value for variable in variables]
+    real = held_values(variables)
     count = len(keras.tree.flatten(inputs))
     inside = False
 
