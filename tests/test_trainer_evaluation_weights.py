@@ -63,7 +63,7 @@ def loss_of(arrays):
 
 
 def values_in_evaluation(optimizer, model):
-    with swapped_in(optimizer):
+    with swapped_in(optimizer, model.variables):
         return weights(model)
 
 

@@ -389,6 +389,6 @@ def differing(
         trained: Host copies of all of them.
         buffers: Where to copy to; the default is new memory.
     """
-    with swapped_in(optimizer) as there:
+    with swapped_in(optimizer, list(named.values())) as there:
         values = capture(named, buffers, "evaluation") if there else {}
     return {k: v for k, v in values.items() if not np.array_equal(v, trained[k])}

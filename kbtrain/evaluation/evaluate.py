@@ -214,7 +214,9 @@ def evaluate(
             pin=args.dataloader_pin_memory,
         )
         try:
-            with swapped_in(trainer.optimizer if trainer.training_weights else None):
+            with swapped_in(
+                trainer.optimizer if trainer.training_weights else None, trainer.model.variables
+            ):
                 return evaluation.run(batches, metrics)
         except Exception as error:
             if not backend.is_oom(error):

@@ -19,6 +19,7 @@ from keras import ops
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.model.losses.pairing import beside_tensors, is_tensor
 from kbtrain.model.losses.pairs import TAKEN, as_dtype_of, as_float, check_name
+from kbtrain.utils.fallback import PrivatePart
 
 
 class MetricSet(Protocol):
@@ -311,7 +312,7 @@ def _is_mean_of_function(metric: keras.metrics.Metric) -> bool:
     return isinstance(metric, wrapper) and type(metric).update_state is wrapper.update_state
 
 
-def _add_elements(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> None:
+def _add_elements_fast(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> None:
     """Add each element by itself.
 
     Keras takes the mean of each sample first, over the length that its batch was padded to: the
@@ -323,6 +324,17 @@ def _add_elements(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> None:
         return
     weight = ops.broadcast_to(weight, values.shape)
     keras.metrics.Mean.update_state(metric, ops.reshape(values, (-1,)), ops.reshape(weight, (-1,)))
+
+
+_add_elements = PrivatePart(
+    "Asking a metric for the values of its elements",
+    "keras",
+    _add_elements_fast,
+    lambda metric, y_true, y_pred, weight: type(metric).update_state(
+        metric, y_true, y_pred, sample_weight=weight
+    ),
+    "Metrics of tokens are means over samples first, as in Keras' own evaluation.",
+)
 
 
 def _shape(tensor: Any) -> str:

@@ -8,18 +8,22 @@ Two kinds are known, by what they offer and not by their class: those with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import keras
 
+from kbtrain.utils.fallback import PrivatePart
+
 
 @contextlib.contextmanager
-def swapped_in(optimizer: Any) -> Iterator[bool]:
+def swapped_in(optimizer: Any, variables: Sequence[keras.Variable]) -> Iterator[bool]:
     """Inside, the model's variables hold the weights to evaluate; afterwards what they held before.
 
     Args:
         optimizer: The one that trains the model, or None.
+        variables: Those of the model.
 
     Yields:
         Whether there are such weights; without them nothing happens.
@@ -35,7 +39,7 @@ def swapped_in(optimizer: Any) -> Iterator[bool]:
             if swapped:
                 source.swap_back()
     else:
-        pairs = _averages(source)
+        pairs = averages_of(source, variables)
         before = [_copy(variable) for variable, _ in pairs]
         for variable, average in pairs:
             variable.assign(_copy(average))
@@ -51,7 +55,7 @@ def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
     source = _source(optimizer)
     if source is not None and not hasattr(source, "swap_in_evaluation_weights"):
         # Keras' own average: on TensorFlow it cannot leave out variables that have none.
-        for variable, average in _averages(source):
+        for variable, average in averages_of(source, variables):
             variable.assign(_copy(average))
         return
     before = [variable.value for variable in variables]
@@ -61,11 +65,31 @@ def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
             variable.assign(_copy(variable))
 
 
-def _averages(source: Any) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Variables with their averages, of an optimizer of Keras' with ``use_ema``."""
+def _pairs(source: Any, variables: Sequence[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
     averages = source._model_variables_moving_average
     pairs = zip(source._trainable_variables, averages, strict=True)
     return [(variable, average) for variable, average in pairs if average is not None]
+
+
+def _tried(source: Any, variables: Sequence[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
+    """Let Keras put the averages in, look at them, and take that back."""
+    trained = [variable for variable in variables if variable.trainable]
+    before = [_copy(variable) for variable in trained]
+    source.finalize_variable_values(trained)
+    averages = [SimpleNamespace(value=_copy(variable)) for variable in trained]
+    for variable, value in zip(trained, before, strict=True):
+        variable.assign(value)
+    return list(zip(trained, averages, strict=True))
+
+
+averages_of = PrivatePart(
+    "Finding the averages of an optimizer with use_ema",
+    "keras",
+    _pairs,
+    _tried,
+    "They are taken from what finalize_variable_values makes of the weights.",
+)
+"""Variables with their averages, of an optimizer of Keras' with ``use_ema``."""
 
 
 def _copy(variable: keras.Variable) -> Any:

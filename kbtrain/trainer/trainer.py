@@ -377,7 +377,7 @@ class Trainer(KnownNames, TrainerBase):
             with explained(target):
                 processing.save(self.processing_class, target)
             target = target / "model.keras"
-        with swapped_in(self.optimizer if self.training_weights else None):
+        with swapped_in(self.optimizer if self.training_weights else None, self.model.variables):
             run_state.save_keras_file(self.model, target)
         return target
 

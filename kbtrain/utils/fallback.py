@@ -17,7 +17,10 @@ norm and product of a list           ``backends/torch``          one tensor afte
 functions of a user's ``tf.function``  ``backends/tensorflow_functions``  ``tf.autograph.to_graph``
 whether XLA compiles                 ``backends/tensorflow_update``  as if it did not
 determinism, to be switched off      ``backends/tensorflow_device``  it stays on
-Keras' masks, scopes, walks          ``keras_private``           said there
+values in tensors of metrics          ``metrics``                 Keras' own mean over samples
+averages of ``use_ema``              ``evaluation_weights``      Keras puts them in and back
+moving variables                     ``backends/tensorflow_device``  they stay where they are
+Keras' masks, scopes, walks, values  ``keras_private``           said there
 ===================================  ==========================  =================================
 """
 

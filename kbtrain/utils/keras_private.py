@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -143,6 +144,56 @@ flatten_layers = _part(
     "Layers are found by the attributes of layers.",
 )
 """The layer and everything below it, each once, in a stable order."""
+
+
+# --- variables ------------------------------------------------------------------------------------
+# What `value` and `assign` do besides (scopes, checks, conversions) takes ten times as long as the
+# call of a small step. So many at once: then it costs nothing to go through a private part.
+
+
+def held_values(variables: Sequence[keras.Variable]) -> list[Any]:
+    """The tensors that variables hold, whatever scope is active.
+
+    Who asks records a step, and runs it eagerly where that fails.
+    """
+    return [variable._value for variable in variables]
+
+
+read_values = _part(
+    "Reading the values of variables",
+    held_values,
+    lambda variables: [variable.value for variable in variables],
+    "They are read one by one, which takes longer.",
+)
+"""The tensors that variables hold, outside of scopes or where the scope has none for them."""
+
+
+def _put(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    held_values(variables[:1])  # there, or this would make an attribute that nobody reads
+    for variable, value in zip(variables, values, strict=True):
+        variable._value = value
+
+
+def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+write_values = _part(
+    "Setting the values of variables",
+    _put,
+    _assign,
+    "They are assigned one by one, which takes longer.",
+)
+"""``write_values(variables, values)``: let variables hold other tensors of the same form."""
+
+has_value = _part(
+    "Asking whether a variable has a value",
+    lambda variable: variable._value is not None,
+    lambda variable: True,
+    "It is taken to have one.",
+)
+"""Whether a variable is initialized; inside of a scope, where reading it may initialize it."""
 
 
 # --- random numbers -------------------------------------------------------------------------------

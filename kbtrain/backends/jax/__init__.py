@@ -47,7 +47,7 @@ from kbtrain.backends.jax.model_steps import (  # noqa: F401
 from kbtrain.backends.jax.scope import Scope, now, run_stateless
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten
-from kbtrain.utils.keras_private import stateless_scope
+from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""
@@ -105,7 +105,8 @@ def recompute(
         return fn(tensors)
     scope = stateless_scope()
     held = [scope.get_current_value(v) for v in now.state]
-    before = [v._value if x is None else x for v, x in zip(now.state, held, strict=True)]
+    own = read_values(now.state)
+    before = [v if x is None else x for v, x in zip(own, held, strict=True)]
     changed_indices: list[int] = []
 
     def pure(values: list[Any], tensors: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -16,6 +16,7 @@ from kbtrain.backends.jax.scope import now, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, ConfigurationError, LooksAtNumber, causes, user_line
+from kbtrain.utils.keras_private import read_values, write_values
 
 logger = logging.getLogger("kbtrain")
 
@@ -56,16 +57,15 @@ def compile_step(
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
-        new = complete(inputs, lambda: ([v._value for v in variables], inputs))
-        values = [variable._value for variable in variables]
+        new = complete(inputs, lambda: (read_values(variables), inputs))
+        values = read_values(variables)
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         if new:
             _compile(jitted, values, inputs)
         outputs, values = jitted(values, inputs)
         # `assign` would convert and check each value again: ten times the cost of the whole call.
-        for variable, value in zip(variables, values, strict=True):
-            variable._value = value
+        write_values(variables, values)
         return outputs
 
     return call
@@ -252,18 +252,15 @@ def compile_eval_steps(
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
         numbers = np.int32(start), np.int32(count)
         state = [fixed, changing]
-        new = complete(
-            block, lambda: (*([v._value for v in part] for part in state), block, *numbers)
-        )
-        values = [v._value for v in changing]
+        new = complete(block, lambda: (*(read_values(part) for part in state), block, *numbers))
+        values = read_values(changing)
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
-        constant = [v._value for v in fixed]
+        constant = read_values(fixed)
         if new:
             _compile(jitted, constant, values, block, *numbers)
         outputs, values = jitted(constant, values, block, *numbers)
-        for variable, value in zip(changing, values, strict=True):
-            variable._value = value
+        write_values(changing, values)
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
 
     return _or_eagerly(call, eager)

@@ -115,8 +115,8 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     target = _find(device)
     with jax.default_device(target):
         for variable in variables:
-            if variable._value.devices() != {target}:
-                variable._value = jnp.array(jax.device_get(variable._value))
+            if variable.value.devices() != {target}:
+                variable.assign(jnp.array(jax.device_get(variable.value)))
 
 
 _options: dict[str, Any] | None = None

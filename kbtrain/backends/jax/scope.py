@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from kbtrain.backends.scopes import LossScope
+from kbtrain.utils.keras_private import has_value
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Scope(keras.StatelessScope):
     def get_current_value(self, variable: keras.Variable) -> Any:
         """The value in this scope; None where the variable itself has it."""
         value = super().get_current_value(variable)
-        unknown = value is None and variable._value is not None
+        unknown = value is None and has_value(variable)
         if unknown and not any(variable is other for other in (*now.state, *now.strangers)):
             now.strangers.append(variable)
         return value

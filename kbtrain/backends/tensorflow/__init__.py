@@ -49,7 +49,7 @@ from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, apply_optimizer, 
 from kbtrain.data import signature
 from kbtrain.data.ragged import has_ragged
 from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
-from kbtrain.utils.keras_private import stateless_scope
+from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True
 """Whether tensors can hold strings, and be ragged."""
@@ -406,8 +406,8 @@ def recompute(
     variables = list({id(v): v for v in variables}.values())
     held = [None if scope is None else scope.get_current_value(v) for v in variables]
     before = [
-        tf.convert_to_tensor(v._value if x is None else x)
-        for v, x in zip(variables, held, strict=True)
+        tf.convert_to_tensor(v if x is None else x)
+        for v, x in zip(read_values(variables), held, strict=True)
     ]
     count = len(tensors)
     changed: list[keras.Variable] = []

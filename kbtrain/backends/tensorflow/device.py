@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.keras_private import held_values
 
 
 def to_device(tree: Any, pin: bool = False) -> Any:
@@ -109,10 +110,24 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     name = _named(device)
     for variable in variables:
         if not variable.value.device.endswith(name.removeprefix("/")):
-            with tf.device(name):
-                variable._value = tf.Variable(
-                    variable.value, trainable=variable.trainable, name=variable.name
-                )
+            _move(variable, name)
+
+
+def _put_on(variable: keras.Variable, device: str) -> None:
+    held_values([variable])  # there, or this would make an attribute that nobody reads
+    with tf.device(device):
+        variable._value = tf.Variable(
+            variable.value, trainable=variable.trainable, name=variable.name
+        )
+
+
+_move = PrivatePart(
+    "Moving a variable to another device",
+    "keras",
+    _put_on,
+    lambda variable, device: None,
+    "Variables stay where they are; TensorFlow copies what a step on another device reads.",
+)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
 )
 from kbtrain.backends.torch.runner import InParts, Runner, now
 from kbtrain.utils.fallback import PrivatePart
-from kbtrain.utils.keras_private import stateless_scope
+from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""
@@ -220,7 +220,8 @@ def recompute(
     scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())
     held = [None if scope is None else scope.get_current_value(v) for v in variables]
-    before = [v._value if x is None else x for v, x in zip(variables, held, strict=True)]
+    own = read_values(variables)
+    before = [v if x is None else x for v, x in zip(own, held, strict=True)]
     changes: list[tuple[keras.Variable, torch.Tensor]] = []
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

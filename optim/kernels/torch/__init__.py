@@ -164,7 +164,12 @@ def _storage(variable: Any) -> torch.Tensor:
     Not `keras.Variable.value`: that is a cast copy inside an autocast scope, and it looks up three
     scopes at every access, which is half of the time of an update of a small model.
     """
-    return variable._value
+    try:
+        return variable._value
+    except AttributeError as error:
+        value = variable.value
+        report("Reading the tensor of a variable", "keras", error, "It is read the public way.")
+        return value
 
 
 def _fusible(parameter: torch.Tensor) -> bool:

@@ -1,10 +1,11 @@
 """What Keras layers do on torch, in the operations that torch has fast kernels for.
 
 Used while a step is recorded, so the numbers are those of the layers to rounding, and a step that
-runs eagerly is plain Keras. Four things are replaced: batch normalisation by torch's own kernel
+runs eagerly is plain Keras. Five things are replaced: batch normalisation by torch's own kernel
 (Keras has a dozen passes over the data), copies between channels-last and channels-first layouts
-of the same bytes by nothing, sums by index by operations that look at no values, and random
-numbers from a seed that is a tensor by operations that can be recorded.
+of the same bytes by nothing, ``isfinite``, which is four operations, by two, sums by index by
+operations that look at no values, and random numbers from a seed that is a tensor by operations
+that can be recorded.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class _Operations(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.contiguous and not kwargs and _is_channels_last(args):
             return args[0]
+        if func is torch.isfinite and args[0].is_floating_point():
+            difference = args[0] - args[0]  # NaN where it is not finite, else 0
+            return difference == difference
         if (seed := self._seeds.of(kwargs.get("generator"))) is not None:
             return draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
         return func(*args, **kwargs)

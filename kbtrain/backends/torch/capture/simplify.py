@@ -108,6 +108,7 @@ def simplify(module: torch.nn.Module) -> None:
 
     ``detach`` means nothing without gradients, nor does a product with 1. Small tensors that
     depend on shapes alone (zeros, ones, ranges, and what is computed from them) become constants.
+    Of two operations with the same small result the second is left out.
 
     Args:
         module: A recorded step; changed in place.
@@ -117,6 +118,11 @@ def simplify(module: torch.nn.Module) -> None:
     constants = {n: getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     # A variable that the step does not know of is a constant to the record, but may be assigned.
     constants = {n: t for n, t in constants.items() if not isinstance(t, torch.nn.Parameter)}
+    # Two results of a step are two tensors: what is done to one does not happen to the other.
+    output = next(node for node in graph.nodes if node.op == "output")
+    leaving = {owner for node in nodes_in(output.args[0]) for owner in memory.owners(node)}
+    folded: list[tuple[torch.Tensor, Node]] = []
+    first: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or any(memory.writes[o] for o in memory.owners(node)):
             continue
@@ -124,17 +130,66 @@ def simplify(module: torch.nn.Module) -> None:
             _write_out(node, number)
             continue
         if node.target is aten.detach.default or _is_times_one(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            _replace(node, node.args[0])
         elif (value := _constant(node, constants)) is not None:
-            name = f"folded_{node.name}"
-            module.register_buffer(name, value, persistent=False)
-            with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta["val"] = node.meta["val"]
-            constants[constant] = value
-            node.replace_all_uses_with(constant)
-            graph.erase_node(node)
+            equal = next((other for held, other in folded if _is_same(held, value)), None)
+            if equal is None:
+                name = f"folded_{node.name}"
+                module.register_buffer(name, value, persistent=False)
+                with graph.inserting_before(node):
+                    equal = graph.get_attr(name)
+                equal.meta["val"] = node.meta["val"]
+                constants[equal] = value
+                folded.append((value, equal))
+            _replace(node, equal)
+        elif (call := _call_of(node)) is not None and not memory.owners(node) & leaving:
+            earlier = first.get(call)
+            if earlier is None or _is_written_since(node, earlier, memory):
+                first[call] = node
+            else:
+                _replace(node, earlier)
+
+
+def _replace(node: Node, other: Node) -> None:
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    like = (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+    # By their bytes: 0 and -0 are equal.
+    return like and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _call_of(node: Node) -> Any:
+    """An operation and its arguments, equal for equal ones; None where it may not be left out.
+
+    A large result would have to be kept until its second use.
+    """
+    operation, held = node.target, node.meta.get("val")
+    if not isinstance(operation, torch._ops.OpOverload) or operation.namespace != "aten":
+        return None
+    if not isinstance(held, torch.Tensor) or held.numel() > _LARGEST_CONSTANT:
+        return None
+    if operation._schema.is_mutable or torch.Tag.nondeterministic_seeded in operation.tags:
+        return None
+    return operation, _hashable(node.args), _hashable(node.kwargs)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return repr(value)  # 1, 1.0 and True are equal, and not the same argument
+
+
+def _is_written_since(node: Node, earlier: Node, memory: Memory) -> bool:
+    """Whether what ``node`` reads has been changed since ``earlier`` has read it."""
+    begin, end = memory.position[earlier], memory.position[node]
+    return any(memory.written_between(n, begin, end) for n in node.all_input_nodes)
 
 
 def known_number(value: Any) -> bool | int | float | None:

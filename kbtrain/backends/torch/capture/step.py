@@ -1,21 +1,4 @@
-"""Capture of a torch step: from Python over Keras layers to a fixed list of ATen operations.
-
-A step is recorded once for each shape of its inputs, and from then on runs without Keras:
-
-1. trace (``torch_record``): the step, forward, backward and update, runs on fake tensors, and every
-   operation that PyTorch dispatches is written down; where that does not do, ``make_fx`` records.
-2. overrides (``torch_native``, ``torch_random``), while it is traced: a few Keras functions are
-   replaced by operations with a fast kernel, or that a record can hold.
-3. simplify (``torch_rewrites``, ``torch_views``, ``torch_kept``, ``torch_skips``): less is computed
-   and copied, assignments move to the end, the gradients of large tables keep their memory.
-4. program (``torch_program``, ``torch_codegen``): operations without an effect on the state come
-   first, then the finite check, then the changes, all in one generated Python function.
-5. run: the function is called with the batch and the variables' values; on a GPU it becomes a CUDA
-   graph (``torch_graph``).
-
-What depends on values in Python (``if`` on a tensor, ``.item()``) cannot be recorded: PyTorch says
-so in the trace, and the step runs eagerly. So it does if the check fails (``torch_guard``).
-"""
+"""PyTorch: one step as it is captured; see ``kbtrain.backends.torch.capture``."""
 
 from __future__ import annotations
 
@@ -39,6 +22,7 @@ from kbtrain.backends.torch.capture.program import make_program, no_collection, 
 from kbtrain.backends.torch.capture.trace import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
 from kbtrain.utils.fallback import report
+from kbtrain.utils.keras_private import held_values
 
 logger = logging.getLogger("kbtrain")
 
@@ -108,7 +92,7 @@ def _record(
     The variables' values are inputs of the graph, after those of the step.
     """
     outputs: list[Any] = []
-    real = [variable._value for variable in variables]
+    real = held_values(variables)
     count = len(keras.tree.flatten(inputs))
     inside = False
 
