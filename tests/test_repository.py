@@ -300,6 +300,27 @@ def test_the_changelog_has_one_line_per_change_under_known_headings():
     assert [line for line in body if line.startswith(" ")] == []
 
 
+def folders_of_the_tree() -> set[str]:
+    """The folders that CONTRIBUTING.md draws, as paths."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    drawn = text.partition("## The tree\n\n```text\n")[2].partition("```")[0]
+    found, path = set(), []
+    for line in drawn.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, purpose = line.strip().partition("/")
+        assert purpose.strip(), f"{name} has no purpose"
+        path = [*path[:depth], name]
+        found.add("/".join(path))
+    return found
+
+
+def test_contributing_draws_every_folder_and_no_other():
+    files = [path for top in ("kbtrain", "optim", "tests") for path in ROOT.glob(f"{top}/**/*.py")]
+    folders = {p for path in files for p in path.relative_to(ROOT).parents}
+    expected = {p.as_posix() for p in folders if p != Path()}
+    assert folders_of_the_tree() - {"docs", "examples", "benchmarks"} == expected
+
+
 def test_ci_runs_the_environments_of_tox():
     envs = re.search(r"^env_list = (.+)$", (ROOT / "tox.ini").read_text("utf-8"), re.MULTILINE)[1]
     names = re.sub(r"py311-\{(.+?)\}", lambda m: "py311-" + m[1].replace(",", ", py311-"), envs)
