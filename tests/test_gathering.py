@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.evaluation.gather import (
     PADDING,
-    Batchwise,
-    Concatenated,
-    Listed,
+    BatchwiseMetrics,
+    ConcatenatedOutputs,
+    ListedOutputs,
     Rows,
     check_batchwise,
     checked_metrics,
@@ -116,7 +116,7 @@ def test_memory_is_that_of_the_result(expected, most):
     """Where the number of rows is known, nothing is ever held twice."""
 
     def gather():
-        gathered = Concatenated(expected)
+        gathered = ConcatenatedOutputs(expected)
         for _ in range(250):
             gathered.add(part(np.ones((4, 4, 256), np.float32)))
         return gathered.take()["outputs"]
@@ -128,7 +128,7 @@ def test_memory_is_that_of_the_result(expected, most):
 
 
 def test_an_output_without_a_row_per_sample_has_its_own_count():
-    gathered = Concatenated(expected=8)
+    gathered = ConcatenatedOutputs(expected=8)
     scalars = {"mean": np.array([1.0, 2.0]), "matrix": np.ones((2, 3, 3))}
     gathered.add(SimpleNamespace(**(vars(part(np.zeros((2, 4, 1)))) | {"outputs": scalars})))
     taken = gathered.take()["outputs"]
@@ -137,7 +137,7 @@ def test_an_output_without_a_row_per_sample_has_its_own_count():
 
 
 def test_lists_keep_each_batch():
-    listed = Listed()
+    listed = ListedOutputs()
     x = np.arange(12.0).reshape(3, 2, 2)
     listed.add(part(x, labels={"a": x[..., 0]}, losses=np.array([1.0, 2.0, 3.0])))
     taken = listed.take()
@@ -153,7 +153,7 @@ def test_only_the_last_batch_asks_for_the_result():
         calls.append((prediction.predictions.tolist(), compute_result))
         return {"n": len(calls)} if compute_result else None
 
-    batchwise = Batchwise(compute)
+    batchwise = BatchwiseMetrics(compute)
     for values in ([[1], [2]], [[3]], [[4], [5]]):
         batchwise.add(part(np.array(values), labels=np.array(values)))
     assert batchwise.result() == {"n": 5}
@@ -161,7 +161,7 @@ def test_only_the_last_batch_asks_for_the_result():
 
 
 def test_without_labels_nothing_is_computed():
-    batchwise = Batchwise(lambda *_: pytest.fail("no labels"))
+    batchwise = BatchwiseMetrics(lambda *_: pytest.fail("no labels"))
     batchwise.add(part(np.zeros((2, 3))))
     assert batchwise.result() == {}
 

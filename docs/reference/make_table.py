@@ -17,13 +17,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from kbtrain import Trainer, trackers
 from kbtrain.callbacks import base as callbacks
 from kbtrain.callbacks import state
-from kbtrain import Trainer, trackers
 from kbtrain.config.migration import DROPPED, NOT_YET, RENAMED
 from kbtrain.config.migration import MEMBERS as ARGS_MEMBERS
-from kbtrain.trainer.migration import MEMBERS, PARAMETERS
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.trainer.migration import MEMBERS, PARAMETERS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

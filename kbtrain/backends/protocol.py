@@ -147,7 +147,7 @@ class Backend(Protocol):
     ) -> None:
         """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds."""
 
-    def undoable(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+    def with_rollback(self, fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
         """Run ``fn``, which assigns variables through ``commit_if``.
 
         Returns:

@@ -37,22 +37,22 @@ class NoticingScope(LossScope):
     Args:
         variables: Those that are differentiated.
         values: Their values.
-        know: Called with each variable that is assigned.
+        register: Called with each variable that is assigned.
     """
 
     def __init__(
         self,
         variables: Sequence[keras.Variable],
         values: Sequence[Any],
-        know: Callable[[keras.Variable], None],
+        register: Callable[[keras.Variable], None],
     ) -> None:
         super().__init__(list(zip(variables, values, strict=True)), collect_losses=True)
-        self._know = know
+        self._register = register
         self._held = {id(v): self.get_current_value(v) for v in variables}
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         """Note a new value."""
-        self._know(update[0])
+        self._register(update[0])
         super().add_update(update)
 
     def changes(self, variables: Sequence[keras.Variable]) -> list[tuple[keras.Variable, Any]]:

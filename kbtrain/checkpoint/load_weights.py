@@ -29,7 +29,7 @@ from kbtrain.errors import (
     concise,
     first_lines,
 )
-from kbtrain.model.variables import take_in_new_values
+from kbtrain.model.variables import refresh_derived_values
 from kbtrain.utils.local_path import check_local
 
 logger = logging.getLogger("kbtrain")
@@ -107,7 +107,7 @@ def load_weights(
     else:
         plan = _plan_from_file(model, path, named, strict)
     plan.apply()
-    take_in_new_values(model)
+    refresh_derived_values(model)
     report = LoadReport(tuple(plan.names), plan.missing, plan.unexpected, plan.different)
     if report.missing or report.unexpected or report.different:
         logger.warning("%s: %s.", path, report)

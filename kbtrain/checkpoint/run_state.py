@@ -30,7 +30,7 @@ from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.trainable_flags import TrainableFlags
-from kbtrain.model.variables import state_variables, take_in_new_values
+from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils import rng, tensorflow_import
@@ -181,7 +181,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     """
     arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
-    take_in_new_values(model)
+    refresh_derived_values(model)
 
 
 def gather_training(
@@ -216,7 +216,7 @@ def gather_training(
             )
             for group, each in _optimizer_groups(optimizer, others).items()
         },
-        "metrics": {str(i): value for i, value in enumerate(copies(metric_variables))},
+        "metrics": {str(i): value for i, value in enumerate(host_copies(metric_variables))},
         "rng": rng_arrays,
     }
     # A copy: it is written while training goes on.
@@ -275,11 +275,11 @@ def restore_run(
         plan.apply()
     arrays = {key: checkpoint.arrays["optimizer"][key] for key in aside}
     changing_variables.restore_aside(optimizer, arrays, model_plan.names)
-    take_in_new_values(model)
+    refresh_derived_values(model)
     saved = checkpoint.arrays.get("metrics", {})
     values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
-        put_back(metric_variables, values)
+        restore_values(metric_variables, values)
     else:
         logger.warning(
             "The metrics have changed since the checkpoint; their first value after the "
@@ -348,13 +348,13 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     return progress
 
 
-def copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
+def host_copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
     """Host copies of the values of ``variables``."""
     return [np.array(keras.ops.convert_to_numpy(v.value)) for v in variables]
 
 
-def put_back(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
-    """Assign what ``copies`` returned."""
+def restore_values(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
+    """Assign what ``host_copies`` returned."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 

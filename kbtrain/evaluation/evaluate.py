@@ -30,7 +30,12 @@ from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation.compiled_steps import CompiledEvalStep, EvalSteps
 from kbtrain.evaluation.gather import PADDING as PADDING
-from kbtrain.evaluation.gather import Batchwise, Concatenated, Listed, compute_on_host
+from kbtrain.evaluation.gather import (
+    BatchwiseMetrics,
+    ConcatenatedOutputs,
+    ListedOutputs,
+    compute_on_host,
+)
 from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
 from kbtrain.evaluation.generate import make_generator
 from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
@@ -84,7 +89,7 @@ class EvalLoopOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalSpec:
     """What is asked of a pass over the data.
 
     Attributes:
@@ -180,7 +185,7 @@ def evaluate(
             )
         bound.build(first)
         with_loss = not keep_outputs or unpack(first, names).y is not None
-        wanted = Wanted(
+        wanted = EvalSpec(
             prefix=prefix,
             with_loss=with_loss,
             compute_metrics=trainer.compute_metrics if gather else None,
@@ -200,7 +205,7 @@ def evaluate(
         # layers draw in an evaluation must not change what they draw after it.
         kept = [*bound.advancing_variables]
         kept += bound.metric_variables if trainer.is_in_train else []
-        saved = run_state.copies(kept)
+        saved = run_state.host_copies(kept)
         if metrics is not None:
             metrics.reset()
         trainer.position.set(Moment.of(trainer.state.global_step, trainer.state.epoch))
@@ -226,7 +231,7 @@ def evaluate(
                 f"per_device_eval_batch_size. Received: {args.eval_batch_size}."
             ) from error
         finally:
-            run_state.put_back(kept, saved)
+            run_state.restore_values(kept, saved)
             trainer.captured.settle()
 
 
@@ -263,7 +268,7 @@ def _shortened(value: Any, limit: int = 60) -> str:
 def _between_batches(trainer: TrainerBase, count: int) -> None:
     """After a call: tell who listens, and leave if the run is to stop and can come back here."""
     trainer.fire("on_prediction_step", batches=count)
-    trainer.watch.between_batches(trainer.saver.longest)
+    trainer.stop_signals.between_batches(trainer.saver.longest)
 
 
 def _generator(trainer: TrainerBase) -> Callable[[Any], Any]:
@@ -300,7 +305,7 @@ class Evaluation:
         self,
         backend: Backend,
         step: CompiledEvalStep,
-        wanted: Wanted,
+        wanted: EvalSpec,
         on_batches: Callable[[int], None],
         every_batch: bool,
         label_check: LabelCheck | None = None,
@@ -314,12 +319,16 @@ class Evaluation:
         self._logs: dict[str, Any] | None = None  # what a model's own test_step returned last
         self._samples = self._batches = 0
         compute = wanted.compute_metrics
-        self._batchwise = Batchwise(compute) if compute is not None and wanted.batchwise else None
-        self._gathered: Concatenated | Listed | None = None
+        self._batchwise = (
+            BatchwiseMetrics(compute) if compute is not None and wanted.batchwise else None
+        )
+        self._gathered: ConcatenatedOutputs | ListedOutputs | None = None
         if wanted.keep_outputs or (compute is not None and not wanted.batchwise):
             # A part of the set needs memory for that part: it grows then.
             expected = wanted.expected if wanted.max_batches is None else None
-            self._gathered = Concatenated(expected) if wanted.concatenate else Listed()
+            self._gathered = (
+                ConcatenatedOutputs(expected) if wanted.concatenate else ListedOutputs()
+            )
 
     def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
         """Pass over ``batches``.

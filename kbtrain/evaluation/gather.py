@@ -166,7 +166,7 @@ class Part(Protocol):
 NAMES = ("outputs", "labels", "inputs", "losses")
 
 
-class Concatenated:
+class ConcatenatedOutputs:
     """All batches in one array each.
 
     Args:
@@ -202,7 +202,7 @@ class Concatenated:
         }
 
 
-class Listed:
+class ListedOutputs:
     """The arrays of each batch, in lists (``eval_do_concat_batches=False``)."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class Listed:
         return self._lists
 
 
-class Batchwise:
+class BatchwiseMetrics:
     """Calls ``compute_metrics`` for each batch (``batch_eval_metrics=True``).
 
     Args:

@@ -87,11 +87,11 @@ def make_generator(
 
 @contextlib.contextmanager
 def _put_back(variables: list[keras.Variable]) -> Iterator[None]:
-    before = run_state.copies(variables)
+    before = run_state.host_copies(variables)
     try:
         yield
     finally:
-        run_state.put_back(variables, before)
+        run_state.restore_values(variables, before)
 
 
 def _rows(generated: Any, backend: Backend) -> Any:

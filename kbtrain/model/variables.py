@@ -19,7 +19,7 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
     return list({id(v): v for v in [*model.variables, *states]}.values())
 
 
-def take_in_new_values(model: keras.Model) -> None:
+def refresh_derived_values(model: keras.Model) -> None:
     """After variables were assigned from outside: what layers have computed from them is computed.
 
     ``Normalization`` keeps the mean and the deviation it divides by, as Keras' ``load_weights``

@@ -83,7 +83,7 @@ def attach(schedule: Any, optimizer: keras.optimizers.Optimizer, args: TrainingA
     schedule.bind(rate)
 
 
-def tell(schedule: Any, args: TrainingArguments, metrics: Mapping[str, Any]) -> None:
+def report_metric(schedule: Any, args: TrainingArguments, metrics: Mapping[str, Any]) -> None:
     """Tell a metric-driven schedule the result of an evaluation; nothing to do for others."""
     if is_metric_driven(schedule):
         schedule.on_metric(metric_value(dict(metrics), args.metric_for_best_model))

@@ -41,7 +41,7 @@ from kbtrain.training import actions, auto_batch_size
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput
 from kbtrain.training.run import Run
-from kbtrain.training.stop_signals import Watch
+from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
 from kbtrain.utils.best_effort import say
@@ -157,7 +157,7 @@ class Trainer(KnownNames, TrainerBase):
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.saver = Saver(self.store)
-        self.watch = Watch(False, None)
+        self.stop_signals = StopSignals(False, None)
         self.interruption: str | None = None
         self.state = TrainerState()
         self.control = TrainerControl()
@@ -237,16 +237,19 @@ class Trainer(KnownNames, TrainerBase):
             resume = args.resume_from_checkpoint
         self.is_in_train, self.interruption = True, None
         self.ignore_keys_for_eval = ignore_keys_for_eval
-        self.watch = Watch(args.enable_jit_checkpoint, args.max_time)
+        self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
         try:
-            with self.watch, self.saver.running(args.save_strategy != "no", args.on_save_error):
+            with (
+                self.stop_signals,
+                self.saver.running(args.save_strategy != "no", args.on_save_error),
+            ):
                 checkpoint = self.store.resolve(resume)
                 if checkpoint is None and args.save_strategy != "no":
                     actions.warn_of_former_run(self)
                 with placement.settings(self.backend, args, self.model):
                     output = auto_batch_size.fit(self, checkpoint)
-            newest = actions.last_checkpoint(self) if self.watch.received else None
-            self.watch.raise_received(self.state.global_step, newest)
+            newest = actions.last_checkpoint(self) if self.stop_signals.received else None
+            self.stop_signals.raise_received(self.state.global_step, newest)
             return output
         finally:
             self.is_in_train, self.current_run = False, None

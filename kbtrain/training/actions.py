@@ -45,7 +45,7 @@ def evaluate(trainer: TrainerBase) -> bool:
     metrics = _evaluate_or_stop(trainer)
     if metrics is None:
         return False
-    metric_driven.tell(trainer.lr_scheduler, trainer.args, metrics)
+    metric_driven.report_metric(trainer.lr_scheduler, trainer.args, metrics)
     best_model.note(trainer, metrics)
     return True
 
@@ -58,7 +58,7 @@ def evaluate_at_start(trainer: TrainerBase) -> bool:
     """
     metrics = _evaluate_or_stop(trainer)
     if metrics is None:
-        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        trainer.interruption = trainer.stop_signals.reason(trainer.saver.longest)
         logger.warning("%s: stopping before the first step.", trainer.interruption)
         return False
     best_model.note(trainer, metrics)
@@ -75,13 +75,13 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
         The results; None if there are none. Log, callbacks' states and random states are then what
         they were.
     """
-    if trainer.watch.reason(trainer.saver.longest) is not None:
+    if trainer.stop_signals.reason(trainer.saver.longest) is not None:
         return None
     logged, handler = list(trainer.state.log_history), trainer.callback_handler
     states = copy.deepcopy(handler.state())
     random_state = rng.capture(trainer.backend)
     try:
-        with trainer.watch.abandoning():
+        with trainer.stop_signals.abandoning():
             keys = trainer.ignore_keys_for_eval
             # Not passed for nothing: a subclass may have an `evaluate` without it.
             return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
@@ -92,14 +92,14 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
         return None
 
 
-def look_around(trainer: TrainerBase) -> bool:
+def check_stop_requests(trainer: TrainerBase) -> bool:
     """Between two steps: see to a failed save, and to who asks the run to save and stop.
 
     Returns:
         Whether the run is to stop here although it has not reached its end.
     """
     trainer.saver.poll()
-    reason = trainer.watch.reason(trainer.saver.longest)
+    reason = trainer.stop_signals.reason(trainer.saver.longest)
     if reason is None or trainer.control.should_training_stop:
         return False
     _stop(trainer, saving=trainer.args.save_strategy != "no")
@@ -131,7 +131,7 @@ def position(state: TrainerState) -> str:
 def _stop(trainer: TrainerBase, saving: bool) -> None:
     """Let the loop save, if it can, and end."""
     if trainer.interruption is None:
-        trainer.interruption = trainer.watch.reason(trainer.saver.longest)
+        trainer.interruption = trainer.stop_signals.reason(trainer.saver.longest)
         logger.warning(
             "%s: %s at step %s, then stopping.",
             trainer.interruption,

@@ -68,7 +68,7 @@ def fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> fitting.TrainOut
         trainer.saver.settle()
         written = [item for item in trainer.store.list() if item not in kept]
         trainer.store.delete([item for item in written if trainer.store.owns(item[1])])
-        start.put_back()
+        start.restore_values()
 
 
 def _go_on_with(trainer: TrainerBase, saved: dict[str, Any]) -> None:
@@ -138,13 +138,13 @@ class _Start:
         if trainer.given_optimizers[0] is not None or trainer.bound.compiled:
             assert trainer.optimizer is not None
             self._variables += trainer.optimizer.variables
-        self._values = run_state.copies(self._variables)
+        self._values = run_state.host_copies(self._variables)
 
-    def put_back(self) -> None:
+    def restore_values(self) -> None:
         """Everything but the random state, which the next attempt itself makes use of."""
         if self._random is None:  # it did not come to the first update
             return
-        run_state.put_back(self._variables, self._values)
+        run_state.restore_values(self._variables, self._values)
         self._trainer.callback_handler.load_state(copy.deepcopy(self._callbacks))
         if self._schedule is not None:
             self._trainer.lr_scheduler.load_state(copy.deepcopy(self._schedule))

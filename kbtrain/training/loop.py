@@ -67,7 +67,7 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
                 trainer.fire("on_optimizer_step")
                 decide_after_step(args, state, trainer.control)
                 trainer.fire("on_step_end")
-                actions.look_around(trainer)
+                actions.check_stop_requests(trainer)
                 log_evaluate_save(trainer, run, "step")
                 if trainer.interruption:
                     return  # what the end of the epoch brings is left to the resumed run

@@ -31,7 +31,7 @@ class EvaluationAbandoned(BaseException):
     """
 
 
-class Watch:
+class StopSignals:
     """Notes the first signal, and when ``max_time`` is near; the loop looks between two steps.
 
     As a context manager it puts its handlers in place and the former ones back. A signal that the

@@ -183,7 +183,9 @@ def make_train_step(
                 chunks[0]["single"], num_items
             )
         else:
-            (result, gradients), undo_if = backend.undoable(lambda: run_chunks(chunks, num_items))
+            (result, gradients), undo_if = backend.with_rollback(
+                lambda: run_chunks(chunks, num_items)
+            )
 
         proper = [g for g, whole in zip(gradients, replaced, strict=True) if not whole]
         norm = backend.global_norm(proper)

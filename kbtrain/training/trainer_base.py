@@ -36,7 +36,7 @@ from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.training.dataloaders import evaluation_set, make_loader, padding_collator
 from kbtrain.training.run import Run
-from kbtrain.training.stop_signals import Watch
+from kbtrain.training.stop_signals import StopSignals
 
 
 class TrainerBase(ABC):
@@ -79,7 +79,7 @@ class TrainerBase(ABC):
     position: Position
     store: CheckpointStore
     saver: Saver
-    watch: Watch
+    stop_signals: StopSignals
     interruption: str | None
     state: TrainerState
     control: TrainerControl

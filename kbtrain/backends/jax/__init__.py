@@ -206,7 +206,7 @@ def _branch(condition: Any, fn: Callable[[], None]) -> None:
         now.state[index].assign(value)
 
 
-def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:

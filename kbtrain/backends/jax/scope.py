@@ -14,7 +14,7 @@ from kbtrain.utils.keras_private import has_value
 
 
 @dataclass
-class _Now:
+class StepContext:
     """What is being traced, for the functions that a step calls.
 
     Attributes:
@@ -37,7 +37,7 @@ class _Now:
             self.state = before
 
 
-now = _Now()
+now = StepContext()
 
 
 class Scope(keras.StatelessScope):

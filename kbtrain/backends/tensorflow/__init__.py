@@ -504,7 +504,7 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
     tf.cond(condition, yes, lambda: tf.constant(False))
 
 
-def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:

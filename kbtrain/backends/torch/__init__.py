@@ -42,7 +42,7 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
-from kbtrain.backends.torch.runner import InParts, Runner, now
+from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, now
 from kbtrain.utils.fallback import PrivatePart
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
@@ -175,7 +175,7 @@ def value_and_grad(
     """
     values = [v.value for v in variables]
     with torch.enable_grad():
-        with NoticingScope(variables, values, now.know) as scope:
+        with NoticingScope(variables, values, now.register) as scope:
             value, aux = fn(*args)
         gradients = torch.autograd.grad(value, values, allow_unused=True)
     gradients = [
@@ -250,7 +250,7 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     along a new leading axis.
     """
     if now.capturing:
-        raise InParts("it has a loop, whose body is captured by itself")
+        raise CapturePerMicroBatch("it has a loop, whose body is captured by itself")
     body = fn if now.compile_body is None else now.compile_body(fn)
     length = keras.tree.flatten(inputs)[0].shape[0]
     outputs = []
@@ -268,7 +268,7 @@ def accept_numbers(cls: type) -> None:
 def is_symbolic(variable: keras.Variable) -> bool:
     """Whether a step is being recorded; ``variable`` is part of its state then."""
     if now.capturing:
-        now.know(variable)
+        now.register(variable)
     return now.capturing
 
 
@@ -285,7 +285,7 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
         if now.capturing:
             now.committed.append(variable)
         else:
-            now.remember(variable)
+            now.journal_value(variable)
         if not guarded:
             value = torch.where(condition, value.to(variable.value.dtype), variable.value)
         variable.assign(value)
@@ -328,7 +328,7 @@ _flagged_optimizers = PrivatePart(
 )
 
 
-def undoable(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
+def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:

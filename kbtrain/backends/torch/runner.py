@@ -22,7 +22,7 @@ logger = logging.getLogger("kbtrain")
 
 
 @dataclass
-class _Now:
+class StepContext:
     """What is being run, for the functions that a step calls.
 
     Attributes:
@@ -53,25 +53,25 @@ class _Now:
         finally:
             self.variables, self.compile_body = before
 
-    def know(self, variable: keras.Variable) -> None:
+    def register(self, variable: keras.Variable) -> None:
         """Make a variable that is being assigned part of the state, if nobody told us of it.
 
         Raises:
-            Stranger: The step is being recorded; it has to be recorded with this variable.
+            UndeclaredVariable: While recording; the step is recorded again with this variable.
         """
         if any(variable is known for known in self.variables):
             return
         if self.capturing:
-            raise Stranger(variable)
+            raise UndeclaredVariable(variable)
         self.variables.append(variable)
 
-    def remember(self, variable: keras.Variable) -> None:
+    def journal_value(self, variable: keras.Variable) -> None:
         """Keep the value a variable has now, if somebody may want to go back to it."""
         if self.journal is not None and id(variable) not in self.journal:
             self.journal[id(variable)] = (variable, variable.value.detach().clone())
 
 
-now = _Now()
+now = StepContext()
 
 
 class Runner:
@@ -145,9 +145,9 @@ class Runner:
                         self._kept,
                         self._graphs,
                     )
-                except Stranger as stranger:
-                    self._variables.append(stranger.variable)
-        except InParts:
+                except UndeclaredVariable as undeclared:
+                    self._variables.append(undeclared.variable)
+        except CapturePerMicroBatch:
             logger.debug("The step is captured in parts, one for each micro-batch.")
             return None
         except NotCapturable as reason:
@@ -200,7 +200,7 @@ class _FlatStep:
         """Run the step on flattened inputs, under ``torch.no_grad``."""
         if self._captured is not None:
             for variable in self._commits:
-                now.remember(variable)
+                now.journal_value(variable)
             try:
                 return self._captured(inputs)
             except GuardFailed:
@@ -218,11 +218,11 @@ def _own_words(reason: NotCapturable) -> str:
     return bold[1] if bold else str(reason)
 
 
-class InParts(NotCapturable):
+class CapturePerMicroBatch(NotCapturable):
     """Not an obstacle: a loop whose body is captured by itself."""
 
 
-class Stranger(NotCapturable):
+class UndeclaredVariable(NotCapturable):
     """The step assigns a variable that it was not said to have.
 
     Attributes:
