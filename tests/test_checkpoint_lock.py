@@ -15,7 +15,7 @@ from kbtrain.errors import FolderInUseError
 
 HOLDER = """
 import sys, time
-from kbtrain.checkpoint.lock import RunLock
+from kbtrain.checkpoint.storage.lock import RunLock
 RunLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(600)
@@ -117,7 +117,7 @@ def test_many_threads_one_owner(tmp_path):
 def test_a_forked_worker_does_not_hold_the_lock(tmp_path):
     """Its parent may be killed while it lives on."""
     program = (
-        "import os, sys, time\nfrom kbtrain.checkpoint.lock import RunLock\n"
+        "import os, sys, time\nfrom kbtrain.checkpoint.storage.lock import RunLock\n"
         "RunLock(sys.argv[1]).acquire()\n"
         "child = os.fork()\n"
         # 0 in the child, once it has forgotten. One write each: two processes share the pipe.

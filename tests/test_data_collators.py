@@ -3,7 +3,6 @@
 import doctest
 import math
 
-import kbtrain.data.collators.sequence.sequence
 import keras
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from helpers import StopAt, arguments, same, weights, with_weights
 
 import kbtrain.data.collators.language_modeling
 import kbtrain.data.collators.padding
+import kbtrain.data.collators.sequence
 import kbtrain.data.prefetch
 import kbtrain.data.sampling.by_length
 import kbtrain.data.sampling.permutation
@@ -60,11 +60,11 @@ def test_numbers_of_several_kinds_keep_their_values():
 @pytest.mark.parametrize(
     "module",
     [
-        kbtrain.data.collators,
-        kbtrain.data.collators_lm,
-        kbtrain.data.lengths,
-        kbtrain.data.padding,
-        kbtrain.data.permutation,
+        kbtrain.data.collators.sequence,
+        kbtrain.data.collators.language_modeling,
+        kbtrain.data.sampling.by_length,
+        kbtrain.data.collators.padding,
+        kbtrain.data.sampling.permutation,
         kbtrain.data.prefetch,
     ],
     ids=lambda module: module.__name__,

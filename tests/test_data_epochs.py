@@ -28,7 +28,7 @@ class Again:
 def test_the_example_in_the_docstring():
     import doctest
 
-    assert doctest.testmod(kbtrain.data.epochs).failed == 0
+    assert doctest.testmod(kbtrain.data.fixed_epochs).failed == 0
 
 
 def test_epochs_go_on_where_the_one_before_ended():

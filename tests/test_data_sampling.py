@@ -86,7 +86,10 @@ def test_order_does_not_depend_on_or_touch_global_random_state():
 
 
 def test_another_process_finds_the_same_order():
-    code = "from kbtrain.data.sampling import epoch_order; print(epoch_order(30, 9, 2).tolist())"
+    code = (
+        "from kbtrain.data.sampling.sampler import epoch_order; "
+        "print(epoch_order(30, 9, 2).tolist())"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )

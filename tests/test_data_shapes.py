@@ -56,7 +56,7 @@ def test_with_accumulation_it_is_the_combination_that_is_compiled(caplog):
 def test_training_on_many_lengths_warns(caplog, tmp_path, monkeypatch):
     import keras
 
-    monkeypatch.setattr(kbtrain.data.shapes, "MANY_SHAPES", 1)
+    monkeypatch.setattr(kbtrain.data.shape_monitor, "MANY_SHAPES", 1)
     inputs = keras.Input((None, 1))
     model = keras.Model(
         inputs, keras.layers.GlobalAveragePooling1D()(keras.layers.Dense(1)(inputs))

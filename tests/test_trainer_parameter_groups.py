@@ -133,8 +133,8 @@ def test_an_optimizer_that_knows_no_groups(tmp_path):
 
 
 def test_kbtrain_and_optim_agree_on_what_is_not_decayed():
-    assert weight_decay.NO_DECAY_NAMES.pattern == optim.decay.NO_DECAY_NAMES.pattern
-    assert weight_decay.NO_DECAY_LAYERS == optim.decay.NO_DECAY_LAYERS
+    assert weight_decay.NO_DECAY_NAMES.pattern == optim.core.weight_decay.NO_DECAY_NAMES.pattern
+    assert weight_decay.NO_DECAY_LAYERS == optim.core.weight_decay.NO_DECAY_LAYERS
     assert weight_decay.decay_parameter_names(model()) == optim.decay_parameter_names(model())
 
 

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
@@ -17,10 +17,8 @@ from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation.gather import check_batchwise
 from kbtrain.optimization import registry
+from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.layers import walk_layers
-
-if TYPE_CHECKING:
-    from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
@@ -105,8 +103,8 @@ def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
         return
     if given["loss"] is not None or given["compute_loss_func"] is not None:
         return
-    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
-    if owner.__module__ != "kbtrain.trainer.trainer" or getattr(model, "loss", None) is not None:
+    overridden = type(trainer).compute_loss is not TrainerBase.compute_loss
+    if overridden or getattr(model, "loss", None) is not None:
         return
     if isinstance(model, keras.Model) and _adds_no_loss(model):
         raise ConfigurationError(

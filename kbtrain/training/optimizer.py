@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
@@ -11,10 +11,8 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import own_steps, precision
 from kbtrain.optimization import build, metric_driven, registry
-
-if TYPE_CHECKING:
-    from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.optimization.factory import RATE, RULE, _innermost, make_schedule
+from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
@@ -59,10 +57,10 @@ def why_total_is_needed(trainer: TrainerBase) -> str | None:
     args = trainer.args
     given, schedule = trainer.given_optimizers
     if schedule is None and given is None:
-        trainer_module = f"{__package__}.trainer"
         from_arguments = not trainer.bound.compiled or any(args.is_set(n) for n in RATE[1:])
         factory = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
-        if from_arguments and type(trainer).create_scheduler.__module__ != trainer_module:
+        overridden = type(trainer).create_scheduler is not TrainerBase.create_scheduler
+        if from_arguments and overridden:
             return "the overridden create_scheduler"
         if from_arguments and registry.takes(factory, "num_training_steps"):
             return f"lr_scheduler_type={args.lr_scheduler_type!r}"

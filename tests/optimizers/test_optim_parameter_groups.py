@@ -436,7 +436,7 @@ class TestDecay:
         ],
     )
     def test_names(self, path, decayed):
-        assert (optim.decay.NO_DECAY_NAMES.search(path.lower()) is None) == decayed
+        assert (optim.core.weight_decay.NO_DECAY_NAMES.search(path.lower()) is None) == decayed
 
     def test_the_kernel_of_a_spectral_normalization_is_decayed(self):
         layer = keras.layers.SpectralNormalization(keras.layers.Dense(1, name="dense"))
