@@ -4,6 +4,8 @@ Every message says what happened, what was expected and what to do. Each class a
 built-in exception that fits, so ``except ValueError`` and friends keep working.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -110,7 +112,7 @@ class TrainingInterrupted(SystemExit):
         return f"{self.signal.name} at step {self.step}; newest checkpoint: {self.checkpoint}."
 
 
-def is_disk_trouble(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
     """Whether a failed save is the disk's fault: more room or other rights might mend it."""
     return isinstance(error, CheckpointDamagedError) or (
         isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
@@ -231,7 +233,7 @@ def place_of(frame: types.FrameType | None) -> str:
     return ""
 
 
-class LooksAtNumber(TypeError):
+class ConcreteValueNeeded(TypeError):
     """Python wants a number that a traced step only has on the device; it can run eagerly.
 
     Not an error of the user's: the backends catch it.

@@ -19,7 +19,7 @@ from kbtrain.errors import (
     CheckpointError,
     CheckpointFormatError,
     CheckpointUnreadableError,
-    is_disk_trouble,
+    is_storage_error,
 )
 from kbtrain.utils import filesystem
 
@@ -116,7 +116,7 @@ def test_a_run_is_not_begun_anew_over_what_cannot_be_read(
                 store.resolve(asked, said.append)
         assert said == []
         assert "no sign of damage" in str(caught.value)
-        assert is_disk_trouble(caught.value)
+        assert is_storage_error(caught.value)
     assert names(folder) == before
     assert CheckpointStore(folder).resolve(resume if resume != "path" else folder).step == 200
 

@@ -27,7 +27,7 @@ def data(count):
 
 def all_rows(loader, epoch, start, accumulation, limit):
     blocks = list(Batches(loader).blocks(epoch, start, accumulation, limit))
-    assert all(1 <= block.updates <= block.room for block in blocks)
+    assert all(1 <= block.updates <= block.capacity for block in blocks)
     return blocks, [rows for block in blocks for rows in rows_of(block)]
 
 
@@ -62,14 +62,14 @@ def test_a_block_never_has_more_updates_than_the_limit():
     loader = DataLoader(as_source(data(100)), 5)
     blocks, _ = all_rows(loader, 0, 0, 2, lambda: 3)
     assert [block.updates for block in blocks] == [3, 3, 3, 1]
-    assert {block.room for block in blocks} == {MAX_BLOCK}
+    assert {block.capacity for block in blocks} == {MAX_BLOCK}
 
 
 def test_large_batches_get_no_room_to_spare():
     wide = np.zeros((8, BLOCK_BYTES // 4), "float32")
     loader = DataLoader(as_source((wide, np.zeros(8))), 2)
     blocks, _ = all_rows(loader, 0, 0, 1, lambda: 100)
-    assert [(block.room, block.updates) for block in blocks] == [(1, 1)] * 4
+    assert [(block.capacity, block.updates) for block in blocks] == [(1, 1)] * 4
 
 
 def test_a_short_last_update_is_a_block_of_its_own():

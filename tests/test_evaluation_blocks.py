@@ -9,7 +9,7 @@ from helpers import Recorder, arguments, linear_model, make_data, weights, with_
 from test_fast_paths import CASES
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.data.block_length import Pace
+from kbtrain.data.block_length import BlockLength
 from kbtrain.evaluation.evaluate import Evaluation
 
 
@@ -200,10 +200,10 @@ def test_a_model_that_cannot_be_compiled_ahead_is_evaluated_all_the_same(tmp_pat
 
 
 def test_blocks_grow_while_they_are_short(monkeypatch):
-    pace = Pace()
-    assert not pace.is_worth_measuring("a")  # it compiles
+    length = BlockLength()
+    assert not length.is_worth_measuring("a")  # it compiles
     for seconds, expected in ((0.01, 4), (0.01, 16), (0.08, 20), (0.2, 20), (0.2, 20), (0.1, 20)):
-        assert pace.is_worth_measuring("a")
-        pace.measured(pace.affordable, 64, seconds)
-        assert pace.affordable == expected
-    assert not pace.is_worth_measuring("a")
+        assert length.is_worth_measuring("a")
+        length.measured(length.affordable, 64, seconds)
+        assert length.affordable == expected
+    assert not length.is_worth_measuring("a")

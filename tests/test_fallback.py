@@ -15,7 +15,7 @@ from kbtrain.checkpoint import name_variables
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import fallback, keras_private
-from kbtrain.utils.fallback import ISSUES, NotAFailure, PrivatePart
+from kbtrain.utils.fallback import ISSUES, NoFallback, PrivateApi
 
 BACKEND = backends.load()
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def broken(*args, **kwargs):
 
 
 def part(fast, plain=lambda x: x + 1, **options):
-    return PrivatePart("Counting", "keras", fast, plain, "It is counted plainly.", **options)
+    return PrivateApi("Counting", "keras", fast, plain, "It is counted plainly.", **options)
 
 
 def reports(caplog):
@@ -69,7 +69,7 @@ def test_what_fails_both_ways_is_no_failure_of_the_private_part(caplog):
     assert not count.is_broken
 
 
-@pytest.mark.parametrize("error", [NotAFailure("control"), ConfigurationError("wrong")])
+@pytest.mark.parametrize("error", [NoFallback("control"), ConfigurationError("wrong")])
 def test_what_is_raised_on_purpose_passes_through(error):
     def fast(x):
         raise error
@@ -189,7 +189,7 @@ def everywhere():
         for name, module in list(sys.modules.items())
         if name.startswith("kbtrain")
         for value in vars(module).values()
-        if isinstance(value, PrivatePart)
+        if isinstance(value, PrivateApi)
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import Recorder, StopAt, arguments, linear_model, make_data, weights, without_timings
 
 from kbtrain import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingInterrupted
-from kbtrain.checkpoint import CheckpointStore, saver
+from kbtrain.checkpoint import CheckpointStore, async_checkpointer
 from kbtrain.training import stop_signals
 
 
@@ -381,7 +381,8 @@ def clock(monkeypatch):
         monotonic = perf_counter = staticmethod(lambda: now[0])
 
     monkeypatch.setattr(stop_signals, "time", Time)
-    monkeypatch.setattr(saver, "time", Time)  # what a checkpoint takes decides when to stop
+    # How long a checkpoint takes decides when to stop.
+    monkeypatch.setattr(async_checkpointer, "time", Time)
     return now
 
 

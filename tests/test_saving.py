@@ -17,7 +17,7 @@ from helpers import Recorder, arguments, linear_model, make_data, same, weights
 
 from kbtrain import Trainer, TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.saver import Saver, Snapshot
+from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer, Snapshot
 from kbtrain.errors import CheckpointError, FolderInUseError
 from kbtrain.training import best_model
 from kbtrain.utils import filesystem
@@ -57,7 +57,7 @@ def steps(store):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(store):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
     with saver.running(True, "warn"):
         assert saver.save(snapshot(1), True, "warn")
         saver.poll()
@@ -68,7 +68,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(store):
 
 
 def test_at_most_one_is_in_flight(store):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
     with saver.running(True, "warn"):
         saver.save(snapshot(1), True, "warn")
         threading.Timer(0.05, store.gate.set).start()
@@ -78,7 +78,7 @@ def test_at_most_one_is_in_flight(store):
 
 
 def test_the_end_of_a_run_waits(store):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
     with saver.running(True, "warn"):
         saver.save(snapshot(1), True, "warn")
         threading.Timer(0.05, store.gate.set).start()
@@ -86,7 +86,7 @@ def test_the_end_of_a_run_waits(store):
 
 
 def test_an_exception_in_training_waits_too_and_comes_through(store, caplog):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
     store.fail = FULL
 
     def run():
@@ -101,7 +101,7 @@ def test_an_exception_in_training_waits_too_and_comes_through(store, caplog):
 
 
 def test_a_second_interrupt_does_not_wait_and_the_write_still_ends(store):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
 
     def run():
         with saver.running(True, "warn"):
@@ -111,12 +111,12 @@ def test_a_second_interrupt_does_not_wait_and_the_write_still_ends(store):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert steps(store) == []
-    with pytest.raises(FolderInUseError), Saver(store).running(True, "warn"):
+    with pytest.raises(FolderInUseError), AsyncCheckpointer(store).running(True, "warn"):
         pass
     store.gate.set()
     saver.settle()
     assert steps(store) == [1]
-    with Saver(store).running(True, "warn"):  # the folder is free again
+    with AsyncCheckpointer(store).running(True, "warn"):  # the folder is free again
         pass
     with saver.running(True, "warn"):
         saver.save(snapshot(2), False, "warn")
@@ -125,7 +125,7 @@ def test_a_second_interrupt_does_not_wait_and_the_write_still_ends(store):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_warn_goes_on(store, caplog, background):
-    saver, failed = Saver(store), []
+    saver, failed = AsyncCheckpointer(store), []
     store.gate.set()
     store.fail = FULL
     with saver.running(True, "warn"):
@@ -140,7 +140,7 @@ def test_warn_goes_on(store, caplog, background):
 
 
 def test_raise_comes_out_at_the_next_look(store):
-    saver = Saver(store)
+    saver = AsyncCheckpointer(store)
     store.fail = FULL
     looks = []
 
@@ -160,7 +160,7 @@ def test_raise_comes_out_at_the_next_look(store):
 
 
 def test_what_is_no_trouble_of_the_disk_is_raised_in_any_case(tmp_path):
-    saver = Saver(CheckpointStore(tmp_path))
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path))
     bad = Snapshot(1, {}, {"trainer_state": {"x": object()}}, {})
 
     def run():
@@ -172,7 +172,7 @@ def test_what_is_no_trouble_of_the_disk_is_raised_in_any_case(tmp_path):
 
 
 def test_old_ones_are_deleted_only_after_the_new_one_is_verified(tmp_path, monkeypatch):
-    saver, seen = Saver(CheckpointStore(tmp_path)), []
+    saver, seen = AsyncCheckpointer(CheckpointStore(tmp_path)), []
     rotate = CheckpointStore.rotate
 
     def watched(store, *rest):
@@ -190,7 +190,7 @@ def test_old_ones_are_deleted_only_after_the_new_one_is_verified(tmp_path, monke
 def test_bytes_that_change_on_their_way_to_the_disk_make_no_checkpoint(
     tmp_path, monkeypatch, caplog
 ):
-    saver, fsync = Saver(CheckpointStore(tmp_path)), os.fsync
+    saver, fsync = AsyncCheckpointer(CheckpointStore(tmp_path)), os.fsync
     with saver.running(True, "warn"):
         saver.save(snapshot(1, keep=1), True, "warn")
         saver.wait()
@@ -655,7 +655,7 @@ def test_a_reader_never_meets_anything_but_whole_checkpoints(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    saver = Saver(CheckpointStore(tmp_path))
+    saver = AsyncCheckpointer(CheckpointStore(tmp_path))
     try:
         with saver.running(True, "raise"):
             for step in range(40):

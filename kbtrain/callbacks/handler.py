@@ -12,7 +12,7 @@ from kbtrain.callbacks import interop
 from kbtrain.callbacks.base import EVENTS, STEP_EVENTS, TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError, KbtrainError
-from kbtrain.utils.best_effort import report
+from kbtrain.utils.best_effort import warn_once
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -37,9 +37,9 @@ class CallbackHandler:
     def add(self, callback: Any) -> None:
         """Add a callback object, or a class, which is instantiated."""
         _check_kind(callback)
-        instance = _made(callback) if isinstance(callback, type) else callback
+        instance = _instantiate(callback) if isinstance(callback, type) else callback
         _check_events(instance)
-        _warn_of_what_nobody_calls(instance)
+        _warn_about_uncalled_methods(instance)
         if any(type(other) is type(instance) for other in self.callbacks):
             logger.warning("A callback of class %s was there already.", type(instance).__name__)
         self.callbacks.append(instance)
@@ -61,7 +61,7 @@ class CallbackHandler:
             raise ConfigurationError(
                 f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
             )
-        return [callback for callback in self.callbacks if _listens(callback, event)]
+        return [callback for callback in self.callbacks if _overrides(callback, event)]
 
     def need_every_step(self) -> bool:
         """Whether somebody listens to the events of each update."""
@@ -88,8 +88,10 @@ class CallbackHandler:
             try:
                 result = getattr(callback, event)(args, state, control, **kwargs)
             except Exception as error:
-                if getattr(callback, "only_talks", False) and not isinstance(error, KbtrainError):
-                    report(callback, event, error)
+                if getattr(callback, "is_best_effort", False) and not isinstance(
+                    error, KbtrainError
+                ):
+                    warn_once(callback, event, error)
                     continue
                 error.add_note(
                     f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
@@ -144,14 +146,14 @@ def _check_kind(callback: Any) -> None:
         )
 
 
-def _listens(callback: TrainerCallback, event: str) -> bool:
+def _overrides(callback: TrainerCallback, event: str) -> bool:
     own = vars(callback).get(event)
     if own is not None:
         return callable(own)
     return getattr(type(callback), event) is not getattr(TrainerCallback, event)
 
 
-def _made(cls: type) -> Any:
+def _instantiate(cls: type) -> Any:
     """An object of a callback's class."""
     try:
         inspect.signature(cls).bind()
@@ -170,7 +172,7 @@ def _check_events(callback: TrainerCallback) -> None:
         ConfigurationError: One does not take ``**kwargs``.
     """
     for event in EVENTS:
-        if not _listens(callback, event):
+        if not _overrides(callback, event):
             continue
         parameters = inspect.signature(getattr(callback, event)).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -181,7 +183,7 @@ def _check_events(callback: TrainerCallback) -> None:
             )
 
 
-def _warn_of_what_nobody_calls(callback: TrainerCallback) -> None:
+def _warn_about_uncalled_methods(callback: TrainerCallback) -> None:
     """Say so where a method looks like an event, or a state like the reference's, and is not."""
     cls = type(callback)
     for name in dir(cls):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.utils.best_effort import harmless, say
+from kbtrain.utils.best_effort import best_effort, print_line
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -21,7 +21,7 @@ logger = logging.getLogger("kbtrain")
 class PrinterCallback(TrainerCallback):
     """Prints what is logged, a line each, to stderr."""
 
-    @harmless
+    @best_effort
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -31,7 +31,7 @@ class PrinterCallback(TrainerCallback):
             for n, v in kwargs["logs"].items()
         ]
         of = f"/{state.max_steps}" if state.max_steps else ""
-        say(f"step {state.global_step}{of}: {', '.join(shown)}")
+        print_line(f"step {state.global_step}{of}: {', '.join(shown)}")
 
 
 def display(args: TrainingArguments) -> list[TrainerCallback]:
@@ -69,7 +69,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: Any = None
         self._evaluation: Any = None
 
-    @harmless
+    @best_effort
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -79,7 +79,7 @@ class ProgressCallback(TrainerCallback):
                 total=state.max_steps or None, initial=state.global_step, dynamic_ncols=True
             )
 
-    @harmless
+    @best_effort
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -87,7 +87,7 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    @harmless
+    @best_effort
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -98,21 +98,21 @@ class ProgressCallback(TrainerCallback):
             self._evaluation = tqdm(leave=self._bar is None, dynamic_ncols=True, unit="batch")
         self._evaluation.update(kwargs["batches"])
 
-    @harmless
+    @best_effort
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the bar of the evaluation."""
         self._close_evaluation()
 
-    @harmless
+    @best_effort
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove the bar of the prediction."""
         self._close_evaluation()
 
-    @harmless
+    @best_effort
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -124,7 +124,7 @@ class ProgressCallback(TrainerCallback):
             if shown:
                 self._bar.set_postfix(shown)
 
-    @harmless
+    @best_effort
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.tracing.position import Position
-from kbtrain.utils.json_types import is_of
+from kbtrain.utils.json_types import matches_type
 from kbtrain.utils.output_files import save_json
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kbtrain")
 
-_said: set[tuple[int, str]] = set()  # of which attributes a warning has said that they are left out
+_warned: set[tuple[int, str]] = (
+    set()
+)  # of which attributes a warning has said that they are left out
 
 HISTORY_LIMIT = 5000
 """Entries of ``log_history`` that are kept: every checkpoint holds them all."""
@@ -138,7 +140,7 @@ class TrainerState:
     trial_params: dict[str, Any] | None = None
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
-    def remember(self, entry: dict[str, Any]) -> None:
+    def append_log(self, entry: dict[str, Any]) -> None:
         """Append to ``log_history``, and forget the oldest entry above the limit."""
         self.log_history.append({**entry, "step": self.global_step})
         del self.log_history[:-HISTORY_LIMIT]
@@ -171,10 +173,10 @@ class TrainerState:
                 values.setdefault(name, value)
                 continue
             try:
-                values[name] = storable(value)
+                values[name] = to_json_value(value)
             except Exception as error:  # a user's object may do anything when it is looked at
-                if (id(self), name) not in _said:
-                    _said.add((id(self), name))
+                if (id(self), name) not in _warned:
+                    _warned.add((id(self), name))
                     logger.warning(
                         "TrainerState.%s cannot be saved as JSON (%s) and is left out of what is "
                         "saved; use numbers, text, lists and dicts.",
@@ -211,7 +213,7 @@ class TrainerState:
             raise ConfigurationError(f"{path} is not JSON: {error}") from None
         kinds = get_type_hints(cls)
         known = {k: v for k, v in found.items() if k in kinds} if isinstance(found, dict) else {}
-        wrong = [name for name, value in known.items() if not is_of(value, kinds[name])]
+        wrong = [name for name, value in known.items() if not matches_type(value, kinds[name])]
         if wrong or "global_step" not in known:
             received = f"{wrong[0]}={known[wrong[0]]!r:.80}" if wrong else f"{found!r:.80}"
             raise ConfigurationError(
@@ -220,7 +222,7 @@ class TrainerState:
         return cls(**known)
 
 
-def storable(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """A value in what JSON holds, sharing nothing with it.
 
     Raises:
@@ -229,17 +231,17 @@ def storable(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): storable(item) for key, item in value.items()}
+        return {str(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [storable(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((storable(item) for item in value), key=str)
+        return sorted((to_json_value(item) for item in value), key=str)
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufU":
         return value.tolist()
     if not isinstance(value, type) and hasattr(value, "__array__"):
-        return storable(np.asarray(value))
+        return to_json_value(np.asarray(value))
     raise TypeError(f"an object of type {type(value).__name__}")
 
 
@@ -309,7 +311,7 @@ def decide_after_epoch(
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How many updates and epochs a run has.
 
     Attributes:
@@ -336,7 +338,7 @@ class Plan:
 
 def make_plan(
     batches: int | None, accumulation: int, num_train_epochs: float, max_steps: int
-) -> Plan:
+) -> TrainingPlan:
     """Count updates as the reference does: a short last accumulation group is an update too.
 
     Args:
@@ -346,11 +348,11 @@ def make_plan(
         max_steps: Updates; overrides the epochs if positive.
     """
     if batches is None and max_steps > 0:
-        return Plan(max_steps, 2**31, max_steps, None)
+        return TrainingPlan(max_steps, 2**31, max_steps, None)
     if batches is None:
-        return Plan(0, math.ceil(num_train_epochs), 0, None)
+        return TrainingPlan(0, math.ceil(num_train_epochs), 0, None)
     per_epoch = max(math.ceil(batches / accumulation), 1)
     if max_steps > 0:
-        return Plan(max_steps, math.ceil(max_steps / per_epoch), per_epoch, batches)
+        return TrainingPlan(max_steps, math.ceil(max_steps / per_epoch), per_epoch, batches)
     steps = math.ceil(num_train_epochs * per_epoch)
-    return Plan(steps, math.ceil(num_train_epochs), per_epoch, batches)
+    return TrainingPlan(steps, math.ceil(num_train_epochs), per_epoch, batches)

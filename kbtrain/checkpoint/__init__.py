@@ -6,6 +6,8 @@ docs/checkpoint-format.md. What needs Keras is imported when it is first used, s
 can be listed and verified without loading a framework.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint.storage.array_writer import write_arrays

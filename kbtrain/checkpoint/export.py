@@ -58,7 +58,7 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
                 _export_weights(path, temporary)
             else:
                 _import(modules)
-                build_model(path).save(temporary)
+                rebuild_model(path).save(temporary)
     except CheckpointError:
         raise  # that the checkpoint is not there is an OSError, too
     except OSError as error:
@@ -67,7 +67,7 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
         ) from error
 
 
-def build_model(path: Path) -> keras.Model:
+def rebuild_model(path: Path) -> keras.Model:
     """Build the model of a checkpoint from the configuration in it, with its weights.
 
     Raises:

@@ -5,6 +5,8 @@ are further names (hard links) of the same data. They come from Keras itself: th
 model is made with a store that notes where everything goes.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -85,7 +87,7 @@ class _Notes:
     def __bool__(self) -> bool:
         return True
 
-    def make(self, path: str, metadata: Any = None) -> "_Notes":
+    def make(self, path: str, metadata: Any = None) -> _Notes:
         self._place = f"{path}/vars/".removeprefix("/")
         return self
 

@@ -55,14 +55,14 @@ class Ownership:
             return False
         known = self._found.get(path)
         if known is None or known[0] != found:
-            known = self._found[path] = found, self._bears_its_name(path)
+            known = self._found[path] = found, self._was_written_by_this_run(path)
         return known[1]
 
     def _note(self, path: Path) -> None:
         if (identity := _identity(path)) is not None:
             self._own[path] = identity
 
-    def _bears_its_name(self, path: Path) -> bool:
+    def _was_written_by_this_run(self, path: Path) -> bool:
         try:
             return manifest_of(path).run == self.run
         except CheckpointError:

@@ -51,14 +51,14 @@ def newest_intact(
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             reports.append(str(error))
             damaged.add(path)
-            _tell(log, f"{error} Trying the next older one.")
+            _log(log, f"{error} Trying the next older one.")
         else:
             damaged.discard(path)
             return checkpoint, reports
     return None, reports
 
 
-def find(
+def find_checkpoint(
     directory: Path,
     resume: bool | str | os.PathLike[str] | None,
     damaged: set[Path],
@@ -68,11 +68,11 @@ def find(
     if resume is None or resume is False:
         return None
     if resume is True:
-        return _required(directory, damaged, log)
+        return _newest_or_raise(directory, damaged, log)
     if resume == "auto":
         checkpoint, reports = newest_intact(directory, damaged, log)
         if checkpoint is None and reports:
-            _tell(
+            _log(
                 log,
                 f"FRESH START: all {len(reports)} checkpoints in {directory} are damaged; "
                 "training begins again at step 0. They are left as they are.",
@@ -84,10 +84,10 @@ def find(
             f"checkpoint. Received: resume_from_checkpoint={resume!r}"
         )
     check_local("resume_from_checkpoint", resume)
-    return _at(Path(resume), directory, damaged, log)
+    return _checkpoint_at(Path(resume), directory, damaged, log)
 
 
-def _required(directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
+def _newest_or_raise(directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
     checkpoint, reports = newest_intact(directory, damaged, log)
     if checkpoint is not None:
         return checkpoint
@@ -104,18 +104,18 @@ def _required(directory: Path, damaged: set[Path], log: Log | None) -> Checkpoin
     )
 
 
-def _at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
+def _checkpoint_at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
     """The checkpoint at a path, or the newest intact one of the run whose folder that is."""
     if not exists(path):
         here = ", ".join(found.name for _, found in list_checkpoints(directory)) or "none"
         raise CheckpointNotFoundError(f"There is no {path}. Checkpoints in {directory}: {here}.")
     names = names_in(path)
     if MANIFEST_NAME not in names and list_checkpoints(path):
-        return _required(path.absolute(), damaged, log)
+        return _newest_or_raise(path.absolute(), damaged, log)
     if MANIFEST_NAME in names or filesystem.parse_checkpoint_name(path.name) is not None:
         return read_checkpoint(path)
     if is_folder(path) and not names:
-        return _required(path.absolute(), damaged, log)
+        return _newest_or_raise(path.absolute(), damaged, log)
     found = f"a folder with {', '.join(names[:8])}" if is_folder(path) else "a file"
     raise CheckpointError(
         f"{path} is not a checkpoint. Expected a checkpoint folder (with a {MANIFEST_NAME}) or "
@@ -123,5 +123,5 @@ def _at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Che
     )
 
 
-def _tell(log: Log | None, message: str) -> None:
+def _log(log: Log | None, message: str) -> None:
     (log or logging.getLogger("kbtrain").warning)(message)

@@ -20,11 +20,11 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
-    documents,
     name_optimizer_variables,
     name_variables,
     plan_restore,
     restore,
+    validated_json,
 )
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
@@ -126,10 +126,10 @@ def gather_model(model: keras.Model, buffers: HostBuffers | None = None) -> dict
     return capture(name_variables(model_variables(model)), buffers, "model")
 
 
-_places: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
+_layouts: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
 
 
-def places(model: keras.Model) -> KerasLayout:
+def cached_keras_layout(model: keras.Model) -> KerasLayout:
     """Where ``model.load_weights`` looks for the variables that ``gather_model`` returns.
 
     Keras' walk through a model takes milliseconds, so it is made once, unless layers store more
@@ -137,11 +137,11 @@ def places(model: keras.Model) -> KerasLayout:
     """
     variables = model_variables(model)
     identities = [id(variable) for variable in variables]
-    known, layout = _places.get(model, ([], KerasLayout()))
+    known, layout = _layouts.get(model, ([], KerasLayout()))
     if known != identities:
         layout = keras_layout(model, name_variables(variables))
         if not layout.values:
-            _places[model] = identities, layout
+            _layouts[model] = identities, layout
     return layout
 
 
@@ -204,7 +204,7 @@ def gather_training(
         others: Further optimizers that the model trains with by itself, by name.
         buffers: Where to copy to; the default is new memory.
     """
-    rng_arrays, rng_document = rng.capture(backend)
+    rng_arrays, rng_document = rng.capture_random_state(backend)
     variables = model_variables(model)
     arrays = {
         **{
@@ -268,8 +268,10 @@ def restore_run(
         for group, each in _optimizer_groups(optimizer, others).items()
     ]
     progress = progress_of(checkpoint)
-    random_state = dict(_group(checkpoint, "rng")), documents.mapping(checkpoint, "rng")
-    documents.attempt(checkpoint, "rng", lambda: rng.restore(backend, *random_state))
+    random_state = dict(_group(checkpoint, "rng")), validated_json.mapping(checkpoint, "rng")
+    validated_json.attempt(
+        checkpoint, "rng", lambda: rng.restore_random_state(backend, *random_state)
+    )
     model_plan.apply()
     for plan in optimizer_plans:
         plan.apply()
@@ -320,7 +322,7 @@ def trained_in(checkpoint: Checkpoint) -> tuple[TrainableFlags, list[str]] | Non
     """
     if "trainable" not in checkpoint.documents:
         return None
-    document = documents.mapping(checkpoint, "trainable")
+    document = validated_json.mapping(checkpoint, "trainable")
 
     def read() -> tuple[TrainableFlags, list[str]]:
         known = checkpoint.arrays.get("optimizer", {})
@@ -329,7 +331,7 @@ def trained_in(checkpoint: Checkpoint) -> tuple[TrainableFlags, list[str]] | Non
             raise ValueError(f"there is no array {missing[0]!r}")
         return TrainableFlags.from_document(document), aside
 
-    return documents.attempt(checkpoint, "trainable", read)
+    return validated_json.attempt(checkpoint, "trainable", read)
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:
@@ -338,13 +340,13 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     Raises:
         CheckpointDamagedError: It says what cannot be.
     """
-    progress = Progress(**documents.fields_of(checkpoint, "progress", Progress))
+    progress = Progress(**validated_json.fields_of(checkpoint, "progress", Progress))
     unfinished = progress.unfinished
     if unfinished is not None and (
         unfinished.get("after") not in ("step", "epoch")
         or not isinstance(unfinished.get("save"), bool)
     ):
-        documents.damaged(checkpoint, "progress", f"'unfinished' is {unfinished!r}")
+        validated_json.damaged(checkpoint, "progress", f"'unfinished' is {unfinished!r}")
     return progress
 
 

@@ -2,8 +2,10 @@
 
 ``save`` takes host arrays only, so it can run in a thread; its ``CheckpointError`` has the
 ``OSError`` as ``__cause__``. Who saves when, what a failure means and one run per folder are
-matters of ``kbtrain/checkpoint/saver.py``.
+matters of ``kbtrain/checkpoint/async_checkpointer.py``.
 """
+
+from __future__ import annotations
 
 import errno
 import os
@@ -25,7 +27,7 @@ from kbtrain.checkpoint.storage.folder_reader import (
     manifest_of,
     read_checkpoint,
 )
-from kbtrain.checkpoint.storage.folder_writer import SHARD_BYTES, Places, write_contents
+from kbtrain.checkpoint.storage.folder_writer import SHARD_BYTES, ExternalLayout, write_contents
 from kbtrain.checkpoint.storage.manifest import check_other_files, check_stems
 from kbtrain.checkpoint.storage.run_folder import Listing
 from kbtrain.errors import (
@@ -83,7 +85,7 @@ class CheckpointStore:
         arrays: Mapping[str, Mapping[str, np.ndarray]],
         documents: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
-        places: Mapping[str, Places] | None = None,
+        places: Mapping[str, ExternalLayout] | None = None,
         other_files: Mapping[str, bytes] | None = None,
     ) -> Path:
         """Write ``checkpoint-{step}``, replacing a checkpoint of that name, and nothing else.
@@ -99,7 +101,7 @@ class CheckpointStore:
                 ``{group}.h5``.
             documents: Name -> JSON value; each becomes ``{name}.json``.
             info: Noted in the manifest: backend, package versions, ...
-            places: Group -> where other readers look for its arrays (see ``Places``).
+            places: Group -> where other readers look for its arrays (see ``ExternalLayout``).
             other_files: Path in the folder, with ``/`` -> content: what others keep there.
 
         Returns:
@@ -224,7 +226,7 @@ class CheckpointStore:
                 another program.
             CheckpointUnreadableError: If one cannot be read now.
         """
-        return self._go_on_from(resuming.newest_intact(self.directory, self._damaged, log)[0])
+        return self._continue_from(resuming.newest_intact(self.directory, self._damaged, log)[0])
 
     def resolve(
         self, resume: bool | str | os.PathLike[str] | None, log: Log | None = None
@@ -253,9 +255,11 @@ class CheckpointStore:
             ConfigurationError: If ``resume`` is none of these.
         """
         self._begin()
-        return self._go_on_from(resuming.find(self.directory, resume, self._damaged, log))
+        return self._continue_from(
+            resuming.find_checkpoint(self.directory, resume, self._damaged, log)
+        )
 
-    def _go_on_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    def _continue_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         if checkpoint is not None:
             self._own.resumed_from(checkpoint)
         return checkpoint

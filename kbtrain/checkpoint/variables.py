@@ -7,6 +7,8 @@ if one side only lacks names of parents. Anything that still does not match is a
 skipped, and nothing is assigned before everything has been checked.
 """
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ Everything here is NumPy and the standard library; Keras is not imported, and ev
 same batches in the same order.
 """
 
+from __future__ import annotations
+
 from kbtrain.data.batch import (
     Batch,
     LabelKeys,
@@ -43,7 +45,7 @@ from kbtrain.data.sources.base import (
 )
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.infer import as_source
-from kbtrain.data.sources.validation_split import split
+from kbtrain.data.sources.validation_split import split_for_validation
 from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.data.tree import map_structure, to_numpy, with_none, without_none
 
@@ -85,7 +87,7 @@ __all__ = [
     "map_structure",
     "micro_batches",
     "signature",
-    "split",
+    "split_for_validation",
     "stack",
     "to_batch",
     "to_numpy",

@@ -4,6 +4,8 @@ A batch is the user's data with a leading batch dimension: ``(x,)``, ``(x, y)``,
 ``(x, y, sample_weight)``, a dict of arrays, or a bare array. ``x`` and ``y`` may be nested.
 """
 
+from __future__ import annotations
+
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

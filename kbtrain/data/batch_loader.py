@@ -1,5 +1,7 @@
 """Batches that somebody else makes, behind the doors of a loader."""
 
+from __future__ import annotations
+
 import itertools
 import logging
 from collections.abc import Iterator, Sequence

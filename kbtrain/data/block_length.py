@@ -10,7 +10,7 @@ BLOCK_SECONDS = 0.1
 
 
 @dataclass
-class Pace:
+class BlockLength:
     """Lets blocks grow as long as one takes less than ``BLOCK_SECONDS``.
 
     Measuring waits for the device, so it is done a few times only: until the blocks have the length
@@ -25,7 +25,7 @@ class Pace:
     _compiled: set[Hashable] = field(default_factory=set)
 
     @classmethod
-    def of(cls, steps: int | str) -> Pace:
+    def of(cls, steps: int | str) -> BlockLength:
         """The pace for ``steps_per_execution``: a number stays as it is and is not measured."""
         return cls() if isinstance(steps, str) else cls(steps, 0)
 
@@ -36,16 +36,16 @@ class Pace:
             return False
         return self._attempts > 0
 
-    def measured(self, steps: int, room: int, seconds: float) -> None:
+    def measured(self, steps: int, capacity: int, seconds: float) -> None:
         """Take note of what a block took, from its start until the device was done.
 
         Args:
             steps: Steps in the block.
-            room: Steps there is room for.
+            capacity: Length of the block: the steps it could hold.
             seconds: From start to end.
         """
         fits = int(BLOCK_SECONDS * steps / max(seconds, 1e-9))
-        longer = max(1, min(room, fits, 4 * self.affordable))
+        longer = max(1, min(capacity, fits, 4 * self.affordable))
         if longer <= self.affordable:
             self._attempts -= 1
         self.affordable = max(longer, self.affordable)

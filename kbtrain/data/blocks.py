@@ -1,5 +1,7 @@
 """Blocks: the batches of several updates, laid out for one call to the device."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import itertools
@@ -12,7 +14,7 @@ import numpy as np
 from kbtrain.data.batch import LabelNames, count_samples, named_leaves, signature, stack
 from kbtrain.data.loader import DataLoader, Loader
 from kbtrain.data.prefetch import Prefetched
-from kbtrain.data.shape_monitor import ShapeWatch
+from kbtrain.data.shape_monitor import ShapeMonitor
 from kbtrain.data.tree import map_structure
 
 MAX_BLOCK = 64
@@ -29,7 +31,7 @@ class Block:
     Attributes:
         chunks: What the train step takes, with the updates along a new leading axis: a list of
             ``{"single": micro_batch}`` and ``{"stacked": micro_batches along one more axis}``.
-        room: Length of the leading axis; entries from ``updates`` on are of no meaning.
+        capacity: Length of the leading axis; entries from ``updates`` on are of no meaning.
         updates: Updates in the block.
         micro_batches: Micro-batches of each update.
         samples: Samples in all.
@@ -37,7 +39,7 @@ class Block:
     """
 
     chunks: list[dict[str, Any]]
-    room: int
+    capacity: int
     updates: int
     micro_batches: int
     samples: int
@@ -83,7 +85,7 @@ class Batches:
         self._label_names = label_names
         self._first: tuple[Any, Iterator[Any]] | None = None
         self._reach = 1
-        self._watch = ShapeWatch(getattr(loader, "name", "the data"))
+        self._watch = ShapeMonitor(getattr(loader, "name", "the data"))
 
     def peek(self) -> Any:
         """The first batch of epoch 0; None if there is none."""
@@ -133,7 +135,7 @@ class Batches:
     def _slabs(
         self, loader: DataLoader, epoch: int, start: int, accumulation: int, updates: int
     ) -> Iterator[Block]:
-        """Updates of full batches in blocks as long as there is room: all rows are read at once.
+        """Updates of full batches in full blocks: all rows of a block are read at once.
 
         They do not depend on where something is due, so they can be made ahead. The first ones of
         a run are short, so that its first step does not wait for 64 batches from a slow disk.
@@ -145,21 +147,21 @@ class Batches:
         one = map_structure(
             lambda x: np.empty((accumulation, size, *x.shape[1:]), x.dtype), read(start, 0)
         )
-        room, outline = _room(one), (signature(one),)
+        capacity, outline = _capacity(one), (signature(one),)
         self._watch.see(outline, [])
         kind = "single" if accumulation == 1 else "stacked"
         lead = (size,) if accumulation == 1 else (accumulation, size)
         while updates:
-            count = min(room, updates, self._reach)
+            count = min(capacity, updates, self._reach)
             self._reach = min(4 * self._reach, MAX_BLOCK)
             rows = read(start, count * accumulation)
 
             def lay_out(x: np.ndarray, count: int = count) -> np.ndarray:
-                return _with_room(x.reshape(count, *lead, *x.shape[1:]), room)
+                return _with_capacity(x.reshape(count, *lead, *x.shape[1:]), capacity)
 
             samples = count * accumulation * size
             chunk = map_structure(lay_out, rows)
-            yield Block([{kind: chunk}], room, count, accumulation, samples, outline)
+            yield Block([{kind: chunk}], capacity, count, accumulation, samples, outline)
             start += count * accumulation
             updates -= count
 
@@ -168,7 +170,7 @@ class Batches:
     ) -> Iterator[Block]:
         """Any batches: neighbouring updates of equal shapes are stacked."""
         waiting: list[Any] = []
-        room = 1
+        capacity = 1
         while True:
             groups: list[list[Any]] = []
             outline: tuple[Any, ...] = ()
@@ -178,11 +180,11 @@ class Batches:
                 if not group:
                     break
                 shapes = tuple(signature(batch) for batch in group)
-                if groups and (shapes != outline or len(groups) == room):
+                if groups and (shapes != outline or len(groups) == capacity):
                     waiting = group
                     break
                 if not groups:
-                    outline, room = shapes, _room(*group)
+                    outline, capacity = shapes, _capacity(*group)
                 groups.append(group)
             if not groups:
                 return
@@ -190,7 +192,9 @@ class Batches:
             samples = len(groups) * sum(
                 count_samples(batch, self._label_names) for batch in groups[0]
             )
-            yield Block(_chunks(groups, room), room, len(groups), len(groups[0]), samples, outline)
+            yield Block(
+                _chunks(groups, capacity), capacity, len(groups), len(groups[0]), samples, outline
+            )
 
     def _from(self, epoch: int, start: int) -> Generator[Any, None, None]:
         """The batches of an epoch, read ahead if the loader wants that."""
@@ -226,7 +230,7 @@ def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
     """The updates of ``slabs`` in blocks that end where ``limit`` says."""
     slab, done = next(slabs, None), 0
     while slab is not None:
-        wanted = min(max(limit(), 1), slab.room)
+        wanted = min(max(limit(), 1), slab.capacity)
         count = 0
         parts: list[tuple[Block, slice]] = []
         while slab is not None and count < wanted:
@@ -247,7 +251,7 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
     if len(parts) > 1 or rows.start:
 
         def join(*arrays: np.ndarray) -> np.ndarray:
-            result = np.empty((first.room, *arrays[0].shape[1:]), arrays[0].dtype)
+            result = np.empty((first.capacity, *arrays[0].shape[1:]), arrays[0].dtype)
             cuts = [array[rows] for array, (_, rows) in zip(arrays, parts, strict=True)]
             np.concatenate(cuts, out=result[:count])
             result[count:] = _nothing(result)
@@ -259,11 +263,11 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
     return dataclasses.replace(first, chunks=chunks, updates=count, samples=samples)
 
 
-def _room(*batches: Any) -> int:
+def _capacity(*batches: Any) -> int:
     """Length of the leading axis for blocks of updates like the one of these batches.
 
     A function of the shapes alone: the compiled code, and so every number, is the same however
-    fast the machine is. Large batches get no room to spare, because it is copied to the device.
+    fast the machine is. Large batches get no spare capacity, which would be copied to the device.
     """
     size = sum(leaf.nbytes for batch in batches for _, leaf in named_leaves(batch))
     return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
@@ -274,16 +278,16 @@ def _nothing(x: np.ndarray) -> Any:
     return "" if x.dtype.kind == "O" else 0
 
 
-def _with_room(x: np.ndarray, room: int) -> np.ndarray:
-    if len(x) == room:
+def _with_capacity(x: np.ndarray, capacity: int) -> np.ndarray:
+    if len(x) == capacity:
         return x
-    result = np.empty((room, *x.shape[1:]), x.dtype)
+    result = np.empty((capacity, *x.shape[1:]), x.dtype)
     result[: len(x)] = x
     result[len(x) :] = _nothing(x)  # and not what memory happens to hold
     return result
 
 
-def _chunks(groups: list[list[Any]], room: int) -> list[dict[str, Any]]:
+def _chunks(groups: list[list[Any]], capacity: int) -> list[dict[str, Any]]:
     """The updates' micro-batches, those of equal shape stacked for a loop on the device."""
     chunks = []
     position = 0
@@ -293,5 +297,5 @@ def _chunks(groups: list[list[Any]], room: int) -> list[dict[str, Any]]:
         position += count
         kind = "single" if count == 1 else "stacked"
         rows = [part[0] if count == 1 else stack(part) for part in parts]
-        chunks.append({kind: map_structure(lambda x: _with_room(x, room), stack(rows))})
+        chunks.append({kind: map_structure(lambda x: _with_capacity(x, capacity), stack(rows))})
     return chunks

@@ -1,5 +1,7 @@
 """``class_weight``: sample weights that follow from the labels."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """Epochs of a fixed length, whatever the length of the data."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Generator, Iterator
 from typing import Any

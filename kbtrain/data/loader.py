@@ -4,6 +4,8 @@ A loader has no state that moves: ``epoch(epoch, start_batch)`` is a function of
 the two numbers are all a checkpoint needs, and two epochs may be read at the same time.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools

@@ -1,5 +1,7 @@
 """Reading ahead: a thread makes the next items while the device works on this one."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import logging
@@ -104,10 +106,10 @@ class Prefetched(Iterator[T], Generic[T]):
         self._thread.start()
 
     def _work(self) -> None:
-        """The thread: wait for room, make an item, hand it over."""
+        """The thread: wait for space, make an item, hand it over."""
         error: BaseException | None = None
         try:
-            while self._has_room():
+            while self._wait_for_space():
                 item = next(self._items)
                 with self._changed:
                     self._ready.append(item)
@@ -122,7 +124,7 @@ class Prefetched(Iterator[T], Generic[T]):
                 self._ended, self._error = True, error
                 self._changed.notify_all()
 
-    def _has_room(self) -> bool:
+    def _wait_for_space(self) -> bool:
         with self._changed:
             while len(self._ready) >= self._ahead and not self._closed:
                 self._changed.wait()

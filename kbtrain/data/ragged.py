@@ -5,6 +5,8 @@ shapes. The padding is taken off again in the step, before the model sees the ba
 is in no number. Its width is a power of two: each new one has the step compiled anew.
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Watching the shapes that are compiled for: each new one costs a compilation."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ MANY_SHAPES = 8
 _SHOWN = 6
 
 
-class ShapeWatch:
+class ShapeMonitor:
     """Warns, once, when batches come in more shapes than a compiled step can be expected to have.
 
     Args:

@@ -4,6 +4,8 @@ What the model takes decides: an item that has one axis less than the model's in
 one that has as many is a batch.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from kbtrain.data.ragged import is_ragged
 from kbtrain.data.sources.base import IterableSource, UnsizedDataError
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.interop import derives_from, is_grain
-from kbtrain.data.tree import is_list_of_numbers, is_sparse, leaves_with_paths, map_raw
+from kbtrain.data.tree import is_list_of_numbers, is_sparse_matrix, leaves_with_paths, map_raw
 from kbtrain.errors import DataError
 
 logger = logging.getLogger("kbtrain")
@@ -183,7 +185,7 @@ def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
 
     def shape(leaf: Any, path: str) -> Any:
         known = getattr(leaf, "shape", None)
-        if is_sparse(leaf) and leaf.shape[0] == 1:
+        if is_sparse_matrix(leaf) and leaf.shape[0] == 1:
             known = leaf.shape[1:]  # a row, which SciPy gives two axes
         return np.empty(np.shape(leaf) if known is None else tuple(known), np.void)
 

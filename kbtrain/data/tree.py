@@ -5,6 +5,8 @@ This is the small part of ``keras.tree`` that data needs, without importing Kera
 prepared, and tested, before a backend is chosen.
 """
 
+from __future__ import annotations
+
 import contextlib
 import numbers
 import sys
@@ -219,8 +221,8 @@ def cast(array: np.ndarray) -> np.ndarray:
 
 def keeps_float64() -> bool:
     """Whether data in float64 stays so: in this process's Keras, or where a worker was told."""
-    if "float64" in _TOLD:
-        return _TOLD["float64"]
+    if "float64" in _KEEP_FLOAT64:
+        return _KEEP_FLOAT64["float64"]
     keras = sys.modules.get("keras")
     return keras is not None and keras.config.floatx() == "float64"
 
@@ -228,14 +230,14 @@ def keeps_float64() -> bool:
 @contextlib.contextmanager
 def keeping_float64(keep: bool) -> Iterator[None]:
     """What `keeps_float64` says inside: the Keras of a worker process has the default settings."""
-    _TOLD["float64"] = keep
+    _KEEP_FLOAT64["float64"] = keep
     try:
         yield
     finally:
-        del _TOLD["float64"]
+        del _KEEP_FLOAT64["float64"]
 
 
-_TOLD: dict[str, bool] = {}
+_KEEP_FLOAT64: dict[str, bool] = {}
 
 
 def has_array(value: Any) -> bool:
@@ -243,7 +245,7 @@ def has_array(value: Any) -> bool:
     return hasattr(type(value), "__array__")
 
 
-def is_sparse(value: Any) -> bool:
+def is_sparse_matrix(value: Any) -> bool:
     """Whether ``value`` is a sparse matrix or array of SciPy."""
     return type(value).__module__.startswith("scipy.sparse") and hasattr(value, "tocsr")
 
@@ -290,7 +292,7 @@ def _convert(value: Any, name: str) -> np.ndarray:
             f"{name} is a string, and a model takes numbers. Tokenize or encode it first, or "
             f"remove the column. Received: {_shorten(value)}"
         )
-    if is_sparse(value):
+    if is_sparse_matrix(value):
         return value.toarray()
     if isinstance(value, bool):
         return np.asarray(value)

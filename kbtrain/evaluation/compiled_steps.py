@@ -12,7 +12,7 @@ import keras
 from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import unpack, with_none, without_none
-from kbtrain.data.block_length import Pace
+from kbtrain.data.block_length import BlockLength
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation.eval_step import make_eval_step
 from kbtrain.evaluation.own_eval_step import make_own_eval_step
@@ -33,12 +33,12 @@ class CompiledEvalStep:
     Attributes:
         versions: Its compiled versions.
         traces: What its Python needs while it is traced.
-        pace: How many batches one call may have.
+        block_length: How many batches one call may have.
     """
 
     versions: Versions
     traces: Traces
-    pace: Pace = field(default_factory=Pace)
+    block_length: BlockLength = field(default_factory=BlockLength)
 
     def run(self, block: Any, start: int, count: int) -> tuple[dict[str, Any], int]:
         """Run batches of a block, see ``compile_eval_steps`` of a backend."""

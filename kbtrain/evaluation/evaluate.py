@@ -388,7 +388,7 @@ class Evaluation:
 
     def _limit(self) -> int:
         """Batches that the next block may have."""
-        wanted, limits = self._wanted, [self._step.pace.affordable]
+        wanted, limits = self._wanted, [self._step.block_length.affordable]
         if self._every_batch or wanted.generate is not None:
             limits.append(1)
         if wanted.gather and wanted.batches_per_call is not None:
@@ -404,7 +404,7 @@ class Evaluation:
         ((_, rows),) = block.chunks[0].items()
         if self._label_check is not None:
             self._label_check(rows, block.updates, ("batch",), self._batches)
-        measure = self._step.pace.is_worth_measuring(signature(rows))
+        measure = self._step.block_length.is_worth_measuring(signature(rows))
         tensors = self._backend.to_device(without_none(rows), self._pin)
         first = 0
         while first < block.updates:
@@ -425,7 +425,9 @@ class Evaluation:
         self._batches += block.updates
         if measure:
             self._read(keep=0)
-            self._step.pace.measured(block.updates, block.room, time.perf_counter() - begin)
+            self._step.block_length.measured(
+                block.updates, block.capacity, time.perf_counter() - begin
+            )
 
     def _generated(self, x: Any, batch: int) -> Any:
         """What the model generates for the one batch in ``x``."""

@@ -19,7 +19,7 @@ from keras import ops
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.model.losses.pairing import beside_tensors, is_tensor
 from kbtrain.model.losses.pairs import TAKEN, as_dtype_of, as_float, check_name
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 
 class MetricSet(Protocol):
@@ -326,7 +326,7 @@ def _add_elements_fast(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> No
     keras.metrics.Mean.update_state(metric, ops.reshape(values, (-1,)), ops.reshape(weight, (-1,)))
 
 
-_add_elements = PrivatePart(
+_add_elements = PrivateApi(
     "Asking a metric for the values of its elements",
     "keras",
     _add_elements_fast,

@@ -213,11 +213,11 @@ def build_by_step(backend: Backend, model: keras.Model, batch: Any) -> None:
     """
     if is_complete(model):
         return
-    random_state = rng.capture(backend)
+    random_state = rng.capture_random_state(backend)
     data = keras.tree.map_structure(ops.convert_to_tensor, without_none(batch))
     with _only_building([getattr(model, "optimizer", None), *optimizers_of(model).values()]):
         backend.try_train_step(model, as_given(data))
-    rng.restore(backend, *random_state)
+    rng.restore_random_state(backend, *random_state)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def _tried(source: Any, variables: Sequence[keras.Variable]) -> list[tuple[keras
     return list(zip(trained, averages, strict=True))
 
 
-averages_of = PrivatePart(
+averages_of = PrivateApi(
     "Finding the averages of an optimizer with use_ema",
     "keras",
     _pairs,

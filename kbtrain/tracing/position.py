@@ -19,7 +19,7 @@ import keras
 from keras import ops
 
 from kbtrain.backends.protocol import Backend
-from kbtrain.errors import LooksAtNumber, first_lines, place_of
+from kbtrain.errors import ConcreteValueNeeded, first_lines, place_of
 from kbtrain.tracing.device_number import DeviceNumber
 from kbtrain.tracing.moment import Moment
 
@@ -131,7 +131,7 @@ class Position:
                 self, lambda moment: moment.read(name), value, dtype, f"state.{name}"
             )
         except Exception as error:  # Keras' variables have changed
-            raise LooksAtNumber(
+            raise ConcreteValueNeeded(
                 f"state.{name} cannot be a value on the device with this version of Keras: "
                 f"{first_lines(error)}"
             ) from error
@@ -147,11 +147,11 @@ class Position:
         """Give Python the number itself, where that holds for more than one update.
 
         Raises:
-            LooksAtNumber: The number is another one in the next update.
+            ConcreteValueNeeded: The number is another one in the next update.
         """
         if self._decisions is not None and ask(self.moment.after(1)) != ask(self.moment):
             where = place_of(sys._getframe())
-            raise LooksAtNumber(
+            raise ConcreteValueNeeded(
                 f"{how}() of {text}{where} takes a number that changes with every update. "
                 "Use keras.ops in place of math and NumPy functions, and arithmetic as it is."
             )

@@ -47,7 +47,7 @@ def make_trackers(names: Iterable[str]) -> list[TrainerCallback]:
         wanted += _installed() if name == "all" else [name]
     trackers = [_factory(name)() for name in dict.fromkeys(wanted)]
     for tracker in trackers:
-        tracker.only_talks = True
+        tracker.is_best_effort = True
     return trackers
 
 

@@ -13,7 +13,7 @@ from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import KbtrainError
 from kbtrain.trackers.completed import is_summary, nothing_to_do
-from kbtrain.utils.best_effort import harmless
+from kbtrain.utils.best_effort import best_effort
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -70,7 +70,7 @@ class Tracker(TrainerCallback):
         """
         raise NotImplementedError
 
-    @harmless
+    @best_effort
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -80,11 +80,11 @@ class Tracker(TrainerCallback):
             self.run = None
         self._trained, self._completed = True, False
         self._nothing_to_do = nothing_to_do(state, kwargs)
-        with self._going_on():
+        with self._errors_logged():
             self._ensure_open(args, state, kwargs["trainer"])
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _errors_logged(self) -> Iterator[None]:
         """Whatever goes wrong costs what is logged meanwhile, not the training.
 
         Packages have errors of their own for a full disk, a lost connection, a missing login.
@@ -104,7 +104,7 @@ class Tracker(TrainerCallback):
                 )
             self._warned = True
 
-    @harmless
+    @best_effort
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -114,13 +114,13 @@ class Tracker(TrainerCallback):
         if self._nothing_to_do and is_summary(kwargs["logs"]):
             return  # the run has one, of when it trained
         values = rewrite(self._numbers(kwargs["logs"]))
-        with self._going_on():
+        with self._errors_logged():
             self._ensure_open(args, state, kwargs["trainer"])
             self.write(values, state.global_step)
         if not self.stays_open and not kwargs["trainer"].is_in_train:
             self.close()
 
-    @harmless
+    @best_effort
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

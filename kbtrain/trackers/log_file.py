@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.trackers.completed import is_summary, nothing_to_do
-from kbtrain.utils.best_effort import harmless
+from kbtrain.utils.best_effort import best_effort
 from kbtrain.utils.filesystem import replacing
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class LogFile(TrainerCallback):
         """
         raise NotImplementedError
 
-    @harmless
+    @best_effort
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -88,7 +88,7 @@ class LogFile(TrainerCallback):
             self._resumed.log_history = list(state.log_history)
         self._write(self._path)
 
-    @harmless
+    @best_effort
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -12,7 +12,7 @@ import keras
 
 from kbtrain.checkpoint.processing_class import check_processing_class
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.data import check_class_weight, split
+from kbtrain.data import check_class_weight, split_for_validation
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation.gather import check_batchwise
@@ -138,7 +138,7 @@ def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tu
             "Pass either eval_dataset or validation_split, not both. "
             f"Received: validation_split={validation_split!r}."
         )
-    return split(train_dataset, validation_split)
+    return split_for_validation(train_dataset, validation_split)
 
 
 def check_resume(checkpoint: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.saver import Saver
+from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
 from kbtrain.training.dataloaders import is_named_datasets
@@ -296,7 +296,7 @@ def _adjust(
     trainer.args = args.replace(**changes, output_dir=str(folder), run_name=name)
     registry.find(registry.OPTIMIZERS, trainer.args.optim, "optim")
     trainer.store = CheckpointStore(trainer.args.output_dir)
-    trainer.saver = Saver(trainer.store)
+    trainer.saver = AsyncCheckpointer(trainer.store)
     trainer.trial = trial
     trainer.state, trainer.control = TrainerState(), TrainerControl()
 

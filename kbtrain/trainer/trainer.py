@@ -16,7 +16,7 @@ from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore, run_state
 from kbtrain.checkpoint import processing_class as processing
-from kbtrain.checkpoint.saver import Saver
+from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter, Loader
 from kbtrain.distributed import placement
@@ -44,7 +44,7 @@ from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
-from kbtrain.utils.best_effort import say
+from kbtrain.utils.best_effort import print_line
 from kbtrain.utils.local_path import check_local
 from kbtrain.utils.logging import set_log_level
 from kbtrain.utils.memory import measured
@@ -156,7 +156,7 @@ class Trainer(KnownNames, TrainerBase):
         self.ignore_keys_for_eval: Sequence[str] | None = None
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
-        self.saver = Saver(self.store)
+        self.saver = AsyncCheckpointer(self.store)
         self.stop_signals = StopSignals(False, None)
         self.interruption: str | None = None
         self.state = TrainerState()
@@ -397,7 +397,7 @@ class Trainer(KnownNames, TrainerBase):
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
         if self.state.is_world_process_zero:
-            say(reports.metrics_table(split, metrics), error_stream=False)
+            print_line(reports.metrics_table(split, metrics), error_stream=False)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
         """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""

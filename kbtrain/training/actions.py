@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks.state import storable
+from kbtrain.callbacks.state import to_json_value
 from kbtrain.checkpoint import processing_class, run_state
-from kbtrain.checkpoint.saver import Snapshot
+from kbtrain.checkpoint.async_checkpointer import Snapshot
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
 from kbtrain.optimization import metric_driven
 from kbtrain.training import best_model
@@ -79,7 +79,7 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
         return None
     logged, handler = list(trainer.state.log_history), trainer.callback_handler
     states = copy.deepcopy(handler.state())
-    random_state = rng.capture(trainer.backend)
+    random_state = rng.capture_random_state(trainer.backend)
     try:
         with trainer.stop_signals.abandoning():
             keys = trainer.ignore_keys_for_eval
@@ -88,7 +88,7 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
     except EvaluationAbandoned:
         trainer.state.log_history[:] = logged
         handler.load_state(states)
-        rng.restore(trainer.backend, *random_state)
+        rng.restore_random_state(trainer.backend, *random_state)
         return None
 
 
@@ -197,7 +197,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
         arrays=arrays,
         documents=documents,
         info=run_state.environment(trainer.backend.name),
-        places={"model": run_state.places(trainer.model)},
+        places={"model": run_state.cached_keras_layout(trainer.model)},
         keep=args.save_total_limit,
         protect=(Path(best),) if best else (),
         other_files=_processing_files(trainer, run, documents),
@@ -220,7 +220,7 @@ def _callback_states(trainer: TrainerBase) -> dict[str, list[Any]]:
     found = {}
     for name, states in trainer.callback_handler.state().items():
         try:
-            found[name] = [storable(one) for one in states]
+            found[name] = [to_json_value(one) for one in states]
         except Exception as error:  # a user's object may do anything when it is looked at
             text = (
                 f"The state of the callback {name} cannot be saved as JSON ({error}): its state() "

@@ -7,7 +7,7 @@ import gc
 import logging
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.checkpoint import Checkpoint, documents, run_state
+from kbtrain.checkpoint import Checkpoint, run_state, validated_json
 from kbtrain.errors import ConfigurationError, OutOfMemoryError
 from kbtrain.optimization import metric_driven
 from kbtrain.training import fit as fitting
@@ -52,7 +52,7 @@ def fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> fitting.TrainOut
     if not trainer.args.auto_find_batch_size:
         return fitting.fit(trainer, checkpoint)
     if checkpoint is not None:
-        _go_on_with(trainer, documents.mapping(checkpoint, "training_args"))
+        _go_on_with(trainer, validated_json.mapping(checkpoint, "training_args"))
     start = _Start(trainer)
     kept = trainer.store.list()
     while True:
@@ -127,9 +127,9 @@ class _Start:
         """Note everything, in the first attempt; put the random state back in the later ones."""
         trainer = self._trainer
         if self._random is not None:
-            rng.restore(trainer.backend, *self._random)
+            rng.restore_random_state(trainer.backend, *self._random)
             return
-        self._random = rng.capture(trainer.backend)
+        self._random = rng.capture_random_state(trainer.backend)
         self._callbacks = copy.deepcopy(trainer.callback_handler.state())
         if metric_driven.is_metric_driven(trainer.lr_scheduler):
             self._schedule = copy.deepcopy(trainer.lr_scheduler.state())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kbtrain.callbacks.state import Plan
+from kbtrain.callbacks.state import TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import own_steps
@@ -48,7 +48,7 @@ def live_train_step(
     trainer: TrainerBase,
     forward: ForwardPass,
     halted: keras.Variable,
-    plan: Plan,
+    plan: TrainingPlan,
     progress: Progress,
 ) -> LiveStep:
     """The compiled train step of a run, which follows what is changed in Python.

@@ -25,7 +25,7 @@ from kbtrain.data import (
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.sources.interop import yields_batches
 from kbtrain.data.stream import check_sample
-from kbtrain.data.tree import has_array, is_sparse
+from kbtrain.data.tree import has_array, is_sparse_matrix
 from kbtrain.data.workers import WorkerLoader
 from kbtrain.errors import ConfigurationError
 
@@ -160,7 +160,8 @@ def is_named_datasets(data: Any) -> bool:
         return False
     # A datasets.Dataset has a shape, too; only arrays can be converted to one.
     return not all(
-        has_array(value) or is_sparse(value) or _is_plain_list(value) for value in data.values()
+        has_array(value) or is_sparse_matrix(value) or _is_plain_list(value)
+        for value in data.values()
     )
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
-from kbtrain.callbacks.state import Plan, TrainerState, make_plan, steps_until_due
-from kbtrain.checkpoint import Checkpoint, documents, run_state
+from kbtrain.callbacks.state import TrainerState, TrainingPlan, make_plan, steps_until_due
+from kbtrain.checkpoint import Checkpoint, run_state, validated_json
 from kbtrain.checkpoint.storage.faults import is_folder
 from kbtrain.config.diff import compare_arguments
 from kbtrain.config.training_args import resolve_steps
 from kbtrain.config.validation import check_saves_follow_evaluations
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
-from kbtrain.data.block_length import Pace
+from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.model import own_steps
@@ -185,7 +185,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
         # As in Keras: a step of the model's own may count its calls in Python.
-        pace=Pace.of(1 if bound.own.train_step else args.steps_per_execution),
+        block_length=BlockLength.of(1 if bound.own.train_step else args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
 
@@ -198,7 +198,7 @@ def _token_counter(trainer: TrainerBase) -> Callable[[Block], int] | None:
     return lambda block: count_tokens(block.chunks, block.updates, mode, labels, padding)
 
 
-def _plan(trainer: TrainerBase, loader: Loader) -> Plan:
+def _plan(trainer: TrainerBase, loader: Loader) -> TrainingPlan:
     args = trainer.args
     if not loader.sized and args.max_steps <= 0:
         why = why_total_is_needed(trainer)
@@ -214,7 +214,7 @@ def _plan(trainer: TrainerBase, loader: Loader) -> Plan:
     )
 
 
-def _fresh_state(trainer: TrainerBase, plan: Plan, loader: Loader) -> TrainerState:
+def _fresh_state(trainer: TrainerBase, plan: TrainingPlan, loader: Loader) -> TrainerState:
     args = trainer.args
     state = TrainerState(
         max_steps=plan.max_steps,
@@ -256,15 +256,15 @@ def _updates_without_looking(trainer: TrainerBase) -> int:
 
 def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
     """The state of a checkpoint, with the best one where it lies now: folders may be moved."""
-    state = TrainerState(**documents.fields_of(checkpoint, "trainer_state", TrainerState))
+    state = TrainerState(**validated_json.fields_of(checkpoint, "trainer_state", TrainerState))
     if state.global_step != checkpoint.step:
-        documents.damaged(
+        validated_json.damaged(
             checkpoint, "trainer_state", f"it is of step {state.global_step}, not {checkpoint.step}"
         )
     if state.best_model_checkpoint is not None:
         name = Path(state.best_model_checkpoint).name
         if parse_checkpoint_name(name) is None:
-            documents.damaged(checkpoint, "trainer_state", f"the best checkpoint is {name!r}")
+            validated_json.damaged(checkpoint, "trainer_state", f"the best checkpoint is {name!r}")
         places = [trainer.store.directory / name, checkpoint.path.parent / name]
         state.best_model_checkpoint = str(next((p for p in places if is_folder(p)), places[0]))
         best_model.recall(state, trainer.args.metric_for_best_model)
@@ -278,7 +278,7 @@ def _restore(
     if (trained := run_state.trained_in(checkpoint)) is not None:
         # A callback had frozen or unfrozen something.
         flags = trained[0]
-        documents.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
+        validated_json.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
         if not trainer.other_optimizers:
             changing_variables.follow(optimizer, trainer.model)
     progress = run_state.restore_run(
@@ -290,14 +290,14 @@ def _restore(
         trainer.other_optimizers,
     )
     for change in compare_arguments(
-        documents.mapping(checkpoint, "training_args"), trainer.args.to_dict()
+        validated_json.mapping(checkpoint, "training_args"), trainer.args.to_dict()
     ):
         logger.warning("Resuming with another setting: %s", change)
     trainer.state.continue_from(_saved_state(trainer, checkpoint))
     _restore_schedule(trainer, checkpoint)
     if trainer.args.restore_callback_states_from_checkpoint:
         states = trainer.state.stateful_callbacks
-        documents.attempt(
+        validated_json.attempt(
             checkpoint, "trainer_state", lambda: trainer.callback_handler.load_state(states)
         )
     if trainer.args.ignore_data_skip:

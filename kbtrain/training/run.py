@@ -12,10 +12,10 @@ from typing import Any
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
-from kbtrain.callbacks.state import Plan, TrainerState
+from kbtrain.callbacks.state import TrainerState, TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.data import Batches, Block, without_none
-from kbtrain.data.block_length import Pace
+from kbtrain.data.block_length import BlockLength
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.metrics import MetricSet
@@ -48,7 +48,7 @@ class Run:
         last_checkpoint: Returns the newest checkpoint, to name it in an error.
         limit: Returns how many updates may run before something may be due.
         first_step: The step this call began at.
-        pace: How many updates one call of the compiled step may have.
+        block_length: How many updates one call of the compiled step may have.
         count_tokens: Counts the tokens of a block, or None.
         pin: Copy batches to the device from page-locked memory.
         explain: Says of an update (the chunks of its block, its number there) what in it was not
@@ -67,7 +67,7 @@ class Run:
     """
 
     backend: Backend
-    plan: Plan
+    plan: TrainingPlan
     batches: Batches
     accumulation: int
     step: Callable[[Any, Block], dict[str, Any]]
@@ -77,7 +77,7 @@ class Run:
     last_checkpoint: Callable[[], Any]
     limit: Callable[[], int]
     first_step: int
-    pace: Pace = field(default_factory=Pace)
+    block_length: BlockLength = field(default_factory=BlockLength)
     count_tokens: Callable[[Block], int] | None = None
     pin: bool = False
     explain: Callable[[Any, int], str] | None = None
@@ -133,7 +133,7 @@ class Run:
         return LazyNumber(read)
 
     def _block_limit(self) -> int:
-        return max(1, min(self.limit(), self.pace.affordable))
+        return max(1, min(self.limit(), self.block_length.affordable))
 
     def update(self, block: Block) -> None:
         """Start the updates of a block; nothing is waited for."""
@@ -167,9 +167,9 @@ class Run:
             tokens = self.count_tokens(block)
             self.tokens += tokens
             self.state.num_input_tokens_seen += tokens
-        if self.pace.is_worth_measuring(block.outline):
+        if self.block_length.is_worth_measuring(block.outline):
             self.read()
-            self.pace.measured(block.updates, block.room, time.perf_counter() - start)
+            self.block_length.measured(block.updates, block.capacity, time.perf_counter() - start)
         elif len(self._pending) >= MAX_PENDING:
             self.read(keep=RUN_AHEAD)
 

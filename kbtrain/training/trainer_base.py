@@ -20,7 +20,7 @@ from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.saver import Saver
+from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter, Loader, as_loader, task_preprocessing
 from kbtrain.data.plain_values import plain_values
@@ -78,7 +78,7 @@ class TrainerBase(ABC):
     traces: Traces
     position: Position
     store: CheckpointStore
-    saver: Saver
+    saver: AsyncCheckpointer
     stop_signals: StopSignals
     interruption: str | None
     state: TrainerState
@@ -183,7 +183,7 @@ class TrainerBase(ABC):
                 of the training have their speed already.
         """
         entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
-        self.state.remember(entry)
+        self.state.append_log(entry)
         self.fire("on_log", logs=entry)
 
     def fire(self, event: str, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ P = ParamSpec("P")
 logger = logging.getLogger("kbtrain")
 
 
-def harmless(event: Callable[P, Any]) -> Callable[P, None]:
+def best_effort(event: Callable[P, Any]) -> Callable[P, None]:
     """Let an event of a class that only talks report its errors, once an object, and go on.
 
     Mistakes of the user (``KbtrainError``) are raised as ever. A method of a subclass that calls
@@ -34,27 +34,27 @@ def harmless(event: Callable[P, Any]) -> Callable[P, None]:
         except KbtrainError:
             raise
         except Exception as error:
-            report(args[0], event.__name__, error)
+            warn_once(args[0], event.__name__, error)
 
     return guarded
 
 
-def report(talker: Any, what: str, error: Exception) -> None:
+def warn_once(reporter: Any, what: str, error: Exception) -> None:
     """Say, once for each object, that something could not be said."""
-    if getattr(talker, "_has_failed", False):
+    if getattr(reporter, "_has_failed", False):
         return
-    talker._has_failed = True
+    reporter._has_failed = True
     logger.warning(
         "%s.%s failed (%s: %s). Training goes on without what it would have shown; this is said "
         "once.",
-        type(talker).__name__,
+        type(reporter).__name__,
         what,
         type(error).__name__,
         error,
     )
 
 
-def say(line: str, error_stream: bool = True) -> None:
+def print_line(line: str, error_stream: bool = True) -> None:
     """Print a line to stderr, or to stdout, if that can be done."""
     stream = sys.stderr if error_stream else sys.stdout
     if stream is None:  # a program without a console
@@ -63,10 +63,10 @@ def say(line: str, error_stream: bool = True) -> None:
         print(line, file=stream)
     except (OSError, ValueError) as error:  # full, gone, closed, or of an encoding without these
         if isinstance(error, UnicodeEncodeError):
-            _say_in_ascii(line, stream)
+            _print_in_ascii(line, stream)
 
 
-def _say_in_ascii(line: str, stream: Any) -> None:
+def _print_in_ascii(line: str, stream: Any) -> None:
     try:
         print(line.encode("ascii", "backslashreplace").decode(), file=stream)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """What rests on private parts of Keras or of a framework, with a plain way to do the same.
 
 What is not public may change with any release. So nothing here depends on it alone: a
-``PrivatePart`` has a fast way and a plain one, which gives the same result. Where the fast one
+``PrivateApi`` has a fast way and a plain one, which gives the same result. Where the fast one
 fails, the plain one goes on, and the log says so once, with the version and where to report it.
 
 These are all of them; `optim.core.fallback` has those of ``optim``:
@@ -41,7 +41,7 @@ ISSUES = "https://github.com/kbtrain/kbtrain/issues"
 _reported: set[str] = set()
 
 
-class NotAFailure(Exception):
+class NoFallback(Exception):
     """Raised by a fast way on purpose: it passes through, and the plain way is not tried."""
 
 
@@ -73,7 +73,7 @@ def report(name: str, package: str, error: BaseException, instead: str) -> None:
     )
 
 
-class PrivatePart:
+class PrivateApi:
     """A function in two ways: one that may fail with a new version, and a plain one.
 
     Where the fast way fails, the plain one is called with the same arguments. If that fails, too,
@@ -109,7 +109,7 @@ class PrivatePart:
             return self._plain(*args, **kwargs)
         try:
             return self._fast(*args, **kwargs)
-        except (NotAFailure, KbtrainError):
+        except (NoFallback, KbtrainError):
             raise
         except Exception as error:
             if self._passes(error):

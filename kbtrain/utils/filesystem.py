@@ -4,6 +4,8 @@ Nothing here knows what is inside a checkpoint. The functions raise ``OSError`` 
 the callers say in the user's words what it means.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib
@@ -44,7 +46,7 @@ class FileEntry(NamedTuple):
     group: str | None = None
 
 
-class Hidden(NamedTuple):
+class HiddenFolder(NamedTuple):
     """A folder beside the checkpoints that is being written, replaced or deleted.
 
     Attributes:
@@ -78,10 +80,10 @@ def hidden_path(directory: Path, role: Role, step: int) -> Path:
     return directory / name
 
 
-def parse_hidden(path: Path) -> Hidden | None:
+def parse_hidden(path: Path) -> HiddenFolder | None:
     """Return what a hidden folder's name says, None if the name is not one of ours."""
     match = _HIDDEN.fullmatch(path.name)
-    return Hidden(path, match[1], int(match[2]), int(match[3])) if match else None
+    return HiddenFolder(path, match[1], int(match[2]), int(match[3])) if match else None
 
 
 def entries(directory: Path) -> list[str]:
@@ -95,8 +97,8 @@ def entries(directory: Path) -> list[str]:
 def process_is_alive(pid: int) -> bool:
     """Return whether a process with this id runs on this machine.
 
-    Where the system offers no harmless way to ask (Windows), the answer is True: nothing of another
-    process is touched there.
+    Where the system offers no safe way to check (Windows), the answer is True, so that nothing of
+    another process is touched there.
     """
     if pid <= 0:
         return False

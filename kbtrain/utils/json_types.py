@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def is_of(value: Any, expected: Any) -> bool:
+def matches_type(value: Any, expected: Any) -> bool:
     """Whether a value of JSON has a type, as dataclasses write it."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
-        return any(is_of(value, one) for one in inner)
+        return any(matches_type(value, one) for one in inner)
     if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(is_of(item, inner[1]) for item in value.values())
+        return isinstance(value, dict) and all(
+            matches_type(item, inner[1]) for item in value.values()
+        )
     if origin is list:
-        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
+        return isinstance(value, list) and all(matches_type(item, inner[0]) for item in value)
     if expected is Any:
         return True
     if isinstance(value, bool):

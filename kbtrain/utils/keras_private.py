@@ -8,11 +8,11 @@ from typing import Any
 
 import keras
 
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 
-def _part(name: str, fast: Any, plain: Any, instead: str) -> PrivatePart:
-    return PrivatePart(name, "keras", fast, plain, instead)
+def _private(name: str, fast: Any, plain: Any, instead: str) -> PrivateApi:
+    return PrivateApi(name, "keras", fast, plain, instead)
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def _set_attribute(tensor: Any, mask: Any) -> None:
 
 _ATTRIBUTE = "Only masks that are an attribute of their tensor are seen; on JAX none are."
 
-get_keras_mask = _part(
+get_keras_mask = _private(
     "Reading the mask of a tensor",
     _get_keras_mask,
     lambda tensor: getattr(tensor, "_keras_mask", None),
@@ -46,7 +46,9 @@ get_keras_mask = _part(
 )
 """The mask that a layer left on a tensor, or None."""
 
-set_keras_mask = _part("Setting the mask of a tensor", _set_keras_mask, _set_attribute, _ATTRIBUTE)
+set_keras_mask = _private(
+    "Setting the mask of a tensor", _set_keras_mask, _set_attribute, _ATTRIBUTE
+)
 """``set_keras_mask(tensor, mask)``: what layers that come after it will find."""
 
 
@@ -82,7 +84,7 @@ def _in_training() -> bool:
     return context is not None and bool(context.get_value("training"))
 
 
-in_training = _part(
+in_training = _private(
     "Asking a layer whether it is in training",
     _in_training,
     lambda: False,
@@ -105,7 +107,7 @@ def _type_of_a_functional_model() -> type:
     return type(keras.Model(inputs, keras.ops.abs(inputs)))
 
 
-functional_class = _part(
+functional_class = _private(
     "Finding the class of functional models",
     _functional,
     _type_of_a_functional_model,
@@ -137,7 +139,7 @@ def _walk(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(found.values())
 
 
-flatten_layers = _part(
+flatten_layers = _private(
     "Walking over the layers of a model",
     _layers,
     _walk,
@@ -159,7 +161,7 @@ def held_values(variables: Sequence[keras.Variable]) -> list[Any]:
     return [variable._value for variable in variables]
 
 
-read_values = _part(
+read_values = _private(
     "Reading the values of variables",
     held_values,
     lambda variables: [variable.value for variable in variables],
@@ -179,7 +181,7 @@ def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-write_values = _part(
+write_values = _private(
     "Setting the values of variables",
     _put,
     _assign,
@@ -187,7 +189,7 @@ write_values = _part(
 )
 """``write_values(variables, values)``: let variables hold other tensors of the same form."""
 
-has_value = _part(
+has_value = _private(
     "Asking whether a variable has a value",
     lambda variable: variable._value is not None,
     lambda variable: True,
@@ -214,7 +216,7 @@ def _own_generator() -> Any:
     return _own[0]
 
 
-global_seed_generator = PrivatePart(
+global_seed_generator = PrivateApi(
     "Finding Keras' global seed generator",
     "keras",
     _global_seed_generator,
@@ -236,7 +238,7 @@ def _narrowing_table() -> dict[str, str]:
     return table
 
 
-narrowing_table = _part(
+narrowing_table = _private(
     "Keeping float64 in operations of Keras",
     _narrowing_table,
     dict,

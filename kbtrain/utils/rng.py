@@ -73,7 +73,7 @@ def global_seed_variable() -> keras.Variable:
     return global_seed_generator().state
 
 
-def capture(backend: RandomStates) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def capture_random_state(backend: RandomStates) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Random state outside the model: ``(arrays, JSON document)``."""
     version, internal, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -94,8 +94,10 @@ def capture(backend: RandomStates) -> tuple[dict[str, np.ndarray], dict[str, Any
     return arrays, document
 
 
-def restore(backend: RandomStates, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
-    """Inverse of ``capture``. Another backend's own generators are left as they are."""
+def restore_random_state(
+    backend: RandomStates, arrays: dict[str, np.ndarray], document: dict[str, Any]
+) -> None:
+    """Inverse of ``capture_random_state``; another backend's generators are left unchanged."""
     # First, because Keras makes its generator on demand, from a draw of Python's.
     variable = global_seed_variable()
     internal = tuple(int(x) for x in arrays["python"])

@@ -56,7 +56,7 @@ def report(name: str, package: str, error: BaseException, instead: str) -> None:
     )
 
 
-class PrivatePart:
+class PrivateApi:
     """A function in two ways: one that may fail with a new version, and a plain one.
 
     What fails both ways is a mistake in the arguments (a rule of the user's): it is raised, and
@@ -111,7 +111,7 @@ def _walk(value: Any) -> Iterator[Any]:
                 yield from _walk(item)
 
 
-flatten_layers = PrivatePart(
+flatten_layers = PrivateApi(
     "Walking over the layers of a model",
     "keras",
     lambda layer: list(layer._flatten_layers()),

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from optim.core.fallback import PrivatePart
+from optim.core.fallback import PrivateApi
 
 # Significand bits of float32 that each format drops.
 _DROPPED_BITS = {"bfloat16": 16, "float16": 13}
@@ -80,7 +80,7 @@ def _narrowing_table() -> dict[str, str]:
     return table
 
 
-_narrowing = PrivatePart(
+_narrowing = PrivateApi(
     "Keeping float64 in operations of Keras",
     "keras",
     _narrowing_table,

@@ -10,7 +10,7 @@ import pytest
 
 import optim
 from optim.core import fallback
-from optim.core.fallback import PrivatePart
+from optim.core.fallback import PrivateApi
 from optim.core.rule import elementwise
 from optim.kernels import backend
 
@@ -42,7 +42,7 @@ def nothing_failed_yet(monkeypatch):
     name = backend.__name__
     modules = [m for n, m in list(sys.modules.items()) if n.startswith(name)]
     for item in [item for module in modules for item in vars(module).values()]:
-        if isinstance(item, PrivatePart):
+        if isinstance(item, PrivateApi):
             monkeypatch.setattr(item, "is_broken", False)
 
 

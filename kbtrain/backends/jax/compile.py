@@ -15,7 +15,7 @@ from kbtrain.backends.jax.device import compiler_options, free_memory
 from kbtrain.backends.jax.scope import now, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
-from kbtrain.errors import EAGER, ConfigurationError, LooksAtNumber, causes, user_line
+from kbtrain.errors import EAGER, ConcreteValueNeeded, ConfigurationError, causes, user_line
 from kbtrain.utils.keras_private import read_values, write_values
 
 logger = logging.getLogger("kbtrain")
@@ -195,7 +195,7 @@ _LOOKS_AT_VALUES = (
     jax.errors.ConcretizationTypeError,  # bool() and float(), too
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
-    LooksAtNumber,
+    ConcreteValueNeeded,
 )
 
 

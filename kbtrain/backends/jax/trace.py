@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from kbtrain.backends.jax.device import is_oom
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
@@ -34,7 +34,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
             flat = conv_layout.as_function(closed, on_cpu())
         return jax.tree.unflatten(structure, flat(*jax.tree.leaves(args)))
 
-    run = PrivatePart(
+    run = PrivateApi(
         "Taking a traced function apart (for fast convolutions in loops)",
         "jax",
         as_traced,

@@ -48,7 +48,7 @@ from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
 from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, apply_optimizer, global_norm, size_of  # noqa: F401
 from kbtrain.data import signature
 from kbtrain.data.ragged import has_ragged
-from kbtrain.errors import EAGER, LooksAtNumber, causes, first_lines, user_line
+from kbtrain.errors import EAGER, ConcreteValueNeeded, causes, first_lines, user_line
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True
@@ -152,7 +152,7 @@ def _has_strings(inputs: Any) -> bool:
 def _looks_at_values(error: BaseException) -> bool:
     """Whether Python wanted the value of a tensor that has none while the graph is made."""
     return any(
-        isinstance(cause, LooksAtNumber) or "symbolic" in str(cause).lower()
+        isinstance(cause, ConcreteValueNeeded) or "symbolic" in str(cause).lower()
         for cause in causes(error)
     )
 

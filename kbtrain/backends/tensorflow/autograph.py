@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 _KIND: Any = type(tf.function(lambda: None))
 
@@ -62,7 +62,7 @@ def _by_to_graph(python: Callable[..., Any]) -> Any:
     return functools.partial(tf.autograph.to_graph(python.__func__), owner)
 
 
-_convert = PrivatePart(
+_convert = PrivateApi(
     "Making a tf.function a part of the step",
     "tensorflow",
     _as_decorated,

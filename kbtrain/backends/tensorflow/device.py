@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import held_values
 
 
@@ -121,7 +121,7 @@ def _put_on(variable: keras.Variable, device: str) -> None:
         )
 
 
-_move = PrivatePart(
+_move = PrivateApi(
     "Moving a variable to another device",
     "keras",
     _put_on,
@@ -167,14 +167,14 @@ def _disable_determinism() -> None:
 
 _STAYS = "After full_determinism it stays switched on for the rest of the process."
 
-_is_determinism_on = PrivatePart(
+_is_determinism_on = PrivateApi(
     "Asking for deterministic operations",
     "tensorflow",
     _asks_for_determinism,
     lambda: True,
     _STAYS,
 )
-_turn_determinism_off = PrivatePart(
+_turn_determinism_off = PrivateApi(
     "Switching deterministic operations off",
     "tensorflow",
     _disable_determinism,

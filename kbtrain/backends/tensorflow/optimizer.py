@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends.scopes import is_overwritten
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 
 LARGE_BYTES = 1 << 20
 """Size of trained variables from which on passes over memory count."""
@@ -84,7 +84,7 @@ def _asks_the_graph() -> bool:
     return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
 
 
-_for_xla = PrivatePart(
+_for_xla = PrivateApi(
     "Asking a graph whether XLA compiles it",
     "tensorflow",
     _asks_the_graph,

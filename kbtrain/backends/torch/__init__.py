@@ -43,7 +43,7 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
     try_train_step,
 )
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, now
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False
@@ -318,7 +318,7 @@ def _flags(condition: Any) -> contextlib.AbstractContextManager[Any]:
     return FlaggedOptimizers(condition)
 
 
-_flagged_optimizers = PrivatePart(
+_flagged_optimizers = PrivateApi(
     "Giving fused optimizers a flag",
     "torch",
     _flags,
@@ -370,7 +370,7 @@ def global_norm(gradients: Sequence[Any]) -> Any:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-_norms = PrivatePart(
+_norms = PrivateApi(
     "Taking the norms of a list of tensors",
     "torch",
     lambda tensors, dtype: torch._foreach_norm(tensors, 2.0, dtype),
@@ -380,7 +380,7 @@ _norms = PrivatePart(
 )
 
 
-_multiply = PrivatePart(
+_multiply = PrivateApi(
     "Multiplying a list of tensors",
     "torch",
     lambda tensors, factor: torch._foreach_mul_(tensors, factor),

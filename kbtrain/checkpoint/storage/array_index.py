@@ -5,6 +5,8 @@ arrays says in its last lines where its index lies, and the index says where the
 lie. What is read from that is checked against the size of the file before memory is asked for.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import math
@@ -48,14 +50,14 @@ class ArrayOutline(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Place(NamedTuple):
+class ArrayLocation(NamedTuple):
     """An array and where its bytes begin."""
 
     outline: ArrayOutline
     offset: int
 
 
-def find_places(file: io.FileIO, name: str) -> list[Place] | None:
+def find_arrays(file: io.FileIO, name: str) -> list[ArrayLocation] | None:
     """Return where the arrays of a file lie, in the order of writing.
 
     Args:
@@ -95,8 +97,8 @@ def find_places(file: io.FileIO, name: str) -> list[Place] | None:
     return list(places.values())
 
 
-def read_place(file: io.FileIO, place: Place, name: str) -> np.ndarray:
-    """Read an array that ``find_places`` has found in the same file."""
+def read_array(file: io.FileIO, place: ArrayLocation, name: str) -> np.ndarray:
+    """Read an array that ``find_arrays`` has found in the same file."""
     dtype = DTYPES[place.outline.dtype]
     file.seek(place.offset)
     array = np.empty(place.outline.size, "uint8")
@@ -112,7 +114,7 @@ def has_trailer(file: io.FileIO) -> bool:
     return _TRAILER.fullmatch(file.read()) is not None
 
 
-def _place(entry: Any, end: int, name: str) -> Place:
+def _place(entry: Any, end: int, name: str) -> ArrayLocation:
     """Check one entry of an index; ``end`` is where the data of the file end."""
     if not isinstance(entry, dict):
         _damaged(name, "an entry of its index is not a mapping")
@@ -128,7 +130,7 @@ def _place(entry: Any, end: int, name: str) -> Place:
     total = math.prod(n for n in shape if n) * DTYPES[dtype].itemsize
     if offset + outline.size > end or total >= 2**63:
         _damaged(name, f"{array!r} claims {outline.size} bytes that the file does not hold")
-    return Place(outline, offset)
+    return ArrayLocation(outline, offset)
 
 
 def _is_count(value: Any) -> bool:

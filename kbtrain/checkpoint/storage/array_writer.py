@@ -6,6 +6,8 @@ and reserves room for the large ones; their bytes are then written, and hashed, 
 any lock (NumPy, hashlib and files let other threads run meanwhile).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

@@ -1,5 +1,7 @@
 """The types that arrays of a checkpoint may have; what a file may contain depends on no machine."""
 
+from __future__ import annotations
+
 import ml_dtypes
 import numpy as np
 

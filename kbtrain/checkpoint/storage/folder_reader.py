@@ -1,5 +1,7 @@
 """Reading one checkpoint folder: everything is verified before a value of it is used."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

@@ -1,5 +1,7 @@
 """What is in the folder of a checkpoint: files of arrays, documents, and the manifest."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +21,7 @@ from kbtrain.utils import filesystem
 SHARD_BYTES = 4 * 2**30
 
 
-class Places(Protocol):
+class ExternalLayout(Protocol):
     """Where other readers look for the arrays of a group (``layout.KerasLayout`` is one)."""
 
     @property
@@ -37,7 +39,7 @@ def write_contents(
     arrays: Mapping[str, Mapping[str, np.ndarray]],
     documents: Mapping[str, Any],
     info: Mapping[str, Any],
-    places: Mapping[str, Places],
+    places: Mapping[str, ExternalLayout],
     shard_bytes: int,
     other_files: Mapping[str, bytes],
     run: str | None = None,
@@ -106,7 +108,9 @@ def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.n
     return shards
 
 
-def _weight_map(shards: Mapping[str, Mapping[str, np.ndarray]], places: Places) -> dict[str, Any]:
+def _weight_map(
+    shards: Mapping[str, Mapping[str, np.ndarray]], places: ExternalLayout
+) -> dict[str, Any]:
     """Return what Keras reads to find the file of a layer's values: ``model.weights.json``."""
     files_of: dict[str, list[str]] = {}
     found = [

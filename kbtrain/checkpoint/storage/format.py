@@ -4,6 +4,8 @@ The functions here know one file at a time. Which files make a checkpoint, and w
 ones that were written, is in ``manifest.py``; where they lie and when they count, in ``store.py``.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -19,8 +21,8 @@ from kbtrain.checkpoint.storage.array_index import (
     TRAILER,
     TRAILER_SIZE,
     ArrayOutline,
-    find_places,
-    read_place,
+    find_arrays,
+    read_array,
 )
 from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.storage.faults import reading
@@ -66,8 +68,8 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
         CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
         OSError: If reading fails.
     """
-    if (places := find_places(file, name)) is not None:
-        return {place.outline.name: read_place(file, place, name) for place in places}
+    if (places := find_arrays(file, name)) is not None:
+        return {place.outline.name: read_array(file, place, name) for place in places}
     with _opened(file, name) as (h5, size):  # as former versions wrote it
         return _read_h5(h5, size, name)
 
@@ -102,7 +104,7 @@ def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
         CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
         OSError: If reading fails.
     """
-    if (places := find_places(file, name)) is not None:
+    if (places := find_arrays(file, name)) is not None:
         return [place.outline for place in places]
     with _opened(file, name) as (h5, size):
         return [outline for outline, _ in _read_index(h5, [size], name)]

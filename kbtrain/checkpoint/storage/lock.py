@@ -1,5 +1,7 @@
 """One run per folder: a lock that the system takes back when its process dies."""
 
+from __future__ import annotations
+
 import errno
 import json
 import logging

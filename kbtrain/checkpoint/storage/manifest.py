@@ -4,6 +4,8 @@ The manifest vouches for every other file (size and SHA-256) and for itself (a S
 bytes), so that any byte that changed in any file is noticed before a value of it is used.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import os

@@ -4,6 +4,8 @@ Every change is one rename, so that a crash at any moment leaves a checkpoint wh
 Which ones to take out is decided elsewhere (``ownership.py``).
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator
@@ -44,7 +46,7 @@ def list_checkpoints(directory: Path) -> Listing:
     return sorted(found.items())
 
 
-def _hidden(directory: Path, names: list[str]) -> list[filesystem.Hidden]:
+def _hidden(directory: Path, names: list[str]) -> list[filesystem.HiddenFolder]:
     parsed = (filesystem.parse_hidden(directory / name) for name in names)
     return [hidden for hidden in parsed if hidden is not None]
 

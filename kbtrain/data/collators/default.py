@@ -1,12 +1,14 @@
 """Joining samples into a batch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kbtrain.data.batch import LABEL_KEYS, LabelKeys, LabelNames, label_keys
-from kbtrain.data.tree import as_array, cast, is_list_of_numbers, is_sparse, rebuild_sequence
+from kbtrain.data.tree import as_array, cast, is_list_of_numbers, is_sparse_matrix, rebuild_sequence
 from kbtrain.errors import DataError
 
 Collate = Callable[[list[Any]], Any]
@@ -110,7 +112,9 @@ def _stack_field(values: Sequence[Any], path: str, strings: bool) -> np.ndarray:
             "column."
         )
     whole = [as_array(value, path, strings) for value in values]
-    arrays = [cast(_row(a) if is_sparse(v) else a) for a, v in zip(whole, values, strict=True)]
+    arrays = [
+        cast(_row(a) if is_sparse_matrix(v) else a) for a, v in zip(whole, values, strict=True)
+    ]
     shape = arrays[0].shape
     for position, array in enumerate(arrays):
         if array.shape != shape:

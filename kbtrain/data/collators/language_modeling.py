@@ -1,5 +1,7 @@
 """Collators for language models: masked, causal, and several texts packed into one row."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -190,7 +192,7 @@ def _next_tokens(ids: np.ndarray, real: np.ndarray) -> np.ndarray:
 class DataCollatorForPacking:
     """Packs several texts into one row, for causal language models: little padding, one shape.
 
-    Texts are put, in their order, into the first row that has room. Each has positions of its
+    Texts are put, in their order, into the first row that has space. Each has positions of its
     own from 0, and its last token has no label, so nothing is predicted across a border.
 
     Args:
@@ -270,7 +272,7 @@ class DataCollatorForPacking:
         return batch
 
     def _places(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Row and first column of each text: the first row with room."""
+        """Row and first column of each text: the first row with space."""
         used: list[int] = []
         places = []
         for length in lengths:

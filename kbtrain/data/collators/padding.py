@@ -1,5 +1,7 @@
 """Samples of different lengths to arrays: what the collators for sequences have in common."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

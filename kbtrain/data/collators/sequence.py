@@ -4,6 +4,8 @@ They take lists of dicts and return dicts of NumPy arrays. Names and defaults ar
 reference; instead of a tokenizer the token numbers themselves will do.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """Orders that look at how long the samples are: less padding, or micro-batches of equal cost."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from kbtrain.errors import ConfigurationError, DataError
@@ -86,9 +88,9 @@ def _cut(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] |
     """Runs of costs up to ``limit``, exactly ``groups`` of them; None if that many do not do."""
     cuts, start = [], 0
     for left in range(groups, 0, -1):
-        room = len(each) - start - (left - 1)  # every later one needs a sample
-        fits = room if each[start] * room <= limit else int(limit / each[start])
-        count = min(room, fits)
+        available = len(each) - start - (left - 1)  # every later one needs a sample
+        fits = available if each[start] * available <= limit else int(limit / each[start])
+        count = min(available, fits)
         if count < 1:
             return None
         cuts.append((start, start + count))
@@ -96,7 +98,7 @@ def _cut(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] |
     return cuts if start == len(each) else None
 
 
-def checked(values: object, count: int, name: str) -> np.ndarray:
+def checked_lengths(values: object, count: int, name: str) -> np.ndarray:
     """Lengths as an array of integers, one for each sample.
 
     Raises:

@@ -4,6 +4,8 @@ An array of 10^8 shuffled indices takes 800 MB and seconds to make. Here any par
 computed on its own, from tables of about the square root of the length.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

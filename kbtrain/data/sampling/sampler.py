@@ -4,6 +4,8 @@ Nothing is drawn from a stream that moves on, so any epoch can be asked for at a
 process and on any backend, and a run resumes by asking again.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from kbtrain.data.sampling.by_length import group_by_length

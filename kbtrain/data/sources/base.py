@@ -4,6 +4,8 @@ The loader asks three questions only: is the length known, the batch of these in
 of these indices (for a user's collator). ``recognise.as_source`` makes a source of what a user has.
 """
 
+from __future__ import annotations
+
 import abc
 import copy
 import itertools
@@ -23,7 +25,7 @@ from kbtrain.data.batch import (
 )
 from kbtrain.data.collators.default import default_collate
 from kbtrain.data.ragged import Ragged, as_ragged, is_ragged
-from kbtrain.data.sampling.by_length import checked, no_lengths
+from kbtrain.data.sampling.by_length import checked_lengths, no_lengths
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.columns import Column, as_column, cut, rows, take
 from kbtrain.data.sources.interop import is_endless, resume_caveat
@@ -144,17 +146,17 @@ class ArraySource(Source):
         """Return the batch of the samples at ``indices``: one read per array."""
         return map_structure(lambda column: take(column, indices), self._columns)
 
-    def keeping(self, columns: ColumnFilter) -> "ArraySource":
+    def keeping(self, columns: ColumnFilter) -> ArraySource:
         """The same rows without the columns that are not used."""
         return self.changed(lambda all_columns: columns(all_columns, self.name))
 
-    def changed(self, function: Callable[[Any], Any]) -> "ArraySource":
+    def changed(self, function: Callable[[Any], Any]) -> ArraySource:
         """The same rows with other columns, those that ``function`` makes of them."""
         other = copy.copy(self)
         other._columns = function(self._columns)
         return other
 
-    def part(self, start: int, stop: int, name: str) -> "ArraySource":
+    def part(self, start: int, stop: int, name: str) -> ArraySource:
         """The rows from ``start`` up to ``stop``, not copied, and not read from disk."""
         part = self.changed(lambda columns: map_structure(lambda c: cut(c, start, stop), columns))
         part._length, part.name = stop - start, name
@@ -164,7 +166,7 @@ class ArraySource(Source):
         """Return the column of lengths, or the ones counted in an attention mask."""
         columns = self._columns if isinstance(self._columns, Mapping) else {}
         if column in columns:
-            return checked(columns[column][:], self._length, self.name)
+            return checked_lengths(columns[column][:], self._length, self.name)
         if "attention_mask" not in columns:
             raise no_lengths(self.name, column, "all rows of an array are equally long")
         mask = columns["attention_mask"]
@@ -172,7 +174,7 @@ class ArraySource(Source):
             np.count_nonzero(mask[start : start + _ROWS], axis=-1)
             for start in range(0, self._length, _ROWS)
         ]
-        return checked(np.concatenate(counts), self._length, self.name)
+        return checked_lengths(np.concatenate(counts), self._length, self.name)
 
     def samples(self, indices: Indices) -> list[Any]:
         """Return the rows at ``indices``, each in the structure of the data."""
@@ -223,14 +225,14 @@ class MapSource(Source):
         """Return ``data.lengths``, a column of a table, or what every sample says of itself."""
         known = getattr(self._data, "lengths", None)
         if known is not None and not callable(known):
-            return checked(known, len(self), self.name)
+            return checked_lengths(known, len(self), self.name)
         if column in (getattr(self._data, "column_names", None) or ()):
-            return checked(self._data[column], len(self), self.name)
+            return checked_lengths(self._data[column], len(self), self.name)
         logger.info("%s: reading %d samples to learn their lengths.", self.name, len(self))
         found = [
             self._length_of(self.samples(range(i, i + 1))[0], column) for i in range(len(self))
         ]
-        return checked(found, len(self), self.name)
+        return checked_lengths(found, len(self), self.name)
 
     def _length_of(self, sample: Any, column: str) -> int:
         if isinstance(sample, Mapping):

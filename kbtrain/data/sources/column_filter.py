@@ -1,5 +1,7 @@
 """Leaving out the columns of a data set that the model does not take."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Collection, Mapping
 from typing import Any

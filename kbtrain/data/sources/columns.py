@@ -4,12 +4,14 @@ A column is an ndarray in memory (a memory map counts: the operating system read
 they are touched), an array on disk that must be asked in sorted order, or a sparse matrix.
 """
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 
 import numpy as np
 
-from kbtrain.data.tree import as_array, cast, check_dtype, is_sparse, map_structure
+from kbtrain.data.tree import as_array, cast, check_dtype, is_sparse_matrix, map_structure
 
 
 class DiskColumn:
@@ -31,7 +33,7 @@ class DiskColumn:
         start, stop, _ = rows.indices(self.shape[0])
         return np.asarray(self._dataset[self._first + start : self._first + stop])
 
-    def part(self, start: int, stop: int) -> "DiskColumn":
+    def part(self, start: int, stop: int) -> DiskColumn:
         """Some rows, which stay on disk."""
         part = copy.copy(self)
         part._first, part.shape = self._first + start, (stop - start, *self.shape[1:])
@@ -60,7 +62,7 @@ class SparseColumn:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self._rows[rows].toarray()
 
-    def part(self, start: int, stop: int) -> "SparseColumn":
+    def part(self, start: int, stop: int) -> SparseColumn:
         """Some rows."""
         part = copy.copy(self)
         part._rows, part.shape = self._rows[start:stop], (stop - start, *self.shape[1:])
@@ -83,7 +85,7 @@ def as_column(value: Any, name: str, strings: bool = False) -> Column:
     """
     if hasattr(value, "read_direct"):  # what an h5py.Dataset has and arrays in memory have not
         return DiskColumn(value, name)
-    if is_sparse(value):
+    if is_sparse_matrix(value):
         return SparseColumn(value, name)
     return as_array(value, name, strings)
 

@@ -1,5 +1,7 @@
 """What kind of data a user passed, and what looks like data and is none."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +10,7 @@ from kbtrain.data.batch import LabelNames
 from kbtrain.data.ragged import is_ragged
 from kbtrain.data.sources.base import ArraySource, IterableSource, MapSource, Source, failed
 from kbtrain.data.sources.interop import derives_from, yields_batches
-from kbtrain.data.tree import has_array, is_sparse
+from kbtrain.data.tree import has_array, is_sparse_matrix
 from kbtrain.errors import DataError
 
 
@@ -56,7 +58,12 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
 def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
-    if isinstance(data, (tuple, Mapping)) or has_array(data) or is_sparse(data) or is_ragged(data):
+    if (
+        isinstance(data, (tuple, Mapping))
+        or has_array(data)
+        or is_sparse_matrix(data)
+        or is_ragged(data)
+    ):
         return ArraySource(data, name, label_names)
     if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
         return IterableSource(data, name)

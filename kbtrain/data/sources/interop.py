@@ -4,6 +4,8 @@ Keras' convention holds for what can yield either: a ``tf.data.Dataset`` and a `
 batches, and a Grain data set does if there is a ``batch`` among its transformations.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 import operator

@@ -1,15 +1,17 @@
 """``validation_split``: the last part of the training data, kept for evaluation."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from kbtrain.data.sources.base import ArraySource
-from kbtrain.data.tree import has_array, is_sparse
+from kbtrain.data.tree import has_array, is_sparse_matrix
 from kbtrain.errors import ConfigurationError
 
 
-def split(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
+def split_for_validation(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
     """The first and the last part of arrays, as Keras' ``fit(validation_split=...)`` cuts them.
 
     Args:
@@ -28,7 +30,9 @@ def split(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
             "validation_split must be a fraction of the training data, above 0 and below 1. "
             f"Received: validation_split={fraction!r}."
         )
-    if not (isinstance(data, (tuple, Mapping, ArraySource)) or has_array(data) or is_sparse(data)):
+    if not (
+        isinstance(data, (tuple, Mapping, ArraySource)) or has_array(data) or is_sparse_matrix(data)
+    ):
         raise ConfigurationError(
             "validation_split is for arrays, as in Keras. Pass the part to evaluate as "
             "eval_dataset (data sets of Hugging Face have train_test_split(), a tf.data.Dataset "

@@ -13,7 +13,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
 from kbtrain.utils import rng
-from kbtrain.utils.fallback import PrivatePart
+from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import (
     functional_class,
     get_global_attribute,
@@ -78,7 +78,7 @@ def recomputed(
             inside = False
             return _Recomputed(layer, noted, args, kwargs).run(backend, unseeded)
 
-        part = PrivatePart(
+        part = PrivateApi(
             "gradient_checkpointing",
             "keras",
             recomputed,

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 from keras import ops
 
-from optim.core.fallback import PrivatePart
+from optim.core.fallback import PrivateApi
 from optim.core.precision import working_dtype
 from optim.kernels.inplace_order import LARGE, Pure
 from optim.kernels.jax.wait import after, zero_after
@@ -97,7 +97,7 @@ def _ordered(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> An
     return in_place(pure, value, gradient, slots)
 
 
-_in_place = PrivatePart(
+_in_place = PrivateApi(
     "Taking an optimizer's rule apart (to update large variables in place)",
     "jax",
     _ordered,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from optim.core.fallback import PrivatePart
+from optim.core.fallback import PrivateApi
 from optim.core.precision import working_dtype
 from optim.kernels.tensorflow import inplace_order
 from optim.kernels.tensorflow.inplace_order import for_xla_on_cpu
@@ -75,7 +75,7 @@ def _ordered(pure: Any, value: Any, gradient: Any, slots: dict[str, Any]) -> Any
     return inplace_order.in_place(pure, value, gradient, slots)
 
 
-_in_place = PrivatePart(
+_in_place = PrivateApi(
     "Taking an optimizer's rule apart (to update large variables in place)",
     "tensorflow",
     _ordered,

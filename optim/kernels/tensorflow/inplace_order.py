@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from optim.core.fallback import PrivatePart
+from optim.core.fallback import PrivateApi
 from optim.kernels.inplace_order import LARGE, Plan, Pure, flattened
 
 
@@ -36,7 +36,7 @@ def _asks_the_graph() -> bool:
     return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
 
 
-_for_xla = PrivatePart(
+_for_xla = PrivateApi(
     "Asking a graph whether XLA compiles it",
     "tensorflow",
     _asks_the_graph,

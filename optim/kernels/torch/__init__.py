@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import torch
 
-from optim.core.fallback import PrivatePart, report
+from optim.core.fallback import PrivateApi, report
 from optim.core.precision import working_dtype
 from optim.kernels.torch.adafactor import run_adafactor
 from optim.kernels.torch.custom_op import LIBRARY, Numbered
@@ -93,7 +93,7 @@ def _asks_the_scope() -> bool:
     return bool(in_stateless_scope())
 
 
-_in_stateless_scope = PrivatePart(
+_in_stateless_scope = PrivateApi(
     "Asking for a stateless scope",
     "keras",
     _asks_the_scope,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kbtrain.utils.fallback import NotAFailure
+from kbtrain.utils.fallback import NoFallback
 
 
-class NotCapturable(NotAFailure):
+class NotCapturable(NoFallback):
     """The step cannot be recorded; the message says why.
 
     Attributes:
@@ -18,7 +18,7 @@ class NotCapturable(NotAFailure):
     failure: Exception | None = None
 
 
-class GuardFailed(NotAFailure):
+class GuardFailed(NoFallback):
     """The guard's condition was false; no variable has been changed."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from kbtrain.checkpoint import Checkpoint
 from kbtrain.errors import CheckpointDamagedError
-from kbtrain.utils.json_types import is_of
+from kbtrain.utils.json_types import matches_type
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def fields_of(checkpoint: Checkpoint, name: str, cls: type[Any]) -> dict[str, An
     expected = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.name in found]
     for key in known:
-        if not is_of(found[key], expected[key]):
+        if not matches_type(found[key], expected[key]):
             problem = f"{key!r} is not of type {expected[key]}. Received: {found[key]!r}"
             damaged(checkpoint, name, problem)
     return {key: found[key] for key in known}

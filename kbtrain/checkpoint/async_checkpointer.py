@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.storage.folder_writer import Places
+from kbtrain.checkpoint.storage.folder_writer import ExternalLayout
 from kbtrain.checkpoint.storage.lock import RunLock
-from kbtrain.errors import CheckpointError, is_disk_trouble
+from kbtrain.errors import CheckpointError, is_storage_error
 from kbtrain.utils.host_buffers import HostBuffers
 
 logger = logging.getLogger("kbtrain")
@@ -43,7 +43,7 @@ class Snapshot:
     arrays: Mapping[str, Mapping[str, np.ndarray]]
     documents: Mapping[str, Any]
     info: Mapping[str, Any]
-    places: Mapping[str, Places] = field(default_factory=dict)
+    places: Mapping[str, ExternalLayout] = field(default_factory=dict)
     keep: int | None = None
     protect: tuple[Path, ...] = ()
     other_files: Mapping[str, bytes] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _Job:
     thread: threading.Thread | None = field(default=None)
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes the checkpoints of a run, one at a time.
 
     In the background, ``save`` returns as soon as a thread has taken over the host copy; the thread
@@ -183,7 +183,7 @@ class Saver:
         if job is None or job.error is None:
             return True
         job.failed()
-        if job.on_error == "raise" or not is_disk_trouble(job.error):
+        if job.on_error == "raise" or not is_storage_error(job.error):
             raise job.error
         logger.warning(
             "%s Training goes on (on_save_error='warn'); the next checkpoint is tried when it is "
@@ -223,7 +223,7 @@ class Saver:
         try:
             self._lock_folder()
         except CheckpointError as error:
-            if on_error == "raise" or not is_disk_trouble(error):
+            if on_error == "raise" or not is_storage_error(error):
                 raise
             logger.warning(
                 "%s Training goes on (on_save_error='warn'), but nothing can be saved until that "
