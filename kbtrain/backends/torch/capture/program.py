@@ -3,7 +3,7 @@
 Nearly all operations have no effect on the state. The few that change a variable (the fused
 optimizer, a moving average, a counter) come last. Between the two stands the step's own finite
 check: where it does not hold, nothing has been changed. All of it is one generated Python function
-(`torch_codegen`); with ``jit_compile=True``, ``torch.compile`` takes the part without effects.
+(`codegen`); with ``jit_compile=True``, ``torch.compile`` takes the part without effects.
 """
 
 from __future__ import annotations
