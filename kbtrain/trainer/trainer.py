@@ -37,9 +37,10 @@ from kbtrain.trackers import make_trackers
 from kbtrain.trainer import argument_checks, reports, search
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import say_what_is_unused
-from kbtrain.training import actions, auto_batch_size
+from kbtrain.training import actions
+from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
-from kbtrain.training.fit import TrainOutput
+from kbtrain.training.fit import TrainOutput, fit
 from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
@@ -247,7 +248,8 @@ class Trainer(KnownNames, TrainerBase):
                 if checkpoint is None and args.save_strategy != "no":
                     actions.warn_of_former_run(self)
                 with placement.settings(self.backend, args, self.model):
-                    output = auto_batch_size.fit(self, checkpoint)
+                    train = find_and_fit if args.auto_find_batch_size else fit
+                    output = train(self, checkpoint)
             newest = actions.last_checkpoint(self) if self.stop_signals.received else None
             self.stop_signals.raise_received(self.state.global_step, newest)
             return output

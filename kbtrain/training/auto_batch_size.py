@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.checkpoint import Checkpoint, run_state, validated_json
 from kbtrain.errors import ConfigurationError, OutOfMemoryError
 from kbtrain.optimization import metric_driven
-from kbtrain.training import fit as fitting
+from kbtrain.training.fit import TrainOutput, fit
 from kbtrain.utils import rng
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def smaller(batch_size: int, accumulation: int) -> tuple[int, int] | None:
     return next(((size, update // size) for size in sizes), None)
 
 
-def fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> fitting.TrainOutput:
-    """Train; with ``auto_find_batch_size`` as often as it takes to find a size that fits.
+def find_and_fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> TrainOutput:
+    """Train as often as it takes to find a size of micro-batches that fits into memory.
 
     Each attempt starts from where the first one did, and its updates have the same samples, so
     what comes out is what a run with the size that was found gives. ``trainer.args`` says then
@@ -49,15 +49,13 @@ def fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> fitting.TrainOut
         OutOfMemoryError: One sample at a time does not fit either.
         ConfigurationError: The size of the batches is not the Trainer's to choose.
     """
-    if not trainer.args.auto_find_batch_size:
-        return fitting.fit(trainer, checkpoint)
     if checkpoint is not None:
         _go_on_with(trainer, validated_json.mapping(checkpoint, "training_args"))
     start = _Start(trainer)
     kept = trainer.store.list()
     while True:
         try:
-            return fitting.fit(trainer, checkpoint, start.begin)
+            return fit(trainer, checkpoint, start.begin)
         except OutOfMemoryError as error:
             if not error.in_training:
                 raise

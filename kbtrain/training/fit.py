@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,11 +69,43 @@ def fit(
         checkpoint: Where to go on from, if not from the beginning.
         prepared: Called when everything stands where the first update will find it.
     """
-    with measured(trainer.backend, "train", trainer.args.skip_memory_metrics) as memory:
-        run, seconds = _run(trainer, checkpoint, prepared)
+    args = trainer.args
+    with measured(trainer.backend, "train", args.skip_memory_metrics) as memory:
+        run = prepare(trainer, checkpoint)
+        prepared()
+        trainer.current_run, trainer.training_weights = run, True
+        trainer.control.new_training()
+        trainer.fire("on_train_begin")
+        begun = True
+        if args.eval_on_start and checkpoint is None:
+            begun = actions.evaluate_at_start(trainer)
+        run.times.restart()
+        with contextlib.closing(run.batches), _wrapped_calls(trainer):
+            if begun:
+                train_loop(trainer, run)
+                run.read()
+        with run.times.of("other"):
+            trainer.saver.wait()
+    return _finish(trainer, run, memory)
+
+
+@contextlib.contextmanager
+def _wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
+    """Inside, layers are called with noise, and are run again for gradients, where that is set."""
+    args, model = trainer.args, trainer.model
+    noise = neftune.noise(model, args.neftune_noise_alpha)
+    again = gradient_checkpointing.recomputed(
+        model, trainer.backend, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
+    )
+    with noise, again:
+        yield
+
+
+def _finish(trainer: TrainerBase, run: Run, memory: dict[str, float]) -> TrainOutput:
+    """Log the result, and leave the model with the weights it is to have."""
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
-    metrics = run.speed(seconds) | memory | {"epoch": state.epoch}
+    metrics = run.speed(run.times.total) | memory | {"epoch": state.epoch}
     if run.has_loss:
         metrics["train_loss"] = loss
     trainer.log(metrics)
@@ -84,33 +116,6 @@ def fit(
         best_model.load(trainer)
     trainer.fire("on_train_end")
     return TrainOutput(state.global_step, loss, metrics)
-
-
-def _run(
-    trainer: TrainerBase, checkpoint: Checkpoint | None, prepared: Callable[[], None]
-) -> tuple[Run, float]:
-    """All updates of this call, and the seconds they took."""
-    run = prepare(trainer, checkpoint)
-    prepared()
-    trainer.current_run, trainer.training_weights = run, True
-    trainer.control.new_training()
-    trainer.fire("on_train_begin")
-    begun = True
-    if trainer.args.eval_on_start and checkpoint is None:
-        begun = actions.evaluate_at_start(trainer)
-    run.times.restart()
-    args, model = trainer.args, trainer.model
-    noise = neftune.noise(model, args.neftune_noise_alpha)
-    again = gradient_checkpointing.recomputed(
-        model, trainer.backend, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
-    )
-    with contextlib.closing(run.batches), noise, again:
-        if begun:
-            train_loop(trainer, run)
-            run.read()
-    with run.times.of("other"):
-        trainer.saver.wait()
-    return run, run.times.total
 
 
 def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
