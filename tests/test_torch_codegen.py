@@ -16,8 +16,9 @@ def torch():
 
 @pytest.fixture(scope="module")
 def modules(torch):
-    names = "codegen", "program", "record"
-    return {name: importlib.import_module(f"kbtrain.backends.torch_{name}") for name in names}
+    package = "kbtrain.backends.torch.capture"
+    names = "codegen", "program", "trace"
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def compiled(torch, modules):
 
     def compile_function(fn, *examples, inductor=False):
         with torch.no_grad():
-            recorded = modules["record"].record(fn, examples)
+            recorded = modules["trace"].record(fn, examples)
             return modules["program"].make_program(recorded, examples, inductor, {})
 
     return compile_function
@@ -38,7 +39,7 @@ def called(torch, modules):
 
     def functions(fn, *examples):
         with torch.no_grad():
-            graph = modules["record"].record(fn, examples).graph
+            graph = modules["trace"].record(fn, examples).graph
         nodes = [node for node in graph.nodes if node.op == "call_function"]
         return [modules["codegen"].public_call(node)[0] for node in nodes]
 
