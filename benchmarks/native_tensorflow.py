@@ -24,7 +24,7 @@ def _loop(make: Callable[[], keras.Model], loss: Any, jit_compile: bool) -> Call
     variables = model.trainable_variables
     optimizer.build(variables)
 
-    @tf.function(jit_compile=jit_compile)
+    @tf.function(jit_compile=jit_compile)  # type: ignore[untyped-decorator]
     def step(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
             value = loss(y, model(x, training=True))

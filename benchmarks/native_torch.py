@@ -13,7 +13,7 @@ from workloads import MILLIONS_124, SMALL, USERS_AND_ITEMS, GptSize, in_bf16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -30,7 +30,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Gpt(nn.Module):
+class Gpt(nn.Module):  # type: ignore[misc]
     def __init__(self, size: GptSize = SMALL) -> None:
         super().__init__()
         width = size.width
@@ -44,12 +44,12 @@ class Gpt(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-class ChannelsFirst(nn.Module):
+class ChannelsFirst(nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 3, 1, 2)
 
 
-class Flip(nn.Module):
+class Flip(nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x

@@ -231,7 +231,8 @@ def extra_memory(candidate: Candidate) -> float | None:
         before = torch.cuda.memory_allocated()
         candidate.step()
         candidate.wait()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        result: float | None = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return result
     gc.collect()
     give_back()
     before_step = resident("VmRSS")

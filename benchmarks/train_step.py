@@ -106,7 +106,8 @@ def _trainers(name: str, workload: Workload, x: Any, y: Any) -> dict[str, Any]:
         module = importlib.import_module("trainers_torch")
     except ModuleNotFoundError:
         return {}
-    return module.trainers(name, x, y, workload.batch, workload.steps)
+    result: dict[str, Any] = module.trainers(name, x, y, workload.batch, workload.steps)
+    return result
 
 
 def _round(

@@ -76,7 +76,7 @@ def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
     import accelerate  # noqa: F401  (the HF Trainer wants it, and says so only when it is made)
     import transformers
 
-    class Model(nn.Module):
+    class Model(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.body = MODELS[workload]()
@@ -85,7 +85,7 @@ def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
             logits = self.body(inputs)
             return {"loss": cross_entropy(logits, labels), "logits": logits}
 
-    class Rows(torch.utils.data.Dataset):
+    class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
         def __len__(self) -> int:
             return len(x)
 
@@ -93,7 +93,7 @@ def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
             return {"inputs": x[i], "labels": y[i]}
 
     def run(pause: Callable[[], bool]) -> None:
-        class Callback(transformers.TrainerCallback):
+        class Callback(transformers.TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step % steps == 0:
                     control.should_training_stop = not pause()
@@ -125,7 +125,7 @@ def _hugging_face(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
 def _lightning(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
     import lightning
 
-    class Module(lightning.LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.body = MODELS[workload]()
@@ -137,7 +137,7 @@ def _lightning(workload: str, x: Any, y: Any, size: int, steps: int) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.01, foreach=True)
 
     def run(pause: Callable[[], bool]) -> None:
-        class Callback(lightning.Callback):
+        class Callback(lightning.Callback):  # type: ignore[misc]
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
                 if trainer.global_step % steps == 0:
                     trainer.should_stop = not pause()

@@ -44,10 +44,11 @@ MILLIONS_124 = GptSize(depth=12, width=768, length=1024, heads=12, vocabulary=24
 
 def in_bf16() -> bool:
     """Whether products are to be computed in bfloat16, parameters staying in float32."""
-    return keras.config.dtype_policy().compute_dtype == "bfloat16"
+    result: bool = keras.config.dtype_policy().compute_dtype == "bfloat16"
+    return result
 
 
-class Positions(layers.Layer):
+class Positions(layers.Layer):  # type: ignore[misc]
     """Adds a learned vector to each position."""
 
     def build(self, shape: Any) -> None:

@@ -38,7 +38,7 @@ def windows(data: np.ndarray, length: int, stride: int) -> tuple[np.ndarray, np.
     return view[:, :-1], view[:, 1:]
 
 
-class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):
+class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):  # type: ignore[misc]
     """Cross-entropy in bits: what an ideal compressor with this model spends on a byte."""
 
     def __init__(self, name: str = "bits_per_byte", **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):
         return super().result() / math.log(2)
 
 
-class Positions(layers.Layer):
+class Positions(layers.Layer):  # type: ignore[misc]
     """Adds a learned vector for each position."""
 
     def build(self, shape: tuple[int | None, ...]) -> None:

@@ -62,7 +62,8 @@ def main(words: list[str]) -> dict[str, float]:
     mean, deviation = y_train.mean(), y_train.std()
 
     def scaled(target: np.ndarray) -> np.ndarray:
-        return ((target - mean) / deviation)[:, None]
+        result: np.ndarray = ((target - mean) / deviation)[:, None]
+        return result
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         """Called once for an evaluation, with NumPy arrays of the whole set."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from masked_lm import SPECIAL, ModelArguments, bert_inputs, keras_hub, make_encoder, train_tokenizer
+from masked_lm import SPECIAL, ModelArguments, bert_inputs, make_encoder, train_tokenizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
@@ -105,6 +105,8 @@ def main(words: list[str]) -> None:
     def encode(texts: list[str], labels: list[int]) -> list[dict[str, object]]:
         encoded = tokenizer.encode_batch(texts)
         return [{"input_ids": e.ids, "label": y} for e, y in zip(encoded, labels, strict=True)]
+
+    import keras_hub  # after masked_lm, which says how to install it
 
     classifier = keras_hub.models.BertTextClassifier(
         make_encoder(tokenizer, options),

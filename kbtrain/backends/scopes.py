@@ -14,7 +14,7 @@ def is_overwritten(variable: keras.Variable) -> bool:
     return getattr(variable, "overwrite_with_gradient", False)
 
 
-class LossScope(keras.StatelessScope):
+class LossScope(keras.StatelessScope):  # type: ignore[misc]
     """Holds what the layers assign, without cutting a weight off from its gradient.
 
     A layer that assigns its own weights (``SpectralNormalization``) goes on with the new value,

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint.storage.array_writer import write_arrays
+from kbtrain.checkpoint.storage.folder_reader import Checkpoint
 from kbtrain.checkpoint.storage.format import read_arrays
 from kbtrain.checkpoint.storage.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
-from kbtrain.checkpoint.store import Checkpoint, CheckpointStore
+from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.utils.filesystem import FileEntry
 
 if TYPE_CHECKING:

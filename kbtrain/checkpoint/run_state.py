@@ -142,7 +142,8 @@ def cached_keras_layout(model: keras.Model) -> KerasLayout:
         layout = keras_layout(model, name_variables(variables))
         if not layout.values:
             _layouts[model] = identities, layout
-    return layout
+    result: KerasLayout = layout
+    return result
 
 
 _configs: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
@@ -159,7 +160,8 @@ def model_config(model: keras.Model) -> dict[str, Any] | None:
         except Exception:  # a class of the user's own, whose get_config may do anything
             config = None
         _configs[model] = config
-    return _configs[model]
+    result: dict[str, Any] | None = _configs[model]
+    return result
 
 
 def gather_evaluation(

@@ -187,7 +187,8 @@ def _assign(variable: keras.Variable, value: np.ndarray) -> None:
 
 def _dtype_of(variable: keras.Variable) -> np.dtype[Any]:
     name = keras.backend.standardize_dtype(variable.dtype)
-    return np.dtype(getattr(ml_dtypes, name, name))
+    result: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name, name))
+    return result
 
 
 def _match(

@@ -270,7 +270,8 @@ def _capacity(*batches: Any) -> int:
     fast the machine is. Large batches get no spare capacity, which would be copied to the device.
     """
     size = sum(leaf.nbytes for batch in batches for _, leaf in named_leaves(batch))
-    return max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
+    result: int = max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
+    return result
 
 
 def _nothing(x: np.ndarray) -> Any:

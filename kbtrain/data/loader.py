@@ -244,7 +244,10 @@ class DataLoader:
         first = number - number % self.accumulation
         end = min(first + self.accumulation, len(self))
         update = np.asarray(order[first * size : end * size])
-        return update[rebalance(self._lengths[update], end - first)[number - first]]
+        result: np.ndarray | range = update[
+            rebalance(self._lengths[update], end - first)[number - first]
+        ]
+        return result
 
     def batches_of(self, samples: Iterator[Any], epoch: int, start_batch: int = 0) -> Iterator[Any]:
         """Yield the batches of an epoch whose samples are given.

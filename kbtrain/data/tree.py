@@ -293,7 +293,8 @@ def _convert(value: Any, name: str) -> np.ndarray:
             f"remove the column. Received: {_shorten(value)}"
         )
     if is_sparse_matrix(value):
-        return value.toarray()
+        result: np.ndarray = value.toarray()
+        return result
     if isinstance(value, bool):
         return np.asarray(value)
     if isinstance(value, int):
@@ -334,7 +335,8 @@ def _of_pandas(value: Any) -> np.ndarray:
     if not all(getattr(dtype, "kind", "O") in "fiub" for dtype in types):
         return np.asarray(value)
     whole = all(dtype.kind in "iu" for dtype in types)
-    return value.to_numpy(dtype=np.int64 if whole else np.float64)
+    result: np.ndarray = value.to_numpy(dtype=np.int64 if whole else np.float64)
+    return result
 
 
 def _integer(value: int, name: str) -> np.ndarray:

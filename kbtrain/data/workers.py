@@ -158,7 +158,7 @@ def _batches_dataset(grain: Any, loader: DataLoader, first: int, count: int) -> 
     """A ``grain.MapDataset`` of batches ``first``, ``first + 1``, ... counted from epoch 0."""
     float64 = keeps_float64()
 
-    class Batches(grain.MapDataset):
+    class Batches(grain.MapDataset):  # type: ignore[misc]
         def __len__(self) -> int:
             return count
 

@@ -251,7 +251,7 @@ def _run_once(function: Callable[[Any], Any], batch: Any) -> None:
         function(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
 
 
-class _Function(keras.Operation):
+class _Function(keras.Operation):  # type: ignore[misc]
     """A function that Keras can run on shapes alone."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:

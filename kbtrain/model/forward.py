@@ -44,7 +44,7 @@ from kbtrain.utils.keras_private import get_keras_mask
 ComputeLoss = Callable[..., Any]
 
 
-class _TrainingScope(keras.layers.Layer):
+class _TrainingScope(keras.layers.Layer):  # type: ignore[misc]
     """Calls a function with the layers' ``training`` flag set, as inside an outer layer.
 
     So ``model(x)`` in a user's ``compute_loss`` runs dropout in training and not in evaluation,

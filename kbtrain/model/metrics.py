@@ -217,7 +217,7 @@ class ListedMetrics(CompiledMetrics):
         )
 
 
-class _Holder(keras.Model):
+class _Holder(keras.Model):  # type: ignore[misc]
     """A model that has metrics and nothing else."""
 
 
@@ -226,7 +226,8 @@ def _listed(metrics: Any) -> Any:
 
 
 def _is_compiled_set(metric: keras.metrics.Metric) -> bool:
-    return metric.name == "compile_metrics"
+    result: bool = metric.name == "compile_metrics"
+    return result
 
 
 def _last_value(name: str) -> keras.Variable:

@@ -89,7 +89,7 @@ class Observer(Protocol):
         """Hand out a number as one of Python's, where that can be right."""
 
 
-class DeviceNumber(keras.Variable):
+class DeviceNumber(keras.Variable):  # type: ignore[misc]
     """A number of the state in a traced step, or what was computed from it.
 
     It is a ``keras.Variable`` so that ``keras.ops`` and the frameworks' own functions take it for

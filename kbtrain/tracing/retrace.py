@@ -196,4 +196,5 @@ class LiveStep:
         if not traced:
             version.traced.add(block.outline)
             self._captured.settle()
-        return result
+        found: dict[str, Any] = result
+        return found

@@ -99,7 +99,8 @@ in_training = _private(
 def _functional() -> type:
     from keras.src.models.functional import Functional
 
-    return Functional
+    result: type = Functional
+    return result
 
 
 def _type_of_a_functional_model() -> type:

@@ -13,7 +13,7 @@ from optim.kernels import backend as kernels
 
 
 @keras.saving.register_keras_serializable(package="optim")
-class RelativeStep(keras.optimizers.schedules.LearningRateSchedule):
+class RelativeStep(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     r"""Adafactor's own rate: :math:`\min(c, 1/\sqrt t)`, with the update :math:`t` from 1.
 
     Args:

@@ -23,7 +23,7 @@ class _Averages:
 
 
 @keras.saving.register_keras_serializable(package="optim")
-class EMA(EvaluationWeights, keras.optimizers.Optimizer):
+class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
     r"""A Keras optimizer with an exponential moving average of the weights it trains.
 
     After the update :math:`t` of the inner optimizer:

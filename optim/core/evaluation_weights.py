@@ -84,7 +84,7 @@ class EvaluationWeights:
                     self.slots_of(variable)[name].assign(value)  # type: ignore[attr-defined]
 
 
-class SwapEvaluationWeights(keras.callbacks.Callback):
+class SwapEvaluationWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Keras callback: ``model.fit`` validates with the weights that are meant to be evaluated.
 
     Needed for optimizers whose evaluated weights differ from the trained ones: the schedule-free

@@ -34,7 +34,8 @@ class Grouped:
         """
         if not self._parameter_groups:
             return None
-        return self._state.groups[self._get_variable_index(variable)]
+        result: Group | None = self._state.groups[self._get_variable_index(variable)]
+        return result
 
     @property
     def parameter_groups(self) -> list[dict[str, Any]]:

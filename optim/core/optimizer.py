@@ -41,7 +41,7 @@ class _State:
     slots: list[dict[str, Any]]
 
 
-class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
+class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore[misc]
     """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
 
     A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
@@ -314,7 +314,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         Returns:
             Slot name -> `keras.Variable`.
         """
-        return self._state.slots[self._get_variable_index(variable)]
+        result: dict[str, Any] = self._state.slots[self._get_variable_index(variable)]
+        return result
 
     def weight_decay_of(self, variable: Any) -> float:
         """The decay of a variable: its group's or its rule's, 0.0 if it is excluded.
@@ -342,7 +343,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
         Returns:
             The optimizer whose rule updates it.
         """
-        return self._state.rules[self._get_variable_index(variable)]
+        result: Optimizer = self._state.rules[self._get_variable_index(variable)]
+        return result
 
     def treatment_of(self, variable: Any) -> Treatment:
         """How a variable is updated.
@@ -405,7 +407,8 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):
 
     def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         if self._widest == "float32":
-            return super()._clip_gradients(grads)
+            result: list[Tensor] = super()._clip_gradients(grads)
+            return result
         # A norm over gradients of two dtypes.
         dtypes = [keras.utils.standardize_dtype(g.dtype) for g in grads]
         clipped = super()._clip_gradients([ops.cast(g, "float64") for g in grads])

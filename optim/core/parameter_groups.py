@@ -83,7 +83,8 @@ class Group:
 
 def path_of(variable: Any) -> str:
     """The path of a variable, or its name where it has none (a bare ``tf.Variable``)."""
-    return getattr(variable, "path", None) or variable.name
+    result: str = getattr(variable, "path", None) or variable.name
+    return result
 
 
 def parse_groups(groups: Sequence[Mapping[str, Any]] | None) -> tuple[Group, ...]:

@@ -37,7 +37,8 @@ def working_dtype(variable: Any) -> str:
     """
     if keras.utils.standardize_dtype(variable.dtype) != "float64":
         return "float32"
-    return keras.utils.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+    result: str = keras.utils.standardize_dtype(ops.convert_to_tensor(variable).dtype)
+    return result
 
 
 def schedule_dtype(step: Any) -> str:
@@ -46,7 +47,8 @@ def schedule_dtype(step: Any) -> str:
         return "float64"
     if keras.config.floatx() != "float64":
         return "float32"
-    return keras.utils.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype)
+    result: str = keras.utils.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype)
+    return result
 
 
 @contextlib.contextmanager

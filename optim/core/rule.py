@@ -123,7 +123,8 @@ def advance(
     dtype = keras.utils.standardize_dtype(value.dtype)
     scalars = (step, learning_rate, weight_decay)
     if dtype in ("float32", "float64"):
-        return rule.update(value, gradient, slots, *scalars)
+        result: tuple[Tensor, dict[str, Tensor]] = rule.update(value, gradient, slots, *scalars)
+        return result
     rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
     total = precision.join(value, slots["residual"], dtype)
     total, rule_slots = rule.update(total, gradient, rule_slots, *scalars)

@@ -54,7 +54,8 @@ def _borders(signed: bool) -> np.ndarray:
     borders = (table[:-1] + table[1:]) / 2
     if not signed:
         borders[0] = 0.0
-    return borders
+    result: np.ndarray = borders
+    return result
 
 
 @cache
@@ -95,4 +96,5 @@ def _finder(borders: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
     carry[crossed] = (1 << 16) - low[border] - np.where(equal_is_beyond, 0, 1)
     signed_upper = upper.astype("uint16").view("int16").astype("int64")
     entry = (np.where(negative, -count, count) - signed_upper << 16) + carry
-    return entry.astype("uint64").astype("uint32").view("int32")
+    result: np.ndarray = entry.astype("uint64").astype("uint32").view("int32")
+    return result

@@ -7,7 +7,7 @@ import keras
 from optim.schedules.metric_driven import MetricSchedule
 
 
-class FeedMetricSchedule(keras.callbacks.Callback):
+class FeedMetricSchedule(keras.callbacks.Callback):  # type: ignore[misc]
     """Tells the learning-rate schedule of a model's optimizer its metric, in ``model.fit``.
 
     Args:

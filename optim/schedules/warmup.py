@@ -22,7 +22,7 @@ from optim.core.checks import check_count, check_range
 from optim.core.optimizer import Tensor
 
 
-class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """Base of the schedules: linear warm-up, then `factor` times the learning rate.
 
     Args:

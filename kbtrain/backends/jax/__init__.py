@@ -117,7 +117,8 @@ def recompute(
     outputs, new = jax.checkpoint(pure)(before, list(tensors))
     for index, value in zip(changed_indices, new, strict=True):
         now.state[index].assign(value)
-    return outputs
+    result: list[Any] = outputs
+    return result
 
 
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:

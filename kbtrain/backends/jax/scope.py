@@ -40,7 +40,7 @@ class StepContext:
 now = StepContext()
 
 
-class Scope(keras.StatelessScope):
+class Scope(keras.StatelessScope):  # type: ignore[misc]
     """Notes the variables that are read and are not part of the state."""
 
     def get_current_value(self, variable: keras.Variable) -> Any:

@@ -111,14 +111,15 @@ def compile_step(
     def compile_for(inputs: Any) -> Callable[[Any], Any]:
         # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
         # warns of many functions with the same code; a partial has none.)
-        graph = tf.function(functools.partial(traced), autograph=False)
+        graph: Any = tf.function(functools.partial(traced), autograph=False)
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if not refused and jit_compile is not False and _has_strings(inputs):
             refuse("strings are none of its types")  # it would end the process
         if not refused and jit_compile is not False and has_ragged(inputs):
             refuse("the sizes of ragged tensors depend on values")
+        plain: Callable[[Any], Any] = graph
         if refused:  # in another shape: to try again takes seconds, for the same answer
-            return graph
+            return plain
         if jit_compile is True:
             return _with_fallback(compiled, graph, refuse)
         if jit_compile == "auto" and calls >= XLA_CALLS:
@@ -126,7 +127,7 @@ def compile_step(
             if not reason:
                 return _with_fallback(compiled, graph, refuse)
             logger.info("The step runs as a graph, without XLA: %s.", reason)
-        return graph
+        return plain
 
     def call(inputs: Any) -> Any:
         key = signature(inputs)

@@ -39,7 +39,8 @@ def _body(function: Any) -> Callable[..., Any]:
     """The Python of a decorated function, converted by autograph if that was asked for."""
     python: Any = function.python_function
     if not getattr(function, "_autograph", True):
-        return python
+        result: Callable[..., Any] = python
+        return result
     while (wrapper := getattr(python, "_tf_decorator", None)) is not None:
         python = wrapper.decorated_target  # autograph would change the wrapper for good
     converted: Callable[..., Any] = _convert(python)

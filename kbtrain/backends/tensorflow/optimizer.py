@@ -62,7 +62,8 @@ def apply_optimizer(
 
 def size_of(tensor: Any) -> int:
     """Bytes of a tensor; 0 if its shape is not known."""
-    return (tensor.shape.num_elements() or 0) * tensor.dtype.size
+    result: int = (tensor.shape.num_elements() or 0) * tensor.dtype.size
+    return result
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:

@@ -273,7 +273,8 @@ def is_symbolic(variable: keras.Variable) -> bool:
 
 
 def _on_cpu(condition: Any) -> bool:
-    return condition.device.type == "cpu"
+    result: bool = condition.device.type == "cpu"
+    return result
 
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
@@ -392,4 +393,5 @@ _multiply = PrivateApi(
 
 def inference() -> contextlib.AbstractContextManager[Any]:
     """Code of the user's runs without keeping what a gradient would need."""
-    return torch.no_grad()
+    result: contextlib.AbstractContextManager[Any] = torch.no_grad()
+    return result

@@ -67,7 +67,8 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
 
 def host_view(value: Any) -> np.ndarray:
     """A variable's value on the host, in the variable's own memory where that is there."""
-    return keras.ops.convert_to_numpy(value)
+    result: np.ndarray = keras.ops.convert_to_numpy(value)
+    return result
 
 
 def synchronize() -> None:

@@ -131,7 +131,8 @@ class Runner:
         now.capturing = True
         try:
             # Not before it is needed: it rests on much of PyTorch that is not public.
-            from kbtrain.backends.torch.capture.step import CapturedStep, Graphs
+            from kbtrain.backends.torch.capture.cuda_graph import Graphs
+            from kbtrain.backends.torch.capture.step import CapturedStep
 
             self._graphs = self._graphs or Graphs()
             while True:
@@ -202,14 +203,16 @@ class _FlatStep:
             for variable in self._commits:
                 now.journal_value(variable)
             try:
-                return self._captured(inputs)
+                result: list[torch.Tensor] = self._captured(inputs)
+                return result
             except GuardFailed:
                 pass
         self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
         if self._failure is not None:  # the step by itself does not fail
             report("Capturing a step", "torch", self._failure, "It runs eagerly, which is slower.")
             self._failure = None
-        return keras.tree.flatten(self.outputs)
+        outputs: list[torch.Tensor] = keras.tree.flatten(self.outputs)
+        return outputs
 
 
 def _own_words(reason: NotCapturable) -> str:

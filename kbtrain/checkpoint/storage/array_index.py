@@ -47,7 +47,8 @@ class ArrayOutline(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        result: int = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return result
 
 
 class ArrayLocation(NamedTuple):

@@ -301,4 +301,5 @@ def causal_segments(segment_ids: np.ndarray) -> np.ndarray:
         the same text and the key is not later.
     """
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & np.tri(segment_ids.shape[1], dtype=bool)
+    result: np.ndarray = same & np.tri(segment_ids.shape[1], dtype=bool)
+    return result

@@ -60,7 +60,8 @@ class SparseColumn:
         self.dtype: np.dtype = matrix.dtype
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._rows[rows].toarray()
+        result: np.ndarray = self._rows[rows].toarray()
+        return result
 
     def part(self, start: int, stop: int) -> SparseColumn:
         """Some rows."""
@@ -71,7 +72,8 @@ class SparseColumn:
     def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
         """Return the rows at ``indices`` in their order, dense."""
         assert axis == 0
-        return self._rows[indices].toarray()
+        result: np.ndarray = self._rows[indices].toarray()
+        return result
 
 
 Column = np.ndarray | DiskColumn | SparseColumn

@@ -65,7 +65,7 @@ def _loss_by_name(name: str) -> Any:
     return loss if isinstance(loss, keras.losses.Loss) else NamedLoss(loss, name)
 
 
-class NamedLoss(keras.losses.Loss):
+class NamedLoss(keras.losses.Loss):  # type: ignore[misc]
     """A function of Keras by the name that it was asked for with.
 
     Args:

@@ -52,7 +52,7 @@ def smoothed(loss: Any, factor: float) -> Any:
     )
 
 
-class _SmoothedSparse(SparseCategoricalCrossentropy):
+class _SmoothedSparse(SparseCategoricalCrossentropy):  # type: ignore[misc]
     """`SparseCategoricalCrossentropy` of smoothed labels."""
 
     def __init__(self, plain: Any, factor: float) -> None:

@@ -25,12 +25,16 @@ def colocated(variable: Any) -> AbstractContextManager[Any]:
     native = getattr(variable, "value", variable)
     # tf.Variable.value is a method, keras.Variable.value the tf.Variable itself.
     native = variable if callable(native) else native
-    return tf.distribute.get_strategy().extended.colocate_vars_with(native)
+    result: AbstractContextManager[Any] = tf.distribute.get_strategy().extended.colocate_vars_with(
+        native
+    )
+    return result
 
 
 def outside_of_tracing() -> AbstractContextManager[Any]:
     """Read variables as they are now, also while a ``tf.function`` is traced."""
-    return tf.init_scope()
+    result: AbstractContextManager[Any] = tf.init_scope()
+    return result
 
 
 def dense_gradient(gradient: Any, variable: Any) -> Any:

@@ -22,7 +22,8 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 def no_gradient() -> AbstractContextManager[Any]:
     """Variables are parameters that require a gradient; their update must not be recorded."""
-    return torch.no_grad()
+    result: AbstractContextManager[Any] = torch.no_grad()
+    return result
 
 
 def colocated(variable: Any) -> AbstractContextManager[Any]:

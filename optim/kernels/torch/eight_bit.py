@@ -163,7 +163,8 @@ def _gather(table: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> No
 
 def _pairs(values: np.ndarray) -> np.ndarray:
     """The numbers of two codes that are neighbours in memory, for both as one integer."""
-    return values[np.arange(1 << 16, dtype="uint16").view("uint8")].view("float64")
+    result: np.ndarray = values[np.arange(1 << 16, dtype="uint16").view("uint8")].view("float64")
+    return result
 
 
 def _values_and_gaps() -> np.ndarray:

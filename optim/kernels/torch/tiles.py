@@ -140,7 +140,8 @@ class Writer:
         place = self._targets.get(node)
         for candidate in (place, self._targets.get(self._chained.get(node))):
             if candidate is not None and self._last.get(candidate, -1) <= index:
-                return self._names[candidate]
+                result: str = self._names[candidate]
+                return result
         if place is not None:
             # Kept until the end: the variable's old value is still needed.
             self._last[node] = 1 << 30

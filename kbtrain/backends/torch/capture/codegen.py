@@ -73,7 +73,8 @@ class Source:
         code = compile("\n    ".join([head, *lines]), "<captured step>", "exec")
         scope = dict(self._objects)
         exec(code, scope)
-        return scope["program"]
+        result: Callable[..., list[Any]] = scope["program"]
+        return result
 
     def _call(self, node: Node) -> None:
         function, args, kwargs = public_call(node)
@@ -175,7 +176,7 @@ class _Dispatched(Exception):
     """The operation that was called first, and its arguments."""
 
 
-class _Stop(TorchDispatchMode):
+class _Stop(TorchDispatchMode):  # type: ignore[misc]
     """Stops at the first operation, before it runs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -51,7 +51,7 @@ def native_operations() -> Iterator[None]:
 # --- layouts --------------------------------------------------------------------------------------
 
 
-class _Operations(TorchFunctionMode):
+class _Operations(TorchFunctionMode):  # type: ignore[misc]
     """Sees every torch function that is called, and replaces some."""
 
     def __init__(self, seeds: Seeds) -> None:

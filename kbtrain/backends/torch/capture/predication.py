@@ -25,7 +25,7 @@ _OPERATIONS = {
 }
 
 
-class FlaggedOptimizers(TorchFunctionMode):
+class FlaggedOptimizers(TorchFunctionMode):  # type: ignore[misc]
     """Fused optimizers that are called inside change nothing where ``condition`` is false.
 
     Args:

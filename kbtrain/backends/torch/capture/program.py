@@ -75,7 +75,8 @@ class Program(NamedTuple):
 def same_random_state() -> contextlib.AbstractContextManager[Any]:
     """What is drawn inside does not count: a run is the same whenever it captures a step."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    return torch.random.fork_rng(devices)
+    result: contextlib.AbstractContextManager[Any] = torch.random.fork_rng(devices)
+    return result
 
 
 @contextlib.contextmanager
@@ -226,7 +227,8 @@ def _written(node: Node, memory: Memory) -> set[Node]:
 
 def _is_state(owner: Node) -> bool:
     """Whether memory is there before and after the step, and not its own."""
-    return owner.op != "call_function"
+    result: bool = owner.op != "call_function"
+    return result
 
 
 # --- the part without effects ---------------------------------------------------------------------
@@ -277,7 +279,8 @@ def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any
             compiled = torch.compile(_as_module(part), fullgraph=True, dynamic=False)
             with same_random_state():
                 compiled(*examples)
-            return compiled
+            result: Callable[..., Any] | None = compiled
+            return result
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         logger.warning(

@@ -161,7 +161,8 @@ def _define(
 
 
 def _on_gpu(seed: torch.Tensor) -> bool:
-    return seed.is_cuda
+    result: bool = seed.is_cuda
+    return result
 
 
 _define(

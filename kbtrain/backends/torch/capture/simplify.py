@@ -195,7 +195,8 @@ def _is_written_since(node: Node, earlier: Node, memory: Memory) -> bool:
 def known_number(value: Any) -> bool | int | float | None:
     """The number that ``value`` is in every step; None if it is none, or is read from a tensor."""
     if isinstance(value, torch.SymInt):  # a shape may have told what it is
-        return value.node.maybe_as_int()
+        result: bool | int | float | None = value.node.maybe_as_int()
+        return result
     return value if isinstance(value, bool | int | float) else None
 
 

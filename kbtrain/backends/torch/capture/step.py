@@ -104,7 +104,8 @@ def _record(
         result = fn(keras.tree.pack_sequence_as(inputs, list(flat[:count])))
         inside = False
         outputs[:] = [keras.tree.map_structure(lambda _: 0, result)]
-        return keras.tree.flatten(result)
+        found: list[torch.Tensor] = keras.tree.flatten(result)
+        return found
 
     python, numpy = random.getstate(), np.random.get_state(legacy=True)
     examples = [*keras.tree.flatten(inputs), *(t.detach() for t in real)]

@@ -33,7 +33,7 @@ class Unrecorded(Exception):
     """Something that this cannot record; the message says what."""
 
 
-class Record(torch.nn.Module):
+class Record(torch.nn.Module):  # type: ignore[misc]
     """A recorded function: a graph of ATen operations and the tensors that are constants in it.
 
     Attributes:
@@ -73,7 +73,7 @@ def record(fn: Callable[..., Sequence[Any]], examples: Sequence[torch.Tensor]) -
     return recorder.finish(results)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Writes down every operation that is dispatched.
 
     Args:
