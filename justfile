@@ -3,7 +3,7 @@
 default:
     @just --list
 
-# The fast tests of one backend, or some of them: just test torch tests/test_resume.py
+# The fast tests of one backend, or some of them: just test torch tests/integration/test_resume.py
 test backend="jax" *args:
     KERAS_BACKEND={{ backend }} OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 \
         pytest -q -m "not slow and not cross" {{ args }}

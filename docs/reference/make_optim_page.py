@@ -2,7 +2,7 @@
 
 ``python docs/reference/make_optim_page.py`` after an optimizer or a schedule has changed, with the
 package installed again (entry points are read from its metadata). Only what stands between the
-markers is written. ``tests/optimizers/test_optim_page.py`` compares.
+markers is written. ``tests/optim/test_docs_page.py`` compares.
 """
 
 from __future__ import annotations

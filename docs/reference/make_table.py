@@ -3,7 +3,7 @@
 ``python docs/reference/make_table.py`` after a field, method or event has changed. What exists is
 read from the code; ``names.json`` beside this file holds Transformers' names and defaults, how a
 name was adapted, which test shows that one is the same, and why one is refused.
-``tests/test_reference_coverage.py`` compares.
+``tests/integration/test_transformers_names.py`` compares.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""CUDA graphs on PyTorch, with a stand-in for them: the numbers are those of the plain step.
+
+No GPU is needed, and nothing is said about one: the stand-in (fake_cuda_graphs.py) records
+operations on a CPU and repeats them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import SUPPORT
+
+pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    script = SUPPORT / "helpers_graphs.py"
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("a"))]
+    result = subprocess.run(
+        command,
+        env={**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "captures", "replays"),
+    [
+        # Three batches of a shape run plainly, the fourth is captured, then there are replays.
+        # An evaluation has four batches, the prediction at the end of the first case has five.
+        ("plain", 3, 8 + 0 + 1),
+        ("blocks", 1, 8),
+        ("seeded", 1, 8),
+        ("two shapes", 2, 22),
+        ("evaluations", 2, 8 + 8),
+        ("accumulation", 1, 3 * 12 - 4),
+        ("moved", 2, 4 + 4),
+    ],
+)
+def test_updates_evaluations_and_predictions_are_those_of_the_plain_step(
+    case, captures, replays, reports
+):
+    report = reports[case]
+    assert report["equal"]
+    assert not report["messages"]
+    assert (report["captures"], report["replays"]) == (captures, replays)
+
+
+def test_an_update_that_is_not_finite_stops_the_run_where_it_was(reports):
+    report = reports["not finite"]
+    assert report["error"] == "Update 11 was not finite"
+    assert report["steps"] == 10
+    assert report["equal"]
+    assert report["replays"] > 4
+
+
+def test_the_memory_of_the_graphs_is_given_back_when_the_run_ends(reports):
+    assert reports["left"] == 0
+
+
+def test_a_step_that_is_not_captured_at_all_says_so_in_a_line(reports):
+    (message,) = reports["run again"]
+    assert message == (
+        "The step runs eagerly, it cannot be captured: layers are to be run again, which a record "
+        "would not do"
+    )
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_random_numbers_included(reports):
+    assert reports["resumed"] == {"replays": 3, "equal": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ("reading", "the host waits for the device in it"),
+        ("unfit", "its capture failed (this is not for a graph)"),
+        ("moving", "its variables have other memory again and again"),
+        ("too many", "inputs of 0 other shapes have one"),
+        ("short of memory", "there is no memory to compare it with the plain step"),
+        ("shorter", "there is no memory to compare it with the plain step"),
+        ("too large", "its inputs and results are too large to copy them in each step"),
+    ],
+)
+def test_what_fits_no_graph_runs_plainly_and_the_log_says_why(case, why, reports):
+    report = reports[case]
+    assert report["equal"]
+    message = f"The captured step runs without a CUDA graph: {why}"
+    assert set(report["messages"]) == {message}
+
+
+def test_a_capture_that_failed_is_not_tried_again_for_another_shape(reports):
+    assert reports["unfit"]["captures"] == 1
+    assert len(reports["unfit"]["messages"]) == 2
+
+
+def test_older_versions_of_pytorch_do_without(reports):
+    assert reports["old"]["equal"]
+    assert reports["old"]["captures"] == 0
+    assert all("they need PyTorch 2.13" in m for m in reports["old"]["messages"])
+
+
+def test_a_graph_with_other_numbers_is_not_used(reports):
+    report = reports["wrong"]
+    assert report["equal"]
+    assert report["replays"] == 1
+    assert ["other numbers than the step itself" in m for m in report["messages"]] == [True]
+
+
+def test_where_no_two_plain_runs_agree_a_graph_may_be_as_far_off(reports):
+    report = reports["noisy"]
+    assert not report["messages"]
+    assert report["replays"] == 8

@@ -1,0 +1,286 @@
+"""Hyperparameter search: values, folders, pruning, resuming, several processes, mistakes."""
+
+import doctest
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from helpers import arguments
+from helpers_regression import Line, regression_data, simulate
+from optuna.trial import TrialState
+from paths import SUPPORT
+
+from kbtrain import Trainer, TrainerCallback
+from kbtrain.errors import ConfigurationError
+from kbtrain.trainer import search
+
+X, Y = regression_data(32)
+RATES = [0.001, 0.1, 0.03]
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def make_trainer(folder, model_init=Line, **changes):
+    given = {"callbacks": changes.pop("callbacks", None)}
+    settings = {"num_train_epochs": 1, "logging_strategy": "no"} | changes
+    return Trainer(
+        args=arguments(folder, **settings),
+        model_init=model_init,
+        train_dataset=(X, Y),
+        eval_dataset=(X, Y),
+        loss="mse",
+        **given,
+    )
+
+
+def rates(trial):
+    return {"learning_rate": trial.suggest_float("learning_rate", 0.0001, 1.0)}
+
+
+def grid(values=RATES):
+    return optuna.samplers.GridSampler({"learning_rate": values}, seed=0)
+
+
+def expected_loss(rate, epochs=1):
+    """The evaluation loss of a run, from NumPy."""
+    run = simulate(X, Y, rate=rate, epochs=epochs, batch_size=8)
+    return float(np.mean((run["a"] * X + run["b"] - Y) ** 2))
+
+
+class Watching(TrainerCallback):
+    """Remembers the arguments and the trial of every training."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen.append((args.learning_rate, args.output_dir, args.run_name, state))
+
+
+def test_the_best_run_is_the_one_numpy_finds(tmp_path):
+    watching = Watching()
+    trainer = make_trainer(tmp_path, callbacks=[watching])
+    best = trainer.hyperparameter_search(rates, n_trials=3, sampler=grid())
+    losses = {rate: expected_loss(rate) for rate in RATES}
+    assert best.hyperparameters == {"learning_rate": min(losses, key=losses.get)}
+    np.testing.assert_allclose(best.objective, min(losses.values()), rtol=1e-4)
+    assert sorted(rate for rate, *_ in watching.seen) == sorted(RATES)
+    for number, (rate, folder, name, state) in enumerate(watching.seen):
+        assert folder == str(tmp_path / f"run-{number}")
+        assert name == f"run-{number}"
+        assert state.is_hyper_param_search
+        assert state.trial_params == {"learning_rate": rate}
+    assert watching.seen[int(best.run_id)][0] == best.hyperparameters["learning_rate"]
+    assert trainer.args.output_dir == str(tmp_path)
+    assert trainer.args.learning_rate == 0.01
+
+
+def test_a_study_is_resumed_until_it_has_its_trials(tmp_path):
+    common = {
+        "storage": f"sqlite:///{tmp_path}/study.db",
+        "study_name": "s",
+        "load_if_exists": True,
+        "hp_name": lambda trial: f"named-{trial.number}",
+    }
+    watching = Watching()
+    trainer = make_trainer(tmp_path, callbacks=[watching])
+    trainer.hyperparameter_search(rates, n_trials=1, sampler=grid(), **common)
+    with pytest.raises(ConfigurationError, match="load_if_exists=True"):
+        trainer.hyperparameter_search(rates, **(common | {"load_if_exists": False}))
+    trainer.hyperparameter_search(rates, n_trials=2, sampler=grid(), **common)
+    best = trainer.hyperparameter_search(rates, n_trials=2, sampler=grid(), **common)
+    assert [name for *_, name, _ in watching.seen] == ["named-0", "named-1"]
+    tried = [rate for rate, *_ in watching.seen]
+    assert len(set(tried)) == 2
+    assert best.hyperparameters["learning_rate"] == min(tried, key=expected_loss)
+
+
+def test_a_hopeless_trial_is_pruned(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=3, eval_strategy="epoch", learning_rate=0.1)
+    limit = (expected_loss(0.1, epochs=3) + expected_loss(0.001)) / 2
+    storage = optuna.storages.InMemoryStorage()
+    best = trainer.hyperparameter_search(
+        rates,
+        n_trials=2,
+        sampler=grid([0.001, 0.1]),
+        pruner=optuna.pruners.ThresholdPruner(upper=limit, n_warmup_steps=5),
+        storage=storage,
+        study_name="s",
+    )
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    states = {trial.params["learning_rate"]: trial for trial in trials}
+    assert states[0.001].state is TrialState.PRUNED
+    assert list(states[0.001].intermediate_values) == [4, 8]
+    assert states[0.1].state is TrialState.COMPLETE
+    assert list(states[0.1].intermediate_values) == [4, 8, 12]
+    assert best.hyperparameters == {"learning_rate": 0.1}
+
+
+def test_several_directions_give_a_front(tmp_path):
+    best = make_trainer(tmp_path).hyperparameter_search(
+        rates,
+        lambda metrics: (metrics["eval_loss"], -metrics["eval_loss"]),
+        n_trials=2,
+        direction=["minimize", "minimize"],
+        sampler=grid(),
+    )
+    assert [len(run.objective) for run in best] == [2, 2]
+
+
+def test_the_model_may_depend_on_the_trial(tmp_path):
+    made = []
+
+    def model_init(trial=None):
+        made.append(None if trial is None else trial.params["start"])
+        return Line(a=made[-1] or 0.0)
+
+    def space(trial):
+        return {"start": trial.suggest_categorical("start", [2.0]), "max_steps": 1.0}
+
+    trainer = make_trainer(tmp_path, model_init)
+    best = trainer.hyperparameter_search(space, n_trials=1)
+    assert made[0] is None
+    assert set(made[1:]) == {2.0}
+    assert best.hyperparameters == {"start": 2.0, "max_steps": 1.0}
+    assert trainer.state.max_steps == 1
+
+
+def test_the_default_space_is_that_of_the_reference():
+    values = {
+        "learning_rate": 1e-5,
+        "num_train_epochs": 2,
+        "seed": 7,
+        "per_device_train_batch_size": 16,
+    }
+    trial = optuna.trial.FixedTrial(values)
+    assert search.default_hp_space(trial) == values
+    bounds = trial.distributions
+    assert (bounds["learning_rate"].low, bounds["learning_rate"].high) == (1e-6, 1e-4)
+    assert bounds["learning_rate"].log
+    assert (bounds["num_train_epochs"].low, bounds["num_train_epochs"].high) == (1, 5)
+    assert (bounds["seed"].low, bounds["seed"].high) == (1, 40)
+    assert bounds["per_device_train_batch_size"].choices == (4, 8, 16, 32, 64)
+
+
+SCRIPT = """
+import json, sys
+sys.path[:0] = {paths!r}
+from test_search import make_trainer, rates
+best = make_trainer({folder!r}).hyperparameter_search(rates, n_trials=3, n_jobs=2)
+print("BEST", json.dumps([best.objective, best.hyperparameters]))
+"""
+
+
+def run_script(tmp_path, text):
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    return subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ
+    )
+
+
+@pytest.mark.slow
+def test_trials_are_shared_by_processes(tmp_path):
+    folder = str(tmp_path / "out")
+    paths = [str(SUPPORT), str(Path(__file__).parent)]
+    done = run_script(tmp_path, SCRIPT.format(paths=paths, folder=folder))
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("BEST")]
+    objective, values = json.loads(line[5:])
+    np.testing.assert_allclose(objective, expected_loss(values["learning_rate"]), rtol=1e-4)
+    backend = optuna.storages.journal.JournalFileBackend(f"{folder}/study.journal")
+    study = optuna.load_study(
+        study_name=search.STUDY, storage=optuna.storages.JournalStorage(backend)
+    )
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 3
+    assert study.best_value == objective
+    assert sorted(path.name for path in Path(folder).glob("run-*")) == []  # nothing was saved
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_trials": 0}, "n_trials=0"),
+        ({"n_jobs": 0}, "n_jobs=0"),
+        ({"direction": "down"}, "'down'"),
+        ({"direction": []}, "direction must be"),
+        ({"backend": "ray"}, "'ray'"),
+        ({"resume": True}, "no option 'resume'"),
+    ],
+)
+def test_mistakes_in_the_call(tmp_path, changes, said):
+    with pytest.raises(ConfigurationError, match=said):
+        make_trainer(tmp_path).hyperparameter_search(rates, **changes)
+
+
+def test_an_unknown_hyperparameter_is_no_use_without_a_model_that_takes_it(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"width.*model_init\(trial\)"):
+        make_trainer(tmp_path).hyperparameter_search(
+            lambda trial: {"width": trial.suggest_int("width", 1, 2)}, n_trials=1
+        )
+
+
+def test_an_objective_of_several_sets_waits_for_all_of_them(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    trainer.eval_dataset = {"near": (X, Y), "far": (X, Y)}
+    best = trainer.hyperparameter_search(
+        rates,
+        compute_objective=lambda metrics: metrics["eval_near_loss"] + metrics["eval_far_loss"],
+        n_trials=1,
+        sampler=grid(RATES[:1]),
+    )
+    assert best.objective == pytest.approx(2 * expected_loss(RATES[0]), rel=1e-4)
+
+
+def test_an_objective_that_the_evaluation_does_not_give_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="asks for 'eval_f1'.*evaluation: eval_loss"):
+        make_trainer(tmp_path).hyperparameter_search(
+            rates, compute_objective=lambda metrics: metrics["eval_f1"], n_trials=1
+        )
+
+
+def test_a_search_needs_model_init_and_data_to_evaluate(tmp_path):
+    trainer = Trainer(Line(), arguments(tmp_path), train_dataset=(X, Y), loss="mse")
+    with pytest.raises(ConfigurationError, match="model_init"):
+        trainer.hyperparameter_search(rates)
+    trainer = make_trainer(tmp_path)
+    trainer.eval_dataset = None
+    with pytest.raises(ConfigurationError, match="eval_dataset"):
+        trainer.hyperparameter_search(rates)
+
+
+def test_several_processes_need_a_script_and_a_storage_they_can_open(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    with pytest.raises(ConfigurationError, match="must be a script"):
+        trainer.hyperparameter_search(rates, n_trials=2, n_jobs=2)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    with pytest.raises(ConfigurationError, match="sqlite"):
+        trainer.hyperparameter_search(
+            rates, n_trials=2, n_jobs=2, storage=optuna.storages.InMemoryStorage()
+        )
+
+
+def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigurationError, match=r"kbtrain\[optuna\]"):
+        make_trainer(tmp_path).hyperparameter_search(rates)
+
+
+def test_all_trials_pruned_is_explained(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch")
+    with pytest.raises(ConfigurationError, match="all were pruned"):
+        trainer.hyperparameter_search(
+            rates, n_trials=1, pruner=optuna.pruners.ThresholdPruner(upper=-1.0)
+        )
+    assert trainer.args.output_dir == str(tmp_path)
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(search).failed == 0
