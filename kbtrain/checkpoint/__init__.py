@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, verified when read, independent of the backend.
 
 ``CheckpointStore`` keeps the checkpoints of a run; ``name_variables``, ``capture`` and ``restore``
-turn Keras variables into named arrays and back. The files are described in
-docs/checkpoint-format.md. What needs Keras is imported when it is first used, so that checkpoints
-can be listed and verified without loading a framework.
+turn Keras variables into named arrays and back. docs/checkpoint-format.md describes the files. Code
+that needs Keras is imported on first use, so that checkpoints can be listed and verified without
+loading a framework.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saving during a run: in the background, one at a time, with a lock and a policy for failures."""
+"""Saves checkpoints during a run: in the background, one at a time, with a lock on the folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ OnError = Literal["warn", "raise"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One checkpoint in host memory; nothing in it is shared with what training changes.
+    """One checkpoint in host memory; shares no memory with the training state.
 
     Attributes:
         step: Optimizer updates done.
         arrays: Group -> name -> array.
         documents: Name -> JSON value.
-        info: For the manifest.
-        places: Group -> where other readers look for its arrays.
-        keep: How many checkpoints to leave afterwards; None keeps all.
-        protect: Checkpoints that are not deleted.
+        info: Entries for the manifest.
+        places: Group -> where Keras looks for its arrays.
+        keep: How many checkpoints to keep afterwards; None keeps all.
+        protect: Checkpoints that must not be deleted.
         other_files: Path in the folder -> content, besides arrays and documents.
     """
 
@@ -51,7 +51,7 @@ class Snapshot:
 
 @dataclass
 class _Job:
-    """A save that was begun and whose end nobody has looked at yet."""
+    """A pending save whose outcome is unchecked."""
 
     snapshot: Snapshot
     on_error: OnError
@@ -63,8 +63,8 @@ class _Job:
 class AsyncCheckpointer:
     """Writes the checkpoints of a run, one at a time.
 
-    In the background, ``save`` returns as soon as a thread has taken over the host copy; the thread
-    writes, flushes, reads back, renames and only then deletes old ones. An error comes out of the
+    In the background, ``save`` returns as soon as a thread has the host copy; the thread writes,
+    flushes, reads back, renames and only then deletes old checkpoints. An error is raised by the
     next call of ``poll``, ``save`` or ``wait`` in the training thread.
 
     Args:
@@ -84,17 +84,17 @@ class AsyncCheckpointer:
 
     @contextmanager
     def running(self, will_save: bool, on_error: OnError) -> Iterator[None]:
-        """Hold the folder during a run; at the end wait for what is being written.
+        """Lock the folder during a run; at the end, wait for a pending save.
 
         Args:
-            will_save: Whether the run is going to save; if not, the folder is left alone until
-                somebody saves all the same.
+            will_save: Whether the run is expected to save; if not, the folder is not touched until
+                a first call of ``save``.
             on_error: What to do if the folder cannot be written to.
 
         Raises:
-            FolderInUseError: Another run holds the folder.
-            CheckpointError: The folder cannot be written to and ``on_error`` is ``"raise"``; or the
-                last save failed likewise.
+            FolderInUseError: Another run has locked the folder.
+            CheckpointError: The folder cannot be written to, or the last save failed, and
+                ``on_error`` is ``"raise"``.
         """
         self._join()
         self._abandoned = False
@@ -105,7 +105,7 @@ class AsyncCheckpointer:
             yield
             self.wait()
         except KeyboardInterrupt:
-            self._abandon()  # at once: a write that goes on ends by itself, or with the process
+            self._abandon()  # without waiting: the write ends by itself, or with the process
             raise
         except BaseException:
             if self._job is not None:
@@ -113,7 +113,7 @@ class AsyncCheckpointer:
             self.wait()
             raise
         finally:
-            # New ones, not cleared: what was abandoned may still be written from the old ones.
+            # New buffers: an abandoned save may still be reading from the old ones.
             self.buffers = HostBuffers()
             with self._guard:
                 if not self._abandoned:
@@ -122,8 +122,8 @@ class AsyncCheckpointer:
     def _clean(self) -> None:
         try:
             self.store.clean_leftovers(alone=self._lock.is_held)
-        except CheckpointError as error:  # who resumes is told again
-            logger.warning("Leftovers of former runs were not looked for: %s", error)
+        except CheckpointError as error:  # a resume reports it again
+            logger.warning("Leftovers of earlier runs were not removed: %s", error)
 
     def save(
         self,
@@ -132,17 +132,16 @@ class AsyncCheckpointer:
         on_error: OnError,
         failed: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Write a checkpoint, after the one that is still being written.
+        """Write a checkpoint, after waiting for a pending save.
 
         Args:
             snapshot: What to write.
             background: Whether to return before it is written.
-            on_error: ``"warn"`` or ``"raise"``, for trouble with the disk; other errors are raised
-                in any case.
+            on_error: ``"warn"`` or ``"raise"``, for storage errors; other errors are always raised.
             failed: Called in the training thread if it could not be written.
 
         Returns:
-            Whether it is written (in the background: begun).
+            Whether it is written (in the background: whether writing has started).
 
         Raises:
             CheckpointError: This save, or the one before it, failed.
@@ -151,8 +150,8 @@ class AsyncCheckpointer:
         job = _Job(snapshot, on_error, failed)
         self._job = job
         if background:
-            # A daemon: a process that is told to stop at once does not wait for it, and what it
-            # leaves half written is removed by the next start.
+            # A daemon thread: a process that must stop at once does not wait for it, and the next
+            # start removes what was left half written.
             job.thread = threading.Thread(target=self._write, args=[job], daemon=True)
             job.thread.start()
             return True
@@ -160,17 +159,17 @@ class AsyncCheckpointer:
         return self._collect()
 
     def poll(self) -> None:
-        """Let the error of a background save come out, if it has ended; never waits."""
+        """Raise the error of a background save if it has finished; never waits."""
         if self._job is not None and (self._job.thread is None or not self._job.thread.is_alive()):
             self._collect()
 
     def wait(self) -> None:
-        """Wait for the save in the background; its error comes out."""
+        """Wait for the background save and raise its error."""
         self._join()
         self._collect()
 
     def settle(self) -> None:
-        """Wait for the save in the background; its error is kept for later."""
+        """Wait for the background save; its error is kept for the next call."""
         self._join()
 
     def _join(self) -> None:
@@ -178,7 +177,7 @@ class AsyncCheckpointer:
             self._job.thread.join()
 
     def _collect(self) -> bool:
-        """Deal with the outcome of the last save; return whether it was written."""
+        """Handle the outcome of the last save; return whether it was written."""
         job, self._job = self._job, None
         if job is None or job.error is None:
             return True
@@ -186,14 +185,14 @@ class AsyncCheckpointer:
         if job.on_error == "raise" or not is_storage_error(job.error):
             raise job.error
         logger.warning(
-            "%s Training goes on (on_save_error='warn'); the next checkpoint is tried when it is "
+            "%s Training continues (on_save_error='warn'); the next checkpoint is tried when it is "
             "due.",
             job.error,
         )
         return False
 
     def _write(self, job: _Job) -> None:
-        """Write, verify, rotate; in the background if it was asked for."""
+        """Write, verify, rotate; runs in the thread of a background save."""
         start, one = time.perf_counter(), job.snapshot
         try:
             self._lock_folder()
@@ -204,7 +203,7 @@ class AsyncCheckpointer:
         except BaseException as error:
             if job.thread is None and not isinstance(error, Exception):
                 self._job = None
-                raise  # an interrupt of the training thread
+                raise  # an interrupt in the training thread
             job.error = error
         finally:
             if job.thread is not None:
@@ -213,7 +212,7 @@ class AsyncCheckpointer:
                         self._lock.release()
 
     def _rotate(self, snapshot: Snapshot) -> None:
-        """Delete old ones; the new one is there, whatever comes of it."""
+        """Delete old checkpoints; the new one counts as saved even if that fails."""
         try:
             self.store.rotate(snapshot.keep, snapshot.protect)
         except (CheckpointError, OSError) as error:
@@ -226,8 +225,8 @@ class AsyncCheckpointer:
             if on_error == "raise" or not is_storage_error(error):
                 raise
             logger.warning(
-                "%s Training goes on (on_save_error='warn'), but nothing can be saved until that "
-                "is mended.",
+                "%s Training continues (on_save_error='warn'), but nothing can be saved until this "
+                "is fixed.",
                 error,
             )
 

@@ -1,4 +1,4 @@
-"""A checkpoint's model as a file that needs no kbtrain: ``.keras`` or ``.weights.h5``."""
+"""Exports the model of a checkpoint to a plain Keras file: ``.keras`` or ``.weights.h5``."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _OWN = ("arrays", "index")
 
 
 def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
-    """Write the model of a checkpoint to a new file, complete or not at all.
+    """Write the model of a checkpoint to a new file, atomically.
 
     Args:
         path: A checkpoint's folder.
-        target: A file ending in ``.weights.h5`` (the weights in training, as ``load_weights`` reads
-            them) or in ``.keras`` (the whole model, with the weights meant for evaluation).
+        target: A file ending in ``.weights.h5`` (the training weights, as ``load_weights`` reads
+            them) or in ``.keras`` (the whole model, with the weights used for evaluation).
         modules: For ``.keras``: modules to import first, which register the model's own classes.
 
     Raises:
-        ConfigurationError: Another ending, or a module that cannot be imported.
-        CheckpointError: The checkpoint is damaged, or does not hold what the file needs.
+        ConfigurationError: The file has a different extension, or a module cannot be imported.
+        CheckpointError: The checkpoint is damaged, or lacks data that the file needs.
     """
     check_local("target", target)
     weights = target.name.endswith(".weights.h5")
@@ -60,7 +60,7 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
                 _import(modules)
                 rebuild_model(path).save(temporary)
     except CheckpointError:
-        raise  # that the checkpoint is not there is an OSError, too
+        raise  # CheckpointNotFoundError is an OSError too
     except OSError as error:
         raise CheckpointError(
             f"Could not write {target}: {error.strerror or error}. Choose another place."
@@ -68,12 +68,12 @@ def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
 
 
 def rebuild_model(path: Path) -> keras.Model:
-    """Build the model of a checkpoint from the configuration in it, with its weights.
+    """Build the model of a checkpoint from its saved configuration, and load its weights.
 
     Raises:
-        CheckpointError: It has no configuration, or Keras cannot build it.
+        CheckpointError: The checkpoint has no model configuration, or Keras cannot build the model.
     """
-    import keras  # loads a framework
+    import keras  # not at the top of the file: it loads a framework
 
     from kbtrain.checkpoint.variables import restore_model_arrays
 
@@ -89,20 +89,21 @@ def rebuild_model(path: Path) -> keras.Model:
         model = keras.saving.deserialize_keras_object(config)
     except Exception as error:
         raise CheckpointError(
-            f"Keras cannot build the model of {path}: {first_lines(error)} If it has classes of "
-            "your own, register them with keras.saving.register_keras_serializable and name the "
+            f"Keras cannot build the model of {path}: {first_lines(error)} If it uses custom "
+            "classes, register them with keras.saving.register_keras_serializable and name the "
             "module with --import."
         ) from error
     if not isinstance(model, keras.Model):
         raise CheckpointError(
-            f"model_config.json of {path} describes no model. Received: {type(model).__name__}."
+            f"model_config.json of {path} does not describe a model. Received: "
+            f"{type(model).__name__}."
         )
     restore_model_arrays(model, checkpoint.arrays)
     return model
 
 
 def _export_weights(path: Path, target: Path) -> None:
-    """Copy what Keras looks for, and nothing else, from all files of the model."""
+    """Copy only the entries that Keras reads, from all files of the model."""
     copied = 0
     with DeferredErrorFile(target) as written:
         with open_for_writing(written) as new:
@@ -119,20 +120,20 @@ def _export_weights(path: Path, target: Path) -> None:
         written.sync()
     if not copied:
         raise CheckpointError(
-            f"{path} does not say where Keras looks for its values: it is of format 1, or a layer "
-            "could not be saved. Export it as .keras, or load it with "
-            "kbtrain.load_weights(model, path) and save the model's weights."
+            f"{path} has no weights in Keras' own layout: it has format 1, or a layer could not be "
+            "saved. Export it as .keras, or load it with kbtrain.load_weights(model, path) and "
+            "save the model's weights."
         )
 
 
 @contextmanager
 def _readable(path: Path, name: str) -> Iterator[None]:
-    """Say of a file that is unaltered, and yet none of kbtrain's, that it is damaged."""
+    """Report a file as damaged if its checksum is right but kbtrain cannot have written it."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's
+            raise  # from the operating system, not from libhdf5
         raise CheckpointDamagedError(
             f"The checkpoint {path} is damaged: {name} is not as kbtrain wrote it "
             f"({type(error).__name__}: {first_lines(error)})."
@@ -140,10 +141,10 @@ def _readable(path: Path, name: str) -> Iterator[None]:
 
 
 def _merge(old: Any, new: Any, top: bool = True) -> int:
-    """Copy the tree of ``old`` into ``new``, where a part of it may be already.
+    """Copy the tree of ``old`` into ``new``, which may already hold part of it.
 
     Raises:
-        ValueError: It leads out of the file.
+        ValueError: A link points outside the file.
     """
     copied = 0
     for name in old:

@@ -1,8 +1,8 @@
-"""Where Keras looks for a model's values in a ``.weights.h5`` file.
+"""The paths at which Keras looks for a model's values in a ``.weights.h5`` file.
 
-A checkpoint stores a variable once, under its path; the places that ``model.load_weights`` looks at
-are further names (hard links) of the same data. They come from Keras itself: the walk that saves a
-model is made with a store that notes where everything goes.
+A checkpoint stores a variable once, under its path; the HDF5 paths that ``model.load_weights``
+reads are hard links to the same data. Keras itself supplies these paths: its save traversal runs
+with a store that only records where everything would go.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger("kbtrain")
 
 @dataclass(frozen=True)
 class KerasLayout:
-    """The places of a ``.weights.h5`` file.
+    """The paths inside a ``.weights.h5`` file.
 
     Attributes:
-        links: Place -> name of the array that belongs there.
-        values: Place -> what a layer stores besides its variables.
+        links: HDF5 path -> name of the array stored there.
+        values: HDF5 path -> data that a layer stores besides its variables.
     """
 
     links: Mapping[str, str] = field(default_factory=dict)
@@ -44,17 +44,17 @@ def keras_layout(model: keras.Model, named: Mapping[str, keras.Variable]) -> Ker
         The layout; empty, with a warning, if a layer cannot be saved.
     """
     try:
-        # There is no public way to learn the layout without writing a file.
+        # No public API gives the layout without writing a file.
         from keras.src.saving.saving_lib import H5IOStore, _save_state
 
-        # `_save_state` insists on the type.
-        recorder: Any = type("_Recorder", (_Notes, H5IOStore), {})()
+        # `_save_state` requires an H5IOStore.
+        recorder: Any = type("_Recorder", (_RecordingStore, H5IOStore), {})()
     except Exception as error:
         report(
             "Finding where Keras stores the values of a model",
             "keras",
             error,
-            "load_weights cannot read model.weights.h5 of a checkpoint. Resuming is not affected.",
+            "load_weights cannot read a checkpoint's model.weights.h5. Resuming is not affected.",
         )
         return KerasLayout()
     try:
@@ -72,13 +72,13 @@ def keras_layout(model: keras.Model, named: Mapping[str, keras.Variable]) -> Ker
     for place, value in recorder.found.items():
         if not isinstance(value, keras.Variable):
             values[place] = np.array(keras.ops.convert_to_numpy(value))
-        elif id(value) in names:  # an optimizer's and metrics' variables are not
+        elif id(value) in names:  # variables of the optimizer and of metrics are not saved here
             links[place] = names[id(value)]
     return KerasLayout(links, values)
 
 
-class _Notes:
-    """A store that notes what would be written where, and writes nothing."""
+class _RecordingStore:
+    """A store that records what would be written and where, and writes nothing."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -87,7 +87,7 @@ class _Notes:
     def __bool__(self) -> bool:
         return True
 
-    def make(self, path: str, metadata: Any = None) -> _Notes:
+    def make(self, path: str, metadata: Any = None) -> _RecordingStore:
         self._place = f"{path}/vars/".removeprefix("/")
         return self
 

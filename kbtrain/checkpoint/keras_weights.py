@@ -1,8 +1,8 @@
-"""Values in ``.weights.h5`` and ``.keras`` files: their shapes first, and only what is wanted.
+"""Reads ``.weights.h5`` and ``.keras`` files safely: shapes first, then only what is needed.
 
-A few kilobytes of HDF5 can claim gigabytes: a shape costs nothing, and compressed zeros next to
-nothing. So nothing is read before its shape is found to be the wanted one, and compressed values
-are checked to be no more than the shape says.
+A few kilobytes of HDF5 can claim gigabytes, because shapes and compressed zeros cost almost
+nothing. So a dataset is read only if its shape is the expected one, and compressed data is checked
+not to expand beyond that shape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INNER = "model.weights.h5"  # in a .keras file
 _OTHERS = ("optimizer", "metrics", "_metrics")
 _SMALL = 2**20
 
-# In the order in which they are applied; each of others may make memory of any size.
+# In the order in which they are applied. Any other filter could allocate memory without limit.
 _SHUFFLE, _DEFLATE, _CHECKSUM = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, 3
 _FILTERS = [_SHUFFLE, _DEFLATE, _CHECKSUM]
 
@@ -35,20 +35,20 @@ class StoredArray:
     """A dataset that is read when it becomes an array (``np.asarray``).
 
     Args:
-        place: Its path in the file, for messages.
+        path: Its path in the file, for messages.
         dataset: The dataset of an open file.
 
     Attributes:
-        shape: What it claims.
+        shape: The shape that the file declares.
     """
 
-    def __init__(self, place: str, dataset: h5py.Dataset) -> None:
+    def __init__(self, path: str, dataset: h5py.Dataset) -> None:
         self.shape: tuple[int, ...] = tuple(dataset.shape or ())
-        self._place, self._dataset = place, dataset
+        self._path, self._dataset = path, dataset
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if (problem := _problem(self._dataset)) is not None:
-            raise CheckpointDamagedError(f"{self._place} is not read: {problem}.")
+            raise CheckpointDamagedError(f"{self._path} is not read: {problem}.")
         array = np.empty(self.shape, self._dataset.dtype)
         if array.size:
             self._dataset.read_direct(array)
@@ -59,11 +59,11 @@ class StoredArray:
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """Open the HDF5 file that a Keras file is or contains.
+    """Open a ``.weights.h5`` file, or the one inside a ``.keras`` file.
 
     Raises:
-        OSError: The system's own, where it is the system that does not read; at the latest when
-            the file is closed, so nothing may be made of what was read before.
+        OSError: The operating system failed to read. It may come as late as the close, so values
+            must not be used before this context has ended.
     """
     with path.open("rb", buffering=0) as raw:
         if path.suffix != ".keras":
@@ -75,7 +75,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _archive(raw: IO[bytes]) -> zipfile.ZipFile:
-    """Open an archive; a disk that does not answer is not taken for damage, as zipfile does."""
+    """Open an archive; unlike ``zipfile``, report an I/O error as such and not as damage."""
     try:
         return zipfile.ZipFile(raw)
     except zipfile.BadZipFile as error:
@@ -85,23 +85,23 @@ def _archive(raw: IO[bytes]) -> zipfile.ZipFile:
 
 
 def values(file: h5py.File) -> dict[str, StoredArray]:
-    """All values of a model by their places, unread; without those of optimizer and metrics."""
+    """All values of a model by path, not read yet; the optimizer and metrics are left out."""
     found: dict[str, StoredArray] = {}
 
-    def note(place: str, item: Any) -> None:
-        wanted = isinstance(item, h5py.Dataset) and "/vars/" in f"/{place}"
-        if wanted and place.partition("/")[0] not in _OTHERS:
-            found[place] = StoredArray(place, item)
+    def collect(path: str, item: Any) -> None:
+        is_value = isinstance(item, h5py.Dataset) and "/vars/" in f"/{path}"
+        if is_value and path.partition("/")[0] not in _OTHERS:
+            found[path] = StoredArray(path, item)
 
-    file.visititems(note)  # does not follow links that lead elsewhere
+    file.visititems(collect)  # does not follow links out of the file
     return found
 
 
 def _problem(dataset: h5py.Dataset) -> str | None:
-    """Why a dataset cannot be read in memory of its own size; None if it can."""
+    """Why a dataset cannot be read within the memory its shape implies; None if it can."""
     needed = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
     if dataset.external is not None or dataset.is_virtual:
-        return "its values lie in other files"
+        return "its values are in other files"
     if dataset.dtype.kind not in "biufc":
         return f"it holds {dataset.dtype}, not numbers"
     if dataset.chunks is None:
@@ -109,21 +109,21 @@ def _problem(dataset: h5py.Dataset) -> str | None:
         return None if stored >= needed else f"it claims {needed} bytes and has {stored}"
     chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
     if chunk > max(needed, _SMALL):
-        return f"it is stored in pieces of {chunk} bytes, more than it has in all"
+        return f"its chunks have {chunk} bytes, more than the whole dataset"
     properties = dataset.id.get_create_plist()
     filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
     if filters != [known for known in _FILTERS if known in filters]:
-        return "it is compressed by other means than gzip"
+        return "its compression is not gzip"
     if _DEFLATE in filters and not _inflates_to(dataset, chunk, _CHECKSUM in filters):
-        return "it is compressed, and more than its shape says"
+        return "it expands to more bytes than its shape allows"
     return None
 
 
 def _inflates_to(dataset: h5py.Dataset, size: int, checksum: bool) -> bool:
-    """Whether no compressed piece of a dataset has more than ``size`` bytes."""
+    """Whether no compressed chunk of a dataset expands to more than ``size`` bytes."""
     for index in range(dataset.id.get_num_chunks()):
-        place = dataset.id.get_chunk_info(index).chunk_offset
-        _, data = dataset.id.read_direct_chunk(place)
+        offset = dataset.id.get_chunk_info(index).chunk_offset
+        _, data = dataset.id.read_direct_chunk(offset)
         data = data[:-4] if checksum else data
         if len(zlib.decompressobj().decompress(data, size + 1)) > size:
             return False

@@ -1,4 +1,4 @@
-"""Weights from elsewhere into a model: a checkpoint, a ``.weights.h5`` or a ``.keras`` file."""
+"""Loads weights into a model from a checkpoint, a ``.weights.h5`` or a ``.keras`` file."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ logger = logging.getLogger("kbtrain")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_weights`` did.
+    """The result of ``load_weights``.
 
     Attributes:
-        loaded: Variables that got a value.
-        missing: Variables of the model that the file has no value for; they keep theirs.
-        unexpected: Values of the file that the model has no variable for.
+        loaded: Variables that were assigned a value.
+        missing: Variables of the model without a value in the file; they are unchanged.
+        unexpected: Values in the file without a variable in the model.
         different: Values that do not fit their variable, with both shapes.
     """
 
@@ -66,14 +66,14 @@ class LoadReport:
 def load_weights(
     model: keras.Model, source: str | os.PathLike[str], strict: bool = True
 ) -> LoadReport:
-    """Put weights from a file into a model; optimizer and data position are not touched.
+    """Load weights from a file into a model, without optimizer state or data position.
 
     Args:
         model: A built model.
         source: A checkpoint, the folder of a run (its newest intact checkpoint is used), a
             ``.weights.h5`` or a ``.keras`` file.
-        strict: Whether all variables must be there, with their shapes, and nothing else. If not,
-            what fits is loaded; the report, which is logged as a warning, names the rest.
+        strict: Whether names and shapes must match exactly. If False, matching values are loaded,
+            and the report, which is logged as a warning, lists the rest.
 
     Returns:
         What was loaded and what was not.
@@ -81,10 +81,10 @@ def load_weights(
     Raises:
         ConfigurationError: The model is not built.
         CheckpointNotFoundError: There is no such file or checkpoint.
-        CheckpointDamagedError: It is damaged, or claims more than it holds.
-        CheckpointUnreadableError: It cannot be read now.
-        CheckpointMismatchError: It does not fit (``strict``), or nothing of it does. Then nothing
-            has been changed.
+        CheckpointDamagedError: The file is damaged, or declares more data than it holds.
+        CheckpointUnreadableError: The file cannot be read now.
+        CheckpointMismatchError: The weights do not fit the model (``strict``), or none of them do.
+            The model is unchanged.
 
     Example:
         >>> report = load_weights(model, "runs/old", strict=False)  # doctest: +SKIP
@@ -94,14 +94,14 @@ def load_weights(
     if not model.built:
         raise ConfigurationError(
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
-            "or begin it with a keras.Input."
+            "or give it a keras.Input as its first layer."
         )
     check_local("source", source)
     path = Path(source)
     named = name_variables(model_variables(model))
     if is_folder(path):
         checkpoint = CheckpointStore(path).resolve(path)
-        assert checkpoint is not None  # a path is found or an error
+        assert checkpoint is not None  # resolving a path returns a checkpoint or raises
         saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
         plan = plan_restore(named, saved, strict=strict)
     else:
@@ -117,7 +117,7 @@ def load_weights(
 def _plan_from_file(
     model: keras.Model, path: Path, named: dict[str, keras.Variable], strict: bool
 ) -> RestorePlan:
-    """Read what fits out of a Keras file; shapes are compared before anything is read."""
+    """Read the matching values from a Keras file; shapes are compared before anything is read."""
     if not exists(path):
         raise CheckpointNotFoundError(f"There is no {path}.")
     if not path.name.endswith((".weights.h5", ".keras")):
@@ -129,15 +129,15 @@ def _plan_from_file(
         with keras_weights.opened(path) as file:
             if file.attrs.get("format") == ARRAYS_FORMAT:
                 return plan_restore(named, read_arrays(path), strict=strict)
-            # Keras does not store the states of seed generators: those stay as they are.
+            # Keras does not store the states of seed generators: those stay unchanged.
             links = keras_layout(model, named).links
-            variables = {place: named[name] for place, name in links.items()}
+            variables = {path: named[name] for path, name in links.items()}
             return plan_restore(variables, keras_weights.values(file), strict=strict)
     except CheckpointError:
         raise
     except MemoryError as error:
         raise unreadable(path, error) from error
-    except Exception as error:  # h5py and zipfile raise whatever the damage happens to hit
+    except Exception as error:  # h5py and zipfile raise all kinds of errors for damaged files
         if isinstance(error, OSError) and not is_damage(error):
             raise unreadable(path, error) from error
         raise CheckpointDamagedError(

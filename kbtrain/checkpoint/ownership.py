@@ -1,9 +1,9 @@
-"""Which checkpoints of a folder a run may delete: its own, and no others.
+"""Which checkpoints in a folder a run may delete: only its own.
 
-A folder may hold checkpoints of a former run, of a newer kbtrain or of another program. A run has
-an identity, drawn at its beginning, noted in the manifest of each checkpoint and taken over by
-whoever resumes from one. Its own are those that it has written itself, the one that it was resumed
-from and has verified, and those whose intact manifest bears its identity.
+A folder may also hold checkpoints of an earlier run, of a newer kbtrain or of another program. A
+run has a random identity, which is recorded in the manifest of each checkpoint and inherited by a
+run that resumes from one. A run owns the checkpoints it wrote itself, the one it resumed from and
+verified, and those whose intact manifest has its identity.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class Ownership:
     def __init__(self) -> None:
         self.run = secrets.token_hex(8)
         self._own: dict[Path, _Identity] = {}
-        # What was found in manifests, so that a folder with many checkpoints of others is not read
-        # again at each save.
+        # Cache of the manifests read, so that a folder with many checkpoints of other runs is not
+        # read again at each save.
         self._found: dict[Path, tuple[_Identity, bool]] = {}
 
     def wrote(self, path: Path) -> None:
-        """Note that the run has written a checkpoint."""
+        """Record that the run has written a checkpoint."""
         self._note(path)
 
     def resumed_from(self, checkpoint: Checkpoint) -> None:
-        """Go on as the run that wrote a checkpoint, which has been read and verified."""
+        """Continue as the run that wrote a checkpoint, which has been read and verified."""
         if checkpoint.manifest.run is not None:
             self.run = checkpoint.manifest.run
         self._note(checkpoint.path)
 
     def __contains__(self, path: Path) -> bool:
-        """Whether a folder is one of the run's own checkpoints; no, if that cannot be told."""
+        """Whether the run owns a checkpoint folder; False if that cannot be determined."""
         identity = _identity(path)
         if identity is None:
             return False
@@ -70,7 +70,7 @@ class Ownership:
 
 
 def _identity(path: Path) -> _Identity | None:
-    """What tells a folder or file from another one of its name."""
+    """Distinguishes a file or folder from a later one of the same name."""
     try:
         status = os.lstat(path)
     except OSError:

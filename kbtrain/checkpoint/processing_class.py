@@ -14,22 +14,22 @@ _SAVE = ("save_pretrained", "save_to_preset")
 
 
 def check_processing_class(processing: Any) -> None:
-    """Make sure that it can be saved with a model.
+    """Check that the processing class can be saved with a model.
 
     Raises:
-        ConfigurationError: It has no method for that.
+        ConfigurationError: It has no method for saving.
     """
     if processing is None or any(callable(getattr(processing, name, None)) for name in _SAVE):
         return
     raise ConfigurationError(
         "processing_class is saved with the model, so it needs a method save_pretrained(folder) "
-        "(tokenizers and processors of transformers) or save_to_preset(folder) (KerasHub). "
+        "(tokenizers and processors of Transformers) or save_to_preset(folder) (KerasHub). "
         f"Received: {type(processing).__name__}."
     )
 
 
 def save(processing: Any, folder: Path) -> None:
-    """Write it into ``folder`` by its own method; None writes nothing."""
+    """Write it into ``folder`` with its own method; None writes nothing."""
     if processing is not None:
         name = next(name for name in _SAVE if hasattr(processing, name))
         getattr(processing, name)(str(folder))
@@ -38,22 +38,22 @@ def save(processing: Any, folder: Path) -> None:
 def files_of(
     processing: Any, store: CheckpointStore, step: int, documents: Iterable[str]
 ) -> dict[str, bytes]:
-    """What its own method writes, for a checkpoint.
+    """The files that its own method writes, for a checkpoint.
 
-    In the calling thread, and not where checkpoints are written in the background: a tokenizer may
-    not be saved while it is at work.
+    This runs in the calling thread, not in the one that writes checkpoints, because a tokenizer
+    must not be saved while it is in use.
 
     Args:
         processing: The tokenizer or processor.
-        store: Where the checkpoint is going to be.
-        step: Its step.
-        documents: Names of the documents in it.
+        store: Where the checkpoint will be written.
+        step: Step of the checkpoint.
+        documents: Names of the checkpoint's documents.
 
     Returns:
         Path in the folder -> content.
 
     Raises:
-        CheckpointError: It could not be saved, or writes what a checkpoint has already.
+        CheckpointError: It could not be saved, or writes a file that the checkpoint itself uses.
     """
     try:
         with store.temporary_folder(step) as folder:
@@ -61,7 +61,7 @@ def files_of(
             found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
         check_other_files(files, documents)
-    except Exception as error:  # a method of the user's own may do anything
+    except Exception as error:  # user code may raise anything
         raise CheckpointError(
             f"processing_class ({type(processing).__name__}) could not be saved for "
             f"{store.path(step)}: {type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from: the one asked for, or the newest that is intact.
+"""Which checkpoint a run resumes from: the requested one, or the newest intact one.
 
-Only what is known to be damaged is passed over. What cannot be read now, or is not this kbtrain's
-to read, ends the search with an error: to begin anew in its place would lose it.
+Only checkpoints known to be damaged are skipped. One that cannot be read now, or that this version
+of kbtrain cannot read, ends the search with an error: starting over would lose it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def newest_intact(
 
     Args:
         directory: The folder of a run.
-        damaged: What has been found damaged; it is brought up to date.
-        log: Told about each one that was passed over; by default a warning.
+        damaged: The checkpoints found damaged so far; updated in place.
+        log: Called with a message for each one that is skipped; a warning by default.
 
     Returns:
-        The checkpoint, None if there is none; and what was said about the damaged ones.
+        The checkpoint, or None if there is none, and the messages about the damaged ones.
 
     Raises:
-        CheckpointFormatError: The next one is of a newer kbtrain or another program.
+        CheckpointFormatError: The newest candidate was written by a newer kbtrain or another
+            program.
         CheckpointUnreadableError: It cannot be read now, or the folder cannot be listed.
     """
     reports = []
@@ -64,7 +65,7 @@ def find_checkpoint(
     damaged: set[Path],
     log: Log | None,
 ) -> Checkpoint | None:
-    """Find what ``resume_from_checkpoint`` asks for; see ``CheckpointStore.resolve``."""
+    """Find the checkpoint for ``resume_from_checkpoint``; see ``CheckpointStore.resolve``."""
     if resume is None or resume is False:
         return None
     if resume is True:
@@ -75,7 +76,7 @@ def find_checkpoint(
             _log(
                 log,
                 f"FRESH START: all {len(reports)} checkpoints in {directory} are damaged; "
-                "training begins again at step 0. They are left as they are.",
+                "training starts over at step 0. They are left unchanged.",
             )
         return checkpoint
     if not isinstance(resume, str | os.PathLike) or not os.fspath(resume):
@@ -105,7 +106,7 @@ def _newest_or_raise(directory: Path, damaged: set[Path], log: Log | None) -> Ch
 
 
 def _checkpoint_at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
-    """The checkpoint at a path, or the newest intact one of the run whose folder that is."""
+    """The checkpoint at a path, or the newest intact one if the path is a run's folder."""
     if not exists(path):
         here = ", ".join(found.name for _, found in list_checkpoints(directory)) or "none"
         raise CheckpointNotFoundError(f"There is no {path}. Checkpoints in {directory}: {here}.")

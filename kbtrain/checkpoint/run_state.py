@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and how a run is put back to it."""
+"""The contents of a checkpoint of a run, and how a run is restored from it."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ logger = logging.getLogger("kbtrain")
 
 @dataclass
 class Progress:
-    """Where a run is in its data, and what it has added up since it began.
+    """The position of a run in its data, and its accumulated sums.
 
     Attributes:
         epoch: Number of the current epoch.
-        batch: Micro-batches of it that are done.
+        batch: Micro-batches of this epoch that are done.
         loss_sum: Sum of the losses of all updates.
-        window_sum: The same since the last log.
+        window_sum: Sum of the losses since the last log.
         window_steps: Updates since the last log.
         window_extras: Sums of the extra values since the last log.
-        skipped: Updates left out because they were not finite.
+        skipped: Updates skipped because they were not finite.
         batch_size: Samples of a micro-batch when this was saved.
-        num_examples: Samples of an epoch then; None if the data does not know.
-        unfinished: An evaluation that was due and had to be left to the resumed run: ``after`` is
-            "step" or "epoch", ``save`` whether a checkpoint was due behind it.
+        num_examples: Samples of an epoch when this was saved; None for data without a length.
+        unfinished: A due evaluation that was left to the resumed run: ``after`` is "step" or
+            "epoch", ``save`` whether a checkpoint was due after it.
     """
 
     epoch: int = 0
@@ -70,7 +70,7 @@ class Progress:
     unfinished: dict[str, Any] | None = None
 
     def move_to(self, batch_size: int | None) -> None:
-        """Convert the position in the data to another batch size, by samples."""
+        """Convert the position in the data to another batch size, keeping the number of samples."""
         old = self.batch_size
         if old and batch_size and old != batch_size:
             self.batch = self.batch * old // batch_size
@@ -80,8 +80,8 @@ class Progress:
         """Compare the length of the training data with that of the saved run.
 
         Raises:
-            CheckpointMismatchError: It is another one, and the position is within an epoch, whose
-                samples would come in another order.
+            CheckpointMismatchError: The length has changed and the position is within an epoch,
+                whose samples would come in a different order.
         """
         old, self.num_examples = self.num_examples, num_examples
         if old is None or num_examples is None or old == num_examples:
@@ -89,14 +89,14 @@ class Progress:
         changed = f"The training data had {old} samples and has {num_examples} now."
         if self.batch:
             raise CheckpointMismatchError(
-                f"{changed} {where} stands at batch {self.batch} of epoch {self.epoch}: the rest "
-                "of it would be another one, with samples that were seen and without others. "
-                "Resume with the data of that run, or set ignore_data_skip=True, which begins the "
-                "epoch anew with the data there is."
+                f"{changed} {where} is at batch {self.batch} of epoch {self.epoch}: the rest of "
+                "that epoch would repeat some samples and miss others. Resume with the data of "
+                "that run, or set ignore_data_skip=True, which restarts the epoch with the current "
+                "data."
             )
         logger.warning(
-            "%s Epochs have another number of steps from here on, and schedules by epochs another "
-            "length.",
+            "%s From here on, the number of steps per epoch and the length of schedules defined in "
+            "epochs change.",
             changed,
         )
 
@@ -114,7 +114,7 @@ def environment(backend: str) -> dict[str, Any]:
 
 
 def model_variables(model: keras.Model) -> list[keras.Variable]:
-    """The model's own state: weights, statistics, seeds, states of RNNs; without metrics."""
+    """The model's own state: weights, statistics, seeds, RNN states; not the metrics."""
     metrics = {id(v) for metric in model.metrics for v in metric.variables}
     optimizer = getattr(model, "optimizer", None)
     others = metrics | {id(v) for v in (optimizer.variables if optimizer else [])}
@@ -122,7 +122,7 @@ def model_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def gather_model(model: keras.Model, buffers: HostBuffers | None = None) -> dict[str, np.ndarray]:
-    """Host copies of the model's variables, by path; in ``buffers`` if they are given."""
+    """Host copies of the model's variables, by path; in ``buffers`` if given."""
     return capture(name_variables(model_variables(model)), buffers, "model")
 
 
@@ -132,8 +132,8 @@ _layouts: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionar
 def cached_keras_layout(model: keras.Model) -> KerasLayout:
     """Where ``model.load_weights`` looks for the variables that ``gather_model`` returns.
 
-    Keras' walk through a model takes milliseconds, so it is made once, unless layers store more
-    than variables, which may be something else each time.
+    Keras takes milliseconds to traverse a model, so the result is cached, unless layers store more
+    than variables, which may change each time.
     """
     variables = model_variables(model)
     identities = [id(variable) for variable in variables]
@@ -150,14 +150,14 @@ _configs: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionar
 
 
 def model_config(model: keras.Model) -> dict[str, Any] | None:
-    """How to build the model anew, as JSON; None if the model cannot say."""
+    """The configuration to rebuild the model from, as JSON; None if it cannot be serialized."""
     if model not in _configs:
         try:
             with tensorflow_import.not_imported():
                 config = keras.saving.serialize_keras_object(model)
             config.pop("compile_config", None)
             dump_json("model_config", config)
-        except Exception:  # a class of the user's own, whose get_config may do anything
+        except Exception:  # a user's get_config may raise anything
             config = None
         _configs[model] = config
     result: dict[str, Any] | None = _configs[model]
@@ -170,16 +170,16 @@ def gather_evaluation(
     trained: dict[str, np.ndarray],
     buffers: HostBuffers | None = None,
 ) -> dict[str, np.ndarray]:
-    """Host copies of what is evaluated in place of some of the trained weights, by path."""
+    """Host copies of the evaluation weights that differ from the trained ones, by path."""
     named = name_variables(model_variables(model))
     return differing(optimizer, named, trained, buffers)
 
 
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
-    """Put the model's variables back, to the values that are meant for evaluation.
+    """Restore the model's variables, with the weights used for evaluation.
 
     Raises:
-        CheckpointMismatchError: The checkpoint is of another architecture; nothing was changed.
+        CheckpointMismatchError: The checkpoint has a different architecture; nothing was changed.
     """
     arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
@@ -200,11 +200,11 @@ def gather_training(
     Args:
         backend: The backend in use.
         model: The model.
-        optimizer: What trains it.
+        optimizer: The optimizer that trains it.
         metric_variables: State of the metrics.
-        progress: The position.
-        others: Further optimizers that the model trains with by itself, by name.
-        buffers: Where to copy to; the default is new memory.
+        progress: The position of the run.
+        others: Further optimizers that the model's own train step uses, by name.
+        buffers: Host memory to copy into; new memory by default.
     """
     rng_arrays, rng_document = rng.capture_random_state(backend)
     variables = model_variables(model)
@@ -221,7 +221,7 @@ def gather_training(
         "metrics": {str(i): value for i, value in enumerate(host_copies(metric_variables))},
         "rng": rng_arrays,
     }
-    # A copy: it is written while training goes on.
+    # A copy, because it is written while training continues.
     return arrays, {"progress": dataclasses.asdict(progress), "rng": rng_document}
 
 
@@ -233,19 +233,19 @@ def restore_run(
     checkpoint: Checkpoint,
     others: Mapping[str, keras.optimizers.Optimizer] | None = None,
 ) -> Progress:
-    """Put model, optimizers, metrics and random state back to where the checkpoint was taken.
+    """Restore model, optimizers, metrics and random state from a checkpoint.
 
     Args:
         backend: The backend in use.
         model: The model.
-        optimizer: What trains it.
+        optimizer: The optimizer that trains it.
         metric_variables: State of the metrics.
         checkpoint: The checkpoint.
-        others: Further optimizers that the model trains with by itself, by name.
+        others: Further optimizers that the model's own train step uses, by name.
 
     Raises:
-        CheckpointMismatchError: The checkpoint is of another model or optimizer, or holds the
-            model only. Nothing has been changed then.
+        CheckpointMismatchError: The checkpoint belongs to a different model or optimizer, or holds
+            the model only. Nothing has been changed.
     """
     if "optimizer" not in checkpoint.arrays:
         raise CheckpointMismatchError(
@@ -287,7 +287,7 @@ def restore_run(
     else:
         logger.warning(
             "The metrics have changed since the checkpoint; their first value after the "
-            "resume covers the steps from there on only."
+            "resume covers only the steps since then."
         )
     return progress
 
@@ -296,19 +296,19 @@ def _optimizer_groups(
     optimizer: keras.optimizers.Optimizer,
     others: Mapping[str, keras.optimizers.Optimizer] | None,
 ) -> dict[str, keras.optimizers.Optimizer]:
-    """The optimizers of a run by the names of their groups of arrays in a checkpoint."""
+    """The optimizers of a run, by the names of their array groups in a checkpoint."""
     return {"optimizer": optimizer} | {f"optimizer.{n}": o for n, o in (others or {}).items()}
 
 
 def trained_document(
     model: keras.Model, optimizer: keras.optimizers.Optimizer, at_start: TrainableFlags
 ) -> dict[str, Any] | None:
-    """What is trained, if that has been changed since the run began; else None.
+    """Which variables are trained, if that has changed since the run began; else None.
 
     Args:
         model: The model.
         optimizer: Its optimizer.
-        at_start: The flags when the run began.
+        at_start: The trainable flags when the run began.
     """
     flags, aside = TrainableFlags.of(model), changing_variables.set_aside(optimizer)
     if flags == at_start and not aside:
@@ -317,10 +317,10 @@ def trained_document(
 
 
 def trained_in(checkpoint: Checkpoint) -> tuple[TrainableFlags, list[str]] | None:
-    """What was trained, and which optimizer state was of other variables; None if not changed.
+    """Which variables were trained, and optimizer state set aside for others; None if unchanged.
 
     Raises:
-        CheckpointDamagedError: It says what cannot be.
+        CheckpointDamagedError: The document is inconsistent.
     """
     if "trainable" not in checkpoint.documents:
         return None
@@ -340,7 +340,7 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     """The position of a run, from a checkpoint.
 
     Raises:
-        CheckpointDamagedError: It says what cannot be.
+        CheckpointDamagedError: The document is inconsistent.
     """
     progress = Progress(**validated_json.fields_of(checkpoint, "progress", Progress))
     unfinished = progress.unfinished
@@ -358,7 +358,7 @@ def host_copies(variables: Sequence[keras.Variable]) -> list[np.ndarray]:
 
 
 def restore_values(variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> None:
-    """Assign what ``host_copies`` returned."""
+    """Assign the values that ``host_copies`` returned."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
@@ -374,7 +374,7 @@ def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def save_keras_file(model: keras.Model, path: Path) -> None:
-    """Write ``model`` as a ``.keras`` file, complete or not at all."""
+    """Write ``model`` as a ``.keras`` file, atomically."""
     with writing(path) as temporary, tensorflow_import.not_imported():
         model.save(temporary)
 
@@ -385,13 +385,13 @@ def differing(
     trained: dict[str, np.ndarray],
     buffers: HostBuffers | None = None,
 ) -> dict[str, np.ndarray]:
-    """Host copies of the values to evaluate that are not the trained ones.
+    """Host copies of the evaluation weights that differ from the trained ones.
 
     Args:
-        optimizer: The one that trains the model.
+        optimizer: The optimizer that trains the model.
         named: The model's variables by the names they are saved under.
-        trained: Host copies of all of them.
-        buffers: Where to copy to; the default is new memory.
+        trained: Host copies of all trained values.
+        buffers: Host memory to copy into; new memory by default.
     """
     with swapped_in(optimizer, list(named.values())) as there:
         values = capture(named, buffers, "evaluation") if there else {}

@@ -1,8 +1,8 @@
-"""The checkpoints of one run: written beside and renamed, verified when read, rotated.
+"""The checkpoints of one run: written atomically, verified when read, rotated.
 
 ``save`` takes host arrays only, so it can run in a thread; its ``CheckpointError`` has the
-``OSError`` as ``__cause__``. Who saves when, what a failure means and one run per folder are
-matters of ``kbtrain/checkpoint/async_checkpointer.py``.
+``OSError`` as ``__cause__``. ``kbtrain/checkpoint/async_checkpointer.py`` decides in which thread
+to save and what a failure means, and keeps other runs out of the folder.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class CheckpointStore:
 
     A checkpoint is complete or absent: it is written into a hidden folder beside the others, every
     file is flushed, the manifest comes last, and one rename makes it visible. Reading verifies
-    every byte. Building a store touches nothing on the disk. One process writes into a folder at a
-    time.
+    every byte. Creating a store does not touch the disk. Only one process may write into a folder
+    at a time.
 
     Args:
-        directory: The run's folder; made by the first ``save``.
-        shard_bytes: A group of arrays that takes more is spread over several files.
+        directory: The run's folder; created by the first ``save``.
+        shard_bytes: A larger group of arrays is split over several files.
 
     Example:
         >>> import tempfile
@@ -67,15 +67,15 @@ class CheckpointStore:
 
     def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
         check_local("directory", directory)
-        self.directory = Path(directory).absolute()  # a program may go elsewhere meanwhile
+        self.directory = Path(directory).absolute()  # the program may change its folder later
         self.shard_bytes = shard_bytes
         self._begin()
 
     def _begin(self) -> None:
-        """Forget the run before: its checkpoints are a former run's from here on."""
+        """Start a new run: existing checkpoints belong to an earlier one from now on."""
         self._own = Ownership()
-        # Both only steer `rotate`: what this store wrote last is never deleted by it, and what it
-        # found damaged does not count as a checkpoint to keep.
+        # Used by `rotate` only: it never deletes the checkpoint that was written last, and does not
+        # count damaged ones among those to keep.
         self._last_saved: Path | None = None
         self._damaged: set[Path] = set()
 
@@ -88,29 +88,29 @@ class CheckpointStore:
         places: Mapping[str, ExternalLayout] | None = None,
         other_files: Mapping[str, bytes] | None = None,
     ) -> Path:
-        """Write ``checkpoint-{step}``, replacing a checkpoint of that name, and nothing else.
+        """Write ``checkpoint-{step}``, replacing only a checkpoint of that name.
 
-        When this returns, the checkpoint is on the disk and would outlive a power cut. When it
-        raises, nothing has changed: no partial folder is left, and a checkpoint of the same step
-        that was there before still is. Killed in between, the hidden folder stays for
-        ``clean_leftovers``; a replaced checkpoint is found by ``list`` at every moment.
+        When this returns, the checkpoint is on the disk and would survive a power failure. When it
+        raises, nothing has changed: no partial folder is left, and an earlier checkpoint of the
+        same step still exists. If the process is killed in between, the hidden folder is left for
+        ``clean_leftovers``; ``list`` finds a checkpoint that is being replaced at every moment.
 
         Args:
             step: Optimizer updates done, 0 or more.
             arrays: Group -> variable name -> array in host memory; each group becomes
                 ``{group}.h5``.
             documents: Name -> JSON value; each becomes ``{name}.json``.
-            info: Noted in the manifest: backend, package versions, ...
-            places: Group -> where other readers look for its arrays (see ``ExternalLayout``).
-            other_files: Path in the folder, with ``/`` -> content: what others keep there.
+            info: Recorded in the manifest: backend, package versions, ...
+            places: Group -> where Keras looks for its arrays (see ``ExternalLayout``).
+            other_files: Path in the folder, with ``/`` -> content of additional files.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
             ConfigurationError: If ``step`` is not a whole number of 0 or more.
-            CheckpointError: If it could not be written; ``__cause__`` is the ``OSError``, if one
-                was the reason.
+            CheckpointError: If it could not be written; ``__cause__`` is the ``OSError``, if there
+                was one.
         """
         whole = isinstance(step, int | np.integer) and not isinstance(step, bool)
         if not whole or not 0 <= step <= filesystem.MAX_STEP:
@@ -137,7 +137,7 @@ class CheckpointStore:
         return final
 
     def _check_place(self, final: Path) -> None:
-        """Make sure that nothing is in the place of a checkpoint that would be lost with it."""
+        """Check that writing the checkpoint would not overwrite anything else."""
         if not exists(final):
             return
         if not is_folder(final):
@@ -146,29 +146,29 @@ class CheckpointStore:
             try:
                 manifest_of(final)
             except CheckpointFormatError as error:
-                what = f"a folder has that name, and is not this kbtrain's to replace. {error}"
+                what = f"a folder has that name, and this kbtrain must not replace it. {error}"
             except CheckpointDamagedError:
                 return
             else:
                 return
         raise CheckpointError(
-            f"Could not write {final.name} in {self.directory}: {what}. It was left as it is; move "
-            "it elsewhere, or choose another output_dir."
+            f"Could not write {final.name} in {self.directory}: {what}. It was left unchanged; "
+            "move it elsewhere, or choose another output_dir."
         ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
 
     def explain_failure(self, what: Path, error: OSError) -> CheckpointError:
-        """Say in the user's words why a folder of the run cannot be written, and what helps.
+        """Explain why a folder of the run cannot be written, and what to do about it.
 
         Args:
             what: The checkpoint, or the run's folder.
-            error: What the system said.
+            error: The error of the operating system.
         """
         reason = error.strerror or str(error)
         text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
-        text += " Nothing of it was kept, earlier checkpoints are untouched."
+        text += " The partial checkpoint was removed; earlier checkpoints are untouched."
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            room = filesystem.describe_space(what.parent)
-            return CheckpointError(f"{text} {room} {self._describe_checkpoints()}")
+            space = filesystem.describe_space(what.parent)
+            return CheckpointError(f"{text} {space} {self._describe_checkpoints()}")
         return CheckpointError(
             f"{text} {filesystem.describe_space(what.parent)} Make {self.directory} a folder that "
             "this process can write to, or choose another output_dir."
@@ -186,7 +186,7 @@ class CheckpointStore:
         return "Free space or choose another output_dir."
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is, or would be."""
+        """The path of the checkpoint of ``step``, whether or not it exists."""
         return self.directory / filesystem.checkpoint_name(step)
 
     def load(self, path: str | os.PathLike[str]) -> Checkpoint:
@@ -201,9 +201,9 @@ class CheckpointStore:
         return read_checkpoint(Path(path))
 
     def verify(self, path: str | os.PathLike[str]) -> Problems:
-        """Return what is wrong with a checkpoint, in words; an empty list says it is intact.
+        """Return descriptions of what is wrong with a checkpoint; an empty list if it is intact.
 
-        All files are read and compared with the manifest; extra files are nobody's business.
+        All files are read and compared with the manifest; files not in the manifest are ignored.
 
         Raises:
             CheckpointFormatError: If it has a newer format, or is another program's.
@@ -212,18 +212,18 @@ class CheckpointStore:
         return find_problems(Path(path))
 
     def latest_intact(self, log: Log | None = None) -> Checkpoint | None:
-        """Load the newest checkpoint that is intact, and go on as the run that wrote it.
+        """Load the newest checkpoint that is intact, and continue the run that wrote it.
 
         Args:
-            log: Told about every damaged one that was passed over, by name; by default a warning of
-                the logger ``"kbtrain"``.
+            log: Called with a message for every damaged checkpoint that is skipped; by default a
+                warning of the logger ``"kbtrain"``.
 
         Returns:
-            The checkpoint, None if there is none or all are damaged.
+            The checkpoint, or None if there is none or all are damaged.
 
         Raises:
-            CheckpointFormatError: If one that is newer than that is of a newer kbtrain or of
-                another program.
+            CheckpointFormatError: If a newer one was written by a newer kbtrain or another
+                program.
             CheckpointUnreadableError: If one cannot be read now.
         """
         return self._continue_from(resuming.newest_intact(self.directory, self._damaged, log)[0])
@@ -231,27 +231,28 @@ class CheckpointStore:
     def resolve(
         self, resume: bool | str | os.PathLike[str] | None, log: Log | None = None
     ) -> Checkpoint | None:
-        """Find the checkpoint that ``resume_from_checkpoint`` asks for, and begin a run there.
+        """Find the checkpoint for ``resume_from_checkpoint``, and continue its run.
 
-        What is saved from here on belongs to the run that wrote the checkpoint; without one a new
-        run begins, and what lies in the folder is not its own.
+        Later checkpoints belong to the run that wrote this one. Without a checkpoint a new run
+        begins, which does not own the checkpoints already in the folder.
 
         Args:
             resume: None or False: none. True: the newest intact one. ``"auto"``: the newest intact
                 one, or none. A path: that checkpoint, or the newest intact one of that run folder.
-            log: Told about damaged checkpoints; by default a warning of the logger ``"kbtrain"``.
+            log: Called with a message for each damaged checkpoint; by default a warning of the
+                logger ``"kbtrain"``.
 
         Returns:
-            The checkpoint, None for a fresh start.
+            The checkpoint; None for a fresh start.
 
         Raises:
-            CheckpointNotFoundError: If True, or a run folder, has no intact checkpoint, or the path
-                does not exist.
+            CheckpointNotFoundError: If ``resume`` is True or a run's folder and there is no intact
+                checkpoint, or if the path does not exist.
             CheckpointDamagedError: If the path is a damaged checkpoint.
-            CheckpointFormatError: If the one it would be is of a newer kbtrain or another
-                program's.
+            CheckpointFormatError: If the checkpoint was written by a newer kbtrain or another
+                program.
             CheckpointUnreadableError: If one cannot be read now, or the folder cannot be listed.
-            CheckpointError: If the path is something else than a checkpoint.
+            CheckpointError: If the path is not a checkpoint.
             ConfigurationError: If ``resume`` is none of these.
         """
         self._begin()
@@ -267,16 +268,16 @@ class CheckpointStore:
     def rotate(self, limit: int | None, protect: Collection[int | str | Path] = ()) -> Paths:
         """Delete the oldest checkpoints of this run beyond a number.
 
-        Deleted is only what this run wrote, here or before it was resumed, or what it was resumed
-        from; checkpoints of other runs and programs neither count nor go. Protected ones count
-        within the limit but are never deleted; neither is the newest, nor the one this store wrote
-        last. So more than ``limit`` may remain. Checkpoints this store has found damaged do not
-        count and go first. A folder that cannot be deleted is reported and left.
+        Only checkpoints of this run are deleted: those it wrote, now or before it was resumed, and
+        the one it was resumed from. Those of other runs and programs are neither counted nor
+        deleted. Protected ones count towards the limit but are never deleted, nor is the newest or
+        the one this store wrote last, so more than ``limit`` may remain. Checkpoints found damaged
+        do not count and are deleted first. A folder that cannot be deleted is reported and left.
 
         Args:
             limit: How many to keep, 1 or more; None keeps all.
-            protect: Steps or folders to keep, such as the best one. Of a folder only the name
-                counts, so that the best one is still known after the run's folder was moved.
+            protect: Steps or folders to keep, such as the best one. Only the name of a folder is
+                compared, so that the best one is still found after the run's folder was moved.
 
         Returns:
             The deleted folders, oldest first.
@@ -306,7 +307,7 @@ class CheckpointStore:
         return self.delete([(step, path) for step, path in present if path not in keep])
 
     def keep_only(self, best: Path) -> Paths:
-        """Delete this run's other checkpoints at its end, if the best one is beside them.
+        """Delete all checkpoints of this run but the best one, if that is in the folder.
 
         Returns:
             The deleted folders.
@@ -317,43 +318,43 @@ class CheckpointStore:
         return self.delete([item for item in present if item[1].name != best.name])
 
     def owns(self, path: Path) -> bool:
-        """Whether a checkpoint of the folder is this run's own, so that it may be deleted."""
+        """Whether this run owns a checkpoint of the folder, so that it may be deleted."""
         return path in self._own
 
     def delete(self, doomed: Listing) -> Paths:
-        """Delete checkpoints so that a crash leaves each of them whole or out of sight.
+        """Delete checkpoints so that after a crash each is either complete or hidden.
 
         Args:
             doomed: (step, folder) as ``list`` returns them.
 
         Returns:
-            The folders that are gone; one that cannot be deleted is reported and left.
+            The deleted folders; one that cannot be deleted is reported and left.
         """
         deleted = folder.delete(doomed)
         self._damaged.difference_update(deleted)
         return deleted
 
     def clean_leftovers(self, alone: bool = False) -> Paths:
-        """Remove what dead processes left half done; call it before a run begins to write.
+        """Remove what dead processes left unfinished; call it before a run starts to write.
 
         Unfinished and half-deleted folders of processes that no longer run, and of this process
-        unless it is writing them now, are removed; files for people (logs, results) likewise. A
-        checkpoint that was set aside to be replaced is put back if its successor never arrived.
+        unless it is writing them now, are removed, and so are unfinished logs and result files. A
+        checkpoint that was set aside to be replaced is restored if its successor was never written.
 
         Args:
-            alone: No other process can be writing here, so that a process which runs under the
-                number of a former one (in containers it is always 1) does not protect its leftover.
+            alone: Whether no other process can be writing here. Then a process that reuses the id
+                of a dead one (in containers the id is always 1) does not protect its leftovers.
 
         Returns:
-            The hidden folders and files that are gone.
+            The hidden folders and files that were removed or restored.
         """
         return folder.clean_leftovers(self.directory, alone)
 
     def list(self) -> Listing:
         """Return (step, folder) of all checkpoints, intact or not, by ascending step.
 
-        A checkpoint that a killed process had set aside to replace it, without getting to put the
-        new one in its place, is listed under its hidden name.
+        If a process was killed while it replaced a checkpoint, after setting the old one aside, the
+        old one is listed under its hidden name.
 
         Raises:
             CheckpointUnreadableError: If the folder cannot be listed now.
@@ -361,26 +362,27 @@ class CheckpointStore:
         return folder.list_checkpoints(self.directory)
 
     def temporary_folder(self, step: int) -> AbstractContextManager[Path]:
-        """Make a hidden folder and remove it, whatever happens, if it is still there at the end.
+        """Make a hidden folder, and remove it at the end if it still exists.
 
         Args:
-            step: The checkpoint it is for: if the process dies, ``clean_leftovers`` removes it.
+            step: Step of the checkpoint; if the process dies, ``clean_leftovers`` removes the
+                folder.
         """
         return folder.temporary_folder(self.directory, step)
 
 
 def _read_back(folder: Path, final: Path) -> None:
-    """Compare what is on the disk with what was meant to be, before it counts as a checkpoint."""
+    """Verify the files on the disk before the folder becomes a checkpoint."""
     if problems := find_problems(folder):
         raise CheckpointDamagedError(
-            f"{final} was written and reads back differently: {'; '.join(problems)}. It was not "
-            "kept, earlier checkpoints are untouched. The disk or the memory of this machine may "
-            "be failing: choose another output_dir."
+            f"{final} was written and reads back differently: {'; '.join(problems)}. It was "
+            "removed; earlier checkpoints are untouched. The disk or the memory of this machine "
+            "may be failing: choose another output_dir."
         )
 
 
 def _protected_step(item: int | str | Path) -> int:
-    """Return the step that an item of `protect` means."""
+    """Return the step of an item of ``protect``."""
     step = item if isinstance(item, int) else filesystem.parse_checkpoint_name(Path(item).name)
     if step is None:
         raise ConfigurationError(

@@ -1,7 +1,8 @@
-"""The documents of a checkpoint as values that can be relied on: nothing is believed unlooked at.
+"""Validated, typed access to the JSON documents of a checkpoint.
 
-Checksums say that a document is as it was written, not that kbtrain wrote it. Whatever JSON there
-is, it becomes a value of the right types or a ``CheckpointDamagedError``.
+A checksum proves that a document has not changed since it was written, not that kbtrain wrote it.
+So every value is checked for its type before it is used; a wrong one raises a
+``CheckpointDamagedError``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ T = TypeVar("T")
 
 
 def mapping(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Return a document that has to be there and to be a mapping.
+    """Return a required document that is a JSON object.
 
     Raises:
-        CheckpointDamagedError: It is not.
+        CheckpointDamagedError: The document is missing or is not an object.
     """
     value = checkpoint.documents.get(name)
     if not isinstance(value, dict):
@@ -31,15 +32,15 @@ def mapping(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def fields_of(checkpoint: Checkpoint, name: str, cls: type[Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass out of a document; what the class does not know is left out.
+    """Return the fields of a dataclass from a document; unknown keys are ignored.
 
     Args:
-        checkpoint: Where the document is.
-        name: The document.
+        checkpoint: The checkpoint with the document.
+        name: Name of the document.
         cls: A dataclass of plain types; a number for ``int`` is 0 or more.
 
     Raises:
-        CheckpointDamagedError: A field is of another type than the class says.
+        CheckpointDamagedError: A field has a different type from the one the class declares.
     """
     found = mapping(checkpoint, name)
     expected = typing.get_type_hints(cls)
@@ -52,20 +53,20 @@ def fields_of(checkpoint: Checkpoint, name: str, cls: type[Any]) -> dict[str, An
 
 
 def attempt(checkpoint: Checkpoint, name: str, action: Callable[[], T]) -> T:
-    """Do what takes over a part of a checkpoint, and name the part if that fails.
+    """Run an action that restores part of a checkpoint; an error names that part.
 
     Raises:
-        CheckpointDamagedError: It failed.
+        CheckpointDamagedError: The action failed.
     """
     try:
         return action()
-    except Exception as error:  # whatever values of any kind lead to
-        damaged(checkpoint, name, f"it cannot be taken over ({type(error).__name__}: {error})")
+    except Exception as error:  # malformed values can make anything fail
+        damaged(checkpoint, name, f"it cannot be restored ({type(error).__name__}: {error})")
 
 
 def damaged(checkpoint: Checkpoint, name: str, problem: str) -> NoReturn:
     """Raise the error for a document that kbtrain did not write."""
     raise CheckpointDamagedError(
         f"The checkpoint {checkpoint.path} is damaged: {name}.json: {problem:.300}. Its checksums "
-        "are right, so it was written like this. Resume from another one."
+        "are correct, so it was written like this. Resume from another checkpoint."
     )

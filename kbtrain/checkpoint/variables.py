@@ -1,10 +1,10 @@
-"""Variables by name: under which key each is saved, and how keys find their variables again.
+"""Variables by name: the key each is saved under, and how keys are matched to variables.
 
-Keras numbers layers and optimizers over a whole process (``dense``, ``dense_1``, ...), so the same
-model built twice has other paths the second time. Saved keys are the paths; on loading they match
-exactly or, failing that, after both sides are renumbered in order of appearance, or in their order
-if one side only lacks names of parents. Anything that still does not match is an error: nothing is
-skipped, and nothing is assigned before everything has been checked.
+Keras numbers layers and optimizers across the process (``dense``, ``dense_1``, ...), so the same
+model built twice has different paths the second time. The saved keys are the paths. On loading they
+match exactly or, failing that, after both sides are renumbered in order of appearance, or by
+position if one side only lacks the names of parents. Anything that still does not match is an
+error: nothing is skipped, and nothing is assigned before everything has been checked.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """Which saved array goes into which variable; checked, not yet carried out.
+    """Which saved array is assigned to which variable; checked, but not yet applied.
 
     Attributes:
-        names: Variable's key in this process -> key in the checkpoint, of those that get a value.
+        names: Variable's key in this process -> key in the checkpoint, for variables with a value.
             The optimizer's plan follows the model's.
-        values: Pairs of a variable and the array for it, cast to its dtype.
-        missing: Keys of variables that get none; always empty for a strict plan, as the next two.
+        values: Pairs of a variable and its array, cast to the variable's dtype.
+        missing: Keys of variables without a value. In a strict plan this and the next two are
+            empty.
         unexpected: Keys of the checkpoint that are not used.
-        different: What does not fit its variable, in words.
+        different: Descriptions of values that do not fit their variable.
     """
 
     names: dict[str, str]
@@ -60,8 +61,8 @@ def capture(
 
     Args:
         named: Key -> variable, from ``name_variables`` or ``name_optimizer_variables``.
-        buffers: Where to copy to; the default is new memory.
-        group: What tells these keys from others in the buffers.
+        buffers: Host memory to copy into; new memory by default.
+        group: Prefix that keeps these keys apart from others in the buffers.
 
     Returns:
         Key -> array with the variable's dtype (bfloat16 and float8 as in ``ml_dtypes``), sharing no
@@ -84,7 +85,7 @@ def restore(
     Args:
         named: Key -> variable of this process.
         saved: Key -> array from the checkpoint.
-        what: Whose variables these are, for messages: ``"model"``, ``"optimizer"``, ...
+        what: Owner of the variables, for messages: ``"model"``, ``"optimizer"``, ...
         model_names: For an optimizer: ``plan_restore(...).names`` of its model.
 
     Raises:
@@ -107,12 +108,11 @@ def plan_restore(
 
     Args:
         named: As in ``restore``.
-        saved: As in ``restore``; also what has a shape and becomes an array when asked to.
+        saved: As in ``restore``, or objects with a shape that NumPy can convert to arrays.
         what: As in ``restore``.
-        model_names: As in ``restore``; the optimizer's slots then follow their model variable
-            wherever it was found, rather than being renumbered themselves.
-        strict: Whether everything must fit; otherwise what fits is planned, and the plan says what
-            does not.
+        model_names: As in ``restore``; the optimizer's slots then follow the match of their model
+            variable, rather than being renumbered themselves.
+        strict: Whether everything must fit. If False, the plan has what fits and lists the rest.
 
     Returns:
         The plan.
@@ -130,7 +130,7 @@ def plan_restore(
     for key, saved_key in names.items():
         variable, shape = named[key], tuple(np.shape(saved[saved_key]))
         label = key if key == saved_key else f"{key} (saved as {saved_key})"
-        if tuple(variable.shape) != shape:  # first: what is saved may not have been read yet
+        if tuple(variable.shape) != shape:  # checked first: the array may not have been read yet
             different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
             continue
         array = np.asarray(saved[saved_key])
@@ -151,15 +151,15 @@ def plan_restore(
 def restore_model_arrays(
     model: keras.Model, arrays: Mapping[str, Mapping[str, np.ndarray]]
 ) -> None:
-    """Put the arrays of a checkpoint into a model without metrics or optimizer.
+    """Load the arrays of a checkpoint into a model without metrics or optimizer.
 
     Args:
         model: A model built from the configuration in the checkpoint.
-        arrays: The checkpoint's groups; of weights that are trained and evaluated with different
-            values, those for evaluation are taken.
+        arrays: The checkpoint's groups. Where training and evaluation weights differ, those for
+            evaluation are used.
 
     Raises:
-        CheckpointMismatchError: If they do not fit.
+        CheckpointMismatchError: If the arrays do not fit.
     """
     values = {**arrays.get("model", {}), **arrays.get("evaluation", {})}
     restore(name_variables(model.variables), values)
@@ -169,7 +169,7 @@ def _to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.nd
     try:
         value = backends.load().host_view(variable.value)
     except TypeError:
-        # Not every framework hands out float8; all hand out its bits.
+        # Not every framework can copy float8 to the host; all can copy its bits.
         bits = keras.ops.convert_to_numpy(keras.ops.view(variable.value, "uint8"))
         return np.array(bits).view(_dtype_of(variable))
     copy = buffers.take(name, value.shape, value.dtype)
@@ -179,7 +179,7 @@ def _to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.nd
 
 def _assign(variable: keras.Variable, value: np.ndarray) -> None:
     try:
-        # A copy: JAX may go on using the array's own memory, which others can still write to.
+        # A copy, because JAX may keep using the array's memory, which others can still write to.
         variable.assign(np.array(value))
     except TypeError:  # as in _to_host
         variable.assign(keras.ops.view(np.array(value).view("uint8"), value.dtype.name))
@@ -207,17 +207,17 @@ def _match(
         return without_root
     if (without_parents := _match_without_parents(keys, saved)) is not None:
         return without_parents
-    # A mismatch: pair what can be paired, in the way that explains more, for the message's sake.
+    # A mismatch: for the error message, use the pairing that explains more of the names.
     by_canonical_name = {key: canonical[name] for name, key in own.items() if name in canonical}
     by_name = {key: key for key in keys if key in set(saved)}
     return max(by_name, by_canonical_name, key=len)
 
 
 def _match_without_root(keys: list[str], saved: list[str]) -> dict[str, str] | None:
-    """Match names of which one side has the model's own name in front and the other has not.
+    """Match names where only one side starts with the model's own name.
 
-    A Sequential that was built from its configuration (``from_config``, ``load_model``) calls
-    ``dense/kernel`` what it called ``sequential/dense/kernel`` when it was built from layers.
+    A Sequential built from layers has a ``sequential/dense/kernel``; built from its configuration
+    (``from_config``, ``load_model``) it calls the same variable ``dense/kernel``.
     """
     for shorter, longer in ((keys, saved), (saved, keys)):
         for root in {key.partition("/")[0] for key in longer if "/" in key}:
@@ -231,11 +231,11 @@ def _match_without_root(keys: list[str], saved: list[str]) -> dict[str, str] | N
 
 
 def _match_without_parents(keys: list[str], saved: list[str]) -> dict[str, str] | None:
-    """Match names, one after the other, of which one side lacks some of the parents' names.
+    """Match names by position where one side lacks some of the parents' names.
 
     A copy (``clone_model``, ``load_model``) of a model of several Sequentials has ``dense/kernel``
-    for ``sequential_2/sequential/dense/kernel``: its parts were built before they were put
-    together. Layers and variables keep their order and the names of their kinds.
+    for ``sequential_2/sequential/dense/kernel``, because its parts were built before they were
+    nested. The order of layers and variables and their base names stay the same.
     """
     if len(keys) != len(saved):
         return None
@@ -247,7 +247,7 @@ def _match_without_parents(keys: list[str], saved: list[str]) -> dict[str, str] 
 
 
 def _is_without_parents(short: str, long: str) -> bool:
-    """Whether a name is another one with some of the components before the last two left out."""
+    """Whether ``short`` is ``long`` with some components before the last two left out."""
     found, full = (
         [_AUTO_SUFFIX.sub(r"\1", component) for component in key.partition("#")[0].split("/")]
         for key in (short, long)
@@ -259,7 +259,7 @@ def _is_without_parents(short: str, long: str) -> bool:
 def _match_following(
     keys: list[str], saved: list[str], model_names: Mapping[str, str]
 ) -> dict[str, str]:
-    """Match slots by their model variable's match, and the rest as usual."""
+    """Match slots through their model variable, and the rest by name."""
     followed = {}
     for key in keys:
         slot, _, model_key = key.partition("/")
@@ -273,10 +273,10 @@ def _match_following(
 
 
 def _canonical(keys: list[str]) -> list[tuple[Any, ...]]:
-    """Renumber the automatic ``_N`` endings of all path components in order of first appearance.
+    """Renumber the automatic ``_N`` suffixes of all path components in order of appearance.
 
-    The numbering starts anew below every parent, so ``net_4/dense_7`` and ``net/dense_2`` come out
-    equal if each is the first of its kind. Keys that differ stay different.
+    Numbering restarts below every parent, so ``net_4/dense_7`` and ``net/dense_2`` become equal if
+    each is the first of its kind. Keys that differ stay different.
     """
     numbers: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
     result = []
@@ -292,10 +292,10 @@ def _canonical(keys: list[str]) -> list[tuple[Any, ...]]:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray | None:
-    """Return the array in another dtype, None if values would be lost.
+    """Return the array in another dtype, or None if values would be lost.
 
-    Between floating-point types rounding is allowed, a finite value that becomes infinite or NaN is
-    not; all other casts must keep every value.
+    Between floating-point types rounding is allowed, but a finite value must not become infinite or
+    NaN; all other casts must preserve every value.
     """
     if array.dtype == dtype:
         return array

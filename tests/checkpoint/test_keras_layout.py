@@ -15,7 +15,7 @@ from paths import GOLDEN
 from kbtrain import Trainer
 from kbtrain.checkpoint import CheckpointStore, read_arrays, write_arrays
 from kbtrain.checkpoint.keras_layout import keras_layout
-from kbtrain.checkpoint.run_state import gather_model, places
+from kbtrain.checkpoint.run_state import cached_keras_layout, gather_model
 from kbtrain.checkpoint.storage import array_writer
 from kbtrain.errors import CheckpointError
 
@@ -95,7 +95,7 @@ def test_plain_keras_loads_the_weights(tmp_path, build):
     randomise(model, 0)
     randomise(other, 1)
     path = tmp_path / "model.weights.h5"
-    layout = places(model)
+    layout = cached_keras_layout(model)
     write_arrays(path, gather_model(model), layout.links, layout.values)
     other.load_weights(path)
     for first, second in zip(model.get_weights(), other.get_weights(), strict=True):
@@ -109,7 +109,7 @@ def test_names_of_ours_are_kept_from_a_model_that_uses_them(tmp_path):
     model = subclassed()
     randomise(model, 0)
     path = tmp_path / "model.weights.h5"
-    layout = places(model)
+    layout = cached_keras_layout(model)
     assert any(place.startswith("arrays/") for place in layout.links)
     write_arrays(path, gather_model(model), layout.links, layout.values)
     for first, second in zip(weights(model), read_arrays(path).values(), strict=True):
@@ -118,7 +118,7 @@ def test_names_of_ours_are_kept_from_a_model_that_uses_them(tmp_path):
 
 def test_the_values_are_there_once(tmp_path):
     model = functional()
-    arrays, layout = gather_model(model), places(model)
+    arrays, layout = gather_model(model), cached_keras_layout(model)
     sizes = []
     for name, links in (("with", layout.links), ("without", {})):
         write_arrays(tmp_path / name, arrays, links)
@@ -202,7 +202,7 @@ def test_plain_keras_loads_what_is_spread_over_files(tmp_path, build, shard_byte
     randomise(model, 0)
     randomise(other, 1)
     path = CheckpointStore(tmp_path, shard_bytes).save(
-        1, {"model": gather_model(model)}, places={"model": places(model)}
+        1, {"model": gather_model(model)}, places={"model": cached_keras_layout(model)}
     )
     assert len(shard_names(path)) > 1
     other.load_weights(path / "model.weights.json")

@@ -225,7 +225,7 @@ def test_export_of_a_configuration_that_is_no_model(sources, tmp_path, capsys):
     folder = tmp_path / "checkpoint-1"
     forge(sources[0]["checkpoint"], folder, "model_config.json", b"[1, 2]")
     assert main(["checkpoint", "export", str(folder), str(tmp_path / "x.keras")]) == 2
-    assert "describes no model. Received: list" in capsys.readouterr().err
+    assert "does not describe a model. Received: list" in capsys.readouterr().err
 
 
 def test_export_says_what_is_missing(tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_export_says_what_is_missing(tmp_path, capsys):
     from kbtrain.cli import main
 
     old = GOLDEN / "checkpoint_v1"
-    for target, words in (("x.keras", "no model_config.json"), ("x.weights.h5", "of format 1")):
+    for target, words in (("x.keras", "no model_config.json"), ("x.weights.h5", "has format 1")):
         assert main(["checkpoint", "export", str(old), str(tmp_path / target)]) == 2
         assert words in capsys.readouterr().err
     assert main(["checkpoint", "export", str(old), str(tmp_path / "x.onnx")]) == 2

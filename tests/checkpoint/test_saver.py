@@ -136,7 +136,7 @@ def test_warn_goes_on(store, caplog, background):
         assert saver.save(snapshot(2), background, "warn")
     assert steps(store) == [2]
     assert "No space left on device" in caplog.text
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
 
 
 def test_raise_comes_out_at_the_next_look(store):
@@ -365,7 +365,7 @@ def test_an_output_dir_that_cannot_be_written_to(tmp_path, caplog, policy):
     trainer = train(tmp_path / "file" / "run", on_save_error=policy)
     assert trainer.state.global_step == 8
     assert "Could not write" in caplog.text
-    assert "nothing can be saved until that is mended" in caplog.text
+    assert "nothing can be saved until this is fixed" in caplog.text
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):

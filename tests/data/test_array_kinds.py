@@ -10,7 +10,7 @@ from scipy import sparse
 
 from kbtrain import Trainer, backends
 from kbtrain.data import LabelKeys, as_source, default_collate, to_batch
-from kbtrain.data.sources.validation_split import split
+from kbtrain.data.sources.validation_split import split_for_validation
 from kbtrain.data.tree import as_array
 from kbtrain.errors import DataError
 
@@ -57,7 +57,7 @@ def test_rows_of_a_sparse_matrix():
     source = as_source(sparse.csc_matrix(X))
     np.testing.assert_array_equal(source.gather(range(2, 5)), X[2:5])
     np.testing.assert_array_equal(source.gather(np.array([7, 1, 7])), X[[7, 1, 7]])
-    _, held_out = split((sparse.csr_matrix(X), Y), 0.25)
+    _, held_out = split_for_validation((sparse.csr_matrix(X), Y), 0.25)
     np.testing.assert_array_equal(held_out.gather(np.array([2, 0]))[0], X[[11, 9]])
     assert default_collate([sparse.csr_matrix(X)[i] for i in range(2)]).shape == (2, 3)
 

@@ -9,7 +9,7 @@ from helpers import arguments, make_data, weights, with_weights
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.data import ArraySource, DataLoader, LabelKeys, weighted
 from kbtrain.data.class_weight import ClassWeights
-from kbtrain.data.sources.validation_split import split
+from kbtrain.data.sources.validation_split import split_for_validation
 from kbtrain.errors import ConfigurationError, DataError
 
 X, _ = make_data(12, 3)
@@ -171,14 +171,16 @@ def test_validation_split_is_that_of_keras(tmp_path, fraction):
 
 
 def test_parts_of_a_dict_and_of_a_file(tmp_path):
-    train, held_out = split({"a": X, "labels": CLASSES, "sample_weight": SAMPLE_WEIGHT}, 0.25)
+    train, held_out = split_for_validation(
+        {"a": X, "labels": CLASSES, "sample_weight": SAMPLE_WEIGHT}, 0.25
+    )
     assert (len(train), len(held_out)) == (9, 3)
     batch = held_out.gather(np.array([2, 0]))
     np.testing.assert_array_equal(batch["labels"], CLASSES[[11, 9]])
     np.testing.assert_array_equal(batch["sample_weight"], SAMPLE_WEIGHT[[11, 9]])
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = X
-        train, held_out = split((file["x"], CLASSES), 0.25)
+        train, held_out = split_for_validation((file["x"], CLASSES), 0.25)
         np.testing.assert_array_equal(held_out.gather(np.array([2, 0, 2]))[0], X[[11, 9, 11]])
         np.testing.assert_array_equal(held_out.gather(range(1, 3))[0], X[10:])
         np.testing.assert_array_equal(train.gather(range(7, 9))[0], X[7:9])

@@ -1,1 +1,1 @@
-"""Bytes and folders of checkpoints: written, verified and read without Keras."""
+"""Checkpoints as bytes and folders: written, verified and read without Keras."""

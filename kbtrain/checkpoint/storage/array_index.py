@@ -1,8 +1,8 @@
-"""Reading arrays from where they lie: no need of libhdf5, and no trust in it.
+"""Reads arrays directly from their offsets in a file, without libhdf5.
 
-libhdf5 follows the structures of a file wherever they lead, on altered files for ever. So a file of
-arrays says in its last lines where its index lies, and the index says where the bytes of each array
-lie. What is read from that is checked against the size of the file before memory is asked for.
+libhdf5 follows the structures of a file wherever they lead, in altered files endlessly. So the last
+lines of an array file give the position of its index, and the index gives the position of each
+array's bytes. Everything is checked against the size of the file before memory is allocated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kbtrain.checkpoint.storage.dtypes import DTYPES
 from kbtrain.errors import CheckpointDamagedError
 
 INDEX_LINE = b"\nkbtrain-arrays index %019d %019d"
-"""Offset and size of the index; stands before the line with the checksum."""
+"""Offset and size of the index; the line before the checksum."""
 
 TRAILER = b"\nkbtrain-arrays sha256 %s\n"
-"""After the end of the HDF5 data, where HDF5 does not look: the checksum of all before."""
+"""After the end of the HDF5 data, which HDF5 ignores: the checksum of all bytes before it."""
 
 TRAILER_SIZE = len(TRAILER % (b"0" * 64))
 _INDEX_LINE_SIZE = len(INDEX_LINE % (0, 0))
@@ -46,30 +46,30 @@ class ArrayOutline(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         result: int = math.prod(self.shape) * DTYPES[self.dtype].itemsize
         return result
 
 
 class ArrayLocation(NamedTuple):
-    """An array and where its bytes begin."""
+    """An array and the offset of its bytes."""
 
     outline: ArrayOutline
     offset: int
 
 
 def find_arrays(file: io.FileIO, name: str) -> list[ArrayLocation] | None:
-    """Return where the arrays of a file lie, in the order of writing.
+    """Return the locations of the arrays in a file, in the order of writing.
 
     Args:
-        file: A file whose checksum the caller has found right; its position does not matter.
-        name: What it is called, for messages.
+        file: A file whose checksum the caller has verified; its position does not matter.
+        name: Name of the file, for messages.
 
     Returns:
-        The places; None if the file does not say, as those of former versions do not.
+        The locations; None if the file has no index line, as in earlier versions.
 
     Raises:
-        CheckpointDamagedError: It says what cannot be.
+        CheckpointDamagedError: The index is inconsistent.
     """
     end = file.seek(0, 2) - TRAILER_SIZE - _INDEX_LINE_SIZE
     if end < 0:
@@ -80,7 +80,7 @@ def find_arrays(file: io.FileIO, name: str) -> list[ArrayLocation] | None:
         return None
     offset, size = int(match[1]), int(match[2])
     if offset + size > end:
-        _damaged(name, "its index does not lie in it")
+        _damaged(name, "its index lies outside the file")
     file.seek(offset)
     try:
         entries = json.loads(_read_exactly(file, np.empty(size, "uint8"), name).tobytes())
@@ -88,18 +88,19 @@ def find_arrays(file: io.FileIO, name: str) -> list[ArrayLocation] | None:
         _damaged(name, f"its index is not readable as JSON ({error})")
     if not isinstance(entries, list):
         _damaged(name, "its index is not a list")
-    places, room = {}, end
+    places, remaining = {}, end
     for entry in entries:
         place = _place(entry, end, name)
-        room -= place.outline.size  # or a few bytes could ask for them a million times
-        if room < 0 or place.outline.name in places:
-            _damaged(name, f"{place.outline.name!r} is there twice or has no room in it")
+        # The arrays together must fit into the file, or a few bytes could be read a million times.
+        remaining -= place.outline.size
+        if remaining < 0 or place.outline.name in places:
+            _damaged(name, f"{place.outline.name!r} is duplicated or does not fit into the file")
         places[place.outline.name] = place
     return list(places.values())
 
 
 def read_array(file: io.FileIO, place: ArrayLocation, name: str) -> np.ndarray:
-    """Read an array that ``find_arrays`` has found in the same file."""
+    """Read an array that ``find_arrays`` located in the same file."""
     dtype = DTYPES[place.outline.dtype]
     file.seek(place.offset)
     array = np.empty(place.outline.size, "uint8")
@@ -110,13 +111,13 @@ def read_array(file: io.FileIO, place: ArrayLocation, name: str) -> np.ndarray:
 
 
 def has_trailer(file: io.FileIO) -> bool:
-    """Whether a file ends as arrays of kbtrain do; its checksum is not looked at."""
+    """Whether a file ends with the trailer of an array file; its checksum is not verified."""
     file.seek(max(file.seek(0, 2) - TRAILER_SIZE, 0))
     return _TRAILER.fullmatch(file.read()) is not None
 
 
 def _place(entry: Any, end: int, name: str) -> ArrayLocation:
-    """Check one entry of an index; ``end`` is where the data of the file end."""
+    """Check one entry of an index; ``end`` is the offset at which the file's data ends."""
     if not isinstance(entry, dict):
         _damaged(name, "an entry of its index is not a mapping")
     values: list[Any] = [entry.get(key) for key in ("name", "dtype", "shape", "offset")]
@@ -127,7 +128,7 @@ def _place(entry: Any, end: int, name: str) -> ArrayLocation:
     if not plain or not all(_is_count(n) for n in shape) or not _is_count(offset):
         _damaged(name, f"{array!r} cannot have the shape {shape!r} at {offset!r}")
     outline = ArrayOutline(array, dtype, tuple(shape))
-    # The second: NumPy counts the elements without the dimensions that are 0.
+    # The second condition is for empty arrays: NumPy multiplies the dimensions that are not 0.
     total = math.prod(n for n in shape if n) * DTYPES[dtype].itemsize
     if offset + outline.size > end or total >= 2**63:
         _damaged(name, f"{array!r} claims {outline.size} bytes that the file does not hold")

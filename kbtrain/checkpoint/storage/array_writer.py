@@ -1,9 +1,9 @@
-"""Writing arrays: libhdf5 lays out the file, large arrays go to the disk from NumPy's memory.
+"""Writes arrays: libhdf5 lays out the file, large arrays are written from NumPy's memory.
 
-libhdf5 keeps a lock for the whole process while it writes an array, so a training thread that reads
-its data through h5py would wait for a checkpoint's largest array. So libhdf5 gets the small arrays
-and reserves room for the large ones; their bytes are then written, and hashed, in chunks without
-any lock (NumPy, hashlib and files let other threads run meanwhile).
+libhdf5 holds a process-wide lock while it writes an array, so a training thread that reads its data
+through h5py would wait for a checkpoint's largest array. So libhdf5 writes the small arrays and
+reserves space for the large ones; their bytes are then written and hashed in chunks without any
+lock (NumPy, hashlib and file objects release the GIL).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from kbtrain.errors import CheckpointError
 from kbtrain.utils.filesystem import FileEntry
 
 CHUNK_BYTES = 2**22
-DIRECT_BYTES = 2**16  # below, libhdf5 is quicker than bookkeeping
+DIRECT_BYTES = 2**16  # smaller arrays are written faster by libhdf5
 
-_OWN = ("arrays", "index")  # what a link's first component must not be
+_OWN = ("arrays", "index")  # reserved: must not be the first component of a link
 
 Region = tuple[int, np.ndarray]
 
@@ -41,27 +41,27 @@ def write_arrays(
 ) -> FileEntry:
     """Write named arrays to a new HDF5 file and flush it to the disk.
 
-    Every array becomes one contiguous dataset under ``/arrays``, at the path its name spells
-    (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` keeps the exact names, their
-    order, dtypes, shapes and places in the file. Values are kept bit for bit, NaN payloads
+    Every array becomes one contiguous dataset under ``/arrays``, at the path given by its name
+    (``"sequential/dense/kernel"`` lies in nested groups); ``/index`` has the exact names, their
+    order, dtypes, shapes and offsets in the file. Values are stored bit for bit, NaN payloads
     included; bfloat16 and float8 are stored as unsigned integers with an attribute ``dtype``. The
-    place of the index and the checksum of the HDF5 data follow it. Equal arrays under equal names
-    give equal bytes.
+    HDF5 data is followed by the position of the index and the checksum. Equal arrays under equal
+    names give equal bytes.
 
     Args:
         path: The file to create; it must not exist.
         arrays: Name -> array of any shape. Names are any non-empty strings.
-        links: Further places for other readers: HDF5 path -> name of an array. An array of a type
-            HDF5 does not have is put there as a copy in float32.
-        values: HDF5 path -> array, for other readers alone; ``read_arrays`` does not see them.
+        links: Additional paths for Keras: HDF5 path -> name of an array. An array of a type that
+            HDF5 lacks is stored there as a copy in float32.
+        values: HDF5 path -> array, for Keras only; ``read_arrays`` ignores them.
 
     Returns:
-        The file's size and checksum; the checksum is that of the arrays in memory, so reading the
-        file back against it also finds what was written wrongly.
+        The file's size and checksum. The checksum is computed from the arrays in memory, so
+        verifying the file against it also detects write errors.
 
     Raises:
         CheckpointError: If a dtype cannot be stored or libhdf5 fails.
-        OSError: If the disk refuses (full, read-only, ...); the file is then incomplete.
+        OSError: If the disk fails (full, read-only, ...); the file is then incomplete.
 
     Example:
         >>> import tempfile
@@ -81,7 +81,7 @@ def write_arrays(
                 writer.arrays(plain)
                 writer.others(plain, links or {}, values or {})
         except Exception as error:
-            file.raise_deferred()  # the disk's own words, where the disk is the reason
+            file.raise_deferred()  # if the disk is the cause, raise its own error
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise CheckpointError(
@@ -95,7 +95,7 @@ def write_arrays(
         digest.update(line)
         trailer = TRAILER % digest.hexdigest().encode()
         file.write(trailer)
-        digest.update(trailer)  # goes on from the state it has: both checksums in one pass
+        digest.update(trailer)  # continues the same digest: both checksums in one pass
         file.sync()
         return FileEntry(file.tell(), digest.hexdigest())
 
@@ -104,7 +104,7 @@ class _Layout:
     """Creates the datasets of a file.
 
     Attributes:
-        regions: Offset and array of those whose bytes are still to come.
+        regions: Offset and array of datasets whose bytes are not written yet.
         index: Offset and size of the index.
     """
 
@@ -131,7 +131,7 @@ class _Layout:
                     "path": path,
                     "dtype": array.dtype.name,
                     "shape": array.shape,
-                    "offset": dataset.id.get_offset() or 0,  # None if it has no bytes
+                    "offset": dataset.id.get_offset() or 0,  # None if it is empty
                 }
             )
         text = json.dumps(index).encode()
@@ -144,7 +144,7 @@ class _Layout:
         links: Mapping[str, str],
         values: Mapping[str, np.ndarray],
     ) -> None:
-        """What other readers look for; left out where it would collide with what is ours."""
+        """Add the entries for Keras, except where they would collide with kbtrain's own."""
         copies = dict(values)
         for place, name in links.items():
             if name not in arrays or place.partition("/")[0] in _OWN:
@@ -161,7 +161,7 @@ class _Layout:
                 self._dataset(self._h5, place, np.require(native, requirements="C"))
 
     def _dataset(self, parent: h5py.Group, path: str, array: np.ndarray) -> h5py.Dataset:
-        self._file.raise_deferred()  # no point in going on once the disk is full
+        self._file.raise_deferred()  # no point in continuing once the disk is full
         if array.nbytes < DIRECT_BYTES:
             return parent.create_dataset(path, data=array)
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -173,7 +173,7 @@ class _Layout:
 
 
 def _fill(file: DeferredErrorFile, regions: list[Region]) -> Any:
-    """Write the large arrays to their places; return the running checksum of the whole file."""
+    """Write the large arrays at their offsets; return the running checksum of the whole file."""
     digest = hashlib.sha256()
     end = file.seek(0, 2)
     position = 0
@@ -198,7 +198,7 @@ def _chunks(array: np.ndarray) -> Iterator[memoryview]:
 
 
 def _hash_file(file: DeferredErrorFile, digest: Any, start: int, end: int) -> None:
-    """Add bytes to the checksum that libhdf5 has written."""
+    """Update the checksum with bytes that libhdf5 has written."""
     file.seek(start)
     while start < end and (data := file.read(min(end - start, CHUNK_BYTES))):
         digest.update(data)
@@ -216,15 +216,15 @@ def _checked_array(name: str, array: np.ndarray) -> np.ndarray:
             f"The array {name!r} cannot be stored: its dtype is none of "
             f"{', '.join(sorted(DTYPES))}. Received: dtype={array.dtype}"
         )
-    # Little-endian in the file whatever the machine; ascontiguousarray would make scalars 1-D.
+    # Little-endian on every machine. (`ascontiguousarray` would make scalars 1-D.)
     return np.require(array, dtype=DTYPES[array.dtype.name], requirements="C")
 
 
 def _dataset_paths(names: Mapping[str, Any]) -> list[str]:
-    """Return one distinct HDF5 path per name, equal to the name wherever HDF5 allows."""
+    """Return a distinct HDF5 path for each name, equal to the name where HDF5 allows it."""
     safe = ["/".join(_safe_component(part) for part in name.split("/")) for name in names]
     groups = {path[: match.start()] for path in safe for match in re.finditer("/", path)}
-    taken = groups | set(safe)  # a dataset cannot lie where a group or another dataset does
+    taken = groups | set(safe)  # a dataset cannot have the path of a group or another dataset
     result: list[str] = []
     seen: set[str] = set()
     for path in safe:
@@ -238,7 +238,7 @@ def _dataset_paths(names: Mapping[str, Any]) -> list[str]:
 
 
 def _safe_component(part: str) -> str:
-    """Escape what HDF5 gives a meaning of its own: empty, ".", "..", NUL, and lone surrogates."""
+    """Escape components that are special in HDF5: empty, ".", "..", NUL, lone surrogates."""
     if part in ("", ".", ".."):
         return "%" + part
     return part.replace("\0", "%00").encode("utf-8", "backslashreplace").decode()

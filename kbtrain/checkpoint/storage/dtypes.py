@@ -1,4 +1,4 @@
-"""The types that arrays of a checkpoint may have; what a file may contain depends on no machine."""
+"""The dtypes that arrays of a checkpoint may have, the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NATIVE = frozenset(
         *("float16", "float32", "float64", "complex64", "complex128"),
     )
 )
-"""Types HDF5 has itself."""
+"""Dtypes that HDF5 supports."""
 
-# Types HDF5 does not have: stored as the unsigned integers of the same bits.
+# Dtypes that HDF5 lacks: stored as unsigned integers with the same bits.
 _EXTENDED = {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in (
@@ -26,4 +26,4 @@ _EXTENDED = {
     if hasattr(ml_dtypes, name)
 }
 DTYPES = {dtype.name: dtype for dtype in NATIVE} | _EXTENDED
-"""All of them, by name."""
+"""All dtypes, by name."""

@@ -1,9 +1,9 @@
-"""What an error of the system says about a checkpoint: that it is damaged, or only out of reach.
+"""Tells damaged checkpoints from ones that cannot be read at the moment.
 
-A missing file or a link where a file should be is damage: reading it again will not help, and an
-older checkpoint is used. A disk that answers with an error, a file of another user's, a process
-that has no memory or file descriptors left say nothing about the checkpoint. Taking that for damage
-would begin a run anew beside checkpoints that are intact.
+A missing file, or a link in place of a file, is damage: reading it again will not help, and an
+older checkpoint is used. An I/O error, a file of another user, or a lack of memory or file
+descriptors says nothing about the checkpoint. If these were treated as damage, a run would start
+over although its checkpoints are intact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kbtrain.errors import CheckpointDamagedError, CheckpointUnreadableError
 from kbtrain.utils.filesystem import entries, parse_checkpoint_name
 
 _DAMAGE = {
-    None,  # not of the system: `disk.open_regular` found something else than a file
+    None,  # raised by `filesystem.open_regular`: not a regular file
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -31,54 +31,52 @@ _ADVICE = {
     errno.EACCES: "Make it readable for this user (chmod, chown), or run as the user who wrote it.",
     errno.EMFILE: "This process has too many files open: raise the limit (ulimit -n).",
     errno.ENFILE: "The system has too many files open: close some programs.",
-    errno.ENOMEM: "Free memory, or take a machine that has more.",
+    errno.ENOMEM: "Free memory, or use a machine with more.",
 }
 _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 
 
 def is_damage(error: OSError) -> bool:
-    """Whether an error at opening or reading a file shows that it is not as it was written."""
+    """Whether an error on opening or reading a file means that it is damaged."""
     return error.errno in _DAMAGE
 
 
 def unreadable(what: Path, error: OSError | MemoryError) -> CheckpointUnreadableError:
-    """Say what cannot be read now, and what helps.
+    """The error for a file or folder that cannot be read now, with advice.
 
     Args:
         what: The file or folder.
-        error: What the system said.
+        error: The error of the operating system.
     """
     if isinstance(error, MemoryError):
         reason, number = os.strerror(errno.ENOMEM), errno.ENOMEM
     else:
         reason, number = error.strerror or str(error), error.errno or 0
-    advice = _ADVICE.get(
-        number, "Look at the disk, or at the connection to it, and mount it again."
-    )
+    advice = _ADVICE.get(number, "Check the disk, or the connection to it, and mount it again.")
     folders = (p for p in (what, *what.parents) if parse_checkpoint_name(p.name) is not None)
     checkpoint = next(folders, None)
     otherwise = (
-        f" If it stays like this, move {checkpoint} elsewhere: the one before it is used then."
+        f" If the error persists, move {checkpoint} elsewhere: then the one before it is used."
         if checkpoint is not None
         else ""
     )
     return CheckpointUnreadableError(
-        f"{what} cannot be read at the moment: {reason} (errno {number}). That is no sign of "
-        f"damage, so nothing was changed and nothing is begun anew. {advice} Then start again."
-        f"{otherwise}"
+        f"{what} cannot be read at the moment: {reason} (errno {number}). This does not mean that "
+        f"it is damaged, so nothing was changed and training does not start over. {advice} Then "
+        f"start again.{otherwise}"
     )
 
 
 @contextmanager
 def reading(what: Path, name: str) -> Iterator[None]:
-    """Turn errors of the system inside into one of kbtrain's.
+    """Convert errors of the operating system inside into errors of kbtrain.
 
     Args:
         what: The file or folder.
-        name: What to call it where it is damaged.
+        name: Its name for the message if it is damaged.
 
     Raises:
-        CheckpointDamagedError: It is not what it was written as.
+        CheckpointDamagedError: It is missing or damaged.
         CheckpointUnreadableError: It cannot be read now.
     """
     try:
@@ -94,10 +92,10 @@ def reading(what: Path, name: str) -> Iterator[None]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; unlike ``Path.is_dir``, never False for want of an answer.
+    """Whether a folder exists; unlike ``Path.is_dir``, not False if that is unknown.
 
     Raises:
-        CheckpointUnreadableError: The system does not say.
+        CheckpointUnreadableError: That cannot be determined.
     """
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
@@ -106,10 +104,10 @@ def is_folder(path: Path) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Whether something has that name, a link that leads nowhere included; as ``is_folder``.
+    """Whether a path exists, broken links included; not False if that is unknown.
 
     Raises:
-        CheckpointUnreadableError: The system does not say.
+        CheckpointUnreadableError: That cannot be determined.
     """
     try:
         os.lstat(path)
@@ -119,11 +117,11 @@ def exists(path: Path) -> bool:
 
 
 def names_in(directory: Path) -> list[str]:
-    """The sorted names in a folder, none if it is not there or no folder.
+    """The sorted names in a folder; empty if it does not exist or is not a folder.
 
     Raises:
-        CheckpointUnreadableError: It cannot be listed. Taking it for empty would begin a run anew
-            over checkpoints that are there.
+        CheckpointUnreadableError: It cannot be listed. If that counted as empty, a run would start
+            over and overwrite existing checkpoints.
     """
     try:
         return entries(directory)

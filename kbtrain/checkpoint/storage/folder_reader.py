@@ -1,4 +1,4 @@
-"""Reading one checkpoint folder: everything is verified before a value of it is used."""
+"""Reads one checkpoint folder; everything is verified before a value of it is used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Checkpoint:
 
     Attributes:
         path: The folder it came from.
-        step: Optimizer updates done when it was taken.
+        step: Optimizer updates done when it was saved.
         arrays: Group (``"model"``, ``"optimizer"``, ...) -> variable name -> array.
         documents: Document (``"trainer_state"``, ...) -> its JSON value.
         manifest: Format version, file sizes and checksums, and the writer's ``info``.
@@ -57,12 +57,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, verifying sizes and checksums of all its files on the way.
+    """Read a checkpoint and verify sizes and checksums of all its files.
 
     Raises:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointDamagedError: If a file is missing, truncated or altered.
-        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointFormatError: If it has a newer format, or belongs to another program.
         CheckpointUnreadableError: If it cannot be read now.
     """
     manifest = manifest_of(path)
@@ -83,7 +83,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say of which checkpoint a part is damaged."""
+    """Add the checkpoint's path to errors about damaged files."""
     try:
         yield
     except CheckpointDamagedError as error:
@@ -103,18 +103,18 @@ def _stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class CheckpointOutline:
-    """What a checkpoint holds, without the values of its arrays.
+    """The contents of a checkpoint, without the values of its arrays.
 
     Attributes:
         path: The folder.
-        step: Optimizer updates done when it was taken.
+        step: Optimizer updates done when it was saved.
         format_version: Version of its format.
-        info: What its writer noted: backend, package versions, ...
-        size: Bytes of all its files that the manifest knows.
+        info: Recorded by its writer: backend, package versions, ...
+        size: Total bytes of the files listed in the manifest.
         state: ``trainer_state.json``, empty if there is none.
         progress: ``progress.json``, empty if there is none.
-        arrays: Group -> its arrays; empty if they were not asked for.
-        other_files: Path -> bytes of the files that are neither arrays nor documents.
+        arrays: Group -> its arrays; empty if they were not requested.
+        other_files: Path -> size of each file that is neither arrays nor a document.
     """
 
     path: Path
@@ -129,17 +129,17 @@ class CheckpointOutline:
 
 
 def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
-    """Read what a checkpoint holds; every file that is looked into is verified first.
+    """Read the outline of a checkpoint; every file that is opened is verified first.
 
     Args:
         path: The checkpoint's folder.
-        arrays: Whether to list the arrays, which reads all files once; without, only the manifest
-            and two small documents are read, and of the other files the size is compared.
+        arrays: Whether to list the arrays, which reads all files once. If False, only the manifest
+            and two small documents are read, and the sizes of the other files are compared.
 
     Raises:
         CheckpointNotFoundError: If there is no such folder.
-        CheckpointDamagedError: If what was looked at is missing, truncated or altered.
-        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointDamagedError: If a file that was checked is missing, truncated or altered.
+        CheckpointFormatError: If it has a newer format, or belongs to another program.
         CheckpointUnreadableError: If it cannot be read now.
     """
     manifest = manifest_of(path)
@@ -176,15 +176,15 @@ def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """A document is whatever its writer made it; here only mappings are of use."""
+    """The document if it is a mapping, else an empty one: an outline must not fail here."""
     return value if isinstance(value, dict) else {}
 
 
 def find_problems(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, in words; an empty list says it is intact.
+    """Return descriptions of what is wrong with a checkpoint; an empty list if it is intact.
 
     Raises:
-        CheckpointFormatError: If it has a newer format, or is another program's.
+        CheckpointFormatError: If it has a newer format, or belongs to another program.
         CheckpointUnreadableError: If a file cannot be read now.
     """
     try:
@@ -209,7 +209,7 @@ def manifest_of(path: Path) -> Manifest:
     Raises:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointDamagedError: If the manifest is missing or altered.
-        CheckpointFormatError: If the checkpoint has a newer format, or is another program's.
+        CheckpointFormatError: If the checkpoint has a newer format, or belongs to another program.
         CheckpointUnreadableError: If it cannot be read now.
     """
     if not exists(path):
@@ -223,7 +223,7 @@ def manifest_of(path: Path) -> Manifest:
     except CheckpointDamagedError as error:
         names = names_in(path)
         if names and not _has_own_arrays(path, names):
-            raise _foreign(path, names) from None
+            raise _not_written_by_kbtrain(path, names) from None
         found = ", ".join(names[:8]) or "nothing"
         raise _damaged_checkpoint(path, f"{error} (found: {found})") from error
     named = filesystem.parse_checkpoint_name(path.name)
@@ -248,12 +248,12 @@ def _has_own_arrays(path: Path, names: list[str]) -> bool:
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin", "optimizer.pt", "training_args.bin")
 
 
-def _foreign(path: Path, names: list[str]) -> CheckpointFormatError:
-    theirs = any(name in _TRANSFORMERS for name in names)
-    whose = "one of Transformers' Trainer" if theirs else "none of kbtrain's"
+def _not_written_by_kbtrain(path: Path, names: list[str]) -> CheckpointFormatError:
+    is_transformers = any(name in _TRANSFORMERS for name in names)
+    writer = "written by Transformers' Trainer" if is_transformers else "not written by kbtrain"
     return CheckpointFormatError(
-        f"The checkpoint {path} is {whose}: it holds {', '.join(names[:8])} and no intact "
-        f"{MANIFEST_NAME}. kbtrain cannot resume from it and leaves it as it is. Choose another "
+        f"The checkpoint {path} was {writer}: it holds {', '.join(names[:8])} and no intact "
+        f"{MANIFEST_NAME}. kbtrain cannot resume from it and leaves it unchanged. Choose another "
         "output_dir, move such folders elsewhere, or give the path of a checkpoint of kbtrain."
     )
 

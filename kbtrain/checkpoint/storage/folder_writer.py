@@ -1,4 +1,4 @@
-"""What is in the folder of a checkpoint: files of arrays, documents, and the manifest."""
+"""Writes the folder of a checkpoint: array files, documents, and the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARD_BYTES = 4 * 2**30
 
 
 class ExternalLayout(Protocol):
-    """Where other readers look for the arrays of a group (``layout.KerasLayout`` is one)."""
+    """Where Keras looks for the arrays of a group (``keras_layout.KerasLayout`` implements it)."""
 
     @property
     def links(self) -> Mapping[str, str]:
@@ -30,7 +30,7 @@ class ExternalLayout(Protocol):
 
     @property
     def values(self) -> Mapping[str, np.ndarray]:
-        """HDF5 path -> what is there besides."""
+        """HDF5 path -> further data stored there."""
 
 
 def write_contents(
@@ -44,22 +44,22 @@ def write_contents(
     other_files: Mapping[str, bytes],
     run: str | None = None,
 ) -> None:
-    """Fill an empty folder: the manifest comes last; all is flushed to the disk.
+    """Fill an empty folder and flush all files to the disk; the manifest is written last.
 
     Args:
-        folder: Where to; it exists.
+        folder: The folder, which must exist.
         step: Optimizer updates done.
         arrays: Group -> name -> array.
         documents: Name -> JSON value.
-        info: Noted in the manifest.
-        places: Group -> where other readers look for its arrays.
-        shard_bytes: A group that takes more is spread over several files.
+        info: Recorded in the manifest.
+        places: Group -> where Keras looks for its arrays.
+        shard_bytes: A larger group is split over several files.
         other_files: Path in the folder -> content.
         run: Identity of the run that writes.
 
     Raises:
-        CheckpointError: Something cannot be stored.
-        OSError: The disk refuses.
+        CheckpointError: A value cannot be stored.
+        OSError: Writing failed.
     """
     files = {}
     for group, values in arrays.items():
@@ -95,7 +95,7 @@ def _write_others(
 
 
 def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:
-    """Divide arrays, in their order, into files of at most ``limit`` bytes or one array each."""
+    """Split arrays, in their order, into files of at most ``limit`` bytes or one array each."""
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in values.items():
@@ -111,7 +111,7 @@ def _shards(values: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.n
 def _weight_map(
     shards: Mapping[str, Mapping[str, np.ndarray]], places: ExternalLayout
 ) -> dict[str, Any]:
-    """Return what Keras reads to find the file of a layer's values: ``model.weights.json``."""
+    """Return the index that tells Keras which file holds a layer: ``model.weights.json``."""
     files_of: dict[str, list[str]] = {}
     found = [
         (place, file)

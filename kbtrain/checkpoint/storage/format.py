@@ -1,7 +1,7 @@
 """The files of one checkpoint: arrays as HDF5, documents as JSON. See docs/checkpoint-format.md.
 
-The functions here know one file at a time. Which files make a checkpoint, and whether they are the
-ones that were written, is in ``manifest.py``; where they lie and when they count, in ``store.py``.
+The functions here handle one file at a time. ``manifest.py`` lists and verifies the files of a
+checkpoint; ``store.py`` puts them into folders and publishes them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         Name -> array, in the order they were written, with the dtypes they had.
 
     Raises:
-        CheckpointDamagedError: If the file is missing, not HDF5, or not as ``write_arrays`` left
-            it.
+        CheckpointDamagedError: If the file is missing, not HDF5, or altered.
         CheckpointFormatError: If it was written in a newer format.
         CheckpointUnreadableError: If it cannot be read now.
     """
@@ -56,13 +55,13 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
-    """Read arrays from an open file whose checksum the caller has found right.
+    """Read arrays from an open file whose checksum the caller has verified.
 
-    Without that, libhdf5 may not come back, which reads the files of former versions.
+    On an unverified file libhdf5, which reads files of earlier versions, may hang.
 
     Args:
         file: The file; its position does not matter.
-        name: What it is called, for messages.
+        name: Name of the file, for messages.
 
     Raises:
         CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
@@ -70,13 +69,13 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
     """
     if (places := find_arrays(file, name)) is not None:
         return {place.outline.name: read_array(file, place, name) for place in places}
-    with _opened(file, name) as (h5, size):  # as former versions wrote it
+    with _opened(file, name) as (h5, size):  # written by an earlier version
         return _read_h5(h5, size, name)
 
 
 @contextmanager
 def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
-    """Open verified HDF5 data; whatever libhdf5 finds wrong with them becomes one error."""
+    """Open verified HDF5 data; errors of libhdf5 become a ``CheckpointDamagedError``."""
     size = file.seek(0, 2)
     try:
         with open_for_reading(file) as h5:
@@ -85,20 +84,20 @@ def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's
-        # libhdf5 and h5py raise whatever the damage happens to hit (OSError, KeyError,
-        # RuntimeError, ValueError, ...); to the user all of them mean the same.
+            raise  # from the operating system, not from libhdf5
+        # For damaged files libhdf5 and h5py raise all kinds of errors (OSError, KeyError,
+        # RuntimeError, ValueError, ...), which all mean the same to the user.
         raise CheckpointDamagedError(
             f"{name} is not a readable array file ({type(error).__name__}: {error})."
         ) from error
 
 
 def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
-    """List the arrays of an open file whose checksum the caller has found right.
+    """List the arrays of an open file whose checksum the caller has verified.
 
     Args:
         file: The file; its position does not matter.
-        name: What it is called, for messages.
+        name: Name of the file, for messages.
 
     Raises:
         CheckpointDamagedError, CheckpointFormatError: As ``read_arrays``.
@@ -111,13 +110,13 @@ def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
 
 
 def dump_json(name: str, value: Any) -> bytes:
-    """Return a JSON document: sorted keys, indent 2, UTF-8, a line break at the end.
+    """Return a JSON document: sorted keys, indent 2, UTF-8, a newline at the end.
 
     Non-finite floats are written as Python does (``NaN``, ``Infinity``, ``-Infinity``). NumPy
     scalars become plain numbers.
 
     Args:
-        name: What the document is called, for messages.
+        name: Name of the document, for messages.
         value: Mappings, lists, strings, numbers, booleans and None, nested in any way.
 
     Raises:
@@ -127,13 +126,13 @@ def dump_json(name: str, value: Any) -> bytes:
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain)
         try:
             return text.encode() + b"\n"
-        except UnicodeEncodeError:  # file names that are no UTF-8 reach Python as lone surrogates
+        except UnicodeEncodeError:  # file names not in UTF-8 reach Python as lone surrogates
             return json.dumps(value, indent=2, sort_keys=True, default=_plain).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The document {name!r} cannot be written as JSON: {error}. Expected mappings with "
             "string keys, lists, strings, numbers, booleans and None. Convert other objects "
-            "first (arrays belong into `arrays`)."
+            "first (arrays belong in `arrays`)."
         ) from error
 
 
@@ -154,7 +153,7 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
     Raises:
         CheckpointError: If the value cannot be written as JSON.
-        OSError: If the disk refuses.
+        OSError: If writing fails.
     """
     return write_bytes(path, dump_json(path.stem, value))
 
@@ -179,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_index(
-    h5: h5py.File, room: list[int], name: str
+    h5: h5py.File, budget: list[int], name: str
 ) -> list[tuple[ArrayOutline, h5py.Dataset]]:
     """Return the arrays in the order of writing, each with the dataset that should hold it."""
     kind, version = h5.attrs.get("format"), h5.attrs.get("version")
@@ -191,7 +190,7 @@ def _read_index(
             f"version {ARRAYS_VERSION} and older. Update kbtrain."
         )
     found: dict[str, tuple[ArrayOutline, h5py.Dataset]] = {}
-    for entry in json.loads(_read_dataset(h5["index"], np.dtype("uint8"), room, name).tobytes()):
+    for entry in json.loads(_read_dataset(h5["index"], np.dtype("uint8"), budget, name).tobytes()):
         array_name, dtype = entry["name"], DTYPES[entry["dtype"]]
         if not isinstance(array_name, str) or array_name in found:
             _damaged(name, f"the array name {array_name!r} is not a string or appears twice")
@@ -205,17 +204,17 @@ def _read_index(
 
 
 def _read_h5(h5: h5py.File, size: int, name: str) -> dict[str, np.ndarray]:
-    room = [size]  # what is left for array data in a file of this size
+    budget = [size]  # bytes that array data may still take in a file of this size
     return {
-        outline.name: _read_dataset(dataset, DTYPES[outline.dtype], room, name)
-        for outline, dataset in _read_index(h5, room, name)
+        outline.name: _read_dataset(dataset, DTYPES[outline.dtype], budget, name)
+        for outline, dataset in _read_index(h5, budget, name)
     }
 
 
 def _read_dataset(
-    dataset: h5py.Dataset, dtype: np.dtype[Any], room: list[int], name: str
+    dataset: h5py.Dataset, dtype: np.dtype[Any], budget: list[int], name: str
 ) -> np.ndarray:
-    """Read a dataset of the expected dtype that really lies, whole and plain, in this file."""
+    """Read a dataset after checking its dtype and that all its bytes are in this file."""
     stored = dtype if dtype in NATIVE else np.dtype(f"u{dtype.itemsize}")
     plain = (
         isinstance(dataset, h5py.Dataset)
@@ -226,10 +225,10 @@ def _read_dataset(
     )
     if not plain:
         _damaged(name, f"{dataset!r} is not a plain dataset of {stored}")
-    # A shape costs nothing to claim: without this, a few bytes could ask for terabytes.
+    # Without this check a few bytes could declare a shape of terabytes.
     needed = dataset.size * stored.itemsize
-    room[0] -= needed
-    if room[0] < 0 or dataset.id.get_storage_size() != needed:
+    budget[0] -= needed
+    if budget[0] < 0 or dataset.id.get_storage_size() != needed:
         _damaged(name, f"{dataset.name!r} claims {needed} bytes that the file does not hold")
     array = np.empty(dataset.shape, dtype=stored)
     if array.size:

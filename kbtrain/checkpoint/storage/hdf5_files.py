@@ -1,15 +1,14 @@
-"""HDF5 through Python file objects: no exception passes through libhdf5, nothing of it outlives us.
+"""HDF5 through Python file objects, without letting exceptions or references into libhdf5.
 
-libhdf5 calls the methods of a file object from C. Two things end the process with a segmentation
-fault there, some while it works and some when it exits:
+libhdf5 calls the methods of a file object from C. Two things cause a segmentation fault there, at
+once or when the process exits:
 
-- An exception in the middle of an operation: on a full disk libhdf5 still wants to flush its
-  metadata when it closes the file. So a failure is kept, libhdf5 never learns of it, and it is
-  raised once libhdf5 is out of the way (``raise_deferred``).
-- A property list of libhdf5's that outlives the interpreter: it holds the file object, and libhdf5
-  lets go of it when the process exits, when there is no Python any more. The frames of an error of
-  ``h5py.File`` hold that list, and whoever keeps the error keeps its frames. So those frames are
-  cleared.
+- An exception in the middle of an operation: on a full disk libhdf5 still flushes its metadata when
+  it closes the file. So a failure is kept back, libhdf5 sees a success, and the error is raised
+  once libhdf5 is done (``raise_deferred``).
+- A property list of libhdf5 that outlives the interpreter: it holds the file object, which libhdf5
+  releases at process exit, after Python has shut down. The frames of an error of ``h5py.File`` hold
+  that list, and whoever keeps the error keeps its frames. So those frames are cleared.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ import h5py
 
 @contextmanager
 def open_for_reading(file: IO[bytes] | io.RawIOBase) -> Iterator[h5py.File]:
-    """Open HDF5 data in a Python file object; all of it is closed at the end.
+    """Open HDF5 data in a Python file object; all HDF5 objects are closed at the end.
 
     Args:
         file: A seekable file, open for reading; it is not closed.
 
     Raises:
-        Exception: What ``file`` itself raised, at the end and in place of what libhdf5 made of the
-            zeros it was given instead. So nothing may be made of what was read before the end.
+        Exception: The error that ``file`` itself raised, at the end and in place of any error that
+            libhdf5 raised because it got zeros instead. So values must not be used before this
+            context has ended.
     """
     reader = DeferredErrorReader(file)
     try:
@@ -46,7 +46,7 @@ def open_for_reading(file: IO[bytes] | io.RawIOBase) -> Iterator[h5py.File]:
 
 @contextmanager
 def open_for_writing(file: DeferredErrorFile) -> Iterator[h5py.File]:
-    """Begin an HDF5 file; ``file.raise_deferred()`` has to be called when it is closed."""
+    """Create an HDF5 file; call ``file.raise_deferred()`` after it is closed."""
     with _opened(file, "w") as h5:
         yield h5
 
@@ -60,16 +60,16 @@ def _opened(file: io.RawIOBase, mode: Literal["r", "w"]) -> h5py.File:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, and of those that led to it."""
+    """Release the references in the frames of an error and of its causes."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)  # not those that still run
+        traceback.clear_frames(error.__traceback__)  # skips frames that are still running
         error = error.__cause__ or error.__context__
 
 
 class DeferredErrorReader(io.RawIOBase):
-    """Reads a file for libhdf5; the first failure is kept, and what is not read is zeros.
+    """Reads a file for libhdf5; the first error is kept back, and missing data reads as zeros.
 
     Args:
         file: The file, open for reading; it is not closed.
@@ -80,14 +80,14 @@ class DeferredErrorReader(io.RawIOBase):
         self._deferred: BaseException | None = None
 
     def raise_deferred(self) -> None:
-        """Raise the first error that was met, if there was one."""
+        """Raise the first error that was kept back, if there was one."""
         if self._deferred is not None:
             raise self._deferred
 
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer``: libhdf5 does not ask how much it got.
+        """Fill ``buffer`` completely, because libhdf5 ignores the number of bytes returned.
 
-        One call of the system reads at most 2 GiB, and a file may end early.
+        One system call reads at most 2 GiB, and a file may end early.
         """
         view = memoryview(buffer).cast("B")
         done = 0
@@ -115,12 +115,12 @@ class DeferredErrorReader(io.RawIOBase):
         return True
 
     def _attempt(self, call: Callable[..., int | None], *args: Any) -> int:
-        """Call unless something has failed before; 0 if it fails."""
+        """Call unless an earlier call has failed; 0 if it fails."""
         if self._deferred is None:
             try:
                 return call(*args) or 0
             except BaseException as error:  # KeyboardInterrupt too: it must not unwind through C
-                # Without its frames: they hold the buffer, which is libhdf5's and gone by and by.
+                # Without its frames, which hold the buffer that libhdf5 will free.
                 self._deferred = error.with_traceback(None)
         return 0
 
@@ -129,7 +129,7 @@ _ZEROS = memoryview(bytes(2**16))
 
 
 class DeferredErrorFile(DeferredErrorReader):
-    """A new file that libhdf5 writes; the first failure is kept, and later writes do nothing.
+    """A new file for libhdf5 to write; the first error is kept back, later writes do nothing.
 
     Args:
         path: The file to create; it must not exist.
@@ -139,7 +139,7 @@ class DeferredErrorFile(DeferredErrorReader):
         super().__init__(path.open("xb+", buffering=0))
 
     def sync(self) -> None:
-        """Flush the file to the disk; raises what was deferred and what flushing raises."""
+        """Flush the file to the disk; raises a deferred error or an error of the flush."""
         self.raise_deferred()
         os.fsync(self._file.fileno())
 
@@ -152,7 +152,7 @@ class DeferredErrorFile(DeferredErrorReader):
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        """Cut or extend the file; a failure is deferred."""
+        """Truncate or extend the file; an error is deferred."""
         return self._attempt(self._file.truncate, size)
 
     def writable(self) -> bool:

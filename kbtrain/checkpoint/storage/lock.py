@@ -1,4 +1,4 @@
-"""One run per folder: a lock that the system takes back when its process dies."""
+"""One run per folder: a lock that the operating system releases when its process dies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _held: set[int] = set()  # descriptors of this process
 
 
 def _forget_after_fork() -> None:
-    """A forked worker must not keep the lock alive when the run itself is killed."""
+    """Close inherited locks: a forked worker must not keep the lock of a killed run alive."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)
@@ -42,13 +42,13 @@ if hasattr(os, "register_at_fork"):
 class RunLock:
     """An exclusive lock (``flock``) on the file ``.kbtrain.lock`` of a folder.
 
-    The system gives it back when the process ends, however it ends; a file that a killed process
-    left behind does not block. On a clean end the file is removed. Where the system has no such
-    locks (Windows, some network disks) there is none: a debug message or a warning says so, and
-    two runs in one folder are the user's to avoid.
+    The operating system releases it when the process ends, however it ends; a file that a killed
+    process left behind does not block. A clean exit removes the file. Where the system has no such
+    locks (Windows, some network disks), a debug message or a warning says so, and the user has to
+    avoid two runs in one folder.
 
     Args:
-        directory: The folder; made by ``acquire`` if it is not there.
+        directory: The folder; created by ``acquire`` if it does not exist.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -58,21 +58,21 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether the system keeps other processes away."""
+        """Whether the lock keeps other processes out."""
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Take the lock, or keep it; if somebody deleted its file, take it anew.
+        """Take the lock, or keep it; if its file was deleted, take it again.
 
         Raises:
             FolderInUseError: If another run has it; the message says which.
-            OSError: If the folder or the file cannot be made or opened.
+            OSError: If the folder or the file cannot be created or opened.
         """
         if fcntl is None:
             logger.debug("No lock on %s: this system has none.", self.path.parent)
             return
         if self._descriptor is not None:
-            with suppress(OSError):  # no answer: the lock that is held stays
+            with suppress(OSError):  # unknown: keep the lock that is held
                 if not _is_file_of(self._descriptor, self.path):
                     self._close()
             if self._descriptor is not None:
@@ -88,7 +88,7 @@ class RunLock:
             _write_holder(descriptor)
 
     def release(self) -> None:
-        """Give the lock back, remove its file, and the folder if it was made for it alone."""
+        """Release the lock and remove its file, and the folder if the lock created it."""
         if self._descriptor is None:
             return
         with suppress(OSError):
@@ -96,18 +96,18 @@ class RunLock:
                 self.path.unlink()
         self._close()
         if self._made_folder:
-            with suppress(OSError):  # not empty, as a rule
+            with suppress(OSError):  # usually not empty
                 self.path.parent.rmdir()
 
     def _close(self) -> None:
         if self._descriptor is not None:
             _held.discard(self._descriptor)
             descriptor, self._descriptor = self._descriptor, None
-            with suppress(OSError):  # it is closed all the same
+            with suppress(OSError):  # it is closed even so
                 os.close(descriptor)
 
     def _attempt(self) -> int | None:
-        """Return the locked descriptor, None to try again, or -1 where there are no locks."""
+        """Return the locked descriptor; None to try again; -1 where locks are not supported."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(self.path, flags, 0o666)
         try:
@@ -124,7 +124,7 @@ class RunLock:
                 ) from None
             if error.errno in _NOT_SUPPORTED:
                 logger.warning(
-                    "The disk of %s has no locks (%s): nothing keeps a second run away from it.",
+                    "The disk of %s has no locks (%s): nothing keeps a second run out of it.",
                     self.path.parent,
                     error.strerror,
                 )
@@ -141,10 +141,10 @@ class RunLock:
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
-    """Whether a lock's file still has its name.
+    """Whether ``path`` is still the file of this descriptor.
 
     Raises:
-        OSError: The system does not say: then nobody else has been given that name.
+        OSError: That could not be determined.
     """
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
@@ -158,7 +158,7 @@ def _write_holder(descriptor: int) -> None:
         "host": socket.gethostname(),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    with suppress(OSError):  # on a full disk the lock holds all the same
+    with suppress(OSError):  # the lock also works on a full disk
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
@@ -168,4 +168,4 @@ def _read_holder(descriptor: int) -> str:
         holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that left no name"
+        return "an unknown process"

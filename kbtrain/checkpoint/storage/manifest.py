@@ -1,7 +1,7 @@
-"""The list of a checkpoint's files, written last: what makes a folder a checkpoint.
+"""The list of a checkpoint's files; it is written last and makes a folder a checkpoint.
 
-The manifest vouches for every other file (size and SHA-256) and for itself (a SHA-256 over its own
-bytes), so that any byte that changed in any file is noticed before a value of it is used.
+The manifest has the size and SHA-256 of every other file and a SHA-256 of its own bytes, so that a
+changed byte in any file is detected before its values are used.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Manifest:
     """The contents of ``manifest.json``.
 
     Attributes:
-        step: Optimizer updates done when the checkpoint was taken.
+        step: Optimizer updates done when the checkpoint was saved.
         files: File name -> size and checksum.
-        info: What the writer wanted to be known: backend, package versions, ...
+        info: Recorded by the writer: backend, package versions, ...
         format_version: Version of the checkpoint format.
         other_files: Path in the folder, with ``/`` -> size and checksum of a file that is neither
             arrays nor a document.
-        run: Identity of the run that wrote it, kept by whoever resumes it; None if it has none.
+        run: Identity of the run that wrote it, inherited on resume; None if it has none.
     """
 
     step: int
@@ -75,7 +75,7 @@ def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
         >>> arrays_file("model"), arrays_file("model", 1, 3), arrays_file("optimizer", 2, 3)
         ('model.weights.h5', 'model_00000.weights.h5', 'optimizer-00002-of-00003.h5')
     """
-    if group == "model":  # as Keras' load_weights wants them
+    if group == "model":  # the names that Keras' load_weights expects
         return f"model_{shard - 1:05d}.weights.h5" if shards > 1 else "model.weights.h5"
     part = f"-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
     return group + part + ARRAYS_SUFFIX
@@ -85,8 +85,8 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
     """Check the names of array groups and documents, which become file names.
 
     Raises:
-        CheckpointError: If a name is no plain file name on every system, is reserved, or differs
-            from another only in upper and lower case.
+        CheckpointError: If a name is not a plain file name on every system, is reserved, or differs
+            from another one only in case.
     """
     groups = list(arrays)
     names = [arrays_file(group) for group in groups]
@@ -102,7 +102,7 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
     folded = [name.casefold() for name in names]
     if twice := sorted({name for name in names if folded.count(name.casefold()) > 1}):
         raise CheckpointError(
-            "Names of array groups and documents must differ in more than upper and lower case. "
+            "Names of array groups and documents must differ in more than case. "
             f"Received: {', '.join(twice)}"
         )
 
@@ -115,7 +115,7 @@ def check_other_files(paths: Iterable[str], documents: Iterable[str]) -> None:
         documents: Names of the documents beside them.
 
     Raises:
-        CheckpointError: A path cannot be in a checkpoint, or is kept for what is there anyway.
+        CheckpointError: A path is not allowed in a checkpoint, or is reserved for its own files.
     """
     taken = {stem.casefold() + DOCUMENT_SUFFIX for stem in documents} | {MANIFEST_NAME}
     for path in paths:
@@ -123,14 +123,14 @@ def check_other_files(paths: Iterable[str], documents: Iterable[str]) -> None:
         own = first in taken or first.endswith((ARRAYS_SUFFIX, ".weights" + DOCUMENT_SUFFIX))
         if own or not is_other_path(path):
             raise CheckpointError(
-                "A further file of a checkpoint must have a plain relative path, with / between "
-                "folders, and no name that the checkpoint itself uses. "
+                "An additional file of a checkpoint must have a plain relative path, with / "
+                "between folders, and a name that the checkpoint itself does not use. "
                 f"Received: {path!r} beside {', '.join(sorted(taken))} and arrays in *.h5"
             )
 
 
 def is_other_path(path: str) -> bool:
-    """Return whether a file that is neither arrays nor a document may lie there."""
+    """Return whether a file that is neither arrays nor a document may have this path."""
     parts = path.split("/")
     return len(path) <= 1000 and all(_PART.fullmatch(p) and p not in (".", "..") for p in parts)
 
@@ -150,7 +150,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises:
         CheckpointError: If ``info`` cannot be written as JSON.
-        OSError: If the disk refuses.
+        OSError: If writing fails.
     """
     value = {
         "checksum": "0" * 64,
@@ -165,7 +165,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     if manifest.run is not None:
         value["run"] = manifest.run
     data = dump_json("manifest", value)
-    # Keys are sorted, so the first occurrence is the manifest's own field whatever `info` holds.
+    # Keys are sorted, so the first occurrence is the manifest's own field, whatever is in `info`.
     own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
     write_bytes(folder / MANIFEST_NAME, data.replace(_NO_CHECKSUM, own, 1))
 
@@ -179,24 +179,25 @@ def _as_json(files: Mapping[str, FileEntry]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``manifest.json`` and check all it says except the other files.
+    """Read and check ``manifest.json``, but not the files it lists.
 
     Raises:
-        CheckpointDamagedError: If it is missing, altered or says what it cannot say.
-        CheckpointFormatError: If it is intact and of a newer format, or another program's.
+        CheckpointDamagedError: If it is missing, altered or inconsistent.
+        CheckpointFormatError: If it is intact but has a newer format, or belongs to another
+            program.
         CheckpointUnreadableError: If it cannot be read now.
     """
     data = _read_manifest_bytes(folder / MANIFEST_NAME)
-    # The checksum is over bytes, so it holds for manifests of any version and any JSON writer.
+    # The checksum covers bytes, so it works for manifests of any version and any JSON writer.
     match = _OWN_CHECKSUM.search(data)
     value = parse_json(MANIFEST_NAME, data)
     if not isinstance(value, dict):
         raise _damaged(f"it is a {type(value).__name__}, not a mapping")
     if "checksum" not in value and value.get("format") != FORMAT:
         raise CheckpointFormatError(
-            f"{MANIFEST_NAME} in {folder} is not one of kbtrain's: expected a field 'format' that "
-            f"says {FORMAT!r}. Received: fields {sorted(value)[:8]}. It is left as it is; to "
-            "train in that place, move it elsewhere or choose another output_dir."
+            f"{MANIFEST_NAME} in {folder} was not written by kbtrain: expected a field 'format' "
+            f"with the value {FORMAT!r}. Received: fields {sorted(value)[:8]}. It is left "
+            "unchanged; to train there, move it elsewhere or choose another output_dir."
         )
     blank = data[: match.start()] + _NO_CHECKSUM + data[match.end() :] if match else b""
     if match is None or hashlib.sha256(blank).hexdigest().encode() != match[1]:
@@ -208,8 +209,8 @@ def read_manifest(folder: Path) -> Manifest:
 def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.FileIO]:
     """Open a file of a checkpoint after checking its kind, size and checksum.
 
-    The one open file is hashed and then read, from its beginning, by the caller: nothing can come
-    in between, and the second reading finds it in the system's cache.
+    The same open file is hashed and then read by the caller, from its beginning, so the file cannot
+    be replaced in between, and the second read comes from the system's cache.
 
     Raises:
         CheckpointDamagedError: If it is missing or not what the manifest says.
@@ -231,7 +232,7 @@ def check_size(folder: Path, name: str, entry: FileEntry) -> None:
     """Compare kind and size of a file with the manifest, without reading it.
 
     Raises:
-        CheckpointDamagedError: If it is missing, no regular file or of another size.
+        CheckpointDamagedError: If it is missing, not a regular file, or has a different size.
         CheckpointUnreadableError: If it cannot be opened now.
     """
     with _opened(folder, name) as file:
@@ -264,24 +265,24 @@ def _read_manifest_bytes(path: Path) -> bytes:
 
 
 def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
-    """Turn an unaltered manifest's value into a Manifest; strict, as its writer may be anybody."""
+    """Convert an intact manifest; strict, because any program may have written it."""
     version = value.get("format_version")
     if value.get("format") != FORMAT or not _is_count(version) or version == 0:
         raise _damaged(f"format={value.get('format')!r}, format_version={version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointFormatError(
             f"The checkpoint has format version {version}; this kbtrain reads version "
-            f"{FORMAT_VERSION} and older. Update kbtrain to use it. It is left as it is; to begin "
-            "anew without it, choose another output_dir."
+            f"{FORMAT_VERSION} and older. Update kbtrain to use it. It is left unchanged; to start "
+            "over without it, choose another output_dir."
         )
     files, info, step = value.get("files"), value.get("info"), value.get("step")
     others, run = value.get("other_files", {}), value.get("run")
     if run is not None and not (isinstance(run, str) and _RUN.fullmatch(run)):
         raise _damaged(f"'run' is {run!r}")
     if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
-        raise _damaged("'step', 'files' or 'info' is missing or of a wrong type")
+        raise _damaged("'step', 'files' or 'info' is missing or has a wrong type")
     if not isinstance(others, dict):
-        raise _damaged("'other_files' is of a wrong type")
+        raise _damaged("'other_files' has a wrong type")
     entries: dict[str, FileEntry] = {}
     for name, entry in files.items():
         if not is_file_name(name):
@@ -299,17 +300,17 @@ def _parse_entry(name: str, entry: Any) -> FileEntry:
     size = entry.get("size") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None
     if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise _damaged(f"the size or checksum of {name!r} is not one")
+        raise _damaged(f"the size or checksum of {name!r} is not valid")
     return FileEntry(size, digest)
 
 
 def _group(name: str, entry: Mapping[str, Any], version: int) -> str | None:
-    """The group of arrays a file belongs to; None for a document."""
+    """The array group a file belongs to; None for a document."""
     if not name.endswith(ARRAYS_SUFFIX):
         return None
     group = name.removesuffix(ARRAYS_SUFFIX) if version == 1 else entry.get("group")
     if not isinstance(group, str) or not _STEM.fullmatch(group):
-        raise _damaged(f"the group of {name!r} is not one")
+        raise _damaged(f"the group of {name!r} is not valid")
     return group
 
 

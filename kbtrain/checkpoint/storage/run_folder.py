@@ -1,7 +1,7 @@
-"""The folder of a run: what is in it, how a checkpoint gets in, and how it is taken out again.
+"""The folder of a run: lists, publishes and deletes its checkpoints.
 
-Every change is one rename, so that a crash at any moment leaves a checkpoint whole or out of sight.
-Which ones to take out is decided elsewhere (``ownership.py``).
+Every change is a single rename, so that after a crash a checkpoint is either complete or hidden.
+``ownership.py`` decides which ones may be deleted.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ logger = logging.getLogger("kbtrain")
 
 Listing = list[tuple[int, Path]]
 
-# Folders this process is writing at this moment: `clean_leftovers` must not take them for its own
-# leftovers, whichever store or thread they belong to.
+# Folders that this process is writing now: `clean_leftovers` must not remove them, whichever store
+# or thread they belong to.
 _IN_PROGRESS: set[Path] = set()
 
 
 def list_checkpoints(directory: Path) -> Listing:
-    """Return (step, folder) of all that have a checkpoint's name, by ascending step.
+    """Return (step, folder) of all folders with a checkpoint's name, by ascending step.
 
-    A checkpoint that a killed process had set aside to replace it, without getting to put the new
-    one in its place, is listed under its hidden name.
+    If a process was killed while it replaced a checkpoint, after setting the old one aside, the
+    old one is listed under its hidden name.
 
     Raises:
         CheckpointUnreadableError: The folder cannot be listed now.
@@ -53,11 +53,11 @@ def _hidden(directory: Path, names: list[str]) -> list[filesystem.HiddenFolder]:
 
 @contextmanager
 def temporary_folder(directory: Path, step: int) -> Iterator[Path]:
-    """Make a hidden folder and remove it, whatever happens, if it is still there at the end.
+    """Make a hidden folder, and remove it at the end if it still exists.
 
     Args:
-        directory: The run's folder; made if it is not there.
-        step: The checkpoint it is for: if the process dies, ``clean_leftovers`` removes it.
+        directory: The run's folder; created if it does not exist.
+        step: Step of the checkpoint; if the process dies, ``clean_leftovers`` removes the folder.
     """
     directory.mkdir(parents=True, exist_ok=True)
     folder = filesystem.hidden_path(directory, "tmp", step)
@@ -76,10 +76,10 @@ def temporary_folder(directory: Path, step: int) -> Iterator[Path]:
 
 
 def publish(folder: Path, final: Path, step: int) -> None:
-    """Give a finished folder its name, setting aside (not deleting) what has that name.
+    """Rename a finished folder to its final name, setting aside an existing one until then.
 
     Raises:
-        OSError: The system refuses; then everything is as it was, or complete under a hidden name.
+        OSError: Renaming failed; everything is as before, or complete under a hidden name.
     """
     aside = filesystem.hidden_path(final.parent, "replaced", step)
     _IN_PROGRESS.add(aside)
@@ -91,7 +91,7 @@ def publish(folder: Path, final: Path, step: int) -> None:
             os.rename(folder, final)
             filesystem.fsync_directory(final.parent)
         except BaseException:
-            # Not known to be on the disk: then it must not be there at all.
+            # The rename may not be on the disk yet, so undo it.
             if not os.path.lexists(folder):
                 os.rename(final, folder)
             if replacing:
@@ -104,13 +104,13 @@ def publish(folder: Path, final: Path, step: int) -> None:
 
 
 def delete(doomed: Listing) -> list[Path]:
-    """Delete checkpoints so that a crash leaves each of them whole or out of sight.
+    """Delete checkpoints so that after a crash each is either complete or hidden.
 
     Args:
         doomed: (step, folder) as ``list_checkpoints`` returns them.
 
     Returns:
-        The folders that are gone; one that cannot be deleted is reported and left.
+        The deleted folders; one that cannot be deleted is reported and left.
     """
     trash: list[Path] = []
     deleted: list[Path] = []
@@ -119,25 +119,25 @@ def delete(doomed: Listing) -> list[Path]:
         try:
             os.rename(path, hidden)
         except FileNotFoundError:
-            continue  # somebody else was quicker
+            continue  # another process has deleted it
         except OSError as error:
             logger.warning("Could not delete the old checkpoint %s: %s", path, error)
             continue
         trash.append(hidden)
         deleted.append(path)
     for parent in {path.parent for path in trash}:
-        with suppress(OSError):  # deleting is no reason to stop a run
-            filesystem.fsync_directory(parent)  # all out of sight before any loses a file
+        with suppress(OSError):  # a failed deletion must not stop a run
+            filesystem.fsync_directory(parent)  # hide all of them before removing any file
     for hidden in trash:
         try:
             filesystem.remove_tree(hidden)
-        except OSError as error:  # it costs space only, so it is no error
+        except OSError as error:  # it only costs disk space
             logger.warning("Could not remove all of %s: %s", hidden, error)
     return deleted
 
 
 def clean_leftovers(directory: Path, alone: bool = False) -> list[Path]:
-    """Remove what dead processes left half done; see ``CheckpointStore.clean_leftovers``.
+    """Remove what dead processes left unfinished; see ``CheckpointStore.clean_leftovers``.
 
     Raises:
         CheckpointUnreadableError: The folder cannot be listed now.

@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(intact, fields):
 def test_a_few_bytes_cannot_ask_for_themselves_again_and_again(intact):
     entry = index_of(intact)[0]
     entries = [{**entry, "name": str(i)} for i in range(1000)]
-    with pytest.raises(CheckpointDamagedError, match="no room"):
+    with pytest.raises(CheckpointDamagedError, match="does not fit into the file"):
         read(with_index(intact, entries))
 
 

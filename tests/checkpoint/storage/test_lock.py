@@ -88,7 +88,7 @@ def test_a_lock_file_of_garbage_is_no_obstacle(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     (tmp_path / LOCK_NAME).write_bytes(b"\xff{")
-    with pytest.raises(FolderInUseError, match="a process that left no name"):
+    with pytest.raises(FolderInUseError, match="an unknown process"):
         RunLock(tmp_path).acquire()
     lock.release()
 
