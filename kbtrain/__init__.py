@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from kbtrain.errors import NonFiniteError as NonFiniteError
     from kbtrain.errors import OutputError as OutputError
     from kbtrain.errors import TrainingInterrupted as TrainingInterrupted
-    from kbtrain.evaluation.evaluate import EvalLoopOutput as EvalLoopOutput
-    from kbtrain.evaluation.evaluate import EvalPrediction as EvalPrediction
-    from kbtrain.evaluation.evaluate import PredictionOutput as PredictionOutput
+    from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
+    from kbtrain.evaluation.results import EvalLoopOutput as EvalLoopOutput
+    from kbtrain.evaluation.results import PredictionOutput as PredictionOutput
     from kbtrain.trainer.trainer import Trainer as Trainer
     from kbtrain.training.fit import TrainOutput as TrainOutput
     from kbtrain.utils.rng import set_seed as set_seed
@@ -79,7 +79,8 @@ _HOMES = {
         "OutputError",
         "TrainingInterrupted",
     ),
-    "evaluation.evaluate": ("EvalLoopOutput", "EvalPrediction", "PredictionOutput"),
+    "evaluation.gather": ("EvalPrediction",),
+    "evaluation.results": ("EvalLoopOutput", "PredictionOutput"),
     "training.fit": ("TrainOutput",),
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
     "callbacks.progress_bar": ("PrinterCallback", "ProgressCallback"),

@@ -141,12 +141,15 @@ def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tu
     return split_for_validation(train_dataset, validation_split)
 
 
-def check_resume(checkpoint: Any) -> None:
-    """Make sure that what ``fit`` is to resume from is no data.
+def check_fit(trainer: TrainerBase, checkpoint: Any) -> None:
+    """Check that ``fit`` is not running and that ``resume_from_checkpoint`` is not data.
 
     Raises:
-        ConfigurationError: It is neither a path nor True, False or None.
+        ConfigurationError: A ``fit`` is running, or the checkpoint is neither a path nor True,
+            False or None.
     """
+    if trainer.is_in_train:
+        raise ConfigurationError("fit() was called while fit() is running, perhaps by a callback.")
     if checkpoint is not None and not isinstance(checkpoint, bool | str | os.PathLike):
         raise ConfigurationError(
             "fit(resume_from_checkpoint) takes True, 'auto' or the path of a checkpoint. The data "

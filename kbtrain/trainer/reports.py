@@ -1,19 +1,24 @@
-"""What a run leaves for people: tables of metrics, files with results, a model card."""
+"""What a run leaves behind: the saved model, metric tables, result files, a model card."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbtrain.checkpoint import processing_class as processing
 from kbtrain.checkpoint import run_state
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data.plain_values import plain_values
-from kbtrain.utils.output_files import read_json, save_json, save_text, writing
+from kbtrain.errors import ConfigurationError
+from kbtrain.optimization.evaluation_weights import swapped_in
+from kbtrain.utils.local_path import check_local
+from kbtrain.utils.output_files import explained, read_json, save_json, save_text, writing
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
@@ -64,6 +69,32 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
         everything = folder / "all_results.json"
         save_json(everything, read_json(everything) | metrics)
     return path
+
+
+def save_state(trainer: TrainerBase) -> Path:
+    """Write ``trainer_state.json`` into the output directory."""
+    path = Path(trainer.args.output_dir) / "trainer_state.json"
+    save_json(path, trainer.state.to_dict())
+    return path
+
+
+def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
+    """Save the model, its processing class and the arguments; see ``Trainer.save_model``."""
+    if not isinstance(output_dir, str | os.PathLike | None):
+        raise ConfigurationError(
+            f"save_model takes the path of a folder or of a .keras file. Received: {output_dir!r}."
+        )
+    check_local("output_dir", output_dir)
+    target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
+    if target.suffix != ".keras":
+        save_text(target / "training_args.json", trainer.args.to_json_string() + "\n")
+        with explained(target):
+            processing.save(trainer.processing_class, target)
+        target = target / "model.keras"
+    optimizer = trainer.optimizer if trainer.training_weights else None
+    with swapped_in(optimizer, trainer.model.variables):
+        run_state.save_keras_file(trainer.model, target)
+    return target
 
 
 # --- the model card -------------------------------------------------------------------------------

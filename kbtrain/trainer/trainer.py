@@ -1,8 +1,7 @@
-"""``Trainer``: what a user calls and may override. The work is done in the other rooms."""
+"""``Trainer``: what a user calls. The work is done in the other modules."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,21 @@ from kbtrain.callbacks import time_triggers
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.checkpoint import CheckpointStore, run_state
-from kbtrain.checkpoint import processing_class as processing
+from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.data import ColumnFilter, Loader
+from kbtrain.data import ColumnFilter
 from kbtrain.distributed import placement
-from kbtrain.errors import ConfigurationError, concise
+from kbtrain.errors import concise
 from kbtrain.evaluation import evaluate as evaluation
 from kbtrain.evaluation.compiled_steps import EvalSteps
-from kbtrain.evaluation.evaluate import EvalLoopOutput, EvalPrediction, PredictionOutput
+from kbtrain.evaluation.gather import EvalPrediction
 from kbtrain.evaluation.generate import check_generates
+from kbtrain.evaluation.results import EvalLoopOutput, PredictionOutput
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
-from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.tracing.captured import Captured
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
@@ -41,15 +39,12 @@ from kbtrain.training import actions
 from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput, fit
-from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
 from kbtrain.utils.best_effort import print_line
-from kbtrain.utils.local_path import check_local
 from kbtrain.utils.logging import set_log_level
 from kbtrain.utils.memory import measured
-from kbtrain.utils.output_files import explained, save_json, save_text
 
 
 class Trainer(KnownNames, TrainerBase):
@@ -83,7 +78,6 @@ class Trainer(KnownNames, TrainerBase):
         callbacks: ``TrainerCallback`` objects or classes.
         optimizers: ``(keras optimizer, learning-rate schedule)``, either may be None.
         preprocess_logits_for_metrics: ``(outputs, labels) -> what is copied to the host``.
-
         class_weight: Number of a class -> weight of its samples in training, as in Keras; the
             product with sample weights, if there are some.
         validation_split: Share of ``train_dataset``, which must be arrays, that is evaluated in
@@ -141,29 +135,16 @@ class Trainer(KnownNames, TrainerBase):
         self.given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
         self.given_loss_weights = loss_weights
         self.given_optimizers = optimizers
-        self.optimizer: keras.optimizers.Optimizer | None = None
-        # Those that a model with a train_step of its own has beside it, by name.
-        self.other_optimizers: dict[str, keras.optimizers.Optimizer] = {}
-        # Whether the model holds the weights in training, which may differ from those to evaluate.
-        self.training_weights = False
-        self.lr_scheduler: Any = None
-        self.num_training_steps = 0
-        self.train_dataloader: Loader | None = None
-        self.eval_dataloader: Loader | None = None
+        self.other_optimizers = {}
         self.position = Position(self.backend)
         self.captured = Captured(self)
         self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
-        self.trial: Any = None  # of a hyperparameter search
-        self.ignore_keys_for_eval: Sequence[str] | None = None
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.saver = AsyncCheckpointer(self.store)
         self.stop_signals = StopSignals(False, None)
-        self.interruption: str | None = None
         self.state = TrainerState()
         self.control = TrainerControl()
-        self.is_in_train = False
-        self.current_run: Run | None = None
         self.callback_handler = CallbackHandler(
             [
                 *make_trackers(tuple(self.args.report_to)),
@@ -229,29 +210,25 @@ class Trainer(KnownNames, TrainerBase):
                 ``max_time`` the call returns, and ``interruption`` is ``"max_time"``.
             ConfigurationError, DataError: See the message.
         """
-        if self.is_in_train:
-            raise ConfigurationError("fit() was called while fit() runs, by a callback perhaps.")
-        argument_checks.check_resume(resume_from_checkpoint)
+        argument_checks.check_fit(self, resume_from_checkpoint)
         evaluation.check_ignore_keys(ignore_keys_for_eval)
         args, resume = self.args, resume_from_checkpoint
         if resume is None:
             resume = args.resume_from_checkpoint
         self.is_in_train, self.interruption = True, None
         self.ignore_keys_for_eval = ignore_keys_for_eval
-        self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
+        saves = args.save_strategy != "no"
+        signals = self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
         try:
-            with (
-                self.stop_signals,
-                self.saver.running(args.save_strategy != "no", args.on_save_error),
-            ):
+            with signals, self.saver.running(saves, args.on_save_error):
                 checkpoint = self.store.resolve(resume)
-                if checkpoint is None and args.save_strategy != "no":
+                if checkpoint is None and saves:
                     actions.warn_of_former_run(self)
                 with placement.settings(self.backend, args, self.model):
                     train = find_and_fit if args.auto_find_batch_size else fit
                     output = train(self, checkpoint)
-            newest = actions.last_checkpoint(self) if self.stop_signals.received else None
-            self.stop_signals.raise_received(self.state.global_step, newest)
+            newest = actions.last_checkpoint(self) if signals.received else None
+            signals.raise_received(self.state.global_step, newest)
             return output
         finally:
             self.is_in_train, self.current_run = False, None
@@ -289,9 +266,7 @@ class Trainer(KnownNames, TrainerBase):
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
-            output = self._evaluate(
-                loader, metric_key_prefix, not loss_only, ignore_keys=ignore_keys
-            )
+            output = self._evaluate(loader, metric_key_prefix, not loss_only, False, ignore_keys)
         output.metrics.update(memory, epoch=self.state.epoch)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
@@ -370,27 +345,11 @@ class Trainer(KnownNames, TrainerBase):
             ConfigurationError: ``output_dir`` is no path.
             OutputError: It cannot be written to.
         """
-        if not isinstance(output_dir, str | os.PathLike | None):
-            raise ConfigurationError(
-                "save_model takes the path of a folder or of a .keras file. "
-                f"Received: {output_dir!r}."
-            )
-        check_local("output_dir", output_dir)
-        target = Path(self.args.output_dir if output_dir is None else output_dir).expanduser()
-        if target.suffix != ".keras":
-            save_text(target / "training_args.json", self.args.to_json_string() + "\n")
-            with explained(target):
-                processing.save(self.processing_class, target)
-            target = target / "model.keras"
-        with swapped_in(self.optimizer if self.training_weights else None, self.model.variables):
-            run_state.save_keras_file(self.model, target)
-        return target
+        return reports.save_model(self, output_dir)
 
     def save_state(self) -> Path:
         """Write ``trainer_state.json`` into the output directory."""
-        path = Path(self.args.output_dir) / "trainer_state.json"
-        save_json(path, self.state.to_dict())
-        return path
+        return reports.save_state(self)
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Metrics as people read them: MB, h:mm:ss, four decimals."""

@@ -80,27 +80,27 @@ class TrainerBase(ABC):
     store: CheckpointStore
     saver: AsyncCheckpointer
     stop_signals: StopSignals
-    interruption: str | None
+    interruption: str | None = None
     state: TrainerState
     control: TrainerControl
     callback_handler: CallbackHandler
-    current_run: Run | None
-    is_in_train: bool
-    training_weights: bool
-    optimizer: keras.optimizers.Optimizer | None
+    current_run: Run | None = None
+    is_in_train: bool = False
+    training_weights: bool = False
+    optimizer: keras.optimizers.Optimizer | None = None
     other_optimizers: dict[str, keras.optimizers.Optimizer]
-    lr_scheduler: Any
-    num_training_steps: int
+    lr_scheduler: Any = None
+    num_training_steps: int = 0
     given_optimizers: tuple[Any, Any]
     given_loss: Any
     given_loss_weights: Any
     given_metrics: tuple[Any, Any]
-    trial: Any
-    ignore_keys_for_eval: Sequence[str] | None
+    trial: Any = None
+    ignore_keys_for_eval: Sequence[str] | None = None
     train_dataset: Any
     eval_dataset: Any
-    train_dataloader: Loader | None
-    eval_dataloader: Loader | None
+    train_dataloader: Loader | None = None
+    eval_dataloader: Loader | None = None
     class_weight: Mapping[int, float] | None
     data_collator: Callable[[list[Any]], Any] | None
     model_init: Callable[..., keras.Model] | None

@@ -6,22 +6,22 @@ fails, the plain one goes on, and the log says so once, with the version and whe
 
 These are all of them; `optim.core.fallback` has those of ``optim``:
 
-===================================  ==========================  =================================
-private part                         file                        plain way
-===================================  ==========================  =================================
-convolutions in the fast order       ``backends/jax_trace``      the function, traced where it runs
-recording a step                     ``backends/torch_runner``   the step runs eagerly
-our own recorder                     ``backends/torch_capture``  ``make_fx`` records
-optimizers that look at a flag       ``backends/torch``          old values are selected
-norm and product of a list           ``backends/torch``          one tensor after the other
-functions of a user's ``tf.function``  ``backends/tensorflow_functions``  ``tf.autograph.to_graph``
-whether XLA compiles                 ``backends/tensorflow_update``  as if it did not
-determinism, to be switched off      ``backends/tensorflow_device``  it stays on
-values in tensors of metrics          ``metrics``                 Keras' own mean over samples
-averages of ``use_ema``              ``evaluation_weights``      Keras puts them in and back
-moving variables                     ``backends/tensorflow_device``  they stay where they are
-Keras' masks, scopes, walks, values  ``keras_private``           said there
-===================================  ==========================  =================================
+===============================  ===============================  ==================================
+private part                     file                             plain way
+===============================  ===============================  ==================================
+convolutions in the fast order   backends/jax/trace               the function, traced where it runs
+recording a step                 backends/torch/runner            the step runs eagerly
+our own recorder                 backends/torch/capture           ``make_fx`` records
+optimizers that look at a flag   backends/torch                   old values are selected
+norm and product of a list       backends/torch                   one tensor after the other
+a user's ``tf.function``         backends/tensorflow/autograph    ``tf.autograph.to_graph``
+whether XLA compiles             backends/tensorflow/optimizer    as if it did not
+determinism, to be switched off  backends/tensorflow/device       it stays on
+values in tensors of metrics     model/metrics                    Keras' own mean over samples
+averages of ``use_ema``          optimization/evaluation_weights  Keras puts them in and back
+moving variables                 backends/tensorflow/device       they stay where they are
+Keras' masks, scopes, values     utils/keras_private              said there
+===============================  ===============================  ==================================
 """
 
 from __future__ import annotations

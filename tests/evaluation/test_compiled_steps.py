@@ -10,7 +10,7 @@ from helpers_fast_paths import CASES
 
 from kbtrain import Trainer, TrainerCallback
 from kbtrain.data.block_length import BlockLength
-from kbtrain.evaluation.evaluate import Evaluation
+from kbtrain.evaluation.eval_loop import Evaluation
 
 
 class EveryBatch(TrainerCallback):

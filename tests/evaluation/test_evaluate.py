@@ -14,7 +14,7 @@ from helpers import (
 )
 
 from kbtrain import ConfigurationError, DataError, EvalPrediction, Trainer
-from kbtrain.evaluation.evaluate import PADDING
+from kbtrain.evaluation.gather import PADDING
 from kbtrain.utils.timing import speed
 
 

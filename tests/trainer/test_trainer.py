@@ -517,7 +517,7 @@ def one_optimizer_for_two(tmp_path):
             ).fit(),
             "create_optimizer must make a keras.optimizers.Optimizer. Received: NoneType",
         ),
-        (fit_inside, "while fit\\(\\) runs"),
+        (fit_inside, r"while fit\(\) is running"),
         (one_optimizer_for_two, "SGD.*used for other variables already.*kernel"),
         (
             lambda path: make(path).evaluate(metric_key_prefix=""),

@@ -14,7 +14,7 @@ import json, logging, sys
 import keras, numpy as np, tensorflow as tf
 from keras import layers
 from kbtrain import Trainer, TrainingArguments
-from kbtrain.backends import tensorflow_functions
+from kbtrain.backends.tensorflow import autograph
 
 records = logging.Handler()
 records.emit = lambda record: messages.append(record.getMessage())
@@ -84,7 +84,7 @@ def fail(*args):
 
 for name, kind in (("Plain", Plain), ("Decorated", Decorated), ("by to_graph", Decorated)):
     if name == "by to_graph":
-        tensorflow_functions._convert._fast = fail
+        autograph._convert._fast = fail
     keras.utils.set_random_seed(0)
     trainer, texts = fit(kind(), (4,), 5, logging_steps=1)
     logs = [[log["loss"], log["grad_norm"]] for log in trainer.state.log_history if "loss" in log]
@@ -144,7 +144,7 @@ NORMS = """
 import json
 import numpy as np
 import tensorflow as tf
-from kbtrain.backends import tensorflow_update
+from kbtrain.backends.tensorflow import optimizer
 from optim.kernels import tensorflow as kernels
 
 shapes = [(), (1,), (7, 3), (4096,), (64, 65), (5, 4099), (128, 96, 2)]
@@ -155,12 +155,12 @@ for compiled in (False, True):
     def norms(tensors):
         squares = [kernels.squared_norm(x) for x in tensors]
         means = [kernels.mean_product(x, x) for x in tensors]
-        return squares, means, tensorflow_update.global_norm(tensors)
+        return squares, means, optimizer.global_norm(tensors)
     got = tf.function(norms, jit_compile=compiled, autograph=False)([*map(tf.constant, drawn)])
     squares, means, norm = tf.nest.map_structure(float, got)
     print(json.dumps([squares, means, norm]))
 print(json.dumps([expected, [e / x.size for e, x in zip(expected, drawn)], sum(expected) ** 0.5]))
-hidden = tf.function(tensorflow_update.global_norm, jit_compile=True, autograph=False)
+hidden = tf.function(optimizer.global_norm, jit_compile=True, autograph=False)
 broken = drawn[4].copy()
 broken[63, 64] = np.nan
 print(bool(np.isnan(hidden([tf.constant(broken)]).numpy())))

@@ -1,0 +1,292 @@
+"""TensorFlow: a step as a ``tf.function``, with XLA where that is likely to be faster."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from kbtrain.backends.tensorflow.loop import loop
+from kbtrain.backends.tensorflow.model_steps import one_by_one
+from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, size_of
+from kbtrain.backends.tensorflow.scope import now
+from kbtrain.data import signature
+from kbtrain.data.ragged import has_ragged
+from kbtrain.errors import EAGER, ConcreteValueNeeded, causes, first_lines, user_line
+
+logger = logging.getLogger("kbtrain")
+
+
+def compile_step(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    calls: int = 0,
+) -> Callable[[Any], Any]:
+    """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
+
+    One graph is traced per structure, shapes and dtypes of the inputs.
+
+    Args:
+        fn: Function of a structure of tensors, free of host side effects.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: ``True`` compiles with XLA, ``False`` runs the graph, ``"auto"`` decides by
+            what is in the graph and how often it will run (``_against_xla``).
+        calls: About how often it will run.
+
+    Returns:
+        A function with the signature of ``fn``.
+    """
+
+    def traced(inputs: Any) -> Any:
+        with now.tracing(variables):
+            return fn(inputs)
+
+    graphs: dict[Any, Callable[[Any], Any]] = {}
+    refused = False
+
+    def refuse(reason: str) -> None:
+        nonlocal refused
+        refused = True
+        level = logging.WARNING if jit_compile is True else logging.INFO
+        logger.log(level, "The step runs without XLA, which refuses it: %s", reason)
+
+    def compile_for(inputs: Any) -> Callable[[Any], Any]:
+        # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
+        # warns of many functions with the same code; a partial has none.)
+        graph: Any = tf.function(functools.partial(traced), autograph=False)
+        compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
+        if not refused and jit_compile is not False and _has_strings(inputs):
+            refuse("strings are none of its types")  # it would end the process
+        if not refused and jit_compile is not False and has_ragged(inputs):
+            refuse("the sizes of ragged tensors depend on values")
+        plain: Callable[[Any], Any] = graph
+        if refused:  # in another shape: to try again takes seconds, for the same answer
+            return plain
+        if jit_compile is True:
+            return _with_fallback(compiled, graph, refuse)
+        if jit_compile == "auto" and calls >= XLA_CALLS:
+            reason = _against_xla(graph.get_concrete_function(inputs), variables)
+            if not reason:
+                return _with_fallback(compiled, graph, refuse)
+            logger.info("The step runs as a graph, without XLA: %s.", reason)
+        return plain
+
+    def call(inputs: Any) -> Any:
+        key = signature(inputs)
+        if key in graphs:
+            return graphs[key](inputs)
+        try:
+            graphs[key] = compile_for(inputs)
+            return graphs[key](inputs)
+        except Exception as error:
+            if not _looks_at_values(error):
+                raise
+            logger.warning(EAGER, user_line(error))
+            graphs[key] = traced
+        return graphs[key](inputs)
+
+    return call
+
+
+def _has_strings(inputs: Any) -> bool:
+    return any(getattr(x, "dtype", None) == tf.string for x in tf.nest.flatten(inputs))
+
+
+def _looks_at_values(error: BaseException) -> bool:
+    """Whether Python wanted the value of a tensor that has none while the graph is made."""
+    return any(
+        isinstance(cause, ConcreteValueNeeded) or "symbolic" in str(cause).lower()
+        for cause in causes(error)
+    )
+
+
+XLA_CALLS = 200
+"""Updates from which on the seconds that XLA takes to compile are worth it."""
+
+
+def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
+    """Why XLA is not likely to be faster; empty where it is: always on a GPU, on a CPU not for all.
+
+    A rule about the graph, not a measurement: the same program gives the same numbers each time.
+    On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
+    as long, its decompositions (of an optimizer, say) minutes; and around the update of large
+    tables it copies them; the graph does not, and XLA compiles its update, too
+    (docs/lab/large-tables.md).
+    """
+    if tf.config.list_logical_devices("GPU"):
+        return ""
+    definition = concrete.graph.as_graph_def(add_shapes=True)
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    if any("Conv" in node.op for node in nodes):
+        return "on a CPU its convolutions are slower"
+    if any("StatelessRandom" in node.op for node in nodes):
+        return "on a CPU its random numbers are slower"
+    if any(node.op in _DECOMPOSITIONS for node in nodes):
+        return "on a CPU its matrix decompositions are slower"
+    tables = sum(map(_table_bytes, nodes))
+    if 2 * tables >= sum(size_of(v.value) for v in variables if v.trainable) > 0:
+        return "on a CPU it copies large tables"
+    return ""
+
+
+_DECOMPOSITIONS = frozenset(["Qr", "SelfAdjointEigV2", "Svd"])
+
+
+def _table_bytes(node: Any) -> int:
+    """Bytes of the gradient that ``node`` makes, if a large table's: they come by ``_dense``."""
+    if node.op != "UnsortedSegmentSum":
+        return 0
+    sizes = [side.size for side in node.attr["_output_shapes"].list.shape[0].dim]
+    size = math.prod(sizes) * tf.as_dtype(node.attr["T"].type).size
+    return size if size >= LARGE_BYTES else 0
+
+
+def _with_fallback(
+    compiled: Callable[[Any], Any], graph: Callable[[Any], Any], refuse: Callable[[str], None]
+) -> Callable[[Any], Any]:
+    """The step under XLA; the step as a graph if XLA cannot compile it.
+
+    Args:
+        compiled: The step, to be compiled when it is first called.
+        graph: The step as a graph.
+        refuse: Told why, if XLA refuses the step.
+    """
+    works: bool | None = None
+
+    def call(inputs: Any) -> Any:
+        nonlocal works
+        if works:
+            return compiled(inputs)
+        if works is None:
+            try:
+                result = compiled(inputs)  # compiled as a whole before anything is run
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+                works = False
+                refuse(first_lines(error, 1))
+            else:
+                works = True
+                logger.info("The step is compiled by XLA.")
+                return result
+        return graph(inputs)
+
+    return call
+
+
+def compile_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    calls: int = 0,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_step``, for several steps in one call.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads or assigns.
+        jit_compile: As in ``compile_step``.
+        calls: About how many steps there will be.
+
+    Returns:
+        ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
+        ``block``; its outputs come along a leading axis of at least that length. The count does
+        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+    """
+
+    def steps(inputs: tuple[Any, Any]) -> Any:
+        block, count = inputs
+        if tf.nest.flatten(block)[0].shape[0] == 1:
+            outputs = fn(tf.nest.map_structure(lambda t: t[0], block))
+            return tf.nest.map_structure(lambda t: t[None], outputs)
+        return loop(lambda carry, x: (carry, fn(x)), (), block, count)[1]
+
+    call = compile_step(steps, variables, jit_compile, calls)
+    return lambda block, count: call((block, tf.constant(count)))
+
+
+def compile_model_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    jit_compile: bool | str,
+    eagerly: bool,
+) -> Callable[[Any, int], Any]:
+    """Like ``compile_steps``, for a step of the model's own; a graph, unless it is to be eager."""
+    if eagerly:
+        return one_by_one(fn)
+    return compile_steps(fn, variables, jit_compile is True)
+
+
+def compile_eval_steps(
+    fn: Callable[[Any], Any],
+    variables: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+    jit_compile: bool | str = "auto",
+    output_bytes: int = 1 << 22,
+) -> Callable[[Any, int, int], tuple[Any, int]]:
+    """Like ``compile_steps``, for steps that change few variables and may have large outputs.
+
+    Args:
+        fn: One step, ``fn(inputs) -> outputs``.
+        variables: Everything ``fn`` reads.
+        changing: Those of them it assigns (of no use here).
+        jit_compile: As in ``compile_step``.
+        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
+            larger.
+
+    Returns:
+        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
+        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
+        a leading axis of at least that length, and the number of entries that were run. Neither
+        number enters the compiled code.
+    """
+
+    def steps(inputs: tuple[Any, Any, Any]) -> Any:
+        block, start, count = inputs
+
+        def row(i: Any) -> Any:
+            return tf.nest.map_structure(lambda t: t[i], block)
+
+        length = tf.nest.flatten(block)[0].shape[0]
+        specs: Any = None
+        if tf.executing_eagerly():  # what cannot be traced runs one step at a time
+            length = 1
+        if length > 1:  # traced once to learn the size of the outputs
+            probe = tf.function(fn, autograph=False).get_concrete_function(row(0))
+            specs = probe.structured_outputs
+            sizes = [(s.shape.num_elements(), s.dtype.size) for s in tf.nest.flatten(specs)]
+            if all(elements is not None for elements, _ in sizes):
+                size = sum(elements * width for elements, width in sizes)
+                length = max(1, min(length, output_bytes // max(size, 1)))
+            else:  # a shape that depends on values: one step at a time
+                length = 1
+        if length == 1:
+            return tf.nest.map_structure(lambda t: t[None], fn(row(start)))
+        arrays = tf.nest.map_structure(
+            lambda s: tf.TensorArray(s.dtype, size=length, element_shape=s.shape), specs
+        )
+
+        def body(i: Any, arrays: Any) -> tuple[Any, Any]:
+            outputs = fn(row(start + i))
+            return i + 1, tf.nest.map_structure(lambda a, o: a.write(i, o), arrays, outputs)
+
+        _, arrays = tf.while_loop(
+            lambda i, _: i < count,
+            body,
+            (tf.constant(0), arrays),
+            maximum_iterations=length,
+            parallel_iterations=1,
+        )
+        return tf.nest.map_structure(lambda a: a.stack(), arrays)
+
+    compiled = compile_step(steps, variables, jit_compile)
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        outputs = compiled((block, tf.constant(start), tf.constant(count)))
+        return outputs, min(count, tf.nest.flatten(outputs)[0].shape[0])
+
+    return call

@@ -1,0 +1,41 @@
+"""TensorFlow: what is being traced, for the functions that a step calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+
+
+@dataclass
+class StepContext:
+    """What the functions that a step calls need to know of it.
+
+    Attributes:
+        variables: The variables of the step being traced, to find out which of them layers change.
+        journal: The variables that ``commit_if`` assigns, by id, with their old values; None while
+            nobody may want these back.
+    """
+
+    variables: list[keras.Variable] = field(default_factory=list)
+    journal: dict[int, tuple[keras.Variable, Any]] | None = None
+
+    @contextlib.contextmanager
+    def tracing(self, variables: Sequence[keras.Variable]) -> Iterator[None]:
+        """Trace a step of these variables."""
+        before, self.variables = self.variables, list(variables)
+        try:
+            yield
+        finally:
+            self.variables = before
+
+    def register(self, variable: keras.Variable) -> None:
+        """Add a variable that the step uses without having declared it."""
+        if not any(variable is known for known in self.variables):
+            self.variables.append(variable)
+
+
+now = StepContext()
