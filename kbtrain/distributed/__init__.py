@@ -1,1 +1,1 @@
-"""Where a run computes: devices and their precision."""
+"""Placement of a run: devices and their precision."""

@@ -1,4 +1,4 @@
-"""Where and how a call of ``fit`` or ``evaluate`` is executed: device, precision, determinism."""
+"""Device, precision and determinism of a call of ``fit`` or ``evaluate``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kbtrain.utils import float64
 
 
 def check(backend: Backend, args: TrainingArguments) -> None:
-    """Make sure that the device of the arguments exists.
+    """Check that the device named in the arguments exists.
 
     Raises:
         ConfigurationError: It does not.
@@ -26,15 +26,15 @@ def check(backend: Backend, args: TrainingArguments) -> None:
     if name not in (there := backend.devices()):
         raise ConfigurationError(
             f"There is no such device on the backend {backend.name}. Received: "
-            f"devices={args.devices!r}. This process has: {', '.join(there)}."
+            f"devices={args.devices!r}. Available devices: {', '.join(there)}."
         )
 
 
 @contextlib.contextmanager
 def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
-    """Inside, ``devices``, ``tf32`` and ``full_determinism`` hold; afterwards what held before.
+    """Context that applies ``devices``, ``tf32`` and ``full_determinism``, then restores them.
 
-    And a model in float64 computes in it.
+    It also enables float64 for a model in that precision.
     """
     with (
         float64.kept(model),

@@ -9,7 +9,7 @@ import keras
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
-from kbtrain.model.forward import Forward, as_given
+from kbtrain.model.forward import Forward, restore_structure
 from kbtrain.model.metrics import MetricSet
 from kbtrain.model.own_methods import OwnMethods
 
@@ -54,7 +54,7 @@ def make_own_eval_step(
             run = predict if forward is None else forward
             loss, outputs, inputs = run(batch, None, training=False)
             return {} if loss is None else {"loss": loss}, outputs, inputs
-        logs = logged(backend.run_test_step(model, as_given(batch)), f"{name}.test_step")
+        logs = logged(backend.run_test_step(model, restore_structure(batch)), f"{name}.test_step")
         if isinstance(metrics, ModelMetrics):
             metrics.names = set(logs)
         outputs = None
@@ -71,7 +71,7 @@ def make_own_eval_step(
                 result, outputs, inputs = evaluated(batch)
             if select_outputs is not None:
                 if own.predict_step:
-                    outputs = backend.run_predict_step(model, as_given(batch))
+                    outputs = backend.run_predict_step(model, restore_structure(batch))
                 result["outputs"] = select_outputs(outputs, batch)
         carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
         if metrics is not None and inputs is not None:

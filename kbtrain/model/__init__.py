@@ -1,1 +1,1 @@
-"""The user's model with its loss and metrics, bound to what a step needs of it."""
+"""The user's model with its loss and metrics, in the form that a compiled step needs."""

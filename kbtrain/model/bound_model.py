@@ -1,4 +1,4 @@
-"""A model with its loss and metrics: built from a batch, compiled into evaluation steps."""
+"""A model with its loss and metrics, built from the shapes of a batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from kbtrain.utils.layers import walk_layers
 
 
 class BoundModel:
-    """A model and what it is measured by.
+    """A model with its loss and metrics.
 
     Args:
-        model: A ``keras.Model``. What it was compiled with is used where nothing is given instead.
+        model: A ``keras.Model``. Its compiled loss and metrics are the defaults.
         args: ``bf16``, ``fp16``, ``label_smoothing_factor``, ``jit_compile``, ``devices``,
             ``label_names``.
         backend: The backend in use.
@@ -40,8 +40,9 @@ class BoundModel:
         metrics: The arguments ``metrics`` and ``weighted_metrics`` of the Trainer.
         has_loss_func: Whether the Trainer has a ``compute_loss_func``.
         compute_loss: ``Trainer.compute_loss``.
-        tracked: Where ``Trainer.track`` puts values while the loss is computed.
-        own_compute_loss: ``compute_loss`` is overridden: what it does with the batch is not known.
+        tracked: Dict that ``Trainer.track`` fills while the loss is computed.
+        own_compute_loss: Whether ``compute_loss`` is overridden, so that its use of the batch is
+            unknown.
 
     Attributes:
         label_names: Which keys of a batch that is a dict hold targets.
@@ -49,11 +50,11 @@ class BoundModel:
         loss_weights: Weights of the losses of several outputs, from ``compile``.
         metrics: The metrics of the training, or None.
         evaluation_metrics: Those of evaluations: the same, unless the model has its own steps.
-        own: Which methods of ``keras.Model`` the model overrides, and are used.
+        own: Which overridden methods of ``keras.Model`` are in use.
         own_compute_loss: See the argument.
-        has_given_metrics: Whether the Trainer was given metrics.
-        forward: One pass of a batch; None until ``build``.
-        label_check: Looks at labels on the host; None without labels, or if they are not checked.
+        has_given_metrics: Whether metrics were passed to the Trainer.
+        forward: The forward pass; None until ``build``.
+        label_check: Validates labels on the host; None without labels or if they are not checked.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class BoundModel:
         self.own = OwnMethods.of(model, [name for name, there in given.items() if there])
         self.has_given_metrics = metrics != (None, None)
         self.loss, self.loss_weights = loss, loss_weights
-        # The loss of compile may be of no use.
+        # An unknown compiled loss is an error only if it would be used.
         replaced = has_loss_func or own_compute_loss or self.own.compute_loss
         if loss is None and not has_loss_func and self.compiled:
             self.loss = _compiled_loss(
@@ -102,9 +103,9 @@ class BoundModel:
             if self.own.compute_loss or self.own.train_step:
                 name = "train_step" if self.own.train_step else "compute_loss"
                 raise ConfigurationError(
-                    f"label_smoothing_factor={args.label_smoothing_factor} cannot hold for a model "
-                    f"with a {name} of its own ({type(model).__name__}.{name}), which computes the "
-                    "loss: smooth the labels there, or override Trainer.compute_loss."
+                    f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a "
+                    f"model with a custom {name} ({type(model).__name__}.{name}), which computes "
+                    "the loss: smooth the labels there, or override Trainer.compute_loss."
                 )
             self.loss = smoothed(self.loss, args.label_smoothing_factor)
         metric_set: MetricSet | None = None
@@ -116,15 +117,15 @@ class BoundModel:
         self.evaluation_metrics = ModelMetrics(model) if self.own.test_step else metric_set
         if self.own.test_step and self.has_given_metrics:
             raise ConfigurationError(
-                "metrics=... was given to the Trainer, and the model evaluates by its own "
+                "metrics=... was passed to the Trainer, but the model has a custom "
                 f"{type(model).__name__}.test_step, which returns what is reported. Update these "
-                "metrics there, or use compute_metrics=..., which gets the outputs."
+                "metrics there, or use compute_metrics=..., which receives the outputs."
             )
         self._metrics_built = False
-        self._accepted: set[Hashable] = set()  # shapes of inputs that the model is known to take
+        self._accepted: set[Hashable] = set()  # input shapes that the model has accepted
         self._checks_shapes = True
         self.own_compute_loss = own_compute_loss
-        # Only where integer labels go to ``loss`` as they are.
+        # Only where integer labels reach ``loss`` unchanged.
         self._checks_labels = not (has_loss_func or own_compute_loss or any(self.own))
         self._output_shapes: Any = None
         self.label_check: LabelCheck | None = None
@@ -132,7 +133,7 @@ class BoundModel:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the model has been compiled anew since its loss and metrics were taken over."""
+        """Whether the model was recompiled after its loss and metrics were read."""
         pairs = zip(self._compiled_with, _compiled_with(self.model), strict=True)
         return any(before is not now for before, now in pairs)
 
@@ -144,14 +145,14 @@ class BoundModel:
 
     @property
     def advancing_variables(self) -> list[keras.Variable]:
-        """What changes from one batch of an evaluation to the next, beside the metrics."""
+        """Variables besides the metrics that change between the batches of an evaluation."""
         return [*advancing_variables(self.model), rng.global_seed_variable()]
 
     def build(self, batch: Any) -> ForwardPass:
-        """Create all variables from the shapes of a batch (NumPy), once; check that it fits.
+        """Create all variables from the shapes of a NumPy batch, once, and check that it fits.
 
         Raises:
-            DataError: The model does not accept such inputs.
+            DataError: The model does not accept these inputs.
         """
         names = self.label_names
         shapes = building.input_shapes(batch, names)
@@ -175,7 +176,7 @@ class BoundModel:
                 batch_size=states_batch_size(self.model),
             )
             self._build_by_code(self.forward, batch)
-        # Metrics need labels: a prediction may come first, and have none.
+        # Metrics need labels, which the first batch lacks if it belongs to a prediction.
         labels = unpack(batch, names).y
         has_labels = labels is not None
         if self._checks_labels and has_labels and self._output_shapes is not None:
@@ -191,7 +192,7 @@ class BoundModel:
         return self.forward
 
     def _has_terms(self) -> bool:
-        """Whether the loss may be of several terms, each with a count of its own."""
+        """Whether the loss may have several terms, each with its own count."""
         if self.own.compute_loss and not self.own_compute_loss:
             return False
         losses = keras.tree.flatten(self.loss)
@@ -204,22 +205,22 @@ class BoundModel:
         )
 
     def _build_by_code(self, forward: ForwardPass, batch: Any) -> None:
-        """Create what a call of the model does not: by its own step, or by a loss of the user's."""
+        """Create the variables that only a custom step or the user's loss creates."""
         if self.own.train_step or self.own.test_step:
             building.build_compiled(self.model, batch)
         elif not building.has_call(self.model):
             building.build_by_loss(self.model, forward, batch)
         if not building.has_call(self.model):
-            self.model.built = True  # there is no more to build: it can be saved
+            self.model.built = True  # nothing else to build; Keras refuses to save otherwise
 
     def inputs(self) -> ModelInputs:
-        """What the data is to hold: nothing is known where code of the user's calls the model."""
+        """The expected inputs; without shapes where user code calls the model."""
         if self.own_compute_loss or self.own.train_step:
             return ModelInputs(label_keys=self.label_names)
         return building.model_inputs(self.model, self.label_names)
 
     def variables(self) -> list[keras.Variable]:
-        """Everything a step reads or assigns, apart from the optimizer; each once."""
+        """All variables that a step reads or assigns, except the optimizer's; no duplicates."""
         listed = [
             *state_variables(self.model),
             *self.metric_variables,
@@ -229,7 +230,7 @@ class BoundModel:
 
 
 def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:
-    """The loss a model was compiled with; None for one that nobody knows and nobody needs."""
+    """The loss a model was compiled with; None for an unknown one that is not needed."""
     try:
         return resolve_loss(mapped(_as_object, model.loss))
     except ConfigurationError:
@@ -239,21 +240,21 @@ def _compiled_loss(model: keras.Model, must_be_known: bool) -> Any:
 
 
 def _as_object(loss: Any) -> Any:
-    """``compile`` takes a class of losses, too, and makes an object of it."""
+    """Instantiate a loss class, as ``compile`` does."""
     is_class = isinstance(loss, type) and issubclass(loss, keras.losses.Loss)
     return loss() if is_class else loss
 
 
 def _compiled_loss_weights(model: keras.Model) -> Any:
-    """The weights a model was compiled with, as they were given."""
+    """The ``loss_weights`` passed to ``compile``."""
     compiled: Any = getattr(model, "_compile_loss", None)
     if hasattr(compiled, "_user_loss_weights"):
         return compiled._user_loss_weights
-    # The public way serializes everything else that `compile` was given.
+    # The public API also serializes every other argument of ``compile``.
     return (model.get_compile_config() or {}).get("loss_weights")
 
 
 def _compiled_with(model: Any) -> list[Any]:
-    """What ``compile`` makes anew, each time."""
+    """The objects that each ``compile`` creates afresh."""
     names = ("optimizer", "_compile_loss", "_compile_metrics")
     return [getattr(model, name, None) for name in names]

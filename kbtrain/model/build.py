@@ -1,4 +1,4 @@
-"""Getting a model ready: dtype policy, variables, and which parameters are decayed."""
+"""Building a model and its metrics from the shapes of a batch, and checking that both fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kbtrain.data import LabelKeys, LabelNames, ModelInputs, unpack, without_non
 from kbtrain.data.batch import label_keys, nesting_hint
 from kbtrain.data.tree import leaves_with_paths
 from kbtrain.errors import ConfigurationError, DataError, causes, first_lines
-from kbtrain.model.forward import as_given, as_taken, inputs_of
+from kbtrain.model.forward import inputs_of, restore_structure, unwrap_single_input
 from kbtrain.model.losses.pairing import is_tensor, only_tensors
 from kbtrain.model.metrics import MetricSet
 from kbtrain.utils.layers import walk_layers
@@ -27,10 +27,10 @@ logger = logging.getLogger("kbtrain")
 
 
 def check_model(model: Any) -> keras.Model:
-    """Make sure that ``model`` is one.
+    """Check that ``model`` is a ``keras.Model``.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not.
     """
     if isinstance(model, keras.Model):
         return model
@@ -45,32 +45,32 @@ def build_model(
     label_names: LabelNames = None,
     picks_columns: bool = False,
 ) -> Any:
-    """Create the model's variables from the shapes of a batch, and check that the two fit.
+    """Create the model's variables from the shapes of a batch, and check that the batch fits.
 
     Args:
         model: A Keras model, built or not.
-        batch: A batch as the loader gives it (NumPy).
+        batch: A NumPy batch as the loader returns it.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
-        picks_columns: The loss, or the model's own step, calls the model itself: a built one need
-            not take the inputs of a batch as they are.
+        picks_columns: Whether user code (a loss or a custom step) calls the model: a built model
+            then need not accept the inputs of a batch as they are.
 
     Returns:
-        What the model returns, as shapes; None if shapes alone are not enough to tell, or if the
-        model is not to be called at all.
+        The model's outputs as shapes; None if they cannot be inferred from shapes alone, or if the
+        model has no ``call``.
 
     Raises:
-        DataError: The model does not accept such inputs.
+        DataError: The model does not accept these inputs.
     """
     if not has_call(model):
         return None
     x = unpack(batch, label_names).x
-    specs = as_given(_specs(x))
+    specs = restore_structure(_specs(x))
     was_built = model.built
     try:
         with warnings.catch_warnings():
-            # Keras' advice for a call that it cannot run on shapes. We try values next.
+            # Keras warns if it cannot run a call on shapes; values are tried next.
             warnings.filterwarnings("ignore", ".*looks like it has unbuilt state")
-            outputs = model(as_taken(model, specs))
+            outputs = model(unwrap_single_input(model, specs))
     except Exception as error:
         if (outputs := _tensors_among_outputs(model, specs)) is not None:
             return outputs
@@ -88,19 +88,19 @@ def build_model(
         ) from None
     if outputs is None:
         raise ConfigurationError(
-            f"The model {model.name!r} returns None. Let its call return tensors, or a dict with "
+            f"The model {model.name!r} returns None. Its call must return tensors, or a dict with "
             "the key 'loss'."
         )
     return outputs
 
 
 def has_call(layer: keras.layers.Layer) -> bool:
-    """Whether a model can be called: one that has a loss or a step of its own need not."""
+    """Whether a model defines ``call``; one with a custom loss or step need not."""
     return getattr(layer.call, "__func__", layer.call) is not keras.Model.call
 
 
 def parts_are_built(model: keras.Model) -> bool:
-    """Whether all layers of a model have their variables, whatever is said of the model itself."""
+    """Whether all layers of a model are built, regardless of ``model.built``."""
     layers = [layer for layer in walk_layers(model) if layer is not model]
     return all(layer.built or not has_call(layer) for layer in layers)
 
@@ -111,7 +111,7 @@ def build_by_loss(model: keras.Model, forward: Any, batch: Any) -> None:
     Args:
         model: The model.
         forward: See ``kbtrain.model.forward.Forward``.
-        batch: A batch as the loader gives it (NumPy).
+        batch: A NumPy batch as the loader returns it.
 
     Raises:
         ConfigurationError: The loss calls the model.
@@ -120,23 +120,23 @@ def build_by_loss(model: keras.Model, forward: Any, batch: Any) -> None:
         _run_once(lambda b: forward(b, None, training=False)[1], without_none(batch))
     except NotImplementedError as error:
         raise ConfigurationError(
-            f"The model {model.name!r} has no call, so nothing but code of your own can compute "
-            "its loss: override Trainer.compute_loss, which may call its layers, or give the "
-            f"model a call. Keras says: {first_lines(error)}"
+            f"The model {model.name!r} has no call method, so only custom code can compute its "
+            "loss: override Trainer.compute_loss, which may call its layers, or define call. "
+            f"Keras says: {first_lines(error)}"
         ) from None
 
 
 def _explain_missing_key(model: keras.Model, error: Exception, taken: Sequence[str]) -> None:
-    """Say so if a model misses what was taken out of its inputs."""
+    """Raise an explanation if the model needs a key that was separated as a label."""
     missing = [str(cause) for cause in causes(error) if isinstance(cause, KeyError)]
     for key in taken:
         if any(repr(key) in text for text in missing):
             raise DataError(
-                f"The model {model.name!r} asks its inputs for {key!r}, which is not among them: "
+                f"The model {model.name!r} reads {key!r} from its inputs, which do not contain it: "
                 f"the keys {list(taken)} of a batch are its labels and sample weights. With "
                 "label_names=[] in TrainingArguments all keys are inputs; label_names=['...'] "
-                "names the keys of the labels; a tuple (inputs, labels) has every key of its "
-                "inputs."
+                "names the keys of the labels; in a tuple (inputs, labels) all keys of the inputs "
+                "are kept."
             ) from error
 
 
@@ -147,21 +147,21 @@ def input_shapes(batch: Any, label_names: LabelNames = None) -> Hashable:
 
 
 def _tensors_among_outputs(model: keras.Model, specs: Any) -> Any:
-    """The outputs as shapes, None in place of what is no tensor, of a model with such; else None.
+    """The outputs as shapes, with None for those that are not tensors; None if all are tensors.
 
-    Keras itself makes no model of one that returns None, a number or a text beside tensors, but
-    it calls, trains and evaluates one.
+    Keras cannot infer the shapes of a model that returns None, a number or a string beside
+    tensors, but it calls, trains and evaluates one.
     """
     found: list[Any] = []
 
     def call(inputs: Any) -> Any:
-        outputs = model(as_taken(model, inputs))
+        outputs = model(unwrap_single_input(model, inputs))
         found[:] = [only_tensors(outputs)]
         return [leaf for leaf in keras.tree.flatten(outputs) if is_tensor(leaf)]
 
     try:
         tensors = _Function(call).compute_output_spec(specs)
-    except Exception:  # the first one is to be explained
+    except Exception:  # the caller explains the first error
         return None
     leaves = keras.tree.flatten(found[0])
     if not len(leaves) > len(tensors) > 0:
@@ -172,10 +172,10 @@ def _tensors_among_outputs(model: keras.Model, specs: Any) -> Any:
 
 
 def _runs_on_values(model: keras.Model, x: Any) -> bool:
-    """Some models cannot be run on shapes alone (Python control flow on values)."""
+    """Whether the model runs on values, for models with Python control flow on values."""
     try:
         values = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
-        outputs = model(as_taken(model, as_given(values)))
+        outputs = model(unwrap_single_input(model, restore_structure(values)))
     except Exception:
         return False
     return any(keras.ops.is_tensor(leaf) for leaf in keras.tree.flatten(outputs))
@@ -193,12 +193,12 @@ def _dtype(array: Any) -> str:
 def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
     """Create the metrics' variables from the shapes of a batch, without computing anything.
 
-    A loss or metric that looks at values is run on the batch once instead.
+    A loss or metric that needs values is run on the batch once instead.
 
     Args:
-        metrics: What is built.
+        metrics: The metrics to build.
         forward: See ``kbtrain.model.forward.Forward``.
-        batch: A batch as the loader gives it (NumPy).
+        batch: A NumPy batch as the loader returns it.
     """
 
     def build(batch: Any) -> Any:
@@ -211,21 +211,21 @@ def build_metrics(metrics: MetricSet, forward: Any, batch: Any) -> None:
 
 
 def build_compiled(model: keras.Model, batch: Any) -> None:
-    """Create the state of what a model was compiled with, for a step of its own that uses it.
+    """Build the compiled loss and metrics for a custom step that uses them.
 
-    Keras makes it from the shapes of the first outputs. What a model's step does not use may not
-    fit them: then there is none.
+    Keras builds them from the shapes of the first outputs. Those that the step does not use may
+    not fit these shapes and are left unbuilt.
 
     Args:
         model: The model.
-        batch: A batch as the loader gives it (NumPy).
+        batch: A NumPy batch as the loader returns it.
     """
     takes_training = "training" in inspect.signature(model.compute_loss).parameters
     named = {"training": False} if takes_training else {}
 
     def run(method: Callable[..., Any], kwargs: Any) -> Callable[[Any], Any]:
         def build(batch: Any) -> Any:
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(as_given(batch))
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(restore_structure(batch))
             outputs = model(x, training=False)
             method(x, y, outputs, sample_weight, **kwargs)
             return outputs
@@ -244,7 +244,7 @@ def _specs(batch: Any) -> Any:
 
 
 def _run_once(function: Callable[[Any], Any], batch: Any) -> None:
-    """Run a function on the shapes of a batch; on the batch, where it looks at values."""
+    """Run a function on the shapes of a batch, or on the batch if it needs values."""
     try:
         _Function(function).compute_output_spec(_specs(batch))
     except Exception:
@@ -252,7 +252,7 @@ def _run_once(function: Callable[[Any], Any], batch: Any) -> None:
 
 
 class _Function(keras.Operation):  # type: ignore[misc]
-    """A function that Keras can run on shapes alone."""
+    """Wraps a function so that Keras can run it on shapes alone."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -263,32 +263,29 @@ class _Function(keras.Operation):  # type: ignore[misc]
 
 
 def model_inputs(model: Any, keys: LabelKeys) -> ModelInputs:
-    """The shapes that a model takes: a functional model's, or those another one was built for."""
+    """The input shapes of a functional model, or those that another model was built for."""
     inputs = inputs_of(model)
     if inputs is not None:
         tensors = {t.name: t for t in keras.tree.flatten(inputs)}
         if isinstance(inputs, dict) and len(inputs) == len(tensors):
-            tensors = inputs  # the keys are what data goes by
+            tensors = inputs  # data is matched by key
         return ModelInputs([(str(name), t.shape) for name, t in tensors.items()], keys)
     config = model.get_build_config() or {}
     built_for = config.get("input_shape")
-    # Those of one batch: of its sizes only their number must be the same in the next one.
+    # The shapes of one batch: only their ranks must be the same in the next one.
     named = built_for.items() if isinstance(built_for, Mapping) else [("x", built_for)]
     ranks = [(str(name), _rank(shape)) for name, shape in named]
     return ModelInputs([(name, (None,) * rank) for name, rank in ranks if rank], keys)
 
 
 def _rank(shape: Any) -> int:
-    """Number of axes; 0 for what is no shape."""
+    """Number of axes; 0 if ``shape`` is not a shape."""
     is_shape = isinstance(shape, tuple) and all(n is None or isinstance(n, int) for n in shape)
     return len(shape) if is_shape else 0
 
 
 def input_names(model: Any) -> frozenset[str] | None:
-    """The names under which a model takes its inputs; None if it does not say.
-
-    A functional model does. What a subclass of ``keras.Model`` does with a dict only its code says.
-    """
+    """The input names of a functional model; None for a subclass, which may read any key."""
     inputs = inputs_of(model)
     if inputs is None:
         return None

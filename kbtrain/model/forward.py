@@ -1,4 +1,4 @@
-"""One pass of a batch through the model and the loss, for the train and the evaluation step."""
+"""The forward pass of a batch through model and loss, shared by training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kbtrain.data import LabelNames, counting_leaf, unpack, with_none
 from kbtrain.data.ragged import has_ragged, map_ragged
 from kbtrain.errors import ConfigurationError, DataError, KbtrainError
 from kbtrain.model.losses.keras_losses import (
-    both,
-    chosen,
+    combine_masks,
     is_summed,
     keras_loss_pair,
+    resolve_crossentropy,
     takes_any_labels,
     without_ignored,
 )
@@ -45,10 +45,10 @@ ComputeLoss = Callable[..., Any]
 
 
 class _TrainingScope(keras.layers.Layer):  # type: ignore[misc]
-    """Calls a function with the layers' ``training`` flag set, as inside an outer layer.
+    """Calls a function with Keras' ``training`` flag set, as inside an outer layer.
 
-    So ``model(x)`` in a user's ``compute_loss`` runs dropout in training and not in evaluation,
-    without having to pass a flag on.
+    ``model(x)`` in a user's ``compute_loss`` thus runs dropout in training and not in evaluation,
+    without passing the flag.
     """
 
     def __init__(self, function: Callable[..., Any], model: keras.Model) -> None:
@@ -62,22 +62,22 @@ class _TrainingScope(keras.layers.Layer):  # type: ignore[misc]
 
 
 class ForwardPass:
-    """What a step runs on each batch.
+    """The forward pass that a step runs on each batch.
 
     Args:
         model: A built model.
         compute_loss: ``Trainer.compute_loss``, possibly overridden.
-        loss: The resolved loss, to know which labels are ignored.
-        tracked: Where ``Trainer.track`` puts values while the loss is computed.
+        loss: The resolved loss, which determines the ignored labels.
+        tracked: Dict that ``Trainer.track`` fills while the loss is computed.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
-        with_metrics: Whether anybody wants the arguments of metrics.
-        by_model: The loss is the model's own ``compute_loss``.
-        without_labels: Metrics are updated where a batch has no labels, too.
-        batch_size: Samples that every batch must have, as states of the model are for so many.
+        with_metrics: Whether to return the arguments of metrics.
+        by_model: Whether the model's ``compute_loss`` computes the loss.
+        without_labels: Whether metrics are also updated for batches without labels.
+        batch_size: The batch size that stateful layers require, or None.
 
     Attributes:
-        has_terms: Whether the loss may be of several terms, whose counts have to be known for a
-            whole update before its first micro-batch is differentiated.
+        has_terms: Whether the loss may have several terms. Their counts for the whole update are
+            then needed before its first micro-batch is differentiated.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class ForwardPass:
     def __call__(
         self, batch: Any, num_items: Any, training: bool
     ) -> tuple[LossPair | LossTerms, Any, tuple[Any, ...] | None]:
-        """Loss, outputs and the metrics' arguments; see ``kbtrain.model.forward.Forward``."""
-        batch = as_given(batch)
+        """Loss, outputs and the metrics' arguments; see ``Forward``."""
+        batch = restore_structure(batch)
         x, y, sample_weight = unpack(batch, self._label_names)
         self._check_size(x)
         self._tracked.clear()
@@ -136,22 +136,22 @@ class ForwardPass:
             value = as_pair(loss, size, None if isinstance(loss, LossPair) else sample_weight)
         if self._tracked:
             value = value._replace(extras={**value.extras, **self._tracked})
-            self._tracked.clear()  # values of this trace must not live on
+            self._tracked.clear()  # tensors of this trace must not outlive it
         added = [] if self._added_is_in else self._model.losses
         if added:
             value = with_added(value, added, size, training and self.has_terms)
         if not self._with_metrics or (y is None and not self._without_labels):
             return value, outputs, None
-        if y is None or self._by_model:  # only the model knows which label is whose
+        if y is None or self._by_model:  # only the model can match labels to outputs
             tensors = only_tensors(outputs)
             masks = [None] * len(keras.tree.flatten(tensors))
             return value, outputs, (x, y, tensors, sample_weight, masks)
         return value, outputs, self._metric_inputs(x, y, outputs, sample_weight)
 
     def model_loss(self, batch: Any) -> tuple[LossPair, Any]:
-        """The loss by the model's own ``compute_loss``, called as Keras' ``fit`` calls it.
+        """The loss from the model's ``compute_loss``, called as in Keras' ``fit``.
 
-        It has added what it wants of ``model.losses``, and applied the sample weights.
+        The method is responsible for ``model.losses`` and for the sample weights.
         """
         x, y, sample_weight = unpack(batch, self._label_names)
         outputs = _call(self._model, x, training=self._training)
@@ -165,7 +165,7 @@ class ForwardPass:
                 raise
             name = type(self._model).__name__
             raise ConfigurationError(
-                f"{name}.compute_loss misses something, and the model is not compiled. Call its "
+                f"{name}.compute_loss uses None, and the model is not compiled. Call its "
                 f"compile() first, if that is what sets it. Python says: {error}"
             ) from error
         self._added_is_in = True
@@ -174,8 +174,8 @@ class ForwardPass:
     def _metric_inputs(self, x: Any, y: Any, outputs: Any, weight: Any) -> tuple[Any, ...]:
         """``(x, y, outputs, sample_weight, masks)`` in the structure of the outputs.
 
-        There is a mask for each output, False at what does not count, or None. Ignored labels
-        become a label that every metric can take.
+        There is one mask per output, False at positions to leave out, or None. Ignored labels are
+        replaced by a valid one.
         """
         outputs = only_tensors(outputs)
         known = Outputs(outputs, output_names(self._model))
@@ -191,15 +191,15 @@ class ForwardPass:
         for i, output in enumerate(known.leaves):
             mask = get_keras_mask(output) if ops.is_tensor(output) else None
             if losses.get(i) is not None and ops.is_tensor(labels.get(i)):
-                loss = chosen(losses[i], labels[i], output)
+                loss = resolve_crossentropy(losses[i], labels[i], output)
                 labels[i], keep = without_ignored(loss, labels[i], output)
-                mask = both(mask, keep)
+                mask = combine_masks(mask, keep)
             masks.append(mask)
         return x, known.pack(labels), outputs, weight, masks
 
     def predict(self, batch: Any, num_items: Any, training: bool) -> tuple[None, Any, None]:
         """Outputs only, for data without labels."""
-        x = as_taken(self._model, unpack(as_given(batch), self._label_names).x)
+        x = unwrap_single_input(self._model, unpack(restore_structure(batch), self._label_names).x)
         self._check_size(x)
         return None, self._model(x, training=training), None
 
@@ -214,29 +214,29 @@ class ForwardPass:
             )
 
 
-def as_given(batch: Any) -> Any:
-    """A batch in the form in which its data was given: with None, and ragged where it was."""
+def restore_structure(batch: Any) -> Any:
+    """Restore the structure in which the data was given: None entries and ragged arrays."""
     batch = with_none(batch)
     return map_ragged(backends.load().ragged, batch) if has_ragged(batch) else batch
 
 
 def inputs_of(model: Any) -> Any:
-    """The ``keras.Input`` objects of a model in their structure; None if only its code says."""
+    """The ``keras.Input`` objects of a functional model in their structure, else None."""
     try:
         return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     except (AttributeError, ValueError):
         return None
 
 
-def as_taken(model: keras.Model, x: Any) -> Any:
-    """What a dict holds for a model with one input: Keras would warn of the dict at each trace."""
+def unwrap_single_input(model: keras.Model, x: Any) -> Any:
+    """Unwrap a dict with one entry for a model with one input; Keras would warn at each trace."""
     taken = inputs_of(model)
     named = isinstance(x, Mapping) and isinstance(taken, keras.KerasTensor) and taken.name in x
     return x[taken.name] if named else x
 
 
 def output_names(model: keras.Model) -> list[str] | None:
-    """The names of a functional model's outputs; None of another one's."""
+    """The names of a functional model's outputs, else None."""
     names = getattr(model, "output_names", None)
     return list(names) if names else None
 
@@ -250,11 +250,11 @@ def default_loss(
     loss_func: Callable[..., Any] | None,
     label_names: LabelNames = None,
 ) -> tuple[LossPair | OutputLosses, Any]:
-    """What ``Trainer.compute_loss`` does unless it is overridden.
+    """The default implementation of ``Trainer.compute_loss``.
 
     Raises:
-        ConfigurationError: There is nothing to compute a loss with.
-        DataError: The data has no labels, and the loss needs some.
+        ConfigurationError: There is no loss.
+        DataError: The loss needs labels and the data has none.
     """
     x, y, sample_weight = unpack(batch, label_names)
     outputs = _call(model, x)
@@ -263,7 +263,7 @@ def default_loss(
         return _own_loss(model, outputs, size), outputs
     if y is None:
         raise DataError(
-            "The data has no labels, but the loss needs them. Give (x, y) arrays, or a dict with "
+            "The data has no labels, but the loss needs them. Pass (x, y) arrays, or a dict with "
             f"the key 'labels'. Received: {_keys(batch)}."
         )
     if loss_func is not None:
@@ -282,18 +282,18 @@ def default_loss(
 
 
 def _call(model: keras.Model, x: Any, **kwargs: Any) -> Any:
-    x = as_taken(model, x)
+    x = unwrap_single_input(model, x)
     try:
         return model(x, **kwargs)
     except ValueError as error:
-        # Only real inputs are compared with the rank of keras.Input.
+        # Keras checks the rank against keras.Input only for actual inputs.
         if isinstance(error, KbtrainError) or "Invalid input shape for input" not in str(error):
             raise
         shapes = keras.tree.map_structure(lambda t: str(tuple(t.shape)), x)
         expected = re.search(r"Expected shape (\(.*?\))", str(error))
         raise DataError(
-            f"The model {model.name!r} does not accept the inputs of the data: one of these has "
-            f"another shape than its keras.Input. Received: {shapes}."
+            f"The model {model.name!r} does not accept the inputs of the data: the shape of one "
+            f"of them differs from its keras.Input. Received: {shapes}."
             + (f" Expected: {expected[1]}." if expected else "")
         ) from None
 
@@ -312,15 +312,15 @@ def _own_loss(model: keras.Model, outputs: Any, size: int) -> LossPair:
 
 
 def _instead_of_loss(model: keras.Model) -> str:
-    """What else a model of this class can be given where there is no loss."""
+    """Further ways to give a model of this class a loss, for the error message."""
     name = type(model).__name__
     if overrides(model, "train_step"):
         return (
-            f" {name} has a train_step of its own and no test_step, so it is evaluated as any "
-            "keras.Model is. Define test_step in it, too; or evaluate nothing (eval_strategy='no')."
+            f" {name} has a custom train_step but no test_step, so it is evaluated like any "
+            "keras.Model. Define test_step as well, or turn evaluation off (eval_strategy='no')."
         )
     if overrides(model, "compile") and not getattr(model, "compiled", False):
-        return f" {name} has a compile of its own, which has not been called."
+        return f" {name} has a custom compile method, which was not called."
     return " Or define compute_loss(self, x, y, y_pred, sample_weight, training) in it."
 
 
@@ -335,7 +335,7 @@ def _keys(batch: Any) -> str:
 def items_counter(
     loss_func: Callable[..., Any] | None, label_names: LabelNames = None
 ) -> Callable[[Any, int], Any] | None:
-    """``count(batch, batch_axes)`` of labels, if the loss function asks for the total; else None.
+    """A function ``count(batch, batch_axes)`` of labels if the loss needs the total, else None.
 
     ``batch_axes`` is 1 for a batch and 2 for micro-batches stacked along one more axis.
     """

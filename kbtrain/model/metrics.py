@@ -1,7 +1,7 @@
-"""Keras metrics on the device, by the rules of `Model.compile`, wherever they were given.
+"""Keras metrics on the device, with the semantics of ``Model.compile``.
 
-``metrics`` are updated without the sample weights and ``weighted_metrics`` with them; at padding
-and ignored labels neither counts. Metrics that a layer or the model itself keeps are reported, too.
+``metrics`` are updated without sample weights and ``weighted_metrics`` with them; padding and
+ignored labels count in neither. Metrics owned by a layer or by the model are reported as well.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from keras import ops
 
 from kbtrain.errors import ConfigurationError, DataError, first_lines
 from kbtrain.model.losses.pairing import beside_tensors, is_tensor
-from kbtrain.model.losses.pairs import TAKEN, as_dtype_of, as_float, check_name
+from kbtrain.model.losses.pairs import RESERVED_NAMES, as_dtype_of, as_float, check_name
 from kbtrain.utils.fallback import PrivateApi
 
 
 class MetricSet(Protocol):
-    """What the step and the evaluation need of metrics.
+    """The interface of metrics that steps and evaluations use.
 
-    The arguments of ``build`` and ``update`` are in the structure of the outputs; ``masks`` has
-    one for each output, False where nothing counts, or None.
+    The arguments of ``build`` and ``update`` have the structure of the outputs; ``masks`` holds,
+    for each output, a mask that is False at positions to leave out, or None.
     """
 
     def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
-        """Create all variables; called once, outside the compiled step."""
+        """Create all variables. Called once, outside the compiled step."""
 
     def update(
         self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]
     ) -> None:
-        """Add one batch; traced into the step."""
+        """Add one batch. Traced as part of the step."""
 
     def result(self) -> dict[str, float]:
-        """Current values, read on the host."""
+        """Current values, fetched to the host."""
 
     def reset(self) -> None:
-        """Forget everything that was added."""
+        """Discard the accumulated state."""
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The state, which lives on the device."""
+        """The state, on the device."""
 
 
 class CompiledMetrics:
-    """The metrics a model was compiled with, and those that it and its layers keep.
+    """The metrics a model was compiled with, and those owned by it and its layers.
 
     Args:
         model: The model.
@@ -62,17 +62,19 @@ class CompiledMetrics:
         self._counts_tensors = False  # metrics have no entry for an output that is None
 
     def _sets(self) -> list[Any]:
-        """What Keras made of the arguments of ``compile``: all metrics in one."""
+        """The object in which Keras combines all metrics passed to ``compile``."""
         return [m for m in self._compiled.metrics if _is_compiled_set(m)]
 
     def _kept(self) -> list[keras.metrics.Metric]:
-        """Metrics of the model and of its layers, without Keras' running means of the losses."""
+        """Metrics owned by the model and its layers, without Keras' loss trackers."""
         losses = getattr(self._model, "_compile_loss", None)
         own = {id(metric) for metric in getattr(losses, "metrics", ())}
         return [
             metric
             for metric in self._model.metrics
-            if not _is_compiled_set(metric) and id(metric) not in own and metric.name not in TAKEN
+            if not _is_compiled_set(metric)
+            and id(metric) not in own
+            and metric.name not in RESERVED_NAMES
         ]
 
     def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, masks: Sequence[Any]) -> None:
@@ -87,7 +89,7 @@ class CompiledMetrics:
                 each.built = False
             self._counts_tensors = True
             returned = self._first(unbuilt, x, y, outputs, sample_weight, masks)
-        known = {metric.name for metric in self._kept()} | set(TAKEN)
+        known = {metric.name for metric in self._kept()} | set(RESERVED_NAMES)
         for each in self._sets():
             for name in each.result():
                 check_name(name, "metrics has")
@@ -116,30 +118,30 @@ class CompiledMetrics:
         sample_weight: Any,
         masks: Sequence[Any],
     ) -> dict[str, Any]:
-        """Build the sets that are not, and add a batch to all of them."""
+        """Build the sets that are not built yet, then add a batch to all of them."""
         fitted = self._fitted(y, outputs)
         for each in unbuilt:
             try:
                 each.build(*fitted)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ConfigurationError(
-                    "The metrics do not fit the model's outputs and their labels. Give a list "
-                    "for one output, and a dict by output for several. "
+                    "The metrics do not match the model's outputs and labels. Pass a list "
+                    "for one output, or a dict keyed by output for several. "
                     f"Keras says: {first_lines(error)}"
                 ) from None
         with _masked([m for each in self._sets() for m in each.metrics], outputs, masks):
             return self._add(x, y, outputs, sample_weight)
 
     def _fitted(self, y: Any, outputs: Any) -> tuple[Any, Any]:
-        """Labels and outputs in the structure that the metrics have."""
+        """Labels and outputs in the structure of the metrics."""
         if not self._counts_tensors:
             return y, outputs
         return beside_tensors(outputs, y), beside_tensors(outputs, outputs)
 
     def _add(self, x: Any, y: Any, outputs: Any, sample_weight: Any) -> dict[str, Any]:
-        """Add one batch; what the model's own ``compute_metrics`` returns for it.
+        """Add one batch through the model's ``compute_metrics`` and return its result.
 
-        It updates what the model was compiled with, and does not know of metrics of the Trainer's.
+        It updates the metrics the model was compiled with, not those passed to the Trainer.
         """
         returned: dict[str, Any] = {}
         if type(self._model).compute_metrics is not keras.Model.compute_metrics:
@@ -155,8 +157,8 @@ class CompiledMetrics:
     def result(self) -> dict[str, float]:
         """Current values by name.
 
-        A metric that a layer keeps is left out if nothing was added to it: it belongs to another
-        way of training.
+        A layer's metric is left out if it was never updated: the layer uses it in another mode of
+        training.
         """
         values: dict[str, float] = {}
         for each in self._sets():
@@ -187,16 +189,16 @@ class CompiledMetrics:
 
 
 class ListedMetrics(CompiledMetrics):
-    """The metrics given to the Trainer, as if the model were compiled with them.
+    """The metrics passed to the Trainer, as if the model were compiled with them.
 
     Args:
         model: The model.
-        metrics: For a model with one output a metric or a list; for several outputs a dict from
+        metrics: A metric or a list for a model with one output; for several outputs a dict from
             output name to these, or a list with one entry per output.
-        weighted_metrics: Likewise.
+        weighted_metrics: In the same form, updated with the sample weights.
 
     Raises:
-        ConfigurationError: A name Keras does not know, or something that is no metric.
+        ConfigurationError: A name is unknown to Keras, or an entry is not a metric.
     """
 
     def __init__(self, model: keras.Model, metrics: Any, weighted_metrics: Any = None) -> None:
@@ -208,7 +210,7 @@ class ListedMetrics(CompiledMetrics):
         if twice := [m.name for i, m in enumerate(objects) if any(m is o for o in objects[:i])]:
             raise ConfigurationError(
                 f"One metric object is given twice ({twice[0]!r}): each batch would be added to it "
-                "twice. Make an object for each place."
+                "twice. Create a separate object for each place."
             )
         self._compiled = _Holder(name="metrics")
         self._compiled.output_names = getattr(model, "output_names", None)
@@ -218,7 +220,7 @@ class ListedMetrics(CompiledMetrics):
 
 
 class _Holder(keras.Model):  # type: ignore[misc]
-    """A model that has metrics and nothing else."""
+    """A model that has only metrics."""
 
 
 def _listed(metrics: Any) -> Any:
@@ -231,7 +233,7 @@ def _is_compiled_set(metric: keras.metrics.Metric) -> bool:
 
 
 def _last_value(name: str) -> keras.Variable:
-    """Where a value that ``compute_metrics`` returns, and no metric has, leaves the step."""
+    """Carries a value out of the step that ``compute_metrics`` returns and no metric holds."""
     return keras.Variable(
         "zeros", shape=(), dtype="float32", trainable=False, name=name.replace("/", "_")
     )
@@ -243,7 +245,7 @@ def _values(metric: keras.metrics.Metric) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _in_float64(metrics: Iterable[keras.metrics.Metric]) -> Iterator[None]:
-    """Inside, means are divided on the host, in float64."""
+    """Context in which means are divided on the host, in float64."""
     means = [m for m in metrics if type(m).result is keras.metrics.Mean.result]
     for metric in means:
         vars(metric)["result"] = functools.partial(_mean_on_host, metric)
@@ -263,12 +265,12 @@ def _mean_on_host(metric: Any) -> Any:
 def _masked(
     metrics: Iterable[keras.metrics.Metric], outputs: Any, masks: Sequence[Any]
 ) -> Iterator[None]:
-    """Inside, the metrics' updates know where nothing counts, and explain what does not fit.
+    """Context in which metric updates apply the masks and explain shapes that do not fit.
 
     Args:
-        metrics: They are told apart by the output they are updated with.
+        metrics: The metrics; the output passed to an update identifies its mask.
         outputs: The model's outputs.
-        masks: One for each, or None.
+        masks: One for each output, or None.
     """
     leaves = keras.tree.flatten(outputs)
     by_output = {id(output): mask for output, mask in zip(leaves, masks, strict=True)}
@@ -299,7 +301,7 @@ def _update_of(metric: keras.metrics.Metric, masks: Mapping[int, Any]) -> Callab
         except Exception as error:
             fn = getattr(metric, "_fn", None)  # of a function given as a metric
             if not (getattr(fn or type(metric), "__module__", "") or "").startswith("keras."):
-                raise  # a user's own metric: the error is theirs to see as it is
+                raise  # a custom metric: the user should see the original error
             raise DataError(
                 f"The metric {metric.name!r} does not fit labels {_shape(y_true)} and model "
                 f"outputs {_shape(y_pred)}. Keras says: {first_lines(error)}"
@@ -314,10 +316,10 @@ def _is_mean_of_function(metric: keras.metrics.Metric) -> bool:
 
 
 def _add_elements_fast(metric: Any, y_true: Any, y_pred: Any, weight: Any) -> None:
-    """Add each element by itself.
+    """Add each element separately.
 
-    Keras takes the mean of each sample first, over the length that its batch was padded to: the
-    samples of short batches get more weight by that.
+    Keras first averages each sample over the padded length of its batch, which would give tokens
+    in short batches more weight.
     """
     values = metric._fn(y_true, y_pred, **metric._fn_kwargs)
     if len(values.shape) != len(weight.shape):
@@ -334,7 +336,7 @@ _add_elements = PrivateApi(
     lambda metric, y_true, y_pred, weight: type(metric).update_state(
         metric, y_true, y_pred, sample_weight=weight
     ),
-    "Metrics of tokens are means over samples first, as in Keras' own evaluation.",
+    "Token metrics are averaged per sample first, as in Keras' evaluation.",
 )
 
 
@@ -369,7 +371,7 @@ def _add_result(values: dict[str, float], name: str, result: Any) -> None:
 def _check_metric(item: Any) -> None:
     if isinstance(item, type):
         raise ConfigurationError(
-            f"metrics takes objects, not classes. Received: {item!r}. Write {item.__name__}()."
+            f"metrics must contain objects, not classes. Received: {item!r}. Use {item.__name__}()."
         )
     if item is None or isinstance(item, keras.metrics.Metric) or callable(item):
         return
@@ -387,6 +389,6 @@ def _check_metric(item: Any) -> None:
             ) from None
         return
     raise ConfigurationError(
-        "metrics takes names, keras.metrics.Metric objects and functions (y_true, y_pred). "
+        "metrics must contain names, keras.metrics.Metric objects or functions (y_true, y_pred). "
         f"Received: {item!r}"
     )

@@ -1,8 +1,8 @@
-"""A model's own ``train_step``, ``test_step``, ``predict_step``: run as Keras' ``fit`` runs them.
+"""Custom ``train_step``, ``test_step`` and ``predict_step`` of a model, run as by Keras' ``fit``.
 
-What such a step does with a batch is not known here: it has its own optimizers, and returns what is
-logged. So nothing that the Trainer's step does with losses and gradients can hold
-(``check_arguments``). What holds is all around it: data, events, logs, checkpoints, evaluations.
+Such a step is opaque: it has its own optimizers and returns the values to log. Arguments that act
+on losses and gradients therefore do not apply (``check_arguments``); data, events, logs,
+checkpoints and evaluations work as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.data import without_none
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
-from kbtrain.model.forward import as_given
+from kbtrain.model.forward import restore_structure
 from kbtrain.model.losses.pairs import as_float
 from kbtrain.model.own_methods import overrides
 from kbtrain.utils import rng
@@ -30,16 +30,16 @@ logger = logging.getLogger("kbtrain")
 
 
 def optimizers_of(model: keras.Model) -> dict[str, keras.optimizers.Optimizer]:
-    """The optimizers beside ``model.optimizer`` that a model keeps, by the names of the attributes.
+    """The optimizers of a model besides ``model.optimizer``, by attribute name.
 
-    Those of the layers and models in it have the name of the layer in front.
+    Those of nested layers and models are prefixed with the layer's name.
     """
     known = {id(getattr(model, "optimizer", None))}
     found: dict[str, keras.optimizers.Optimizer] = {}
     for layer in walk_layers(model):
         prefix = "" if layer is model else f"{layer.name}."
         for attribute, value in list(vars(layer).items()):
-            # What Keras keeps for itself has no place of its own in a checkpoint.
+            # Keras' private attributes have no entry of their own in a checkpoint.
             if attribute.startswith(("_self_", "_compile")) or attribute == "_layers":
                 continue
             for path, item in _leaves(value, prefix + attribute):
@@ -61,24 +61,24 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 class ModelMetrics:
-    """The metrics of a model that updates them in steps of its own; see ``metrics.MetricSet``."""
+    """The metrics of a model that updates them in its custom steps; see ``metrics.MetricSet``."""
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.names: set[str] = set()
-        """Names that the step returns: what it does not return is not logged, as in Keras."""
+        """Names that the step returns. Others are not logged, as in Keras."""
 
     def build(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
-        """Nothing: the step creates what it needs, see ``build_by_step``."""
+        """Do nothing: the step creates its metrics, see ``build_by_step``."""
 
     def update(self, x: Any, y: Any, outputs: Any, sample_weight: Any, mask: Any) -> None:
-        """Nothing: the step does it."""
+        """Do nothing: the step updates its metrics."""
 
     def result(self) -> dict[str, float]:
-        """Current values of those that the step returns.
+        """Current values of the metrics that the step returns.
 
-        A mean that nothing was added to says nothing: what the step returns under its name, such as
-        a loss beside the one Keras keeps for a compiled model, is a number of the step's own.
+        A ``Mean`` that was never updated is left out: the step returned a value of its own under
+        that name, such as a loss beside Keras' loss tracker.
         """
         values = _flat(self._model.get_metrics_result())
         for metric in self._model.metrics:
@@ -91,7 +91,7 @@ class ModelMetrics:
         }
 
     def reset(self) -> None:
-        """Reset them the way the model does."""
+        """Reset them with ``model.reset_metrics``."""
         self._model.reset_metrics()
 
     @property
@@ -101,7 +101,7 @@ class ModelMetrics:
 
 
 def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric that returns a dict adds its own names."""
+    """Flatten the results of metrics that return a dict."""
     flat: dict[str, Any] = {}
     for name, value in logs.items():
         flat |= _flat(value) if isinstance(value, Mapping) else {str(name): value}
@@ -109,10 +109,10 @@ def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def logged(logs: Any, source: str) -> dict[str, Any]:
-    """What a step returned, as tensors by name.
+    """The values that a step returned, as tensors by name.
 
     Raises:
-        ConfigurationError: It is no dict from names to numbers.
+        ConfigurationError: It is not a dict from names to numbers.
     """
     if not isinstance(logs, Mapping) or not logs:
         raise ConfigurationError(
@@ -125,14 +125,14 @@ def logged(logs: Any, source: str) -> dict[str, Any]:
             values[name] = ops.stop_gradient(ops.convert_to_tensor(value))
         except (TypeError, ValueError):
             raise ConfigurationError(
-                f"{source} returned something that is no number under the name {name!r}. "
+                f"{source} must return numbers, but the value of {name!r} is not one. "
                 f"Received: {type(value).__name__}."
             ) from None
     return values
 
 
 def is_loss(name: str) -> bool:
-    """Whether a value that a step returns is a loss, which is to be finite."""
+    """Whether a value that a step returns is a loss and must be finite."""
     return name == "loss" or name.endswith("_loss")
 
 
@@ -144,33 +144,33 @@ def make_train_step(
     halted: keras.Variable,
     variables: Sequence[keras.Variable],
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Build the step of one update by the model's ``train_step``; see ``step.make_train_step``.
+    """Build the step of one update from the model's ``train_step``.
 
     Args:
         backend: The backend in use.
         model: The model.
-        metrics: Is told what the step returns.
-        on_nonfinite: Everything is as it was before a step that returned a loss that is not
-            finite, with ``"raise"`` and ``"skip"``.
+        metrics: Receives the names that the step returns.
+        on_nonfinite: With ``"raise"`` and ``"skip"``, a step that returns a non-finite loss is
+            rolled back.
         halted: Integer variable, 1 from the first non-finite step on (``"raise"`` only).
-        variables: Everything the step may change.
+        variables: All variables that the step may change.
 
     Returns:
-        ``step(chunks) -> {"loss", "learning_rate", "finite", "extras"}``; the extras are all that
-        the model's step returned. The loss is NaN where there is none of that name.
+        ``step(chunks) -> {"loss", "learning_rate", "finite", "extras"}``, where the extras are all
+        values that the model's step returned. The loss is NaN if none has that name.
     """
     source = f"{type(model).__name__}.train_step"
     optimizer = None if optimizers_of(model) else getattr(model, "optimizer", None)
 
     def run(data: Any) -> tuple[dict[str, Any], Any]:
-        # Where there are several, none is the one whose rate could be logged.
+        # With several optimizers there is no single rate to log.
         rate = None if optimizer is None else as_float(optimizer.learning_rate)
         logs = logged(backend.run_train_step(model, data), source)
         metrics.names = set(logs)
         return logs, rate
 
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        data = as_given(chunks[0]["single"])
+        data = restore_structure(chunks[0]["single"])
         if on_nonfinite == "ignore":
             logs, rate = run(data)
         else:
@@ -191,7 +191,7 @@ def make_train_step(
     return train_step
 
 
-# --- getting ready --------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def is_complete(model: keras.Model) -> bool:
@@ -201,28 +201,28 @@ def is_complete(model: keras.Model) -> bool:
 
 
 def build_by_step(backend: Backend, model: keras.Model, batch: Any) -> None:
-    """Run the model's ``train_step`` for the variables it creates; no value changes.
+    """Run the model's ``train_step`` once to create its variables, without changing any value.
 
-    So a checkpoint can be put into everything that there will be: optimizers, say, that are built
-    when they are first applied.
+    A checkpoint can then be restored completely, including optimizers that are built when they
+    are first applied.
 
     Args:
         backend: The backend in use.
         model: The model.
-        batch: A batch as the loader gives it (NumPy).
+        batch: A NumPy batch as the loader returns it.
     """
     if is_complete(model):
         return
     random_state = rng.capture_random_state(backend)
     data = keras.tree.map_structure(ops.convert_to_tensor, without_none(batch))
     with _only_building([getattr(model, "optimizer", None), *optimizers_of(model).values()]):
-        backend.try_train_step(model, as_given(data))
+        backend.try_train_step(model, restore_structure(data))
     rng.restore_random_state(backend, *random_state)
 
 
 @contextlib.contextmanager
 def _only_building(optimizers: Sequence[Any]) -> Iterator[None]:
-    """Inside, optimizers are built and not applied, and no variable changes its value."""
+    """Context in which optimizers are built but not applied, and no variable changes its value."""
     assign = keras.Variable.assign
     inherited = "assign" not in vars(keras.Variable)
     is_building = False
@@ -234,7 +234,7 @@ def _only_building(optimizers: Sequence[Any]) -> Iterator[None]:
         def apply(grads: Any, trainable_variables: Any = None) -> None:
             nonlocal is_building
             if not optimizer.built and trainable_variables is not None:
-                is_building = True  # state may begin as the value of a weight
+                is_building = True  # some state starts as a copy of a weight
                 try:
                     optimizer.build(list(trainable_variables))
                 finally:
@@ -257,11 +257,11 @@ def _only_building(optimizers: Sequence[Any]) -> Iterator[None]:
             del vars(optimizer)["apply"]
 
 
-# --- what cannot hold -----------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_function(model: keras.Model, kind: str) -> None:
-    """Make sure that the function around a step is Keras' own.
+    """Check that the function around a step is not overridden.
 
     Args:
         model: The model.
@@ -272,6 +272,6 @@ def check_function(model: keras.Model, kind: str) -> None:
     """
     if overrides(model, name := f"make_{kind}_function"):
         raise ConfigurationError(
-            f"The model overrides {name}, which makes a loop of Keras' fit that the Trainer does "
-            f"not use. Put what it does into {kind}_step, or override Trainer.compute_loss."
+            f"The model overrides {name}, which builds a loop of Keras' fit that the Trainer does "
+            f"not use. Move its code to {kind}_step, or override Trainer.compute_loss."
         )

@@ -11,9 +11,9 @@ from kbtrain.utils.layers import walk_layers
 
 
 def use_mixed_precision(model: keras.Model, policy: str) -> None:
-    """Give every float32 layer a policy such as ``mixed_bfloat16``: only the arithmetic changes.
+    """Set a policy such as ``mixed_bfloat16`` on every float32 layer; weights stay float32.
 
-    A policy is captured when a layer is made, so the global one would come too late.
+    A layer reads the global policy when it is created, so changing that would be too late.
     """
     for layer in walk_layers(model):
         if layer.dtype_policy.name == "float32":
@@ -31,7 +31,7 @@ def computes_in_float16(model: keras.Model) -> bool:
 
 @contextlib.contextmanager
 def computing_in(model: keras.Model, policy: str | None) -> Iterator[None]:
-    """Inside, layers with float32 weights compute by ``policy``; None changes nothing."""
+    """Context in which layers with float32 weights use ``policy``; None changes nothing."""
     changed = [] if policy is None else list(walk_layers(model))
     mixed = ("float32", "mixed_bfloat16", "mixed_float16")
     before = [(layer, layer.dtype_policy) for layer in changed if layer.dtype_policy.name in mixed]

@@ -1,7 +1,7 @@
-"""Which layers and variables of a model are trained, as part of a checkpoint.
+"""Which layers and variables of a model are trainable, as part of a checkpoint.
 
-A callback may have frozen or unfrozen some since the run began. A run that resumes begins with the
-flags of its script, and the callback's moment may be over, so the checkpoint has them.
+A callback may freeze or unfreeze layers during a run. A resumed run starts with the flags of its
+script, and the callback may not fire again, so the checkpoint stores them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TrainableFlags:
 
     @classmethod
     def of(cls, model: keras.Model) -> TrainableFlags:
-        """The flags as they are."""
+        """Read the current flags."""
         layers = [(str(x.path), bool(x.trainable)) for x in walk_layers(model)]
         return cls(layers, [(v.path, bool(v.trainable)) for v in model.variables])
 
@@ -44,17 +44,17 @@ class TrainableFlags:
         return cls(layers, variables)
 
     def to_document(self) -> dict[str, Any]:
-        """As JSON can hold them."""
+        """As JSON values."""
         return {
             "layers": [list(x) for x in self.layers],
             "variables": list(map(list, self.variables)),
         }
 
     def apply(self, model: keras.Model) -> None:
-        """Give a model of the same architecture these flags.
+        """Apply these flags to a model of the same architecture.
 
         Raises:
-            ValueError: It has other layers or variables.
+            ValueError: The model has other layers or variables.
         """
         layers, variables = list(walk_layers(model)), model.variables
         if len(layers) != len(self.layers) or len(variables) != len(self.variables):
@@ -62,8 +62,8 @@ class TrainableFlags:
                 f"{len(self.layers)} layers and {len(self.variables)} variables are known, and the "
                 f"model has {len(layers)} and {len(variables)}"
             )
-        # A layer hands its flag on to those inside it. One that is inside of two is right after
-        # the second time.
+        # Setting a layer's flag also sets those of its sublayers. A layer shared by two parents is
+        # correct only after the second pass.
         for _ in range(2):
             for layer, (_, flag) in zip(layers, self.layers, strict=True):
                 if layer.trainable != flag:

@@ -1,5 +1,7 @@
 """The names under which the variables of a model and of an optimizer are saved."""
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -7,14 +9,15 @@ import keras
 
 
 def name_variables(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
-    """Give every variable the key under which it is saved: its path.
+    """Map every variable to the key under which it is saved: its path.
 
     Where several variables have the same path (Keras allows equal layer names in subclassed
-    models), the first keeps it and the others get ``#1``, ``#2``, ... in their order. A variable
-    that is listed twice counts once.
+    models), the first keeps it and the others get ``#1``, ``#2``, ... in order. Duplicates of the
+    same variable are dropped.
 
     Args:
-        variables: For instance ``model.variables``; their order matters for matching later.
+        variables: For instance ``model.variables``; their order matters when equal paths are
+            matched.
 
     Returns:
         Key -> variable, in the given order.
@@ -32,17 +35,17 @@ def name_variables(variables: Iterable[keras.Variable]) -> dict[str, keras.Varia
 def name_optimizer_variables(
     optimizer_variables: Iterable[keras.Variable], model_variables: Iterable[keras.Variable]
 ) -> dict[str, keras.Variable]:
-    """Give every optimizer variable the key under which it is saved.
+    """Map every optimizer variable to the key under which it is saved.
 
     Keras names a slot ``"adam_3/sequential_dense_1_kernel_momentum"``; its key is
-    ``"momentum/sequential/dense_1/kernel"``: the slot, then the model variable's own key. Other
-    variables of the optimizer lose the optimizer's name (``"iteration"``, ``"learning_rate"``);
-    what is not recognised keeps its path. Equal keys (an inner optimizer's ``"iteration"``,
-    Adafactor's factors) are told apart as in ``name_variables``.
+    ``"momentum/sequential/dense_1/kernel"``: the slot, then the model variable's key. Other
+    variables lose the optimizer's name (``"iteration"``, ``"learning_rate"``); a name that is not
+    recognised keeps its path. Equal keys (an inner optimizer's ``"iteration"``, Adafactor's
+    factors) are numbered as in ``name_variables``.
 
     Args:
         optimizer_variables: ``optimizer.variables``.
-        model_variables: ``model.variables``, the same ones that ``name_variables`` gets.
+        model_variables: ``model.variables``, as passed to ``name_variables``.
 
     Returns:
         Key -> variable, in the optimizer's order.
@@ -60,7 +63,7 @@ def name_optimizer_variables(
 
 
 def _distinct(keys: list[str]) -> list[str]:
-    """Append #1, #2, ... to repeated keys, never producing one that is there already."""
+    """Append ``#1``, ``#2``, ... to repeated keys without colliding with an existing key."""
     taken = set(keys)
     counts: Counter[str] = Counter()
     result = []
@@ -78,12 +81,12 @@ def _distinct(keys: list[str]) -> list[str]:
 
 
 def _without_owner(path: str, owners: Iterable[str]) -> str:
-    """Cut the optimizer's own name off one of its variables' paths."""
+    """Strip the optimizer's name from the path of one of its variables."""
     return path.removeprefix(max((o for o in owners if path.startswith(o)), key=len, default=""))
 
 
 def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> list[str | None]:
-    """Return ``"{slot}/{model key}"`` for every name that is a model variable's slot, else None."""
+    """``"{slot}/{model key}"`` for every name that is a model variable's slot, else None."""
     by_flat_path: dict[str, list[str]] = defaultdict(list)
     for key, variable in model.items():
         by_flat_path[variable.path.replace("/", "_")].append(key)
@@ -92,14 +95,14 @@ def _recognise_slots(names: list[str], model: Mapping[str, keras.Variable]) -> l
     result: list[str | None] = []
     for name in names:
         result.append(None)
-        # The longest model path that fits: "a_b" and "a_b_c" may both be variables.
+        # The longest match: "a_b" and "a_b_c" may both be variables.
         ends = (index for index in range(len(name) - 1, 0, -1) if name[index] == "_")
         flat = next((name[:end] for end in ends if name[:end] in by_flat_path), None)
         if flat is None:
             continue
         keys = by_flat_path[flat]
-        # Equal flat paths ("a/b_c" and "a_b/c") come in the model's order, as Keras makes the
-        # slots.
+        # Equal flat paths ("a/b_c" and "a_b/c") follow the model's order, in which Keras creates
+        # the slots.
         if len(keys) != repeats[name]:
             keys = [key for key in keys if model[key].trainable]
         if len(keys) == repeats[name]:

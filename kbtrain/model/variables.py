@@ -1,4 +1,4 @@
-"""Which variables a model has, and which of them change where."""
+"""The variables of a model, and those that change outside training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kbtrain.utils.layers import walk_layers
 
 
 def state_variables(model: keras.Model) -> list[keras.Variable]:
-    """All variables of a model. Keras does not count the states of a stateful RNN among them."""
+    """All variables of a model, including the states of stateful RNNs, which Keras leaves out."""
     states = [
         state
         for layer in walk_layers(model)
@@ -20,10 +20,10 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def refresh_derived_values(model: keras.Model) -> None:
-    """After variables were assigned from outside: what layers have computed from them is computed.
+    """Recompute values that layers derive from their variables, after these were assigned.
 
-    ``Normalization`` keeps the mean and the deviation it divides by, as Keras' ``load_weights``
-    knows.
+    ``Normalization`` caches the mean and the deviation it divides by. Keras' ``load_weights``
+    does the same.
     """
     for layer in walk_layers(model):
         if isinstance(layer, keras.layers.Normalization) and layer.built:
@@ -31,7 +31,7 @@ def refresh_derived_values(model: keras.Model) -> None:
 
 
 def states_batch_size(model: keras.Model) -> int | None:
-    """How many samples the states of stateful RNNs are for; None without any."""
+    """The batch size of the states of stateful RNNs; None if there are none."""
     for layer in walk_layers(model):
         if getattr(layer, "stateful", False):
             for state in keras.tree.flatten(getattr(layer, "states", None)):
@@ -41,7 +41,7 @@ def states_batch_size(model: keras.Model) -> int | None:
 
 
 def advancing_variables(model: keras.Model) -> list[keras.Variable]:
-    """What changes from one batch to the next in inference, too: seeds, and states of RNNs."""
+    """Variables that change between batches even in inference: seeds and RNN states."""
     known = {id(v) for v in model.variables}
     return [
         v for v in state_variables(model) if id(v) not in known or v.name == "seed_generator_state"
@@ -49,5 +49,5 @@ def advancing_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def unique(variables: list[keras.Variable]) -> list[keras.Variable]:
-    """Each variable once, in order."""
+    """Remove duplicates, keeping the order."""
     return list({id(v): v for v in variables}.values())

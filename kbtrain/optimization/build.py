@@ -1,4 +1,4 @@
-"""An optimizer's groups, averages and variables."""
+"""Parameter groups, weight averaging and state of an optimizer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger("kbtrain")
 
 
 def check_optimizer(optimizer: Any, source: str) -> None:
-    """Make sure that what a package or an overridden method offers as an optimizer is one.
+    """Check that a package or an overridden method returned an optimizer.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It did not.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ConfigurationError(
-            f"{source} must make a keras.optimizers.Optimizer. "
+            f"{source} must create a keras.optimizers.Optimizer. "
             f"Received: {type(optimizer).__name__}."
         )
 
@@ -31,15 +31,15 @@ def check_optimizer(optimizer: Any, source: str) -> None:
 def set_parameter_groups(
     optimizer: keras.optimizers.Optimizer, model: keras.Model, groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Give the optimizer its parameter groups, if there are any.
+    """Set the parameter groups of an optimizer, if there are any.
 
     Args:
-        optimizer: An optimizer without state; one inside of others is found.
+        optimizer: An optimizer without state; wrappers are unwrapped.
         model: The built model: groups may name types of its layers.
         groups: ``args.parameter_groups``.
 
     Raises:
-        ConfigurationError: The optimizer knows no groups, or a group is wrong.
+        ConfigurationError: The optimizer does not support groups, or a group is invalid.
     """
     if not groups:
         return
@@ -48,8 +48,8 @@ def set_parameter_groups(
     if not hasattr(optimizer, "set_parameter_groups"):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         raise ConfigurationError(
-            "parameter_groups needs an optimizer with a method set_parameter_groups, such as those "
-            f"of optim. Received: {kind}."
+            "parameter_groups requires an optimizer with a method set_parameter_groups, such as "
+            f"those of optim. Received: {kind}."
         )
     try:
         optimizer.set_parameter_groups(thaw(groups), model)
@@ -60,10 +60,10 @@ def set_parameter_groups(
 def with_average(
     optimizer: keras.optimizers.Optimizer, options: Mapping[str, Any] | None
 ) -> keras.optimizers.Optimizer:
-    """The optimizer inside one that averages the weights, or itself without ``args.ema``.
+    """Wrap the optimizer in one that averages the weights, if ``args.ema`` is set.
 
     Raises:
-        ConfigurationError: No package offers averages, or one refuses the options.
+        ConfigurationError: No package provides averages, or it rejects the options.
     """
     if options is None:
         return optimizer
@@ -78,7 +78,7 @@ def build_optimizer_state(
 
     Raises:
         ConfigurationError: The variables do not fit the parameter groups or another argument, or
-            the optimizer has a state for other ones.
+            the optimizer already has state for other variables.
     """
     if optimizer.built:
         _check_state_fits(optimizer, model)
@@ -94,9 +94,9 @@ def build_optimizer_state(
 
 
 def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """A given optimizer keeps its state from fit to fit; that is of no use for another model.
+    """Check that a built optimizer belongs to this model: it keeps its state from fit to fit.
 
-    Variables of this one may have been frozen or unfrozen since.
+    Variables of the model may have been frozen or unfrozen since.
     """
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
@@ -105,7 +105,7 @@ def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model)
     if trained and not any(id(v) in own for v in trained):
         unknown = [v.path for v in model.trainable_variables]
         raise ConfigurationError(
-            f"The optimizer ({type(optimizer).__name__}) was used for other variables already: it "
-            f"has no state for {unknown[0]!r}. Make a new one for this model (Keras optimizers "
-            "belong to one set of variables)."
+            f"The optimizer ({type(optimizer).__name__}) was already used for other variables: it "
+            f"has no state for {unknown[0]!r}. Create a new one for this model (a Keras optimizer "
+            "belongs to one set of variables)."
         )

@@ -1,9 +1,9 @@
-"""An optimizer whose variables change while it is used: layers are frozen and unfrozen.
+"""Rebuilds an optimizer whose variables change when layers are frozen or unfrozen.
 
-A Keras optimizer is built for a fixed list of variables. So it is built again, the same object, for
-those that are trained now. What it has learned of those that stay goes on, by name; of those that
-leave it is set aside, and found again when they return; for those that join it begins. The count of
-updates, and with it a schedule, goes on.
+A Keras optimizer is built for a fixed list of variables. When that list changes, the same object is
+rebuilt. State of variables that remain is kept, matched by name; state of variables that leave is
+set aside and restored when they return; variables that join start with fresh state. The update
+count, and with it the schedule, continues.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from kbtrain.model.variable_names import name_optimizer_variables, name_variable
 logger = logging.getLogger("kbtrain")
 
 AVERAGE = "average"
-"""The slot of a moving average of the weights, in Keras and in others: it begins at the weight."""
+"""The slot of a moving average of the weights; its initial value is the weight."""
 
 _set_aside: weakref.WeakKeyDictionary[Any, dict[str, keras.Variable]] = weakref.WeakKeyDictionary()
 
 
 def set_aside(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
-    """The state of variables that are not trained now and have been, by the name it is saved as."""
+    """State of variables that are frozen now but were trained before, by its saved name."""
     return _set_aside.setdefault(optimizer, {})
 
 
 def restore_aside(
     optimizer: keras.optimizers.Optimizer, arrays: Mapping[str, Any], names: Mapping[str, str]
 ) -> None:
-    """Put back what was set aside when a checkpoint was taken.
+    """Restore the state that was set aside when a checkpoint was saved.
 
     Args:
         optimizer: The optimizer.
-        arrays: The arrays by the names they are saved under.
+        arrays: The arrays by their names in the checkpoint.
         names: Names of the model's variables in this process -> in the checkpoint.
     """
     own = {saved: name for name, saved in names.items()}
@@ -51,18 +51,18 @@ def restore_aside(
             aside[f"{slot}/{own[saved]}"] = variable
 
 
-def follow(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> bool:
-    """Let a built optimizer have the variables of ``model`` that are trained now.
+def sync_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> bool:
+    """Rebuild an optimizer if the trainable variables of ``model`` have changed.
 
     Args:
-        optimizer: The optimizer; those inside it follow, too.
+        optimizer: The optimizer, including the one it wraps.
         model: The model that it trains.
 
     Returns:
-        Whether they were others.
+        Whether the variables had changed.
 
     Raises:
-        ConfigurationError: The optimizer cannot be built again.
+        ConfigurationError: The optimizer cannot be rebuilt.
     """
     trained = list(model.trainable_variables)
     known = _known(optimizer)
@@ -75,9 +75,9 @@ def follow(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> bool:
         optimizer.build(trained)
     except Exception as error:
         raise ConfigurationError(
-            "`trainable` of the model was changed, and its optimizer cannot be built again for the "
-            f"variables that are trained now: {type(optimizer).__name__}: {first_lines(error)}. "
-            "Set `trainable` before the Trainer is made, or use another optimizer."
+            "`trainable` of the model was changed, but its optimizer cannot be rebuilt for the "
+            f"trainable variables: {type(optimizer).__name__}: {first_lines(error)}. Set "
+            "`trainable` before creating the Trainer, or use another optimizer."
         ) from error
     after = name_optimizer_variables(optimizer.variables, model.variables)
     aside = set_aside(optimizer)
@@ -93,22 +93,22 @@ def follow(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> bool:
     for key, old in before.items():
         if key not in after and key.partition("/")[2] in names:
             aside[key] = old
-    _tell(known, trained)
+    _log_changes(known, trained)
     return True
 
 
 def has_all(optimizer: Any, model: keras.Model) -> bool:
-    """Whether a built optimizer has all variables of ``model`` that are trained now."""
+    """Whether a built optimizer has all trainable variables of ``model``."""
     known = {id(v) for v in _known(optimizer) or ()}
     return all(id(v) in known for v in model.trainable_variables)
 
 
-def _tell(before: list[keras.Variable], after: list[keras.Variable]) -> None:
+def _log_changes(before: list[keras.Variable], after: list[keras.Variable]) -> None:
     old, new = {id(v) for v in before}, {id(v) for v in after}
     joined = [v.path for v in after if id(v) not in old]
     left = [v.path for v in before if id(v) not in new]
     logger.info(
-        "The optimizer goes on with %d variables: %d joined%s, %d left%s.",
+        "The optimizer continues with %d variables: %d joined%s, %d left%s.",
         len(after),
         len(joined),
         f" ({joined[0]}, ...)" if joined else "",
@@ -118,19 +118,19 @@ def _tell(before: list[keras.Variable], after: list[keras.Variable]) -> None:
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:
-    """The optimizer and those inside it."""
+    """The optimizer and those it wraps, outermost first."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
 def _known(optimizer: Any) -> list[keras.Variable] | None:
-    """The variables it was built with; None where Keras does not say."""
+    """The variables an optimizer was built with; None if Keras does not expose them."""
     return getattr(list(_chain(optimizer))[-1], "_trainable_variables", None)
 
 
 def _take_apart(optimizer: Any) -> None:
-    """Undo ``build``. Keras has no public way; `follow` reports what goes wrong here."""
+    """Undo ``build``. Keras has no public API for it; ``sync_variables`` reports failures."""
     for level in _chain(optimizer):
         kept = {id(level._iterations), id(level._learning_rate)}
         for variable in list(level._variables):

@@ -1,8 +1,8 @@
-"""Optimizers that evaluate other weights than they train: averages of them, mostly.
+"""Optimizers that evaluate with weights other than the trained ones, usually averages.
 
-Two kinds are known, by what they offer and not by their class: those with
-``swap_in_evaluation_weights()`` and ``swap_back()`` (see `optim.Optimizer`), and Keras' own with
-``use_ema=True``. Either may sit inside a wrapper, as in ``keras.optimizers.LossScaleOptimizer``.
+Two kinds are supported, recognised by their interface and not by class: those with
+``swap_in_evaluation_weights()`` and ``swap_back()`` (see ``optim.Optimizer``), and optimizers of
+Keras with ``use_ema=True``. Either may be wrapped, as by ``keras.optimizers.LossScaleOptimizer``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kbtrain.utils.fallback import PrivateApi
 
 @contextlib.contextmanager
 def swapped_in(optimizer: Any, variables: Sequence[keras.Variable]) -> Iterator[bool]:
-    """Inside, the model's variables hold the weights to evaluate; afterwards what they held before.
+    """Context in which the model's variables hold the evaluation weights; then they are restored.
 
     Args:
-        optimizer: The one that trains the model, or None.
-        variables: Those of the model.
+        optimizer: The optimizer that trains the model, or None.
+        variables: The model's variables.
 
     Yields:
-        Whether there are such weights; without them nothing happens.
+        Whether there are evaluation weights; if not, nothing is changed.
     """
     source = _source(optimizer)
     if source is None:
@@ -51,17 +51,17 @@ def swapped_in(optimizer: Any, variables: Sequence[keras.Variable]) -> Iterator[
 
 
 def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
-    """Make the weights to evaluate the trained ones, as Keras does at the end of ``fit``."""
+    """Assign the evaluation weights permanently, as Keras does at the end of ``fit``."""
     source = _source(optimizer)
     if source is not None and not hasattr(source, "swap_in_evaluation_weights"):
-        # Keras' own average: on TensorFlow it cannot leave out variables that have none.
+        # Keras' own method fails on TensorFlow for variables without an average.
         for variable, average in averages_of(source, variables):
             variable.assign(_copy(average))
         return
     before = [variable.value for variable in variables]
     optimizer.finalize_variable_values(variables)
     for variable, value in zip(variables, before, strict=True):
-        if variable.value is not value:  # it may be the optimizer's own, not a copy of it
+        if variable.value is not value:  # the new value may be the optimizer's tensor itself
             variable.assign(_copy(variable))
 
 
@@ -72,7 +72,7 @@ def _pairs(source: Any, variables: Sequence[keras.Variable]) -> list[tuple[keras
 
 
 def _tried(source: Any, variables: Sequence[keras.Variable]) -> list[tuple[keras.Variable, Any]]:
-    """Let Keras put the averages in, look at them, and take that back."""
+    """Read the averages by letting Keras assign them, then restore the weights."""
     trained = [variable for variable in variables if variable.trainable]
     before = [_copy(variable) for variable in trained]
     source.finalize_variable_values(trained)
@@ -87,18 +87,18 @@ averages_of = PrivateApi(
     "keras",
     _pairs,
     _tried,
-    "They are taken from what finalize_variable_values makes of the weights.",
+    "They are read from the weights after finalize_variable_values.",
 )
-"""Variables with their averages, of an optimizer of Keras' with ``use_ema``."""
+"""The variables and their averages, of a Keras optimizer with ``use_ema``."""
 
 
 def _copy(variable: keras.Variable) -> Any:
-    """Its value in memory of its own: JAX donates what a step reads, shared or not."""
+    """A copy of the value in separate memory: JAX donates the buffers that a step reads."""
     return keras.ops.copy(variable.value)
 
 
 def _source(optimizer: Any) -> Any:
-    """The optimizer that has such weights: this one or one inside it; None if there is none."""
+    """The optimizer that has evaluation weights, this one or one it wraps, or None."""
     while optimizer is not None and optimizer.built:
         if hasattr(optimizer, "swap_in_evaluation_weights") or optimizer.use_ema:
             return optimizer

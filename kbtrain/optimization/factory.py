@@ -1,33 +1,27 @@
-"""From the arguments to a schedule and an optimizer, and the learning rates of one."""
+"""Creates the schedule and the optimizer from the arguments."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.optimization import build, metric_driven, registry, weight_decay
 
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger("kbtrain")
 
 RATE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-"""Arguments that say how the learning rate goes."""
+"""Arguments that define the learning rate."""
 
 RULE = ("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-"""Arguments that say how variables are updated."""
+"""Arguments that define the update rule."""
 
 
 def make_schedule(args: TrainingArguments, num_training_steps: int) -> Any:
-    """The schedule ``args.lr_scheduler_type`` for a run of that many updates; 0 for any number."""
+    """Create the schedule ``args.lr_scheduler_type`` for a number of updates (0 if unknown)."""
     factory = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")
     warms_up = _warms_up(args)
     offered: dict[str, Any] = {
@@ -49,7 +43,7 @@ def make_schedule(args: TrainingArguments, num_training_steps: int) -> Any:
 
 
 def _warms_up(args: TrainingArguments) -> bool:
-    """Whether the optimizer of the arguments warms up itself, so that its schedule does not."""
+    """Whether the optimizer has its own warmup, so that the schedule must have none."""
     factory = registry.find(registry.OPTIMIZERS, args.optim, "optim")
     return registry.takes(factory, "warmup_steps") and "warmup_steps" not in (args.optim_args or {})
 
@@ -57,13 +51,13 @@ def _warms_up(args: TrainingArguments) -> bool:
 def make_optimizer(
     args: TrainingArguments, schedule: Any, model: keras.Model, num_training_steps: int = 0
 ) -> keras.optimizers.Optimizer:
-    """The optimizer ``args.optim`` for ``model``; it does not decay norms and biases.
+    """Create the optimizer ``args.optim`` for ``model``, without decay of norms and biases.
 
     Args:
         args: The arguments.
-        schedule: Its learning rate.
+        schedule: The learning rate, a number or a schedule.
         model: The built model.
-        num_training_steps: Updates of the run, for an optimizer that warms up itself.
+        num_training_steps: Updates of the run, for an optimizer with its own warmup.
     """
     factory = registry.find(registry.OPTIMIZERS, args.optim, "optim")
     offered = {
@@ -72,7 +66,7 @@ def make_optimizer(
     }
     if _warms_up(args):
         offered["warmup_steps"] = args.get_warmup_steps(num_training_steps)
-    if registry.takes(factory, "beta_1"):  # RMSprop's or Adagrad's epsilon is another
+    if registry.takes(factory, "beta_1"):  # the epsilon of RMSprop or Adagrad has another meaning
         offered |= {
             "beta_1": args.adam_beta1,
             "beta_2": args.adam_beta2,
@@ -91,15 +85,12 @@ def make_optimizer(
 def learning_rates(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> list[float]:
-    """The learning rates of the next update, each that some of ``variables`` have once."""
+    """The distinct learning rates of ``variables`` in the next update."""
     rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     multiplier = getattr(_innermost(optimizer), "learning_rate_multiplier_of", None)
     if multiplier is None:
         return [rate]
     return list(dict.fromkeys(rate * float(multiplier(v)) for v in variables)) or [rate]
-
-
-# ---- the optimizer of a run ----------------------------------------------------------------------
 
 
 def _innermost(optimizer: Any) -> Any:

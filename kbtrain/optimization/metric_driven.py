@@ -1,15 +1,15 @@
-"""Learning rates that answer to a metric: the door between the trainer and such a schedule.
+"""Metric-driven learning rates: the interface between the trainer and such a schedule.
 
-Most schedules are functions of the step and need nothing from the trainer. One that answers to a
-metric is known by what it has, whoever wrote it (``optim.ReduceLROnPlateau`` is one):
+Most schedules are functions of the step and need nothing from the trainer. A metric-driven
+schedule, such as ``optim.ReduceLROnPlateau``, is recognised by its members:
 
 - ``rate``: the current learning rate, a float;
-- ``bind(variable)``: write the rate into this variable, now and after each change;
+- ``bind(variable)``: assign the rate to this variable, now and after each change;
 - ``on_metric(value)``: called with ``metric_for_best_model`` after each evaluation of a run;
-- ``state()`` and ``load_state(state)``: JSON values, kept in checkpoints.
+- ``state()`` and ``load_state(state)``: JSON values, saved in checkpoints.
 
-The variable is the optimizer's own ``learning_rate``, which the compiled step reads: a new rate
-compiles nothing, and the checkpoint has it among the optimizer's variables.
+The variable is the optimizer's ``learning_rate``, which the compiled step reads, so a new rate does
+not trigger recompilation, and checkpoints contain it with the optimizer's variables.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ from kbtrain.errors import ConfigurationError
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
 
-_DOOR = ("rate", "bind", "on_metric", "state", "load_state")
+_INTERFACE = ("rate", "bind", "on_metric", "state", "load_state")
 
 
 def is_metric_driven(schedule: Any) -> bool:
-    """Whether ``schedule`` answers to a metric.
+    """Whether ``schedule`` is metric-driven.
 
     Raises:
-        ConfigurationError: It has ``on_metric``, but not all of the rest.
+        ConfigurationError: It has ``on_metric`` but lacks other members of the interface.
     """
     if not hasattr(schedule, "on_metric"):
         return False
-    if missing := [name for name in _DOOR if not hasattr(schedule, name)]:
+    if missing := [name for name in _INTERFACE if not hasattr(schedule, name)]:
         raise ConfigurationError(
-            f"A schedule that answers to a metric has {', '.join(_DOOR)}. "
-            f"{type(schedule).__name__} has no {', '.join(missing)}."
+            f"A metric-driven schedule must have {', '.join(_INTERFACE)}. "
+            f"{type(schedule).__name__} lacks {', '.join(missing)}: define them."
         )
     return True
 
 
 def learning_rate_argument(schedule: Any) -> Any:
-    """What an optimizer is given as its learning rate: a number where the schedule moves it."""
+    """The optimizer's learning rate argument: a number if the schedule is metric-driven."""
     return schedule.rate if is_metric_driven(schedule) else schedule
 
 
 def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
-    """The metric-driven schedule that an optimizer brings along; None if it has none."""
+    """The metric-driven schedule built into an optimizer; None if it has none."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return getattr(optimizer, "metric_schedule", None)
 
 
 def attach(schedule: Any, optimizer: keras.optimizers.Optimizer, args: TrainingArguments) -> None:
-    """Let a metric-driven schedule move the learning rate of ``optimizer``; others are left alone.
+    """Bind a metric-driven schedule to the optimizer's learning rate; do nothing for others.
 
     Raises:
-        ConfigurationError: There will be no metric to tell it, or the optimizer's learning rate
-            is a function of the step already.
+        ConfigurationError: No metric will be computed, or the optimizer's learning rate is
+            already a function of the step.
     """
     if not is_metric_driven(schedule):
         return
     name = type(schedule).__name__
     if args.eval_strategy == "no" or args.metric_for_best_model is None:
         raise ConfigurationError(
-            f"The learning rate answers to a metric ({name}). Set metric_for_best_model, and "
+            f"The learning rate is metric-driven ({name}). Set metric_for_best_model, and "
             "eval_strategy='steps' or 'epoch'. "
             f"Received: metric_for_best_model={args.metric_for_best_model!r}, "
             f"eval_strategy={args.eval_strategy!r}."
@@ -76,7 +76,7 @@ def attach(schedule: Any, optimizer: keras.optimizers.Optimizer, args: TrainingA
     rate = optimizer.learning_rate
     if not isinstance(rate, keras.Variable):
         raise ConfigurationError(
-            f"{name} moves the learning rate of the optimizer, so that must be a number, not a "
+            f"{name} sets the learning rate of the optimizer, which must be a number, not a "
             f"function of the step. Received: {type(optimizer).__name__} with a learning rate of "
             f"type {type(rate).__name__}."
         )
@@ -84,6 +84,6 @@ def attach(schedule: Any, optimizer: keras.optimizers.Optimizer, args: TrainingA
 
 
 def report_metric(schedule: Any, args: TrainingArguments, metrics: Mapping[str, Any]) -> None:
-    """Tell a metric-driven schedule the result of an evaluation; nothing to do for others."""
+    """Pass the result of an evaluation to a metric-driven schedule; do nothing for others."""
     if is_metric_driven(schedule):
         schedule.on_metric(metric_value(dict(metrics), args.metric_for_best_model))

@@ -1,6 +1,6 @@
-"""Optimizers and schedules by name, from the entry points of whatever is installed.
+"""Optimizers and schedules by name, from the entry points of installed packages.
 
-kbtrain imports no optimizer package: ``optim`` is found here in the same way as a third party's.
+kbtrain imports no optimizer package: ``optim`` is found in the same way as a third-party package.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kbtrain.errors import ConfigurationError
 OPTIMIZERS = "kbtrain.optimizers"
 SCHEDULES = "kbtrain.schedules"
 WRAPPERS = "kbtrain.optimizer_wrappers"
-"""Optimizers around another one, which they take as ``inner_optimizer``."""
+"""Optimizers that wrap another one, passed as ``inner_optimizer``."""
 REFUSED = ".refused"
-"""Added to a group: names that are known and not offered; their entry points load the reason."""
+"""Suffix of a group of known but unsupported names, whose entry points load the reason."""
 
 
 @functools.cache
@@ -34,31 +34,31 @@ def _entries(group: str) -> dict[str, list[EntryPoint]]:
 
 
 def names(group: str) -> list[str]:
-    """The names that are registered in ``group``, sorted; nothing is imported."""
+    """The names registered in ``group``, sorted. Nothing is imported."""
     return sorted(_entries(group))
 
 
 def find(group: str, name: str, field: str) -> Any:
-    """Import what ``name`` stands for.
+    """Import the object registered as ``name``.
 
     Args:
         group: ``OPTIMIZERS``, ``SCHEDULES`` or ``WRAPPERS``.
         name: The name of the entry point.
-        field: The argument the name was given for, to say so in an error.
+        field: The argument in which the name was given, for error messages.
 
     Raises:
-        ConfigurationError: Unknown name, two packages with the same name, or a package that
+        ConfigurationError: The name is unknown or registered by two packages, or the package
             cannot be imported.
     """
     entries = _entries(group).get(name, [])
     if not entries:
         for refusal in _entries(group + REFUSED).get(name, []):
-            raise ConfigurationError(f"{field}={name!r} is not offered: {refusal.load()}")
+            raise ConfigurationError(f"{field}={name!r} is not supported: {refusal.load()}")
         known = names(group)
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         listing = ", ".join(known) or (
-            "none: is the distribution kbtrain installed (pip install), not only on the path?"
+            "none: is the distribution kbtrain installed (pip install), and not just on the path?"
         )
         raise ConfigurationError(
             f"{field}={name!r} is not registered in the entry points {group!r}.{hint} "
@@ -85,22 +85,23 @@ def takes(factory: Any, argument: str) -> bool:
 
 
 def check_takes(factory: Any, argument: str, name: str, field: str) -> None:
-    """Refuse an argument for an optimizer that has no use for it.
+    """Check that an optimizer takes an argument.
 
     Args:
-        factory: What `name` stands for.
-        argument: The argument it needs to have.
+        factory: The class or function registered as ``name``.
+        argument: The required argument.
         name: The name of the optimizer.
-        field: The field of the arguments that stands for `argument`.
+        field: The field of the arguments that sets ``argument``.
 
     Raises:
-        ConfigurationError: The factory does not take it; says which optimizers do.
+        ConfigurationError: The factory does not take it; the message lists optimizers that do.
     """
     if takes(factory, argument):
         return
     able = [other for other in names(OPTIMIZERS) if _takes(other, argument)]
     raise ConfigurationError(
-        f"`{field}` is for optimizers that take {argument}: {', '.join(able) or 'none here'}. "
+        f"`{field}` is for optimizers that take {argument}: "
+        f"{', '.join(able) or 'none is installed'}. "
         f"Received: optim={name!r}. Leave {field} out, or choose one of these."
     )
 
@@ -108,20 +109,24 @@ def check_takes(factory: Any, argument: str, name: str, field: str) -> None:
 def _takes(name: str, argument: str) -> bool:
     try:
         return takes(find(OPTIMIZERS, name, "optim"), argument)
-    except (ConfigurationError, TypeError, ValueError):  # another package's fault, another day
+    except (
+        ConfigurationError,
+        TypeError,
+        ValueError,
+    ):  # a broken entry of another package is not an error here
         return False
 
 
 def check_names(factory: Any, own: Iterable[str], what: str) -> None:
-    """Refuse names that a factory has no argument for, as far as its signature says.
+    """Check argument names against the signature of a factory.
 
     Args:
         factory: A class or function.
-        own: Names of arguments that a user gave for it.
-        what: How to name the factory's arguments in an error.
+        own: Names of arguments that a user passed for it.
+        what: The name of these arguments in errors.
 
     Raises:
-        ConfigurationError: There is no argument of such a name.
+        ConfigurationError: The factory has no argument of such a name.
     """
     parameters = inspect.signature(factory).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -136,16 +141,16 @@ def check_names(factory: Any, own: Iterable[str], what: str) -> None:
 
 
 def call_with_known(factory: Any, offered: dict[str, Any], own: dict[str, Any], what: str) -> Any:
-    """Call ``factory`` with those of ``offered`` it takes, and with all of ``own``.
+    """Call ``factory`` with all of ``own`` and those of ``offered`` that it accepts.
 
     Args:
         factory: A class or function.
-        offered: Arguments that make sense for some factories only.
-        own: Arguments a user gave for this one; they win over ``offered``.
-        what: How to name the factory's arguments in an error.
+        offered: Arguments that only some factories accept.
+        own: Arguments a user passed for this one; they take precedence over ``offered``.
+        what: The name of these arguments in errors.
 
     Raises:
-        ConfigurationError: The factory does not take one of ``own``, or refuses a value.
+        ConfigurationError: The factory lacks one of ``own``, or rejects a value.
     """
     check_names(factory, own, what)
     parameters = inspect.signature(factory).parameters

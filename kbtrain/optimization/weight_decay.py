@@ -1,4 +1,4 @@
-"""Which parameters of a model are decayed."""
+"""Selects the parameters that weight decay applies to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NO_DECAY_NAMES = re.compile(
 def decay_parameter_names(model: keras.Model) -> list[str]:
     """Paths of the trainable variables that weight decay applies to.
 
-    Not decayed: everything inside a normalization layer, biases, scales and offsets, and whatever
-    is named like a norm (``.../layernorm/...``, ``norm``, ``..._norm``), as in the reference.
+    Excluded are the variables of normalization layers, biases, scales and offsets, and those named
+    like a norm (``.../layernorm/...``, ``norm``, ``..._norm``), as in Transformers.
     """
     inside_norm = {
         id(variable)
@@ -42,7 +42,7 @@ def decay_parameter_names(model: keras.Model) -> list[str]:
 
 
 def exclude_from_decay(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """Tell the optimizer which variables of ``model`` are not decayed."""
+    """Exclude the variables of ``model`` that are not decayed from the optimizer's weight decay."""
     decayed = set(decay_parameter_names(model))
     excluded = [v for v in model.trainable_variables if v.path not in decayed]
     if excluded:

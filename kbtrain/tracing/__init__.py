@@ -1,1 +1,1 @@
-"""What a traced step has captured from Python, and when it has to be traced anew."""
+"""Python values captured by a traced step, and when the step must be retraced."""

@@ -1,12 +1,12 @@
-"""What a traced step has captured from Python, and whether it has been changed since.
+"""Python values that a traced step has captured, and whether they have changed since.
 
-A traced step holds the numbers, flags and functions that its Python found: ``self.beta`` of a
-model, a layer's ``trainable``, a global of the loss's module. Objects of the user's classes are
-watched while they are read in the trace; of Keras' own layers, losses, regularizers and optimizers
-the public settings are; functions say in their code which globals and closures they read.
+A traced step bakes in the numbers, flags and functions that its Python read: ``self.beta`` of a
+model, a layer's ``trainable``, a global of the loss's module. Attribute reads of objects of user
+classes are recorded during the trace; for Keras layers, losses, regularizers and optimizers the
+public settings are compared; the code of functions tells which globals and closures they read.
 
-``Captured.look`` compares, where code of the user's has run since the last time. Its answer is the
-generation of what there is: a step of an earlier one has to be built anew.
+``Captured.look`` compares all of them if user code may have run since the last comparison. It
+returns a generation number: a step of an earlier generation must be rebuilt.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from kbtrain.utils.layers import walk_layers
 logger = logging.getLogger("kbtrain")
 
 OFTEN = 5
-"""Changes of one value in a fit, each with a new step, after which a warning says what to do."""
+"""Number of changes of one value in a fit, each with a recompilation, before a warning."""
 
 _MISSING = object()
 
 
 @dataclass
 class _Watched:
-    """One value that a step has captured, as it was."""
+    """One value that a step has captured, frozen at that time."""
 
     place: Place
     raw: Any
@@ -46,7 +46,7 @@ class _Watched:
     changeable: bool
 
     def differs(self) -> bool:
-        """Whether there is another value now."""
+        """Whether the value is different now."""
         now = self.place.namespace.get(self.place.name, _MISSING)
         if now is self.raw and not self.changeable:
             return False
@@ -54,14 +54,14 @@ class _Watched:
 
 
 class Captured:
-    """What the steps of a Trainer have captured.
+    """The Python values that the steps of a Trainer have captured.
 
     Args:
         trainer: The Trainer.
 
     Attributes:
         generation: Counts the changes; see ``look``.
-        due: Whether code of the user's may have changed something since the last look.
+        due: Whether user code may have changed a value since the last comparison.
     """
 
     def __init__(self, trainer: Subject) -> None:
@@ -78,10 +78,10 @@ class Captured:
 
     @contextlib.contextmanager
     def recording(self, symbolic: bool) -> Iterator[None]:
-        """Inside, attributes of the user's objects that are read are noted.
+        """Context that records which attributes of user objects are read.
 
         Args:
-            symbolic: Whether a step is being traced; otherwise nothing happens.
+            symbolic: Whether a step is being traced; otherwise nothing is recorded.
         """
         if self._recording or not symbolic:
             yield
@@ -100,7 +100,7 @@ class Captured:
         own = getattr(owner, "__dict__", {})
         if name in own:
             namespace: Mapping[str, Any] = own
-        else:  # of the class; an object's own may come to hide it
+        else:  # found on the class; an instance attribute may later shadow it
             found = next((c for c in type(owner).__mro__ if name in vars(c)), None)
             if found is None or not objects.is_setting(vars(found)[name]):
                 return
@@ -112,7 +112,7 @@ class Captured:
     # --- afterwards -----------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """If a step was traced just now, what there is now is what it has captured."""
+        """After a trace, take the current values as those the step has captured."""
         if not self._traced:
             return
         self._traced = False
@@ -125,22 +125,22 @@ class Captured:
             self._watched.append(_Watched(place, raw, frozen(raw), is_changeable(raw)))
 
     def look(self) -> int:
-        """Compare with what there is now, if code of the user's may have run since.
+        """Compare with the current values, if user code may have run since.
 
         Returns:
-            The generation of what there is now.
+            The current generation.
 
         Raises:
-            ConfigurationError: The model was compiled anew while it is trained.
+            ConfigurationError: The model was recompiled while it is trained.
         """
         if not self.due:
             return self.generation
         self.due = False
         if self._trainer.is_in_train and self._trainer.bound.is_outdated:
             raise ConfigurationError(
-                "The model was compiled anew while it is trained, by a callback perhaps. Its "
-                "optimizer, loss and metrics belong to the whole run: compile it before fit, or "
-                "between two calls. (Attributes of the three may be set at any time.)"
+                "The model was recompiled during training, perhaps by a callback. Its optimizer, "
+                "loss and metrics are fixed for the whole run: compile it before fit, or between "
+                "two calls. (Attributes of the three may be set at any time.)"
             )
         changed = [w for w in self._watched if w.differs()]
         before, self._model = self._model, _shape_of(self._trainer.model)
@@ -153,16 +153,16 @@ class Captured:
         return self.generation
 
     def new_fit(self) -> None:
-        """Look at everything again; changes are counted anew."""
+        """Start a fit: compare everything, and reset the counts of changes."""
         self._counts.clear()
         self.due = True
         self.look()
 
     def after_event(self, event: str) -> None:
-        """An event comes: whoever listens may change something.
+        """Note that an event fires, as its listeners may change captured values.
 
         Args:
-            event: Its name. At the beginning of an epoch the data may have code of the user's, too.
+            event: Its name. At the beginning of an epoch, the data set may also run user code.
         """
         if not self.due:
             trainer = self._trainer
@@ -179,12 +179,12 @@ class Captured:
         for watched in changed:
             place = watched.place
             self._counts[place.key] += 1
-            logger.info("%s was changed: the step is compiled anew.", place.label)
+            logger.info("%s was changed: the step is recompiled.", place.label)
             if self._counts[place.key] == OFTEN:
                 logger.warning(
-                    "%s, which is read%s, was changed %d times in this fit, and each time the step "
-                    "was compiled anew, which takes time. A keras.Variable changes without that: "
-                    "make it one, and assign to it.",
+                    "%s, which is read%s, was changed %d times in this fit, and the step was "
+                    "recompiled each time, which is slow. Make it a keras.Variable and assign to "
+                    "it: that needs no recompilation.",
                     place.label,
                     place.where or " in the step",
                     OFTEN,
@@ -198,14 +198,14 @@ class Captured:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             logger.info(
-                "trainable or dtype of %s%s was changed: the step is compiled anew.",
+                "trainable or dtype of %s%s was changed: the step is recompiled.",
                 ", ".join(names[:3]),
                 more,
             )
 
 
 def _shape_of(model: keras.Model) -> list[tuple[Any, Any]]:
-    """The layers and variables of a model with what decides how they are trained."""
+    """The layers and variables of a model with the flags that determine how they are trained."""
     layers = list(walk_layers(model))
     found: list[tuple[Any, Any]] = [(x, (x.trainable, x.dtype_policy.name)) for x in layers]
     parts = ("_trainable_variables", "_non_trainable_variables")
@@ -222,7 +222,7 @@ def _equal(a: list[tuple[Any, Any]], b: list[tuple[Any, Any]]) -> bool:
 
 
 class _Attribute(Mapping[str, Any]):
-    """The attributes of an object, those of its class included."""
+    """The attributes of an object, including those of its class."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner

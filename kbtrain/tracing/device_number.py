@@ -1,4 +1,4 @@
-"""`DeviceNumber`: a number on the device that Python code takes for a number."""
+"""``DeviceNumber``: a number on the device that acts like a Python number."""
 
 from __future__ import annotations
 
@@ -78,29 +78,29 @@ def _unary(host: Callable[[Any], Any], device: Callable[[Any], Any], form: str, 
 
 
 class Observer(Protocol):
-    """Who keeps account of what Python decides by a number; see ``kbtrain.tracing.position``."""
+    """Records the decisions Python makes based on a number; see ``kbtrain.tracing.position``."""
 
     moment: Moment
 
     def decide(self, ask: Callable[[Moment], Any], text: str) -> Any:
-        """Answer a question that a branch of Python asks, and note the answer."""
+        """Evaluate the condition of a Python branch, and record the outcome."""
 
     def reveal(self, ask: Callable[[Moment], Any], text: str, how: str) -> Any:
-        """Hand out a number as one of Python's, where that can be right."""
+        """Return the number as a Python number, if that stays correct."""
 
 
 class DeviceNumber(keras.Variable):  # type: ignore[misc]
-    """A number of the state in a traced step, or what was computed from it.
+    """A number of the trainer's state in a traced step, or a value computed from one.
 
-    It is a ``keras.Variable`` so that ``keras.ops`` and the frameworks' own functions take it for
-    a tensor; it stores nothing.
+    It is a ``keras.Variable`` so that ``keras.ops`` and the frameworks' functions accept it as a
+    tensor; it has no storage.
 
     Args:
-        position: Whose number it is.
-        on_host: The number at a moment, as Python would compute it.
-        on_device: Makes the tensor, in the step that is being traced.
+        position: The position that the number belongs to.
+        on_host: Computes the Python number for a given moment.
+        on_device: Creates the tensor in the step that is being traced.
         dtype: ``int32``, ``float32`` or ``bool``.
-        text: What it is, to name it.
+        text: The expression, for messages.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DeviceNumber(keras.Variable):  # type: ignore[misc]
         dtype: str,
         text: str,
     ) -> None:
-        # Not the base's: nothing is allocated.
+        # Does not call the base class, which would allocate memory.
         self.position, self.on_host, self.text = position, on_host, text
         self._on_device = on_device
         self._dtype, self._shape, self._ndim = dtype, (), 0
@@ -125,12 +125,12 @@ class DeviceNumber(keras.Variable):  # type: ignore[misc]
         return ops.convert_to_tensor(self._on_device(), self._dtype)
 
     def as_operand_of(self, tensor: Any) -> Any:
-        """The tensor, of the dtype that a Python number would take next to another one."""
+        """The tensor, in the dtype that a Python number would be promoted to."""
         dtype = keras.backend.standardize_dtype(getattr(tensor, "dtype", "float32"))
         is_float = dtype.startswith(("float", "bfloat"))
         return ops.cast(self.value, dtype) if is_float else self.value
 
-    # What the frameworks ask a value for that is not theirs.
+    # Conversion protocols of the frameworks.
 
     def __tf_tensor__(self, dtype: Any = None, name: Any = None) -> Any:
         return self.value if dtype is None else ops.cast(self.value, dtype.name)
@@ -150,7 +150,7 @@ class DeviceNumber(keras.Variable):  # type: ignore[misc]
             text,
         )
 
-    # What Python wants to know now.
+    # Conversions to Python values, which need the number now.
 
     def __bool__(self) -> bool:
         return bool(self.position.decide(lambda moment: bool(self.on_host(moment)), self.text))
@@ -175,11 +175,11 @@ class DeviceNumber(keras.Variable):  # type: ignore[misc]
         return format(self.on_host(self.position.moment), spec)
 
     def item(self) -> Any:
-        """As ``float()`` or ``int()``."""
+        """Convert like ``float()`` or ``int()``."""
         return int(self) if self._dtype == "int32" else float(self)
 
     def clip(self, min: Any = None, max: Any = None, **_: Any) -> Any:
-        """What ``numpy.clip`` asks for."""
+        """Support ``numpy.clip``."""
         low = self if min is None else _larger(self, min)
         return low if max is None else _smaller(low, max)
 
@@ -231,5 +231,5 @@ def _is_integer(x: Any) -> bool:
 
 
 def _is_scalar(x: Any) -> bool:
-    """Whether it is a number of NumPy's."""
+    """Whether ``value`` is a NumPy number."""
     return type(x).__module__ == "numpy" and getattr(x, "shape", None) == ()

@@ -1,4 +1,4 @@
-"""A value as it is now, to be compared with what it is later."""
+"""Snapshots of Python values, for later comparison."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), np.generic)
-"""Types whose objects never change."""
+"""Types whose objects are immutable."""
 
 MAX_ITEMS = 256
-"""Items of a container that are compared; of longer ones these and the length."""
+"""Items of a container that are compared; of longer ones only the first, and the length."""
 
 MAX_BYTES = 1 << 16
-"""Size of an array up to which its content is compared."""
+"""Size up to which an array is compared by content."""
 
 DEPTH = 4
 
 
 class Same:
-    """Equal to itself and to the same object only; keeps it alive, so that no other gets its id."""
+    """Compares by identity; keeps the object alive so that its id is not reused."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -33,7 +33,7 @@ class Same:
 
 
 def is_changeable(value: Any) -> bool:
-    """Whether the object itself may change, rather than another one be put in its place."""
+    """Whether the object may be mutated in place, rather than replaced."""
     if isinstance(value, PLAIN):
         return False
     if isinstance(value, tuple):
@@ -42,7 +42,7 @@ def is_changeable(value: Any) -> bool:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether it is an object of a user's class that is there to hold values (a dataclass, say)."""
+    """Whether ``value`` is an object of a user class that only holds values (a dataclass)."""
     if (
         isinstance(value, type | types.ModuleType)
         or callable(value)
@@ -59,11 +59,11 @@ _FRAMEWORKS = frozenset(
 
 
 def frozen(value: Any, depth: int = DEPTH) -> Any:
-    """What of a value can be compared later: numbers, texts and containers by content.
+    """A comparable snapshot of a value: numbers, strings and containers by content.
 
     Args:
-        value: Anything.
-        depth: Containers within containers that are looked into.
+        value: Any object.
+        depth: Levels of nested containers that are compared by content.
     """
     if isinstance(value, PLAIN):
         return "nan" if value != value else value

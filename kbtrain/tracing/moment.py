@@ -1,4 +1,4 @@
-"""Where a run stands before an update."""
+"""The position of a run before an update."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run stands before an update.
+    """The position of a run before an update.
 
     Attributes:
         step: Updates done.
-        epoch: Number of the epoch.
-        batch: Micro-batches of it that are done.
-        batches: Micro-batches that make one epoch.
-        micro_batches: Micro-batches of the next update; 0 where time stands still (evaluations).
+        epoch: Index of the epoch.
+        batch: Micro-batches done in this epoch.
+        batches: Micro-batches per epoch.
+        micro_batches: Micro-batches of the next update; 0 in evaluations, which do not advance.
     """
 
     step: int = 0
@@ -24,7 +24,7 @@ class Moment:
     micro_batches: int = 0
 
     def after(self, updates: int) -> Moment:
-        """The same, some updates later in the epoch."""
+        """The position some updates later in the epoch."""
         if not self.micro_batches:
             return self
         done = self.batch + updates * self.micro_batches
@@ -32,7 +32,7 @@ class Moment:
 
     @classmethod
     def of(cls, step: int, epoch: float) -> Moment:
-        """A moment in which nothing is trained."""
+        """A position outside training."""
         whole, parts = int(epoch), 1 << 20
         return cls(step, whole, round((epoch - whole) * parts), parts)
 

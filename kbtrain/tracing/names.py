@@ -1,4 +1,4 @@
-"""Which globals and closures a function reads, as its code says."""
+"""Finds the globals and closure variables that a function reads, from its code object."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kbtrain.tracing.frozen_values import PLAIN, is_changeable
 
 @dataclass(frozen=True)
 class Place:
-    """A name under which a value is found.
+    """A name in a namespace, through which code reads a value.
 
     Attributes:
-        namespace: Where to look it up.
+        namespace: The mapping that holds the name.
         name: The name.
-        label: What to call it, as in ``Model.beta``.
-        where: Where it is read, as in `` in loss.py:12``; may be empty.
-        owner: Whose it is; kept alive.
+        label: Its description in messages, such as ``Model.beta``.
+        where: The place that reads it, such as `` in loss.py:12``; may be empty.
+        owner: The object it belongs to, kept alive.
     """
 
     namespace: Mapping[str, Any]
@@ -33,7 +33,7 @@ class Place:
 
     @property
     def key(self) -> tuple[int, str]:
-        """Tells places apart."""
+        """Identifies the place."""
         return id(self.owner), self.name
 
 
@@ -58,11 +58,11 @@ class _Cells(Mapping[str, Any]):
 
 
 def names_read_by(functions: Iterable[Any]) -> Iterator[Place]:
-    """The places that functions read values from, and those that they call.
+    """The places that functions, and the functions they call, read values from.
 
     Args:
-        functions: Functions, bound methods, partials, callable objects. What is not a user's own
-            code is left alone.
+        functions: Functions, bound methods, partials, callable objects. Only user code is
+            inspected.
     """
     waiting, seen = list(functions), set()
     while waiting:
@@ -85,7 +85,7 @@ def names_read_by(functions: Iterable[Any]) -> Iterator[Place]:
                                     yield _place(vars(value), inner, function, cells)
                     else:
                         waiting.append(value)
-            # Methods of the same object that it calls.
+            # Methods of the same object that the function calls.
             for name in names if owner is not None else ():
                 method = getattr(type(owner), name, None)
                 if isinstance(method, types.FunctionType):
@@ -111,7 +111,7 @@ def _is_watched(value: Any) -> bool:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Names that a function's code uses, its inner functions' included."""
+    """Names used by a function's code, including its inner functions."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -120,7 +120,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _plain_functions(value: Any) -> Iterator[tuple[types.FunctionType, Any]]:
-    """The functions of Python that calling ``value`` runs, each with its ``self``."""
+    """The Python functions that a call of ``value`` runs, each with its ``self``."""
     if isinstance(value, functools.partial):
         yield from _plain_functions(value.func)
         for item in (*value.args, *value.keywords.values()):

@@ -1,4 +1,4 @@
-"""The objects, settings and functions that the steps of a Trainer are made of."""
+"""The objects, settings and functions that determine the steps of a Trainer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _OURS = ("keras", "kbtrain", "optim")
 _BOOKKEEPING = frozenset(
     ["built", "call", "name", "stop_training", "supports_jit", "supports_masking"]
 )
-"""Settings of Keras' objects that say nothing about what they compute."""
+"""Settings of Keras objects that do not affect what they compute."""
 
 Note = Callable[[Any, str, Any], None]
 
 
 class Subject(Protocol):
-    """What the steps are made of: a Trainer, as far as it matters here."""
+    """The parts of a Trainer that determine its steps."""
 
     bound: Any
     state: Any
@@ -40,11 +40,11 @@ class Subject(Protocol):
 
     @property
     def compute_loss(self) -> Any:
-        """The loss of one micro-batch."""
+        """Compute the loss of one micro-batch."""
 
 
 def is_setting(value: Any) -> bool:
-    """Whether a step that has read this value would run otherwise with another one."""
+    """Whether another value of this kind would change a step that has read it."""
     if isinstance(value, (*PLAIN, types.FunctionType, keras.layers.Layer)):
         return True
     return is_changeable(value) or keras.ops.is_tensor(value)
@@ -69,7 +69,7 @@ def owners(trainer: Subject) -> list[Any]:
 
 
 def optimizers(optimizer: Any) -> list[Any]:
-    """An optimizer, those inside it, and their schedules."""
+    """An optimizer, those it wraps, and their schedules."""
     found: list[Any] = []
     while optimizer is not None:
         found.append(optimizer)
@@ -81,19 +81,19 @@ def optimizers(optimizer: Any) -> list[Any]:
 
 
 def is_own_class(cls: type, of: tuple[str, ...] = _OURS) -> bool:
-    """Whether a class is Keras', or of one of our packages."""
+    """Whether a class belongs to Keras or to one of our packages."""
     return cls.__module__.partition(".")[0] in of
 
 
 def is_extended(trainer: Subject) -> bool:
-    """Whether methods of the Trainer may be the user's."""
+    """Whether methods of the Trainer may be overridden by the user."""
     return not is_own_class(type(trainer))
 
 
 def watched_classes(trainer: Subject) -> list[type]:
-    """The classes, of users and of other packages, whose attributes are noted while they are read.
+    """The classes, of users and other packages, whose attribute reads are recorded.
 
-    Keras' own have settings that nobody changes by accident; those are simply compared.
+    Classes of Keras have a fixed set of public settings, which are compared instead.
     """
     classes = {type(x) for x in owners(trainer)}
     state = type(trainer.state)
@@ -108,7 +108,7 @@ def watched_classes(trainer: Subject) -> list[type]:
 
 @contextlib.contextmanager
 def intercepted(classes: Iterable[type], note: Note) -> Iterator[None]:
-    """Inside, ``note(object, name, value)`` is told of attributes that are read."""
+    """Context in which ``note(object, name, value)`` is called for each attribute that is read."""
     ignored = _ignored()
     replaced: list[tuple[type, Any]] = []
     originals = [(cls, cls.__getattribute__) for cls in classes]
@@ -124,7 +124,7 @@ def intercepted(classes: Iterable[type], note: Note) -> Iterator[None]:
             own = vars(cls).get("__getattribute__")
             try:
                 cls.__getattribute__ = read  # type: ignore[method-assign,assignment]
-            except TypeError:  # of a compiled module
+            except TypeError:  # a class of a compiled module
                 continue
             replaced.append((cls, own))
         yield
@@ -140,7 +140,7 @@ _IGNORED: set[str] = set()
 
 
 def _ignored() -> set[str]:
-    """What Keras keeps in every layer, model, loss and metric for itself."""
+    """The attributes that Keras sets on every layer, model, loss and metric."""
     if not _IGNORED:
         for example in (
             keras.layers.Layer(name="example"),
@@ -155,7 +155,7 @@ def _ignored() -> set[str]:
 
 
 def settings(trainer: Subject) -> Iterator[Place]:
-    """What is compared whether a step was seen reading it or not."""
+    """The settings that are compared whether or not a step was seen reading them."""
     for name in ("args", "optimizer", "compute_loss_func", "preprocess_logits_for_metrics"):
         yield Place(vars(trainer), name, f"Trainer.{name}", "", trainer)
     trained_by = optimizers(trainer.optimizer)
@@ -166,13 +166,15 @@ def settings(trainer: Subject) -> Iterator[Place]:
         if not is_own_class(type(owner), ("keras", "optim")) and not is_optimizer:
             continue
         yield from _public(owner)
-        if is_optimizer:  # a number that is assigned stays in its variable, a schedule does not
+        if (
+            is_optimizer
+        ):  # a number is assigned to the optimizer's variable, a schedule is part of the trace
             label = f"{type(owner).__name__}.learning_rate"
             yield Place(vars(owner), "_learning_rate", label, "", owner)
 
 
 def _public(owner: Any) -> Iterator[Place]:
-    """The settings of an object of Keras' or ours: its public numbers, flags and functions."""
+    """The public numbers, flags and functions of an object of Keras or of our packages."""
     kind = getattr(owner, "path", None) or type(owner).__name__
     for name, value in vars(owner).items():
         if name.startswith("_") or name in _BOOKKEEPING:
@@ -187,7 +189,7 @@ def _public(owner: Any) -> Iterator[Place]:
 
 
 def functions(trainer: Subject) -> list[Any]:
-    """The user's functions that run in a step."""
+    """The user functions that run in a step."""
     found: list[Any] = [trainer.compute_loss]
     for owner in owners(trainer):
         if owner is trainer or any(owner is c for c in trainer.callback_handler.callbacks):
@@ -196,7 +198,7 @@ def functions(trainer: Subject) -> list[Any]:
         for name in ("call", "compute_loss", "update_state", "result"):
             if isinstance(getattr(type(owner), name, None), types.FunctionType):
                 found.append(getattr(owner, name))
-        # Where Keras keeps a function: Lambda, LossFunctionWrapper, MeanMetricWrapper, Activation.
+        # Hold a function in Lambda, LossFunctionWrapper, MeanMetricWrapper, Activation.
         for name in ("function", "fn", "_fn", "activation"):
             value = vars(owner).get(name) if hasattr(owner, "__dict__") else None
             if callable(value):

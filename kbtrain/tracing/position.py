@@ -1,10 +1,9 @@
-"""``state.global_step`` and ``state.epoch`` in code that is traced: values on the device.
+"""``state.global_step`` and ``state.epoch`` in traced code: values on the device.
 
-A traced step runs its Python once and then many times without it. A Python number would be what
-it was at the trace for ever, so such code gets a ``DeviceNumber``: arithmetic with it is part of
-the step, and what Python decides by it (``if``, ``min``, ``int``) is noted as a ``Decision``. The
-step is right as long as its decisions are; ``kbtrain.tracing.retrace`` traces it anew where one is
-not.
+A traced step runs its Python only once, so a Python number would stay frozen at its value during
+the trace. Traced code therefore gets a ``DeviceNumber``: arithmetic with it becomes part of the
+step, and control flow that depends on it (``if``, ``min``, ``int``) is recorded as a decision. The
+step is valid as long as its decisions are; ``kbtrain.tracing.retrace`` retraces it otherwise.
 """
 
 from __future__ import annotations
@@ -26,31 +25,31 @@ from kbtrain.tracing.moment import Moment
 
 @dataclass
 class Decisions:
-    """What the Python of one version of a step has decided by numbers of the state.
+    """The decisions that one version of a step has made based on numbers of the state.
 
     Attributes:
-        made: Outcomes by what was asked; each with the question, to ask it again.
+        made: Outcomes by condition, each with the function that evaluates it again.
     """
 
     made: dict[str, tuple[Callable[[Moment], Any], Any]] = field(default_factory=dict)
 
     def hold(self, moment: Moment) -> bool:
-        """Whether Python would decide the same now."""
+        """Whether the decisions would have the same outcomes now."""
         return all(ask(moment) == outcome for ask, outcome in self.made.values())
 
     def room(self, moment: Moment, limit: int) -> int:
-        """For how many updates, of ``limit``, they hold; 0 if not even for the first."""
+        """The number of updates, at most ``limit``, for which the decisions hold."""
         if not self.made:
             return limit
         return next((i for i in range(limit) if not self.hold(moment.after(i))), limit)
 
 
 class Position:
-    """Where the run stands, on the device and on the host.
+    """The position of the run, on the device and on the host.
 
     Attributes:
-        moment: The moment of the step that runs next.
-        used: Whether a step has read the numbers: only then they are part of it.
+        moment: The position of the step that runs next.
+        used: Whether a step has read the numbers, which then are inputs of it.
     """
 
     _active: ClassVar[Position | None] = None
@@ -68,11 +67,12 @@ class Position:
         self.used = False
 
     def set(self, moment: Moment, traced: bool = False) -> None:
-        """Tell the device, if a step reads it.
+        """Update the numbers on the device, if a step reads them.
 
         Args:
-            moment: The moment of the step that runs next.
-            traced: It has been traced: if it did not read the numbers, it will not.
+            moment: The position of the step that runs next.
+            traced: Whether the step has been traced: if it has not read the numbers, it never
+                will.
         """
         self.moment = moment
         now = [moment.step, moment.epoch, moment.batch, moment.batches]
@@ -83,11 +83,11 @@ class Position:
 
     @contextlib.contextmanager
     def readable(self, state: Any, decisions: Decisions) -> Iterator[None]:
-        """Inside, ``state`` gives out the numbers of the step that runs or is traced.
+        """Context in which ``state`` returns the numbers of the step that runs or is traced.
 
         Args:
             state: The ``TrainerState``.
-            decisions: Where to note what Python decides by them.
+            decisions: Records the decisions based on them.
         """
         before = Position._active, self._state, self._decisions
         Position._active, self._state, self._decisions = self, state, decisions
@@ -97,14 +97,14 @@ class Position:
             Position._active, self._state, self._decisions = before
 
     def advance(self, micro_batches: int) -> None:
-        """The step that runs or is traced ends: the next one finds the next numbers."""
+        """End the step that runs or is traced: advance the numbers for the next one."""
         if self.used and self._variable is not None:
             more = ops.convert_to_tensor([1, 0, micro_batches, 0], "int32")
             self._variable.assign(self._variable + more)
 
     @classmethod
     def read(cls, state: Any, name: str) -> Any:
-        """What code in a step gets for ``state.global_step`` or ``epoch``; None elsewhere."""
+        """The value of ``state.global_step`` or ``epoch`` for code in a step; None elsewhere."""
         active = cls._active
         if active is None or active._state is not state or active._variable is None:
             return None
@@ -130,29 +130,29 @@ class Position:
             return DeviceNumber(
                 self, lambda moment: moment.read(name), value, dtype, f"state.{name}"
             )
-        except Exception as error:  # Keras' variables have changed
+        except Exception as error:  # keras.Variable has changed incompatibly
             raise ConcreteValueNeeded(
                 f"state.{name} cannot be a value on the device with this version of Keras: "
                 f"{first_lines(error)}"
             ) from error
 
     def decide(self, ask: Callable[[Moment], Any], text: str) -> Any:
-        """Answer a question of Python's, and note that the step depends on it."""
+        """Evaluate a condition, and record that the step depends on it."""
         outcome = ask(self.moment)
         if self._decisions is not None:
             self._decisions.made[text] = ask, outcome
         return outcome
 
     def reveal(self, ask: Callable[[Moment], Any], text: str, how: str) -> Any:
-        """Give Python the number itself, where that holds for more than one update.
+        """Return the number itself, if it stays the same for more than one update.
 
         Raises:
-            ConcreteValueNeeded: The number is another one in the next update.
+            ConcreteValueNeeded: The number differs in the next update.
         """
         if self._decisions is not None and ask(self.moment.after(1)) != ask(self.moment):
             where = place_of(sys._getframe())
             raise ConcreteValueNeeded(
-                f"{how}() of {text}{where} takes a number that changes with every update. "
-                "Use keras.ops in place of math and NumPy functions, and arithmetic as it is."
+                f"{how}() of {text}{where} needs a Python number, but this one changes with "
+                "every update. Use arithmetic, and keras.ops in place of math and NumPy functions."
             )
         return self.decide(ask, f"{how}({text})")

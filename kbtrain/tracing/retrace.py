@@ -1,9 +1,9 @@
-"""A compiled step that follows what is changed in Python between its calls.
+"""Compiled steps that are retraced when Python values change between calls.
 
-What Python decides while a step is traced stays decided. So there is a version of the step for
-each way its decisions by ``state.global_step`` and ``state.epoch`` went
-(`kbtrain.tracing.position`), and all are thrown away when something that they have captured is
-changed (`kbtrain.tracing.captured`).
+Python control flow is fixed when a step is traced. So there is one version of the step for each
+outcome of its decisions on ``state.global_step`` and ``state.epoch``
+(``kbtrain.tracing.position``), and all versions are discarded when a value they have captured
+changes (``kbtrain.tracing.captured``).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from kbtrain.tracing.position import Decisions, Position
 logger = logging.getLogger("kbtrain")
 
 Step = Callable[[Any], Any]
-"""One step in Python, ``step(inputs) -> outputs``."""
+"""An uncompiled step, ``step(inputs) -> outputs``."""
 
 MAX_VERSIONS = 16
-"""Versions that are kept; the oldest one goes."""
+"""Maximum number of versions; the oldest is dropped."""
 
 
 class Traces:
-    """What the Python of a step needs while it is traced: numbers of the state, and who notes.
+    """Prepares a step for tracing: numbers of the state on the device, reads recorded.
 
     Args:
         backend: The backend in use.
-        position: Where the run stands.
-        captured: Notes what the step reads.
+        position: The position of the run.
+        captured: Records the values that the step reads.
         state: Returns the ``TrainerState``.
     """
 
@@ -51,12 +51,12 @@ class Traces:
         self._state = state
 
     def step(self, step: Step, decisions: Decisions, variable: keras.Variable) -> Step:
-        """The step with all that.
+        """Wrap a step so that it can be traced.
 
         Args:
-            step: One step.
-            decisions: Where to note what Python decides.
-            variable: One of the step's state, not a trained one.
+            step: The step.
+            decisions: Records the decisions of its Python code.
+            variable: A variable of the step's state that is not trained.
         """
 
         def traced(inputs: Any) -> Any:
@@ -69,7 +69,7 @@ class Traces:
         return traced
 
     def forward(self, forward: Callable[..., Any], variable: keras.Variable) -> Callable[..., Any]:
-        """A forward pass that may be traced by itself, in a step that runs eagerly."""
+        """Wrap a forward pass that may be traced separately, in a step that runs eagerly."""
 
         def recorded(batch: Any, num_items: Any, training: bool) -> Any:
             with self.captured.recording(self.backend.is_symbolic(variable)):
@@ -84,8 +84,8 @@ class Version:
 
     Attributes:
         run: The compiled step.
-        decisions: What Python decided when it was traced.
-        traced: The structures of inputs it has been traced for.
+        decisions: The decisions made when it was traced.
+        traced: The input structures it has been traced for.
     """
 
     run: Callable[..., Any]
@@ -97,9 +97,9 @@ class Versions:
     """The compiled versions of a step.
 
     Args:
-        compile: ``compile(decisions) -> compiled step``; it is traced when it is called first, and
-            notes what Python decides then.
-        what: Which step it is, for the log.
+        compile: ``compile(decisions) -> compiled step``. The step is traced on its first call and
+            then records its decisions.
+        what: The name of the step for the log.
     """
 
     def __init__(self, compile: Callable[[Decisions], Callable[..., Any]], what: str) -> None:
@@ -108,7 +108,7 @@ class Versions:
         self._made = 0
 
     def at(self, moment: Moment) -> Version:
-        """The version that is right now; a new one if there is none."""
+        """The version valid now; a new one if there is none."""
         for version in self._versions:
             if version.decisions.hold(moment):
                 return version
@@ -121,7 +121,7 @@ class Versions:
         return version
 
     def room(self, moment: Moment, limit: int) -> int:
-        """For how many updates, of ``limit``, one version is right: one if it is not traced yet."""
+        """The number of updates, at most ``limit``, that one version covers; 1 before its trace."""
         version = next((v for v in self._versions if v.decisions.hold(moment)), None)
         if version is None or not version.traced:
             return 1
@@ -137,11 +137,11 @@ class Versions:
             ),
             "",
         )
-        logger.info("The %s step is compiled anew: %s has another answer now.", self._what, asked)
+        logger.info("The %s step is recompiled: the outcome of %s has changed.", self._what, asked)
         if self._made == MAX_VERSIONS:
             logger.warning(
-                "The %s step was compiled %d times, because its Python decides by %s. "
-                "keras.ops.where, keras.ops.minimum and the like need no new step.",
+                "The %s step was compiled %d times because its control flow depends on %s. "
+                "keras.ops.where, keras.ops.minimum and the like need no recompilation.",
                 self._what,
                 MAX_VERSIONS + 1,
                 asked,
@@ -149,13 +149,13 @@ class Versions:
 
 
 class LiveStep:
-    """The compiled train steps of a run, up to date in every call.
+    """The compiled train steps of a run, retraced as needed before each call.
 
     Args:
-        build: Builds the step from what there is now: ``build(decisions) -> compiled steps``.
-        position: Where the run stands.
-        captured: Knows what the step has captured.
-        moment: Returns where the run stands, given the micro-batches of an update.
+        build: Builds the step from the current state: ``build(decisions) -> compiled steps``.
+        position: The position of the run.
+        captured: The Python values that the step has captured.
+        moment: Returns the position, given the number of micro-batches of an update.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class LiveStep:
         self._generation = self._captured.generation
 
     def room(self, accumulation: int) -> int:
-        """How many updates the next block may have for all that is known."""
+        """The maximum number of updates in the next block, as far as known."""
         if not self._position.used and self._versions.room(self._moment(accumulation), 2) > 1:
             return 1 << 30
         return self._versions.room(self._moment(accumulation), 1 << 10)
@@ -183,7 +183,7 @@ class LiveStep:
         """Run the updates of a block.
 
         Args:
-            tensors: Its chunks, on the device.
+            tensors: The chunks of the block, on the device.
             block: The block.
         """
         if self._captured.look() != self._generation:

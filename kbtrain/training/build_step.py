@@ -73,7 +73,7 @@ def live_train_step(
         assert optimizer is not None
         trained = trained_variables(bound.model)
         if follows and not trainer.other_optimizers:
-            changing_variables.follow(optimizer, bound.model)
+            changing_variables.sync_variables(optimizer, bound.model)
         optimizers = [optimizer, *trainer.other_optimizers.values()]
         state = [*bound.variables(), *(v for each in optimizers for v in each.variables), halted]
         variables = unique(state)

@@ -152,7 +152,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     trainer.captured.new_fit()
     optimizer = build_optimizer(trainer, plan.max_steps)
     if not bound.own.train_step:  # a given one may have been built for what was trained before
-        changing_variables.follow(optimizer, bound.model)
+        changing_variables.sync_variables(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
     if bound.metrics is not None:
         bound.metrics.reset()
@@ -285,7 +285,7 @@ def _restore(
         flags = trained[0]
         validated_json.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
         if not trainer.other_optimizers:
-            changing_variables.follow(optimizer, trainer.model)
+            changing_variables.sync_variables(optimizer, trainer.model)
     progress = run_state.restore_run(
         trainer.backend,
         trainer.model,

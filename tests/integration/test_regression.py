@@ -55,7 +55,9 @@ def test_reference_run(tmp_path, name):
 
 
 def test_a_name_that_is_not_offered_says_what_to_use(tmp_path):
-    with pytest.raises(ConfigurationError, match="optim='lomo' is not offered: .*Use 'adafactor'"):
+    with pytest.raises(
+        ConfigurationError, match="optim='lomo' is not supported: .*Use 'adafactor'"
+    ):
         run(tmp_path, optim="lomo")
 
 

@@ -515,7 +515,7 @@ def one_optimizer_for_two(tmp_path):
             lambda path: NoOptimizer(
                 linear_model(), arguments(path), train_dataset=make_data(), loss="mse"
             ).fit(),
-            "create_optimizer must make a keras.optimizers.Optimizer. Received: NoneType",
+            "create_optimizer must create a keras.optimizers.Optimizer. Received: NoneType",
         ),
         (fit_inside, r"while fit\(\) is running"),
         (one_optimizer_for_two, "SGD.*used for other variables already.*kernel"),

@@ -1,1 +1,1 @@
-"""Losses as ``(sum, count)`` pairs, one for each output, and the labels that belong to them."""
+"""Losses as ``(sum, count)`` pairs, one per output, matched to their labels."""

@@ -1,8 +1,8 @@
-"""The losses of Keras, and functions and objects of its form, as ``(sum, count)`` pairs.
+"""Keras losses, and custom functions and objects with their signature, as ``(sum, count)`` pairs.
 
-What `Model.compile` makes of a loss is made of it here: a function has its labels cast and brought
-to the rank of the outputs, a `keras.losses.Loss` is used before its reduction, and one that
-overrides ``__call__`` is called as it is.
+The semantics are those of ``Model.compile``: for a function the labels are cast and brought to the
+rank of the outputs, a ``keras.losses.Loss`` is evaluated without its reduction, and one that
+overrides ``__call__`` is called unchanged.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kbtrain.utils.keras_private import get_keras_mask
 
 
 def resolve_loss(loss: Any) -> Any:
-    """Names become Keras losses; functions and ``Loss`` objects stay; dicts and lists are walked.
+    """Replace names by Keras losses, in dicts and lists as well; keep functions and objects.
 
     Raises:
-        ConfigurationError: Unknown name, or not callable.
+        ConfigurationError: A name is unknown, or a loss is not callable.
     """
     if loss is None:
         return None
@@ -45,7 +45,7 @@ def resolve_loss(loss: Any) -> Any:
         raise ConfigurationError(
             "loss must be the name of a Keras loss, a keras.losses.Loss, a function "
             f"(y_true, y_pred) -> losses, or a dict or list of these. Received: loss={loss!r}"
-            + (f". Make an object of it: {loss.__name__}()." if isinstance(loss, type) else "")
+            + (f". Instantiate it: {loss.__name__}()." if isinstance(loss, type) else "")
         )
     return loss
 
@@ -66,11 +66,11 @@ def _loss_by_name(name: str) -> Any:
 
 
 class NamedLoss(keras.losses.Loss):  # type: ignore[misc]
-    """A function of Keras by the name that it was asked for with.
+    """A loss function of Keras under the name that the user gave.
 
     Args:
         fn: ``(y_true, y_pred) -> losses``.
-        name: What it is called in logs.
+        name: Its name in logs.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
@@ -78,17 +78,17 @@ class NamedLoss(keras.losses.Loss):  # type: ignore[misc]
         self.fn = fn
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Losses of the elements."""
+        """Per-element losses."""
         return self.fn(*same_rank(y_true, y_pred))
 
 
 def crossentropy(y_true: Any, y_pred: Any) -> Any:
-    """The loss of the name "crossentropy": binary, sparse or categorical, by the shapes."""
-    return chosen(crossentropy, y_true, y_pred)(y_true, y_pred)
+    """The loss named "crossentropy": binary, sparse or categorical, depending on the shapes."""
+    return resolve_crossentropy(crossentropy, y_true, y_pred)(y_true, y_pred)
 
 
-def chosen(loss: Any, y: Any, outputs: Any) -> Any:
-    """The loss itself; of "crossentropy" the one that `Model.compile` chooses for such shapes."""
+def resolve_crossentropy(loss: Any, y: Any, outputs: Any) -> Any:
+    """The loss; "crossentropy" is resolved as ``Model.compile`` does for these shapes."""
     if getattr(loss, "fn", loss) is not crossentropy:
         return loss
     labels, classes = tuple(y.shape), outputs.shape[-1]
@@ -100,7 +100,7 @@ def chosen(loss: Any, y: Any, outputs: Any) -> Any:
 
 
 def is_sparse(loss: Any) -> bool:
-    """Whether it is a cross-entropy of integer labels."""
+    """Whether ``loss`` is a cross-entropy of integer labels."""
     return (
         isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
         or getattr(loss, "fn", loss) is keras.losses.sparse_categorical_crossentropy
@@ -108,17 +108,17 @@ def is_sparse(loss: Any) -> bool:
 
 
 def may_be_sparse(loss: Any) -> bool:
-    """Whether it is one, or can turn out as one: see ``chosen``."""
+    """Whether ``loss`` is sparse, or ``resolve_crossentropy`` may make it so."""
     return is_sparse(loss) or getattr(loss, "fn", loss) is crossentropy
 
 
 def takes_any_labels(loss: Any) -> bool:
-    """Whether it is a function of the user's own."""
+    """Whether ``loss`` is a custom function, which may take labels in any structure."""
     return not isinstance(loss, keras.losses.Loss) and not _module(loss).startswith("keras.")
 
 
 def is_summed(loss: Any) -> bool:
-    """Whether Keras adds up the losses of a batch and divides by nothing."""
+    """Whether Keras sums the losses of a batch without dividing."""
     return getattr(loss, "reduction", None) == "sum" and not _reduces_itself(loss)
 
 
@@ -128,7 +128,7 @@ def _reduces_itself(loss: Any) -> bool:
 
 
 def ignored_labels(loss: Any, y: Any) -> Any:
-    """Boolean tensor, True where a sparse integer label counts; None where nothing is ignored."""
+    """Boolean tensor, True where a sparse integer label counts; None if none can be ignored."""
     if y is None or not is_sparse(loss) or not ops.is_tensor(y):
         return None
     if not keras.backend.is_int_dtype(y.dtype) or "uint" in keras.backend.standardize_dtype(
@@ -139,7 +139,7 @@ def ignored_labels(loss: Any, y: Any) -> Any:
 
 
 def without_ignored(loss: Any, y: Any, outputs: Any) -> tuple[Any, Any]:
-    """Labels that the loss can take, and where they count (None: everywhere)."""
+    """Labels with the ignored ones replaced by a valid class, and a mask (None: all count)."""
     keep = ignored_labels(loss, y)
     if keep is None:
         return y, None
@@ -149,15 +149,15 @@ def without_ignored(loss: Any, y: Any, outputs: Any) -> tuple[Any, Any]:
     return y, keep
 
 
-def both(mask: Any, keep: Any) -> Any:
-    """Where both hold; None holds everywhere."""
+def combine_masks(mask: Any, keep: Any) -> Any:
+    """Logical and of two masks, where None stands for all True."""
     if mask is None or keep is None:
         return keep if mask is None else mask
     return ops.logical_and(ops.cast(mask, "bool"), ops.cast(keep, "bool"))
 
 
 def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) -> LossPair:
-    """One Keras loss (object or function) on one output, unreduced, as a pair.
+    """Evaluate one Keras loss (object or function) on one output, as a pair.
 
     Args:
         loss: ``keras.losses.Loss`` or ``f(y_true, y_pred)``.
@@ -166,17 +166,17 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         sample_weight: See ``weighted_sum``.
 
     Raises:
-        ConfigurationError: There are several labels or outputs, or weights that do not fit.
-        DataError: Keras' loss does not take such labels and outputs.
+        ConfigurationError: There are several labels or outputs, or the weights do not fit.
+        DataError: The Keras loss does not accept these labels and outputs.
     """
     own = takes_any_labels(loss)
     for what, tree in (("labels", y), ("model's outputs", outputs)):
         if not ops.is_tensor(tree) and not (own and tree is y):
             raise ConfigurationError(
-                f"There is one loss, but the {what} are {describe(tree)}. Give the loss in the "
-                "same form: a dict or a list with one entry for each output."
+                f"There is one loss, but the {what} are {describe(tree)}. Pass the loss in the "
+                "same structure: a dict or a list with one entry per output."
             )
-    loss = chosen(loss, y, outputs)
+    loss = resolve_crossentropy(loss, y, outputs)
     size = keras.tree.flatten(y)[0].shape[0]
     if _reduces_itself(loss):
         return _of_own_call(loss, y, outputs, sample_weight, size)
@@ -191,14 +191,14 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
         losses = losses * ops.ones_like(as_dtype_of(sample_weight, losses))  # as in Keras
         return LossPair(*weighted_sum(losses, sample_weight))
     for more in (own_mask, keep):
-        mask = both(mask, more)
+        mask = combine_masks(mask, more)
     reduction = getattr(loss, "reduction", None)
     count_weights = reduction == "mean_with_sample_weight"
     return LossPair(*weighted_sum(losses, sample_weight, mask, count_weights))
 
 
 def _of_own_call(loss: Any, y: Any, outputs: Any, sample_weight: Any, size: int) -> LossPair:
-    """A ``Loss`` with a ``__call__`` of its own: a scalar is the mean over the batch."""
+    """Evaluate a ``Loss`` that overrides ``__call__``; a scalar is the mean over the batch."""
     try:
         inspect.signature(loss).bind(y, outputs, sample_weight)
         takes_weight = True
@@ -208,14 +208,14 @@ def _of_own_call(loss: Any, y: Any, outputs: Any, sample_weight: Any, size: int)
         return as_pair(loss(y, outputs, sample_weight), size)
     if sample_weight is not None:
         raise ConfigurationError(
-            f"The data has sample weights, and {type(loss).__name__}.__call__ takes none. Define "
+            f"The data has sample weights, but {type(loss).__name__}.__call__ takes none. Define "
             "it as __call__(self, y_true, y_pred, sample_weight=None), or leave the weights out."
         )
     return as_pair(loss(y, outputs), size)
 
 
 def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
-    """The losses of the elements; a label that does not fit is explained."""
+    """Per-element losses; raises an explanation if the labels do not fit."""
     is_object = isinstance(loss, keras.losses.Loss)
     dtype = loss.dtype if is_object else keras.config.floatx()
     try:
@@ -229,7 +229,7 @@ def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
     except Exception as error:
         origin = getattr(loss, "fn", type(loss)) if is_object else loss
         if not _module(origin).startswith("keras."):
-            raise  # a user's own loss: the error is theirs to see as it is
+            raise  # a custom loss: the user should see the original error
         shapes = [
             f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}" for t in (y, outputs)
         ]
@@ -240,10 +240,10 @@ def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
 
 
 def same_rank(labels: Any, outputs: Any) -> tuple[Any, Any]:
-    """Labels and outputs whose ranks differ by a last axis of length 1, brought to one rank.
+    """Bring labels and outputs to one rank if they differ by a last axis of length 1.
 
-    As Keras does it around a loss that is a function: ``(N,)`` and ``(N, 1)`` become ``(N, 1)``,
-    ``(N, 5)`` and ``(N, 5, 1)`` become ``(N, 5)``. Others are left as they are.
+    Keras does the same around a loss function: ``(N,)`` and ``(N, 1)`` become ``(N, 1)``,
+    ``(N, 5)`` and ``(N, 5, 1)`` become ``(N, 5)``. Other shapes are unchanged.
     """
     short, long = labels, outputs
     if len(labels.shape) > len(outputs.shape):
@@ -262,12 +262,12 @@ def _module(function: Callable[..., Any]) -> str:
 
 
 def name_of(loss: Any) -> str:
-    """What a loss is called."""
+    """The name of a loss."""
     return getattr(loss, "name", None) or getattr(loss, "__name__", None) or type(loss).__name__
 
 
 def describe(tree: Any) -> str:
-    """Labels or outputs in a few words, for an error."""
+    """A short description of labels or outputs, for error messages."""
     if isinstance(tree, Mapping):
         return f"a dict with {list(tree)}"
     if isinstance(tree, list | tuple):

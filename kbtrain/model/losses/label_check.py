@@ -1,6 +1,6 @@
-"""Integer labels that the model has no class for, found on the host before they are trained on.
+"""Detects integer labels outside the model's classes, on the host, before they are trained on.
 
-A backend on its own says nothing (JAX), or shows where in its graph it happened.
+Without it JAX silently computes wrong numbers, and the others raise an error from inside a graph.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import numpy as np
 
 from kbtrain.data import LabelNames, unpack
 from kbtrain.errors import DataError
-from kbtrain.model.losses.keras_losses import chosen, is_sparse, may_be_sparse
+from kbtrain.model.losses.keras_losses import is_sparse, may_be_sparse, resolve_crossentropy
 from kbtrain.model.losses.pairing import Outputs
 from kbtrain.model.losses.pairs import IGNORE_INDEX
 
 
 class LabelCheck:
-    """The classes of a model's outputs, and whether labels are among them.
+    """Checks labels against the number of classes of each output.
 
     Args:
         loss: A resolved loss, or a dict or list of these. Only sparse cross-entropies are checked.
         labels: The labels of a batch, for their structure.
-        outputs: What the model returns for it; shapes are enough.
-        output_names: The names of its outputs, if it has some.
+        outputs: The model's outputs for it; shapes suffice.
+        output_names: The names of the outputs, if the model has any.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
 
     Raises:
-        ConfigurationError: Losses, labels and outputs do not belong together.
+        ConfigurationError: Losses, labels and outputs do not match.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class LabelCheck:
             label, output = found.get(i), self._known.leaves[i]
             if not hasattr(label, "shape") or len(getattr(output, "shape", ())) < 2:
                 continue
-            each = chosen(losses[i], label, output)
+            each = resolve_crossentropy(losses[i], label, output)
             if is_sparse(each):
                 classes = output.shape[getattr(each, "_fn_kwargs", {}).get("axis", -1)]
                 if classes is not None:
                     self._classes.append((i, classes, getattr(each, "ignore_class", None)))
 
     def __call__(self, batches: Any, count: int, axes: Sequence[str], first: int) -> None:
-        """Look at the labels of several batches.
+        """Check the labels of several batches.
 
         Args:
-            batches: A batch with more axes in front, NumPy.
-            count: Entries of the first axis that mean something.
-            axes: What these axes count, for the message: ``("update", "micro-batch")``.
-            first: The number of the first entry of the first axis, for the message.
+            batches: A NumPy batch with additional leading axes.
+            count: Number of valid entries along the first axis.
+            axes: Names of the leading axes for the message: ``("update", "micro-batch")``.
+            first: Number of the first entry along the first axis, for the message.
 
         Raises:
-            DataError: A label is outside of the classes.
+            DataError: A label is outside the range of classes.
         """
         if not self._classes:
             return
@@ -92,7 +92,7 @@ class LabelCheck:
 
 
 def _weighed(weights: Any, like: np.ndarray) -> Any:
-    """Where the weight is not 0: a label without one may be anything."""
+    """Mask of nonzero weights: a label with weight 0 may have any value."""
     if not isinstance(weights, np.ndarray) or weights.ndim > like.ndim:
         return True
     weights = weights[: len(like)]
@@ -114,7 +114,7 @@ def _complain(
         hint = "Give the last layer more units, or map the labels to this range first."
     output = "the model's output" if key is None else f"the output {key!r}"
     raise DataError(
-        f"A label is none of the model's classes: {output} has {classes} of them, so labels are 0 "
-        f"to {classes - 1}, or {IGNORE_INDEX} for what is to be left out. Received: the label "
-        f"{label} ({where}). {hint}"
+        f"A label is outside the model's classes: {output} has {classes}, so labels must be 0 to "
+        f"{classes - 1}, or {IGNORE_INDEX} to ignore a position. Received: the label {label} "
+        f"({where}). {hint}"
     )

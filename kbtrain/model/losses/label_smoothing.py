@@ -1,4 +1,4 @@
-"""Label smoothing for the cross-entropies of Keras, with ignored labels left out."""
+"""Label smoothing for the cross-entropies of Keras, respecting ignored labels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from kbtrain.utils.keras_private import get_keras_mask, set_keras_mask
 
 
 def smoothed(loss: Any, factor: float) -> Any:
-    """A loss whose targets are ``(1 - factor) * one_hot + factor / classes``.
+    """A loss with the targets ``(1 - factor) * one_hot + factor / classes``.
 
-    Per element that is ``(1 - factor) * -log p[label] + factor * mean over classes of -log p``,
-    as in Szegedy et al. 2016 (https://arxiv.org/abs/1512.00567), section 7.
+    Per element this is ``(1 - factor) * -log p[label] + factor * mean over classes of -log p``,
+    see Szegedy et al. 2016 (https://arxiv.org/abs/1512.00567), section 7.
 
     Args:
         loss: A resolved loss: a cross-entropy over classes, or a dict or list of these.
-        factor: The share of the uniform distribution, in (0, 1).
+        factor: Weight of the uniform distribution, in (0, 1).
 
     Returns:
-        A loss of the same form.
+        A loss in the same structure.
 
     Raises:
-        ConfigurationError: It is another loss, or has label smoothing of its own.
+        ConfigurationError: The loss is not a cross-entropy, or smooths labels itself.
     """
     if isinstance(loss, Mapping | list):
         return mapped(lambda item: smoothed(item, factor), loss)
@@ -53,17 +53,17 @@ def smoothed(loss: Any, factor: float) -> Any:
 
 
 class _SmoothedSparse(SparseCategoricalCrossentropy):  # type: ignore[misc]
-    """`SparseCategoricalCrossentropy` of smoothed labels."""
+    """``SparseCategoricalCrossentropy`` of smoothed labels."""
 
     def __init__(self, plain: Any, factor: float) -> None:
-        # The axis is not in the configuration of this class in every version of Keras.
+        # Not every version of Keras includes the axis in the configuration of this class.
         self._axis = getattr(plain, "_fn_kwargs", {}).get("axis", -1)
         super().__init__(**plain.get_config(), axis=self._axis, dtype=plain.dtype)
         self._from_logits = plain.get_config()["from_logits"]
         self._factor = factor
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Losses of the elements, float32, of the shape of the labels."""
+        """Per-element losses in float32, with the shape of the labels."""
         chosen = super().call(y_true, y_pred)
         if self._from_logits:
             logs = ops.log_softmax(y_pred, axis=self._axis)

@@ -1,14 +1,15 @@
-"""The loss of several outputs: one ``(sum, count)`` for each, all the way to the end.
+"""The loss of several outputs, with a separate ``(sum, count)`` for each until the final reduction.
 
-An update's loss is ``sum over outputs of weight * (sum of sums / sum of counts)``, and so is that
-of an evaluation: exact for every output, whatever the micro-batches and their padding. A gradient
-of it needs the counts of the whole update before the first micro-batch is differentiated
-(``counts_of``), where one output alone can be divided at the end.
+The loss of an update, or of an evaluation, is
+``sum over outputs of weight * (sum of sums / sum of counts)``. It is exact for every output,
+independent of micro-batches and padding. Its gradient needs the counts of the whole update before
+the first micro-batch is differentiated (``counts_of``); with a single output the division can wait
+until the end.
 
-A loss that Keras adds up (``reduction="sum"``, a vector given to ``add_loss``) is divided by
-nothing: its count is 0, and an update's is the sum over the update. An evaluation gives what
-`Model.evaluate` gives, the mean over the samples of the sum of their batch, and so depends on the
-batch size as it does there.
+A loss that Keras sums (``reduction="sum"``, a vector passed to ``add_loss``) is not divided: its
+count is 0, and the loss of an update is the sum over the update. An evaluation reports what
+``Model.evaluate`` reports, a mean over samples of their batch's sum, which depends on the batch
+size.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from kbtrain.utils.float64 import float_dtype
 
 
 class Term(NamedTuple):
-    """One addend of a loss, before its reduction: scalar tensors.
+    """One term of a loss before its reduction, as scalar tensors.
 
     Attributes:
         sum: The sum of the losses.
-        count: What to divide by; 0 divides by nothing.
-        weight: What it is multiplied with in the total.
+        count: The divisor; 0 for no division.
+        weight: Its weight in the total.
     """
 
     sum: Any
@@ -44,10 +45,10 @@ class LossTerms(NamedTuple):
     """A loss of several terms, before its reduction.
 
     Attributes:
-        outputs: The terms of the outputs, by the name that their means are logged with.
-        others: More terms, which are not logged.
-        samples: Number of samples, which the extras are weighed by.
-        extras: More named scalar tensors to average and log.
+        outputs: The terms of the outputs, keyed by the name under which their means are logged.
+        others: Further terms, which are not logged.
+        samples: Number of samples, by which the extras are weighted.
+        extras: Additional named scalar tensors to average and log.
     """
 
     outputs: Mapping[str, Term]
@@ -56,20 +57,20 @@ class LossTerms(NamedTuple):
     extras: Mapping[str, Any] = {}
 
     def all(self) -> dict[str, Term]:
-        """Every term by a name of its own."""
+        """Every term, keyed by a unique name."""
         named = {f"outputs/{name}": term for name, term in self.outputs.items()}
         return named | {f"others/{name}": term for name, term in self.others.items()}
 
 
 class OutputLosses:
-    """What the default ``compute_loss`` returns for several outputs.
+    """The result of the default ``compute_loss`` for several outputs.
 
     Attributes:
         pairs: ``(name, pair, weight, is summed)`` of each output that has a loss.
         samples: Samples in the batch.
-        sum, count: The loss of this batch alone, as of one output: a ``compute_loss`` of a user's
-            own can build on it, with the batch as the unit of the mean.
-        extras: More named scalar tensors to average and log.
+        sum, count: The loss of this batch alone, in the form of a single output, so that an
+            overridden ``compute_loss`` can build on it; it is averaged over samples.
+        extras: Additional named scalar tensors to average and log.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, LossPair, Any, bool]], samples: int) -> None:
@@ -89,14 +90,15 @@ class OutputLosses:
         return as_float(self.samples)
 
     def _replace(self, **changes: Any) -> LossPair:
-        """As that of a ``LossPair``, which it becomes."""
+        """The extras as in a ``LossPair``."""
         return LossPair(self.sum, self.count, self.extras)._replace(**changes)
 
     def terms(self, training: bool) -> LossTerms:
-        """As the steps take it.
+        """Convert to the form that the steps use.
 
         Args:
-            training: Whether sums are to be added up, not shown.
+            training: Whether losses that Keras sums are summed over the update, instead of
+                averaged for a report.
         """
         terms = {
             name: _term(pair, weight, summed, self.samples, training)
@@ -116,7 +118,7 @@ def _weighted(value: Any, weight: Any) -> Any:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """Of scalars, float64 if any is."""
+    """The common dtype of scalars: float64 if any has it."""
     dtype = float_dtype(*values)
     return sum(ops.cast(value, dtype) for value in values)
 
@@ -134,7 +136,7 @@ def _term(pair: LossPair, weight: Any, summed: bool, samples: int, training: boo
 
 
 def losses_of(rows: Sequence[OutputLoss], samples: int) -> LossPair | OutputLosses:
-    """The losses of all outputs; of one alone the pair, if its loss is a mean."""
+    """The losses of all outputs; a plain pair for a single output whose loss is a mean."""
     pairs = []
     for row in rows:
         pair = keras_loss_pair(row.loss, row.label, row.output, row.sample_weight)
@@ -148,16 +150,17 @@ def losses_of(rows: Sequence[OutputLoss], samples: int) -> LossPair | OutputLoss
 def with_added(
     loss: LossPair | LossTerms, added: Sequence[Any], samples: int, training: bool
 ) -> LossPair | LossTerms:
-    """The loss with what layers add to it: regularizers, and ``add_loss``.
+    """The loss including ``model.losses``: regularizers and ``add_loss``.
 
-    A vector is summed, as in Keras. One value for a batch is a mean, weighed like the batch; one
-    value for each sample is summed over the update.
+    A vector is summed, as in Keras. A value per batch is a mean, weighted like the batch; values
+    per sample are summed over the update.
 
     Args:
         loss: The loss of the batch.
         added: ``model.losses``.
         samples: Samples in the batch.
-        training: Whether sums are to be added up, not shown.
+        training: Whether losses that Keras sums are summed over the update, instead of averaged
+            for a report.
     """
     vectors = [v for v in added if training and is_per_sample(v, samples)]
     means = [ops.sum(as_float(v)) for v in added if not any(v is vector for vector in vectors)]
@@ -182,12 +185,12 @@ def with_added(
 
 
 def is_per_sample(value: Any, samples: int) -> bool:
-    """Whether something given to ``add_loss`` has one value for each sample."""
+    """Whether a tensor passed to ``add_loss`` has one value per sample."""
     return len(value.shape) > 0 and value.shape[0] == samples
 
 
 def adds_losses(layer: keras.layers.Layer) -> bool:
-    """Whether the code of a layer's class has a call of ``add_loss``."""
+    """Whether the code of a layer's class calls ``add_loss``."""
     own = [cls for cls in type(layer).__mro__ if not cls.__module__.startswith("keras.src")]
     functions = [inspect.unwrap(f) for cls in own for f in vars(cls).values() if callable(f)]
     return any("add_loss" in getattr(f, "__code__", _NO_CODE).co_names for f in functions)
@@ -200,20 +203,20 @@ _NO_CODE = compile("", "", "exec")
 
 
 def counts_of(loss: LossPair | LossTerms) -> dict[str, Any]:
-    """What each term is divided by; nothing for a loss that can be divided at the end."""
+    """The divisor of each term; empty for a loss that can be divided at the end."""
     if isinstance(loss, LossPair):
         return {}
     return {name: term.count for name, term in loss.all().items()}
 
 
 def value_of(loss: LossTerms, counts: Mapping[str, Any]) -> Any:
-    """The total: of a batch with its own counts, of a micro-batch its part of the update's."""
+    """The total loss: of a batch with its own counts, of a micro-batch its share of the update."""
     terms = loss.all().items()
     return _sum([term.weight * (term.sum / divisor(counts[name])) for name, term in terms])
 
 
 def added_up(loss: LossTerms) -> LossTerms:
-    """The terms of several batches along an axis, of all together."""
+    """Reduce the terms of several batches, stacked along an axis, to those of all together."""
 
     def add(terms: Mapping[str, Term]) -> dict[str, Term]:
         return {n: Term(ops.sum(t.sum), ops.sum(t.count), t.weight[0]) for n, t in terms.items()}
@@ -226,5 +229,5 @@ def added_up(loss: LossTerms) -> LossTerms:
 
 
 def means_of(loss: LossTerms) -> dict[str, Any]:
-    """What is logged besides the total: the extras, and the mean of each output's loss."""
+    """The values logged besides the total: the extras and the mean loss of each output."""
     return {**loss.extras, **{n: mean(t.sum, t.count) for n, t in loss.outputs.items()}}

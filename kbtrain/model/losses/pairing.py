@@ -1,11 +1,10 @@
-"""Which label, loss, weight and name belong to which output of a model.
+"""Matches labels, losses, weights and names to the outputs of a model.
 
-The rules are those of `Model.compile` and `Model.fit`: a dict goes by the keys of the outputs, or
-by the names that a functional model gives them; a list goes by their order; one loss is for all
-outputs; an output whose loss is None needs no label, and one label goes to the one output that
-has a loss. What a model returns that is no tensor (None, most of the time) keeps its place among
-the outputs, and so have losses, weights and labels an entry for it; those that leave it out are
-taken, too.
+The rules are those of ``Model.compile`` and ``Model.fit``. A dict is matched by the keys of the
+outputs, or by the names of a functional model's outputs; a list is matched by order; a single loss
+applies to all outputs. An output whose loss is None needs no label, and a single label goes to the
+only output with a loss. An output that is not a tensor (usually None) keeps its position; losses,
+weights and labels may have an entry for it or leave it out.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from keras import ops
 
 from kbtrain.data import LabelNames, label_keys
 from kbtrain.errors import ConfigurationError
-from kbtrain.model.losses.keras_losses import chosen, describe, name_of
+from kbtrain.model.losses.keras_losses import describe, name_of, resolve_crossentropy
 
 Path = tuple[Any, ...]
 
 
 def is_tensor(leaf: Any) -> bool:
-    """Whether an output of a model is a tensor, of values or of shapes."""
+    """Whether an output of a model is a tensor, concrete or symbolic."""
     return isinstance(leaf, keras.KerasTensor) or ops.is_tensor(leaf)
 
 
 def only_tensors(outputs: Any) -> Any:
-    """The outputs of a model with None in place of everything that is no tensor."""
+    """The outputs of a model with everything that is not a tensor replaced by None."""
     if not keras.tree.is_nested(outputs):
-        return outputs  # the only one: what is wrong with it is said where it is used
+        return outputs  # a single output: an error is raised where it is used
     return keras.tree.map_structure(lambda leaf: leaf if is_tensor(leaf) else None, outputs)
 
 
 def beside_tensors(outputs: Any, values: Any) -> Any:
-    """``values``, in the structure of the outputs, without those that belong to no tensor.
+    """``values``, in the structure of the outputs, without entries for outputs that are no tensor.
 
-    So an output that is None takes no place; values of another structure are returned as they are.
+    Values in another structure are returned unchanged.
     """
     if isinstance(outputs, Mapping):
         if not isinstance(values, Mapping) or set(values) != set(outputs):
@@ -60,18 +59,18 @@ def _tensors_in(tree: Any) -> list[bool]:
 
 
 class Outputs:
-    """The outputs of a model in one order, each with a name.
+    """The outputs of a model in a fixed order, each with a name.
 
     Args:
-        tree: What the model returns: one output, or a dict, list or tuple of them, nested or not.
-        names: The names that a functional model has for them.
+        tree: The model's outputs: one, or a (possibly nested) dict, list or tuple of them.
+        names: The output names of a functional model.
 
     Attributes:
         leaves: The outputs.
-        tensors: The positions of those that are tensors: losses and metrics are about these.
+        tensors: Positions of the outputs that are tensors, to which losses and metrics apply.
         names: Their names: the keys of a dict, else ``names``, else ``output_0``, ``output_1``.
-        nested: Whether it is a structure, if only of one output.
-        named: Whether the names are the model's, and not ``output_0``.
+        nested: Whether ``tree`` is a structure, even of a single output.
+        named: Whether the names come from the model and are not ``output_0``, ...
     """
 
     def __init__(self, tree: Any, names: Sequence[str] | None) -> None:
@@ -89,7 +88,7 @@ class Outputs:
         self.names = _distinct([_named(p, name) for p, name in zip(self.paths, own, strict=True)])
 
     def find(self, path: Path) -> list[int]:
-        """The positions of the outputs below a path; of a list's outputs also by their name."""
+        """Positions of the outputs below a path; outputs in a list also match by name."""
         found = [i for i, own in enumerate(self.paths) if own[: len(path)] == path]
         if not found and len(path) == 1 and not isinstance(self.tree, Mapping):
             names = self._given or ([] if self.nested else list(path))
@@ -97,14 +96,14 @@ class Outputs:
         return found
 
     def assign(self, tree: Any, what: str) -> dict[int, Any]:
-        """Spread losses, loss weights or metrics over the outputs: position -> value.
+        """Distribute losses, loss weights or metrics over the outputs: position -> value.
 
         Args:
             tree: One value for all outputs, or a dict or list of values.
-            what: What errors call it.
+            what: Its name in errors.
 
         Raises:
-            ConfigurationError: It has an entry for no output, or not one for each.
+            ConfigurationError: An entry matches no output, or an output has no entry.
         """
         values: dict[int, Any] = {}
         self._assign(tree, (), list(range(len(self.leaves))), what, values)
@@ -118,8 +117,8 @@ class Outputs:
                 found = [i for i in self.find((*path, key)) if i in below]
                 if not found:
                     raise ConfigurationError(
-                        f"The {what} has an entry for {key!r}, which is no output of the model. "
-                        f"Received: {describe(tree)}. The outputs are {self.names}."
+                        f"The {what} has an entry for {key!r}, which is not an output of the "
+                        f"model. Received: {describe(tree)}. The outputs are {self.names}."
                     )
                 self._assign(value, (*path, key), found, what, values)
         elif isinstance(tree, list | tuple):
@@ -157,19 +156,19 @@ class Outputs:
         Args:
             y: One array, or a dict or list of them.
             active: The outputs that need one.
-            what: What errors call it.
-            label_names: The order of labels that a dict has by names of their own.
+            what: Their name in errors.
+            label_names: The order of labels in a dict whose keys are not names of outputs.
 
         Raises:
-            ConfigurationError: It cannot be told which is whose.
+            ConfigurationError: The labels cannot be matched to the outputs.
         """
         if not keras.tree.is_nested(y):
             if len(self.tensors) == 1 or len(active) == 1:
                 return {(active or self.tensors)[0]: y}
             raise ConfigurationError(
-                f"The losses are for the outputs {[self.names[i] for i in active]}, the {what} is "
-                f"{describe(y)}. Give a dict or a list with one {what} for each output, or None as "
-                "the loss of those that have none."
+                f"The losses are for the outputs {[self.names[i] for i in active]}, but the {what} "
+                f"is {describe(y)}. Pass a dict or a list with one {what} per output, or None as "
+                "the loss of outputs without one."
             )
         if isinstance(y, Mapping):
             return self._labels_by_name(y, active, what, label_keys(label_names).names)
@@ -182,8 +181,8 @@ class Outputs:
             if len(positions) == len(y):
                 return dict(zip(positions, y, strict=True))
         raise ConfigurationError(
-            f"The {what} is {describe(y)}, but the outputs are {self.names}. Give one for each "
-            "output, in their order."
+            f"The {what} is {describe(y)}, but the outputs are {self.names}. Pass one per "
+            "output, in this order."
         )
 
     def _labels_by_name(
@@ -202,20 +201,20 @@ class Outputs:
         )
 
     def pack(self, values: Mapping[int, Any]) -> Any:
-        """Values by position in the structure of the outputs; None where there is none."""
+        """Pack values by position into the structure of the outputs; None for missing ones."""
         flat = [values.get(i) for i in range(len(self.leaves))]
         return keras.tree.pack_sequence_as(self.tree, flat) if self.nested else flat[0]
 
 
 def _named(path: Path, name: str) -> str:
-    """Keras' name of an output: its keys, or the layer's name in place of a position in a list."""
+    """Keras' name of an output: its keys, with the layer's name in place of a list index."""
     if not path or isinstance(path[-1], int):
         path = (*path[:-1], name)
     return "/".join(map(str, path))
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Names of which none comes twice: a layer may have several outputs."""
+    """Make names unique: a layer may have several outputs."""
     taken: dict[str, int] = {}
     for i, name in enumerate(names):
         taken[name] = taken.get(name, -1) + 1
@@ -224,16 +223,16 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 class OutputLoss(NamedTuple):
-    """What the loss of one output is computed from.
+    """The inputs to the loss of one output.
 
     Attributes:
-        position: Its place among the outputs.
-        name: The output's name.
+        position: Position among the outputs.
+        name: Name of the output.
         loss: A Keras loss or function.
         weight: A number, or None for 1.
-        label: Its labels.
+        label: The labels.
         output: The output.
-        sample_weight: Their weights, or None.
+        sample_weight: The sample weights, or None.
     """
 
     position: int
@@ -253,18 +252,18 @@ def pair_up(
     sample_weight: Any = None,
     label_names: LabelNames = None,
 ) -> list[OutputLoss]:
-    """Each output that has a loss, with all that belongs to it.
+    """Collect, for each output that has a loss, the inputs to that loss.
 
     Args:
-        losses: One resolved loss, or a dict or list of these, None for none.
-        loss_weights: Their weights: a number for one output, a dict or list for several; or None.
+        losses: One resolved loss, or a dict or list of these; None for no loss.
+        loss_weights: A number for one output, a dict or list for several, or None.
         y: The labels.
         outputs: The outputs.
         sample_weight: One for all outputs, or a dict or list; or None.
-        label_names: The order of labels that a dict has by names of their own.
+        label_names: The order of labels in a dict whose keys are not names of outputs.
 
     Raises:
-        ConfigurationError: Something is missing, or it cannot be told what belongs together.
+        ConfigurationError: An entry is missing or cannot be matched.
     """
     by_output = outputs.assign(losses, "loss")
     active = [i for i in range(len(outputs.leaves)) if by_output.get(i) is not None]
@@ -276,8 +275,8 @@ def pair_up(
         for i in set(labels).difference(outputs.tensors):
             if labels[i] is not None:
                 raise ConfigurationError(
-                    f"There is a label for the output {outputs.names[i]!r}, which is no tensor, "
-                    "and one loss for all outputs. Give a list or dict of losses with None for "
+                    f"There is a label for the output {outputs.names[i]!r}, which is not a tensor, "
+                    "and one loss for all outputs. Pass a list or dict of losses with None for "
                     "this output, or leave its label out."
                 )
     sample_weights: dict[int, Any] = dict.fromkeys(active, sample_weight)
@@ -290,18 +289,18 @@ def pair_up(
             if part is None:
                 raise ConfigurationError(
                     f"The loss for {outputs.names[i]!r} has no {what}: it is None. Set the loss of "
-                    "this output to None, too."
+                    "this output to None as well."
                 )
         loss = by_output[i]
         if hasattr(label, "shape") and hasattr(output, "shape"):
-            loss = chosen(loss, label, output)
+            loss = resolve_crossentropy(loss, label, output)
         weight = sample_weights.get(i)
         rows.append(OutputLoss(i, outputs.names[i], loss, weights.get(i), label, output, weight))
     return rows if outputs.named else _named_by_loss(rows, outputs)
 
 
 def _named_by_loss(rows: list[OutputLoss], outputs: Outputs) -> list[OutputLoss]:
-    """As Keras names outputs that have no names: by their losses, if these are different ones."""
+    """Name unnamed outputs after their losses, as Keras does, if the losses differ."""
     paths = [outputs.paths[row.position] for row in rows]
     names = [_named(path, name_of(row.loss)) for path, row in zip(paths, rows, strict=True)]
     if len(set(names)) < len(names):
@@ -310,17 +309,17 @@ def _named_by_loss(rows: list[OutputLoss], outputs: Outputs) -> list[OutputLoss]
 
 
 def loss_weights_of(loss_weights: Any, active: Sequence[int], outputs: Outputs) -> dict[int, float]:
-    """The weights of the losses by the position of their output.
+    """The loss weights by the position of their output.
 
     Raises:
-        ConfigurationError: One is missing, or for no output.
+        ConfigurationError: A weight is missing or matches no output.
     """
     if loss_weights is None:
         return {}
     if not keras.tree.is_nested(loss_weights) and len(active) > 1:
         raise ConfigurationError(
             f"loss_weights={loss_weights!r} is one number for several outputs: "
-            f"{[outputs.names[i] for i in active]}. Give a dict or a list with one for each."
+            f"{[outputs.names[i] for i in active]}. Pass a dict or a list with one for each."
         )
     if isinstance(loss_weights, list | tuple) and len(loss_weights) == len(active):
         weights = dict(zip(active, loss_weights, strict=True))
@@ -328,14 +327,14 @@ def loss_weights_of(loss_weights: Any, active: Sequence[int], outputs: Outputs) 
         weights = outputs.assign(loss_weights, "loss_weights")
     if missing := [outputs.names[i] for i in active if weights.get(i) is None]:
         raise ConfigurationError(
-            f"The loss for {missing[0]!r} has no loss weight: loss_weights={loss_weights!r}. Give "
+            f"The loss for {missing[0]!r} has no loss weight: loss_weights={loss_weights!r}. Pass "
             "one for each output that has a loss."
         )
     return weights
 
 
 def mapped(function: Callable[[Any], Any], losses: Any) -> Any:
-    """``function`` of each loss in a structure; None stays None."""
+    """Apply ``function`` to each loss in a structure; None stays None."""
     if isinstance(losses, Mapping):
         return {name: mapped(function, item) for name, item in losses.items()}
     if isinstance(losses, list | tuple):
@@ -344,29 +343,29 @@ def mapped(function: Callable[[Any], Any], losses: Any) -> Any:
 
 
 def check_loss_weights(loss_weights: Any, loss: Any, loss_func: Any) -> None:
-    """Look at the argument ``loss_weights`` as far as that is possible without the model.
+    """Validate the argument ``loss_weights`` as far as possible without the model.
 
     Raises:
-        ConfigurationError: It is no number and no dict or list of numbers, or has other keys than
-            the losses, or there is a function that computes the whole loss.
+        ConfigurationError: It is not a number or a dict or list of numbers, it has keys that the
+            losses lack, or ``compute_loss_func`` computes the whole loss.
     """
     if loss_weights is None:
         return
     if loss_func is not None:
         raise ConfigurationError(
-            "loss_weights are for losses that the Trainer adds up, and compute_loss_func returns "
-            "the whole loss. Apply the weights there, or pass loss=... in its place."
+            "loss_weights apply to losses that the Trainer adds up, but compute_loss_func returns "
+            "the whole loss. Apply the weights there, or pass loss=... instead."
         )
     for weight in keras.tree.flatten(loss_weights):
         is_number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
         if not (is_number or weight is None or hasattr(weight, "dtype")):
             raise ConfigurationError(
-                "loss_weights must be a number, or a dict or list of numbers, one for each output. "
+                "loss_weights must be a number, or a dict or list of numbers, one per output. "
                 f"Received: loss_weights={loss_weights!r}."
             )
     both = isinstance(loss, Mapping) and isinstance(loss_weights, Mapping)
     if both and (unknown := [key for key in loss_weights if key not in loss]):
         raise ConfigurationError(
-            f"loss_weights has an entry for {unknown[0]!r}, for which there is no loss. "
+            f"loss_weights has an entry for {unknown[0]!r}, which has no loss. "
             f"Received: loss_weights={loss_weights!r}, losses for {list(loss)}."
         )

@@ -1,12 +1,12 @@
-"""Losses as ``(sum, count)`` pairs, so that the trainer owns the reduction.
+"""Losses as ``(sum, count)`` pairs, so that the trainer controls the reduction.
 
-Over micro-batches, devices and an evaluation set alike, ``loss = sum of sums / sum of counts``:
-accumulation over 4 x 2 equals one batch of 8 to rounding, padded positions never count, and the
-evaluation loss does not depend on the evaluation batch size.
+Over micro-batches, devices and an evaluation set alike, ``loss = sum of sums / sum of counts``.
+Accumulating 4 x 2 samples equals one batch of 8 up to rounding, padded positions never count, and
+the evaluation loss does not depend on the evaluation batch size.
 
-What counts is what Keras counts with ``reduction="sum_over_batch_size"``: every element of the
-unreduced loss that is not masked. Sample weights scale the numerator only (with
-``reduction="mean_with_sample_weight"`` the denominator is the sum of the weights instead).
+The count is that of Keras' ``reduction="sum_over_batch_size"``: every element of the unreduced loss
+that is not masked. Sample weights scale the numerator only (with
+``reduction="mean_with_sample_weight"`` the denominator is the sum of the weights).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class LossPair(NamedTuple):
     """A loss before its reduction.
 
     Attributes:
-        sum: Scalar tensor, the sum of the weighted losses: float32, or float64 if these are.
-        count: Scalar tensor of the same dtype, what to divide by; 0 where nothing counts.
-        extras: More named scalar tensors to average and log.
+        sum: Scalar tensor, the sum of the weighted losses: float32, or float64 if the losses are.
+        count: Scalar tensor of the same dtype, the divisor; 0 if no element counts.
+        extras: Additional named scalar tensors to average and log.
     """
 
     sum: Any
@@ -40,72 +40,72 @@ class LossPair(NamedTuple):
 
 
 def as_float(value: Any) -> Any:
-    """``value`` as a float32 tensor; one in float64 stays as it is."""
+    """``value`` as a float32 tensor; float64 is kept."""
     tensor = ops.convert_to_tensor(value)
     return ops.cast(tensor, float_dtype(tensor))
 
 
 def as_dtype_of(value: Any, reference: Any) -> Any:
-    """A number or tensor in the dtype of a tensor: TensorFlow computes with equal ones only."""
+    """Cast a number or tensor to the dtype of ``reference``; TensorFlow needs equal dtypes."""
     if getattr(value, "dtype", None) == reference.dtype:
         return value
     return ops.convert_to_tensor(value, dtype=reference.dtype)
 
 
 def mean(total: Any, count: Any) -> Any:
-    """``total / count``, and ``total`` itself (0, or NaN if it is NaN) where nothing counts."""
+    """``total / count``, or ``total`` itself (0, or NaN) where the count is 0."""
     count = divisor(count)
     return total / (as_dtype_of(count, total) if ops.is_tensor(total) else count)
 
 
 def divisor(count: Any) -> Any:
-    """What a sum is divided by for its mean: ``count``, and 1 where nothing counts."""
+    """The divisor of a mean: ``count``, or 1 where it is 0."""
     return ops.where(count == 0, ops.ones_like(count), count)
 
 
-TAKEN = ("loss", "grad_norm", "learning_rate", "epoch", "step")
-"""Names of a log that a value or a metric of the user's would hide."""
+RESERVED_NAMES = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+"""Names in a log entry that a user's value or metric must not overwrite."""
 
 
 def as_extra(name: Any, value: Any, source: str) -> Any:
-    """A value to log as a scalar tensor: the mean of all its elements.
+    """A value to log as a scalar tensor: the mean of its elements.
 
     Args:
         name: Its name in the logs.
         value: A number or a tensor.
-        source: What errors begin with, such as "track() got".
+        source: The beginning of error messages, such as "track() got".
 
     Raises:
-        ConfigurationError: The name is no text or has a meaning already, or there is no number.
+        ConfigurationError: The name is not a string or is reserved, or the value is not numeric.
     """
     check_name(name, source)
     try:
         if isinstance(value, str | bytes):
-            raise TypeError  # each backend has an error of its own for it
+            raise TypeError  # each backend would raise a different error
         return ops.mean(as_float(value))
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"{source} something that is no number or tensor under the name {name!r}. "
+            f"{source} a value that is not a number or tensor under the name {name!r}. "
             f"Received: {type(value).__name__}."
         ) from None
 
 
 def check_name(name: Any, source: str) -> None:
-    """Make sure that values can be logged under a name.
+    """Check that values can be logged under a name.
 
     Raises:
-        ConfigurationError: It is no text, or the Trainer logs something else under it.
+        ConfigurationError: It is not a string, or it is reserved.
     """
     if not isinstance(name, str) or not name:
-        raise ConfigurationError(f"{source} a name that is no text. Received: {name!r}.")
-    if name in TAKEN:
+        raise ConfigurationError(f"{source} a name that is not a string. Received: {name!r}.")
+    if name in RESERVED_NAMES:
         raise ConfigurationError(
-            f"{source} the name {name!r}, under which the Trainer logs something else: it would be "
-            f"hidden. Choose another one than {', '.join(TAKEN)}."
+            f"{source} the name {name!r}, which is reserved for a value that the Trainer logs. "
+            f"Choose a name other than {', '.join(RESERVED_NAMES)}."
         )
 
 
-# --- what a user's function may return ------------------------------------------------------------
+# --- results of loss functions --------------------------------------------------------------------
 
 
 def _extras(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _extras(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
-    """Turn what a loss function returned into a pair.
+    """Convert the result of a loss function to a pair.
 
     Args:
         value: A scalar (the mean over the batch), a tensor whose first axis is the batch
@@ -122,7 +122,7 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         sample_weight: Optional tensor ``[batch]`` or broadcastable to per-element losses.
 
     Raises:
-        ConfigurationError: The value has another form, or sample weights cannot be applied to it.
+        ConfigurationError: The value has none of these forms, or sample weights cannot be applied.
     """
     extras: Mapping[str, Any] = {}
     if isinstance(value, LossPair):
@@ -141,18 +141,18 @@ def as_pair(value: Any, batch_size: int, sample_weight: Any = None) -> LossPair:
         return LossPair(total, count, extras)
     if not ops.is_tensor(value) and not isinstance(value, int | float):
         raise ConfigurationError(
-            "A loss must be a scalar, a tensor of per-element losses, (sum, count), or one of "
-            f"these with a dict of values to log. Received: {type(value).__name__}."
+            "A loss must be a scalar, a tensor of per-element losses, (sum, count), or a tuple of "
+            f"one of these and a dict of values to log. Received: {type(value).__name__}."
         )
     losses = as_float(value)
     if len(losses.shape):
         return LossPair(*weighted_sum(losses, sample_weight), extras)
     if sample_weight is not None:
         raise ConfigurationError(
-            "The data has sample weights, but the loss function returned a scalar, to which they "
-            "cannot be applied. Return per-element losses, or (sum, count) with the weights "
-            "applied (a function with an argument `sample_weight` receives them). (The third part "
-            "of a batch is its weights: several inputs are nested, ((x1, x2), y).)"
+            "The data has sample weights, which cannot be applied to the scalar that the loss "
+            "function returned. Return per-element losses, or (sum, count) with the weights "
+            "applied (a function with an argument sample_weight receives them). The third element "
+            "of a batch is its sample weights; nest several inputs as ((x1, x2), y)."
         )
     count = as_dtype_of(batch_size, losses)
     return LossPair(losses * count, count, extras)
@@ -166,9 +166,9 @@ def weighted_sum(
     Args:
         losses: Tensor ``[batch, ...]``.
         sample_weight: Tensor ``[batch]``, ``[batch, 1]`` or of the shape of ``losses``.
-        mask: Boolean tensor of the shape of ``losses`` (or with fewer trailing axes); False is
-            left out.
-        count_weights: Divide by the sum of the weights instead of the number of elements.
+        mask: Boolean tensor of the shape of ``losses`` (or with fewer trailing axes); elements
+            with False are left out.
+        count_weights: Count the sum of the weights instead of the number of elements.
 
     Returns:
         ``(sum, count)``, scalars of the dtype of ``losses``.
@@ -177,7 +177,7 @@ def weighted_sum(
     weight, valid = ones, ones
     if mask is not None:
         valid = ones * _expand_like(ops.cast(mask, losses.dtype), losses)
-        # A masked element may hold anything, also NaN: select, do not multiply.
+        # A masked element may be NaN: select, do not multiply.
         losses = ops.where(valid > 0, losses, ops.zeros_like(losses))
         weight = valid
     if sample_weight is not None:
@@ -196,8 +196,8 @@ def _expand_like(x: Any, reference: Any) -> Any:
     ):
         raise ConfigurationError(
             f"Sample weights or a mask of shape {tuple(x.shape)} do not fit losses of shape "
-            f"{tuple(reference.shape)}. Give one value per sample or one per loss element. (The "
-            "third part of a batch is its weights: several inputs are nested, ((x1, x2), y).)"
+            f"{tuple(reference.shape)}. Pass one value per sample or one per loss element. The "
+            "third element of a batch is its sample weights; nest several inputs as ((x1, x2), y)."
         )
     return x
 
@@ -213,11 +213,11 @@ def call_loss_func(
     num_items: Any,
     batch_size: int,
 ) -> LossPair:
-    """Call ``compute_loss_func(outputs, labels)`` and turn its result into a pair.
+    """Call ``compute_loss_func(outputs, labels)`` and convert its result to a pair.
 
-    A function with an argument ``num_items_in_batch`` gets the number of labels of the whole
-    update (all micro-batches, without -100) and must divide by it itself, as in the reference;
-    one with an argument ``sample_weight`` gets the weights and must apply them.
+    A function with an argument ``num_items_in_batch`` receives the number of labels in the whole
+    update (all micro-batches, without -100) and must divide by it, as in Transformers. One with an
+    argument ``sample_weight`` receives the weights and must apply them.
     """
     parameters = inspect.signature(function).parameters
     kwargs: dict[str, Any] = {}
@@ -226,7 +226,7 @@ def call_loss_func(
     if "num_items_in_batch" not in parameters:
         return as_pair(function(outputs, y, **kwargs), batch_size, sample_weight)
     items = count_items(y, batch_size)
-    if num_items is None:  # an evaluation: each batch is on its own
+    if num_items is None:  # in an evaluation each batch stands alone
         num_items = items
     value = function(outputs, y, num_items_in_batch=num_items, **kwargs)
     extras: Mapping[str, Any] = {}
@@ -238,13 +238,13 @@ def call_loss_func(
             "A compute_loss_func with the argument num_items_in_batch must return one scalar: the "
             f"sum divided by num_items_in_batch. Received a tensor of shape {tuple(value.shape)}."
         )
-    # Already divided by the update's total: undo it, so that the pair adds up like every other.
+    # Undo the division by the update's total, so that the pairs of micro-batches add up.
     total = value * as_dtype_of(num_items, value)
     return LossPair(total, as_dtype_of(items, value), _extras(extras))
 
 
 def count_items(y: Any, batch_size: int) -> Any:
-    """How many labels count: integer labels other than -100, or samples where there are none."""
+    """The number of integer labels other than -100; the batch size for other labels."""
     if ops.is_tensor(y) and keras.backend.is_int_dtype(y.dtype):
         return ops.sum(ops.cast(ops.not_equal(y, IGNORE_INDEX), "float32"))
     return as_float(batch_size)

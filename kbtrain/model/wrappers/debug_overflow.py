@@ -1,4 +1,4 @@
-"""``debug="underflow_overflow"``: which layer or gradient was the first that is not finite."""
+"""``debug="underflow_overflow"``: find the first layer or gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
 from kbtrain.utils.layers import walk_layers
 
 SHOWN = 5
-"""Layers before the first bad one whose largest outputs are shown, and gradients that are named."""
+"""Number of layers shown before the first non-finite one, and of gradients named."""
 
 
 class Diagnosis:
-    """Runs the batches of a bad update again and looks at each layer's outputs.
+    """Reruns the batches of a non-finite update and inspects each layer's outputs.
 
     Args:
         backend: The backend in use.
-        model: The model, as it stands before the bad update.
-        forward: A pass of a batch, with its loss.
+        model: The model, in its state before the update.
+        forward: The forward pass with the loss.
         count_items: See ``kbtrain.model.forward.items_counter``.
-        trainable: The variables that are differentiated for.
-        variables: Everything that a step reads or assigns.
+        trainable: The variables to compute gradients for.
+        variables: All variables that a step reads or assigns.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Diagnosis:
         self._seen: list[tuple[str, Any]] = []
 
     def explain(self, chunks: Sequence[dict[str, Any]], index: int) -> str:
-        """What was the first thing that is not finite in an update.
+        """Describe the first non-finite value of an update.
 
         Args:
             chunks: The chunks of a block (NumPy), see ``kbtrain.data.Block``.
-            index: The number of the update in it.
+            index: Index of the update in the block.
         """
         layers = [layer for layer in walk_layers(self._model) if layer is not self._model]
         for number, batch in enumerate(micro_batches(chunks, index)):
@@ -65,7 +65,7 @@ class Diagnosis:
                 found = self._backend.to_host(probe(self._backend.to_device(without_none(batch))))
             if (text := self._judge(found)) is not None:
                 return where + text
-        return "Run again, every layer, the loss and all gradients are finite, batch by batch."
+        return "On rerunning batch by batch, every layer, the loss and all gradients are finite."
 
     def _watched(self, layer: keras.layers.Layer, call: Call) -> Call:
         name = f"{layer.path or layer.name} ({type(layer).__name__})"
@@ -81,7 +81,7 @@ class Diagnosis:
         return watched
 
     def _probe(self, batch: Any) -> dict[str, Any]:
-        """Largest magnitudes: of each layer's outputs, of the loss and of the gradients."""
+        """The largest magnitudes of each layer's outputs, of the loss and of the gradients."""
         items = None if self._count_items is None else self._count_items(batch, 1)
 
         def objective(batch: Any) -> tuple[Any, Any]:
@@ -104,25 +104,25 @@ class Diagnosis:
                 before = ", ".join(f"{n} {x:.3g}" for n, x in named[max(0, i - SHOWN) : i])
                 return (
                     f"the first output that is not finite is that of {name}. Largest outputs "
-                    f"before it: {before or 'none, it is the first layer'}."
+                    f"of the layers before it: {before or 'none, it is the first layer'}."
                 )
         if not np.isfinite(float(found["loss"])):
-            return "all layers' outputs are finite, the loss is not: look at it and at the labels."
+            return "all layers' outputs are finite but the loss is not: check it and the labels."
         pairs = zip(self._trainable, found["gradients"], strict=True)
         if bad := [v.path for v, x in pairs if not np.isfinite(float(x))]:
             rest = "" if len(bad) <= SHOWN else f" and of {len(bad) - SHOWN} more"
             return (
-                "outputs and loss are finite, the gradients are not for "
+                "outputs and loss are finite, but not the gradients of "
                 f"{', '.join(bad[::-1][:SHOWN])}{rest} (the last layers first)."
             )
         return None
 
 
 def _largest(tensors: Sequence[Any]) -> Any:
-    """The largest magnitude in float32; not finite if anything is not."""
+    """The largest magnitude in float32; not finite if any element is not."""
     values = [ops.max(ops.abs(as_float(x))) if 0 not in x.shape else as_float(0.0) for x in tensors]
     total = values[0]
-    for value in values[1:]:  # a maximum would lose a NaN on some backends
+    for value in values[1:]:  # ops.maximum drops NaN on some backends
         total = ops.where(ops.isfinite(total), ops.where(value > total, value, total), total)
         total = ops.where(ops.isfinite(value), total, value)
     finite = ops.all(ops.stack([ops.all(ops.isfinite(as_float(x))) for x in tensors]))
@@ -130,7 +130,7 @@ def _largest(tensors: Sequence[Any]) -> Any:
 
 
 def _bad_inputs(batch: Any) -> str:
-    """The first array of a batch with something in it that is not finite."""
+    """Describe the first array of a batch that is not finite; empty if all are."""
     for path, array in keras.tree.flatten_with_path(batch):
         if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
             row = np.argwhere(~np.isfinite(array))[0]

@@ -1,4 +1,4 @@
-"""``gradient_checkpointing``: layers are run again in the backward pass, not remembered."""
+"""``gradient_checkpointing``: activations are recomputed in the backward pass, not stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _off = False
 
 @contextlib.contextmanager
 def switched_off() -> Iterator[None]:
-    """Inside, layers run once, for who wants to look at what they compute."""
+    """Context without recomputation, so that each layer's outputs can be inspected."""
     global _off
     before, _off = _off, True
     try:
@@ -43,20 +43,20 @@ def switched_off() -> Iterator[None]:
 def recomputed(
     model: keras.Model, backend: Backend, wanted: bool | None, options: Mapping[str, Any] | None
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside, of the chosen layers only inputs and outputs are kept for the backward pass.
+    """Context in which the chosen layers keep only inputs and outputs for the backward pass.
 
-    ``keras.RematScope`` does not do it: on PyTorch what it wraps draws other random numbers the
-    second time, on JAX and TensorFlow it fails inside a step.
+    ``keras.RematScope`` cannot be used: on PyTorch the recomputation draws different random
+    numbers, and on JAX and TensorFlow it fails inside a step.
 
     Args:
         model: A built model.
         backend: The backend in use.
         wanted: ``gradient_checkpointing``.
-        options: ``gradient_checkpointing_kwargs``: ``layer_names``, the names of the layers, or
-            ``every_n_layers``, 1 for all. Layers are the outermost ones that are not models.
+        options: ``gradient_checkpointing_kwargs``: ``layer_names``, or ``every_n_layers`` (1 for
+            all). Layers are the outermost ones that are not models.
 
     Raises:
-        ConfigurationError: An option or a layer is not known.
+        ConfigurationError: An option or a layer is unknown.
     """
     if not wanted:
         return contextlib.nullcontext()
@@ -64,7 +64,7 @@ def recomputed(
     unseeded = rng.global_seed_variable()
 
     def again(layer: keras.layers.Layer, call: Call) -> Call:
-        inside = False  # the layer's own code, whose exceptions are nobody else's
+        inside = False  # in the layer's code: its exceptions are not failures of recomputation
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             nonlocal inside
@@ -83,7 +83,7 @@ def recomputed(
             "keras",
             recomputed,
             call,
-            "What layers compute is remembered, as without it: the run needs more memory.",
+            "Activations are stored, as without it: the run needs more memory.",
             passes=lambda error: inside or backend.is_oom(error),
         )
 
@@ -108,8 +108,8 @@ def _chosen(
 ) -> Sequence[keras.layers.Layer]:
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ConfigurationError(
-            f"gradient_checkpointing_kwargs has no option {unknown[0]!r} (others are PyTorch's: "
-            f"leave them out). It has: {', '.join(OPTIONS)}."
+            f"gradient_checkpointing_kwargs has no option {unknown[0]!r} (leave out PyTorch's "
+            f"options). Known options: {', '.join(OPTIONS)}."
         )
     every = options.get("every_n_layers", 1)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -124,16 +124,16 @@ def _chosen(
     if missing := [name for name in names if name not in known]:
         raise ConfigurationError(
             f"gradient_checkpointing_kwargs: the model has no layer {missing[0]!r}. "
-            f"It has: {', '.join(known)}."
+            f"Its layers: {', '.join(known)}."
         )
     return [layer for layer in layers if layer.name in names][::every]
 
 
 class _Recomputed:
-    """One call of a layer as a function of tensors, which can be run twice with the same result.
+    """One call of a layer as a pure function of tensors, which can be run twice.
 
-    The arguments' tensors and their masks go in; the outputs' tensors, their masks and the losses
-    of ``add_loss`` come out.
+    Inputs are the arguments' tensors and masks; outputs are the layer's tensors, their masks and
+    the losses of ``add_loss``.
     """
 
     def __init__(self, layer: Any, call: Call, args: Any, kwargs: Any) -> None:
@@ -150,8 +150,8 @@ class _Recomputed:
         self._masked: list[int] = []
 
     def run(self, backend: Backend, unseeded: keras.Variable) -> Any:
-        """The layer's outputs; `unseeded` is the state of Keras' global generator."""
-        stateless_scope()  # what fails, fails here: torch cannot leave a layer halfway
+        """The layer's outputs; ``unseeded`` is the state of Keras' global generator."""
+        stateless_scope()  # fails here if it is going to: torch cannot leave a layer halfway
         tensors = [self._leaves[i] for i in self._places] + [mask for _, mask in self._masks]
         variables = [*self._layer.variables, unseeded]
         results = backend.recompute(self._function, tensors, variables)
@@ -187,7 +187,7 @@ class _Recomputed:
 
     @contextlib.contextmanager
     def _same_surroundings(self) -> Iterator[None]:
-        """Mixed precision and ``training`` as they were when the layer was called."""
+        """Restore mixed precision and ``training`` as they were when the layer was called."""
         before = {name: get_global_attribute(name) for name in self._surroundings}
         for name, value in self._surroundings.items():
             set_global_attribute(name, value)

@@ -1,4 +1,4 @@
-"""Standing in for the ``call`` of a model's layers, for as long as it takes."""
+"""Temporary replacements for the ``call`` of a model's layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Call = Callable[..., Any]
 def replaced_calls(
     layers: Iterable[keras.layers.Layer], make: Callable[[keras.layers.Layer, Call], Call]
 ) -> Iterator[None]:
-    """Inside, each layer runs ``make(layer, call)`` in place of ``call``; nestable.
+    """Context in which each layer runs ``make(layer, call)`` in place of ``call``; nestable.
 
-    The replacement belongs to the object: other layers of the class, copies and saved models
-    know nothing of it.
+    The replacement is set on the instance: other layers of the class, copies and saved models are
+    not affected.
     """
     before = [(layer, vars(layer).get("call")) for layer in layers]
     for layer, _ in before:
@@ -34,5 +34,5 @@ def replaced_calls(
 
 
 def _class_call(layer: keras.layers.Layer) -> Call:
-    # Looked up when it is called: a backend may replace it while it records a step.
+    # Looked up at call time: a backend may replace it while it records a step.
     return lambda *args, **kwargs: type(layer).call(layer, *args, **kwargs)

@@ -17,11 +17,11 @@ from kbtrain.utils.layers import walk_layers
 
 
 def noise(model: keras.Model, alpha: float | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, every ``keras.layers.Embedding`` of the model adds noise to its output in training.
+    """Context in which every ``keras.layers.Embedding`` adds noise to its output in training.
 
-    The noise is uniform between ``-m`` and ``m``, ``m = alpha / sqrt(length * width)``, for
-    outputs of shape (batch, length, width). It is drawn from Keras' global seed generator, whose
-    state is part of a checkpoint.
+    The noise is uniform in ``[-m, m]`` with ``m = alpha / sqrt(length * width)`` for outputs of
+    shape (batch, length, width). It comes from Keras' global seed generator, whose state is part
+    of a checkpoint.
 
     Args:
         model: A built model.
@@ -39,7 +39,7 @@ def noise(model: keras.Model, alpha: float | None) -> contextlib.AbstractContext
     if not layers:
         raise ConfigurationError(
             f"neftune_noise_alpha={alpha} needs a keras.layers.Embedding (or a subclass) in the "
-            f"model. {model.name!r} has none."
+            f"model, and {model.name!r} has none. Leave the argument out for this model."
         )
 
     generator = rng.global_generator()
@@ -47,7 +47,7 @@ def noise(model: keras.Model, alpha: float | None) -> contextlib.AbstractContext
     def noisy(layer: keras.layers.Layer, call: Call) -> Call:
         def noisy_call(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
-            # KerasHub's embedding is called with reverse=True as the output layer.
+            # KerasHub calls its tied embedding with reverse=True as the output projection.
             if kwargs.get("reverse") or not in_training():
                 return outputs
             largest = alpha / math.sqrt(math.prod(outputs.shape[1:]))
