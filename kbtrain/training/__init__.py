@@ -1,1 +1,1 @@
-"""One ``fit``: the loop, what is done when it is due, the train step and the state of a run."""
+"""One call of ``fit``: the loop, the actions it triggers, the train step and the state of a run."""

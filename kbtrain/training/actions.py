@@ -1,4 +1,4 @@
-"""What is done when it is due: log, evaluate, save."""
+"""The actions of the loop: log, evaluate, save, stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("kbtrain")
 
 
 def log_window(trainer: TrainerBase, run: Run) -> None:
-    """Log the means since the last log; nothing if there was no update since."""
+    """Log the means since the last log, if there was an update."""
     logs = run.take_window()
     if not logs:
         return
@@ -37,10 +37,10 @@ def log_window(trainer: TrainerBase, run: Run) -> None:
 
 
 def evaluate(trainer: TrainerBase) -> bool:
-    """Evaluate, tell a learning rate that answers to a metric, see whether it is the best.
+    """Evaluate, update a metric-driven learning rate, and check for a new best model.
 
     Returns:
-        False if somebody asks the run to stop: then no trace of an evaluation is left.
+        False if a stop request interrupted the evaluation, which then leaves no trace.
     """
     metrics = _evaluate_or_stop(trainer)
     if metrics is None:
@@ -51,10 +51,10 @@ def evaluate(trainer: TrainerBase) -> bool:
 
 
 def evaluate_at_start(trainer: TrainerBase) -> bool:
-    """Evaluate before the first update: no learning rate answers to that.
+    """Evaluate before the first update, which does not affect a metric-driven learning rate.
 
     Returns:
-        As ``evaluate``.
+        As for ``evaluate``.
     """
     metrics = _evaluate_or_stop(trainer)
     if metrics is None:
@@ -66,14 +66,14 @@ def evaluate_at_start(trainer: TrainerBase) -> bool:
 
 
 def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
-    """Evaluate, unless the run is to stop before that is over.
+    """Evaluate, unless a stop request arrives first.
 
-    A set may take hours, and a notice of pre-emption gives seconds. The resumed run begins the
-    evaluation anew.
+    An evaluation may take hours, while a preemption notice leaves seconds. The resumed run
+    restarts the evaluation.
 
     Returns:
-        The results; None if there are none. Log, callbacks' states and random states are then what
-        they were.
+        The results; None if the evaluation was abandoned. The log, the states of callbacks and the
+        random states are then restored.
     """
     if trainer.stop_signals.reason(trainer.saver.longest) is not None:
         return None
@@ -83,7 +83,7 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
     try:
         with trainer.stop_signals.abandoning():
             keys = trainer.ignore_keys_for_eval
-            # Not passed for nothing: a subclass may have an `evaluate` without it.
+            # Passed only if set: a subclass may override `evaluate` without this argument.
             return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
     except EvaluationAbandoned:
         trainer.state.log_history[:] = logged
@@ -93,10 +93,10 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
 
 
 def check_stop_requests(trainer: TrainerBase) -> bool:
-    """Between two steps: see to a failed save, and to who asks the run to save and stop.
+    """Between two steps: raise the error of a failed save, and handle a request to stop.
 
     Returns:
-        Whether the run is to stop here although it has not reached its end.
+        Whether the run must stop here, before its end.
     """
     trainer.saver.poll()
     reason = trainer.stop_signals.reason(trainer.saver.longest)
@@ -107,29 +107,29 @@ def check_stop_requests(trainer: TrainerBase) -> bool:
 
 
 def leave_unfinished(trainer: TrainerBase, run: Run, after: str) -> None:
-    """Save and stop in place of an evaluation, which the resumed run begins with.
+    """Save and stop instead of evaluating; the resumed run starts with the evaluation.
 
     Args:
-        trainer: Whose evaluation it is.
+        trainer: The Trainer.
         run: The run.
         after: "step" or "epoch", where the evaluation was due.
     """
     run.progress.unfinished = {"after": after, "save": trainer.control.should_save}
     logger.warning(
-        "The evaluation of step %d is left to the resumed run.", trainer.state.global_step
+        "The evaluation of step %d is postponed to the resumed run.", trainer.state.global_step
     )
     _stop(trainer, saving=trainer.args.save_strategy != "no")
 
 
 def position(state: TrainerState) -> str:
-    """Where a run is: "7 of 20", or "7" where its end is not known."""
+    """The position of a run: "7 of 20", or "7" if its length is unknown."""
     return (
         f"{state.global_step} of {state.max_steps}" if state.max_steps else f"{state.global_step}"
     )
 
 
 def _stop(trainer: TrainerBase, saving: bool) -> None:
-    """Let the loop save, if it can, and end."""
+    """Make the loop save, if enabled, and end."""
     if trainer.interruption is None:
         trainer.interruption = trainer.stop_signals.reason(trainer.saver.longest)
         logger.warning(
@@ -143,13 +143,13 @@ def _stop(trainer: TrainerBase, saving: bool) -> None:
 
 
 def save(trainer: TrainerBase, run: Run) -> None:
-    """Write ``checkpoint-{step}`` and delete what ``save_total_limit`` leaves no room for.
+    """Write ``checkpoint-{step}`` and delete checkpoints beyond ``save_total_limit``.
 
-    ``on_save`` comes once the checkpoint is complete, so whoever listens makes the run wait.
+    ``on_save`` fires when the checkpoint is complete, so a listener makes the run wait for it.
     """
     args, step = trainer.args, trainer.state.global_step
-    # First: whether the save before succeeded decides which one is the best and must stay, and its
-    # copy of the state makes room for the next.
+    # First: the outcome of the previous save determines which checkpoint is the best and must be
+    # kept, and its host buffers are reused for the next snapshot.
     trainer.saver.wait()
     former_best = best_model.begin_saving(trainer, run)
 
@@ -163,7 +163,7 @@ def save(trainer: TrainerBase, run: Run) -> None:
 
 
 def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
-    """Copy everything of a checkpoint to the host: what training waits for."""
+    """Copy the contents of a checkpoint to the host; training waits only for this."""
     state, args = trainer.state, trainer.args
     state.stateful_callbacks = _callback_states(trainer)
     buffers = trainer.saver.buffers
@@ -211,17 +211,17 @@ def _trained(trainer: TrainerBase, run: Run) -> dict[str, Any] | None:
 
 
 def _callback_states(trainer: TrainerBase) -> dict[str, list[Any]]:
-    """The states of the callbacks, as JSON can hold them.
+    """The states of the callbacks, as JSON values.
 
     Raises:
-        CheckpointError: One cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
-            warning says so, and the checkpoint is written without.
+        CheckpointError: A state cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
+            warning is logged and the checkpoint is written without it.
     """
     found = {}
     for name, states in trainer.callback_handler.state().items():
         try:
             found[name] = [to_json_value(one) for one in states]
-        except Exception as error:  # a user's object may do anything when it is looked at
+        except Exception as error:  # a user's object may raise anything during serialization
             text = (
                 f"The state of the callback {name} cannot be saved as JSON ({error}): its state() "
                 "should return numbers, text, lists and dicts."
@@ -235,11 +235,11 @@ def _callback_states(trainer: TrainerBase) -> dict[str, list[Any]]:
 def _processing_files(
     trainer: TrainerBase, run: Run, documents: Iterable[str]
 ) -> Mapping[str, bytes]:
-    """What ``processing_class`` writes; it is asked once in a run, as that takes time.
+    """The files that ``processing_class`` writes, collected once per run because it takes time.
 
     Raises:
-        CheckpointError: It cannot, and ``on_save_error`` is ``"raise"``; otherwise a warning says
-            so, and the checkpoint is written without.
+        CheckpointError: It cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
+            warning is logged and the checkpoint is written without it.
     """
     if trainer.processing_class is None:
         return {}
@@ -261,7 +261,7 @@ def _processing_files(
 
 
 def warn_of_former_run(trainer: TrainerBase) -> None:
-    """Before a fresh start that will save: say so if there are checkpoints of another run."""
+    """Warn if a run that starts from scratch will save beside checkpoints of an earlier run."""
     try:
         listed = trainer.store.list()
     except CheckpointUnreadableError as error:

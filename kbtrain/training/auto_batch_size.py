@@ -1,4 +1,4 @@
-"""``auto_find_batch_size``: micro-batches that fit into memory, and still the same updates."""
+"""``auto_find_batch_size``: find micro-batches that fit into memory, with unchanged updates."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger("kbtrain")
 
 
 def smaller(batch_size: int, accumulation: int) -> tuple[int, int] | None:
-    """The next smaller micro-batch that the samples of an update can be cut into.
+    """The next smaller micro-batch size that divides the samples of an update.
 
     Args:
         batch_size: Samples of a micro-batch.
         accumulation: Micro-batches of an update.
 
     Returns:
-        Both numbers anew, with the same product; None below one sample.
+        New values of both, with the same product; None below one sample.
 
     Example:
         >>> smaller(64, 1), smaller(6, 4), smaller(1, 8)
@@ -39,15 +39,14 @@ def smaller(batch_size: int, accumulation: int) -> tuple[int, int] | None:
 
 
 def find_and_fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> TrainOutput:
-    """Train as often as it takes to find a size of micro-batches that fits into memory.
+    """Train, restarting with smaller micro-batches until one fits into memory.
 
-    Each attempt starts from where the first one did, and its updates have the same samples, so
-    what comes out is what a run with the size that was found gives. ``trainer.args`` says then
-    which one that is.
+    Each attempt starts from the same state, and its updates contain the same samples, so the
+    result equals a run that starts with the size found. ``trainer.args`` then holds that size.
 
     Raises:
-        OutOfMemoryError: One sample at a time does not fit either.
-        ConfigurationError: The size of the batches is not the Trainer's to choose.
+        OutOfMemoryError: Even a single sample does not fit.
+        ConfigurationError: The Trainer does not control the size of the batches.
     """
     if checkpoint is not None:
         _go_on_with(trainer, validated_json.mapping(checkpoint, "training_args"))
@@ -60,7 +59,7 @@ def find_and_fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> TrainOu
             if not error.in_training:
                 raise
             _choose_smaller(trainer, error)
-        # Out of the handler: what failed is not held by its traceback any more.
+        # Outside the handler, so that the traceback no longer keeps the failed attempt alive.
         gc.collect()
         trainer.backend.free_memory()
         trainer.saver.settle()
@@ -70,7 +69,7 @@ def find_and_fit(trainer: TrainerBase, checkpoint: Checkpoint | None) -> TrainOu
 
 
 def _go_on_with(trainer: TrainerBase, saved: dict[str, Any]) -> None:
-    """Begin with the size that the saved run had found, if its updates had as many samples."""
+    """Start with the size that the saved run had found, if its updates had as many samples."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     found = {name: saved.get(name) for name in names}
     batch_size, accumulation = found.values()
@@ -108,9 +107,9 @@ def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
 
 
 class _Start:
-    """Where the first attempt began, in host memory, to begin there again.
+    """The state at the start of the first attempt, in host memory, for the next attempts.
 
-    A model of ``model_init`` and an optimizer of the arguments are made anew in any case.
+    A model from ``model_init`` and an optimizer from the arguments are recreated anyway.
     """
 
     def __init__(self, trainer: TrainerBase) -> None:
@@ -122,7 +121,7 @@ class _Start:
         self._schedule: Any = None
 
     def begin(self) -> None:
-        """Note everything, in the first attempt; put the random state back in the later ones."""
+        """Record the state in the first attempt; restore the random state in later ones."""
         trainer = self._trainer
         if self._random is not None:
             rng.restore_random_state(trainer.backend, *self._random)
@@ -139,8 +138,8 @@ class _Start:
         self._values = run_state.host_copies(self._variables)
 
     def restore_values(self) -> None:
-        """Everything but the random state, which the next attempt itself makes use of."""
-        if self._random is None:  # it did not come to the first update
+        """Restore everything but the random state, which the next attempt consumes first."""
+        if self._random is None:  # the attempt failed before the first update
             return
         run_state.restore_values(self._variables, self._values)
         self._trainer.callback_handler.load_state(copy.deepcopy(self._callbacks))

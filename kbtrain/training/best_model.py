@@ -1,7 +1,7 @@
-"""The best model of a run: the best that was seen, the best that was saved, and loading it.
+"""The best model of a run: the best evaluated, the best saved, and loading it.
 
-The two differ where a save fails, or an evaluation comes without one: ``state.best_metric`` is the
-best of all evaluations, ``state.best_model_checkpoint`` the best of those that have a checkpoint.
+The two differ if a save fails or an evaluation has no checkpoint: ``state.best_metric`` is the best
+of all evaluations, ``state.best_model_checkpoint`` the best of those with a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Saved = tuple[str | None, float | None]
 
 
 def note(trainer: TrainerBase, metrics: dict[str, Any]) -> None:
-    """Remember an evaluation if it is the best so far; with ``save_strategy="best"`` save it."""
+    """Record an evaluation if it is the best so far; with ``save_strategy="best"`` save it."""
     args, state, run = trainer.args, trainer.state, trainer.current_run
     if args.metric_for_best_model is None:
         return
@@ -55,10 +55,10 @@ def _better(args: TrainingArguments, value: float, best: float | None) -> bool:
 
 
 def begin_saving(trainer: TrainerBase, run: Run) -> Saved:
-    """Let the checkpoint that is about to be written be the best one saved, if it is.
+    """Register the checkpoint about to be written as the best one saved, if it is.
 
     Returns:
-        What was the best one before; ``take_back`` takes it if the write fails.
+        The previous best one, for ``take_back`` if the write fails.
     """
     state = trainer.state
     with contextlib.suppress(CheckpointUnreadableError):  # out of reach for now
@@ -71,15 +71,15 @@ def begin_saving(trainer: TrainerBase, run: Run) -> Saved:
 
 
 def _value_to_save(trainer: TrainerBase, run: Run) -> float | None:
-    """The metric of this step, if its checkpoint is to be the best one."""
+    """The metric of this step, if its checkpoint will be the best one."""
     args, state = trainer.args, trainer.state
     if run.score is None or run.score[0] != state.global_step:
         return None
     value = run.score[1]
     if not _better(args, value, state.best_saved_metric):
         return None
-    # Without a model to load, the best step alone counts, as in the reference: unless it is known
-    # to have no checkpoint.
+    # If no best model will be loaded, only the best step counts, as in Transformers, unless its
+    # checkpoint is known to be missing.
     best = state.best_global_step == state.global_step
     return value if best or args.load_best_model_at_end or run.best_is_lost else None
 
@@ -88,10 +88,10 @@ def take_back(trainer: TrainerBase, run: Run, step: int, before: Saved) -> None:
     """Undo ``begin_saving`` after a write that failed.
 
     Args:
-        trainer: Whose run it is.
+        trainer: The Trainer.
         run: The run.
-        step: Whose checkpoint could not be written.
-        before: What ``begin_saving`` returned.
+        step: The step whose checkpoint could not be written.
+        before: The result of ``begin_saving``.
     """
     state = trainer.state
     if state.best_model_checkpoint != before[0]:
@@ -100,11 +100,11 @@ def take_back(trainer: TrainerBase, run: Run, step: int, before: Saved) -> None:
 
 
 def _forget_lost(trainer: TrainerBase, damaged: Collection[str] = ()) -> None:
-    """Where somebody has deleted the best checkpoint, the best of those still there takes over.
+    """If the best checkpoint was deleted, replace it by the best remaining one.
 
     Args:
-        trainer: Whose state it is.
-        damaged: Checkpoints that count as lost, too.
+        trainer: The Trainer.
+        damaged: Checkpoints to treat as lost.
     """
     state = trainer.state
     path = state.best_model_checkpoint
@@ -121,14 +121,14 @@ def _forget_lost(trainer: TrainerBase, damaged: Collection[str] = ()) -> None:
 
 
 def _logged(entry: Mapping[str, Any], metric: str | None) -> float | None:
-    """The metric in an entry of the log, an evaluation's; None if it has none."""
+    """The metric in a log entry of an evaluation; None if it has none."""
     name = str(metric)
     found = entry.get(name if name.startswith("eval_") else f"eval_{name}")
     return float(found) if isinstance(found, float | int) else None
 
 
 def recall(state: TrainerState, metric: str | None) -> None:
-    """Find the metric of the best checkpoint in a state of an earlier kbtrain, which lacks it."""
+    """Find the metric of the best checkpoint for a state saved by an earlier kbtrain."""
     if state.best_model_checkpoint is None or state.best_saved_metric is not None:
         return
     step = parse_checkpoint_name(Path(state.best_model_checkpoint).name)
@@ -141,10 +141,10 @@ def recall(state: TrainerState, metric: str | None) -> None:
 
 
 def load(trainer: TrainerBase) -> None:
-    """Put the weights of the best checkpoint into the model, which may have them already.
+    """Load the weights of the best checkpoint into the model, unless it already has them.
 
     Raises:
-        CheckpointUnreadableError: They cannot be read now.
+        CheckpointUnreadableError: The weights cannot be read at this time.
     """
     state, store = trainer.state, trainer.store
     try:
@@ -152,7 +152,7 @@ def load(trainer: TrainerBase) -> None:
         if _is_in_memory(trainer):
             logger.warning(
                 "load_best_model_at_end: the best step %s has no checkpoint; the model keeps the "
-                "weights of step %s, the best there are.",
+                "weights of step %s, the best available.",
                 state.best_global_step,
                 state.global_step,
             )
@@ -192,7 +192,7 @@ def load(trainer: TrainerBase) -> None:
 
 
 def _is_in_memory(trainer: TrainerBase) -> bool:
-    """Whether the model holds better weights than any checkpoint, as its own could not be saved."""
+    """Whether the model holds the best weights because their checkpoint could not be saved."""
     state, run = trainer.state, trainer.current_run
     step = state.global_step
     if state.best_model_checkpoint is not None:
@@ -205,7 +205,7 @@ def _is_in_memory(trainer: TrainerBase) -> bool:
 
 
 def _read(trainer: TrainerBase) -> Checkpoint | None:
-    """Read the best checkpoint that is intact; None if there is none."""
+    """Read the best intact checkpoint; None if there is none."""
     state, damaged = trainer.state, set[str]()
     while (path := state.best_model_checkpoint) is not None:
         try:

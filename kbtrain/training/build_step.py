@@ -1,4 +1,4 @@
-"""The train step of a run: built from the Trainer as it is, and again when that has changed."""
+"""Builds the train step of a run, and rebuilds it when the Trainer's parts change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def trained_variables(model: keras.Model) -> list[keras.Variable]:
-    """The variables that are trained now.
+    """The trainable variables of the model.
 
     Raises:
         ConfigurationError: There are none.
@@ -41,7 +41,7 @@ def trained_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 LONG = 1 << 31
-"""About how many updates a run has whose data does not say it."""
+"""The assumed number of updates of a run whose data has no length."""
 
 
 def live_train_step(
@@ -51,18 +51,18 @@ def live_train_step(
     plan: TrainingPlan,
     progress: Progress,
 ) -> LiveStep:
-    """The compiled train step of a run, which follows what is changed in Python.
+    """The compiled train step of a run, which is retraced when Python values change.
 
     Args:
-        trainer: Whose model and optimizer, both with all their variables.
-        forward: One pass of a batch.
+        trainer: The Trainer; model and optimizer must be built.
+        forward: The forward pass.
         halted: See ``make_train_step``.
-        plan: How many updates and epochs there are.
+        plan: The number of updates and epochs.
         progress: The run's progress.
     """
     traces, accumulation = trainer.traces, trainer.args.gradient_accumulation_steps
 
-    # A step of the model's own may train a part with its optimizer, and another with another.
+    # A custom step may train different parts of the model with different optimizers.
     own = trainer.bound.own.train_step
     follows = not own or changing_variables.has_all(trainer.optimizer, trainer.model)
 
@@ -122,7 +122,7 @@ def live_train_step(
 def _own_step(
     trainer: TrainerBase, halted: keras.Variable, variables: list[keras.Variable]
 ) -> Callable[[Any], dict[str, Any]]:
-    """The step of a model that has its own ``train_step``."""
+    """The step of a model with a custom ``train_step``."""
     metrics = trainer.bound.metrics
     assert isinstance(metrics, own_steps.ModelMetrics)
     return own_steps.make_train_step(

@@ -1,4 +1,4 @@
-"""From a user's data set and the arguments to a loader."""
+"""Creates loaders from a user's data set and the arguments."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def make_loader(
     """Batches of ``dataset`` for training (shuffled if asked for) or evaluation (in order).
 
     Args:
-        dataset: Anything ``kbtrain.data.as_source`` takes, or something that yields batches: a
-            ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a torch ``DataLoader``, a Grain data
-            set with a ``batch`` in it. Their batches are taken as they come. So are the items of
-            any other iterable that fit the model's inputs as they are.
+        dataset: Anything that ``kbtrain.data.as_source`` accepts, or a source of batches: a
+            ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a torch ``DataLoader``, a batched
+            Grain data set. Batches are used unchanged, as are the items of any other iterable
+            whose shapes fit the model's inputs.
         args: Batch sizes, sampling strategy, seeds, the ``dataloader_`` arguments.
         collate: A user's collator, or None.
-        name: The argument the data came from, to name it in errors.
-        train: For training.
-        columns: Leaves out columns that the model does not take.
-        inputs: What the model takes; the default knows nothing of it.
+        name: The argument that the data was passed as, for error messages.
+        train: Whether the loader is for training.
+        columns: Drops columns that the model does not take.
+        inputs: The inputs of the model; by default nothing is known about them.
 
     Raises:
-        DataError: The data is of no kind that is known.
+        DataError: The type of the data is not supported.
     """
     inputs = ModelInputs() if inputs is None else inputs
     if yields_batches(dataset):
@@ -88,12 +88,12 @@ def make_loader(
         return _with_workers(loader, args, train and args.dataloader_persistent_workers)
     if args.dataloader_num_workers:
         logger.warning(
-            "%s can only be read in its own order, so worker processes cannot share it: "
+            "%s can only be read sequentially, so worker processes cannot share it: "
             "dataloader_num_workers=%d has no effect.",
             name,
             args.dataloader_num_workers,
         )
-    # A collator that was chosen for the data does not say what it is.
+    # A default collator says nothing about the data.
     has_collator = collate is not None and not getattr(collate, "is_default", False)
     return StreamLoader(loader, inputs, columns, samples=has_collator)
 
@@ -105,18 +105,18 @@ def _as_they_come(
     columns: ColumnFilter | None,
     inputs: ModelInputs,
 ) -> Loader:
-    """A loader of the data's own batches."""
+    """A loader for data that consists of batches."""
     if isinstance(dataset, Loader):
         return dataset
     if collate is not None:
         raise ConfigurationError(
-            f"{name} yields batches, so there is nothing for data_collator to do. Pass one or the "
-            "other (a torch DataLoader has its samples as `.dataset`). "
+            f"{name} yields batches, to which data_collator cannot be applied. Pass samples or "
+            "leave out data_collator (a torch DataLoader has its samples as `.dataset`). "
             f"Received: {type(dataset).__name__}"
         )
     logger.info(
-        "%s (%s) yields batches: their size, order and number are its own, whatever the batch "
-        "sizes, train_sampling_strategy and the dataloader_ arguments say.",
+        "%s (%s) yields batches: it determines their size, order and number. Batch sizes, "
+        "train_sampling_strategy and the dataloader_ arguments have no effect.",
         name,
         type(dataset).__name__,
     )
@@ -124,19 +124,19 @@ def _as_they_come(
 
 
 def in_epochs(loader: Loader, args: TrainingArguments) -> Loader:
-    """The loader, with epochs of ``steps_per_epoch`` updates if the arguments have that."""
+    """The loader, with epochs of ``steps_per_epoch`` updates if that is set."""
     if args.steps_per_epoch is None:
         return loader
     return FixedEpochs(loader, args.steps_per_epoch * args.gradient_accumulation_steps)
 
 
 def warn_of_inexact_resume(loader: Loader) -> None:
-    """Say at the start of a run if a resumed one would see other data."""
+    """Warn at the start of a run if a resumed run may see other data."""
     caveat = getattr(loader, "resume_caveat", None)
     if caveat is not None:
         logger.warning(
-            "%s: a run that is resumed in the middle of it may not see the same data as one that "
-            "was never stopped: %s. The model, the optimizer and the rest resume exactly.",
+            "%s: a run resumed in the middle may not see the same data as an uninterrupted one: "
+            "%s. The model, the optimizer and everything else resume exactly.",
             getattr(loader, "name", "The training data"),
             caveat,
         )
@@ -147,15 +147,15 @@ def _read_ahead(args: TrainingArguments) -> int | None:
 
 
 def _with_workers(loader: DataLoader, args: TrainingArguments, persistent: bool) -> Loader:
-    """The loader itself, or worker processes that make its batches."""
+    """The loader, or worker processes that create its batches."""
     if args.dataloader_num_workers == 0 or loader.vectorised:
-        return loader  # whole batches of arrays are read faster than they can be sent
+        return loader  # batches of arrays are read faster than they can be sent between processes
     ahead = args.dataloader_prefetch_factor or 2
     return WorkerLoader(loader, args.dataloader_num_workers, ahead, persistent)
 
 
 def is_named_datasets(data: Any) -> bool:
-    """Whether ``data`` is a dict of several data sets rather than one data set of columns."""
+    """Whether ``data`` is a dict of several data sets, not one data set of columns."""
     if not isinstance(data, Mapping) or not data or any(key in data for key in LABEL_KEYS):
         return False
     # A datasets.Dataset has a shape, too; only arrays can be converted to one.
@@ -166,14 +166,14 @@ def is_named_datasets(data: Any) -> bool:
 
 
 def evaluation_set(datasets: Any, given: Any) -> Any:
-    """What ``evaluate`` is to evaluate.
+    """The data to evaluate.
 
     Args:
         datasets: ``Trainer.eval_dataset``.
         given: Data, the name of one of several ``datasets``, or None for all of them.
 
     Raises:
-        ConfigurationError: There is none, or none of that name.
+        ConfigurationError: There is no evaluation set, or none of that name.
     """
     if given is None and datasets is None:
         raise ConfigurationError("evaluate() needs an eval_dataset. Received: None.")
@@ -181,12 +181,12 @@ def evaluation_set(datasets: Any, given: Any) -> Any:
         return datasets if given is None else given
     if not is_named_datasets(datasets):
         raise ConfigurationError(
-            f"evaluate({given!r}) is for an eval_dataset that is a dict of several data sets. "
-            f"Received: {type(datasets).__name__}. Pass the data itself, or nothing."
+            f"evaluate({given!r}) requires an eval_dataset that is a dict of several data sets. "
+            f"Received: {type(datasets).__name__}. Pass the data itself, or no argument."
         )
     if given not in datasets:
         raise ConfigurationError(
-            f"There is no evaluation set {given!r}. There are: {', '.join(map(repr, datasets))}."
+            f"There is no evaluation set {given!r}. Available: {', '.join(map(repr, datasets))}."
         )
     return datasets[given]
 
@@ -196,9 +196,9 @@ def _is_plain_list(value: Any) -> bool:
 
 
 def padding_collator(processing: Any, dataset: Any) -> Collate | None:
-    """The collator of a data set that was given none: padding, if there is something to pad with.
+    """The default collator of a data set: one that pads, if the padding value is known.
 
-    None where there is no ``pad_token_id``, or the data is arrays or batches already.
+    None if there is no ``pad_token_id``, or if the data consists of arrays or batches.
     """
     if getattr(processing, "pad_token_id", None) is None:
         return None
@@ -211,7 +211,7 @@ def padding_collator(processing: Any, dataset: Any) -> Collate | None:
 class _PadTokens(DataCollatorWithPadding):
     """Pads token data and stacks any other."""
 
-    is_default = True  # nobody asked for it: the data need not be samples
+    is_default = True  # a default, so the data need not consist of samples
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         sample = samples[0]

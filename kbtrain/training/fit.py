@@ -1,4 +1,4 @@
-"""One call of ``fit``: everything before the first update and after the last."""
+"""One call of ``fit``: preparation, the loop, and the result."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class TrainOutput(NamedTuple):
 
     Attributes:
         global_step: Updates done.
-        training_loss: Mean loss over all updates of the run, also those before a resume; NaN where
-            a model's own ``train_step`` returns none.
+        training_loss: Mean loss over all updates of the run, including those before a resume; NaN
+            if a custom ``train_step`` returns none.
         metrics: ``train_loss``, ``epoch`` and the speed of this call.
     """
 
@@ -65,9 +65,9 @@ def fit(
     """Train from the beginning, or from a checkpoint, to the end.
 
     Args:
-        trainer: What to train.
-        checkpoint: Where to go on from, if not from the beginning.
-        prepared: Called when everything stands where the first update will find it.
+        trainer: The Trainer.
+        checkpoint: The checkpoint to resume from, or None.
+        prepared: Called when everything is ready for the first update.
     """
     args = trainer.args
     with measured(trainer.backend, "train", args.skip_memory_metrics) as memory:
@@ -91,7 +91,7 @@ def fit(
 
 @contextlib.contextmanager
 def _wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
-    """Inside, layers are called with noise, and are run again for gradients, where that is set."""
+    """Context that applies NEFTune noise and gradient checkpointing, if they are enabled."""
     args, model = trainer.args, trainer.model
     noise = neftune.noise(model, args.neftune_noise_alpha)
     again = gradient_checkpointing.recomputed(
@@ -102,14 +102,14 @@ def _wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
 
 
 def _finish(trainer: TrainerBase, run: Run, memory: dict[str, float]) -> TrainOutput:
-    """Log the result, and leave the model with the weights it is to have."""
+    """Log the result, and leave the model with its final weights."""
     state, progress = trainer.state, run.progress
     loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
     metrics = run.speed(run.times.total) | memory | {"epoch": state.epoch}
     if run.has_loss:
         metrics["train_loss"] = loss
     trainer.log(metrics)
-    # As in Keras: from here on the model holds the weights that were evaluated.
+    # As in Keras, the model holds the evaluation weights from here on.
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
     trainer.training_weights = False
     if trainer.args.load_best_model_at_end and trainer.interruption is None:
@@ -119,11 +119,11 @@ def _finish(trainer: TrainerBase, run: Run, memory: dict[str, float]) -> TrainOu
 
 
 def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
-    """Model, optimizer and compiled step, put back to the checkpoint if there is one.
+    """Build model, optimizer and compiled step, and restore the checkpoint if there is one.
 
     Raises:
         ConfigurationError, DataError: Arguments, data and model do not fit together.
-        CheckpointMismatchError: The checkpoint is of another model or optimizer.
+        CheckpointMismatchError: The checkpoint belongs to another model or optimizer.
     """
     args = trainer.args
     if trainer.model_init is not None:
@@ -151,7 +151,9 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
     optimizer = build_optimizer(trainer, plan.max_steps)
-    if not bound.own.train_step:  # a given one may have been built for what was trained before
+    if (
+        not bound.own.train_step
+    ):  # a user's optimizer may have been built for other trainable variables
         changing_variables.sync_variables(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
     if bound.metrics is not None:
@@ -189,7 +191,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         ),
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
-        # As in Keras: a step of the model's own may count its calls in Python.
+        # As in Keras: a custom step may count its calls in Python.
         block_length=BlockLength.of(1 if bound.own.train_step else args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
@@ -238,14 +240,14 @@ def _fresh_state(trainer: TrainerBase, plan: TrainingPlan, loader: Loader) -> Tr
 
 
 def _restore_schedule(trainer: TrainerBase, checkpoint: Checkpoint) -> None:
-    """A schedule that answers to a metric goes on counting where it was."""
+    """Restore the state of a metric-driven schedule."""
     if not metric_driven.is_metric_driven(trainer.lr_scheduler):
         return
     if (state := checkpoint.documents.get("lr_scheduler")) is None:
         raise CheckpointMismatchError(
-            f"{checkpoint.path} is of a run whose learning rate did not answer to a metric, so "
-            "there is nothing to go on from. Resume with the lr_scheduler_type it had, or start "
-            "a new run."
+            f"{checkpoint.path} is from a run whose learning rate was not metric-driven, so it has "
+            "no state of the schedule. Resume with the lr_scheduler_type of that run, or start a "
+            "new run."
         )
     try:
         trainer.lr_scheduler.load_state(state)
@@ -260,7 +262,7 @@ def _updates_without_looking(trainer: TrainerBase) -> int:
 
 
 def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
-    """The state of a checkpoint, with the best one where it lies now: folders may be moved."""
+    """The state of a checkpoint, with the current path of the best one: folders may be moved."""
     state = TrainerState(**validated_json.fields_of(checkpoint, "trainer_state", TrainerState))
     if state.global_step != checkpoint.step:
         validated_json.damaged(
@@ -279,9 +281,9 @@ def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
 def _restore(
     trainer: TrainerBase, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
 ) -> run_state.Progress:
-    """Put everything back to where the checkpoint was taken."""
+    """Restore the state saved in the checkpoint."""
     if (trained := run_state.trained_in(checkpoint)) is not None:
-        # A callback had frozen or unfrozen something.
+        # A callback had frozen or unfrozen layers.
         flags = trained[0]
         validated_json.attempt(checkpoint, "trainable", lambda: flags.apply(trainer.model))
         if not trainer.other_optimizers:

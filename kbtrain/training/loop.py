@@ -17,13 +17,13 @@ logger = logging.getLogger("kbtrain")
 
 
 def train_loop(trainer: TrainerBase, run: Run) -> None:
-    """Run updates until the plan is done or somebody stops it.
+    """Run updates until the plan is complete or a stop is requested.
 
     ::
 
         for each epoch:
             <on_epoch_begin>
-            for each block of updates:                  # one update, if anyone looks at each
+            for each block of updates:                  # one update, if a callback needs each
                 <on_step_begin>
                 <on_substep_end>                        # for every micro-batch but the last
                 <on_pre_optimizer_step>                 # variables are still the old ones
@@ -38,9 +38,9 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
             <on_epoch_end>
             log, evaluate, save
 
-    A block is one call to the device and ends where something is due; it has one update if a
-    callback listens to the events of each. The events between micro-batches come just before it.
-    The host waits for the device where something is logged, evaluated or saved, and once in
+    A block is one call to the device and ends where an action is due; it has a single update if a
+    callback listens to the events of each step. The events between micro-batches fire just before
+    it. The host waits for the device when it logs, evaluates or saves, and once per
     ``run.MAX_PENDING`` calls.
     """
     args, state, progress = trainer.args, trainer.state, run.progress
@@ -70,7 +70,7 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
                 actions.check_stop_requests(trainer)
                 log_evaluate_save(trainer, run, "step")
                 if trainer.interruption:
-                    return  # what the end of the epoch brings is left to the resumed run
+                    return  # the actions at the end of the epoch are left to the resumed run
                 if ends_epoch(trainer.control):
                     break
         exhausted = progress.batch == 0 and not ends_epoch(trainer.control)
@@ -91,26 +91,26 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
 
 
 def ends_epoch(control: TrainerControl) -> bool:
-    """Whether somebody has asked for the end of the epoch, or of all."""
+    """Whether the end of the epoch or of the training was requested."""
     return control.should_epoch_stop or control.should_training_stop
 
 
 def catch_up(trainer: TrainerBase, run: Run, after: str) -> bool:
-    """Do what a signal kept the former run from doing: an evaluation, and the save behind it.
+    """Make up for an evaluation that a signal interrupted, and for the save that follows it.
 
     Args:
         trainer: The Trainer.
         run: The run.
-        after: "step" or "epoch"; what was due elsewhere is left alone.
+        after: "step" or "epoch"; actions due at the other are left alone.
 
     Returns:
-        Whether there was anything.
+        Whether there was an unfinished action.
     """
     unfinished = run.progress.unfinished
     if unfinished is None or unfinished["after"] != after:
         return False
     run.progress.unfinished = None
-    # A run that evaluates no more has no data for it.
+    # Evaluation may have been turned off in the resumed run, which then has no data for it.
     evaluates = trainer.args.eval_strategy != "no" or trainer.eval_dataset is not None
     trainer.control.should_evaluate, trainer.control.should_save = evaluates, unfinished["save"]
     log_evaluate_save(trainer, run, after)
@@ -118,9 +118,9 @@ def catch_up(trainer: TrainerBase, run: Run, after: str) -> bool:
 
 
 def log_evaluate_save(trainer: TrainerBase, run: Run, after: str) -> None:
-    """Do what is due after a "step" or an "epoch", in this order.
+    """Log, evaluate and save as due after a "step" or an "epoch", in this order.
 
-    An evaluation that a signal does not let end is left to the resumed run.
+    An evaluation interrupted by a signal is left to the resumed run.
     """
     control = trainer.control
     if control.should_log:

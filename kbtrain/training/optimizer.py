@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a run: made from the arguments, given, or compiled."""
+"""The optimizer and schedule of a run: from the arguments, the user, or the compiled model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("kbtrain")
 
 
 def build_optimizer(trainer: TrainerBase, max_steps: int) -> keras.optimizers.Optimizer:
-    """A new optimizer for each ``fit``; one that the user gave is kept, with its state."""
+    """Create a new optimizer for each ``fit``; keep one passed by the user, with its state."""
     args, former = trainer.args, trainer.lr_scheduler
     given, schedule = trainer.given_optimizers
     compiled = given is None and trainer.bound.compiled
@@ -46,14 +46,14 @@ def build_optimizer(trainer: TrainerBase, max_steps: int) -> keras.optimizers.Op
     given = _scaling_losses(trainer, given, compiled)
     trainer.optimizer = given
     trainer.other_optimizers = own_steps.optimizers_of(trainer.model) if own_step else {}
-    if own_step:  # what it needs, it has built
+    if own_step:  # it has built its own state
         return given
     build.build_optimizer_state(given, trainer.model, bool(args.parameter_groups))
     return given
 
 
 def why_total_is_needed(trainer: TrainerBase) -> str | None:
-    """What of the arguments cannot be without the number of updates; None if nothing."""
+    """The argument that requires the number of updates; None if there is none."""
     args = trainer.args
     given, schedule = trainer.given_optimizers
     if schedule is None and given is None:
@@ -85,13 +85,13 @@ def _refuse_for_given(args: TrainingArguments, given: Any) -> None:
     kind = type(given).__name__
     if args.ema is not None:
         raise ConfigurationError(
-            "ema is for optimizers that are made from the arguments. This one was given "
-            f"({kind}): give it an average yourself, as in optim.EMA(optimizer)."
+            "ema is for optimizers created from the arguments. This one was passed in "
+            f"({kind}): wrap it yourself, as in optim.EMA(optimizer)."
         )
     if args.parameter_groups:
         raise ConfigurationError(
-            "parameter_groups is for optimizers that are made from the arguments. This one was "
-            f"given ({kind}): give it the groups when you make it."
+            "parameter_groups is for optimizers created from the arguments. This one was passed "
+            f"in ({kind}): set its groups when you create it."
         )
 
 
@@ -100,22 +100,22 @@ def _refuse_own_accumulation(optimizer: Any) -> None:
     if steps := getattr(innermost, "gradient_accumulation_steps", None):
         raise ConfigurationError(
             "The Trainer accumulates gradients itself, so that padded and weighted batches count "
-            "as they should and a step is an update. Leave that out of the optimizer, "
+            "correctly and a step is an update. Leave accumulation out of the optimizer, "
             f"and set TrainingArguments(gradient_accumulation_steps={steps}). "
             f"Received: {type(innermost).__name__}(gradient_accumulation_steps={steps})."
         )
 
 
 def _is_in_use(given: Any, current: Any) -> bool:
-    """Whether a former ``fit`` of the Trainer used the optimizer, perhaps with a loss scale."""
+    """Whether an earlier ``fit`` of the Trainer used the optimizer, possibly with a loss scale."""
     return given is current or given is getattr(current, "inner_optimizer", None)
 
 
 def _apply_learning_rate(trainer: TrainerBase, given: Any, max_steps: int) -> Any:
-    """The arguments' learning rate for an optimizer of ``compile``, if it was set.
+    """Apply the arguments' learning rate to a compiled optimizer, if it was set.
 
     Returns:
-        The schedule, if one was asked for.
+        The schedule, if the arguments define one.
     """
     args = trainer.args
     chosen = [name for name in RATE if args.is_set(name)]
@@ -126,7 +126,7 @@ def _apply_learning_rate(trainer: TrainerBase, given: Any, max_steps: int) -> An
     if chosen == ["learning_rate"]:
         if not fixed:
             logger.warning(
-                "The model was compiled with a schedule of the learning rate (%s), which is used: "
+                "The model was compiled with a learning-rate schedule (%s), which is used: "
                 "learning_rate=%s in the arguments has no effect.",
                 kind,
                 args.learning_rate,
@@ -138,9 +138,9 @@ def _apply_learning_rate(trainer: TrainerBase, given: Any, max_steps: int) -> An
         if not args.is_set("learning_rate"):
             if not fixed:
                 raise ConfigurationError(
-                    f"The model was compiled with a schedule of the learning rate ({kind}), and "
-                    f"the arguments ask for another one. Received: {', '.join(chosen)}. Leave one "
-                    "of the two out, or set learning_rate, too, for the schedule of the arguments."
+                    f"The model was compiled with a learning-rate schedule ({kind}), but the "
+                    f"arguments ask for another one. Received: {', '.join(chosen)}. Leave one of "
+                    "the two out, or also set learning_rate to use the schedule of the arguments."
                 )
             rate = float(keras.ops.convert_to_numpy(given.learning_rate))
             args = args.replace(learning_rate=rate)
@@ -148,7 +148,7 @@ def _apply_learning_rate(trainer: TrainerBase, given: Any, max_steps: int) -> An
         if not metric_driven.is_metric_driven(schedule):
             given.learning_rate = schedule
     logger.warning(
-        "The optimizer of the compiled model (%s) gets its learning rate from the arguments: %s.",
+        "The optimizer of the compiled model (%s) uses the learning rate of the arguments: %s.",
         kind,
         ", ".join(f"{n}={getattr(args, n)!r}" for n in RATE if n in chosen),
     )
@@ -156,7 +156,7 @@ def _apply_learning_rate(trainer: TrainerBase, given: Any, max_steps: int) -> An
 
 
 def _warn_of_unused(args: TrainingArguments, given: Any, compiled: bool) -> None:
-    """An optimizer that there is wins over the arguments: say so if some were set."""
+    """Warn about arguments that have no effect because an optimizer was provided."""
     names = RULE if compiled else RULE + RATE
     if unused := [name for name in names if args.is_set(name)]:
         logger.warning(
@@ -169,9 +169,9 @@ def _warn_of_unused(args: TrainingArguments, given: Any, compiled: bool) -> None
 
 
 def _scaling_losses(trainer: TrainerBase, given: Any, compiled: bool) -> Any:
-    """The optimizer, with a loss scale where the model computes in float16, as in ``compile``.
+    """Add a loss scale to the optimizer if the model computes in float16, as ``compile`` does.
 
-    ``compile`` has decided for its own optimizer, and whoever scales by a constant has, too.
+    A compiled optimizer, or one with a constant scale, is left unchanged.
     """
     if isinstance(given, keras.optimizers.LossScaleOptimizer):
         return given
@@ -187,18 +187,18 @@ def _scaling_losses(trainer: TrainerBase, given: Any, compiled: bool) -> Any:
         return trainer.optimizer
     if not trainer.args.fp16:
         logger.info(
-            "The model computes in float16 (mixed_float16): the loss is scaled, and an update "
-            "whose gradients overflow is left out."
+            "The model computes in float16 (mixed_float16): the loss is scaled, and updates "
+            "whose gradients overflow are skipped."
         )
     return keras.optimizers.LossScaleOptimizer(given)
 
 
 def clips_above(trainer: TrainerBase) -> float:
-    """The global norm above which a run clips gradients; 0 if it does not.
+    """The global norm to which a run clips gradients; 0 for no clipping.
 
-    An optimizer that was given, or compiled into the model, trains as its author set it up: the
-    default of ``max_grad_norm`` is for optimizers made from the arguments without clipping of their
-    own. One that was set is for all.
+    The default of ``max_grad_norm`` applies to optimizers created from the arguments that do not
+    clip themselves; one passed in or compiled into the model is used as configured. An explicit
+    ``max_grad_norm`` applies to all.
     """
     args, optimizer = trainer.args, _innermost(trainer.optimizer)
     kind = type(optimizer).__name__
@@ -221,7 +221,7 @@ def clips_above(trainer: TrainerBase) -> float:
         return 0.0
     if trainer.given_optimizers[0] is not None or trainer.bound.compiled:
         logger.info(
-            "%s was made elsewhere and does not clip gradients, so they are not clipped. Set "
+            "%s was passed in and does not clip gradients, so they are not clipped. Set "
             "max_grad_norm to clip them.",
             kind,
         )

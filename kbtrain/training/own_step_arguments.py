@@ -1,4 +1,4 @@
-"""What cannot hold for a model that trains by its own train_step."""
+"""Arguments that do not apply to a model with a custom ``train_step``."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ _INSTEAD = {
     "ema": "give use_ema=True to the optimizer you compile the model with",
     "fp16": "compile the model under the dtype policy mixed_float16",
     "gradient_checkpointing": "use keras.remat in the model",
-    "debug": "look at the values in the step",
+    "debug": "inspect the values in the step",
 }
-"""Arguments that are about losses and gradients, and what to do instead."""
+"""Arguments that act on losses and gradients, and what to do instead."""
 
 
 def check_arguments(trainer: TrainerBase) -> None:
-    """Before training by the model's own ``train_step``: refuse what cannot hold, say the rest.
+    """Check the arguments of a model with a custom ``train_step``, and log what it implies.
 
     Raises:
-        ConfigurationError: An argument was set that the step would ignore; the model is not
-            compiled; it overrides more than the step.
+        ConfigurationError: An argument was set that the step would ignore, the model is not
+            compiled, or it overrides more than the step.
     """
     args, model = trainer.args, trainer.model
     step = f"{type(model).__name__}.train_step"
     how = (
-        "To train by the Trainer's own step, override Trainer.compute_loss, which replaces the "
+        "To train with the Trainer's step, override Trainer.compute_loss, which replaces the "
         "model's train_step."
     )
     trainer.backend.check_signature(model, "train_step")
     check_function(model, "train")
     if not getattr(model, "compiled", False):
         raise ConfigurationError(
-            f"The model trains by its own {step}, with the optimizers and losses that it was "
-            f"compiled with, and it is not compiled. Call its compile() first. {how}"
+            f"The model trains with its custom {step}, which uses its compiled optimizers and "
+            f"losses, but it is not compiled. Call its compile() first. {how}"
         )
     for name, instead in _INSTEAD.items():
         if getattr(args, name) and args.is_set(name):
             if name == "gradient_accumulation_steps" and args.gradient_accumulation_steps == 1:
                 continue
             raise ConfigurationError(
-                f"{name}={getattr(args, name)!r} cannot hold for a model that trains by its own "
-                f"{step}: {instead}. {how}"
+                f"{name}={getattr(args, name)!r} has no effect on a model that trains with its "
+                f"custom {step}: {instead}. {how}"
             )
     given, schedule = trainer.given_optimizers
     if schedule is not None or given is not None and given is not model.optimizer:
         raise ConfigurationError(
-            f"optimizers=... was given, and the model trains by its own {step} with what it was "
-            f"compiled with: compile the model with this optimizer. {how}"
+            f"optimizers=... was passed, but the model trains with its custom {step} and its "
+            f"compiled optimizer: compile the model with this optimizer. {how}"
         )
     logger.warning(
-        "The model trains by its own %s, as in Keras' fit: each batch is one update, the logs are "
-        "what it returns, and gradients are neither accumulated nor clipped nor measured.%s",
+        "The model trains with its custom %s, as in Keras' fit: each batch is one update, the logs "
+        "are what it returns, and gradients are not accumulated, clipped or measured.%s",
         step,
         " metrics=... are for evaluations only." if trainer.bound.has_given_metrics else "",
     )

@@ -1,4 +1,4 @@
-"""One call of ``fit``: its data, its compiled step, and the numbers the device still owes us."""
+"""The state of one ``fit``: data, compiled step, results in flight."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from kbtrain.utils.timing import StepTimes, speed
 logger = logging.getLogger("kbtrain")
 
 MAX_PENDING = 4
-"""Calls after which the host catches up with the device: how far a signal, an error or a save may
-have to wait for what was started before it."""
+"""Calls in flight at most. A signal, an error or a save may have to wait for all of them."""
 
 RUN_AHEAD = 2
-"""Calls that stay unread then, so that the device does not run dry."""
+"""Calls left in flight when that limit is reached, so that the device does not idle."""
 
 
 @dataclass
 class Run:
-    """State of one ``fit`` that is not part of a checkpoint, and the reading of results.
+    """State of one ``fit`` that is not part of a checkpoint, and the fetching of results.
 
     Attributes:
         backend: The backend in use.
-        plan: How many updates and epochs there are.
+        plan: The number of updates and epochs.
         batches: The data.
         accumulation: Micro-batches per update.
         step: The compiled train steps, ``step(tensors, block)``.
-        state: The run's progress, for people.
+        state: The run's progress, as callbacks see it.
         progress: The run's progress, for resuming.
-        on_nonfinite: What to do about a non-finite loss or gradient.
-        last_checkpoint: Returns the newest checkpoint, to name it in an error.
-        limit: Returns how many updates may run before something may be due.
-        first_step: The step this call began at.
-        block_length: How many updates one call of the compiled step may have.
+        on_nonfinite: How to handle a non-finite loss or gradient.
+        last_checkpoint: Returns the newest checkpoint, for error messages.
+        limit: Returns the number of updates until an action may be due.
+        first_step: The step at which this call started.
+        block_length: Determines how many updates one call of the compiled step runs.
         count_tokens: Counts the tokens of a block, or None.
-        pin: Copy batches to the device from page-locked memory.
-        explain: Says of an update (the chunks of its block, its number there) what in it was not
-            finite first; None to leave it at that.
-        label_check: Looks at the labels of the first epoch; None does not.
-        newest_only: A log has the extras of its newest update, not their means: a model's own step
-            returns means itself.
-        running_loss: The loss of an update is the mean of all since the last log.
-        trainable_at_start: What was trained when this call began.
+        pin: Whether to copy batches to the device from page-locked memory.
+        explain: Describes the first non-finite value of an update, given the chunks of its block
+            and its index there; None for no description.
+        label_check: Validates the labels of the first epoch, or None.
+        newest_only: Whether a log has the extras of its newest update instead of their means, as
+            a custom step returns means itself.
+        running_loss: Whether the loss of an update is the mean of all since the last log.
+        trainable_at_start: The trainable flags when this call started.
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
-        times: Where the time goes.
-        processing_files: What ``processing_class`` wrote for the first checkpoint: path -> content.
+        times: The time spent in each part of the loop.
+        processing_files: Files that ``processing_class`` wrote for the first checkpoint: path ->
+            content.
         score: Step and metric of the last evaluation that counts for the best model.
         best_is_lost: Whether the checkpoint of the best step could not be written.
     """
@@ -97,7 +97,7 @@ class Run:
     _newest: dict[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> Generator[Block, None, None]:
-        """The rest of the current epoch, in blocks that end where something may be due."""
+        """The rest of the current epoch, in blocks that end where an action may be due."""
         progress = self.progress
         blocks = self.batches.blocks(
             progress.epoch, progress.batch, self.accumulation, self._block_limit
@@ -112,7 +112,7 @@ class Run:
                 yield block
 
     def newest(self, metrics: MetricSet | None) -> dict[str, Any]:
-        """The newest update for callbacks: ``batch``, ``loss`` and ``metrics``, read on demand.
+        """Lazy ``batch``, ``loss`` and ``metrics`` of the newest update, for callbacks.
 
         Args:
             metrics: The metrics of the training.
@@ -136,7 +136,7 @@ class Run:
         return max(1, min(self.limit(), self.block_length.affordable))
 
     def update(self, block: Block) -> None:
-        """Start the updates of a block; nothing is waited for."""
+        """Launch the updates of a block without waiting for them."""
         start = time.perf_counter()
         if self.label_check is not None:
             self._check_labels(self.label_check, block)
@@ -144,8 +144,8 @@ class Run:
             with self.times.of("compute"):
                 chunks = self.backend.to_device(without_none(block.chunks), self.pin)
                 result = self.step(chunks, block)
-                # Queued behind these updates: waiting for the copy later does not wait for what
-                # was started meanwhile.
+                # Queued right behind these updates, so that waiting for the copy does not wait
+                # for work launched later.
                 wait = self.backend.start_to_host(result)
         except Exception as error:
             self._raise_if_memory(error, self.state.global_step + 1, block.outline)
@@ -180,7 +180,7 @@ class Run:
                 check(batches, block.updates, axes, self.state.global_step + 1)
 
     def end_epoch(self, stopped: bool) -> None:
-        """Move on to the next epoch, unless the run was stopped in the middle of this one."""
+        """Advance to the next epoch, unless the run was stopped in the middle of this one."""
         length = self.plan.batches_per_epoch
         if not stopped or (length is not None and self.progress.batch >= length):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
@@ -189,14 +189,14 @@ class Run:
                 self.state.epoch = float(self.progress.epoch)
 
     def read(self, keep: int = 0) -> None:
-        """Wait for the updates that were started and add up their results.
+        """Wait for the updates in flight and accumulate their results.
 
         Args:
-            keep: Newest calls that are left alone.
+            keep: Number of newest calls to leave in flight.
 
         Raises:
-            OutOfMemoryError: One of them did not fit into memory.
-            NonFiniteError: One of them was not finite and ``on_nonfinite`` is ``"raise"``.
+            OutOfMemoryError: An update did not fit into memory.
+            NonFiniteError: An update was not finite and ``on_nonfinite`` is ``"raise"``.
         """
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
@@ -208,7 +208,7 @@ class Run:
             self._raise_if_memory(error, self.state.global_step)
             raise
         for (first, count, chunks), block in zip(blocks, results, strict=True):
-            # As numbers of Python: element by element, arrays are ten times slower.
+            # Python numbers: element access of arrays is ten times slower.
             extras = {name: x.tolist() for name, x in block.pop("extras").items()}
             values = {name: x.tolist() for name, x in block.items()}
             for i in range(count):
@@ -220,7 +220,7 @@ class Run:
                     self._add(result, more)
 
     def _raise_if_memory(self, error: Exception, step: int, outline: Any = None) -> None:
-        """Say what to do if an update did not fit into memory."""
+        """Raise advice if an update did not fit into memory."""
         if self.backend.is_oom(error):
             what = "" if outline is None else f" Structure and shapes of its batches: {outline}."
             raise OutOfMemoryError(
@@ -231,7 +231,7 @@ class Run:
             ) from error
 
     def _add(self, result: dict[str, Any], extras: dict[str, float]) -> None:
-        """Add one update's results to the sums."""
+        """Accumulate the results of one update."""
         loss, progress = result["loss"], self.progress
         progress.window_steps += 1
         if self.running_loss:  # the mean of the window so far
@@ -259,13 +259,13 @@ class Run:
                 self.progress.skipped,
             )
             return
-        # Every update after this one was a no-op on the device: the run stands before it.
+        # All later updates were no-ops on the device: the weights are those before this one.
         self.state.global_step = step - 1
         checkpoint = self.last_checkpoint()
         why = (
-            "Look for NaN or infinity in the data of this update, or lower the learning rate."
+            "Check the data of this update for NaN or infinity, or lower the learning rate."
             if self.newest_only
-            else "Look for NaN or infinity in the data of this update (debug='underflow_overflow' "
+            else "Check the data of this update for NaN or infinity (debug='underflow_overflow' "
             "names the layer), lower learning_rate, or set max_grad_norm."
             if self.explain is None
             else self.explain(chunks, index)
@@ -273,7 +273,7 @@ class Run:
         raise NonFiniteError(
             f"Update {step} was not finite: loss {loss}, gradient norm {norm}. The weights are as "
             f"update {step - 1} left them. Last checkpoint: {checkpoint or 'none was saved'}. "
-            f"{why} on_nonfinite='skip' leaves such updates out, 'ignore' applies them."
+            f"{why} on_nonfinite='skip' skips such updates, 'ignore' applies them."
         )
 
     def take_window(self) -> dict[str, float]:
@@ -295,14 +295,14 @@ class Run:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the updates have one: a model's own step may return others in its place."""
+        """Whether the updates have a loss: a custom step may return other values instead."""
         return not self.newest_only or not math.isnan(self.progress.loss_sum)
 
     def speed(self, seconds: float) -> dict[str, float]:
-        """Samples, steps and tokens per second, and where the time of the steps went.
+        """Samples, steps and tokens per second, and the time spent in each part of the loop.
 
         Args:
-            seconds: What this call has taken so far.
+            seconds: Duration of this call so far.
         """
         rates = speed("train", seconds, self.samples, self.state.global_step - self.first_step)
         if self.count_tokens is not None:

@@ -1,4 +1,4 @@
-"""Reasons to stop before the end, signals and a limit of time: noted here, acted on elsewhere."""
+"""Requests to stop early, from signals and ``max_time``. The loop polls them and acts."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ logger = logging.getLogger("kbtrain")
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
 )
-"""What asks a run to save and stop. (Windows has no SIGUSR1.)"""
+"""Signals that ask a run to save and stop. (Windows has no SIGUSR1.)"""
 
 MAX_TIME = "max_time"
 
 
 class EvaluationAbandoned(BaseException):
-    """Leaves an evaluation whose end the run cannot wait for; never leaves ``fit``.
+    """Aborts an evaluation when the run must stop; always caught inside ``fit``.
 
-    No ``Exception``: what stands around an evaluation of the user's own must not swallow it.
+    A ``BaseException``, so that ``except Exception`` in user code cannot swallow it.
     """
 
 
 class StopSignals:
-    """Notes the first signal, and when ``max_time`` is near; the loop looks between two steps.
+    """Records the first signal and watches ``max_time``; the loop polls between two steps.
 
-    As a context manager it puts its handlers in place and the former ones back. A signal that the
-    program handles itself, or ignores, is left to it. Handlers can be set in the main thread only:
-    elsewhere a warning says that there are none.
+    As a context manager it installs signal handlers and restores the previous ones. Signals that
+    the program handles or ignores are left alone. Handlers can only be set in the main thread;
+    elsewhere a warning is logged and none are set.
 
     Args:
         signals: Whether to handle signals.
-        max_time: Seconds from ``__enter__`` on; None for no limit.
+        max_time: Seconds from ``__enter__``; None for no limit.
     """
 
     def __init__(self, signals: bool, max_time: float | None) -> None:
@@ -61,9 +61,9 @@ class StopSignals:
             return self
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
-                "fit() does not run in the main thread, where Python handles signals: SIGTERM, "
+                "fit() does not run in the main thread, so it cannot handle signals: SIGTERM, "
                 "SIGUSR1 and SIGINT will not save a checkpoint. (enable_jit_checkpoint=False "
-                "leaves this warning out.)"
+                "silences this warning.)"
             )
             return self
         for number in SIGNALS:
@@ -72,7 +72,7 @@ class StopSignals:
                 self._former[number] = former
                 signal.signal(number, self._note)
             else:
-                logger.info("%s is handled by the program: left to it.", number.name)
+                logger.info("%s is handled by the program: its handler is kept.", number.name)
         return self
 
     def __exit__(
@@ -86,18 +86,18 @@ class StopSignals:
         self._former.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Counted by itself: on one Ctrl-C some launchers send a SIGTERM of their own besides, in
-        # any order, and that is no reason to lose what was not saved.
+        # SIGINT is counted separately: on one Ctrl-C some launchers also send SIGTERM, in any
+        # order, and that must not lose unsaved work.
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
 
     def reason(self, saving: float | None) -> str | None:
-        """Name what asks the run to stop now, None if nothing does. Call it between two steps.
+        """The reason to stop now, or None. Called between two steps.
 
         Args:
-            saving: Seconds the slowest checkpoint took to write; None if none was written yet.
+            saving: Seconds that the slowest checkpoint took to write; None if there is none yet.
         """
         if self.received is not None:
             return self.received.name
@@ -106,8 +106,8 @@ class StopSignals:
         now = time.monotonic()
         self._longest_step = max(self._longest_step, now - self._last_look)
         self._last_look = now
-        # Room for what comes next at the longest it has taken: one more block, two checkpoints
-        # (one may still be in flight). Before the first checkpoint a tenth of the time, or 30 s.
+        # Time to reserve, assuming the longest durations so far: one more block and two
+        # checkpoints (one may be in flight). Before the first one a tenth of the limit, or 30 s.
         spare = min(0.1 * self._max_time, 30.0) if saving is None else 2 * saving
         left = self._start + self._max_time - now
         self._over |= left <= self._longest_step + spare
@@ -115,7 +115,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def abandoning(self) -> Iterator[None]:
-        """Inside, ``between_batches`` raises as soon as something asks the run to stop."""
+        """Context in which ``between_batches`` raises as soon as there is a reason to stop."""
         self._may_abandon = True
         try:
             yield
@@ -123,7 +123,7 @@ class StopSignals:
             self._may_abandon = False
 
     def between_batches(self, saving: float | None) -> None:
-        """Leave an evaluation that the loop asked for, if the run is to stop now.
+        """Abort an evaluation started by the loop, if the run must stop now.
 
         Args:
             saving: As for ``reason``.
@@ -135,15 +135,15 @@ class StopSignals:
             raise EvaluationAbandoned
 
     def raise_received(self, step: int, checkpoint: Path | None) -> None:
-        """Raise what ends the program after a signal: nothing else keeps a script from going on.
+        """Raise an exception that ends the program after a signal, so that the script stops too.
 
         Args:
-            step: Where the run stands.
-            checkpoint: Its newest checkpoint.
+            step: The current step.
+            checkpoint: The newest checkpoint.
 
         Raises:
-            TrainingInterrupted: After SIGTERM and SIGUSR1; exit code 143 and 138.
-            KeyboardInterrupt: After SIGINT; exit code 130 (as a shell shows it).
+            TrainingInterrupted: After SIGTERM and SIGUSR1; exit codes 143 and 138.
+            KeyboardInterrupt: After SIGINT; exit code 130 (as a shell reports it).
         """
         if self.received is None:
             return

@@ -1,8 +1,7 @@
-"""The train step and the evaluation step, written once over Keras variables.
+"""The train step, written once for all backends in terms of Keras variables.
 
 ``loss -> gradients -> accumulate -> clip -> finite check -> optimizer -> metrics``. Nothing here
-waits for the device: what the host wants to know comes back as tensors, to be read when something
-is logged.
+waits for the device: results are returned as tensors and fetched when they are logged.
 """
 
 from __future__ import annotations
@@ -39,39 +38,40 @@ def make_train_step(
     The step takes a list of chunks, each ``{"single": micro_batch}`` or ``{"stacked": batch}``
     with micro-batches along a new leading axis (these run in one loop inside the step).
 
-    The gradient is that of (sum of all losses) / (sum of all counts), whatever the micro-batches;
-    of several outputs each has its own counts, which a pass before the first gradient adds up.
-    It is clipped by its global norm as torch does: ``g * min(1, max_norm / (norm + 1e-6))``.
-    All is float32, and float64 for variables in float64.
+    The gradient is that of (sum of all losses) / (sum of all counts), independent of how samples
+    are split into micro-batches. With several outputs each has its own count, summed in a pass
+    before the first gradient. It is clipped by its global norm as in torch:
+    ``g * min(1, max_norm / (norm + 1e-6))``. All arithmetic is float32, or float64 for variables
+    in float64.
 
-    What is no gradient but a new value (``overwrite_with_gradient``: scales of float8 layers) goes
-    to the optimizer as it is, of several micro-batches the largest, as in Keras.
+    A "gradient" that is a new value (``overwrite_with_gradient``: scales of float8 layers) is
+    passed to the optimizer unchanged, the maximum over micro-batches, as in Keras.
 
     Args:
         backend: The backend in use.
         forward: See ``Forward``.
-        count_items: Number of labels in a batch (see ``kbtrain.model.forward.items_counter``),
-            where the loss function wants the total of the whole update; else None.
+        count_items: Counts the labels in a batch (see ``kbtrain.model.forward.items_counter``)
+            if the loss function needs the total of the whole update; else None.
         optimizer: A built Keras optimizer.
         trainable: The variables it was built with.
         metrics: Metrics to update, if any.
         max_grad_norm: Clip above this norm; 0 does not clip.
-        on_nonfinite: ``"raise"`` freezes the run at the first non-finite loss or gradient (the
-            host raises when it sees the flag), ``"skip"`` leaves out that update, ``"ignore"``
-            applies it.
+        on_nonfinite: ``"raise"`` freezes the weights at the first non-finite loss or gradient (the
+            host raises when it reads the flag), ``"skip"`` skips that update, ``"ignore"`` applies
+            it.
         halted: Integer variable, 1 from the first non-finite step on (``"raise"`` only).
-        has_terms: Whether the loss may be of several terms (see
+        has_terms: Whether the loss may have several terms (see
             ``kbtrain.model.losses.output_losses``).
 
     Returns:
         ``step(chunks) -> {"loss", "grad_norm", "learning_rate", "finite", "extras"}``, scalars on
         the device. ``grad_norm`` is the norm before clipping, ``learning_rate`` the one used.
     """
-    # Such an optimizer meets overflow with a smaller scale: only the loss itself is checked.
+    # A loss-scaling optimizer handles overflowing gradients itself, so only the loss is checked.
     scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     replaced = [is_overwritten(v) for v in trainable]
-    # float8 layers keep track of the size of the gradients of Keras' loss, a mean; a loss scale is
-    # for means, too: a sum overflows float16 for nothing.
+    # float8 layers calibrate to the gradients of Keras' loss, which is a mean. A loss scale also
+    # assumes a mean: the gradient of a sum would overflow float16 needlessly.
     of_mean = scales_itself or any(replaced)
     state = [*trainable, *optimizer.variables]
     trained = {id(v) for v in trainable}
@@ -129,7 +129,7 @@ def make_train_step(
     def over_chunks(
         function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, chunks: list[dict[str, Any]]
     ) -> tuple[Any, Any]:
-        """Run through all micro-batches; the results along one axis."""
+        """Run the function on all micro-batches and stack the results along one axis."""
         results = []
         for chunk in chunks:
             batches = chunk.get("stacked")
@@ -140,7 +140,7 @@ def make_train_step(
         return carry, keras.tree.map_structure(lambda *t: ops.concatenate(t), *results)
 
     def count(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # What the counts do not depend on, mostly all of the model, is dropped in compiling.
+        # The compiler removes whatever the counts do not depend on, usually the whole model.
         with backend.dropping():
             loss, _, _ = forward(batch, None, training=True)
         assert loss is not None
@@ -194,7 +194,7 @@ def make_train_step(
             per_item = as_dtype_of(1.0, norm)
         else:
             loss, extras = mean(result.sum, result.count), dict(result.extras)
-            # The gradients are those of the scaled sum; one factor brings them to the clipped mean.
+            # The gradients are those of the scaled sum; a single factor yields the clipped mean.
             per_item = mean(1.0, as_dtype_of(result.count, norm))
         loss_scale = as_float(optimizer.scale_loss(1.0))
         norm = norm * per_item / as_dtype_of(loss_scale, norm)
@@ -209,7 +209,7 @@ def make_train_step(
                 if whole:
                     finite = ops.logical_and(finite, ops.all(ops.isfinite(new_value)))
 
-        # A layer may assign its own weights: the optimizer goes on from there.
+        # A layer may assign its own weights: the optimizer updates the new values.
         own = [(v, value) for v, value in updates if id(v) in trained]
         updates = [(v, value) for v, value in updates if id(v) not in trained]
 

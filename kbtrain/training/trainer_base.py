@@ -1,7 +1,7 @@
-"""``TrainerBase``: the parts that a run has, what is logged, and the methods users may override.
+"""``TrainerBase``: the parts of a run, logging, and the methods that users may override.
 
-The loop, the evaluation and everything else that needs a Trainer know this class. ``Trainer`` adds
-its construction and what a user calls.
+The loop, evaluation and actions depend on this class only. ``Trainer`` adds construction and the
+methods that users call.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from kbtrain.training.stop_signals import StopSignals
 
 
 class TrainerBase(ABC):
-    """A Trainer as the loop and the evaluation see it.
+    """The interface of a Trainer towards the loop and the evaluation.
 
     Attributes:
         args: The arguments.
         backend: The backend in use.
         bound: The model with its loss and metrics.
-        captured: What the compiled steps have captured from Python.
-        traces: What the Python of a step needs while it is traced.
-        position: Where the run is, for code that is traced.
+        captured: The Python values that the compiled steps have captured.
+        traces: Prepares a step for tracing.
+        position: The position of the run, for traced code.
         store: The checkpoints of ``args.output_dir``.
-        saver: Writes them.
-        watch: Who asks the run to stop: signals, and the clock.
-        interruption: Why the run ended early, if it did.
-        state: Where the run is, for callbacks; it is in every checkpoint.
-        control: What callbacks ask the run to do next.
-        current_run: The ``fit`` that runs, if one does.
-        is_in_train: Whether one does.
+        saver: Writes checkpoints.
+        stop_signals: Requests to stop, from signals and ``max_time``.
+        interruption: The reason why the run ended early, or None.
+        state: The progress of the run, as callbacks see it; saved in every checkpoint.
+        control: Requests of callbacks to the loop.
+        current_run: The running ``fit``, or None.
+        is_in_train: Whether ``fit`` is running.
         training_weights: Whether the model holds the weights in training, which may differ from
-            those to evaluate.
+            the evaluation weights.
         optimizer: The optimizer of the last ``fit``; None before.
-        other_optimizers: Those that a model with its own ``train_step`` has beside it, by name.
-        lr_scheduler: The schedule, if there is one.
-        num_training_steps: Updates of the run; 0 if that is not known.
+        other_optimizers: Further optimizers of a model with a custom ``train_step``, by name.
+        lr_scheduler: The schedule, or None.
+        num_training_steps: Updates of the run; 0 if unknown.
         given_optimizers: The argument ``optimizers`` of the Trainer.
         given_loss: The argument ``loss``, resolved.
         given_loss_weights: The argument ``loss_weights``.
         given_metrics: The arguments ``metrics`` and ``weighted_metrics``.
-        trial: The trial of a hyperparameter search, in one.
+        trial: The trial, during a hyperparameter search.
         ignore_keys_for_eval: See ``Trainer.fit``.
     """
 
@@ -113,7 +113,7 @@ class TrainerBase(ABC):
 
     @abstractmethod
     def adopt(self, model: Any) -> None:
-        """Take a model, with what it was compiled with where nothing was given instead."""
+        """Bind a model; its compiled loss and metrics are used unless others were passed."""
 
     @abstractmethod
     def fit(
@@ -134,7 +134,7 @@ class TrainerBase(ABC):
 
     @property
     def model(self) -> keras.Model:
-        """The model in training; another one may be assigned."""
+        """The model in training. Another one may be assigned."""
         return self.bound.model
 
     @model.setter
@@ -143,11 +143,11 @@ class TrainerBase(ABC):
 
     @property
     def loss(self) -> Any:
-        """The loss in use: the one that was given, or the compiled model's."""
+        """The loss in use: the one passed to the Trainer, or that of the compiled model."""
         return self.bound.loss
 
     def _callback_context(self) -> dict[str, Any]:
-        """What every event gets; nothing in it waits for the device until it is looked at."""
+        """The keyword arguments of every event; device values are fetched on first access."""
         run = self.current_run
         return dict.fromkeys(("batch", "loss", "metrics")) | {
             **({} if run is None else run.newest(self.bound.metrics)),
@@ -160,40 +160,40 @@ class TrainerBase(ABC):
             "eval_dataloader": self.eval_dataloader,
         }
 
-    # --- what is logged, and who is told -------------------------------------------------------
+    # --- logging and events --------------------------------------------------------------------
 
     def track(self, name: str, value: Any) -> None:
         """Log the mean of ``value`` over the updates; call it where the loss is computed.
 
         Args:
-            name: The name in the logs (with ``eval_`` before it in evaluations).
-            value: A number or a tensor, of which the mean is taken.
+            name: The name in the logs (prefixed with ``eval_`` in evaluations).
+            value: A number, or a tensor whose mean is taken.
 
         Raises:
-            ConfigurationError: The name has a meaning already, or the value is no number.
+            ConfigurationError: The name is reserved, or the value is not numeric.
         """
         self._tracked[name] = as_extra(name, value, "track() got")
 
     def log(self, logs: Mapping[str, Any], start_time: float | None = None) -> None:
-        """Add an entry to ``state.log_history`` and tell the callbacks.
+        """Add an entry to ``state.log_history`` and fire ``on_log``.
 
         Args:
             logs: Names and numbers.
-            start_time: For subclasses that hand it on, as in the reference; of no effect, as logs
-                of the training have their speed already.
+            start_time: Accepted for compatibility with Transformers; unused, as training logs
+                include the speed already.
         """
         entry = {**plain_values(logs, "log() got"), "epoch": self.state.epoch}
         self.state.append_log(entry)
         self.fire("on_log", logs=entry)
 
     def fire(self, event: str, **kwargs: Any) -> None:
-        """Call ``event`` of all callbacks."""
+        """Call the method ``event`` of all callbacks."""
         self.captured.after_event(event)
         self.control = self.callback_handler.fire(
             event, self.args, self.state, self.control, **kwargs
         )
 
-    # --- what a user may override ---------------------------------------------------------------
+    # --- overridable methods --------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -202,13 +202,13 @@ class TrainerBase(ABC):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of one micro-batch; traced into the step. Override for a loss of your own.
+        """Compute the loss of one micro-batch. Override for a custom loss; traced into the step.
 
         Args:
-            model: Call it on the inputs; the ``training`` flag is set for you.
+            model: The model to call on the inputs; the ``training`` flag is already set.
             inputs: A batch in the structure of the data set, as tensors.
-            return_outputs: Whether to return ``(loss, outputs)``; the Trainer always asks for it.
-            num_items_in_batch: Labels in the whole update if ``compute_loss_func`` takes it.
+            return_outputs: Whether to return ``(loss, outputs)``; always True from the Trainer.
+            num_items_in_batch: Labels in the whole update, if ``compute_loss_func`` takes it.
 
         Returns:
             The loss: a scalar (mean over the batch), per-element losses, ``(sum, count)``, or one
@@ -250,21 +250,21 @@ class TrainerBase(ABC):
         columns, names = self._columns, building.input_names(self.model)
         if self.data_collator is None and task_preprocessing.preprocesses(self.model, data, names):
             data, collate = task_preprocessing.preprocessed(self.model, data)
-            columns = None  # it takes others than the model's inputs
+            columns = None  # it takes inputs other than the model's
         return make_loader(data, self.args, collate, name, train, columns, inputs)
 
     def create_scheduler(self, num_training_steps: int) -> Any:
-        """The learning-rate schedule for a run of ``num_training_steps`` updates."""
+        """Create the learning-rate schedule for a run of ``num_training_steps`` updates."""
         return factory.make_schedule(self.args, num_training_steps)
 
     def create_optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer of ``args.optim``; it does not decay norms and biases."""
+        """Create the optimizer of ``args.optim``, without decay of norms and biases."""
         return factory.make_optimizer(
             self.args, self.lr_scheduler, self.model, self.num_training_steps
         )
 
     def call_model_init(self) -> keras.Model:
-        """A new model from ``model_init``, which gets the trial if it asks for one."""
+        """Create a model with ``model_init``, passing the trial if it takes one."""
         assert self.model_init is not None
         if takes_trial(self.model_init):
             return self.model_init(self.trial)
@@ -275,42 +275,42 @@ class TrainerBase(ABC):
         self.callback_handler.add(callback)
 
     def pop_callback(self, callback: Any) -> TrainerCallback | None:
-        """Remove a callback (object or class) and return it; None if it is not there."""
+        """Remove a callback (object or class) and return it, or None if it was not found."""
         return self.callback_handler.pop(callback)
 
     def remove_callback(self, callback: Any) -> None:
         """Remove a callback (object or class)."""
         self.pop_callback(callback)
 
-    # --- questions -----------------------------------------------------------------------------
+    # --- properties and queries ----------------------------------------------------------------
 
     @property
     def label_names(self) -> list[str]:
-        """Keys of a batch that hold labels: ``args.label_names``, or the usual one."""
+        """Keys of a batch that hold labels: ``args.label_names``, or the default one."""
         return ["labels"] if self.args.label_names is None else list(self.args.label_names)
 
     def is_world_process_zero(self) -> bool:
-        """Whether this process is the first of all, which writes what is written once."""
+        """Whether this is the main process, which writes files."""
         return self.state.is_world_process_zero
 
     def is_local_process_zero(self) -> bool:
-        """Whether this process is the first of its machine."""
+        """Whether this is the first process on its machine."""
         return self.state.is_local_process_zero
 
     def get_total_train_batch_size(self, args: TrainingArguments | None = None) -> int:
         """Samples in one update: per device, times accumulation, times processes.
 
         Args:
-            args: Arguments other than the Trainer's own.
+            args: Arguments to use in place of the Trainer's.
         """
         args = self.args if args is None else args
         return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def get_learning_rates(self) -> list[float]:
-        """The learning rates of the next update, each that some variable has once.
+        """The distinct learning rates of the variables in the next update.
 
         Raises:
-            ConfigurationError: There is no optimizer yet: ``fit`` makes it.
+            ConfigurationError: There is no optimizer yet; ``fit`` creates it.
         """
         if self.optimizer is None:
             raise ConfigurationError("There is no optimizer before fit() has begun.")
@@ -320,7 +320,7 @@ class TrainerBase(ABC):
         """Paths of the trainable variables that weight decay applies to.
 
         Args:
-            model: A model other than the Trainer's own.
+            model: A model to use in place of the Trainer's.
         """
         return weight_decay.decay_parameter_names(self.bound.model if model is None else model)
 
@@ -329,7 +329,7 @@ class TrainerBase(ABC):
         return sum(math.prod(v.shape) for v in self.bound.model.trainable_variables)
 
     def num_examples(self, dataloader: Any) -> int | None:
-        """Samples in an epoch of ``dataloader``; None if it does not know."""
+        """Samples in an epoch of ``dataloader``; None if unknown."""
         return as_loader(dataloader).num_examples
 
 

@@ -95,7 +95,7 @@ def test_a_device_by_its_name(tmp_path, devices):
 
 
 def test_a_device_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"devices='gpu:7'.*has: .*cpu:0"):
+    with pytest.raises(ConfigurationError, match=r"devices='gpu:7'.*Available devices: .*cpu:0"):
         run(tmp_path, devices=7, use_cpu=False)
 
 

@@ -93,7 +93,7 @@ def test_a_subclass_that_reads_a_label(tmp_path, key, built):
     changes = {"max_steps": 1, "per_device_train_batch_size": 12}
     data = {"x": X, key: Y}
     trainer = Trainer(model, arguments(tmp_path, **changes), train_dataset=data)
-    with pytest.raises(DataError, match=rf"asks its inputs for '{key}'.*label_names=\[\]"):
+    with pytest.raises(DataError, match=rf"reads '{key}' from its inputs.*label_names=\[\]"):
         trainer.fit()
     args = arguments(tmp_path, label_names=[], **changes)
     trainer = Trainer(Reads(key), args, train_dataset=data)

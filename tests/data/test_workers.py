@@ -157,7 +157,7 @@ def test_arrays_take_the_fast_path_without_workers(tmp_path):
 
 def test_an_iterable_cannot_be_shared(tmp_path, caplog):
     assert isinstance(made(tmp_path, iter([1])), StreamLoader)
-    assert "train_dataset can only be read in its own order" in caplog.text
+    assert "train_dataset can only be read sequentially" in caplog.text
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_unknown_name_is_explained():
 
 @pytest.mark.parametrize("item", [3, object()])
 def test_what_is_no_metric_is_refused(item):
-    with pytest.raises(ConfigurationError, match="metrics takes"):
+    with pytest.raises(ConfigurationError, match="metrics must contain"):
         listed([item])
 
 
@@ -49,7 +49,7 @@ def test_metrics_of_one_name_are_numbered_as_in_keras():
 
 def test_a_dict_entry_without_an_output_is_refused():
     y, outputs = tensor([[1.0]]), tensor([[1.0]])
-    with pytest.raises(ConfigurationError, match="do not fit the model's outputs.*Keras says"):
+    with pytest.raises(ConfigurationError, match="do not match the model's outputs.*Keras says"):
         built({"c": "mean_absolute_error"}, {"a": y, "b": y}, {"a": outputs, "b": outputs})
 
 

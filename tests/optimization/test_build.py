@@ -53,7 +53,7 @@ def test_an_optimizer_made_elsewhere_is_not_clipped_unless_asked(tmp_path, way, 
     expected = by_keras(keras.optimizers.SGD(0.01), large_data())
     for value, reference in zip(weights(model), weights(expected), strict=True):
         np.testing.assert_allclose(value, reference, rtol=1e-5)
-    assert len(lines(caplog, "SGD was made elsewhere and does not clip")) == 1
+    assert len(lines(caplog, "SGD was passed in and does not clip")) == 1
 
 
 def test_a_norm_that_was_set_holds_for_every_optimizer(tmp_path):
@@ -126,7 +126,7 @@ def test_a_compiled_model_keeps_its_rate(tmp_path, caplog):
 )
 def test_a_rate_that_was_set_is_applied(tmp_path, make, caplog):
     assert rates(tmp_path, compiled(make()), learning_rate=0.125) == [0.125] * 4
-    assert len(lines(caplog, "gets its learning rate from the arguments: learning_rate=0.125")) == 1
+    assert len(lines(caplog, "uses the learning rate of the arguments: learning_rate=0.125")) == 1
 
 
 def test_a_schedule_that_was_set_is_applied(tmp_path, caplog):

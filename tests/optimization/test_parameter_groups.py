@@ -117,7 +117,7 @@ def test_a_type_of_layer_is_given_by_its_name(tmp_path):
 
 
 def test_an_optimizer_that_was_given(tmp_path):
-    with pytest.raises(ConfigurationError, match="give it the groups when you make it"):
+    with pytest.raises(ConfigurationError, match="set its groups when you create it"):
         make_trainer(tmp_path, optimizers=(optim.AdamW(), None)).fit()
 
 

@@ -201,7 +201,7 @@ def test_an_optimizer_whose_rate_is_a_function(tmp_path):
         trainer.fit()
 
 
-def test_half_a_door_is_an_error(tmp_path):
+def test_half_an_interface_is_an_error(tmp_path):
     class Half:
         rate = 0.1
 
@@ -209,7 +209,7 @@ def test_half_a_door_is_an_error(tmp_path):
             pass
 
     trainer = metric_trainer(tmp_path, "linear", optimizers=(None, Half()))
-    with pytest.raises(ConfigurationError, match="Half has no bind, state, load_state"):
+    with pytest.raises(ConfigurationError, match="Half lacks bind, state, load_state"):
         trainer.fit()
 
 

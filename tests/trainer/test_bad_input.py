@@ -46,7 +46,7 @@ def refused(tmp_path, error, match, action):
         ({"loss": "mean_squarred_error"}, "'mean_squarred_error'.*Did you mean"),
         ({"loss": 3}, "loss must be"),
         ({"metrics": ["acuracy_of_things"]}, "'acuracy_of_things' is not a metric"),
-        ({"metrics": [3]}, "metrics takes"),
+        ({"metrics": [3]}, "metrics must contain"),
         ({"optimizers": keras.optimizers}, "pair"),
         ({"optimizers": ("adam", None)}, "keras.optimizers.Optimizer"),
         ({"compute_loss_func": lambda o, y: o}, "either loss or compute_loss_func"),
@@ -307,7 +307,7 @@ def test_several_outputs_with_wrong_keys(tmp_path):
     refused(
         tmp_path,
         ConfigurationError,
-        "'b', which is no output of the model",
+        "'b', which is not an output of the",
         make(tmp_path, model, data=(x, {"a": y, "b": y}), loss={"a": "mse", "b": "mse"}).fit,
     )
 
@@ -433,7 +433,7 @@ FIVE_WIDE = np.zeros((8, 3, 5), "float32")
 @pytest.mark.parametrize(
     ("make_model", "x", "loss", "metrics", "match"),
     [
-        (two_outputs, None, "mse", None, r"outputs \['p', 'q'\], the label is one array"),
+        (two_outputs, None, "mse", None, r"outputs \['p', 'q'\], but the label is one array"),
         (linear_model, None, ["mse", "mae"], None, "a list of 2, but there are 1 outputs"),
         (ReturnsNothing, None, "mse", None, "returns None"),
         (linear_model, None, "mse", [keras.metrics.F1Score, "mse"], "metric 'f1_score' does not"),

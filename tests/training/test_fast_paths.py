@@ -317,7 +317,7 @@ class Halving(layers.Layer):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_layer_may_assign_its_own_weights(accumulation, tmp_path):
-    """The gradient is that at the new value, and the optimizer goes on from there."""
+    """The gradient is that at the new value, and the optimizer updates the new value."""
     x, y = make_data(24, outputs=3)
     w, gradient, losses, expected = np.ones(3), np.zeros(3), [], []
     for micro in range(6):

@@ -296,7 +296,7 @@ def test_an_evaluation_is_left_at_once_and_made_up_for(
     with pytest.raises(TrainingInterrupted, match=f"step {step}.*checkpoint-{step}"):
         evaluating(tmp_path, [send], **changes).fit()
     assert send.seen[step] == batch
-    assert f"The evaluation of step {step} is left to the resumed run" in caplog.text
+    assert f"The evaluation of step {step} is postponed to the resumed run" in caplog.text
     assert saved_steps(tmp_path)[-1] == step
     again = evaluating(tmp_path, [], **changes)
     again.fit(resume_from_checkpoint=True)

@@ -38,7 +38,7 @@ def trainer(tmp_path, dataset, loss=FROM_LOGITS, model=None, **changes):
 @pytest.mark.parametrize(
     ("y", "changes", "match"),
     [
-        (labels(r0=3), {}, r"has 3 .* 0 to 2.* the label 3 \(update 1, row 0\)"),
+        (labels(r0=3), {}, r"has 3, .* 0 to 2.* the label 3 \(update 1, row 0\)"),
         (labels(r3=-1), {}, r"the label -1 \(update 1, row 3\)"),
         (labels("uint8", r2=200), {}, r"the label 200 \(update 1, row 2\)"),
         (labels("float32", r1=3), {}, r"the label 3.0 \(update 1, row 1\)"),

@@ -165,7 +165,7 @@ def test_a_label_without_a_class_is_named_with_its_output(tmp_path, kind):
     y["b"][2, 0] = CLASSES
     labels, loss = (y, CROSS_ENTROPY) if kind is dict else (list(y.values()), [CROSS_ENTROPY] * 2)
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4)
-    with pytest.raises(DataError, match=r"output 'b' has 4 of them.*row 2, position 0"):
+    with pytest.raises(DataError, match=r"output 'b' has 4, .*row 2, position 0"):
         fit(token_model(kind=kind), args, (x, labels), loss=loss)
 
 

@@ -151,7 +151,7 @@ def test_a_label_outside_of_the_classes_is_named(tmp_path):
 
     loss = [None, keras.losses.SparseCategoricalCrossentropy(from_logits=True)]
     args = arguments(tmp_path, max_steps=1)
-    with pytest.raises(Exception, match="none of the model's classes.*the label 3"):
+    with pytest.raises(Exception, match="outside the model's classes.*the label 3"):
         fit(Classes(), args, (X, [None, np.arange(10) % 4]), loss=loss)
 
 
@@ -174,7 +174,7 @@ def test_predictions_keep_their_places(tmp_path, form):
     ("loss", "y", "message"),
     [
         (["mse", "mse"], [Y, OTHER], "'output_1' has no model output: it is None"),
-        ("mse", (Y, OTHER), "'output_1', which is no tensor"),
+        ("mse", (Y, OTHER), "'output_1', which is not a tensor"),
         (["mse", None, None], Y, "there are 2 outputs"),
     ],
 )

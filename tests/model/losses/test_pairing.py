@@ -88,16 +88,21 @@ def test_weights_of_samples_go_with_their_output():
 @pytest.mark.parametrize(
     ("losses", "y", "more", "match"),
     [
-        ({"a": MSE, "c": MSE}, ["ya", "yb"], {}, "'c', which is no output of the model"),
+        ({"a": MSE, "c": MSE}, ["ya", "yb"], {}, "'c', which is not an output"),
         ([MSE, MSE, MSE], ["ya", "yb"], {}, "there are 2 outputs"),
         ([None, None], ["ya", "yb"], {}, "None for every output"),
-        ([MSE, MSE], "ya", {}, r"Give a dict or a list with one label"),
+        ([MSE, MSE], "ya", {}, r"Pass a dict or a list with one label"),
         ([MSE, MSE], ["ya", None], {}, "'b' has no label"),
-        ([MSE, MSE], ["ya", "yb", "yc"], {}, "Give one for each output"),
+        ([MSE, MSE], ["ya", "yb", "yc"], {}, "Pass one per output"),
         ([MSE, MSE], {"a": "ya", "c": "yc"}, {}, "'b' has no label"),
         ([MSE, MSE], ["ya", "yb"], {"loss_weights": 2.0}, "one number for several outputs"),
         ([MSE, MSE], ["ya", "yb"], {"loss_weights": {"a": 2.0}}, "'b' has no loss weight"),
-        ([MSE, MSE], ["ya", "yb"], {"loss_weights": {"a": 1, "x": 1}}, "'x', which is no output"),
+        (
+            [MSE, MSE],
+            ["ya", "yb"],
+            {"loss_weights": {"a": 1, "x": 1}},
+            "'x', which is not an output",
+        ),
         ([MSE, MSE], ["ya", "yb"], {"sample_weight": {"a": "wa"}}, "'b' has no sample weight"),
     ],
 )
@@ -111,7 +116,7 @@ def test_what_does_not_fit_together_is_named(losses, y, more, match):
     [
         ("half", MSE, "must be a number"),
         ({"a": "half"}, {"a": MSE}, "must be a number"),
-        ({"a": 1.0, "c": 1.0}, {"a": MSE, "b": MSE}, "'c', for which there is no loss"),
+        ({"a": 1.0, "c": 1.0}, {"a": MSE, "b": MSE}, "'c', which has no loss"),
     ],
 )
 def test_loss_weights_are_looked_at_before_there_is_a_model(weights, loss, match):

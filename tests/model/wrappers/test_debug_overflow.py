@@ -50,7 +50,7 @@ def test_the_first_layer_is_named(tmp_path, accumulation):
     assert "Update 1 was not finite" in text
     assert "In micro-batch 0: the first output that is not finite is that of" in text
     assert "huge (Large)" in text
-    assert "Largest outputs before it: " in text
+    assert "Largest outputs of the layers before it: " in text
     assert "first (Dense)" in text
 
 
@@ -68,11 +68,11 @@ def test_a_loss(tmp_path):
         return outputs / ops.sum(0.0 * outputs)
 
     text = message(tmp_path, [], loss=endless)
-    assert "all layers' outputs are finite, the loss is not" in text
+    assert "all layers' outputs are finite but the loss is not" in text
 
 
 def test_gradients(tmp_path):
     text = message(tmp_path, [Root(name="root")], bias=0.0)
-    assert "outputs and loss are finite, the gradients are not for" in text
+    assert "outputs and loss are finite, but not the gradients of" in text
     assert "first/bias" in text
     assert "last/" not in text

@@ -83,7 +83,7 @@ def test_what_a_user_chooses(tmp_path):
         assert not any("call" in vars(x) for x in the_model._flatten_layers())
     for options, message in [
         ({"use_reentrant": False}, "no option 'use_reentrant'"),
-        ({"layer_names": ["nowhere"]}, "no layer 'nowhere'. It has: block"),
+        ({"layer_names": ["nowhere"]}, "no layer 'nowhere'. Its layers: block"),
         ({"every_n_layers": 0}, "at least 1. Received: 0"),
     ]:
         with pytest.raises(ConfigurationError, match=message):
