@@ -83,7 +83,7 @@ def test_numbers_that_python_takes_away_run_eagerly(tmp_path, caplog):
     logged = [entry["exp"] for entry in trainer.state.log_history if "exp" in entry]
     np.testing.assert_allclose(logged, expected(Taking.expressions["exp"], 4, 4), rtol=1e-6)
     assert "runs eagerly" in caplog.text
-    assert "test_traced_state.py" in caplog.text
+    assert "test_position.py" in caplog.text
 
 
 class Warmed(Trainer):
