@@ -24,7 +24,7 @@ def offers(group: str) -> dict[Any, list[str]]:
         if entry.group == group:
             found.setdefault(entry.load(), []).append(entry.name)
     for thing, names in found.items():
-        # The name that is the class's own comes first, the reference's other names after it.
+        # The name that is the class's own comes first, Transformers' names after it.
         names.sort(key=lambda name: (plain(name) != plain(thing.__name__), name))
     return dict(sorted(found.items(), key=lambda item: item[1][0]))
 
