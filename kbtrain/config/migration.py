@@ -1,7 +1,7 @@
 """Names that ``TrainingArguments`` does not have: what to write instead, or why there is nothing.
 
 Users bring the names of ``transformers`` 4.x and 5.x, and those of Keras. Each gets its own answer;
-``tests/config/test_training_args.py`` checks that no name of the 5.x reference is left without one.
+``tests/config/test_migration.py`` checks that no name of the 5.x reference is left without one.
 """
 
 from __future__ import annotations

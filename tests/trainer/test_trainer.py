@@ -1,18 +1,16 @@
-"""The Trainer's smaller methods, what callbacks see of the newest update, and where time goes."""
+"""The Trainer's smaller methods, evaluation, arguments of the wrong kind, files of results."""
 
 import doctest
 import json
 import logging
-import re
-import time
 
 import keras
 import numpy as np
 import pytest
 from helpers import Recorder, arguments, linear_model, make_data, same, train_logs, weights
+from helpers_trainer import make
 
 from kbtrain import (
-    CheckpointError,
     ConfigurationError,
     DataError,
     OutputError,
@@ -20,26 +18,8 @@ from kbtrain import (
     TrainerCallback,
     TrainingArguments,
 )
-from kbtrain.checkpoint import CheckpointStore
 from kbtrain.config import process_properties
 from kbtrain.evaluation import gather
-from kbtrain.utils.timing import StepTimes
-
-
-def make(tmp_path, model=None, data=None, callbacks=(), **changes):
-    given = {
-        name: changes.pop(name)
-        for name in ("processing_class", "data_collator", "metrics", "optimizers", "eval_dataset")
-        if name in changes
-    }
-    defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "jit_compile": False}
-    data = make_data(16) if data is None else data
-    given = {"eval_dataset": data} | given
-    args = arguments(tmp_path, **(defaults | changes))
-    return Trainer(
-        model or linear_model(), args, train_dataset=data, loss="mse", callbacks=callbacks, **given
-    )
-
 
 # --- questions ------------------------------------------------------------------------------------
 
@@ -130,250 +110,6 @@ def test_the_loop_alone_neither_logs_nor_fires(tmp_path):
     assert only.predictions is None
     assert only.metrics["a_loss"] == pytest.approx(loss, rel=1e-5)
     assert trainer.state.log_history == []
-
-
-# --- processing_class -----------------------------------------------------------------------------
-
-
-class Tokenizer:
-    pad_token_id = 9
-
-    def save_pretrained(self, folder):
-        with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as file:
-            json.dump({"pad": self.pad_token_id}, file)
-
-
-def test_a_processing_class_is_saved_and_seen_by_callbacks(tmp_path):
-    recorder, tokenizer = Recorder(), Tokenizer()
-    trainer = make(tmp_path, callbacks=[recorder], processing_class=tokenizer)
-    trainer.save_model(tmp_path / "final")
-    names = {path.name for path in (tmp_path / "final").iterdir()}
-    assert names == {"model.keras", "training_args.json", "tokenizer.json"}
-    assert recorder.kwargs[0]["processing_class"] is tokenizer
-    with pytest.raises(ConfigurationError, match="save_pretrained.*Received: dict"):
-        make(tmp_path, processing_class={})
-
-
-def saved_with(tmp_path, processing_class, **changes):
-    changes = {"save_strategy": "steps", "save_steps": 2} | changes
-    make(tmp_path, processing_class=processing_class, **changes).fit()
-    return CheckpointStore(tmp_path)
-
-
-@pytest.mark.parametrize("changes", [{}, {"save_async": False}, {"save_only_model": True}], ids=str)
-def test_a_processing_class_is_in_every_checkpoint(tmp_path, changes):
-    store = saved_with(tmp_path, Tokenizer(), **changes)
-    assert [step for step, _ in store.list()] == [2, 4]
-    for _, path in store.list():
-        assert json.loads((path / "tokenizer.json").read_text()) == {"pad": 9}
-        assert "tokenizer.json" in store.load(path).manifest.other_files
-    assert not [p for p in tmp_path.iterdir() if not p.name.startswith("checkpoint-")]
-
-
-def test_a_resumed_run_needs_no_processing_class(tmp_path):
-    saved_with(tmp_path, Tokenizer(), max_steps=2)
-    trainer = make(tmp_path)
-    trainer.fit(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 4
-
-
-class Broken:
-    def save_pretrained(self, folder):
-        with open(f"{folder}/half", "w", encoding="utf-8"):
-            raise KeyError("no vocabulary")
-
-
-class Meddling:
-    def save_pretrained(self, folder):
-        with open(f"{folder}/trainer_state.json", "w", encoding="utf-8") as file:
-            file.write("{}")
-
-
-@pytest.mark.parametrize("processing_class", [Broken(), Meddling()])
-def test_a_processing_class_that_cannot_be_saved(tmp_path, caplog, processing_class):
-    """A run does not lose its checkpoints over it, unless asked to."""
-    store = saved_with(tmp_path / "warn", processing_class)
-    name = rf"processing_class \({type(processing_class).__name__}\) could not be saved"
-    assert len(re.findall(name, caplog.text)) == 2
-    for _, path in store.list():
-        assert store.verify(path) == []
-        assert not store.load(path).manifest.other_files
-    with pytest.raises(CheckpointError, match=f"{name}.*checkpoint-2"):
-        saved_with(tmp_path / "raise", processing_class, on_save_error="raise")
-    assert not (tmp_path / "raise").exists()
-
-
-class Table(list):
-    """Like a ``datasets.Dataset``: samples, and yet a shape."""
-
-    shape = (2, 2)
-
-
-def test_a_table_with_a_shape_is_samples(tmp_path):
-    samples = Table({"input_ids": list(range(1, n)), "labels": n % 2} for n in (3, 5))
-    trainer = make(tmp_path, data=samples, processing_class=Tokenizer())
-    (batch,) = trainer.get_eval_dataloader().epoch(0)
-    assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4]]
-    pairs = Table(zip(*make_data(4), strict=True))
-    trainer = make(tmp_path, eval_dataset={"near": pairs, "far": pairs})
-    assert {"eval_near_loss", "eval_far_loss"} <= trainer.evaluate().keys()
-
-
-def test_a_processing_class_pads_token_data_that_has_no_collator(tmp_path):
-    samples = [{"input_ids": list(range(1, n)), "labels": n % 2} for n in (3, 5)]
-    trainer = make(tmp_path, data=samples, processing_class=Tokenizer())
-    (batch,) = trainer.get_eval_dataloader().epoch(0)
-    assert batch["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    # Other data stays as it is.
-    for data in (make_data(4), list(zip(*make_data(4), strict=True))):
-        (batch,) = make(tmp_path, data=data, processing_class=Tokenizer()).get_eval_dataloader()
-        np.testing.assert_array_equal(batch[0], make_data(4)[0])
-
-
-# --- the newest update, for callbacks -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_callbacks_see_the_newest_update(tmp_path, accumulation):
-    x, y = make_data(20)
-    seen = []
-
-    def look(event):
-        def action(args, state, control, kwargs):
-            batch, loss, metrics = kwargs["batch"], kwargs["loss"], kwargs["metrics"]
-            loss = None if loss is None else float(loss)
-            seen.append((event, list(batch), loss, dict(metrics)))
-
-        return action
-
-    recorder = Recorder({event: look(event) for event in ("on_step_begin", "on_step_end")})
-    trainer = make(
-        tmp_path,
-        data=(x, y),
-        callbacks=[recorder],
-        metrics=["mean_squared_error"],
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        max_steps=-1,
-    )
-    trainer.fit()
-    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 20, 4)]
-    groups = [batches[i : i + accumulation] for i in range(0, 5, accumulation)]
-    losses = train_logs(trainer)
-    assert len(seen) == 2 * len(groups)
-    for i, group in enumerate(groups):
-        for event, batch, loss, metrics in seen[2 * i : 2 * i + 2]:
-            np.testing.assert_equal(batch, group)
-            began = event == "on_step_begin"
-            assert loss is None if began else loss == pytest.approx(losses[i], rel=1e-6)
-            # One update since the last log, or none.
-            value = 0.0 if began else losses[i]
-            assert metrics["mean_squared_error"] == pytest.approx(value, rel=1e-5)
-    context = recorder.kwargs[0]  # on_init_end
-    assert context["batch"] is context["loss"] is context["metrics"] is None
-    assert trainer.current_run is None
-
-
-def test_nothing_is_read_from_the_device_unless_it_is_looked_at(tmp_path, monkeypatch):
-    reads = []
-    recorder = Recorder()
-    trainer = make(
-        tmp_path, callbacks=[recorder], logging_strategy="no", metrics=["mean_squared_error"]
-    )
-    start_to_host = trainer.backend.start_to_host
-
-    def counting(tree):
-        wait = start_to_host(tree)
-
-        def counted():
-            reads.append(trainer.state.global_step)
-            return wait()
-
-        return counted
-
-    monkeypatch.setattr(trainer.backend, "start_to_host", counting)
-    monkeypatch.setattr(trainer.backend, "to_host", lambda tree: pytest.fail("something was read"))
-    monkeypatch.setattr(
-        type(trainer.bound.metrics), "result", lambda self: pytest.fail("metrics were read")
-    )
-    trainer.args = trainer.args.replace(steps_per_execution=1)
-    trainer.fit()
-    assert set(reads) == {4}  # the end of the run alone
-    monkeypatch.undo()
-    last = [k for e, k in zip(recorder.events, recorder.kwargs, strict=True) if e == "on_step_end"]
-    assert "not read yet" in repr(last[-1]["loss"])
-    assert f"{last[-1]['loss']:.3f}" == f"{float(np.asarray(last[-1]['loss'])):.3f}"
-    assert "not read yet" in repr(last[-1]["metrics"])
-
-
-def test_the_last_update_of_a_block_is_seen(tmp_path):
-    x, y = make_data(32)
-
-    class Look(TrainerCallback):
-        every_step = False
-        seen = ()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.seen = (*self.seen, (state.global_step, kwargs["batch"][0], kwargs["loss"]))
-
-    look = Look()
-    make(tmp_path, data=(x, y), callbacks=[look], logging_steps=4, max_steps=8).fit()
-    assert look.seen[-1][0] == 8
-    for step, batch, loss in look.seen:
-        np.testing.assert_array_equal(batch[0], x[4 * step - 4 : 4 * step])
-        assert np.isfinite(loss)
-
-
-# --- where the time goes --------------------------------------------------------------------------
-
-
-def test_a_slow_source_is_seen_in_the_data_time(tmp_path):
-    x, y = make_data(32)
-
-    def slowly():
-        for sample in zip(x, y, strict=True):
-            time.sleep(0.01)
-            yield sample
-
-    class Source:
-        def __iter__(self):
-            return slowly()
-
-    metrics = make(tmp_path, data=Source(), eval_dataset=(x, y), max_steps=8).fit().metrics
-    assert metrics["train_data_runtime"] >= 8 * 4 * 0.01 * 0.7  # the first batch came before
-    parts = [metrics[f"train_{name}_runtime"] for name in ("data", "compute", "host")]
-    assert min(parts) >= 0
-    assert sum(parts) <= metrics["train_runtime"] + 1e-3
-
-
-def test_a_slow_callback_is_host_time_and_evaluations_are_none(tmp_path):
-    class Slow(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            time.sleep(0.05)
-
-        def on_evaluate(self, args, state, control, **kwargs):
-            time.sleep(0.2)
-
-    run = make(tmp_path, callbacks=[Slow()], eval_strategy="steps", eval_steps=2).fit()
-    times = run.metrics
-    assert times["train_host_runtime"] >= 4 * 0.05
-    parts = [times[f"train_{name}_runtime"] for name in ("data", "compute", "host")]
-    assert times["train_runtime"] - sum(parts) >= 2 * 0.2
-
-
-def test_nested_times_count_once(monkeypatch):
-    now = iter([0.0, 1.0, 5.0, 7.0])
-    monkeypatch.setattr("kbtrain.utils.timing.time.perf_counter", lambda: next(now))
-    times = StepTimes()
-    with times.of("other"), times.of("compute"):
-        pass
-    assert (times.data, times.compute, times.other) == (0.0, 4.0, 3.0)
-    assert times.split(10.0) == {
-        "train_data_runtime": 0.0,
-        "train_compute_runtime": 4.0,
-        "train_host_runtime": 3.0,
-    }
 
 
 # --- wrong kinds of arguments ---------------------------------------------------------------------
