@@ -1,11 +1,11 @@
-"""Train a byte-level GPT on the documentation inside Python, then let it write.
+"""Train a byte-level GPT on Python's own documentation, then generate text.
 
 Run it with ``KERAS_BACKEND=jax python examples/char_gpt.py`` (or torch, or tensorflow). The text is
-``pydoc_data.topics``, about half a megabyte of English that every CPython has: nothing is
-downloaded. The last tenth is held out; the result is the bits the model needs for a byte of it.
+``pydoc_data.topics``, about half a megabyte of English that comes with every CPython, so nothing is
+downloaded. The last tenth is held out; the result is the model's bits per byte on it.
 
-Stop it whenever you like, also with ``kill -9``, and run the same command again: it resumes from
-its newest checkpoint and ends with the weights it would have had without the interruption.
+Stop it at any time, even with ``kill -9``, and run the same command again: it resumes from its
+newest checkpoint and ends with the same weights as without the interruption.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def load_bytes() -> np.ndarray:
 
 
 def windows(data: np.ndarray, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and next bytes, both (n, length): views of ``data``, so overlaps take no memory."""
+    """Inputs and next bytes, both (n, length): views of ``data``, so overlaps need no memory."""
     view = sliding_window_view(data, length + 1)[::stride]
     return view[:, :-1], view[:, 1:]
 
 
 class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):  # type: ignore[misc]
-    """Cross-entropy in bits: what an ideal compressor with this model spends on a byte."""
+    """Cross-entropy in bits: the size of a byte in an ideal compressor with this model."""
 
     def __init__(self, name: str = "bits_per_byte", **kwargs: Any) -> None:
         super().__init__(name=name, from_logits=True, **kwargs)
@@ -50,24 +50,24 @@ class BitsPerByte(keras.metrics.SparseCategoricalCrossentropy):  # type: ignore[
 
 
 class Positions(layers.Layer):  # type: ignore[misc]
-    """Adds a learned vector for each position."""
+    """Adds a learned embedding of each position."""
 
     def build(self, shape: tuple[int | None, ...]) -> None:
-        """Create one vector for each position of ``shape``, (batch, length, width)."""
+        """Create one embedding per position; ``shape`` is (batch, length, width)."""
         self.table = self.add_weight(shape=shape[1:], initializer=_normal(), name="positions")
 
     def call(self, x: Any) -> Any:
-        """Return ``x`` plus the positions."""
+        """Return ``x`` plus the position embeddings."""
         return x + ops.cast(self.table, x.dtype)
 
 
 def _normal(residual_branches: int = 1) -> keras.initializers.Initializer:
-    """GPT-2's initial weights: what is added to the residual stream many times starts smaller."""
+    """GPT-2's initialization, with smaller weights for layers that write to the residual stream."""
     return keras.initializers.RandomNormal(stddev=0.02 / math.sqrt(residual_branches))
 
 
 def make_model(length: int, width: int, depth: int, heads: int, dropout: float) -> keras.Model:
-    """A pre-norm transformer: (batch, length) bytes in, (batch, length, 256) logits out."""
+    """A pre-norm transformer from bytes (batch, length) to logits (batch, length, 256)."""
     tokens = keras.Input((length,), dtype="int32")
     x = layers.Embedding(VOCABULARY, width, embeddings_initializer=_normal())(tokens)
     x = layers.Dropout(dropout)(Positions()(x))
@@ -86,10 +86,10 @@ def make_model(length: int, width: int, depth: int, heads: int, dropout: float) 
 
 
 def generate(model: keras.Model, prompt: bytes, count: int, temperature: float, seed: int) -> bytes:
-    """Continue ``prompt`` by ``count`` bytes, drawn from the model's distribution.
+    """Continue ``prompt`` by ``count`` bytes sampled from the model's distribution.
 
-    The model always sees a full window, so it is compiled for one shape; what lies right of the
-    last byte is zeros, which causal attention does not look at.
+    The model always gets a full window, so it is compiled for one shape. The zeros to the right of
+    the last byte have no effect, because attention is causal.
     """
     length = model.input_shape[1]
     generator = np.random.default_rng(seed)
@@ -108,7 +108,7 @@ def generate(model: keras.Model, prompt: bytes, count: int, temperature: float, 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="runs/char_gpt", help="checkpoints and logs")
-    parser.add_argument("--steps", type=int, default=1200, help="updates in all")
+    parser.add_argument("--steps", type=int, default=1200, help="total updates")
     parser.add_argument("--save-steps", type=int, default=100, help="updates between checkpoints")
     parser.add_argument("--eval-steps", type=int, default=300, help="updates between evaluations")
     parser.add_argument("--batch-size", type=int, default=16, help="windows in an update")
@@ -120,14 +120,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
     parser.add_argument("--max-bytes", type=int, help="use only the first bytes of the text")
     parser.add_argument("--prompt", default="The for statement ")
-    parser.add_argument("--sample-bytes", type=int, default=400, help="how much to write")
+    parser.add_argument("--sample-bytes", type=int, default=400, help="bytes to generate")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
 
 def make_trainer(options: argparse.Namespace) -> Trainer:
-    """Data, model and settings put together; the same options give the same run."""
+    """Create the trainer with its data and model; the same options give the same run."""
     data = load_bytes()[: options.max_bytes]
     split = int(0.9 * len(data))
     keras.utils.set_random_seed(options.seed)
@@ -163,7 +163,7 @@ def make_trainer(options: argparse.Namespace) -> Trainer:
 def main() -> None:
     options = parse_args()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("kbtrain").setLevel(logging.INFO)  # says where it resumes
+    logging.getLogger("kbtrain").setLevel(logging.INFO)  # to log where it resumes
     trainer = make_trainer(options)
     print(
         f"backend {trainer.backend.name}, device {trainer.backend.device_info()}, "
@@ -174,7 +174,7 @@ def main() -> None:
         result = trainer.fit(resume_from_checkpoint="auto")
     except KeyboardInterrupt:
         raise SystemExit(
-            "Interrupted. The same command resumes from the newest checkpoint."
+            "Interrupted. Run the same command again to resume from the newest checkpoint."
         ) from None
     for entry in trainer.state.log_history:
         if "eval_bits_per_byte" in entry:

@@ -1,16 +1,16 @@
-"""An optimizer of your own, as a package would bring it: by name, on every backend.
+"""A custom optimizer, registered by name like one from a package, on every backend.
 
 Run it with ``KERAS_BACKEND=jax python examples/custom_optimizer.py`` (or torch, or tensorflow).
 
 Signed momentum (Bernstein et al. 2018, https://arxiv.org/abs/1802.04434) is written as a rule for
-one variable; the base class makes a Keras optimizer of it, with slots, weight decay and float32
+one variable; the base class turns it into a Keras optimizer with slots, weight decay and float32
 arithmetic for low-precision weights. A package registers it in its ``pyproject.toml``::
 
     [project.entry-points."kbtrain.optimizers"]
     signum = "custom_optimizer:Signum"
 
-This program is not a package, so it writes the metadata that ``pip install`` would write, into a
-temporary folder. From then on ``optim="signum"`` finds it like any other, with ``optim_args``.
+This program is not a package, so it writes the metadata that ``pip install`` would write into a
+temporary folder. After that, ``optim="signum"`` works like any other name, with ``optim_args``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Signum(Optimizer):
     """``m <- b m + (1 - b) g; p <- p - lr (sign(m) + decay p)``.
 
     Args:
-        learning_rate: Step of every parameter.
+        learning_rate: Step size.
         momentum: ``b``, between 0 and 1.
-        weight_decay: Decoupled decay.
-        **kwargs: Those of ``optim.Optimizer``.
+        weight_decay: Decoupled weight decay.
+        **kwargs: Arguments of ``optim.Optimizer``.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Signum(Optimizer):
         self.momentum = momentum
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """One momentum for each variable."""
+        """One momentum slot per variable."""
         return {"momentum": shape}
 
     def update(
@@ -65,18 +65,18 @@ class Signum(Optimizer):
         learning_rate: Any,
         weight_decay: float,
     ) -> tuple[Any, dict[str, Any]]:
-        """The rule: everything is float32 here, whatever the variable is."""
+        """The update rule; everything is float32 here, whatever the variable's dtype."""
         momentum = self.momentum * slots["momentum"] + (1 - self.momentum) * gradient
         direction = ops.sign(momentum) + weight_decay * parameter
         return parameter - learning_rate * direction, {"momentum": momentum}
 
     def get_config(self) -> dict[str, Any]:
-        """What is needed to make it again."""
+        """The arguments to recreate the optimizer."""
         return super().get_config() | {"momentum": self.momentum}
 
 
 def register(folder: Path) -> None:
-    """Do what ``pip install`` of a package with this file would do."""
+    """Write the metadata that ``pip install`` of a package with this file would write."""
     info = folder / "signum-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: signum\nVersion: 1.0\n")
@@ -87,8 +87,8 @@ def register(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train on handwritten digits with the optimizer's name."""
-    parser = argparse.ArgumentParser(description="Digits with an optimizer of one's own.")
+    """Train on handwritten digits, with the optimizer selected by name."""
+    parser = argparse.ArgumentParser(description="Digits with a custom optimizer.")
     parser.add_argument("--output-dir", default="runs/signum")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
 """Search for hyperparameters with Optuna, with unpromising trials pruned.
 
 Run it with ``KERAS_BACKEND=jax python examples/hyperparameter_search.py`` (or torch, tensorflow);
-needs the extras ``examples`` and ``optuna``. ``--n-jobs 2`` runs trials in two processes. Started
-again with ``--resume`` it continues the study it has written to the output directory.
+it needs the extras ``examples`` and ``optuna``. ``--n-jobs 2`` runs trials in two processes.
+``--resume`` continues the study that an earlier run has written to the output directory.
 
-The search uses the training and the validation set only. The test set is used once, at the end, for
-the winner's accuracy.
+The search only uses the training and the validation set. The test set is used once, at the end, for
+the accuracy of the best model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kbtrain import Trainer, TrainingArguments
 
 
 def model_init(trial: Any) -> keras.Model:
-    """A model of the trial's width; without a trial, of the default one."""
+    """A model with the trial's width, or the default one without a trial."""
     return make_model(64 if trial is None else trial.params["width"])
 
 
@@ -39,7 +39,7 @@ def make_model(width: int) -> keras.Model:
 
 
 def hp_space(trial: Any) -> dict[str, Any]:
-    """What is tried. ``width`` is no argument of training: ``model_init`` takes it."""
+    """The search space. ``width`` is not a training argument: ``model_init`` uses it."""
     return {
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
@@ -49,7 +49,7 @@ def hp_space(trial: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Search, then train once more with what was best."""
+    """Search, then train again with the best hyperparameters."""
     parser = argparse.ArgumentParser(description="Hyperparameter search on handwritten digits.")
     parser.add_argument("--output-dir", default="runs/search")
     parser.add_argument("--n-trials", type=int, default=20)
@@ -85,7 +85,7 @@ def main() -> None:
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         )
 
-    # In a process that n_jobs has started, this call does not return.
+    # In the worker processes of n_jobs, this call does not return.
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     best = make_trainer(args, model_init).hyperparameter_search(
         hp_space,

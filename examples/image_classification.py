@@ -1,12 +1,12 @@
 """Classify images with augmentation inside the model and averaged weights (EMA).
 
 Run it with ``KERAS_BACKEND=jax python examples/image_classification.py`` (or torch, or tensorflow);
-needs the extra ``examples``. ``--help`` lists all options. The images, handwritten
-digits of 8x8 pixels, come with scikit-learn: nothing is downloaded.
+it needs the extra ``examples``. ``--help`` lists all options. The images, handwritten digits of 8x8
+pixels, come with scikit-learn: nothing is downloaded.
 
-Only 300 images are learned from, so augmentation matters: try ``--augment 0``. The learning rate
-stays high to the end, where each update still moves the weights; their average does not move as
-much, and is what every evaluation uses. Next to it the weights in training are evaluated, too.
+There are only 300 training images, so augmentation matters: try ``--augment 0``. The learning rate
+stays high to the end, so the weights keep moving. Their average moves less, and every evaluation
+uses it. For comparison, the training weights are evaluated too.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ DEFAULTS = [
     *("--eval_strategy", "steps", "--eval_steps", "0.2", "--logging_steps", "0.2"),
     *("--save_strategy", "no", "--ema", '{"decay": 0.99}'),
 ]
-"""Options of this program; what is given on the command line comes later and wins."""
+"""Default options; those on the command line come later and override them."""
 
 
 @dataclasses.dataclass
 class ModelArguments:
-    """The model's own options, beside those of training."""
+    """Options of the model, in addition to those of training."""
 
     width: int = dataclasses.field(default=32, metadata={"help": "Filters of the first block."})
     augment: float = dataclasses.field(
-        default=0.13, metadata={"help": "Largest shift, as a part of the image."}
+        default=0.13, metadata={"help": "Largest shift, as a fraction of the image size."}
     )
 
 
 def make_model(width: int, augment: float) -> keras.Model:
-    """A small ConvNet; its first layers change the images, in training only."""
+    """A small ConvNet; its first layers augment the images, in training only."""
     model = keras.Sequential([keras.Input((8, 8, 1))])
     if augment > 0:
-        # Part of the model: on the device, in the compiled step, and saved with it. A checkpoint
-        # holds their random state, so a resumed run draws what it would have drawn.
+        # Part of the model: it runs on the device in the compiled step and is saved with the model.
+        # A checkpoint has its random state, so a resumed run draws the same augmentation.
         model.add(
             layers.RandomTranslation(
                 augment, augment, fill_mode="constant", interpolation="nearest"
@@ -66,15 +66,15 @@ def make_model(width: int, augment: float) -> keras.Model:
 
 
 class KeepTrained(TrainerCallback):
-    """Keeps the weights in training; after ``fit`` the model holds their average instead."""
+    """Keeps the training weights, because after ``fit`` the model holds their average."""
 
     def on_evaluate(self, args: object, state: object, control: object, **kwargs: Any) -> None:
-        """Copy them: an evaluation has put them back when this is called."""
+        """Copy the weights; the evaluation has already swapped the training weights back."""
         self.weights = kwargs["model"].get_weights()
 
 
 def main(words: list[str]) -> None:
-    """Train, and evaluate the averaged weights and those in training."""
+    """Train, and evaluate both the averaged weights and the training weights."""
     parser = ArgumentParser(ModelArguments, TrainingArguments, description=__doc__.splitlines()[0])
     options, args = parser.parse_args([*DEFAULTS, *words])
     keras.utils.set_random_seed(args.seed)
@@ -103,7 +103,7 @@ def main(words: list[str]) -> None:
     trainer.model.set_weights(in_training)
     trained = trainer.evaluate()
     print(f"{output.global_step} updates on {trainer.backend.name}, {len(x_test)} test images")
-    for name, metrics in (("averaged weights", averaged), ("weights in training", trained)):
+    for name, metrics in (("averaged weights", averaged), ("training weights", trained)):
         print(
             f"{name:>20}: accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}"
         )

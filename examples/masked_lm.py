@@ -1,12 +1,12 @@
 """Pre-train a small BERT on Python's own documentation, with a tokenizer trained on it.
 
-Run it with ``KERAS_BACKEND=jax python examples/masked_lm.py`` (or torch, or tensorflow); needs the
-extra ``examples`` and KerasHub: ``pip install --no-deps keras-hub`` (without the flag it brings
-TensorFlow along). ``--help`` lists all options.
+Run it with ``KERAS_BACKEND=jax python examples/masked_lm.py`` (or torch, or tensorflow); it needs
+the extra ``examples`` and KerasHub: ``pip install --no-deps keras-hub`` (without the flag pip also
+installs TensorFlow). ``--help`` lists all options.
 
-The text is ``pydoc_data.topics``, half a megabyte of English that every CPython has: nothing is
-downloaded. Of the words 15 % are hidden, others in every epoch, and the model has to name them from
-both sides. ``text_classification.py`` starts from what is learned here.
+The text is ``pydoc_data.topics``, half a megabyte of English that comes with every CPython, so
+nothing is downloaded. In every epoch a different 15 % of the words are masked, and the model
+predicts them from both sides. ``text_classification.py`` can start from the weights learned here.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ DEFAULTS = [
     *("--eval_strategy", "steps", "--eval_steps", "0.25", "--logging_steps", "0.25"),
     *("--save_steps", "0.25", "--save_total_limit", "1"),
 ]
-"""Options of this program; what is given on the command line comes later and wins."""
+"""Default options; those on the command line come later and override them."""
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-IGNORED = -100  # the label of a token that is not hidden
+IGNORED = -100  # the label of a token that is not masked
 
 
 @dataclasses.dataclass
 class ModelArguments:
-    """The model's own options, beside those of training."""
+    """Options of the model, in addition to those of training."""
 
-    vocabulary: int = dataclasses.field(default=1500, metadata={"help": "Pieces of words."})
-    length: int = dataclasses.field(default=64, metadata={"help": "Most tokens of a text."})
-    width: int = dataclasses.field(default=64, metadata={"help": "Size of a token's vector."})
+    vocabulary: int = dataclasses.field(default=1500, metadata={"help": "Size of the vocabulary."})
+    length: int = dataclasses.field(default=64, metadata={"help": "Maximum tokens of a text."})
+    width: int = dataclasses.field(default=64, metadata={"help": "Size of a token's embedding."})
     depth: int = dataclasses.field(default=2, metadata={"help": "Transformer blocks."})
-    dropout: float = dataclasses.field(default=0.0, metadata={"help": "Part that is left out."})
+    dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout rate."})
 
 
 def train_tokenizer(texts: list[str], options: ModelArguments) -> Tokenizer:
-    """WordPiece, as BERT has it: lower case, the most frequent pieces of words."""
+    """Train a WordPiece tokenizer like BERT's, in lower case."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -95,7 +95,7 @@ def make_encoder(tokenizer: Tokenizer, options: ModelArguments) -> keras.Model:
 
 
 def bert_inputs() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs by the names the collators give them, and the same by those KerasHub expects."""
+    """The inputs with the names of the collators, and the same with those KerasHub expects."""
     ids = keras.Input((None,), dtype="int32", name="input_ids")
     mask = keras.Input((None,), dtype="int32", name="attention_mask")
     return (
@@ -105,7 +105,7 @@ def bert_inputs() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def make_model(encoder: keras.Model) -> keras.Model:
-    """Logits for every position, from the encoder and its own token vectors turned around."""
+    """Logits for every position: the encoder, and its token embedding as the output layer."""
     inputs, renamed = bert_inputs()
     hidden = layers.Dense(encoder.hidden_dim, activation="gelu")(
         encoder(renamed)["sequence_output"]
@@ -115,7 +115,7 @@ def make_model(encoder: keras.Model) -> keras.Model:
 
 
 def main(words: list[str]) -> None:
-    """Train the tokenizer and the model, and compare with guessing by frequency."""
+    """Train the tokenizer and the model, and compare with unigram frequencies."""
     parser = ArgumentParser(ModelArguments, TrainingArguments, description=__doc__.splitlines()[0])
     options, args = parser.parse_args([*DEFAULTS, *words])
     keras.utils.set_random_seed(args.seed)
@@ -159,7 +159,7 @@ def main(words: list[str]) -> None:
     loss = trainer.evaluate()["eval_loss"]
     print(f"{result.global_step} updates on {trainer.backend.name}, {len(train)} paragraphs")
     print(
-        f"perplexity of hidden words: {math.exp(loss):.1f}; "
+        f"perplexity of masked words: {math.exp(loss):.1f}; "
         f"by frequency alone {math.exp(guess):.1f}"
     )
 

@@ -1,10 +1,11 @@
-"""Train a small ConvNet on handwritten digits, on whatever backend KERAS_BACKEND names.
+"""Train a small ConvNet on handwritten digits, on any backend.
 
 Run it with ``KERAS_BACKEND=jax python examples/quickstart.py`` (or torch, or tensorflow). The data,
 1,797 real images of 8x8 pixels, comes with scikit-learn: nothing is downloaded.
 
-The images are split in three. The training set is learned from; after each epoch the validation
-set decides which weights are best and when to stop; the test set is used once, at the end.
+The images are split into three sets. The model is trained on the training set; after each epoch the
+validation set decides which weights are best and when to stop; the test set is used once, at the
+end.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def make_model() -> keras.Model:
     for filters in (32, 64):
         layers += [
             keras.layers.Conv2D(filters, 3, padding="same", use_bias=False),
-            # 21 updates an epoch: Keras' momentum of 0.99 would follow for 5 epochs behind.
+            # With 21 updates per epoch, Keras' default momentum of 0.99 would lag 5 epochs behind.
             keras.layers.BatchNormalization(momentum=0.9),
             keras.layers.Activation("relu"),
             keras.layers.MaxPooling2D(2),
@@ -61,7 +62,7 @@ def make_model() -> keras.Model:
 
 
 def history_rows(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """One row per epoch out of the trainer's log: training and validation loss and accuracy."""
+    """One row per epoch from the trainer's log: training and validation loss and accuracy."""
     rows: dict[int, dict[str, float]] = {}
     for entry in log_history:
         row = rows.setdefault(entry["step"], {"epoch": entry["epoch"], "step": entry["step"]})
@@ -70,7 +71,7 @@ def history_rows(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def print_table(rows: list[dict[str, float]], best_step: int | None) -> None:
-    """Print the run, one line per epoch, the best one marked."""
+    """Print one line per epoch, with a mark at the best one."""
     print(f"\n{'epoch':>5}  {'train loss':>10}  {'val. loss':>9}  {'val. accuracy':>13}")
     for row in rows:
         mark = "  <- best" if row["step"] == best_step else ""
@@ -83,8 +84,8 @@ def print_table(rows: list[dict[str, float]], best_step: int | None) -> None:
 def save_plot(rows: list[dict[str, float]], best_step: int | None, path: Path, title: str) -> None:
     """Draw loss and accuracy over the epochs, side by side.
 
-    The training values are means over an epoch in which the model was changing and dropout was
-    on; that is why validation can look better.
+    The training values are means over an epoch during which the model changed and dropout was
+    active, so the validation values can be better.
     """
     epochs = [row["epoch"] for row in rows]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -134,7 +135,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
     parser.add_argument("--patience", type=int, default=5, help="epochs without improvement")
-    parser.add_argument("--seed", type=int, default=42, help="of weights, dropout and data order")
+    parser.add_argument("--seed", type=int, default=42, help="for weights, dropout and data order")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Regression on scikit-learn's diabetes data: a command line, own metrics, results as files.
+"""Regression on scikit-learn's diabetes data: a command line, custom metrics, result files.
 
-Run it with ``KERAS_BACKEND=jax python examples/regression.py`` (or torch, or tensorflow); needs the
-extra ``examples``. ``--help`` lists all options, the model's and those of training.
+Run it with ``KERAS_BACKEND=jax python examples/regression.py`` (or torch, or tensorflow); it needs
+the extra ``examples``. ``--help`` lists all options of the model and of training.
 
-442 patients, ten measurements each; to be predicted is how far the disease is a year later. The
-test set is used once, at the end, and next to the network there is a linear regression: on so
-few patients that is hard to beat.
+There are ten measurements for each of 442 patients; the target is the progression of the disease
+one year later. The test set is used once, at the end. For comparison there is a linear regression,
+which is hard to beat on so few patients.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ DEFAULTS = [
     *("--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", "1"),
     "--load_best_model_at_end",
 ]
-"""Options of this program; what is given on the command line comes later and wins."""
+"""Default options; those on the command line come later and override them."""
 
 
 @dataclasses.dataclass
 class ModelArguments:
-    """The model's own options, beside those of training."""
+    """Options of the model, in addition to those of training."""
 
     width: int = dataclasses.field(default=32, metadata={"help": "Units of each hidden layer."})
-    dropout: float = dataclasses.field(default=0.3, metadata={"help": "Part that is left out."})
+    dropout: float = dataclasses.field(default=0.3, metadata={"help": "Dropout rate."})
 
 
 def make_model(width: int, dropout: float) -> keras.Model:
-    """Two hidden layers; the output is in units of the standard deviation of the target."""
+    """Two hidden layers; the output is in units of the target's standard deviation."""
     layers = [keras.Input((10,))]
     for _ in range(2):
         layers += [keras.layers.Dense(width, activation="gelu"), keras.layers.Dropout(dropout)]
@@ -49,10 +49,10 @@ def make_model(width: int, dropout: float) -> keras.Model:
 
 
 def main(words: list[str]) -> dict[str, float]:
-    """Train, evaluate on the test set, write results, log and model card."""
+    """Train, evaluate on the test set, and write results, logs and a model card."""
     parser = ArgumentParser(ModelArguments, TrainingArguments)
     options, args = parser.parse_args([*DEFAULTS, *words])
-    keras.utils.set_random_seed(args.seed)  # the weights to begin with
+    keras.utils.set_random_seed(args.seed)  # for the initial weights
 
     data = load_diabetes()
     x = (data.data / data.data.std(axis=0)).astype("float32")
@@ -66,7 +66,7 @@ def main(words: list[str]) -> dict[str, float]:
         return result
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        """Called once for an evaluation, with NumPy arrays of the whole set."""
+        """Called once per evaluation, with NumPy arrays of the whole set."""
         predicted = prediction.predictions * deviation + mean
         truth = prediction.label_ids * deviation + mean
         return {"r2": r2_score(truth, predicted), "mae": mean_absolute_error(truth, predicted)}

@@ -1,14 +1,14 @@
 """Fine-tune KerasHub's BERT classifier: which package of Python does a docstring come from?
 
 Run it with ``KERAS_BACKEND=jax python examples/text_classification.py`` (or torch, or tensorflow);
-it needs what ``masked_lm.py`` needs, and takes the encoder from there. With
-``--pretrained runs/masked_lm``, after that example, it also takes the tokenizer and the weights,
-and begins with an encoder that has read Python's documentation (for too short a time to be better:
-see docs/lab/examples.md).
+it has the requirements of ``masked_lm.py`` and uses its encoder. With
+``--pretrained runs/masked_lm``, after a run of that example, it also uses its tokenizer and
+weights, so that it starts with an encoder trained on Python's documentation (too briefly to be
+better: see docs/lab/examples.md).
 
-The texts are the docstrings of eight packages of the standard library, read from their source:
-nothing is downloaded. Next to the network there is a linear model on the words' frequencies, which
-on so few texts is hard to beat.
+The texts are the docstrings of eight packages of the standard library, read from their source, so
+nothing is downloaded. For comparison there is a linear model on word frequencies, which is hard to
+beat on so few texts.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ DEFAULTS = [
     *("--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", "1"),
     *("--load_best_model_at_end", "--metric_for_best_model", "f1"),
 ]
-"""Options of this program; what is given on the command line comes later and wins."""
+"""Default options; those on the command line come later and override them."""
 
 
 @dataclasses.dataclass
 class TextArguments(ModelArguments):
-    """The options of the encoder, and where it begins."""
+    """The options of the encoder, and its initial weights."""
 
     pretrained: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Folder of a run of masked_lm.py, to begin from."},
+        metadata={"help": "Folder of a run of masked_lm.py, to start from."},
     )
 
 
 def load_docstrings() -> tuple[list[str], list[int]]:
-    """The docstrings of all modules, classes and functions, and the numbers of their packages."""
+    """The docstrings of all modules, classes and functions, and the indices of their packages."""
     found: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         for path in sorted(Path(sysconfig.get_path("stdlib"), package).rglob("*.py")):
@@ -77,7 +77,7 @@ def load_docstrings() -> tuple[list[str], list[int]]:
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Called once for an evaluation, with NumPy arrays of the whole set."""
+    """Called once per evaluation, with NumPy arrays of the whole set."""
     chosen = np.argmax(prediction.predictions, axis=-1)
     return {
         "accuracy": accuracy_score(prediction.label_ids, chosen),
@@ -86,7 +86,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(words: list[str]) -> None:
-    """Train, choose the best epoch by the validation set, look at the test set once."""
+    """Train, choose the best epoch on the validation set, and use the test set once."""
     parser = ArgumentParser(TextArguments, TrainingArguments, description=__doc__.splitlines()[0])
     options, args = parser.parse_args([*DEFAULTS, *words])
     keras.utils.set_random_seed(args.seed)
@@ -106,23 +106,23 @@ def main(words: list[str]) -> None:
         encoded = tokenizer.encode_batch(texts)
         return [{"input_ids": e.ids, "label": y} for e, y in zip(encoded, labels, strict=True)]
 
-    import keras_hub  # after masked_lm, which says how to install it
+    import keras_hub  # after masked_lm, whose error explains how to install it
 
     classifier = keras_hub.models.BertTextClassifier(
         make_encoder(tokenizer, options),
         num_classes=len(PACKAGES),
         preprocessor=None,
-        compile=False,  # otherwise it brings an optimizer along, which wins over the arguments
+        compile=False,  # or it is compiled with an optimizer that overrides the arguments
     )
     inputs, renamed = bert_inputs()
     model = keras.Model(inputs, classifier(renamed))
     if options.pretrained is not None:
-        # The head of the masked model has no place here, and this one's is not in the file.
+        # Not strict, because the two models have different heads.
         print(load_weights(model, options.pretrained, strict=False))
     trainer = Trainer(
         model,
         args,
-        # Lengths rounded up: each length that occurs is compiled once.
+        # Lengths are rounded up, because the step is compiled once for each length.
         data_collator=DataCollatorWithPadding(
             pad_token_id=SPECIAL.index("[PAD]"), pad_to_multiple_of=32
         ),

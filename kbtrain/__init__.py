@@ -2,7 +2,7 @@
 
     >>> from kbtrain import Trainer, TrainingArguments  # doctest: +SKIP
 
-Names are imported when they are first used, so ``import kbtrain`` loads no framework.
+Names are imported on first use, so ``import kbtrain`` loads no framework.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def __getattr__(name: str) -> Any:
             raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
         reason = importlib.import_module("kbtrain.utils.import_hints").import_hint(name)
         if reason:
-            # An AttributeError's text is lost where a name is imported from a module.
+            # `from kbtrain import name` would replace the message of an AttributeError.
             raise ImportError(f"kbtrain has no {name!r}. {reason}")
         raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"kbtrain.{_HOME_OF[name]}"), name)

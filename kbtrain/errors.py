@@ -1,7 +1,7 @@
-"""The errors kbtrain raises for mistakes a user can mend.
+"""The errors that kbtrain raises for problems a user can fix.
 
 Every message says what happened, what was expected and what to do. Each class also derives from the
-built-in exception that fits, so ``except ValueError`` and friends keep working.
+matching built-in exception, so ``except ValueError`` and the like work.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ R = TypeVar("R")
 class KbtrainError(Exception):
     """Base class of every error that kbtrain raises on purpose."""
 
-    # Keras rewrites what is raised inside a layer's call, unless it bears this mark.
+    # Keras rewrites exceptions raised inside a layer's call unless they have this attribute.
     _keras_call_info_injected = True
 
 
 class ConfigurationError(KbtrainError, ValueError):
-    """An argument, or a combination of arguments, that cannot work."""
+    """An invalid argument, or an invalid combination of arguments."""
 
 
 class FrozenArgumentsError(ConfigurationError, dataclasses.FrozenInstanceError):
-    """An attempt to change ``TrainingArguments`` that have been made."""
+    """An attempt to modify ``TrainingArguments``, which are immutable."""
 
 
 class DataError(KbtrainError, ValueError):
-    """Data of a kind, shape or length that cannot be trained on."""
+    """Data of a type, shape or length that cannot be trained on."""
 
 
 class CheckpointError(KbtrainError, RuntimeError):
-    """Something is wrong with a checkpoint; the subclasses say what."""
+    """A problem with a checkpoint; base class of the more specific errors."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No checkpoint where one was asked for."""
+    """The requested checkpoint does not exist."""
 
 
 class CheckpointDamagedError(CheckpointError):
@@ -54,11 +54,11 @@ class CheckpointDamagedError(CheckpointError):
 
 
 class CheckpointUnreadableError(CheckpointError):
-    """Checkpoints that the system does not let be read now: nothing says that they are damaged."""
+    """A checkpoint that cannot be read now, for example after an I/O error; it may be intact."""
 
 
 class CheckpointFormatError(CheckpointError):
-    """A checkpoint of a newer kbtrain, or another program's folder with a checkpoint's name."""
+    """A checkpoint of a newer kbtrain, or another program's folder with such a name."""
 
 
 class FolderInUseError(CheckpointError):
@@ -66,18 +66,18 @@ class FolderInUseError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """An intact checkpoint of another model, optimizer or run."""
+    """An intact checkpoint of a different model, optimizer or run."""
 
 
 class OutputError(KbtrainError, OSError):
-    """A file with results, a model or a model card could not be written."""
+    """An output file (results, a model, a model card) could not be written."""
 
 
 class OutOfMemoryError(KbtrainError, MemoryError):
     """A micro-batch of the training, or a batch of an evaluation, did not fit into memory.
 
     Attributes:
-        in_training: Whether it was an update.
+        in_training: Whether it happened in a training step.
     """
 
     def __init__(self, message: str, in_training: bool = False) -> None:
@@ -86,20 +86,20 @@ class OutOfMemoryError(KbtrainError, MemoryError):
 
 
 class NonFiniteError(KbtrainError, FloatingPointError):
-    """The loss or the gradient became NaN or infinite; the weights were left as they were."""
+    """The loss or the gradient became NaN or infinite; the weights were not updated."""
 
 
 class TrainingInterrupted(SystemExit):
     """A signal (SIGTERM, SIGUSR1) stopped ``fit`` after a step, and a checkpoint was saved.
 
-    It derives from ``SystemExit``, so that a script which does nothing about it ends here, with
-    128 + the signal's number as exit code, rather than go on as if training were done.
+    It derives from ``SystemExit``, so that a script that does not handle it exits with code 128 +
+    signal number, rather than continue as if training were complete.
 
     Attributes:
         signal: The signal.
         step: Updates done.
         checkpoint: The newest checkpoint; None if there is none.
-        code: The exit code: 143 after SIGTERM, 138 after SIGUSR1.
+        code: The exit code: 143 for SIGTERM, 138 for SIGUSR1.
     """
 
     def __init__(self, signal: signal.Signals, step: int, checkpoint: Path | None) -> None:
@@ -113,16 +113,16 @@ class TrainingInterrupted(SystemExit):
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether a failed save is the disk's fault: more room or other rights might mend it."""
+    """Whether a save failed because of the disk: its space, permissions or hardware."""
     return isinstance(error, CheckpointDamagedError) or (
         isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
     )
 
 
 def concise(function: Callable[P, R]) -> Callable[P, R]:
-    """Let kbtrain's errors leave ``function`` without the frames inside, often a framework's.
+    """Remove the internal frames, often a framework's, from kbtrain's errors in ``function``.
 
-    The cause of an error (an exception of the user's own code) stays with its frames.
+    The cause of an error (an exception in user code) keeps its frames.
     """
 
     @functools.wraps(function)
@@ -134,7 +134,7 @@ def concise(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             frame = error.__traceback__
             if frame is None or frame.tb_next is not None:
-                raise  # it came out of the function, not from the attempt to call it
+                raise  # raised inside the function, not by a wrong call of it
             raise _wrong_call(function, kwargs, error) from None
 
     return wrapped
@@ -143,7 +143,7 @@ def concise(function: Callable[P, R]) -> Callable[P, R]:
 RENAMED = {
     "model_path": "resume_from_checkpoint",
 }
-"""Parameters of methods in the reference, now or once, that have another name."""
+"""Parameters of methods in Transformers, present or past, that have a different name here."""
 
 _OF_TRAINER = "The data belongs to the Trainer: Trainer(model, args, train_dataset=(x, y))."
 _OF_CALL = "Data with labels is one argument: evaluate((x, y)), predict(x)."
@@ -154,8 +154,8 @@ KERAS = {
     "callbacks": "Write Trainer(callbacks=[...]).",
     "class_weight": "Write Trainer(class_weight={...}).",
     "epochs": "Write num_train_epochs=... in TrainingArguments.",
-    "initial_epoch": "fit(resume_from_checkpoint=...) goes on where a run ended.",
-    "return_dict": "The result is a dict always.",
+    "initial_epoch": "fit(resume_from_checkpoint=...) continues where a run stopped.",
+    "return_dict": "The result is always a dict.",
     "sample_weight": "It is the third part of the data: (x, y, sample_weight).",
     "shuffle": "Write train_sampling_strategy='random' or 'sequential' in TrainingArguments.",
     "steps": "Write eval_max_steps=... in TrainingArguments.",
@@ -171,13 +171,13 @@ KERAS = {
     "x": _OF_TRAINER,
     "y": _OF_TRAINER,
 }
-"""Parameters of Keras' ``fit``, ``evaluate`` and ``predict``: where they are here."""
+"""Parameters of Keras' ``fit``, ``evaluate`` and ``predict``: what to use instead."""
 
 
 def _wrong_call(
     function: Callable[..., Any], given: Iterable[str], error: TypeError
 ) -> ConfigurationError:
-    """Say what a method takes, to who called it with something else."""
+    """The error for a call with wrong arguments, with a hint and the accepted names."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     renamed = [n for n in given if n in RENAMED and n not in known and RENAMED[n] in known]
     hint = f" Write {RENAMED[renamed[0]]}=... for {renamed[0]}." if renamed else ""
@@ -187,14 +187,14 @@ def _wrong_call(
 
 
 EAGER = (
-    "The step runs eagerly, which is slow: its Python looks at values of tensors%s, as `if` and "
-    "float() do, and cannot be compiled. keras.ops.where and keras.ops.cond can be."
+    "The step runs eagerly, which is slow: its Python code reads values of tensors%s, as `if` and "
+    "float() do, so it cannot be compiled. Use keras.ops.where or keras.ops.cond instead."
 )
-"""What to log about a step that only Python can run; takes the result of ``user_line``."""
+"""The warning for a step that cannot be compiled; takes the result of ``user_line``."""
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The errors that led to ``error``, the first one first, itself last."""
+    """The chain of errors that led to ``error``, which comes last."""
     found = [error]
     while (earlier := found[0].__cause__ or found[0].__context__) is not None:
         if earlier in found:
@@ -204,7 +204,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def user_line(error: BaseException) -> str:
-    """Where in a user's own code an error came up, such as `` (model.py:12)``; may be empty."""
+    """Where in user code an error was raised, such as `` (model.py:12)``; may be empty."""
     own = str(Path(__file__).parent)
     for cause in causes(error):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
@@ -214,7 +214,7 @@ def user_line(error: BaseException) -> str:
 
 
 def is_user_file(filename: str) -> bool:
-    """Whether a file has code of the user's: none of an installed package, or of ours."""
+    """Whether a file is user code: not an installed package, kbtrain or the standard library."""
     own = str(Path(__file__).parent)
     return bool(filename) and not (
         "site-packages" in filename or filename.startswith((own, "<", _STANDARD_LIBRARY))
@@ -225,7 +225,7 @@ _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def place_of(frame: types.FrameType | None) -> str:
-    """Where in a user's own code a frame is, or who called it, as `` in model.py:12``."""
+    """The innermost line of user code at or above a frame, as `` in model.py:12``."""
     while frame is not None:
         if is_user_file(frame.f_code.co_filename):
             return f" in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -234,15 +234,15 @@ def place_of(frame: types.FrameType | None) -> str:
 
 
 class ConcreteValueNeeded(TypeError):
-    """Python wants a number that a traced step only has on the device; it can run eagerly.
+    """Python code needs the value of a tensor while a step is traced; the step can run eagerly.
 
-    Not an error of the user's: the backends catch it.
+    Not a user error: the backends catch it.
     """
 
-    _keras_call_info_injected = True  # Keras would put the arguments of each layer around it
+    _keras_call_info_injected = True  # or Keras adds the arguments of each layer to the message
 
 
 def first_lines(error: BaseException, lines: int = 4) -> str:
-    """The beginning of an error's message, in one line and without Keras' bold type."""
+    """The first lines of an error's message, joined and without Keras' escape codes."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return " ".join([line.strip() for line in text if line.strip()][:lines])

@@ -1,1 +1,1 @@
-"""The events of a run, and the callbacks that listen to them."""
+"""The events of a run, and the callbacks that handle them."""

@@ -1,4 +1,4 @@
-"""Callbacks: the events of a run, and early stopping."""
+"""The callback interface with the events of a run, and early stopping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.config import converters as kinds
+from kbtrain.config import converters
 from kbtrain.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ EVENTS = (
     "on_prediction_step",
     "on_push_begin",
 )
-"""All events, by the reference's names."""
+"""All events, with the names of Transformers."""
 
 STEP_EVENTS = (
     "on_step_begin",
@@ -46,31 +46,34 @@ STEP_EVENTS = (
 
 
 class TrainerCallback:
-    """Base class: override the events you want.
+    """Base class of callbacks: override the events you need.
 
     Every event is called as ``event(args, state, control, **kwargs)`` with the keyword arguments
     ``trainer, model, processing_class, optimizer, lr_scheduler, train_dataloader,
-    eval_dataloader``, and ``logs`` (``on_log``) or ``batches``, the number of them since the last
-    such event (``on_prediction_step``). It may change ``control`` in place, or return another one.
+    eval_dataloader``, and ``logs`` (``on_log``) or ``batches``, the number of batches since the
+    last such event (``on_prediction_step``). It may change ``control`` in place, or return another
+    one.
 
-    While ``fit`` runs there are also, and None elsewhere or before there is one:
+    During ``fit`` there are also the following; outside of it, or before the first update, they are
+    None:
 
-    - ``batch``: the micro-batches of the newest update, NumPy arrays in the structure of the data
-      set; one, unless gradients are accumulated.
-    - ``loss``: of that update, once it has been started; ``float(loss)`` waits for the device.
-    - ``metrics``: those of the training since the last log, by name (in ``on_prediction_step``
-      those of the evaluation so far); looking into it waits for the device. ``on_evaluate`` and
+    - ``batch``: the micro-batches of the latest update, NumPy arrays in the structure of the data
+      set; a single one unless gradients are accumulated.
+    - ``loss``: the loss of that update, once it has been dispatched; ``float(loss)`` waits for the
+      device.
+    - ``metrics``: the training metrics since the last log, by name (in ``on_prediction_step`` those
+      of the evaluation so far); accessing them waits for the device. ``on_evaluate`` and
       ``on_predict`` get a dict of their results under this name.
 
-    Nothing is copied or waited for unless it is looked at.
+    These are lazy: values are fetched on first access.
 
-    A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); they are
-    saved in checkpoints and restored on resume.
+    A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); the state
+    is saved in checkpoints and restored on resume.
 
     Attributes:
-        every_step: Whether the events of an update, or of a batch of an evaluation, have to come
-            for each one. A callback that sets it to False lets many run in one call to the device;
-            it then sees the last of them only.
+        every_step: Whether the callback needs the events of every update, or of every batch of an
+            evaluation. If False, many updates may run in one call to the device, and the callback
+            gets only the events of the last one.
 
     Example:
         >>> class StopAtThree(TrainerCallback):
@@ -83,17 +86,17 @@ class TrainerCallback:
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """The Trainer has been made."""
+        """The Trainer has been created."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """``fit`` is about to run its first step (a resumed one has been restored)."""
+        """``fit`` is about to run its first step; a resumed run has been restored."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """``fit`` is done; the best model has been loaded if that was asked for."""
+        """``fit`` is done; the best model has been loaded if that was requested."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,12 +121,12 @@ class TrainerCallback:
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """The update has been started; the variables hold the new values."""
+        """The update has been dispatched; the variables hold the new values."""
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """Once for every micro-batch of an update but the last."""
+        """A micro-batch of an update is done; not called for the last one."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,12 +136,12 @@ class TrainerCallback:
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """An evaluation has ended, with its ``metrics``."""
+        """An evaluation has ended; ``metrics`` are its results."""
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """A prediction has ended, with its ``metrics``."""
+        """A prediction has ended; ``metrics`` are its results."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,7 +151,7 @@ class TrainerCallback:
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """Something has been logged: ``logs``."""
+        """Values have been logged: ``logs``."""
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,25 +161,25 @@ class TrainerCallback:
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """Reserved, as in the reference, for uploads; kbtrain itself never uploads."""
+        """Reserved for uploads, as in Transformers; kbtrain itself never uploads."""
 
 
 class EarlyStoppingCallback(TrainerCallback):
     """Stop when ``metric_for_best_model`` has not improved for some evaluations.
 
-    An improvement is measured against the last accepted best, so steady small gains add up to one
-    (the reference measures against the previous best and stops in spite of them).
+    An improvement is measured against the last accepted best, so steady small gains add up
+    (Transformers compares with the previous best and stops in spite of them).
 
-    A resumed run goes on counting where it was. Where patience or threshold are not given, it also
-    has those of the run it goes on with; where they are and differ, the new ones hold.
+    A resumed run continues counting. If patience or threshold are not given, it also restores those
+    of the original run; if given, the new ones apply.
 
     Args:
         early_stopping_patience: Evaluations without improvement before stopping; 1 by default.
-        early_stopping_threshold: How much better than the best a value must be; 0 by default.
+        early_stopping_threshold: How much better than the best value a value must be; 0 by default.
 
     Raises:
-        ConfigurationError: The patience is below 1 or the threshold negative; at the start of
-            training: no ``metric_for_best_model`` or no evaluation strategy.
+        ConfigurationError: The patience is below 1 or the threshold is negative; at the start of
+            training: ``metric_for_best_model`` or the evaluation strategy is missing.
     """
 
     def __init__(
@@ -188,7 +191,7 @@ class EarlyStoppingCallback(TrainerCallback):
             "early_stopping_patience": early_stopping_patience,
             "early_stopping_threshold": early_stopping_threshold,
         }
-        self.early_stopping_patience, self.early_stopping_threshold = _early_stopping(
+        self.early_stopping_patience, self.early_stopping_threshold = _check_early_stopping(
             1 if early_stopping_patience is None else early_stopping_patience,
             0.0 if early_stopping_threshold is None else early_stopping_threshold,
         )
@@ -198,7 +201,7 @@ class EarlyStoppingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that there will be something to watch; a fresh run forgets the last one."""
+        """Check that there will be a metric to monitor; a new run resets the counter."""
         if args.metric_for_best_model is None or args.eval_strategy == "no":
             raise ConfigurationError(
                 "EarlyStoppingCallback needs metric_for_best_model and an eval_strategy other than "
@@ -214,8 +217,8 @@ class EarlyStoppingCallback(TrainerCallback):
         """Count evaluations without improvement."""
         metrics = kwargs["metrics"]
         name = args.metric_for_best_model
-        # An evaluation of another data set (another prefix) has nothing to say about this one; the
-        # trainer itself refuses a name that is nowhere.
+        # Skip evaluations of other data sets, which have other prefixes. The Trainer raises an
+        # error if no evaluation has the metric.
         if not kwargs["trainer"].is_in_train or not {name, f"eval_{name}"} & metrics.keys():
             return
         value = metric_value(metrics, name)
@@ -234,7 +237,7 @@ class EarlyStoppingCallback(TrainerCallback):
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
-        """Best value and counter, and what they are compared with."""
+        """Best value, counter, patience and threshold."""
         return {
             "best": self.best,
             "counter": self.early_stopping_patience_counter,
@@ -247,9 +250,11 @@ class EarlyStoppingCallback(TrainerCallback):
         best = state["best"]
         self.best = None if best is None else float(best)
         self.early_stopping_patience_counter = int(state["counter"])
-        saved = dict(zip(self._given, _early_stopping(*map(state.get, self._given)), strict=True))
+        saved = dict(
+            zip(self._given, _check_early_stopping(*map(state.get, self._given)), strict=True)
+        )
         for name, value in saved.items():
-            if value is None:  # a checkpoint of before this was saved
+            if value is None:  # a checkpoint of an earlier version
                 continue
             if self._given[name] is None:
                 setattr(self, name, value)
@@ -262,15 +267,17 @@ class EarlyStoppingCallback(TrainerCallback):
                 )
 
 
-def _early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
-    """Patience and threshold, if early stopping can have them.
+def _check_early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
+    """Validate patience and threshold.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: One of them is invalid.
     """
     try:
-        return kinds.optional(kinds.whole(1))(patience), kinds.optional(kinds.real(0.0))(threshold)
-    except kinds.Unfit:
+        return converters.optional(converters.whole(1))(patience), converters.optional(
+            converters.real(0.0)
+        )(threshold)
+    except converters.Unfit:
         raise ConfigurationError(
             "EarlyStoppingCallback needs early_stopping_patience, a whole number of at least 1, "
             f"and early_stopping_threshold >= 0. Received: {patience!r}, {threshold!r}."
@@ -278,11 +285,11 @@ def _early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
 
 
 def metric_value(metrics: dict[str, Any], name: str | None) -> float:
-    """The metric ``name`` (with or without ``eval_``) out of an evaluation's results.
+    """The value of the metric ``name`` (with or without ``eval_``) in an evaluation's results.
 
     Raises:
-        ConfigurationError: There is none of that name (the message lists those there are), or it
-            is no number.
+        ConfigurationError: There is no such metric (the message lists the existing ones), or its
+            value is not a number.
     """
     for key in (name, f"eval_{name}"):
         if key not in metrics:
@@ -291,11 +298,11 @@ def metric_value(metrics: dict[str, Any], name: str | None) -> float:
             return float(metrics[key])
         except (TypeError, ValueError):
             raise ConfigurationError(
-                f"metric_for_best_model={name!r} must be a number, to be compared. "
+                f"metric_for_best_model={name!r} must be a number, so that it can be compared. "
                 f"Received: {key}={metrics[key]!r}."
             ) from None
     known = ", ".join(sorted(k for k in metrics if k.startswith("eval_")))
     raise ConfigurationError(
         f"metric_for_best_model={name!r} is not among the results of the evaluation: {known}. "
-        "Set it to one of these (the prefix eval_ may be left out), or add the metric."
+        "Set it to one of these (the prefix eval_ may be omitted), or add the metric."
     )

@@ -1,4 +1,4 @@
-"""The handler: calls the callbacks of an event, and keeps their state."""
+"""Calls the callbacks of an event, and collects their state."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger("kbtrain")
 
 
 class CallbackHandler:
-    """Calls the callbacks of an event in their order, each with the control of the one before.
+    """Calls the callbacks of an event in order, passing the control from one to the next.
 
     Args:
         callbacks: Callback objects or classes.
-        context: Returns the keyword arguments every event gets.
+        context: Returns the keyword arguments of every event.
     """
 
     def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
@@ -41,7 +41,7 @@ class CallbackHandler:
         _check_events(instance)
         _warn_about_uncalled_methods(instance)
         if any(type(other) is type(instance) for other in self.callbacks):
-            logger.warning("A callback of class %s was there already.", type(instance).__name__)
+            logger.warning("A callback of class %s is already in use.", type(instance).__name__)
         self.callbacks.append(instance)
 
     def pop(self, callback: Any) -> TrainerCallback | None:
@@ -55,20 +55,20 @@ class CallbackHandler:
     def listeners(self, event: str) -> list[TrainerCallback]:
         """The callbacks that override ``event``, in their class or on the object itself.
 
-        Looked up each time, as a method may be put on an object at any moment.
+        Looked up each time, because a method may be set on an object at any time.
         """
         if event not in EVENTS:
             raise ConfigurationError(
-                f"There is no event {event!r}. There are: {', '.join(EVENTS)}."
+                f"There is no event {event!r}. Expected one of: {', '.join(EVENTS)}."
             )
         return [callback for callback in self.callbacks if _overrides(callback, event)]
 
     def need_every_step(self) -> bool:
-        """Whether somebody listens to the events of each update."""
+        """Whether a callback needs the events of every update."""
         return any(c.every_step for event in STEP_EVENTS for c in self.listeners(event))
 
     def need_every_batch(self) -> bool:
-        """Whether somebody listens to each batch of an evaluation."""
+        """Whether a callback needs the event of every batch of an evaluation."""
         return any(c.every_step for c in self.listeners("on_prediction_step"))
 
     def fire(
@@ -79,7 +79,7 @@ class CallbackHandler:
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Call ``event`` of everyone who listens; return the control that results."""
+        """Call all listeners of ``event``; return the resulting control."""
         listeners = self.listeners(event)
         if not listeners:
             return control
@@ -106,16 +106,16 @@ class CallbackHandler:
         return control
 
     def close(self) -> None:
-        """Let go of what callbacks hold open, also after an error, whatever one of them does."""
+        """Close all callbacks that have a ``close`` method; errors are logged."""
         for callback in self.callbacks:
             if close := getattr(callback, "close", None):
                 try:
                     close()
-                except Exception:  # the training is over; an error here would hide its own
+                except Exception:  # raising here would hide the error that ended the training
                     logger.exception("%s could not be closed.", type(callback).__name__)
 
     def state(self) -> dict[str, list[Any]]:
-        """The state of the callbacks that have one, by class name, in order."""
+        """The states of callbacks that have one, by class name, in order."""
         states: dict[str, list[Any]] = {}
         callback: Any
         for callback in self.callbacks:
@@ -124,7 +124,7 @@ class CallbackHandler:
         return states
 
     def load_state(self, states: dict[str, list[Any]]) -> None:
-        """Inverse of ``state``; says which saved states found no callback."""
+        """Inverse of ``state``; warns about saved states without a callback."""
         remaining = {name: list(values) for name, values in states.items()}
         callback: Any
         for callback in self.callbacks:
@@ -132,12 +132,12 @@ class CallbackHandler:
                 callback.load_state(remaining[type(callback).__name__].pop(0))
         for name in (name for name, values in remaining.items() if values):
             logger.warning(
-                "The checkpoint has a state for the callback %s, which is not in use.", name
+                "The checkpoint has a state for the callback %s, which this run does not use.", name
             )
 
 
 def _check_kind(callback: Any) -> None:
-    """Make sure that something is a callback of kbtrain, an object or a class."""
+    """Check that an object or class is a callback of kbtrain."""
     cls = callback if isinstance(callback, type) else type(callback)
     if not issubclass(cls, TrainerCallback):
         raise ConfigurationError(
@@ -154,22 +154,22 @@ def _overrides(callback: TrainerCallback, event: str) -> bool:
 
 
 def _instantiate(cls: type) -> Any:
-    """An object of a callback's class."""
+    """Create an object of a callback class."""
     try:
         inspect.signature(cls).bind()
     except TypeError as problem:
         raise ConfigurationError(
-            f"The callback class {cls.__name__} cannot be made without arguments ({problem}): give "
-            "an object instead of the class."
+            f"The callback class {cls.__name__} cannot be created without arguments ({problem}). "
+            "Pass an object instead of the class."
         ) from None
     return cls()
 
 
 def _check_events(callback: TrainerCallback) -> None:
-    """Make sure that the events a callback overrides can be called with all that they get.
+    """Check that the events a callback overrides accept all their arguments.
 
     Raises:
-        ConfigurationError: One does not take ``**kwargs``.
+        ConfigurationError: One of them does not accept ``**kwargs``.
     """
     for event in EVENTS:
         if not _overrides(callback, event):
@@ -178,13 +178,13 @@ def _check_events(callback: TrainerCallback) -> None:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             raise ConfigurationError(
                 f"{type(callback).__name__}.{event} must be defined as {event}(self, args, state, "
-                "control, **kwargs): an event gets more by name than the three. "
+                "control, **kwargs), because events get further keyword arguments. "
                 f"Received: {event}({', '.join(p.name for p in parameters)})."
             )
 
 
 def _warn_about_uncalled_methods(callback: TrainerCallback) -> None:
-    """Say so where a method looks like an event, or a state like the reference's, and is not."""
+    """Warn about methods that look like an event, or like Transformers' state, but are not."""
     cls = type(callback)
     for name in dir(cls):
         if not name.startswith("on_") or name in EVENTS or not callable(getattr(cls, name)):
@@ -198,12 +198,12 @@ def _warn_about_uncalled_methods(callback: TrainerCallback) -> None:
             )
     if hasattr(cls, "from_state") and not _has_state(callback):
         logger.warning(
-            "The state of %s is not saved: that takes the two methods state(self), which returns "
-            "values for JSON, and load_state(self, state). from_state is not called.",
+            "The state of %s is not saved: that requires the methods state(self), which returns "
+            "JSON values, and load_state(self, state). from_state is not called.",
             cls.__name__,
         )
 
 
 def _has_state(callback: Any) -> bool:
-    """Whether both methods are there; an attribute named ``state`` may be anything."""
+    """Whether a callback has both methods; an attribute named ``state`` may be anything."""
     return all(callable(getattr(callback, name, None)) for name in ("state", "load_state"))

@@ -1,4 +1,4 @@
-"""Callbacks of Keras and of transformers, given to the Trainer: what to write in their place."""
+"""Advice for callbacks of Keras and Transformers: what to use with kbtrain instead."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import keras
 
 _EVENTS_OF_KERAS = (
     "derive from kbtrain.TrainerCallback, whose events get (args, state, control, **kwargs): "
-    "on_epoch_end has state.epoch and kwargs['model'], on_step_end comes after each update, on_log "
-    "has kwargs['logs'], on_evaluate kwargs['metrics']; to stop set control.should_training_stop."
+    "on_epoch_end has state.epoch and kwargs['model'], on_step_end is called after each update, "
+    "on_log has kwargs['logs'], on_evaluate kwargs['metrics']; to stop, set "
+    "control.should_training_stop."
 )
 
 
 def advice(callback: Any) -> str | None:
-    """What does here what a callback of Keras or of transformers does there.
+    """What to use in kbtrain instead of a callback of Keras or Transformers.
 
     Args:
-        callback: Anything that was given as a callback, an object or a class.
+        callback: Anything that was passed as a callback, an object or a class.
 
     Returns:
-        A sentence or more, or None for something that is neither's.
+        One or more sentences; None if it belongs to neither library.
     """
     cls = callback if isinstance(callback, type) else type(callback)
     if issubclass(cls, keras.callbacks.Callback):
@@ -41,13 +42,13 @@ def _of_keras(callback: Any, cls: type) -> str:
 
 
 def _get(callback: Any, name: str, default: Any) -> Any:
-    """A setting of a callback, as Keras stores it; of a class the default."""
+    """A setting of a Keras callback; the default if a class was passed."""
     value = default if isinstance(callback, type) else getattr(callback, name, default)
     return default if value is None else value
 
 
 def _metric(callback: Any) -> str:
-    """What is watched, as arguments: the evaluation's metric, by Keras' name for it."""
+    """The monitored metric as ``TrainingArguments``, from Keras' ``monitor`` and ``mode``."""
     monitor = str(_get(callback, "monitor", "val_loss"))
     mode = _get(callback, "mode", "auto")
     direction = {"min": ", greater_is_better=False", "max": ", greater_is_better=True"}
@@ -81,7 +82,7 @@ def _model_checkpoint(callback: Any) -> str:
 
 
 def _plateau(callback: Any) -> str:
-    # As Keras has it: a fall by an absolute amount, after so many evaluations.
+    # As in Keras: an improvement is an absolute difference, patience counts evaluations.
     options = {
         "factor": _get(callback, "factor", 0.1),
         "patience": _get(callback, "patience", 10),
@@ -110,12 +111,12 @@ _OF_KERAS: dict[str, Callable[[Any], str]] = {
     ),
     "CSVLogger": _ready("write report_to='csv' in TrainingArguments"),
     "LearningRateScheduler": _ready(
-        "write lr_scheduler_type=... in TrainingArguments, or give the Trainer "
+        "write lr_scheduler_type=... in TrainingArguments, or pass the Trainer "
         "optimizers=(optimizer, schedule) with a keras.optimizers.schedules.LearningRateSchedule"
     ),
     "BackupAndRestore": _ready(
         "write save_strategy='epoch' (or 'steps') and resume_from_checkpoint='auto' in "
-        "TrainingArguments: a run that is started again goes on exactly where it was"
+        "TrainingArguments: a run that is started again continues exactly where it stopped"
     ),
     "TerminateOnNaN": _ready(
         "leave it out: on_nonfinite='raise' in TrainingArguments, the default, stops before a NaN "
@@ -126,14 +127,14 @@ _OF_KERAS: dict[str, Callable[[Any], str]] = {
         "evaluations and exports use the average"
     ),
     "ProgbarLogger": _ready("write disable_tqdm=False in TrainingArguments"),
-    "History": _ready("look into trainer.state.log_history after fit"),
+    "History": _ready("read trainer.state.log_history after fit"),
     "RemoteMonitor": _ready(
         "derive from kbtrain.TrainerCallback and send kwargs['logs'] in on_log"
     ),
     "LambdaCallback": _ready(_EVENTS_OF_KERAS.removesuffix(".")),
-    "CallbackList": _ready("give the callbacks themselves, in a list"),
+    "CallbackList": _ready("pass the callbacks themselves, in a list"),
 }
-"""From a class of Keras to what is written here for an object of it."""
+"""Keras class -> function from an object (or the class) to advice."""
 
 _TRACKERS = {
     "ClearMLCallback": None,
@@ -157,7 +158,7 @@ def _of_transformers(callback: Any, cls: type) -> str:
     name = next(c.__name__ for c in cls.__mro__ if _is_transformers(c))
     if not _is_transformers(cls):
         return (
-            f"It derives from {name} of transformers. Derive it from "
+            f"It derives from {name} of Transformers. Derive it from "
             f"kbtrain.{name if name in _SAME else 'TrainerCallback'}: the events and their "
             "arguments have the same names."
         )
@@ -168,22 +169,22 @@ def _of_transformers(callback: Any, cls: type) -> str:
                 f"early_stopping_patience={_get(callback, 'early_stopping_patience', 1)}, "
                 f"early_stopping_threshold={_get(callback, 'early_stopping_threshold', 0.0)}"
             )
-        return f"It is a callback of transformers: write kbtrain.{name}({given})."
+        return f"It is a callback of Transformers: write kbtrain.{name}({given})."
     if tracker := _TRACKERS.get(name):
         return (
-            f"It is a callback of transformers: write report_to={tracker!r} in TrainingArguments."
+            f"It is a callback of Transformers: write report_to={tracker!r} in TrainingArguments."
         )
     if name in _TRACKERS:
         return (
-            "It is a callback of transformers for a service that kbtrain has no tracker for: a "
+            "It is a callback of Transformers for a service without a tracker in kbtrain: a "
             "package can register one under the entry points kbtrain.trackers, or a "
             "kbtrain.TrainerCallback can send kwargs['logs'] in on_log."
         )
     return (
-        "It is a callback of transformers, for its own loop. Leave it out, or derive one from "
-        "kbtrain.TrainerCallback: the events and their arguments have the same names."
+        "It is a callback of Transformers for its own training loop. Leave it out, or derive one "
+        "from kbtrain.TrainerCallback: the events and their arguments have the same names."
     )
 
 
 _SAME = ("EarlyStoppingCallback", "PrinterCallback", "ProgressCallback")
-"""Callbacks that kbtrain has under the same name."""
+"""Callbacks with the same name in kbtrain."""

@@ -1,4 +1,4 @@
-"""The newest update as callbacks see it: nothing is copied or waited for until it is looked at."""
+"""Lazy views of the latest update; fetched on first access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LazyNumber:
     """A number on the device; ``float(number)`` waits for it.
 
     Args:
-        read: Returns the number; called once at most.
+        read: Returns the number; called at most once.
     """
 
     def __init__(self, read: Callable[[], float]) -> None:
@@ -37,10 +37,10 @@ class LazyNumber:
 
 
 class LazyMapping(Mapping[str, Any]):
-    """Results by name; looking into it waits for the device.
+    """Results by name; accessing them waits for the device.
 
     Args:
-        read: Returns them; called once at most.
+        read: Returns the results; called at most once.
     """
 
     def __init__(self, read: Callable[[], Mapping[str, Any]]) -> None:
@@ -68,7 +68,7 @@ class LazyMapping(Mapping[str, Any]):
 class MicroBatches(Sequence[Any]):
     """The micro-batches of the last update of a block, in the structure of the data set.
 
-    They are NumPy arrays on the host, cut out of the block when they are asked for.
+    They are NumPy arrays on the host, sliced from the block on access.
 
     Args:
         block: The block.

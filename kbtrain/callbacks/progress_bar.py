@@ -1,4 +1,4 @@
-"""What shows a run's progress: a bar where one can be drawn, lines elsewhere."""
+"""Shows a run's progress: a progress bar on a terminal or in a notebook, else lines of logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("kbtrain")
 
 
 class PrinterCallback(TrainerCallback):
-    """Prints what is logged, a line each, to stderr."""
+    """Prints every log as a line to stderr."""
 
     @best_effort
     def on_log(
@@ -35,9 +35,9 @@ class PrinterCallback(TrainerCallback):
 
 
 def display(args: TrainingArguments) -> list[TrainerCallback]:
-    """What shows a run's progress: a bar where one can be drawn, else the logs as lines.
+    """The callback that shows progress: a bar where one can be drawn, else the logs as lines.
 
-    Nothing where the logger "kbtrain" is quieter than warnings, unless ``disable_tqdm=False``.
+    None if the logger "kbtrain" is set to errors only, unless ``disable_tqdm=False``.
     """
     disabled = not _can_draw() if args.disable_tqdm is None else args.disable_tqdm
     if args.disable_tqdm is not False and logger.getEffectiveLevel() > logging.WARNING:
@@ -48,17 +48,17 @@ def display(args: TrainingArguments) -> list[TrainerCallback]:
 def _can_draw() -> bool:
     """Whether a progress bar can be drawn: on a terminal or in a notebook."""
     try:
-        terminal = sys.stderr is not None and sys.stderr.isatty()  # a window's program has none
+        terminal = sys.stderr is not None and sys.stderr.isatty()  # None in a GUI program
     except (OSError, ValueError):  # it is closed
         terminal = False
     return terminal or "ipykernel" in sys.modules
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar with loss, learning rate, steps per second and the time that is left.
+    """A progress bar with loss, learning rate, steps per second and remaining time.
 
     Args:
-        disable: True never shows it, False always; None shows it where it can be drawn: on a
+        disable: True never shows it, False always does; None shows it where it can be drawn, on a
             terminal or in a notebook.
     """
 

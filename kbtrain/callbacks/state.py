@@ -1,4 +1,4 @@
-"""What a run knows of itself: progress, decisions for the next moment, and when things are due."""
+"""The state and control of a run, and when logging, evaluating and saving are due."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kbtrain")
 
-_warned: set[tuple[int, str]] = (
-    set()
-)  # of which attributes a warning has said that they are left out
+_warned: set[tuple[int, str]] = set()
+"""Attributes, by the id of their state, that a warning has reported as not saved."""
 
 HISTORY_LIMIT = 5000
-"""Entries of ``log_history`` that are kept: every checkpoint holds them all."""
+"""Entries of ``log_history`` that are kept, because every checkpoint holds all of them."""
 
 
 @dataclass
 class TrainerControl:
-    """Switches that callbacks may set; the loop reads and clears them.
+    """Flags that callbacks may set; the training loop reads and clears them.
 
     Attributes:
         should_training_stop: Stop after this step; stays set.
-        should_epoch_stop: Go on with the next epoch; cleared at ``on_epoch_begin``.
-        should_save: Save now; cleared at ``on_step_begin`` and when it has been done.
-        should_evaluate: Evaluate now; cleared likewise.
-        should_log: Log now; cleared likewise.
+        should_epoch_stop: Skip to the next epoch; cleared at ``on_epoch_begin``.
+        should_save: Save now; cleared at ``on_step_begin`` and after saving.
+        should_evaluate: Evaluate now; cleared at ``on_step_begin`` and after the evaluation.
+        should_log: Log now; cleared at ``on_step_begin`` and after logging.
     """
 
     should_training_stop: bool = False
@@ -51,23 +50,23 @@ class TrainerControl:
     should_log: bool = False
 
     def new_training(self) -> None:
-        """Clear the switch that lasts for a whole run."""
+        """Clear the flag that lasts for a whole run."""
         self.should_training_stop = False
 
     def new_epoch(self) -> None:
-        """Clear the switch that lasts for an epoch."""
+        """Clear the flag that lasts for an epoch."""
         self.should_epoch_stop = False
 
     def new_step(self) -> None:
-        """Clear the switches that last for a step."""
+        """Clear the flags that last for a step."""
         self.should_save = self.should_evaluate = self.should_log = False
 
 
 class _InSteps:
-    """A field that code in a traced step finds as a value on the device.
+    """A field that is a value on the device for code in a traced step.
 
     Args:
-        default: Its first value.
+        default: Its initial value.
     """
 
     def __init__(self, default: float) -> None:
@@ -77,7 +76,7 @@ class _InSteps:
         self._name = name
 
     def __get__(self, state: TrainerState | None, owner: type) -> Any:
-        if state is None:  # the default, which `dataclass` asks for
+        if state is None:  # `dataclass` reads the default from the class
             return self._default
         value = Position.read(state, self._name)
         return vars(state)[self._name] if value is None else value
@@ -88,35 +87,33 @@ class _InSteps:
 
 @dataclass
 class TrainerState:
-    """Progress of a run; saved as ``trainer_state.json`` and readable by a person.
+    """Progress of a run; saved as a readable ``trainer_state.json``.
 
     In code that is part of a compiled step (``compute_loss``, a loss, a layer) ``global_step`` and
-    ``epoch`` are values on the device, see `kbtrain.tracing.position`.
+    ``epoch`` are values on the device, see ``kbtrain.tracing.position``.
 
     Attributes:
-        epoch: Epochs done, with the fraction of the current one.
+        epoch: Epochs done, including the fraction of the current one.
         global_step: Optimizer updates done.
-        max_steps: Updates this run will do in all; 0 while that is not known, for data without a
-            length.
-        num_train_epochs: Epochs this run will do in all.
+        max_steps: Total updates of this run; 0 while unknown, for data without a length.
+        num_train_epochs: Total epochs of this run.
         logging_steps: Updates between two logs.
         eval_steps: Updates between two evaluations.
         save_steps: Updates between two checkpoints.
         train_batch_size: Samples of one micro-batch.
         num_input_tokens_seen: Tokens trained on, if ``include_num_input_tokens_seen`` counts them.
-        log_history: What was logged, each entry with its ``step``; the newest 5,000 entries. The
-            JSON-lines log has all of them.
+        log_history: The newest 5,000 logs, each with its ``step``. The JSON-lines log has all.
         best_metric: Best value of ``metric_for_best_model`` so far.
-        best_global_step: The step it was measured at.
-        best_model_checkpoint: The best checkpoint that was saved: that of this step, or of another
-            one if that failed; None if there is none.
-        best_saved_metric: Its value of ``metric_for_best_model``.
-        is_local_process_zero: Whether this process is the first of its machine.
+        best_global_step: The step at which it was measured.
+        best_model_checkpoint: The best saved checkpoint: that of ``best_global_step``, or another
+            one if saving it failed; None if there is none.
+        best_saved_metric: The value of ``metric_for_best_model`` at that checkpoint.
+        is_local_process_zero: Whether this process is the first on its machine.
         is_world_process_zero: Whether this process is the first of all.
         is_hyper_param_search: Whether this is a trial of ``hyperparameter_search``.
         trial_name: The trial's ``run_name``.
-        trial_params: What the search chose for it.
-        stateful_callbacks: State of the callbacks that have one, by class name.
+        trial_params: The trial's hyperparameters.
+        stateful_callbacks: States of the callbacks that have one, by class name.
     """
 
     epoch: float = _InSteps(0.0)  # type: ignore[assignment]
@@ -141,12 +138,12 @@ class TrainerState:
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
     def append_log(self, entry: dict[str, Any]) -> None:
-        """Append to ``log_history``, and forget the oldest entry above the limit."""
+        """Append to ``log_history``, dropping the oldest entries beyond the limit."""
         self.log_history.append({**entry, "step": self.global_step})
         del self.log_history[:-HISTORY_LIMIT]
 
     def continue_from(self, saved: TrainerState) -> None:
-        """Take over what a resumed run goes on with; intervals and lengths are this run's own."""
+        """Take over the progress of a resumed run, but not its intervals and lengths."""
         for name in (
             "epoch",
             "global_step",
@@ -161,10 +158,10 @@ class TrainerState:
             setattr(self, name, getattr(saved, name))
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes, as JSON can hold them; entries of the log are shared, not copied.
+        """All attributes as JSON values; entries of the log are shared, not copied.
 
-        What a user has put on the state is converted where that is plain (arrays, sets, paths);
-        what cannot be is left out, with a warning that names it.
+        Attributes set by the user are converted if possible (arrays, sets, paths); others are left
+        out with a warning.
         """
         # A deep copy of a log of 100,000 entries would take longer than a checkpoint.
         values: dict[str, Any] = {"log_history": list(self.log_history)}
@@ -174,12 +171,12 @@ class TrainerState:
                 continue
             try:
                 values[name] = to_json_value(value)
-            except Exception as error:  # a user's object may do anything when it is looked at
+            except Exception as error:  # a user's object may raise anything
                 if (id(self), name) not in _warned:
                     _warned.add((id(self), name))
                     logger.warning(
-                        "TrainerState.%s cannot be saved as JSON (%s) and is left out of what is "
-                        "saved; use numbers, text, lists and dicts.",
+                        "TrainerState.%s cannot be saved as JSON (%s) and is left out of "
+                        "checkpoints; use numbers, strings, lists and dicts.",
                         name,
                         error,
                     )
@@ -188,7 +185,7 @@ class TrainerState:
         return values
 
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
-        """Write the state as ``trainer_state.json`` is written.
+        """Write the state in the format of ``trainer_state.json``.
 
         Raises:
             OutputError: The file cannot be written.
@@ -197,13 +194,13 @@ class TrainerState:
 
     @classmethod
     def load_from_json(cls, json_path: str | os.PathLike[str]) -> TrainerState:
-        """Read a ``trainer_state.json``, also one of Transformers.
+        """Read a ``trainer_state.json``, also one written by Transformers.
 
         Args:
-            json_path: The file. What it holds beyond these fields (``total_flos``) is left out.
+            json_path: The file. Unknown fields (``total_flos``) are ignored.
 
         Raises:
-            ConfigurationError: The file holds something else.
+            ConfigurationError: The file does not hold the state of a run.
             FileNotFoundError: There is no such file.
         """
         path = Path(json_path)
@@ -217,16 +214,17 @@ class TrainerState:
         if wrong or "global_step" not in known:
             received = f"{wrong[0]}={known[wrong[0]]!r:.80}" if wrong else f"{found!r:.80}"
             raise ConfigurationError(
-                f"{path} holds no state of a run, as trainer_state.json does. Received: {received}"
+                f"{path} does not hold the state of a run, as trainer_state.json does. "
+                f"Received: {received}"
             )
         return cls(**known)
 
 
 def to_json_value(value: Any) -> Any:
-    """A value in what JSON holds, sharing nothing with it.
+    """Convert a value to JSON types, sharing no memory with it.
 
     Raises:
-        TypeError: It cannot be.
+        TypeError: It cannot be converted.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -248,7 +246,7 @@ def to_json_value(value: Any) -> Any:
 def decide_after_step(
     args: TrainingArguments, state: TrainerState, control: TrainerControl
 ) -> None:
-    """Set the switches that are due after an update.
+    """Set the flags that are due after an update.
 
     With a step strategy, the last update also evaluates and saves, whatever the interval.
     """
@@ -271,7 +269,7 @@ def decide_after_step(
 
 
 def steps_until_due(args: TrainingArguments, state: TrainerState) -> int:
-    """Updates that can be run before something may be due: until then no one need look."""
+    """The number of updates that can run before the next log, evaluation or checkpoint is due."""
     step = state.global_step
     intervals = [
         state.logging_steps if args.logging_strategy == "steps" else 0,
@@ -288,13 +286,13 @@ def steps_until_due(args: TrainingArguments, state: TrainerState) -> int:
 def decide_after_epoch(
     args: TrainingArguments, state: TrainerState, control: TrainerControl, ends: bool = False
 ) -> None:
-    """Set the switches that are due after an epoch.
+    """Set the flags that are due after an epoch.
 
     Args:
         args: The strategies.
-        state: How far the run is.
-        control: Where the switches are.
-        ends: Whether this was the end of a run that was not known to end at this update.
+        state: Progress of the run.
+        control: The flags to set.
+        ends: Whether the run ends here although its length was not known before.
     """
     if ends and state.global_step:
         step = state.global_step
@@ -312,12 +310,12 @@ def decide_after_epoch(
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How many updates and epochs a run has.
+    """The number of updates and epochs of a run.
 
     Attributes:
-        max_steps: Updates in all; 0 if not known, for data without a length.
-        num_epochs: Epochs in all, the last one possibly cut short.
-        steps_per_epoch: Updates in one epoch; 0 if not known.
+        max_steps: Total updates; 0 if unknown, for data without a length.
+        num_epochs: Total epochs; the last one may be incomplete.
+        steps_per_epoch: Updates in one epoch; 0 if unknown.
         batches_per_epoch: Micro-batches in one epoch; None for data without a length.
     """
 
@@ -329,8 +327,8 @@ class TrainingPlan:
     def epoch_at(self, epoch: int, batch: int, accumulation: int) -> float:
         """Epochs done after ``batch`` micro-batches of ``epoch``.
 
-        Data without a length counts the whole run of ``max_steps`` as one epoch; without these,
-        too, an epoch is not counted before its end.
+        For data without a length the whole run of ``max_steps`` is one epoch; without ``max_steps``
+        an epoch counts only at its end.
         """
         total = self.batches_per_epoch or self.max_steps * accumulation or math.inf
         return epoch + batch / total
@@ -339,12 +337,12 @@ class TrainingPlan:
 def make_plan(
     batches: int | None, accumulation: int, num_train_epochs: float, max_steps: int
 ) -> TrainingPlan:
-    """Count updates as the reference does: a short last accumulation group is an update too.
+    """Count updates as Transformers does: an incomplete last accumulation is an update too.
 
     Args:
         batches: Micro-batches per epoch; None for data without a length.
         accumulation: Micro-batches per update.
-        num_train_epochs: Epochs; a fraction is allowed.
+        num_train_epochs: Epochs; may be fractional.
         max_steps: Updates; overrides the epochs if positive.
     """
     if batches is None and max_steps > 0:

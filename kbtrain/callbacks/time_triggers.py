@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """The callback, if one of the clocks is set."""
+    """The callback, if one of the two intervals is set."""
     clocks = (args.eval_minutes, args.save_minutes)
     return [TimedCallback()] if any(minutes is not None for minutes in clocks) else []
 
 
 class TimedCallback(TrainerCallback):
-    """Ask for an evaluation or a checkpoint when the last one is long enough ago.
+    """Requests an evaluation or a checkpoint a given time after the last one.
 
-    Those of the strategies count as well: after any checkpoint the minutes begin anew. The clock is
-    looked at between two calls to the device, a tenth of a second or one update apart. Where they
-    fall depends on the speed of the machine, so two runs evaluate and save at different updates;
-    what is trained is the same.
+    Those of the strategies count too: any checkpoint restarts the interval. The clock is checked
+    between two calls to the device, a tenth of a second or one update apart. The updates at which
+    this happens depend on the speed of the machine, so two runs evaluate and save at different
+    updates; the training itself is the same.
     """
 
     every_step = False
@@ -41,7 +41,7 @@ class TimedCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for what is due."""
+        """Request what is due."""
         now = time.monotonic()
         if args.eval_minutes is not None and now - self._evaluated >= 60 * args.eval_minutes:
             control.should_evaluate = True
@@ -51,11 +51,11 @@ class TimedCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin anew: the time of the evaluation itself does not count."""
+        """Restart the interval; the time of the evaluation itself does not count."""
         self._evaluated = time.monotonic()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin anew."""
+        """Restart the interval."""
         self._saved = time.monotonic()

@@ -18,14 +18,14 @@ COMMANDS = {
     "args": "list the fields of TrainingArguments: type, default, meaning",
     "env": "print versions, backend and devices, for bug reports",
 }
-"""What there is, and a line about each; the module has the command's name."""
+"""Command -> description; each module has the name of its command."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        words: The words after ``python -m kbtrain``; the default is this process's own.
+        words: The words after ``python -m kbtrain``; those of this process by default.
 
     Returns:
         The exit status: 0, or 2 after a mistake in the command line.
@@ -42,14 +42,14 @@ def main(words: Sequence[str] | None = None) -> int:
         status = int(importlib.import_module(f"kbtrain.cli.{command}").run(rest))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # the reader is done, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KbtrainError, OSError) as problem:  # the screen may be a file on a full disk
+    except (KbtrainError, OSError) as problem:  # the output may go to a file on a full disk
         print(f"kbtrain {command}: {problem}", file=sys.stderr)
         return 2
 
 
 def _usage() -> str:
     listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
-    return f"usage: python -m kbtrain COMMAND ...\n\n{listed}\n\nCOMMAND --help says more."
+    return f"usage: python -m kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help."

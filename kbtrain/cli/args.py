@@ -14,7 +14,7 @@ from kbtrain.errors import ConfigurationError
 
 
 def run(words: Sequence[str]) -> int:
-    """Print all fields, or those that are named."""
+    """Print all fields, or those named on the command line."""
     parser = argparse.ArgumentParser(
         "python -m kbtrain args", description="List the fields of TrainingArguments."
     )
@@ -31,22 +31,22 @@ def run(words: Sequence[str]) -> int:
 
 
 def describe(field: dataclasses.Field[object], width: int) -> str:
-    """A field in a few lines.
+    """Describe a field in a few lines.
 
     Args:
         field: A field of TrainingArguments.
         width: Columns of the screen.
 
     Returns:
-        Name, type and default in the first line, the meaning below it.
+        Name, type and default on the first line, the meaning below.
     """
     meaning = textwrap.fill(
         field.metadata["help"],
         width,
         initial_indent="    ",
         subsequent_indent="    ",
-        break_on_hyphens=False,  # names of options are looked for as they are written
+        break_on_hyphens=False,  # keep the names of options searchable
     )
-    # Not field.type: a parser that goes by annotations may have put something else there.
+    # Not field.type, which an argument parser may have replaced.
     written = TrainingArguments.__annotations__[field.name]
     return f"{field.name}: {written} = {field.default!r}\n{meaning}"

@@ -1,4 +1,4 @@
-"""``python -m kbtrain checkpoint ls|verify|show|export``: look at checkpoints, check, convert."""
+"""``python -m kbtrain checkpoint ls|verify|show|export``: list, verify, inspect, export."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def run(words: Sequence[str]) -> int:
     """Run ``python -m kbtrain checkpoint`` with the words after it.
 
     Returns:
-        0; of ``verify`` 1 if something is damaged, 2 if something could not be read.
+        0; for ``verify`` 1 if a checkpoint is damaged, 2 if one could not be read.
     """
     parser = argparse.ArgumentParser(
         prog="python -m kbtrain checkpoint",
-        description="Look at checkpoints, check them, convert them.",
+        description="List, verify, inspect and export checkpoints.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
         added.set_defaults(does=does)
         return added
 
-    command("ls", ls, "List the checkpoints of a run: step, size, date, what is obviously wrong.")
+    command("ls", ls, "List the checkpoints of a run: step, size, date, obvious problems.")
     command(
         "verify",
         verify,
@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    """One line per checkpoint, by step; nothing but manifests and states is read."""
+    """Print one line per checkpoint, by step; reads manifests and states only."""
     rows = [("checkpoint", "size", "saved", "backend", "")]
     for path in _checkpoints(arguments.path):
         try:
@@ -89,7 +89,7 @@ def ls(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Every byte of every file against the manifest."""
+    """Compare every byte of every file with the manifest."""
     status = 0
     for path in _checkpoints(arguments.path):
         try:
@@ -105,14 +105,14 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def _state_of(error: CheckpointError) -> str:
-    """What an error says about a checkpoint, in a word or two."""
+    """The state of a checkpoint that an error implies."""
     if isinstance(error, CheckpointUnreadableError):
         return "UNREADABLE"
     return "NOT READ BY THIS KBTRAIN" if isinstance(error, CheckpointFormatError) else "DAMAGED"
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """What one checkpoint holds; of a run, its newest."""
+    """Print the contents of a checkpoint, or of the newest one of a run."""
     path = _checkpoints(arguments.path)[-1]
     outline = read_outline(path)
     print(f"{path}\n")
@@ -133,7 +133,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def export_model(arguments: argparse.Namespace) -> int:
-    """The model of one checkpoint as a Keras file; of a run, its newest."""
+    """Export the model of a checkpoint, or of the newest one of a run, to a Keras file."""
     from kbtrain.utils.tensorflow_import import not_imported
 
     path = _checkpoints(arguments.path)[-1]
@@ -164,7 +164,7 @@ def _facts(outline: CheckpointOutline) -> dict[str, Any]:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint ``path`` is, or those of the run ``path`` is, by ascending step."""
+    """The checkpoint at ``path``, or those of the run at ``path``, by ascending step."""
     if exists(path / MANIFEST_NAME):
         return [path]
     found = [folder for _, folder in CheckpointStore(path).list()]
@@ -172,7 +172,7 @@ def _checkpoints(path: Path) -> list[Path]:
         return found
     if exists(path):
         raise CheckpointError(
-            f"{path} is no checkpoint and holds none. Expected a folder checkpoint-{{step}} with a "
-            f"{MANIFEST_NAME}, or the folder of a run with such folders."
+            f"{path} is not a checkpoint and contains none. Expected a folder checkpoint-{{step}} "
+            f"with a {MANIFEST_NAME}, or the folder of a run with such folders."
         )
     raise CheckpointNotFoundError(f"There is no {path}.")

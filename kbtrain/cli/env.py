@@ -1,4 +1,4 @@
-"""``python -m kbtrain env``: what a bug report should say about where kbtrain runs."""
+"""``python -m kbtrain env``: versions, backend and devices for bug reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def run(words: Sequence[str]) -> int:
-    """Print one ``name: value`` a line, to be pasted into a bug report."""
+    """Print one ``name: value`` per line, to be pasted into a bug report."""
     argparse.ArgumentParser(
         "python -m kbtrain env", description="Print versions, backend and devices."
     ).parse_args(words)

@@ -1,7 +1,7 @@
-"""Where logs go besides the screen: one callback per ``report_to`` name.
+"""Experiment trackers and log files: one callback per ``report_to`` name.
 
-A package of its own registers a tracker under the entry points ``kbtrain.trackers``: a
-``TrainerCallback``, best a ``kbtrain.trackers.base.Tracker``, that is made without arguments.
+Other packages can register a tracker under the entry points ``kbtrain.trackers``: a
+``TrainerCallback``, preferably a ``kbtrain.trackers.base.Tracker``, created without arguments.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TRACKERS: dict[str, tuple[str, str | None]] = {
     "trackio": ("trackio:TrackioCallback", "trackio"),
     "wandb": ("wandb:WandbCallback", "wandb"),
 }
-"""kbtrain's own: where the class is, and the package it needs."""
+"""kbtrain's trackers: name -> (module and class, required package)."""
 
 
 def make_trackers(names: Iterable[str]) -> list[TrainerCallback]:
-    """The callbacks for the names of ``report_to``.
+    """Create the callbacks for the names in ``report_to``.
 
     Args:
         names: Names; ``"all"`` stands for every tracker whose package is installed.
 
     Returns:
-        One callback for each, in order.
+        One callback for each name, in order.
 
     Raises:
-        ConfigurationError: A name that is not known (the message lists those that are), or a
-            package that is missing (it says which extra to install).
+        ConfigurationError: A name is unknown (the message lists the known ones), or a package is
+            missing (the message names the extra to install).
     """
     wanted: list[str] = []
     for name in names:
@@ -61,8 +61,8 @@ def _factory(name: str) -> Any:
     if name in TRACKERS:
         if name in others:
             raise ConfigurationError(
-                f"report_to: a package registers {name!r} under {GROUP!r}, which is the name of a "
-                "tracker of kbtrain. Uninstall it, or rename its entry point."
+                f"report_to: a package registers {name!r} under {GROUP!r}, which is already the "
+                "name of a tracker of kbtrain. Uninstall it, or rename its entry point."
             )
         module, _, attribute = TRACKERS[name][0].partition(":")
         return getattr(importlib.import_module(f"kbtrain.trackers.{module}"), attribute)
@@ -72,7 +72,7 @@ def _factory(name: str) -> Any:
         raise ConfigurationError(
             f"report_to: {name!r} is not a known tracker. "
             f"{f'Did you mean {close[0]!r}? ' if close else ''}Known: {', '.join(known)}, 'all' or "
-            f"'none'. Others can be registered under the entry points {GROUP!r}, or be given to "
-            "the Trainer as callbacks."
+            f"'none'. Others can be registered under the entry points {GROUP!r}, or passed to the "
+            "Trainer as callbacks."
         )
     return registry.find(GROUP, name, "report_to")

@@ -1,4 +1,4 @@
-"""What all trackers of experiments share: when a run opens and closes, and the names of values."""
+"""The base class of experiment trackers: when a run opens and closes, and how values are named."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ logger = logging.getLogger("kbtrain")
 
 
 class Tracker(TrainerCallback):
-    """Base class of trackers: implement `open`, `write` and `finish`.
+    """Base class of trackers: implement ``open``, ``write`` and ``finish``.
 
-    A run opens with the training, or with the first thing that is logged outside of it, and is
-    closed when ``fit`` ends, by an error, too. What is evaluated afterwards goes to the same run; a
-    second training from the beginning opens another one; a training that is resumed goes on in the
-    run it had, whose identity is part of checkpoints.
+    A run is opened when training starts, or by the first log outside of training, and closed when
+    ``fit`` ends, also after an error. Later evaluations are added to the same run. A new training
+    from the beginning opens a new run; a resumed training continues the old one, whose identity is
+    saved in checkpoints.
 
     Attributes:
-        run: Identity of the run at the tracker, which `open` sets; None before.
-        stays_open: Whether a run that was opened outside of a training waits for more; False
-            closes it at once, for trackers whose data would not be safe otherwise.
+        run: Identity of the run at the tracker, set by ``open``; None before.
+        stays_open: Whether a run that was opened outside of training stays open; False closes it
+            after each log, for trackers whose data would not be safe otherwise.
     """
 
     stays_open: bool = True
@@ -45,16 +45,16 @@ class Tracker(TrainerCallback):
         self._warned = self._nothing_to_do = False
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
-        """Begin a run, or go on with `run` if that is not None.
+        """Start a run, or continue ``run`` if that is not None.
 
         Args:
-            args: Settings, to be kept with the run: ``args.to_sanitized_dict()``.
+            args: Settings to record with the run: ``args.to_sanitized_dict()``.
             trainer: The Trainer.
         """
         raise NotImplementedError
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Keep values under their names.
+        """Record values under their names.
 
         Args:
             values: Numbers by name, such as ``train/loss`` and ``eval/accuracy``.
@@ -85,9 +85,9 @@ class Tracker(TrainerCallback):
 
     @contextlib.contextmanager
     def _errors_logged(self) -> Iterator[None]:
-        """Whatever goes wrong costs what is logged meanwhile, not the training.
+        """Turn errors inside into one warning: the log is lost, training continues.
 
-        Packages have errors of their own for a full disk, a lost connection, a missing login.
+        Packages raise errors of their own for a full disk, a lost connection or a missing login.
         """
         try:
             yield
@@ -96,8 +96,8 @@ class Tracker(TrainerCallback):
         except Exception as error:
             if not self._warned:
                 logger.warning(
-                    "%s could not write: %s: %s. Training goes on; what is logged meanwhile is "
-                    "lost to it, and each log is tried again.",
+                    "%s could not write: %s: %s. Training continues; logs are lost to this tracker "
+                    "until it works again, which is tried with each log.",
                     type(self).__name__,
                     type(error).__name__,
                     error,
@@ -112,7 +112,7 @@ class Tracker(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self._nothing_to_do and is_summary(kwargs["logs"]):
-            return  # the run has one, of when it trained
+            return  # the run already has the summary of its training
         values = rewrite(self._numbers(kwargs["logs"]))
         with self._errors_logged():
             self._ensure_open(args, state, kwargs["trainer"])
@@ -124,7 +124,7 @@ class Tracker(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember that nothing went wrong; the run is closed when ``fit`` returns."""
+        """Mark the run as completed; it is closed when ``fit`` returns."""
         self._completed = True
 
     def _ensure_open(self, args: TrainingArguments, state: TrainerState, trainer: Any) -> None:
@@ -145,13 +145,15 @@ class Tracker(TrainerCallback):
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
         run = state["run"]
-        path = PurePath(run or "")  # TypeError if it is no text
+        path = PurePath(run or "")  # raises a TypeError if it is not a string
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"The identity of a run is no path elsewhere. Received: {run!r}")
+            raise ValueError(
+                f"The identity of a run must not be a path to another folder. Received: {run!r}"
+            )
         self.run = run
 
     def _numbers(self, logs: Mapping[str, Any]) -> dict[str, float]:
-        """The logs that are numbers; says once of each other one that it is left out."""
+        """The logs that are numbers; warns once about each other one."""
         found = {}
         for name, value in logs.items():
             if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0:
@@ -159,7 +161,7 @@ class Tracker(TrainerCallback):
             elif name not in self._left_out:
                 self._left_out.add(name)
                 logger.warning(
-                    "%s keeps numbers only: %r (%s) is left out.",
+                    "%s records only numbers: %r (%s) is left out.",
                     type(self).__name__,
                     name,
                     type(value).__name__,
@@ -168,7 +170,7 @@ class Tracker(TrainerCallback):
 
 
 def rewrite(logs: Mapping[str, float]) -> dict[str, float]:
-    """Names as trackers group them: ``eval/x`` for ``eval_x``, likewise test, else ``train/x``.
+    """Group names as trackers do: ``eval/x`` for ``eval_x``, likewise test, else ``train/x``.
 
     Example:
         >>> rewrite({"loss": 1.0, "eval_loss": 2.0, "train_runtime": 3.0})

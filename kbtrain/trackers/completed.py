@@ -1,4 +1,4 @@
-"""A run that is complete and is started again trains nothing, and has nothing new to sum up."""
+"""Detects a completed run that is started again: it trains nothing and logs no new summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kbtrain.callbacks.state import TrainerState
 
 
 def nothing_to_do(state: TrainerState, given: Mapping[str, Any]) -> bool:
-    """Whether a training that begins is over already.
+    """Whether a training that starts is already complete.
 
     Args:
         state: The run's state at ``on_train_begin``.
@@ -21,5 +21,5 @@ def nothing_to_do(state: TrainerState, given: Mapping[str, Any]) -> bool:
 
 
 def is_summary(logs: Mapping[str, Any]) -> bool:
-    """Whether a log is the one at the end of ``fit``: how fast it was, and the mean loss."""
+    """Whether a log is the one at the end of ``fit``, with the speed and the mean loss."""
     return "train_runtime" in logs and "train_loss" in logs

@@ -1,4 +1,4 @@
-"""A log of everything that was logged, as one table."""
+"""All logs of a run in one table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Row = dict[str, Any]
 class CsvCallback(LogFile):
     """Write ``log.csv`` in the output directory: a row for each log, a column for each name.
 
-    A row whose names all have a column is appended; a new name (the first evaluation, say) writes
-    the file anew with one more column. A resumed run first drops the rows after the step it resumes
-    from; a fresh run begins a new file. If the disk refuses (full, no permission), a warning says
-    so, and the rows are kept and written with the next one.
+    Rows are appended; a new name (from the first evaluation, for example) rewrites the file with an
+    additional column. A resumed run first drops the rows after the step it resumes from; a new run
+    starts a new file. If writing fails (disk full, no permission), a warning is logged, and the
+    rows are kept and written with the next one.
     """
 
     file_name, unit = FILE_NAME, "rows"
@@ -32,7 +32,7 @@ class CsvCallback(LogFile):
         self._columns: list[str] = []
 
     def read(self, path: Path) -> list[Row]:
-        """The rows; one that was torn by a crash has too few columns and is left out."""
+        """The rows; one that a crash cut short has too few columns and is left out."""
         if not path.exists():
             return []
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -40,14 +40,14 @@ class CsvCallback(LogFile):
         return [row for row in rows if None not in row and None not in row.values()]
 
     def step_of(self, record: Row) -> float:
-        """The step of a row; one without sorts after everything and is dropped."""
+        """The step of a row; infinity for a row without one, so that it is dropped."""
         try:
             return float(record["step"])
         except (KeyError, ValueError):
             return float("inf")
 
     def record(self, logs: dict[str, Any], state: TrainerState) -> Row:
-        """A row."""
+        """The row of a log."""
         return {"step": state.global_step, "epoch": state.epoch, **logs}
 
     def is_summary_record(self, record: Row) -> bool:
@@ -55,7 +55,7 @@ class CsvCallback(LogFile):
         return bool(record.get("train_runtime")) and bool(record.get("train_loss"))
 
     def put(self, path: Path, begin: Sequence[Row] | None, waiting: Sequence[Row]) -> None:
-        """Append the rows, or write all of them if there is a new column."""
+        """Append the rows, or rewrite the file if there is a new column."""
         fit = all(set(row) <= set(self._columns) for row in waiting)
         if begin is None and path.exists() and fit:
             self._tail.append(path, _text(self._columns, waiting))

@@ -1,4 +1,4 @@
-"""A log of everything that was logged, one JSON object a line."""
+"""All logs of a run, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FILE_NAME = "log.jsonl"
 class JsonLinesCallback(LogFile):
     """Write ``log.jsonl`` in the output directory.
 
-    Each line has what was logged, its ``step`` and ``epoch``. A resumed run first drops the lines
-    after the step it resumes from, so every step is there once; a fresh run begins a new file.
-    Values that are not finite are written as ``NaN`` and ``Infinity``, which Python reads. If the
-    disk refuses (full, no permission), a warning says so, and the lines are kept and written with
+    Each line has the logged values with their ``step`` and ``epoch``. A resumed run first drops the
+    lines after the step it resumes from, so every step appears once; a new run starts a new file.
+    Non-finite values are written as ``NaN`` and ``Infinity``, which Python can read. If writing
+    fails (disk full, no permission), a warning is logged, and the lines are kept and written with
     the next one.
     """
 
@@ -30,19 +30,19 @@ class JsonLinesCallback(LogFile):
         """The lines."""
         if not path.exists():
             return []
-        # Line ends only, and whatever bytes a crash has left there: they come back as they were.
+        # Split at line feeds only, and keep the bytes of a line that a crash cut short.
         text = path.read_bytes().decode("utf-8", "surrogateescape")
         return [line + "\n" for line in text.removesuffix("\n").split("\n")] if text else []
 
     def step_of(self, record: str) -> float:
-        """The step of a line; a line torn by a crash sorts after everything and is dropped."""
+        """The step of a line; infinity for one that a crash cut short, so that it is dropped."""
         try:
             return float(json.loads(record)["step"])
         except (ValueError, KeyError, TypeError):
             return float("inf")
 
     def record(self, logs: dict[str, Any], state: TrainerState) -> str:
-        """A line."""
+        """The line of a log."""
         return json.dumps({**logs, "epoch": state.epoch, "step": state.global_step}) + "\n"
 
     def is_summary_record(self, record: str) -> bool:
@@ -50,7 +50,7 @@ class JsonLinesCallback(LogFile):
         return self.step_of(record) < float("inf") and is_summary(json.loads(record))
 
     def put(self, path: Path, begin: Sequence[str] | None, waiting: Sequence[str]) -> None:
-        """Append the lines, or write all of them."""
+        """Append the lines, or rewrite the file."""
         if begin is not None:
             replace_whole(path, _bytes([*begin, *waiting]))
         elif waiting:

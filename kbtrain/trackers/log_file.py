@@ -1,7 +1,7 @@
-"""What the logs that are one file in the output directory share: when they write, and what if not.
+"""The base class of log files in the output directory.
 
-A run that is resumed goes on after what its checkpoint knows of, and a disk that refuses does not
-end a training.
+A resumed run continues after the last log in its checkpoint, and a failing disk does not end the
+training.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger("kbtrain")
 
 
 class LogFile(TrainerCallback):
-    """Base class: implement `read`, `step_of`, `record` and `put`.
+    """Base class of log files: implement ``read``, ``step_of``, ``record`` and ``put``.
 
-    A resumed run first drops what comes after the step it resumes from, so every step is there
-    once; a fresh run begins a new file. If the disk refuses (full, no permission), a warning says
-    so, and what was to be written is kept and written with the next log.
+    A resumed run first drops the records after the step it resumes from, so every step appears
+    once; a new run starts a new file. If writing fails (disk full, no permission), a warning is
+    logged, and the records are kept and written with the next log.
 
     Attributes:
         file_name: Name of the file.
-        unit: What it consists of, for the warning: "lines", "rows".
+        unit: Its records, in the plural, for the warning: "lines", "rows".
     """
 
     file_name: str
@@ -42,14 +42,14 @@ class LogFile(TrainerCallback):
 
     def __init__(self) -> None:
         self._path: Path | None = None
-        self._begin: list[Any] | None = None  # what the file is to begin with, if not yet written
-        self._resumed: TrainerState | None = None  # what to cut the file back to, if not yet read
+        self._begin: list[Any] | None = None  # first records of a file that is not written yet
+        self._resumed: TrainerState | None = None  # state to truncate the file to, if not done yet
         self._waiting: list[Any] = []
         self._tail = Tail()
         self._warned = self._nothing_to_do = False
 
     def read(self, path: Path) -> list[Any]:
-        """The records of a file, none if it does not exist."""
+        """The records of a file; empty if it does not exist."""
         raise NotImplementedError
 
     def step_of(self, record: Any) -> float:
@@ -57,7 +57,7 @@ class LogFile(TrainerCallback):
         raise NotImplementedError
 
     def record(self, logs: dict[str, Any], state: TrainerState) -> Any:
-        """A log as the file holds it."""
+        """The record of a log."""
         raise NotImplementedError
 
     def is_summary_record(self, record: Any) -> bool:
@@ -65,10 +65,10 @@ class LogFile(TrainerCallback):
         raise NotImplementedError
 
     def put(self, path: Path, begin: Sequence[Any] | None, waiting: Sequence[Any]) -> None:
-        """Write: the whole file is ``begin`` and then ``waiting``, without ``begin`` add to it.
+        """Append ``waiting``; with ``begin``, rewrite the file as ``begin`` and then ``waiting``.
 
         Raises:
-            OSError: ``waiting`` is not in the file, or nobody knows: it will be put again.
+            OSError: ``waiting`` may not be in the file, so it will be passed again.
         """
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class LogFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut the file back to the step the run begins at."""
+        """Truncate the file to the step the run starts at."""
         if not state.is_world_process_zero:
             return
         self._path = self._path_of(args)
@@ -103,25 +103,25 @@ class LogFile(TrainerCallback):
         self._write(self._path)
 
     def close(self) -> None:
-        """Try once more what could not be written."""
+        """Try again to write the records that are left."""
         if self._path is not None and self._waiting:
             self._write(self._path)
 
     def _path_of(self, args: TrainingArguments) -> Path:
-        # Made once: a program may go to another folder meanwhile.
+        # Absolute, because the program may change its working folder.
         return (Path(args.output_dir) / self.file_name).absolute()
 
     def _known(self, records: list[Any], state: TrainerState) -> list[Any]:
-        """The records that the resumed state knows of: it may have been saved between two logs."""
+        """The records covered by the resumed state, which may have been saved between two logs."""
         before = [record for record in records if self.step_of(record) < state.global_step]
         at_step = [record for record in records if self.step_of(record) == state.global_step]
-        if self._nothing_to_do:  # what follows the last checkpoint is not logged again
+        if self._nothing_to_do:  # logs after the last checkpoint will not be repeated
             return before + at_step
         known = sum(1 for entry in state.log_history if entry.get("step") == state.global_step)
         return before + at_step[:known]
 
     def _has_summary(self, path: Path) -> bool:
-        """Whether the last training has summed itself up, after the last step."""
+        """Whether the file has the summary of the last training, after the last step."""
         try:
             records = [*self.read(path), *self._waiting]
         except OSError:
@@ -129,7 +129,7 @@ class LogFile(TrainerCallback):
         return any(self.is_summary_record(record) for record in records)
 
     def _write(self, path: Path) -> None:
-        """Write what is waiting; the file keeps whole records whatever happens."""
+        """Write the pending records; after an error the file still has only complete records."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._resumed is not None:
@@ -139,8 +139,8 @@ class LogFile(TrainerCallback):
         except OSError as error:
             if not self._warned:
                 logger.warning(
-                    "Could not write %s: %s. Training goes on; the %s are kept and written as "
-                    "soon as the disk takes them.",
+                    "Could not write %s: %s. Training continues; the %s are kept and written as "
+                    "soon as that is possible.",
                     path,
                     error.strerror or error,
                     self.unit,
@@ -152,30 +152,30 @@ class LogFile(TrainerCallback):
 
 
 def replace_whole(path: Path, data: bytes) -> None:
-    """Put a new file in the place of an old one, all or nothing."""
+    """Replace a file atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 class Tail:
-    """Appends to a file so that each piece is there once and whole, whatever a write reports.
+    """Appends to a file so that each piece appears exactly once, even after failed writes.
 
-    On some disks (NFS, quotas) closing a file reports what writing could not. What was written may
-    then be in the file or not: it is cut off before it is written again.
+    On some disks (NFS, quotas) a write error is reported only when the file is closed. The data may
+    then be in the file or not, so it is cut off before it is written again.
     """
 
     def __init__(self) -> None:
-        self._unsure: int | None = None  # where the piece begins that may be there
+        self._unsure: int | None = None  # offset of a piece that may be in the file
 
     def append(self, path: Path, data: bytes) -> None:
-        """Append a piece: half a line would end up in the middle of the file.
+        """Append a piece of data, all of it or nothing.
 
         Args:
             path: The file.
-            data: The piece; after an error the next one has to begin with it.
+            data: The piece; after an error the next one must begin with it.
 
         Raises:
-            OSError: It is not known to be in the file.
+            OSError: The piece may not be in the file.
         """
         self.settle(path)
         file = path.open("ab", buffering=0)
@@ -189,10 +189,10 @@ class Tail:
         self._unsure = None
 
     def settle(self, path: Path) -> None:
-        """Cut off what may have been written of a piece whose write was reported as failed.
+        """Cut off the remains of a piece whose write failed.
 
         Raises:
-            OSError: That is not possible now.
+            OSError: The file cannot be truncated now.
         """
         if self._unsure is not None and path.exists():
             with path.open("rb+", buffering=0) as file:

@@ -23,8 +23,8 @@ _REFUSED = re.compile(r"[^\w\-. /:]")
 class MlflowCallback(Tracker):
     """Log to MLflow (extra ``mlflow``).
 
-    ``project`` is the experiment, ``run_name`` the run's name. Where it goes is MLflow's own
-    setting (``MLFLOW_TRACKING_URI``). A run that the user has begun is used and left open.
+    ``project`` is the experiment, ``run_name`` the run's name. The server is set by MLflow itself
+    (``MLFLOW_TRACKING_URI``). A run that the user has started is used and left open.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class MlflowCallback(Tracker):
         self._own = True
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
-        """Begin or take over a run."""
+        """Start a run, or use the active one."""
         active, fresh = self._library.active_run(), self.run is None
         self._own = active is None
         if self._own:
@@ -54,6 +54,6 @@ class MlflowCallback(Tracker):
         self._library.log_metrics(clean, step=step)
 
     def finish(self, completed: bool) -> None:
-        """End the run, unless it is the user's."""
+        """End the run, unless the user started it."""
         if self._own:
             self._library.end_run(status="FINISHED" if completed else "FAILED")

@@ -1,4 +1,4 @@
-"""TensorBoard: event files, written without TensorFlow and PyTorch."""
+"""TensorBoard event files, written without TensorFlow or PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TensorBoardCallback(Tracker):
     """Write event files to ``{output_dir}/runs/{run_name or time_host}`` (extra ``tensorboard``).
 
-    A resumed run goes on in its folder; TensorBoard shows for a step what came last.
+    A resumed run continues in its folder; TensorBoard shows the last value of each step.
     """
 
     stays_open = False
@@ -27,14 +27,14 @@ class TensorBoardCallback(Tracker):
     def __init__(self) -> None:
         super().__init__()
         self._library = require("tensorboardX", "tensorboard", "report_to='tensorboard'")
-        # Its SummaryWriter hands events to a thread through a queue, and its flush() does not wait
-        # for them: what was logged last is lost when the process ends. Its records do not need it.
+        # Not SummaryWriter: it passes events to a thread through a queue, and its flush() does not
+        # wait for them, so the last logs are lost when the process ends.
         self._events = require("tensorboardX.proto.event_pb2", "tensorboard", "TensorBoard")
         self._summary = require("tensorboardX.summary", "tensorboard", "TensorBoard")
         self._writer: Any = None
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
-        """Begin an event file; the first one of a run also has the settings as text."""
+        """Start an event file; the first one of a run also has the settings as text."""
         now, host, fresh = time.time(), platform.node(), self.run is None
         if fresh:
             self.run = args.run_name or f"{time.strftime('%b%d_%H-%M-%S')}_{host}"
@@ -62,7 +62,8 @@ class TensorBoardCallback(Tracker):
             self._writer.write(event.SerializeToString())
             self._writer.flush()
         except OSError:
-            self._is_open = False  # readers stop at half a record: the next log begins a new file
+            # Readers stop at an incomplete record, so the next log starts a new file.
+            self._is_open = False
             with contextlib.suppress(OSError):
                 self._writer.close()
             raise

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
 
 PROJECT = "kbtrain"
-"""The project of runs that name none; Trackio wants one."""
+"""The project of runs without one, which Trackio requires."""
 
 
 class TrackioCallback(Tracker):
-    """Log to Trackio, on this machine (extra ``trackio``).
+    """Log to Trackio on this machine (extra ``trackio``).
 
-    ``project`` and ``run_name`` name the run. ``trackio show`` opens the pages.
+    ``project`` and ``run_name`` name the run. ``trackio show`` opens the dashboard.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class TrackioCallback(Tracker):
         self._run: Any = None
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
-        """Begin a run, or go on with one."""
+        """Start a run, or continue one."""
         self._run = self._library.init(
             project=args.project or PROJECT,
             name=self.run or args.run_name,

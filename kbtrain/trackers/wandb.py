@@ -17,9 +17,9 @@ STEP = "train/global_step"
 class WandbCallback(Tracker):
     """Log to Weights & Biases (extra ``wandb``).
 
-    ``project`` and ``run_name`` name the run; whatever else the package is told by its own
-    environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``) holds. A run that the user has
-    begun with ``wandb.init`` is used and left open.
+    ``project`` and ``run_name`` name the run; the package's own environment variables apply
+    (``WANDB_MODE=offline``, ``WANDB_PROJECT``). A run that the user has started with ``wandb.init``
+    is used and left open.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class WandbCallback(Tracker):
         self._own = True
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
-        """Begin or take over a run."""
+        """Start a run, or use the active one."""
         self._own = self._library.run is None
         if self._own:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ class WandbCallback(Tracker):
             self._run = self._library.run
             self._run.config.update(args.to_sanitized_dict(), allow_val_change=True)
         self.run = self._run.id
-        # Values are drawn over the updates, so a run may go back to a checkpoint: the package's own
-        # counter of steps only ever rises.
+        # Plot values over the updates: a run may go back to a checkpoint, but the package's own
+        # step counter can only increase.
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP, step_sync=True)
 
@@ -55,6 +55,6 @@ class WandbCallback(Tracker):
         self._run.log({**values, STEP: step})
 
     def finish(self, completed: bool) -> None:
-        """Finish the run, unless it is the user's."""
+        """Finish the run, unless the user started it."""
         if self._own:
             self._run.finish(exit_code=0 if completed else 1)

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of training."""
+"""Small helpers that do not depend on training: files, logging, randomness, timing, memory."""

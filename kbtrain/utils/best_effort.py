@@ -1,8 +1,8 @@
-"""What only talks about a run may not end it: progress, trackers, log lines, messages.
+"""Best-effort reporting: a failing progress bar, tracker or log line must not end a run.
 
-The screen may be a pipe that is closed, a terminal that is gone or a file on a full disk; a tracker
-may lose its connection. None of it touches what is trained, so it costs a warning and what could
-not be said. Callbacks of the user's own are another matter: what they raise ends the run.
+The output may be a closed pipe, a terminal that no longer exists or a file on a full disk; a
+tracker may lose its connection. None of this affects training, so it only costs a warning and the
+lost output. A user's own callbacks are different: an exception of theirs ends the run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ logger = logging.getLogger("kbtrain")
 
 
 def best_effort(event: Callable[P, Any]) -> Callable[P, None]:
-    """Let an event of a class that only talks report its errors, once an object, and go on.
+    """Decorate an event of a reporting callback: its errors become one warning per object.
 
-    Mistakes of the user (``KbtrainError``) are raised as ever. A method of a subclass that calls
-    this one is not covered: it is the user's own.
+    A user's mistakes (``KbtrainError``) are still raised. A subclass method that overrides the
+    event is not covered, because it is user code.
     """
 
     @functools.wraps(event)
@@ -40,13 +40,12 @@ def best_effort(event: Callable[P, Any]) -> Callable[P, None]:
 
 
 def warn_once(reporter: Any, what: str, error: Exception) -> None:
-    """Say, once for each object, that something could not be said."""
+    """Log, once per object, that a reporting callback failed."""
     if getattr(reporter, "_has_failed", False):
         return
     reporter._has_failed = True
     logger.warning(
-        "%s.%s failed (%s: %s). Training goes on without what it would have shown; this is said "
-        "once.",
+        "%s.%s failed (%s: %s). Training continues without its output; this warning is shown once.",
         type(reporter).__name__,
         what,
         type(error).__name__,
@@ -55,13 +54,13 @@ def warn_once(reporter: Any, what: str, error: Exception) -> None:
 
 
 def print_line(line: str, error_stream: bool = True) -> None:
-    """Print a line to stderr, or to stdout, if that can be done."""
+    """Print a line to stderr, or to stdout; errors are ignored."""
     stream = sys.stderr if error_stream else sys.stdout
     if stream is None:  # a program without a console
         return
     try:
         print(line, file=stream)
-    except (OSError, ValueError) as error:  # full, gone, closed, or of an encoding without these
+    except (OSError, ValueError) as error:  # disk full, stream closed, or unencodable characters
         if isinstance(error, UnicodeEncodeError):
             _print_in_ascii(line, stream)
 
@@ -74,9 +73,9 @@ def _print_in_ascii(line: str, stream: Any) -> None:
 
 
 def guard_logger(name: str = "kbtrain") -> None:
-    """Keep the handlers of a logger, the user's own included, from ending what logs.
+    """Suppress output errors of a logger's handlers, including the user's own.
 
-    Python's handlers report their errors to stderr and raise where that is closed.
+    Python's handlers report their errors to stderr, and raise if that is closed.
     """
     target = logging.getLogger(name)
     if getattr(target, "_guarded", False):
@@ -87,7 +86,7 @@ def guard_logger(name: str = "kbtrain") -> None:
         try:
             call_handlers(record)
         except (OSError, ValueError, RecursionError):
-            return  # there is nowhere to say it
+            return  # there is nowhere left to report it
 
     target.callHandlers = guarded  # type: ignore[method-assign]
     target._guarded = True  # type: ignore[attr-defined]

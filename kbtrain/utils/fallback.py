@@ -1,26 +1,26 @@
-"""What rests on private parts of Keras or of a framework, with a plain way to do the same.
+"""Uses of private APIs of Keras or a framework, each with a fallback that gives the same result.
 
-What is not public may change with any release. So nothing here depends on it alone: a
-``PrivateApi`` has a fast way and a plain one, which gives the same result. Where the fast one
-fails, the plain one goes on, and the log says so once, with the version and where to report it.
+A private API may change with any release, so kbtrain never depends on one alone: a ``PrivateApi``
+has a fast implementation that uses it and a plain one that does not. If the fast one fails, the
+plain one takes over, and one warning gives the version and where to report it.
 
-These are all of them; `optim.core.fallback` has those of ``optim``:
+The list of all uses; ``optim.core.fallback`` has those of ``optim``:
 
 ===============================  ===============================  ==================================
-private part                     file                             plain way
+private API for                  file                             fallback
 ===============================  ===============================  ==================================
-convolutions in the fast order   backends/jax/trace               the function, traced where it runs
+convolutions in the fast order   backends/jax/trace               the function is traced in place
 recording a step                 backends/torch/runner            the step runs eagerly
-our own recorder                 backends/torch/capture           ``make_fx`` records
-optimizers that look at a flag   backends/torch                   old values are selected
+kbtrain's own recorder           backends/torch/capture           ``make_fx`` records
+predicated optimizer updates     backends/torch                   old values are selected
 norm and product of a list       backends/torch                   one tensor after the other
 a user's ``tf.function``         backends/tensorflow/autograph    ``tf.autograph.to_graph``
-whether XLA compiles             backends/tensorflow/optimizer    as if it did not
-determinism, to be switched off  backends/tensorflow/device       it stays on
-values in tensors of metrics     model/metrics                    Keras' own mean over samples
-averages of ``use_ema``          optimization/evaluation_weights  Keras puts them in and back
-moving variables                 backends/tensorflow/device       they stay where they are
-Keras' masks, scopes, values     utils/keras_private              said there
+whether XLA compiles             backends/tensorflow/optimizer    treated as not compiled
+switching determinism off        backends/tensorflow/device       it stays on
+metric values as tensors         model/metrics                    Keras' own mean over samples
+averages of ``use_ema``          optimization/evaluation_weights  Keras swaps them in and out
+moving variables                 backends/tensorflow/device       they stay on their device
+Keras' masks, scopes, values     utils/keras_private              see there
 ===============================  ===============================  ==================================
 """
 
@@ -36,21 +36,21 @@ from kbtrain.errors import KbtrainError, first_lines
 logger = logging.getLogger("kbtrain")
 
 ISSUES = "https://github.com/kbtrain/kbtrain/issues"
-"""Where to report what does not work."""
+"""Where users report problems."""
 
 _reported: set[str] = set()
 
 
 class NoFallback(Exception):
-    """Raised by a fast way on purpose: it passes through, and the plain way is not tried."""
+    """Raised by a fast implementation on purpose: it propagates, and no fallback is tried."""
 
 
 def report(name: str, package: str, error: BaseException, instead: str) -> None:
-    """Log, once for each name, that a private part does not work.
+    """Log, once for each name, that a private API does not work.
 
     Args:
-        name: What does not work, as a user would name it.
-        package: The distribution whose private part it is.
+        name: What does not work, in a user's terms.
+        package: The distribution whose private API it is.
         error: How it failed.
         instead: What happens now, as a sentence.
     """
@@ -74,19 +74,21 @@ def report(name: str, package: str, error: BaseException, instead: str) -> None:
 
 
 class PrivateApi:
-    """A function in two ways: one that may fail with a new version, and a plain one.
+    """A function with two implementations: one on a private API, and a plain fallback.
 
-    Where the fast way fails, the plain one is called with the same arguments. If that fails, too,
-    the mistake is in what it was given (a user's layer, say): its exception is raised, and nothing
-    is reported. Otherwise the failure is reported, and this object keeps to the plain way.
+    If the fast implementation fails, the plain one is called with the same arguments. If that fails
+    too, the arguments are at fault (a user's layer, for example): its exception is raised, and
+    nothing is reported. Otherwise the failure is reported, and from then on this object uses the
+    plain implementation.
 
     Args:
-        name: What it is, as a user would name it.
-        package: The distribution whose private part it is.
-        fast: Changes nothing before it can no longer fail.
-        plain: Gives the same result.
-        instead: What happens where ``fast`` fails, as a sentence.
-        passes: Whether an exception of ``fast`` is no failure: running out of memory, say.
+        name: What the function does, in a user's terms.
+        package: The distribution whose private API it is.
+        fast: The fast implementation; has no side effects before the point where it may fail.
+        plain: The fallback; gives the same result.
+        instead: What happens when ``fast`` fails, as a sentence.
+        passes: Whether to raise an exception of ``fast`` without a fallback, such as running out
+            of memory.
     """
 
     def __init__(

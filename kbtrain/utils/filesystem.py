@@ -1,7 +1,7 @@
-"""What a checkpoint asks of the disk: flushing, hidden folders, safe opening and removal.
+"""File system operations for checkpoints: flushing, hidden folders, safe opening and removal.
 
-Nothing here knows what is inside a checkpoint. The functions raise ``OSError`` as the system does;
-the callers say in the user's words what it means.
+Nothing here depends on the contents of a checkpoint. The functions raise ``OSError``; their callers
+turn it into an error with advice for the user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 Role = Literal["tmp", "trash", "replaced"]
 
-MAX_STEP = 10**18 - 1  # what the names below have room for
+MAX_STEP = 10**18 - 1  # the largest step that the names below can hold
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
 _HIDDEN = re.compile(
@@ -33,7 +33,7 @@ _HIDDEN = re.compile(
 
 
 class FileEntry(NamedTuple):
-    """What is noted about a file when it is written.
+    """The size and checksum of a file, recorded when it is written.
 
     Attributes:
         size: Bytes.
@@ -54,7 +54,7 @@ class HiddenFolder(NamedTuple):
         role: ``"tmp"`` (being written), ``"replaced"`` (the older of two checkpoints of one step,
             still complete) or ``"trash"`` (being deleted).
         step: The step of the checkpoint it is or was.
-        pid: The process that made it.
+        pid: The process that created it.
     """
 
     path: Path
@@ -75,19 +75,19 @@ def parse_checkpoint_name(name: str) -> int | None:
 
 
 def hidden_path(directory: Path, role: Role, step: int) -> Path:
-    """Return a fresh path beside the checkpoints, invisible to whoever lists them."""
+    """Return a new hidden path next to the checkpoints."""
     name = f".{role}-{checkpoint_name(step)}-{os.getpid()}-{secrets.token_hex(4)}"
     return directory / name
 
 
 def parse_hidden(path: Path) -> HiddenFolder | None:
-    """Return what a hidden folder's name says, None if the name is not one of ours."""
+    """Parse the name of a hidden folder; None if it is not a name that kbtrain uses."""
     match = _HIDDEN.fullmatch(path.name)
     return HiddenFolder(path, match[1], int(match[2]), int(match[3])) if match else None
 
 
 def entries(directory: Path) -> list[str]:
-    """Return the sorted names in a folder, none if it is not there or not a folder."""
+    """Return the sorted names in a folder; empty if it does not exist or is not a folder."""
     try:
         return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
@@ -114,8 +114,8 @@ def process_is_alive(pid: int) -> bool:
 
 
 def fsync_directory(path: Path) -> None:
-    """Flush a folder's entries, so that a rename or a new file outlives a power cut."""
-    if sys.platform == "win32":  # folders cannot be opened there, and entries are journalled
+    """Flush a folder's entries, so that a rename or a new file survives a power failure."""
+    if sys.platform == "win32":  # folders cannot be opened there, and entries are journaled
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -140,10 +140,10 @@ _OLD = 24 * 3600.0
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write to: at the end it takes its name, complete or not at all.
+    """Write to a temporary file that replaces ``path`` at the end, or is removed after an error.
 
-    Its name ends like that of ``path``, for writers that look at the ending. What dead processes
-    left there of their own is removed.
+    Its name has the extension of ``path``, for writers that depend on it. Temporary files of dead
+    processes in the same folder are removed.
     """
     remove_abandoned_files(path.parent)
     token = secrets.token_hex(2) + _host()
@@ -152,33 +152,32 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name with nothing in it
+            os.fsync(file.fileno())  # or a power failure could leave an empty file
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # it would hide what went wrong before
+        with contextlib.suppress(OSError):  # it would hide the original error
             temporary.unlink(missing_ok=True)
         _REPLACING.discard(temporary.absolute())
 
 
 @functools.cache
 def _host() -> str:
-    """This machine in four digits: on a shared disk a process of another one may be alive."""
+    """Four hexadecimal digits for this machine, to recognize other machines on a shared disk."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
 def remove_abandoned_files(directory: Path, any_host: bool = False) -> list[Path]:
-    """Remove what ``replacing`` left in a folder when its process was killed.
+    """Remove temporary files that ``replacing`` left in a folder when its process was killed.
 
-    That is a process of this machine that is no more, or something a day old: a run in a container
-    has another machine's name at each start. Where that is not possible it is left: it is in
-    nobody's way.
+    These are files of dead processes on this machine, and files more than a day old, because a
+    container may have a new host name at each start. A file that cannot be removed is left.
 
     Args:
         directory: The folder.
-        any_host: Nobody on another machine writes here.
+        any_host: Whether no process on another machine writes here.
 
     Returns:
-        The files that are gone.
+        The removed files.
     """
     gone = []
     with contextlib.suppress(OSError):
@@ -201,8 +200,8 @@ def open_regular(path: Path) -> io.FileIO:
     Raises:
         OSError: If there is no such file, or it is a link, a folder, a pipe or a device.
     """
-    # The look before the open is for pipes and devices, whose open may block for ever; O_NOFOLLOW
-    # and the second look close the gap in between.
+    # The check before the open is for pipes and devices, whose open may block forever; O_NOFOLLOW
+    # and the second check close the race in between.
     _require_regular(path, os.lstat(path).st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
@@ -222,7 +221,7 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with everything in it; a symbolic link is unlinked, not followed."""
+    """Remove a folder and its contents; a symbolic link is unlinked, not followed."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -230,13 +229,13 @@ def remove_tree(path: Path) -> None:
 
 
 def tree_size(path: Path) -> int:
-    """Return the bytes of the regular files in a folder and below it."""
+    """Return the total size of the regular files in a folder and below it."""
     regular = [e for e in path.rglob("*") if e.is_file() and not e.is_symlink()]
     return sum(file.stat().st_size for file in regular)
 
 
 def describe_space(directory: Path) -> str:
-    """Say how much space is free where a folder is; empty if that cannot be told."""
+    """Describe the free space on the disk of a folder; empty if unknown."""
     try:
         free = shutil.disk_usage(directory).free
         system = os.statvfs(directory) if hasattr(os, "statvfs") else None
@@ -244,5 +243,5 @@ def describe_space(directory: Path) -> str:
         return ""
     text = f"{free / 1e6:,.0f} MB are free on that disk."
     if system is not None and system.f_files and not system.f_favail:
-        text += " It has no room for one more file, of whatever size (no inodes are left)."
+        text += " It cannot hold any more files, of any size (no inodes are left)."
     return text

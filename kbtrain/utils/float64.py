@@ -1,4 +1,4 @@
-"""Models in float64 compute in float64: Keras' rules make float32 of it on PyTorch and JAX."""
+"""Keeps models in float64 at float64, which Keras' promotion rules would turn into float32."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kbtrain.utils.keras_private import flatten_layers, narrowing_table
 
 
 def computes_in_float64(model: keras.Model) -> bool:
-    """Whether any layer of a model has weights or computes in float64, where there is one.
+    """Whether any layer of a model has weights or computes in float64, if the backend supports it.
 
-    JAX has none unless ``jax_enable_x64`` is set: float32 takes its place without a word.
+    JAX silently uses float32 instead unless ``jax_enable_x64`` is set.
     """
     policies = (layer.dtype_policy for layer in flatten_layers(model))
     asked = any("float64" in (p.compute_dtype, p.variable_dtype) for p in policies)
@@ -24,11 +24,11 @@ def computes_in_float64(model: keras.Model) -> bool:
 
 @contextlib.contextmanager
 def kept(model: keras.Model) -> Iterator[None]:
-    """Inside, what operations of Keras make of float64 is float64, if a model computes in it.
+    """Inside, Keras operations on float64 return float64, if the model computes in float64.
 
-    Keras' rules of promotion end with a step from 64 to 32 bits, "to be aligned with JAX's default
-    behavior": on PyTorch, and on JAX with ``jax_enable_x64``, a product of two float64 matrices is
-    float32. Other models find these rules as they are.
+    Keras' promotion rules end with a step from 64 to 32 bits, "to be aligned with JAX's default
+    behavior": on PyTorch, and on JAX with ``jax_enable_x64``, the product of two float64 matrices
+    is float32. For other models the rules stay unchanged.
     """
     table = narrowing_table() if computes_in_float64(model) else {}
     before = table.get("float64")

@@ -1,4 +1,4 @@
-"""Names that scripts import from the reference's package and kbtrain has not: what to write."""
+"""Hints for names that scripts import from Transformers and that kbtrain does not have."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ IMPORTS: dict[str, str] = {
     "SchedulerType": "Write the word itself: lr_scheduler_type='cosine'.",
     "AdamW": "It is in the package optim: from optim import AdamW.",
     "Adafactor": "It is in the package optim: from optim import Adafactor.",
-    "DefaultFlowCallback": "The loop decides by itself when something is due; a callback changes "
-    "`control` afterwards.",
+    "DefaultFlowCallback": "The training loop decides what is due; a callback can change `control` "
+    "afterwards.",
     "WandbCallback": "Write TrainingArguments(report_to='wandb').",
     "TensorBoardCallback": "Write TrainingArguments(report_to='tensorboard').",
     "MLflowCallback": "Write TrainingArguments(report_to='mlflow').",
-    "AutoTokenizer": "Import it from transformers, and give it to the Trainer as processing_class.",
+    "AutoTokenizer": "Import it from transformers, and pass it to the Trainer as processing_class.",
     "pipeline": "Call the model, or Trainer.predict.",
 }
-"""Names that scripts import beside the Trainer."""
+"""Name -> what to use instead."""
 
 
 def import_hint(name: str) -> str:
-    """What to write in place of a name that the reference's package has and kbtrain has not."""
+    """What to use in place of a name of Transformers that kbtrain does not have."""
     if name in IMPORTS:
         return IMPORTS[name]
     if name.startswith("get_") and "schedule" in name:
         return IMPORTS["get_scheduler"]
     if name.startswith("AutoModel"):
-        return "Models are keras.Model: keras_hub has those of transformers, by from_preset(...)."
+        return "Models are keras.Model: keras_hub loads the same models with from_preset(...)."
     return ""

@@ -1,4 +1,4 @@
-"""Whether a value out of JSON is of a type."""
+"""Checks values parsed from JSON against type annotations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def matches_type(value: Any, expected: Any) -> bool:
-    """Whether a value of JSON has a type, as dataclasses write it."""
+    """Whether a value parsed from JSON matches a type annotation of a dataclass."""
     origin, inner = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(matches_type(value, one) for one in inner)

@@ -1,4 +1,4 @@
-"""What kbtrain uses of Keras that is not public, each with what happens where it is gone."""
+"""The private APIs of Keras that kbtrain uses, each with a fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def _private(name: str, fast: Any, plain: Any, instead: str) -> PrivateApi:
 
 
 # --- masks ----------------------------------------------------------------------------------------
-# A mask is an attribute of the tensor, or, where tensors take none (JAX), in a table of Keras' own.
+# A mask is an attribute of the tensor, or, where tensors take no attributes (JAX), an entry in a
+# table of Keras.
 
 
 def _get_keras_mask(tensor: Any) -> Any:
@@ -49,16 +50,16 @@ get_keras_mask = _private(
 set_keras_mask = _private(
     "Setting the mask of a tensor", _set_keras_mask, _set_attribute, _ATTRIBUTE
 )
-"""``set_keras_mask(tensor, mask)``: what layers that come after it will find."""
+"""``set_keras_mask(tensor, mask)``: attach a mask for the layers that follow."""
 
 
 # --- scopes ---------------------------------------------------------------------------------------
 
 
 def stateless_scope() -> Any:
-    """The scope that a step runs in, or None.
+    """The active stateless scope, or None.
 
-    Who asks runs layers again for their gradients, and has a plain way to go on with.
+    The caller recomputes layers for their gradients and has a fallback of its own.
     """
     from keras.src.backend.common.stateless_scope import get_stateless_scope
 
@@ -66,14 +67,14 @@ def stateless_scope() -> Any:
 
 
 def get_global_attribute(name: str) -> Any:
-    """What layers run under besides their arguments; as with `stateless_scope`."""
+    """A global attribute of Keras that affects layers; errors as in ``stateless_scope``."""
     from keras.src.backend.common import global_state
 
     return global_state.get_global_attribute(name)
 
 
 def set_global_attribute(name: str, value: Any) -> None:
-    """The inverse of `get_global_attribute`."""
+    """Set a global attribute; the inverse of ``get_global_attribute``."""
     from keras.src.backend.common import global_state
 
     global_state.set_global_attribute(name, value)
@@ -88,9 +89,9 @@ in_training = _private(
     "Asking a layer whether it is in training",
     _in_training,
     lambda: False,
-    "NEFTune adds no noise, and gradient_checkpointing remembers what layers compute.",
+    "NEFTune adds no noise, and gradient_checkpointing keeps the activations of layers.",
 )
-"""Whether the layer that is being called runs as in training."""
+"""Whether the layer that is being called runs with ``training=True``."""
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ functional_class = _private(
     _type_of_a_functional_model,
     "It is taken from a small model.",
 )
-"""The class of models that were made of inputs and outputs."""
+"""The class of functional models, ``keras.Model(inputs, outputs)``."""
 
 
 def _layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -150,14 +151,14 @@ flatten_layers = _private(
 
 
 # --- variables ------------------------------------------------------------------------------------
-# What `value` and `assign` do besides (scopes, checks, conversions) takes ten times as long as the
-# call of a small step. So many at once: then it costs nothing to go through a private part.
+# The overhead of `value` and `assign` (scopes, checks, conversions) takes ten times as long as the
+# call of a small step. These functions take many variables at once, so the indirection is free.
 
 
 def held_values(variables: Sequence[keras.Variable]) -> list[Any]:
     """The tensors that variables hold, whatever scope is active.
 
-    Who asks records a step, and runs it eagerly where that fails.
+    The caller records a step, and runs it eagerly if this fails.
     """
     return [variable._value for variable in variables]
 
@@ -168,11 +169,11 @@ read_values = _private(
     lambda variables: [variable.value for variable in variables],
     "They are read one by one, which takes longer.",
 )
-"""The tensors that variables hold, outside of scopes or where the scope has none for them."""
+"""The tensors that variables hold, outside of scopes or where the scope does not replace them."""
 
 
 def _put(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
-    held_values(variables[:1])  # there, or this would make an attribute that nobody reads
+    held_values(variables[:1])  # raises if `_value` is gone: assigning would create it unnoticed
     for variable, value in zip(variables, values, strict=True):
         variable._value = value
 
@@ -188,7 +189,7 @@ write_values = _private(
     _assign,
     "They are assigned one by one, which takes longer.",
 )
-"""``write_values(variables, values)``: let variables hold other tensors of the same form."""
+"""``write_values(variables, values)``: replace the variables' tensors by ones of equal shape."""
 
 has_value = _private(
     "Asking whether a variable has a value",
@@ -196,7 +197,7 @@ has_value = _private(
     lambda variable: True,
     "It is taken to have one.",
 )
-"""Whether a variable is initialized; inside of a scope, where reading it may initialize it."""
+"""Whether a variable is initialized; for use in scopes where reading it may initialize it."""
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def _narrowing_table() -> dict[str, str]:
     from keras.src.backend.common import dtypes
 
     table: dict[str, str] = dtypes.BIT64_TO_BIT32_DTYPE
-    table["float64"]  # there, or this is another table
+    table["float64"]  # raises a KeyError if this is not the expected table
     return table
 
 
@@ -243,6 +244,6 @@ narrowing_table = _private(
     "Keeping float64 in operations of Keras",
     _narrowing_table,
     dict,
-    "Where Keras makes float32 of float64, a model in float64 is trained so.",
+    "Where Keras turns float64 into float32, models in float64 compute in float32.",
 )
-"""What Keras' rules of promotion make of 64-bit dtypes at the end; changed, it holds at once."""
+"""Keras' table that narrows 64-bit dtypes at the end of promotion; changes apply immediately."""

@@ -1,4 +1,4 @@
-"""Paths are of this machine: an address of object storage would become a folder of that name."""
+"""Rejects URLs as paths: the address of an object store would become a local folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from kbtrain.errors import ConfigurationError
 
-# `Path` makes "s3:/b" of "s3://b"; one letter is a drive of Windows.
+# `Path` turns "s3://b" into "s3:/b"; a single letter is a Windows drive.
 _ADDRESS = re.compile(r"\s*(?:[A-Za-z0-9]+::)*([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def check_local(name: str, path: Any) -> None:
-    """Refuse an address like ``s3://bucket/run`` where a path is wanted.
+    """Reject an address like ``s3://bucket/run`` where a local path is expected.
 
     Args:
-        name: The argument, for the message.
-        path: What was given for it; anything but a text or a path is left to others.
+        name: Name of the argument, for the message.
+        path: Its value; anything but a string or a path is ignored here.
 
     Raises:
-        ConfigurationError: It is an address.
+        ConfigurationError: The value is an address.
     """
     try:
         text = os.fsdecode(os.fspath(path))
@@ -31,8 +31,8 @@ def check_local(name: str, path: Any) -> None:
         instead = (
             "Write the path alone, without the scheme."
             if scheme == "file"
-            else "Give a folder of this machine, or the path under which that storage is mounted "
-            "(s3fs, gcsfuse, rclone mount, ...), and copy the results there."
+            else "Use a local folder and copy the results there afterwards, or mount that storage "
+            "(s3fs, gcsfuse, rclone mount, ...) and use the path of the mount."
         )
         raise ConfigurationError(
             f"`{name}` must be a path in the file system: kbtrain does not read or write "

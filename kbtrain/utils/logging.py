@@ -1,4 +1,4 @@
-"""How much the logger of kbtrain says, and where if nobody has decided."""
+"""Sets the logger's level; adds a stderr handler if none exists."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def set_log_level(level: str) -> None:
 
     Args:
         level: "debug" to "critical"; "passive" changes nothing. If neither this logger nor the root
-            logger has a handler, one that writes to stderr is added: Python itself would show
-            warnings only.
+            logger has a handler, one that writes to stderr is added, because Python by default
+            shows warnings only.
     """
     guard_logger()
     if level == "passive":

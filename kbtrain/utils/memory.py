@@ -1,4 +1,4 @@
-"""Memory of a training or an evaluation, from what the system and the backend count anyway."""
+"""Memory use of training or evaluation, from the counters of the system and the backend."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _STATM = Path("/proc/self/statm")
 
 
 class CountsMemory(Protocol):
-    """A backend, as far as its memory goes; see ``kbtrain.backends.protocol``."""
+    """The part of a backend used here; see ``kbtrain.backends.protocol``."""
 
     def memory_stats(self) -> dict[str, int]:
-        """Bytes in use and at the peak on the accelerator."""
+        """Current and peak bytes in use on the accelerator."""
 
 
 @contextlib.contextmanager
 def measured(backend: CountsMemory, prefix: str, skip: bool) -> Iterator[dict[str, float]]:
-    """Memory that a piece of work took, by the reference's names.
+    """Measure the memory used inside, with the metric names of Transformers.
 
-    ``{prefix}_mem_cpu_alloc_delta`` is what the process holds more than before, and
-    ``{prefix}_mem_cpu_peaked_delta`` how much its peak is above what it holds at the end; ``gpu``
-    likewise, where the device counts. Nothing is sampled in between: the peaks are since the
-    process began, so work that stays below an earlier peak shows that one.
+    ``{prefix}_mem_cpu_alloc_delta`` is the growth of the process, and
+    ``{prefix}_mem_cpu_peaked_delta`` is how far its peak was above the use at the end; likewise
+    ``gpu``, if the device reports its memory. Nothing is sampled in between: peaks are counted from
+    the start of the process, so the peak may be an earlier, higher one.
 
     Args:
         backend: The backend in use.
@@ -39,7 +39,7 @@ def measured(backend: CountsMemory, prefix: str, skip: bool) -> Iterator[dict[st
         skip: Measure nothing.
 
     Yields:
-        A dict that is filled when the work is done; values are in bytes.
+        A dict that is filled on exit; values are in bytes.
     """
     found: dict[str, float] = {}
     before = {} if skip else _now(backend)
@@ -52,7 +52,7 @@ def measured(backend: CountsMemory, prefix: str, skip: bool) -> Iterator[dict[st
 
 
 def _now(backend: CountsMemory) -> dict[str, tuple[int, int]]:
-    """Bytes held and at the peak, by place."""
+    """Current and peak bytes, by ``"cpu"`` and ``"gpu"``."""
     places = {}
     if resource is not None and _STATM.exists():
         held = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

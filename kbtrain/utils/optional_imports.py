@@ -1,4 +1,4 @@
-"""Packages that only some features need: imported when used, named when missing."""
+"""Optional dependencies: imported when used, with an error that names the missing package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     Args:
         module: Dotted name of the module.
         extra: The extra of kbtrain that installs its package.
-        purpose: What needs it, as the beginning of a sentence.
+        purpose: What needs it, as the subject of a sentence.
 
     Returns:
         The module.

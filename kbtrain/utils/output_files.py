@@ -1,4 +1,4 @@
-"""Files a run leaves for people and other programs: complete or absent, with errors in words."""
+"""Output files of a run for people and other programs: written atomically, with clear errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kbtrain.utils import filesystem
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Say what cannot be written where the system only has an error number.
+    """Convert an ``OSError`` into an error that says what could not be written and what to do.
 
     Raises:
         OutputError: In place of an ``OSError`` inside.
@@ -24,25 +24,25 @@ def explained(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        room = filesystem.describe_space(path.parent)
+        space = filesystem.describe_space(path.parent)
         raise OutputError(
-            f"Could not write {path}: {error.strerror or error}. {room}{' ' if room else ''}Choose "
-            "another folder (output_dir), or make this one writable."
+            f"Could not write {path}: {error.strerror or error}. {space}{' ' if space else ''}"
+            "Choose another folder (output_dir), or make this one writable."
         ) from error
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Write a file, complete or not at all, in a folder that is made if need be.
+    """Write a file atomically, creating its folder if necessary.
 
     Args:
-        path: The file; one that is there is replaced.
+        path: The file; an existing one is replaced.
 
-    Returns:
-        Where to write to inside: a path that ends like ``path``.
+    Yields:
+        A temporary path to write to, with the same extension as ``path``.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,15 +57,15 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_json(path: Path, document: Any) -> None:
-    """Write a JSON file, as people read it."""
+    """Write an indented JSON file."""
     save_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, to add to it; empty if there is no such file.
+    """Read a JSON object in order to add to it; empty if there is no such file.
 
     Raises:
-        OutputError: The file cannot be read, or holds something else.
+        OutputError: The file cannot be read, or does not hold a JSON object.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +75,8 @@ def read_json(path: Path) -> dict[str, Any]:
         document = error
     if not isinstance(document, dict):
         raise OutputError(
-            f"{path} holds no JSON object, so nothing can be added to it. Delete or rename it. "
+            f"{path} does not hold a JSON object, so nothing can be added to it. Delete or rename "
+            "it. "
             f"Received: {document!r:.80}"
         )
     return document

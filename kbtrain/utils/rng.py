@@ -1,4 +1,4 @@
-"""Every source of randomness of a run, as arrays and JSON, to save and to put back."""
+"""Saves and restores every source of randomness of a run, as arrays and JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.utils import tensorflow_import
 from kbtrain.utils.keras_private import global_seed_generator
 
-MAX_SEED = 2**32 - 1  # what the seeding functions of NumPy and Keras take
+MAX_SEED = 2**32 - 1  # the limit of the seeding functions of NumPy and Keras
 
 
 class RandomStates(Protocol):
-    """A backend, as far as its own random state goes; see ``kbtrain.backends.protocol``."""
+    """The part of a backend used here; see ``kbtrain.backends.protocol``."""
 
     name: str
 
@@ -31,15 +31,16 @@ class RandomStates(Protocol):
 def set_seed(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy, the backend, Keras' global generator, and TensorFlow if it is imported.
 
-    Who has not imported TensorFlow draws nothing from it. The Trainer does this when it is made,
-    with ``args.seed``; call it before you make the model, so that its weights follow from it too.
+    A program that has not imported TensorFlow draws nothing from it. The Trainer calls this with
+    ``args.seed`` when it is created; call it before you create the model, so that the initial
+    weights depend on the seed too.
 
     Args:
         seed: From 0 to 2**32 - 1.
-        deterministic: Not here: see ``full_determinism`` of ``TrainingArguments``.
+        deterministic: Not supported here: see ``full_determinism`` of ``TrainingArguments``.
 
     Raises:
-        ConfigurationError: The seed is of another kind, or ``deterministic`` was asked for.
+        ConfigurationError: The seed is not a valid one, or ``deterministic`` is True.
 
     Example:
         >>> set_seed(42)
@@ -52,8 +53,8 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     seed = int(seed)
     if deterministic:
         raise ConfigurationError(
-            "set_seed sets seeds. Received: deterministic=True. For kernels that give the same "
-            "result each time write TrainingArguments(full_determinism=True)."
+            "set_seed only sets seeds. Received: deterministic=True. For deterministic kernels "
+            "write TrainingArguments(full_determinism=True)."
         )
     with tensorflow_import.not_imported():
         keras.utils.set_random_seed(seed)
@@ -62,8 +63,8 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 def global_generator() -> Any:
     """The generator that Keras draws from where a layer or operation has no seed.
 
-    On JAX it cannot be asked for while a function is traced; what is drawn from it then is a
-    state like any other.
+    On JAX it is not available while a function is traced; there its state is handled like that of
+    any other variable.
     """
     return global_seed_generator()
 
@@ -98,10 +99,10 @@ def restore_random_state(
     backend: RandomStates, arrays: dict[str, np.ndarray], document: dict[str, Any]
 ) -> None:
     """Inverse of ``capture_random_state``; another backend's generators are left unchanged."""
-    # First, because Keras makes its generator on demand, from a draw of Python's.
+    # First, because Keras creates its generator on demand and seeds it from Python's generator.
     variable = global_seed_variable()
     internal = tuple(int(x) for x in arrays["python"])
-    gauss = document["python"]["gauss"]  # which setstate takes unlooked at
+    gauss = document["python"]["gauss"]  # setstate would not validate it
     gauss = None if gauss is None else float(gauss)
     random.setstate((document["python"]["version"], internal, gauss))
     state = document["numpy"]

@@ -1,8 +1,8 @@
-"""Keeping Keras from importing TensorFlow where nobody uses it.
+"""Keeps Keras from importing TensorFlow where it is not used.
 
-Keras asks in places whether something is of TensorFlow, and imports it to find out, wherever it is
-installed: seconds at the start or in the middle of a run, and more memory than a small training
-takes. What is not imported cannot have made the thing that is asked about.
+In some places Keras imports TensorFlow, if it is installed, only to check whether an object belongs
+to it. That takes seconds and more memory than a small training. If TensorFlow has not been
+imported, no object can belong to it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kbtrain.utils.fallback import report
 
 @contextlib.contextmanager
 def not_imported() -> Iterator[None]:
-    """Inside, Keras takes TensorFlow for not installed, unless it has been imported already.
+    """Inside, Keras treats TensorFlow as not installed, unless it has been imported already.
 
     Example:
         >>> with not_imported():
         ...     keras.utils.set_random_seed(0)
     """
     try:
-        # Keras has no public door to the module object that it imports TensorFlow through.
+        # Keras has no public API for the module object through which it imports TensorFlow.
         from keras.src.utils import module_utils
 
         lazy: Any = module_utils.tensorflow
@@ -34,7 +34,7 @@ def not_imported() -> Iterator[None]:
             "Keeping Keras from importing TensorFlow",
             "keras",
             error,
-            "Where TensorFlow is installed, a start takes seconds longer.",
+            "Where TensorFlow is installed, the start takes seconds longer.",
         )
         yield
         return

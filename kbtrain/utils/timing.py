@@ -1,4 +1,4 @@
-"""Speed, and where the time goes, by the host's clock alone: nothing is waited for to measure."""
+"""Speed and time spent, measured with the host's clock only, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, float]:
-    """Runtime in seconds, samples and steps per second, rounded as in the reference."""
+    """Runtime in seconds, samples and steps per second, rounded as in Transformers."""
     seconds = max(seconds, 1e-9)
     return {
         f"{prefix}_runtime": round(seconds, 4),
@@ -22,11 +22,11 @@ def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, fl
 class StepTimes:
     """Seconds of a run by what the host was doing.
 
-    - data: waiting for the next batches. What a thread or a worker makes ahead costs nothing here.
-    - compute: starting steps, and waiting for their results. What the device does while the host
-      is busy with something else costs nothing here.
+    - data: waiting for the next batches. Batches prefetched by a thread or worker cost nothing.
+    - compute: dispatching steps and waiting for their results. Work of the device that overlaps
+      with the host costs nothing.
     - other: evaluating and saving.
-    - host: all the rest: callbacks, logging, the loop itself.
+    - host: everything else: callbacks, logging, the loop itself.
 
     Attributes:
         data, compute, other: Seconds so far.
@@ -39,7 +39,7 @@ class StepTimes:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Add the time that passes inside to ``name``; what is measured inside counts once."""
+        """Add the time spent inside to ``name``, less any time that is measured inside it."""
         start, before = time.perf_counter(), self._measured()
         try:
             yield
@@ -49,13 +49,13 @@ class StepTimes:
             setattr(self, name, getattr(self, name) + spent)
 
     def restart(self) -> None:
-        """Begin now."""
+        """Reset all times and start now."""
         self.data = self.compute = self.other = 0.0
         self._begin = time.perf_counter()
 
     @property
     def total(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.perf_counter() - self._begin
 
     def split(self, seconds: float) -> dict[str, float]:

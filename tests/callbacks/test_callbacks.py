@@ -286,7 +286,7 @@ def test_add_pop_remove(tmp_path, caplog):
     assert trainer.fit().global_step == 4
     assert recorder.events == []
     trainer.add_callback(PrinterCallback)
-    assert "PrinterCallback was there already" in caplog.text
+    assert "PrinterCallback is already in use" in caplog.text
 
 
 @pytest.mark.parametrize("callback", [object(), print, keras.callbacks.Callback()])
@@ -318,7 +318,10 @@ class ReturnsText(TrainerCallback):
     ("callback", "match"),
     [
         (WithoutMore, r"on_log must be defined as on_log\(self, args, state, control, \*\*kwargs"),
-        (NeedsArguments, "NeedsArguments cannot be made without arguments.*path.*give an object"),
+        (
+            NeedsArguments,
+            "NeedsArguments cannot be created without arguments.*path.*Pass an object",
+        ),
         (ReturnsText, "ReturnsText.on_step_end must return a TrainerControl or None.*'stop'"),
     ],
 )

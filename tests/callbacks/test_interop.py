@@ -136,7 +136,7 @@ def test_a_callback_of_transformers_is_refused_with_what_to_write(
     tmp_path, transformers, name, said
 ):
     message = refusal(tmp_path, getattr(transformers, name)())
-    assert "of transformers" in message
+    assert "of Transformers" in message
     assert said in message
 
 

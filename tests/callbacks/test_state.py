@@ -51,7 +51,7 @@ def test_states_can_be_left_alone(tmp_path):
 def test_a_state_without_its_callback_is_reported(tmp_path, caplog):
     make_trainer(tmp_path, [Counting()], save_strategy="steps", save_steps=3).fit()
     make_trainer(tmp_path).fit(str(tmp_path / "checkpoint-3"))
-    assert "Counting, which is not in use" in caplog.text
+    assert "Counting, which this run does not use" in caplog.text
 
 
 def test_an_attribute_called_state_is_no_state(tmp_path):

@@ -81,7 +81,7 @@ def test_show_has_arrays_shapes_dtypes_step_and_best(run, capsys):
 def test_what_is_no_checkpoint_is_an_error_in_words(command, tmp_path, capsys):
     code, _, err = called(capsys, command, tmp_path)
     assert code == 2
-    assert err.startswith(f"kbtrain checkpoint: {tmp_path} is no checkpoint")
+    assert err.startswith(f"kbtrain checkpoint: {tmp_path} is not a checkpoint")
     code, _, err = called(capsys, command, tmp_path / "nowhere")
     assert (code, err) == (2, f"kbtrain checkpoint: There is no {tmp_path / 'nowhere'}.\n")
 

@@ -254,7 +254,7 @@ def test_masked_lm_is_where_text_classification_begins(tmp_path):
         "masked_lm.py", "--output_dir", tmp_path / "lm", *encoder, "--max_steps", 80,
         "--vocabulary", 300, "--learning_rate", "5e-3", "--eval_strategy", "no",
     )  # fmt: skip
-    found = re.search(r"hidden words: (\S+); by frequency alone (\S+)", result.stdout)
+    found = re.search(r"masked words: (\S+); by frequency alone (\S+)", result.stdout)
     assert float(found[1]) < float(found[2])
 
     result = run(

@@ -349,7 +349,7 @@ def test_data_of_another_length_is_taken_if_the_epoch_begins_anew(tmp_path, capl
 def test_other_settings_are_named_with_their_consequences(tmp_path, caplog, changes, words):
     resumed_with(tmp_path, 16, **changes)
     (name,) = changes
-    assert f"Resuming with another setting: {name} was" in caplog.text
+    assert f"Resuming with a different setting: {name} was" in caplog.text
     assert words in caplog.text
 
 

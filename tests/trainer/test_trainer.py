@@ -273,7 +273,10 @@ def one_optimizer_for_two(tmp_path):
         (lambda path: make(path).save_metrics("train", 4), "save_metrics got no dict"),
         (lambda path: make(path).log_metrics("train", None), "no dict.*Received: NoneType"),
         (lambda path: make(path).save_model(3), "save_model takes the path.*Received: 3"),
-        (lambda path: make(path).fire("on_lunch"), "no event 'on_lunch'. There are: on_init_end"),
+        (
+            lambda path: make(path).fire("on_lunch"),
+            "no event 'on_lunch'. Expected one of: on_init_end",
+        ),
         (
             lambda path: make(path, metrics=[keras.metrics.MeanSquaredError("loss")]).evaluate(),
             "metrics has the name 'loss'",
@@ -398,7 +401,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def test_results_are_not_added_to_what_is_no_table_of_results(tmp_path):
     (tmp_path / "all_results.json").write_text("{", encoding="utf-8")
     trainer = make(tmp_path)
-    with pytest.raises(OutputError, match="all_results.json holds no JSON object"):
+    with pytest.raises(OutputError, match="all_results.json does not hold a JSON object"):
         trainer.save_metrics("eval", {"a": 1})
     trainer.save_metrics("eval", {"a": 1}, combined=False)
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"a": 1}

@@ -387,7 +387,7 @@ def test_python_that_looks_at_values_runs_eagerly(accumulation, tmp_path, caplog
             metrics=["mae"],
         )
         trainer.fit()
-    assert "looks at values of tensors (test_fast_paths.py:" in caplog.text
+    assert "reads values of tensors (test_fast_paths.py:" in caplog.text
     expected = np.reshape(losses, (-1, accumulation)).mean(1)
     np.testing.assert_allclose(train_logs(trainer), expected, rtol=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
