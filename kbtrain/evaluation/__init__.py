@@ -1,1 +1,1 @@
-"""One pass over an evaluation set: batches to outputs, losses, metrics and results."""
+"""One pass over an evaluation set: from batches to outputs, losses and metrics."""

@@ -1,4 +1,4 @@
-"""The compiled evaluation steps of a model: one for each form of an evaluation."""
+"""The compiled evaluation steps of a model, one for each variant of an evaluation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from kbtrain.utils import rng
 
 @dataclass
 class CompiledEvalStep:
-    """A compiled evaluation step, with what was learned about how long it takes.
+    """A compiled evaluation step, with measurements of its duration.
 
     Attributes:
         versions: Its compiled versions.
-        traces: What its Python needs while it is traced.
-        block_length: How many batches one call may have.
+        traces: Prepares the step for tracing.
+        block_length: Determines how many batches one call runs.
     """
 
     versions: Versions
@@ -55,7 +55,7 @@ class EvalSteps:
         args: ``jit_compile``, ``devices``.
         backend: The backend in use.
         preprocess: ``preprocess_logits_for_metrics``, or None.
-        traces: What the Python of a step needs while it is traced.
+        traces: Prepares a step for tracing.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class EvalSteps:
         policy: str | None = None,
         ignore_keys: Collection[str] = (),
     ) -> CompiledEvalStep:
-        """The compiled evaluation step; one for each of the forms.
+        """The compiled evaluation step for one combination of options.
 
         Args:
-            with_loss: The data has labels: compute the loss and update the metrics.
-            gather: Return the outputs for the host.
-            policy: The dtype policy it runs under, if another one than in training.
-            ignore_keys: Outputs that stay on the device, of a model that returns a dict.
+            with_loss: Whether the data has labels: compute the loss and update the metrics.
+            gather: Whether to return the outputs to the host.
+            policy: The dtype policy it runs under, if it differs from training.
+            ignore_keys: Outputs to leave on the device, for a model that returns a dict.
         """
         bound, own = self._bound, self._bound.own
         ignored = frozenset(ignore_keys)
@@ -119,17 +119,17 @@ class EvalSteps:
         return self._steps[key]
 
     def renew(self, generation: int) -> None:
-        """Forget the compiled evaluation steps if what they have captured is not what there is.
+        """Discard the compiled evaluation steps if captured values have changed.
 
         Args:
-            generation: See `kbtrain.tracing.captured.Captured`.
+            generation: See ``kbtrain.tracing.captured.Captured``.
         """
         if generation != self._generation:
             self._steps.clear()
             self._generation = generation
 
     def _check_can_evaluate(self, with_loss: bool, gather: bool) -> None:
-        """Make sure that a step of the model's own is there where the model cannot be called."""
+        """Check that a model without ``call`` has the custom step that is needed."""
         model, own = self._bound.model, self._bound.own
         for kind in ("test", "predict"):
             if (kind == "test") == with_loss:
@@ -151,7 +151,7 @@ class EvalSteps:
         metrics: MetricSet | None,
         select: Callable[[Any, Any], Any] | None,
     ) -> Callable[[Any], dict[str, Any]]:
-        """The evaluation step with the model's own ``test_step`` or ``predict_step``."""
+        """The evaluation step with the model's custom ``test_step`` or ``predict_step``."""
         bound = self._bound
         assert bound.forward is not None
         return make_own_eval_step(
@@ -166,7 +166,7 @@ class EvalSteps:
         )
 
     def _select_outputs(self, outputs: Any, batch: Any, ignored: Collection[str]) -> Any:
-        """What of a batch's outputs goes to the host."""
+        """Select the outputs of a batch that are copied to the host."""
         if ignored and isinstance(outputs, Mapping):
             names = list(outputs)
             outputs = {name: outputs[name] for name in names if name not in ignored}
@@ -181,10 +181,10 @@ class EvalSteps:
 
 
 def _movable(outputs: Any) -> Any:
-    """Outputs in what can leave the device: numbers as tensors, None as ``without_none`` has it.
+    """Convert outputs for transfer to the host: numbers to tensors, None as in ``without_none``.
 
     Raises:
-        ConfigurationError: There is something else among them.
+        ConfigurationError: An output has another type.
     """
 
     def move(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -197,9 +197,9 @@ def _movable(outputs: Any) -> Any:
         except (TypeError, ValueError):
             name = path[0] if path else "output"
             raise ConfigurationError(
-                f"The model returns something that is no tensor, under {name!r}, and the outputs "
-                f"are asked for. Received: {type(leaf).__name__}. Leave it out of what the model "
-                f"returns, or pass ignore_keys=[{name!r}]."
+                f"The output {name!r} of the model is not a tensor, so it cannot be copied to the "
+                f"host. Received: {type(leaf).__name__}. Remove it from the model's outputs, or "
+                f"pass ignore_keys=[{name!r}]."
             ) from None
 
     leaves = [move(path, leaf) for path, leaf in keras.tree.flatten_with_path(outputs)]

@@ -1,4 +1,4 @@
-"""One pass over an evaluation set, exact whatever the batch size."""
+"""One pass over an evaluation set. Results do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ from kbtrain.utils.timing import speed
 logger = logging.getLogger("kbtrain")
 
 UNREAD_CALLS = 16
-"""Calls whose losses stay on the device; bounds memory and keeps the device busy."""
+"""Calls in flight at most; bounds memory and keeps the device busy."""
 
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What is asked of a pass over the data.
+    """What a pass over the data computes and returns.
 
     Attributes:
-        prefix: Put before every metric's name, with an underscore.
-        with_loss: Compute the loss and the metrics; the data has labels.
-        compute_metrics: Called on the host, with everything or batch by batch; None for none.
-        keep_outputs: Return outputs and labels.
+        prefix: Prefix of every metric's name, joined by an underscore.
+        with_loss: Whether to compute the loss and the metrics; the data has labels.
+        compute_metrics: Called on the host, once or per batch; None for none.
+        keep_outputs: Whether to return outputs and labels.
         batchwise: ``batch_eval_metrics``.
         concatenate: ``eval_do_concat_batches``.
         include: Members of ``include_for_metrics``.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
-        expected: Samples there will be, if that is known.
-        max_batches: Batches at most; None for all.
-        bound: Batches after which data without a length is taken for endless.
-        batches_per_call: Batches whose outputs may be on the device at a time; None for as many as
-            fit.
-        generate: From the inputs of a batch to what counts as its outputs; None for the model's.
+        expected: The number of samples, if known.
+        max_batches: The maximum number of batches; None for all.
+        bound: Batches after which data without a length is assumed to be endless.
+        batches_per_call: Maximum number of batches whose outputs are on the device at a time; None
+            for as many as fit.
+        generate: Computes the outputs from the inputs of a batch; None to call the model.
     """
 
     prefix: str
@@ -79,18 +79,18 @@ class EvalSpec:
 
     @property
     def gather(self) -> bool:
-        """Whether outputs come to the host."""
+        """Whether outputs are copied to the host."""
         return self.keep_outputs or self.compute_metrics is not None
 
     @property
     def gather_from_model(self) -> bool:
-        """Whether these are what the model returns when it is called."""
+        """Whether these outputs come from a call of the model."""
         return self.gather and self.generate is None
 
 
 @dataclass
 class _Started:
-    """A call to the device whose results have not been read; becomes a ``gathering.Part``."""
+    """A call in flight; once its results are fetched, it is a ``gather.OutputBlock``."""
 
     results: Callable[[], dict[str, Any]]
     labels: Any
@@ -109,9 +109,9 @@ class Evaluation:
         step: The compiled evaluation step.
         spec: What to compute and return.
         on_batches: Called after each call to the device with the number of its batches.
-        every_batch: Every batch is to be a call of its own.
-        label_check: Looks at the labels; None does not.
-        pin: Copy batches to the device from page-locked memory.
+        every_batch: Whether to run every batch in a separate call.
+        label_check: Validates the labels, or None.
+        pin: Whether to copy batches to the device from page-locked memory.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Evaluation:
         self._on_batches, self._every_batch = on_batches, every_batch
         self._started: collections.deque[_Started] = collections.deque()
         self._totals = Totals()
-        self._logs: dict[str, Any] | None = None  # what a model's own test_step returned last
+        self._logs: dict[str, Any] | None = None  # the result of the last custom test_step
         self._samples = self._batches = 0
         compute = spec.compute_metrics
         self._batchwise = (
@@ -137,15 +137,16 @@ class Evaluation:
         )
         self._gathered: ConcatenatedOutputs | ListedOutputs | None = None
         if spec.keep_outputs or (compute is not None and not spec.batchwise):
-            # A part of the set needs memory for that part: it grows then.
+            # With max_batches the number of rows is not known in advance: the memory grows.
             expected = spec.expected if spec.max_batches is None else None
             self._gathered = ConcatenatedOutputs(expected) if spec.concatenate else ListedOutputs()
 
     def run(self, batches: Batches, metrics: MetricSet | None) -> EvalLoopOutput:
-        """Pass over ``batches``.
+        """Evaluate all ``batches``.
 
-        The loss is (sum of all sums) / (sum of all counts), of each output, added up batch by batch
-        in float64 on the host, so that it does not depend on how batches fall into calls.
+        The loss of each output is (sum of all sums) / (sum of all counts), accumulated batch by
+        batch in float64 on the host, so that it does not depend on how batches are grouped into
+        calls.
         """
         start = time.perf_counter()
         with contextlib.closing(batches.blocks(0, 0, 1, self._limit)) as blocks:
@@ -157,8 +158,8 @@ class Evaluation:
                 if self._batches == self._spec.bound:
                     logger.warning(
                         "The evaluation data has no length and had not ended after %d batches: the "
-                        "evaluation stops here, and its results are of these batches. "
-                        "eval_max_steps sets another number.",
+                        "evaluation stops here, and its results cover these batches. Set "
+                        "eval_max_steps to change the number.",
                         self._batches,
                     )
                     break
@@ -187,7 +188,7 @@ class Evaluation:
         )
 
     def _without_loss(self, computed: dict[str, Any]) -> dict[str, Any]:
-        """The results of ``compute_metrics`` without one that would hide the loss."""
+        """The results of ``compute_metrics``, without an entry that would overwrite the loss."""
         names = {"loss", f"{self._spec.prefix}_loss"} if self._spec.with_loss else set()
         if hidden := sorted(names & computed.keys()):
             logger.warning(
@@ -198,7 +199,7 @@ class Evaluation:
         return {name: value for name, value in computed.items() if name not in names}
 
     def _limit(self) -> int:
-        """Batches that the next block may have."""
+        """The maximum number of batches in the next block."""
         spec, limits = self._spec, [self._step.block_length.affordable]
         if self._every_batch or spec.generate is not None:
             limits.append(1)
@@ -210,7 +211,7 @@ class Evaluation:
         return min(limits)
 
     def _run_block(self, block: Block) -> None:
-        """Start the batches of a block, in as many calls as their outputs need."""
+        """Launch the batches of a block, in as many calls as the size of their outputs requires."""
         begin = time.perf_counter()
         ((_, rows),) = block.chunks[0].items()
         if self._label_check is not None:
@@ -230,7 +231,8 @@ class Evaluation:
             pending = self._backend.start_to_host(results)
             self._started.append(_Started(pending, labels, inputs, count, size, outputs))
             first += count
-            # Outputs leave the device while the next call runs: never more than two calls' worth.
+            # Outputs are copied to the host while the next call runs, so the device holds those of
+            # two calls at most.
             self._read(keep=1 if self._spec.gather else UNREAD_CALLS)
         self._samples += block.samples
         self._batches += block.updates
@@ -241,7 +243,7 @@ class Evaluation:
             )
 
     def _generated(self, x: Any, batch: int) -> Any:
-        """What the model generates for the one batch in ``x``."""
+        """Generate outputs for the single batch in ``x``."""
         assert self._spec.generate is not None
         try:
             rows = self._spec.generate(map_structure(lambda a: a[0], x))
@@ -263,7 +265,7 @@ class Evaluation:
             raise
 
     def _read(self, keep: int) -> None:
-        """Wait for all started calls but the newest ``keep``, and take in their results."""
+        """Wait for all calls in flight but the newest ``keep``, and process their results."""
         while len(self._started) > keep:
             part = self._started.popleft()
             count = part.batches
@@ -285,7 +287,7 @@ class Evaluation:
 
 
 def as_plain(array: np.ndarray) -> np.ndarray:
-    """The array in a dtype of NumPy's own: bfloat16 and 8-bit floats become float32."""
+    """The array in a native NumPy dtype: bfloat16 and 8-bit floats become float32."""
     return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 

@@ -1,4 +1,4 @@
-"""The evaluation step, and its compiled versions."""
+"""The evaluation step, written once for all backends."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def make_eval_step(
 ) -> Callable[[Any], dict[str, Any]]:
     """Build the step of one evaluation batch.
 
-    It changes the metrics, and what advances from batch to batch. All else that layers assign is
-    forgotten.
+    It changes only the metrics and the variables that advance from batch to batch. Other
+    assignments of layers are discarded.
 
     Args:
         backend: The backend in use.
         forward: See ``Forward``.
-        advancing: Seeds and states that the next batch goes on with.
+        advancing: Seeds and states that carry over to the next batch.
         metrics: Metrics to update, if any.
-        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
+        select_outputs: ``(outputs, batch) -> outputs for the host``; None returns no outputs.
 
     Returns:
-        ``step(batch) -> {"loss", "outputs"}``, tensors on the device: a ``LossPair`` or
-        ``LossTerms``. A batch without labels has only the outputs.
+        ``step(batch) -> {"loss", "outputs"}``, tensors on the device; the loss is a ``LossPair``
+        or ``LossTerms``. Without labels there are only the outputs.
     """
 
     def eval_step(batch: Any) -> dict[str, Any]:
         with backend.dropping() as scope:
             loss, outputs, metric_inputs = forward(batch, None, training=False)
             kept = None if select_outputs is None else select_outputs(outputs, batch)
-        # A metric that a layer updates is one of these.
+        # Includes metrics that a layer updates.
         carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
         if metrics is not None and metric_inputs is not None:
             metrics.update(*metric_inputs)

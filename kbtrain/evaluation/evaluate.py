@@ -1,4 +1,4 @@
-"""Evaluation and prediction: exact over the whole set, whatever the batch size."""
+"""Evaluation and prediction with the Trainer's model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kbtrain.tracing.moment import Moment
 logger = logging.getLogger("kbtrain")
 
 MAX_UNSIZED = 20_000
-"""Batches of an evaluation on data without a length: what goes on after them may have no end."""
+"""Maximum number of batches of data without a length, which may be endless."""
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
@@ -39,21 +39,21 @@ def evaluate(
     """Pass once over a data set with the Trainer's model.
 
     Args:
-        trainer: Whose model, metrics and callbacks.
-        steps: The compiled steps of its model.
+        trainer: The Trainer with model, metrics and callbacks.
+        steps: The compiled evaluation steps.
         dataloader: Loader or iterable of batches.
-        prefix: Put before every metric's name, with an underscore.
-        gather: Copy outputs and labels to the host, for ``compute_metrics``.
-        keep_outputs: Return them; data without labels is welcome then.
-        ignore_keys: Outputs to leave out, of a model that returns a dict.
+        prefix: Prefix of every metric's name, joined by an underscore.
+        gather: Whether to copy outputs and labels to the host, for ``compute_metrics``.
+        keep_outputs: Whether to return them; the data then need not have labels.
+        ignore_keys: Outputs to leave out, for a model that returns a dict.
 
     Raises:
-        ConfigurationError: The prefix is no text, or ``ignore_keys`` no list of texts.
-        DataError: There is no data, or not of the model's kind.
+        ConfigurationError: The prefix is not a string, or ``ignore_keys`` not a list of strings.
+        DataError: There is no data, or it does not fit the model.
     """
     if not isinstance(prefix, str) or not prefix:
         raise ConfigurationError(
-            "metric_key_prefix must be a text, such as 'eval': it is put before every metric's "
+            "metric_key_prefix must be a string such as 'eval', the prefix of every metric's "
             f"name. Received: {prefix!r}."
         )
     check_ignore_keys(ignore_keys)
@@ -94,8 +94,8 @@ def evaluate(
             generate=_generator(trainer) if gather and args.predict_with_generate else None,
         )
         metrics = bound.evaluation_metrics if with_loss else None
-        # In training the metrics are in the middle of adding up what the next log will say. What
-        # layers draw in an evaluation must not change what they draw after it.
+        # During training the metrics accumulate for the next log, so their state is saved and
+        # restored, as are the seeds: an evaluation must not change later random numbers.
         kept = [*bound.advancing_variables]
         kept += bound.metric_variables if trainer.is_in_train else []
         saved = run_state.host_copies(kept)
@@ -129,20 +129,20 @@ def evaluate(
 
 
 def _check_ends(loader: Loader, max_batches: int | None, keep_outputs: bool) -> None:
-    """Refuse data that is known to have no end, unless the number of batches is given."""
+    """Check that endless data has a limit on the number of batches."""
     if max_batches is None and getattr(loader, "endless", False):
         take = "Take a part of it (`.take(n)` of a tf.data.Dataset; leave out `.repeat()`)"
         raise ConfigurationError(
-            f"{getattr(loader, 'name', 'The data')} repeats without end, so an evaluation of it "
-            f"would never be done. {take}{'.' if keep_outputs else ', or set eval_max_steps.'}"
+            f"{getattr(loader, 'name', 'The data')} repeats endlessly, so its evaluation would "
+            f"never finish. {take}{'.' if keep_outputs else ', or set eval_max_steps.'}"
         )
 
 
 def check_ignore_keys(keys: Any) -> None:
-    """Make sure that ``ignore_keys`` is a list of names, or None.
+    """Check that ``ignore_keys`` is a list of names, or None.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is not.
     """
     is_list = isinstance(keys, list | tuple | set | frozenset)
     if keys is not None and not (is_list and all(isinstance(key, str) for key in keys)):
@@ -159,7 +159,7 @@ def _shortened(value: Any, limit: int = 60) -> str:
 
 
 def _between_batches(trainer: TrainerBase, count: int) -> None:
-    """After a call: tell who listens, and leave if the run is to stop and can come back here."""
+    """After each call: fire ``on_prediction_step``, and abort if the run must stop."""
     trainer.fire("on_prediction_step", batches=count)
     trainer.stop_signals.between_batches(trainer.saver.longest)
 

@@ -1,4 +1,4 @@
-"""The outputs of an evaluation on the host: put together, or handed on batch by batch."""
+"""Outputs of an evaluation on the host: concatenated, listed, or processed batch by batch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from kbtrain.data.plain_values import plain_values
 from kbtrain.errors import ConfigurationError, DataError
 
 PADDING = -100
-"""Fills up outputs and labels of different lengths, so that they can be put together."""
+"""Padding value for outputs and labels of different lengths, so that they can be concatenated."""
 
 
 @dataclass
 class EvalPrediction:
-    """What ``compute_metrics`` receives, as NumPy arrays.
+    """The argument of ``compute_metrics``, with NumPy arrays.
 
-    It unpacks and indexes like a tuple of those attributes that there are: ``predictions, label_ids
-    = p``, ``p[0]``.
+    It unpacks and indexes like a tuple of the attributes that are set:
+    ``predictions, label_ids = p``, ``p[0]``.
 
     Attributes:
-        predictions: The model's outputs for the whole set (nested as the model returns them); with
+        predictions: The model's outputs for the whole set, in the model's structure; with
             ``eval_do_concat_batches=False`` a list with those of each batch; with
             ``batch_eval_metrics=True`` those of one batch.
-        label_ids: The labels, likewise.
-        inputs: The inputs, if ``include_for_metrics`` has "inputs".
-        losses: The mean loss of each sample's batch, if it has "loss".
+        label_ids: The labels, in the same form.
+        inputs: The inputs, if ``include_for_metrics`` contains "inputs".
+        losses: The mean loss of each sample's batch, if it contains "loss".
     """
 
     predictions: Any
@@ -41,7 +41,7 @@ class EvalPrediction:
 
     @property
     def elements(self) -> tuple[Any, ...]:
-        """Predictions and labels, and what else there is of inputs and losses."""
+        """Predictions and labels, followed by inputs and losses if they are set."""
         extra = [x for x in (self.inputs, self.losses) if x is not None]
         return (self.predictions, self.label_ids, *extra)
 
@@ -56,14 +56,15 @@ class EvalPrediction:
 
 
 class Rows:
-    """The rows of one array, written piece by piece into memory that is allocated once.
+    """Accumulates the rows of one array in a buffer that is allocated once.
+
+    Axes after the first may differ between pieces; they are padded to the longest with ``PADDING``.
+    A longer piece requires a copy, which reserves another quarter, so that data sorted by length is
+    not copied for each new length.
 
     Args:
-        expected: How many rows there will be, or None if that is not known: the memory grows by
-            half then, in place where the system can. Axes after the first may differ from piece to
-            piece; they are filled up to the longest with ``PADDING``. A longer one takes a copy,
-            and makes room for a quarter more, so that data sorted by length is not copied for each
-            new length.
+        expected: The number of rows, or None if unknown; the buffer then grows by half, in place
+            if the system can.
 
     Example:
         >>> rows = Rows(expected=3)
@@ -80,7 +81,7 @@ class Rows:
         self._count = 0
 
     def add(self, rows: np.ndarray) -> None:
-        """Append rows; they are copied.
+        """Append a copy of rows.
 
         Args:
             rows: Shape ``(n, ...)``.
@@ -106,19 +107,19 @@ class Rows:
         self._count = end
 
     def _fit(self, buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """A buffer with what there is, and with room for rows of another shape or dtype."""
+        """A larger buffer with the current rows, for rows of another shape or dtype."""
         if buffer.ndim != rows.ndim:
             raise DataError(
                 "Outputs and labels must have the same number of axes in every batch. "
                 f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first "
-                "axis). Return one form from preprocess_logits_for_metrics, or set "
+                "axis). Return one shape from preprocess_logits_for_metrics, or set "
                 "eval_do_concat_batches=False."
             )
         dtype = np.result_type(buffer.dtype, rows.dtype)
         if self._longest != rows.shape[1:] and dtype.kind in "bu":
             raise DataError(
-                f"Outputs or labels of dtype {dtype} have different lengths, and {PADDING}, which "
-                "would fill them up, is no value of this dtype. Cast them to a signed integer or "
+                f"Outputs or labels of dtype {dtype} have different lengths, but the padding value "
+                f"{PADDING} is not representable in this dtype. Cast them to a signed integer or "
                 "a float, or set eval_do_concat_batches=False. "
                 f"Received: shapes {self._longest} and {rows.shape[1:]} (without the first axis)"
             )
@@ -135,7 +136,7 @@ class Rows:
         return wider
 
     def result(self) -> np.ndarray:
-        """All rows; nothing may be added afterwards."""
+        """All rows. No rows may be added afterwards."""
         assert self._buffer is not None
         if self._longest != self._buffer.shape[1:]:
             rows = (slice(self._count), *map(slice, self._longest))
@@ -145,14 +146,14 @@ class Rows:
         return self._buffer
 
 
-class Part(Protocol):
-    """Neighbouring batches of equal shapes.
+class OutputBlock(Protocol):
+    """The outputs of consecutive batches of equal shapes.
 
     Attributes:
         outputs, labels, inputs: Structures of arrays ``(batches, batch size, ...)``, or None.
         losses: The mean loss of each batch, ``(batches,)``, or None.
-        batches: How many there are.
-        size: Samples in each.
+        batches: Number of batches.
+        size: Samples per batch.
     """
 
     outputs: Any
@@ -167,35 +168,36 @@ NAMES = ("outputs", "labels", "inputs", "losses")
 
 
 class ConcatenatedOutputs:
-    """All batches in one array each.
+    """Concatenates all batches into one array per output.
 
     Args:
-        expected: Samples there will be, if that is known.
+        expected: The number of samples, if known.
     """
 
     def __init__(self, expected: int | None) -> None:
         self._expected = expected
         self._rows: dict[str, Any] = {}
 
-    def add(self, part: Part) -> None:
-        """Append the batches of ``part``."""
+    def add(self, block: OutputBlock) -> None:
+        """Append the batches of ``block``."""
         for name in NAMES:
-            tree = getattr(part, name)
+            tree = getattr(block, name)
             if name == "losses" and tree is not None:
-                tree = np.repeat(tree.astype(np.float32), part.size).reshape(-1, part.size)
+                tree = np.repeat(tree.astype(np.float32), block.size).reshape(-1, block.size)
             if tree is None:
                 continue
             if name not in self._rows:
-                self._rows[name] = map_structure(lambda x: self._make(x, part), tree)
+                self._rows[name] = map_structure(lambda x: self._make(x, block), tree)
             map_structure(lambda rows, x: rows.add(_merge(x)), self._rows[name], tree)
 
-    def _make(self, x: np.ndarray, part: Part) -> Rows:
-        # An output that has no row per sample (a scalar, a matrix per batch) has its own count.
-        per_sample = x.ndim > 1 and x.shape[1] == part.size
+    def _make(self, x: np.ndarray, block: OutputBlock) -> Rows:
+        # The number of rows is unknown for an output without one row per sample (a scalar or a
+        # matrix per batch).
+        per_sample = x.ndim > 1 and x.shape[1] == block.size
         return Rows(self._expected if per_sample else None)
 
     def take(self) -> dict[str, Any]:
-        """Everything, by name."""
+        """The arrays, by name."""
         return {
             name: map_structure(lambda rows: rows.result(), rows)
             for name, rows in self._rows.items()
@@ -203,14 +205,14 @@ class ConcatenatedOutputs:
 
 
 class ListedOutputs:
-    """The arrays of each batch, in lists (``eval_do_concat_batches=False``)."""
+    """Collects the arrays of each batch in lists (``eval_do_concat_batches=False``)."""
 
     def __init__(self) -> None:
         self._lists: dict[str, list[Any]] = {}
 
-    def add(self, part: Part) -> None:
-        """Append the batches of ``part``."""
-        for batch in batches_of(part):
+    def add(self, block: OutputBlock) -> None:
+        """Append the batches of ``block``."""
+        for batch in batches_of(block):
             for name, tree in batch.items():
                 self._lists.setdefault(name, []).append(tree)
 
@@ -231,30 +233,30 @@ class BatchwiseMetrics:
         self._compute = compute_metrics
         self._waiting: dict[str, Any] | None = None
 
-    def add(self, part: Part) -> None:
-        """Hand on all batches but the newest, which may be the last one."""
-        for batch in batches_of(part):
+    def add(self, block: OutputBlock) -> None:
+        """Process all batches but the newest, which may be the last one."""
+        for batch in batches_of(block):
             if self._waiting is not None:
                 compute_on_host(self._compute, self._waiting, compute_result=False)
             self._waiting = batch if "labels" in batch else None
 
     def result(self) -> dict[str, Any]:
-        """Hand on the last batch; what ``compute_metrics`` returns for it."""
+        """Process the last batch and return the result of ``compute_metrics``."""
         if self._waiting is None:
             return {}
         return compute_on_host(self._compute, self._waiting, compute_result=True)
 
 
-def batches_of(part: Part) -> Iterator[dict[str, Any]]:
-    """What there is of each batch, in copies."""
-    for i in range(part.batches):
+def batches_of(block: OutputBlock) -> Iterator[dict[str, Any]]:
+    """Copies of the arrays of each batch."""
+    for i in range(block.batches):
         batch = {
-            name: map_structure(lambda x, i=i: np.array(x[i]), getattr(part, name))
+            name: map_structure(lambda x, i=i: np.array(x[i]), getattr(block, name))
             for name in ("outputs", "labels", "inputs")
-            if getattr(part, name) is not None
+            if getattr(block, name) is not None
         }
-        if part.losses is not None:
-            batch["losses"] = np.full(part.size, part.losses[i], np.float32)
+        if block.losses is not None:
+            batch["losses"] = np.full(block.size, block.losses[i], np.float32)
         yield batch
 
 
@@ -263,10 +265,10 @@ def compute_on_host(
     gathered: Mapping[str, Any],
     compute_result: bool | None = None,
 ) -> dict[str, Any]:
-    """Call ``compute_metrics``, batch by batch if ``compute_result`` is no None.
+    """Call ``compute_metrics``, for one batch if ``compute_result`` is not None.
 
     Returns:
-        The metrics; nothing from a batch that is not the last one.
+        The metrics; empty for a batch that is not the last one.
     """
     kwargs = {} if compute_result is None else {"compute_result": compute_result}
     try:
@@ -278,14 +280,14 @@ def compute_on_host(
 
 
 def prediction(gathered: Mapping[str, Any]) -> EvalPrediction:
-    """What ``compute_metrics`` is called with."""
+    """Build the argument of ``compute_metrics``."""
     return EvalPrediction(
         gathered["outputs"], gathered["labels"], gathered.get("inputs"), gathered.get("losses")
     )
 
 
 def check_batchwise(compute_metrics: Any) -> None:
-    """Make sure that ``compute_metrics`` can be called batch by batch.
+    """Check that ``compute_metrics`` can be called batch by batch.
 
     Raises:
         ConfigurationError: It does not take ``compute_result``.
@@ -297,16 +299,16 @@ def check_batchwise(compute_metrics: Any) -> None:
     if "compute_result" not in parameters and not takes_any:
         raise ConfigurationError(
             "batch_eval_metrics=True calls compute_metrics(prediction, compute_result=...) for "
-            "each batch, with True for the last one. Give it that argument. "
+            "each batch, with True for the last one. Add that argument. "
             f"Received: compute_metrics with the arguments {list(parameters)}."
         )
 
 
 def checked_metrics(values: Any) -> dict[str, Any]:
-    """The result of ``compute_metrics`` in what JSON can hold.
+    """The result of ``compute_metrics`` as JSON values.
 
     Raises:
-        ConfigurationError: It is no dict, or one with values that are no numbers.
+        ConfigurationError: It is not a dict, or a value is not a number.
     """
     if not isinstance(values, Mapping):
         raise ConfigurationError(
@@ -317,5 +319,5 @@ def checked_metrics(values: Any) -> dict[str, Any]:
 
 
 def _merge(x: np.ndarray) -> np.ndarray:
-    """Batches along one axis; an output without a batch axis gives one row per batch."""
+    """Merge the batches along one axis; an output without a batch axis gives one row per batch."""
     return x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x

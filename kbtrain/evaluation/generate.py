@@ -1,4 +1,4 @@
-"""Evaluating by generation: the model's own ``generate`` in place of its outputs."""
+"""Evaluation with generated outputs: ``model.generate`` in place of a call of the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kbtrain.evaluation.gather import PADDING
 
 
 def check_generates(model: keras.Model, args: TrainingArguments) -> None:
-    """Make sure that ``model`` can generate with the options of ``args``.
+    """Check that ``model`` can generate with the options of ``args``.
 
     Raises:
-        ConfigurationError: It has no ``generate``, or one that does not take an option.
+        ConfigurationError: It has no ``generate``, or the method does not take an option.
     """
     kind = type(model).__name__
     generate = getattr(model, "generate", None)
@@ -34,7 +34,7 @@ def check_generates(model: keras.Model, args: TrainingArguments) -> None:
         )
     try:
         parameters = inspect.signature(generate).parameters
-    except (TypeError, ValueError):  # of compiled code: the call will say
+    except (TypeError, ValueError):  # no signature, as for compiled code: the call will raise
         return
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -59,12 +59,11 @@ def make_generator(
 ) -> Callable[[Any], Any]:
     """``generate(x) -> outputs`` for the inputs of a batch, both structures of NumPy arrays.
 
-    Sequences of one batch that are lists of different lengths are filled up with ``PADDING``.
-    Generating draws no random numbers from the training: the state of the model's seed generators
-    is put back, so a run is the same whether it is evaluated or not.
+    Sequences of different lengths in one batch are padded with ``PADDING``. The state of the
+    model's seed generators is restored afterwards, so that evaluations do not affect training.
 
     Raises:
-        DataError: (when called) The model returned something else than one row for each sample.
+        DataError: (when called) The model did not return one row per sample.
     """
     given = options(args)
     seeds = [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
@@ -95,7 +94,7 @@ def _put_back(variables: list[keras.Variable]) -> Iterator[None]:
 
 
 def _rows(generated: Any, backend: Backend) -> Any:
-    """What ``generate`` returned, as NumPy arrays."""
+    """The result of ``generate`` as NumPy arrays."""
     if isinstance(generated, dict):
         return {name: _rows(value, backend) for name, value in generated.items()}
     if isinstance(generated, tuple):
@@ -106,13 +105,13 @@ def _rows(generated: Any, backend: Backend) -> Any:
 
 
 def _filled(rows: list[Any], backend: Backend) -> np.ndarray:
-    """A list with one row for each sample (a list of numbers, a tensor, a text) as an array."""
+    """Convert a list with one row per sample (list of numbers, tensor or string) to an array."""
     arrays = [_array(row, backend) for row in rows]
     if len({array.shape for array in arrays}) <= 1:
         return np.array(arrays)
     if any(array.ndim != 1 or array.dtype.kind not in "if" for array in arrays):
         shapes = [array.shape for array in arrays]
-        raise DataError(f"generate returned sequences that cannot be put together: {shapes}.")
+        raise DataError(f"generate returned sequences that cannot be concatenated: {shapes}.")
     filled = np.full((len(arrays), max(map(len, arrays))), PADDING, np.result_type(*arrays))
     for row, array in zip(filled, arrays, strict=True):
         row[: len(array)] = array

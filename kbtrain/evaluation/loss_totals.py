@@ -1,4 +1,4 @@
-"""The loss of an evaluation set: sums and counts added up on the host, in float64."""
+"""The loss of an evaluation set: sums and counts accumulated on the host, in float64."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger("kbtrain")
 
 
 class Totals:
-    """Sums of the losses' sums and counts, batch by batch, in float64.
+    """Accumulates the sums and counts of the losses, batch by batch, in float64.
 
-    Several outputs have a sum and a count each.
+    With several outputs, each has its own sum and count.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Totals:
             self._extras[name] = _add_each(self._extras.get(name, 0.0), weighted.tolist())
 
     def _add(self, name: str, sums: Any, counts: Any) -> list[float]:
-        # One by one, in order: np.sum adds in an order that depends on the length.
+        # One by one: np.sum adds in an order that depends on the length.
         numbers: list[float] = counts.astype(np.float64).tolist()
         self._sums[name] = _add_each(self._sums.get(name, 0.0), sums.astype(np.float64).tolist())
         self._counts[name] = _add_each(self._counts.get(name, 0.0), numbers)
@@ -52,7 +52,7 @@ class Totals:
     def result(self) -> dict[str, float]:
         """The loss, the mean loss of each output, and the means of the extras by name.
 
-        Where nothing counts, the sums.
+        Sums are returned where the count is 0.
         """
         means = {name: total / (self._counts[name] or 1.0) for name, total in self._sums.items()}
         loss = sum(self._weights.get(name, 1.0) * value for name, value in means.items())

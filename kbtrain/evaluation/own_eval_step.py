@@ -1,4 +1,4 @@
-"""The evaluation step of a model with its own test_step or predict_step."""
+"""The evaluation step of a model with a custom ``test_step`` or ``predict_step``."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ def make_own_eval_step(
     metrics: MetricSet | None,
     select_outputs: Callable[[Any, Any], Any] | None,
 ) -> Callable[[Any], dict[str, Any]]:
-    """Build the step of one evaluation batch by the model's ``test_step`` and ``predict_step``.
+    """Build the step of one evaluation batch from ``test_step`` and ``predict_step``.
 
-    It changes the metrics, and what advances from batch to batch. All else is forgotten.
+    It changes only the metrics and the variables that advance from batch to batch. Other
+    assignments are discarded.
 
     Args:
         backend: The backend in use.
         model: The model.
-        own: Which steps are the model's own; what is not is done as for other models.
-        forward: Loss and outputs, see ``kbtrain.model.forward.Forward``; None where no
-            loss is wanted.
-        predict: Outputs only.
-        advancing: Seeds and states that the next batch goes on with.
+        own: Which steps the model overrides; for the others the defaults are used.
+        forward: Computes loss and outputs, see ``kbtrain.model.forward.Forward``; None if no loss
+            is needed.
+        predict: Whether to compute only outputs.
+        advancing: Seeds and states that carry over to the next batch.
         metrics: Metrics to update, if any.
-        select_outputs: ``(outputs, batch) -> what goes to the host``; None sends nothing.
+        select_outputs: ``(outputs, batch) -> outputs for the host``; None returns no outputs.
 
     Returns:
-        ``step(batch)``: what ``kbtrain.evaluation.eval_step.make_eval_step`` returns, with "logs",
-        which ``test_step`` returned, in place of the loss.
+        ``step(batch)`` as from ``kbtrain.evaluation.eval_step.make_eval_step``, with the "logs"
+        that ``test_step`` returned in place of the loss.
     """
     name = type(model).__name__
 

@@ -1,4 +1,4 @@
-"""What an evaluation or a prediction returns."""
+"""Results of an evaluation and of a prediction."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class EvalLoopOutput(NamedTuple):
     """Result of one pass over an evaluation set.
 
     Attributes:
-        predictions: Outputs, or None if they were not asked for.
+        predictions: Outputs, or None if they were not requested.
         label_ids: Labels, or None.
-        metrics: Results with their prefix.
-        num_samples: Number of samples seen.
+        metrics: Results with prefixed names.
+        num_samples: Number of samples evaluated.
     """
 
     predictions: Any

@@ -1,1 +1,1 @@
-"""What users call: ``Trainer``, its arguments, reports and search."""
+"""The user interface: ``Trainer``, checks of its arguments, reports and search."""

@@ -1,4 +1,4 @@
-"""What of the Trainer's constructor can be known to be wrong before anything is run."""
+"""Checks of the Trainer's arguments that are possible before anything runs."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ FUNCTIONS = {
     "compute_metrics": ("(EvalPrediction) -> dict", 1),
     "preprocess_logits_for_metrics": ("(outputs, labels) -> outputs", 2),
 }
-"""Arguments that are functions, with their forms and how many positional arguments they get."""
+"""Arguments that are functions: their signatures and number of positional arguments."""
 
 BY_NAME = ("compute_result", "num_items_in_batch", "sample_weight")
-"""Arguments that some of them get by name, if they have them."""
+"""Keyword arguments that are passed to the functions that take them."""
 
 
 def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizers: Any) -> None:
     """Check the arguments of the constructor.
 
     Args:
-        trainer: Has those that are kept as they are.
-        model: As given, or None.
-        loss: As given, or None.
-        callbacks: As given, or None.
-        optimizers: As given.
+        trainer: The Trainer, with the arguments that it stores unchanged.
+        model: The argument ``model``.
+        loss: The argument ``loss``.
+        callbacks: The argument ``callbacks``.
+        optimizers: The argument ``optimizers``.
 
     Raises:
-        ConfigurationError: One of them is of another kind, or two do not fit together.
+        ConfigurationError: An argument has the wrong type, or two arguments conflict.
     """
     args, given = trainer.args, {**vars(trainer), "model": model, "loss": loss}
     _check_args(args)
@@ -72,31 +72,31 @@ def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizer
 
 
 def _check_args(args: Any) -> None:
-    """The arguments are those of kbtrain."""
+    """Check that ``args`` is a ``TrainingArguments`` of kbtrain."""
     if isinstance(args, TrainingArguments):
         return
     kind, remedy = type(args), ""
     if kind.__module__.partition(".")[0] == "transformers":
         remedy = (
-            " It is of transformers: import it from kbtrain, or convert it with "
+            " It comes from transformers: import it from kbtrain, or convert it with "
             "TrainingArguments.from_dict(args.to_dict())."
         )
     elif isinstance(args, Mapping):
-        remedy = " Write TrainingArguments(**args)."
+        remedy = " Use TrainingArguments(**args)."
     elif isinstance(args, str | os.PathLike):
-        remedy = " Write TrainingArguments(output_dir)."
+        remedy = " Use TrainingArguments(output_dir)."
     elif kind is tuple or hasattr(args, "shape"):
-        remedy = " Data is given by name: train_dataset=(x, y)."
+        remedy = " Pass data by name: train_dataset=(x, y)."
     raise ConfigurationError(
         f"args must be a TrainingArguments. Received: {kind.__qualname__}.{remedy}"
     )
 
 
 def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
-    """There will be something to minimize, as far as that can be known before a batch is seen.
+    """Check that there is a loss, as far as possible without a batch.
 
-    Code of the user may add a loss or return one: a model, layer or Trainer of their own, or a
-    regularizer. A model of Keras' own parts cannot.
+    A custom model, layer, regularizer or Trainer may add a loss or return one; a model of plain
+    Keras layers cannot.
     """
     model = given["model"]
     if model is None or given["train_dataset"] is None:
@@ -115,7 +115,7 @@ def _check_loss(trainer: TrainerBase, given: Mapping[str, Any]) -> None:
 
 
 def _adds_no_loss(model: keras.Model) -> bool:
-    """Whether a model consists of Keras' own parts, none of which adds or returns a loss."""
+    """Whether a model consists of plain Keras layers, none of which adds or returns a loss."""
     for part in walk_layers(model):
         if type(part).__module__.partition(".")[0] != "keras":
             return False
@@ -126,10 +126,10 @@ def _adds_no_loss(model: keras.Model) -> bool:
 
 
 def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tuple[Any, Any]:
-    """What is trained on and what is evaluated.
+    """The training and the evaluation data, after ``validation_split``.
 
     Raises:
-        ConfigurationError: There is an evaluation set already, or nothing that can be split.
+        ConfigurationError: There already is an evaluation set, or the data cannot be split.
     """
     if validation_split is None or validation_split == 0:
         return train_dataset, eval_dataset
@@ -159,8 +159,8 @@ def check_fit(trainer: TrainerBase, checkpoint: Any) -> None:
 
 
 def _check_function(name: str, function: Any, form: str, positional: int | None) -> None:
-    """Make sure that something can be called as it will be."""
-    made = positional is not None and isinstance(function, type)  # a model's class makes one
+    """Check that a function has the required signature."""
+    made = positional is not None and isinstance(function, type)  # model_init may be a class
     if not callable(function) or made:
         kind = function.__name__ if isinstance(function, type) else type(function).__name__
         what = "the class " if isinstance(function, type) else ""
@@ -169,7 +169,7 @@ def _check_function(name: str, function: Any, form: str, positional: int | None)
         return
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of compiled code: the call will say
+    except (TypeError, ValueError):  # no signature, as for compiled code: the call will raise
         return
     named = {n: None for n in BY_NAME if n in signature.parameters}
     try:
@@ -182,7 +182,7 @@ def _check_function(name: str, function: Any, form: str, positional: int | None)
 
 
 def _check_compute_loss(trainer: TrainerBase) -> None:
-    """An overridden ``compute_loss`` is called with these arguments; the last may be missing."""
+    """Check the signature of an overridden ``compute_loss``; the last argument may be missing."""
     signature = inspect.signature(trainer.compute_loss)
     try:
         signature.bind(None, None, return_outputs=True)
@@ -194,8 +194,8 @@ def _check_compute_loss(trainer: TrainerBase) -> None:
         ) from None
 
 
-def with_what_it_takes(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """``compute_loss`` as the step calls it: many were written without ``num_items_in_batch``."""
+def adapt_compute_loss(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Adapt a ``compute_loss`` written without ``num_items_in_batch``, as many are."""
     parameters = inspect.signature(compute_loss).parameters.values()
     if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters):
         return compute_loss
@@ -207,7 +207,7 @@ def with_what_it_takes(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
-    """The model, and what trains it."""
+    """Check the model, the optimizers and the loss."""
     model_init = given["model_init"]
     if (given["model"] is None) == (model_init is None):
         which = "neither" if model_init is None else "both"
@@ -219,7 +219,7 @@ def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
     optimizer, schedule = optimizers
     if model_init is not None and (optimizer is not None or schedule is not None):
         raise ConfigurationError(
-            "optimizers cannot be given together with model_init: each new model needs a new "
+            "optimizers cannot be combined with model_init: each new model needs a new "
             "optimizer. Override create_optimizer instead."
         )
     if optimizer is not None and not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -239,7 +239,7 @@ def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
 
 
 def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None:
-    """What the arguments say about evaluating, and what there is for it."""
+    """Check the arguments that concern evaluation."""
     if given["eval_dataset"] is None:
         wanted = {
             "eval_strategy": args.eval_strategy if args.eval_strategy != "no" else None,
@@ -251,14 +251,14 @@ def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None
                 raise ConfigurationError(f"{name}={value!r} needs an eval_dataset. Received: None.")
     if args.prediction_loss_only and given["compute_metrics"] is not None:
         logger.warning(
-            "compute_metrics is not called in evaluations, as prediction_loss_only=True keeps the "
-            "outputs it needs on the device. Leave one of the two out."
+            "compute_metrics is not called in evaluations, because prediction_loss_only=True keeps "
+            "the outputs on the device. Leave one of the two out."
         )
     if args.batch_eval_metrics:
         check_batchwise(given["compute_metrics"])
     if args.predict_with_generate and given["preprocess_logits_for_metrics"] is not None:
         raise ConfigurationError(
-            "preprocess_logits_for_metrics is for the model's outputs, and with "
-            "predict_with_generate=True compute_metrics gets what was generated instead. Do in "
-            "compute_metrics what it did."
+            "preprocess_logits_for_metrics processes the model's outputs, but with "
+            "predict_with_generate=True compute_metrics receives the generated sequences. Move the "
+            "processing to compute_metrics."
         )

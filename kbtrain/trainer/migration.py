@@ -1,4 +1,4 @@
-"""Names of the reference's Trainer that ``Trainer`` does not have: what to write instead."""
+"""Names of the Transformers Trainer that ``Trainer`` lacks, and what to use instead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARAMETERS: dict[str, str] = {
     "peft_config": "Call model.enable_lora(rank) of a KerasHub backbone, or of a layer, before.",
 }
 PARAMETERS |= {name: text for name, text in KERAS.items() if name not in PARAMETERS}
-"""Parameters of the constructor: the reference's own, and what users of 4.x and Keras may try."""
+"""Parameters of the constructor in Transformers, also in 4.x, and those Keras users may try."""
 
 MEMBERS: dict[str, str] = {
     "training_step": "The step is compiled as a whole. Override compute_loss.",
@@ -54,43 +54,43 @@ MEMBERS: dict[str, str] = {
     "accelerator": "It belongs to Accelerate.",
     "end": "Trackers are closed at the end of every fit.",
 }
-"""Methods and attributes of the reference that are not here, and why."""
+"""Methods and attributes of Transformers that are missing here, and why."""
 
 OLD_MEMBERS = {"tokenizer": "Write processing_class, its name since version 5."}
-"""Those of version 4, likewise."""
+"""The same for members that only Transformers 4 had."""
 
 
 class KnownNames:
-    """Explains the reference's names where Python would only say that there is no such thing.
+    """Explains names of Transformers where Python would only report an unknown name.
 
-    A subclass of the Trainer may well have a parameter of such a name. A method of such a name is
-    an error: it would never be called.
+    A subclass of the Trainer may have a parameter of such a name. A method of such a name is an
+    error, as it would never be called.
     """
 
-    if not TYPE_CHECKING:  # or every attribute would look as if it existed
+    if not TYPE_CHECKING:  # type checkers would take every attribute as existing
 
         def __getattr__(self, name: str) -> Any:
-            """Say what became of a member of the reference."""
+            """Explain what replaces a member of the Transformers Trainer."""
             reason = MEMBERS.get(name) or OLD_MEMBERS.get(name)
             said = f". {reason}" if reason else ""
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{said}")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse what ``__init__`` does not take, with what to write instead."""
+        """Check the arguments against ``__init__``, and suggest what to use instead."""
         if overridden := [name for name in MEMBERS if callable(getattr(cls, name, None))]:
             raise ConfigurationError(
-                f"{cls.__name__}.{overridden[0]} would never be called: the reference has such a "
-                f"method, kbtrain has not. {MEMBERS[overridden[0]]} Otherwise rename it."
+                f"{cls.__name__}.{overridden[0]} would never be called: Transformers has such a "
+                f"method, kbtrain does not. {MEMBERS[overridden[0]]} Otherwise rename it."
             )
         taken = inspect.signature(cls.__init__).parameters
         kinds = {p.kind for p in taken.values()}
-        strangers = {name: value for name, value in kwargs.items() if name not in taken}
-        if strangers and inspect.Parameter.VAR_KEYWORD not in kinds:
+        unknown = {name: value for name, value in kwargs.items() if name not in taken}
+        if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
             known = [name for name in taken if name != "self"]
             raise ConfigurationError(
                 "\n".join(
                     f"{cls.__name__} has no parameter {name!r}. {_instead(name, value, known)}"
-                    for name, value in strangers.items()
+                    for name, value in unknown.items()
                 )
             )
         by_position = [p.name for p in taken.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -104,12 +104,12 @@ class KnownNames:
 
 
 def _instead(name: str, value: Any, known: list[str]) -> str:
-    """What to write in place of a parameter that does not exist."""
+    """What to use in place of a parameter that does not exist."""
     if name in PARAMETERS:
         return PARAMETERS[name]
     if name in (field.name for field in dataclasses.fields(TrainingArguments)):
-        return f"It is a field of TrainingArguments: write TrainingArguments({name}=...)."
+        return f"It is a field of TrainingArguments: use TrainingArguments({name}=...)."
     if answer := reason(name, value):
-        return f"TrainingArguments is where such settings are. {answer}"
+        return f"Such settings belong to TrainingArguments. {answer}"
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]}?" if close else f"It has: {', '.join(known)}."

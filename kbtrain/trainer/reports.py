@@ -1,4 +1,4 @@
-"""What a run leaves behind: the saved model, metric tables, result files, a model card."""
+"""Artifacts of a run: the saved model, metric tables, result files, a model card."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("kbtrain")
 
 
 def metrics_format(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Metrics as people read them: bytes in MB, runtimes as h:mm:ss.cc, floats with 4 decimals.
+    """Format metrics for reading: bytes in MB, runtimes as h:mm:ss.cc, floats with 4 decimals.
 
     Example:
         >>> metrics_format({"train_runtime": 3725.126, "eval_mem_cpu_alloc_delta": 3 << 20})
@@ -52,7 +52,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def metrics_table(split: str, metrics: Mapping[str, Any]) -> str:
-    """A title, and one aligned line for each metric, sorted by name."""
+    """A table of metrics: a title and one aligned line per metric, sorted by name."""
     shown = metrics_format(metrics)
     names = max(map(len, shown), default=0)
     values = max(map(len, shown.values()), default=0)
@@ -61,7 +61,7 @@ def metrics_table(split: str, metrics: Mapping[str, Any]) -> str:
 
 
 def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined: bool) -> Path:
-    """Write ``{split}_results.json``, and add to ``all_results.json`` if `combined`."""
+    """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
     path = folder / f"{split}_results.json"
     metrics = plain_values(metrics, "save_metrics got")
     save_json(path, metrics)
@@ -102,7 +102,7 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says that the Trainer cannot know; see ``Trainer.create_model_card``."""
+    """Fields of a model card that the user provides; see ``Trainer.create_model_card``."""
 
     language: str | None = None
     license: str | None = None
@@ -115,7 +115,7 @@ class CardFacts:
     dataset_args: str | Sequence[str] | None = None
 
     def header(self) -> dict[str, Any]:
-        """The fields of the card's header, as model hubs read them."""
+        """The fields of the card's header, in the format of model hubs."""
         tasks = _listed(self.tasks)
         fields = {
             "library_name": "keras",
@@ -129,7 +129,7 @@ class CardFacts:
         return {name: value for name, value in fields.items() if value}
 
     def origin(self) -> str:
-        """A sentence on what the model was made from."""
+        """A sentence on the base model and the data."""
         data, options = ", ".join(_listed(self.dataset)), ", ".join(_listed(self.dataset_args))
         data += f" ({options})" if data and options else ""
         parts = [
@@ -170,7 +170,7 @@ def create_model_card(trainer: TrainerBase, facts: CardFacts) -> Path:
 
 
 def _summary(trainer: TrainerBase) -> str:
-    """What the model is and how long it was trained."""
+    """A description of the model and the length of its training."""
     model, state = trainer.model, trainer.state
     if not model.built:
         return f"{type(model).__name__} `{model.name}`, without variables yet.\n"
@@ -182,7 +182,7 @@ def _summary(trainer: TrainerBase) -> str:
 
 
 def _front_matter(values: Mapping[str, Any]) -> str:
-    """The header of a card: YAML, in which JSON strings are valid."""
+    """The header of a card as YAML, which accepts JSON strings."""
     lines = ["---"]
     for name, value in values.items():
         if isinstance(value, list):
@@ -207,9 +207,9 @@ def _last_evaluation(state: TrainerState) -> str:
 
 
 def results_table(history: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with a row for each evaluation, and the newest training loss beside it.
+    """A Markdown table with one row per evaluation and the latest training loss beside it.
 
-    Without evaluations there is a row for each log of the training.
+    Without evaluations there is one row per training log.
     """
     speed = ("_runtime", "_per_second")
     rows: list[dict[str, Any]] = []
@@ -238,7 +238,7 @@ def _settings(args: TrainingArguments) -> str:
 
 
 def _plot(state: TrainerState, path: Path) -> Path | None:
-    """Draw the losses over the updates; None without matplotlib or without a loss."""
+    """Plot the losses over the updates; None without matplotlib or without a loss."""
     curves = {}
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(e["step"], e[name]) for e in state.log_history if name in e]
@@ -253,7 +253,7 @@ def _plot(state: TrainerState, path: Path) -> Path | None:
         logger.info("No loss plot in the model card: matplotlib is not installed.")
         return None
     figure = Figure(figsize=(6, 4))
-    FigureCanvasAgg(figure)  # no window, whatever the user's settings are
+    FigureCanvasAgg(figure)  # no window, regardless of the user's settings
     axes = figure.add_subplot()
     for label, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=label)

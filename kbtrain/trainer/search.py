@@ -1,4 +1,4 @@
-"""Hyperparameter search with Optuna: one training for each trial, one process or several."""
+"""Hyperparameter search with Optuna: one training per trial, in one or several processes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kbtrain")
 
 WORKER = "KBTRAIN_SEARCH_WORKER"
-"""Environment variable by which a process knows that it was started to run trials of a search."""
+"""Environment variable that marks a process started to run trials of a search."""
 
 STUDY = "kbtrain"
-"""Name of a study that was given none."""
+"""Default name of a study."""
 
 _NOT_A_RESULT = ("_runtime", "_per_second")
 
 
 class BestRun(NamedTuple):
-    """The best trial of a search, or one of the best of a search in several directions.
+    """The best trial of a search, or one of the Pareto front with several directions.
 
     Attributes:
-        run_id: Number of the trial, as text; its files are in ``{output_dir}/run-{run_id}``.
-        objective: Its value, or a list with one for each direction.
-        hyperparameters: What the trial was run with.
+        run_id: Number of the trial, as a string; its files are in ``{output_dir}/run-{run_id}``.
+        objective: Its value, or a list with one per direction.
+        hyperparameters: The hyperparameters of the trial.
     """
 
     run_id: str
@@ -50,7 +50,7 @@ class BestRun(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """A search, as ``Trainer.hyperparameter_search`` describes it."""
+    """The settings of a search; see ``Trainer.hyperparameter_search``."""
 
     hp_space: Callable[[Any], Mapping[str, Any]]
     compute_objective: Callable[[dict[str, float]], float | Sequence[float]]
@@ -67,7 +67,7 @@ class Settings(NamedTuple):
 
 
 def default_hp_space(trial: Any) -> dict[str, Any]:
-    """The reference's space: learning rate, epochs, seed and batch size."""
+    """The default space of Transformers: learning rate, epochs, seed and batch size."""
     return {
         "learning_rate": trial.suggest_float("learning_rate", 1e-6, 1e-4, log=True),
         "num_train_epochs": trial.suggest_int("num_train_epochs", 1, 5),
@@ -79,7 +79,7 @@ def default_hp_space(trial: Any) -> dict[str, Any]:
 
 
 def default_compute_objective(metrics: Mapping[str, float]) -> float:
-    """The evaluation loss if nothing else was measured, otherwise the sum of everything else.
+    """The evaluation loss if there are no other metrics, otherwise the sum of the other metrics.
 
     Example:
         >>> default_compute_objective({"eval_loss": 0.5, "eval_runtime": 3.0})
@@ -111,7 +111,7 @@ def settings(
     """The arguments of ``Trainer.hyperparameter_search``, with defaults.
 
     Raises:
-        ConfigurationError: Another backend than Optuna, or an option that does not exist.
+        ConfigurationError: The backend is not Optuna, or an option does not exist.
     """
     if backend not in (None, "optuna"):
         raise ConfigurationError(
@@ -127,7 +127,7 @@ def settings(
     }
     if unknown := sorted(set(options) - set(known)):
         raise ConfigurationError(
-            f"hyperparameter_search has no option {unknown[0]!r}. It has: {', '.join(known)}."
+            f"hyperparameter_search has no option {unknown[0]!r}. Options: {', '.join(known)}."
         )
     return Settings(
         hp_space or default_hp_space,
@@ -158,13 +158,15 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
         )
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigurationError(
-            f"{error} Resume it with load_if_exists=True, or give another study_name or storage."
+            f"{error} Resume it with load_if_exists=True, or use another study_name or storage."
         ) from None
     if study.get_trials(deepcopy=False):
-        study.sampler.reseed_rng()  # a seeded sampler would repeat what it tried first
+        study.sampler.reseed_rng()  # otherwise a seeded sampler would repeat its first samples
     remaining = settings.n_trials - _finished(optuna, study)
     if remaining <= 0:
-        logger.warning("The study %s has its %d trials.", study.study_name, settings.n_trials)
+        logger.warning(
+            "The study %s already has its %d trials.", study.study_name, settings.n_trials
+        )
     shares = [len(range(i, max(remaining, 0), settings.n_jobs)) for i in range(settings.n_jobs)]
     workers = [_start_worker(trainer, study, share) for share in shares[1:] if share]
     try:
@@ -230,10 +232,10 @@ def _check(trainer: TrainerBase, settings: Settings) -> None:
 
 
 def _check_processes(settings: Settings) -> None:
-    """Part of `_check`: what only processes started anew can do."""
+    """Check the requirements of running several processes."""
     if not Path(sys.argv[0]).is_file():
         raise ConfigurationError(
-            "n_jobs > 1 starts the program once more for each process, so it must be a script. "
+            "n_jobs > 1 starts the program again for each process, so it must be a script. "
             f"Received: {sys.argv[0]!r}. Use n_jobs=1, or start several processes yourself with "
             "the same storage and load_if_exists=True."
         )
@@ -255,7 +257,7 @@ def _finished(optuna: Any, study: Any) -> int:
 def _optimize(
     optuna: Any, study: Any, trainer: TrainerBase, settings: Settings, share: int
 ) -> None:
-    """Run `share` trials in this process, and leave the Trainer with the arguments it had."""
+    """Run ``share`` trials in this process, and restore the Trainer's arguments afterwards."""
     args, store, saver = trainer.args, trainer.store, trainer.saver
     report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
     trainer.add_callback(report)
@@ -282,7 +284,7 @@ def _adjust(
     trial: Any,
     s: Settings,
 ) -> None:
-    """Give the Trainer the arguments, the folder and the state of a trial."""
+    """Set the Trainer's arguments, folder and state for a trial."""
     known = args.to_dict()
     changes = {name: _like(known[name], v) for name, v in values.items() if name in known}
     own = sorted(set(values) - set(known))
@@ -302,7 +304,7 @@ def _adjust(
 
 
 def _like(old: Any, value: Any) -> Any:
-    """A value as the kind of number that the argument had (a sampler may give 3.0 for 3)."""
+    """Convert a value to the argument's numeric type (a sampler may return 3.0 for 3)."""
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -316,7 +318,7 @@ def _run(trainer: TrainerBase, report: _Report) -> Any:
 
 
 class _Report(TrainerCallback):
-    """Keeps the newest results, tells them to the trial and stops one that is hopeless."""
+    """Keeps the latest results, reports them to the trial, and stops a pruned one."""
 
     def __init__(self, optuna: Any, compute: Callable[[dict[str, float]], Any], prune: bool):
         self._optuna, self._compute, self._prune = optuna, compute, prune
@@ -325,11 +327,11 @@ class _Report(TrainerCallback):
         self.step = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the trial before."""
+        """Discard the results of the previous trial."""
         self.metrics, self.step = {}, -1
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report; with several evaluation sets, when all of this step are there."""
+        """Report; with several evaluation sets, when all results of the step are complete."""
         if state.global_step != self.step:
             self.metrics = {}
         self.step = state.global_step
@@ -345,10 +347,10 @@ class _Report(TrainerCallback):
             raise self._optuna.TrialPruned(f"at step {state.global_step}")
 
     def objective(self) -> Any:
-        """What the trial is judged by, from the newest results.
+        """The objective of the trial, computed from the latest results.
 
         Raises:
-            ConfigurationError: ``compute_objective`` asks for one that is not there.
+            ConfigurationError: ``compute_objective`` uses a metric that does not exist.
         """
         try:
             return self._compute(self.metrics)
@@ -363,7 +365,7 @@ class _Report(TrainerCallback):
 
 
 def _storage(optuna: Any, trainer: TrainerBase, settings: Settings) -> Any:
-    """Where the study is kept: a file in the output directory if several processes share it."""
+    """The storage of the study: a file in the output directory if several processes share it."""
     if settings.storage is not None or settings.n_jobs == 1:
         return settings.storage
     path = Path(trainer.args.output_dir) / "study.journal"
@@ -377,7 +379,7 @@ def _journal(optuna: Any, path: str) -> Any:
 
 
 def _start_worker(trainer: TrainerBase, study: Any, share: int) -> subprocess.Popen[bytes]:
-    """Start this program once more; it will come to its search and run `share` trials there."""
+    """Start this program again; when it reaches its search, it runs ``share`` trials."""
     folder = str(Path(trainer.args.output_dir).resolve())
     order = {"study": study.study_name, "share": share, "output_dir": folder}
     environment = os.environ | {WORKER: json.dumps(order)}
@@ -385,7 +387,7 @@ def _start_worker(trainer: TrainerBase, study: Any, share: int) -> subprocess.Po
 
 
 def _work(optuna: Any, trainer: TrainerBase, settings: Settings, order: Mapping[str, Any]) -> None:
-    """In a process that was started for it: run the share of trials, and leave the program."""
+    """In a worker process: run its share of trials and exit the program."""
     folder = str(Path(trainer.args.output_dir).resolve())
     if folder != order["output_dir"]:
         raise ConfigurationError(
@@ -399,6 +401,6 @@ def _work(optuna: Any, trainer: TrainerBase, settings: Settings, order: Mapping[
         sampler=settings.sampler,
         pruner=settings.pruner,
     )
-    study.sampler.reseed_rng()  # or all processes would try the same values
+    study.sampler.reseed_rng()  # otherwise all processes would try the same values
     _optimize(optuna, study, trainer, settings, int(order["share"]))
     raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""``Trainer``: what a user calls. The work is done in the other modules."""
+"""``Trainer``: the class that users call. It delegates the work to the other modules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer import argument_checks, reports, search
 from kbtrain.trainer.migration import KnownNames
-from kbtrain.trainer.unused_arguments import say_what_is_unused
+from kbtrain.trainer.unused_arguments import warn_about_unused
 from kbtrain.training import actions
 from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
@@ -51,41 +51,41 @@ class Trainer(KnownNames, TrainerBase):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
-        model: A ``keras.Model``. A compiled one brings loss, metrics and optimizer if not given.
+        model: A ``keras.Model``. Its compiled loss, metrics and optimizer are the defaults.
         args: ``TrainingArguments``; the default writes to ``tmp_trainer``.
-        data_collator: Makes a batch of a list of samples; the default stacks them.
+        data_collator: Combines a list of samples into a batch; the default stacks them.
         train_dataset: Arrays ``(x, y)`` or ``(x, y, sample_weight)``, a dict of arrays (with the
             key "labels"), an object with ``__len__`` and ``__getitem__``, an iterable of samples
-            (with ``max_steps``), or something that yields batches: a torch ``DataLoader``, a
+            (with ``max_steps``), or a source of batches: a torch ``DataLoader``, a
             ``tf.data.Dataset``, a ``keras.utils.PyDataset``, a batched Grain data set.
         eval_dataset: The same, or a dict of several named ones.
         processing_class: A tokenizer or processor that is saved with the model and in every
             checkpoint; one with a ``pad_token_id`` also pads token data that has no collator.
-        model_init: A function that returns the model; each ``fit`` begins with a new one. If
-            it takes ``trial``, it gets that of ``hyperparameter_search`` (None outside of one).
+        model_init: A function that returns the model; each ``fit`` starts with a new one. If it
+            takes ``trial``, it receives the trial of ``hyperparameter_search``, or None.
         loss: Name of a Keras loss, ``keras.losses.Loss``, function ``(y_true, y_pred)``, or a dict
             or list of these for several outputs.
         metrics: Names or ``keras.metrics.Metric`` objects, updated on the device, without sample
             weights; for several outputs a dict or list of these.
-        loss_weights: What the losses of several outputs are multiplied with in their sum: a dict or
-            list of numbers. Those that a model was compiled with hold unless others are given.
+        loss_weights: Weights of the losses of several outputs in their sum: a dict or list of
+            numbers. The default are those the model was compiled with.
         weighted_metrics: Metrics that the sample weights are applied to.
         compute_loss_func: ``(outputs, labels) -> loss``: a scalar mean, per-element losses, or
             ``(sum, count)``, optionally with a dict of values to log. With an argument
-            ``num_items_in_batch`` it divides by that itself.
+            ``num_items_in_batch`` it must divide by that number.
         compute_metrics: ``(EvalPrediction) -> dict``, once per evaluation, on the host; with
             ``batch_eval_metrics`` ``(EvalPrediction, compute_result) -> dict``, once per batch.
         callbacks: ``TrainerCallback`` objects or classes.
         optimizers: ``(keras optimizer, learning-rate schedule)``, either may be None.
-        preprocess_logits_for_metrics: ``(outputs, labels) -> what is copied to the host``.
-        class_weight: Number of a class -> weight of its samples in training, as in Keras; the
-            product with sample weights, if there are some.
-        validation_split: Share of ``train_dataset``, which must be arrays, that is evaluated in
-            place of an ``eval_dataset`` and not trained on: its end, as in Keras.
+        preprocess_logits_for_metrics: ``(outputs, labels) -> outputs to copy to the host``.
+        class_weight: Class index -> weight of its samples in training, as in Keras; multiplied
+            with sample weights, if there are any.
+        validation_split: Fraction at the end of ``train_dataset``, which must be arrays, to hold
+            out for evaluation in place of an ``eval_dataset``, as in Keras.
 
     Raises:
-        ConfigurationError: Arguments that do not fit together; unknown names.
-        DataError: Data of an unknown kind.
+        ConfigurationError: Arguments conflict, or a name is unknown.
+        DataError: The type of the data is not supported.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=(x, y), loss="mse")  # doctest: +SKIP
@@ -157,7 +157,7 @@ class Trainer(KnownNames, TrainerBase):
         self.fire("on_init_end")
 
     def adopt(self, model: Any) -> None:
-        """Take a model, with what it was compiled with where nothing was given instead."""
+        """Bind a model; its compiled loss and metrics are used unless others were passed."""
         overridden = getattr(self.compute_loss, "__func__", None) is not TrainerBase.compute_loss
         self.bound = BoundModel(
             model,
@@ -167,14 +167,14 @@ class Trainer(KnownNames, TrainerBase):
             loss_weights=self.given_loss_weights,
             metrics=self.given_metrics,
             has_loss_func=self.compute_loss_func is not None,
-            compute_loss=argument_checks.with_what_it_takes(self.compute_loss),
+            compute_loss=argument_checks.adapt_compute_loss(self.compute_loss),
             tracked=self._tracked,
             own_compute_loss=overridden,
         )
         self.eval_steps = EvalSteps(
             self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
-        say_what_is_unused(self, self.bound.own, overridden)
+        warn_about_unused(self, self.bound.own, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None
@@ -201,13 +201,13 @@ class Trainer(KnownNames, TrainerBase):
 
         Raises:
             NonFiniteError: The loss or gradient became NaN or infinite (``on_nonfinite="raise"``).
-            CheckpointError: The checkpoint is missing, damaged, or of another model; or one could
-                not be written (``on_save_error="raise"``).
+            CheckpointError: The checkpoint is missing, damaged, or from another model; or one
+                could not be written (``on_save_error="raise"``).
             OutOfMemoryError: A micro-batch does not fit into memory.
             FolderInUseError: Another run is writing to ``output_dir``.
-            TrainingInterrupted: SIGTERM or SIGUSR1 came and a checkpoint was saved; uncaught it
-                ends the program with 143 or 138. After SIGINT it is ``KeyboardInterrupt``. After
-                ``max_time`` the call returns, and ``interruption`` is ``"max_time"``.
+            TrainingInterrupted: SIGTERM or SIGUSR1 was received and a checkpoint was saved; if
+                uncaught, the program exits with 143 or 138. SIGINT raises ``KeyboardInterrupt``.
+                After ``max_time`` the call returns, and ``interruption`` is ``"max_time"``.
             ConfigurationError, DataError: See the message.
         """
         argument_checks.check_fit(self, resume_from_checkpoint)
@@ -250,14 +250,14 @@ class Trainer(KnownNames, TrainerBase):
         Args:
             eval_dataset: Data to use instead of ``self.eval_dataset``, or the name of one of its
                 sets. A dict of named data sets is evaluated one by one (``eval_{name}_{metric}``).
-            ignore_keys: Outputs that ``compute_metrics`` does not get, of a model that returns a
-                dict; they stay on the device.
-            metric_key_prefix: Put before every name.
+            ignore_keys: Outputs that ``compute_metrics`` does not receive, for a model that
+                returns a dict; they stay on the device.
+            metric_key_prefix: Prefix of every metric's name, joined by an underscore.
         """
         data = evaluation_set(self.eval_dataset, eval_dataset)
         if is_named_datasets(data):
             results: dict[str, Any] = {}
-            # By name and not for nothing: a subclass may have an `evaluate` without it.
+            # Passed only if set: a subclass may override `evaluate` without this argument.
             keys: dict[str, Any] = {} if ignore_keys is None else {"ignore_keys": ignore_keys}
             for name, one in data.items():
                 prefix = f"{metric_key_prefix}_{name}"
@@ -301,11 +301,12 @@ class Trainer(KnownNames, TrainerBase):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Pass once over batches; nothing is logged, and no event but on_prediction_step comes.
+        """Evaluate batches without logging; the only event fired is ``on_prediction_step``.
 
         Args:
-            dataloader: What ``get_eval_dataloader`` returns, or any iterable of batches.
-            prediction_loss_only: Keep no outputs; the default is ``args.prediction_loss_only``.
+            dataloader: The result of ``get_eval_dataloader``, or any iterable of batches.
+            prediction_loss_only: Whether to discard outputs; the default is
+                ``args.prediction_loss_only``.
             ignore_keys: Outputs to leave out, of a model that returns a dict.
             metric_key_prefix: Put before every metric's name.
         """
@@ -321,14 +322,14 @@ class Trainer(KnownNames, TrainerBase):
         keep_outputs: bool = False,
         ignore_keys: Sequence[str] | None = None,
     ) -> EvalLoopOutput:
-        """Pass once over a data set, with the steps of the model as it is compiled now."""
+        """Evaluate a data set with the current steps of the model."""
         if self.bound.is_outdated and not self.is_in_train:
             self.adopt(self.model)
         return evaluation.evaluate(
             self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
         )
 
-    # --- what a run leaves behind ---------------------------------------------------------------
+    # --- saving and reports ---------------------------------------------------------------------
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Save the model for use without kbtrain.
@@ -342,7 +343,7 @@ class Trainer(KnownNames, TrainerBase):
             The path of the ``.keras`` file.
 
         Raises:
-            ConfigurationError: ``output_dir`` is no path.
+            ConfigurationError: ``output_dir`` is not a path.
             OutputError: It cannot be written to.
         """
         return reports.save_model(self, output_dir)
@@ -352,7 +353,7 @@ class Trainer(KnownNames, TrainerBase):
         return reports.save_state(self)
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Metrics as people read them: MB, h:mm:ss, four decimals."""
+        """Format metrics for reading: MB, h:mm:ss, four decimals."""
         return reports.metrics_format(metrics)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
@@ -361,7 +362,7 @@ class Trainer(KnownNames, TrainerBase):
             print_line(reports.metrics_table(split, metrics), error_stream=False)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
-        """Write ``{split}_results.json``, and add to ``all_results.json`` if ``combined``."""
+        """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
         return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
 
     def create_model_card(
@@ -379,15 +380,15 @@ class Trainer(KnownNames, TrainerBase):
         """Write ``README.md`` about the run (results, loss plot, settings, versions).
 
         Args:
-            language: Of the model, if it has one.
-            license: Of the model.
-            tags: More tags for the card's header.
+            language: Language of the model, if it has one.
+            license: License of the model.
+            tags: Additional tags for the card's header.
             model_name: The title; the default is ``args.run_name`` or the folder's name.
-            finetuned_from: The model that this one began as.
-            tasks: What it is for, as model hubs call it ("text-classification").
-            dataset_tags: Names of the data sets, for the header.
-            dataset: Names of the data sets, for people.
-            dataset_args: Which part of them.
+            finetuned_from: The base model.
+            tasks: Its tasks, as named by model hubs ("text-classification").
+            dataset_tags: Identifiers of the data sets, for the header.
+            dataset: Names of the data sets, for the text.
+            dataset_args: Configurations of the data sets.
 
         Returns:
             The path of the card.
@@ -416,29 +417,30 @@ class Trainer(KnownNames, TrainerBase):
         n_jobs: int = 1,
         **options: Any,
     ) -> search.BestRun | list[search.BestRun]:
-        """Train with several hyperparameters and say which were best (extra ``optuna``).
+        """Search for the best hyperparameters (requires the extra ``optuna``).
 
-        Each trial begins with a new model and writes to ``{output_dir}/run-{number}``.
+        Each trial starts with a new model and writes to ``{output_dir}/run-{number}``.
 
         Args:
-            hp_space: From an Optuna trial to arguments and their values (``trial.suggest_float``
-                and so on); names that are no arguments are for ``model_init(trial)``.
-            compute_objective: From the results of an evaluation to the value that is optimized, or
-                one for each direction; the default is the loss, or the sum of the other metrics.
-            n_trials: Trials the study has in the end; a resumed study runs those that are missing.
+            hp_space: Maps an Optuna trial to arguments and values (``trial.suggest_float`` and so
+                on); names that are not arguments are for ``model_init(trial)``.
+            compute_objective: Maps the results of an evaluation to the objective, or to one per
+                direction; the default is the loss, or the sum of the other metrics.
+            n_trials: Total number of trials of the study; a resumed study runs the remaining ones.
             direction: "minimize", "maximize", or a list of these.
             backend: "optuna" or None.
-            hp_name: From a trial to its ``run_name``.
-            n_jobs: Processes. All but this one run the program anew up to this call, and share the
-                device with it. The study is then kept in ``{output_dir}/study.journal``.
+            hp_name: Maps a trial to its ``run_name``.
+            n_jobs: Number of processes. The others run the program again up to this call, and
+                share the device. The study is then stored in ``{output_dir}/study.journal``.
             **options: ``sampler``, ``pruner``, ``storage``, ``study_name``, ``load_if_exists``
                 (to resume a study) and ``timeout`` (seconds), as in Optuna.
 
         Returns:
-            The best run; for several directions those that no other one beats in all.
+            The best run; for several directions the Pareto front.
 
         Raises:
-            ConfigurationError: There is no ``model_init`` or ``eval_dataset``, or see the message.
+            ConfigurationError: ``model_init`` or ``eval_dataset`` is missing, or an option is
+                invalid.
         """
         return search.search(
             self,

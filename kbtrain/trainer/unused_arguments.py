@@ -1,4 +1,4 @@
-"""Arguments about the loss that nothing asks for: said, not ignored in silence."""
+"""Warnings about loss arguments that have no effect."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kbtrain.training.trainer_base import TrainerBase
 logger = logging.getLogger("kbtrain")
 
 
-def say_what_is_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) -> None:
-    """Say which arguments about the loss nothing asks for.
+def warn_about_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) -> None:
+    """Warn about arguments for the loss that have no effect.
 
     Args:
-        trainer: The Trainer, with the arguments as they were given.
-        own: The methods of its model that are used.
-        overridden: Whether its ``compute_loss`` is a user's.
+        trainer: The Trainer, with its arguments as passed.
+        own: The overridden methods of its model that are used.
+        overridden: Whether its ``compute_loss`` is overridden.
     """
     given = {
         "loss": trainer.given_loss is not None,
@@ -32,9 +32,9 @@ def say_what_is_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) 
         name = next(n for n in ("train_step", "compute_loss", "test_step") if getattr(own, n))
         where = " in evaluations" if name == "test_step" else ""
         logger.warning(
-            "loss_weights=... is not used%s: the model has a %s of its own (%s.%s), which computes "
-            "the loss. Give the weights to the model's compile, if it is to find them, or leave "
-            "them out.",
+            "loss_weights=... is not used%s: the model has a custom %s (%s.%s), which computes the "
+            "loss. Pass the weights to the model's compile if that method uses them, or leave them "
+            "out.",
             where, name, kind, name,
         )  # fmt: skip
     if not overridden:
@@ -46,7 +46,7 @@ def say_what_is_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) 
     unused = [name for name, there in given.items() if there and reads.get(name, name) not in used]
     if unused:
         logger.warning(
-            "%s %s not used: %s.compute_loss is overridden, and computes the loss without %s. Call "
+            "%s %s not used: %s.compute_loss is overridden and computes the loss without %s. Call "
             "super().compute_loss in it, or leave %s out.",
             " and ".join(f"{name}=..." for name in unused),
             "is" if len(unused) == 1 else "are",
@@ -57,7 +57,7 @@ def say_what_is_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) 
 
 
 def _names_in(trainer: type) -> Iterator[str]:
-    """The attributes and globals that the code of a user's Trainer mentions."""
+    """The attributes and globals that the code of a Trainer subclass refers to."""
     for cls in trainer.__mro__:
         if cls.__module__.partition(".")[0] in ("kbtrain", "builtins"):
             continue

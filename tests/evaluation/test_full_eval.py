@@ -81,7 +81,7 @@ def test_ema_with_what_else_wraps_and_with_what_cannot(tmp_path):
     given = Trainer(linear_model(), arguments(tmp_path / "c", ema=0.9), loss="mse",
                     train_dataset=make_data(4),
                     optimizers=(keras.optimizers.SGD(0.1), None))  # fmt: skip
-    with pytest.raises(ConfigurationError, match="made from the arguments"):
+    with pytest.raises(ConfigurationError, match="created from the arguments"):
         given.fit()
     without = averaged(tmp_path / "d", ema=None)
     assert not same(weights(without.model), weights(trainer.model))

@@ -219,7 +219,7 @@ def test_a_result_that_is_no_row_per_sample(tmp_path):
 
 
 def test_preprocessing_of_outputs_has_no_place(tmp_path):
-    with pytest.raises(ConfigurationError, match="preprocess_logits_for_metrics is for"):
+    with pytest.raises(ConfigurationError, match="preprocess_logits_for_metrics processes"):
         Trainer(
             make_model(),
             arguments(tmp_path, predict_with_generate=True),

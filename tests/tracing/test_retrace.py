@@ -333,7 +333,7 @@ def test_a_value_that_changes_often_is_named_with_its_line(tmp_path, caplog):
         trainer.fit()
     warnings = [r.message for r in caplog.records if "Weighted.weight" in r.message]
     assert len(warnings) == 1
-    assert "test_staleness.py:" in warnings[0]
+    assert "test_retrace.py:" in warnings[0]
     assert "keras.Variable" in warnings[0]
 
 

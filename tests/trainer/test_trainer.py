@@ -257,7 +257,7 @@ def one_optimizer_for_two(tmp_path):
         (one_optimizer_for_two, "SGD.*already used for other variables.*kernel"),
         (
             lambda path: make(path).evaluate(metric_key_prefix=""),
-            "metric_key_prefix must be a text",
+            "metric_key_prefix must be a string",
         ),
         (
             lambda path: make(path).fit(model_path="x"),

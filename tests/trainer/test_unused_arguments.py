@@ -39,9 +39,9 @@ class OwnTest(Base):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (OwnLoss, "is not used: the model has a compute_loss of its own (OwnLoss.compute"),
-        (OwnSteps, "is not used: the model has a train_step of its own (OwnSteps.train_step)"),
-        (OwnTest, "is not used in evaluations: the model has a test_step of its own (OwnTest."),
+        (OwnLoss, "is not used: the model has a custom compute_loss (OwnLoss.compute"),
+        (OwnSteps, "is not used: the model has a custom train_step (OwnSteps.train_step)"),
+        (OwnTest, "is not used in evaluations: the model has a custom test_step (OwnTest."),
     ],
 )
 def test_loss_weights_that_a_method_of_the_model_does_not_see(tmp_path, caplog, kind, message):
