@@ -17,26 +17,26 @@ Example:
     ['constant', 'constant_with_warmup']
 """
 
+from __future__ import annotations
+
+from optim.algorithms import optimizer_classes
 from optim.algorithms.adafactor import Adafactor, RelativeStep
 from optim.algorithms.adagrad import Adagrad
 from optim.algorithms.adam import Adam
 from optim.algorithms.adamw import AdamW
-from optim.algorithms.adamw_8bit import AdamW8bit
 from optim.algorithms.adan import Adan
 from optim.algorithms.ademamix import AdEMAMix
-from optim.algorithms.ademamix_8bit import AdEMAMix8bit
 from optim.algorithms.apollo import APOLLOAdamW
+from optim.algorithms.eight_bit import AdamW8bit, AdEMAMix8bit, Lion8bit, RMSprop8bit
 from optim.algorithms.ema import EMA
 from optim.algorithms.galore import GaLoreAdamW
 from optim.algorithms.grokadamw import GrokAdamW
 from optim.algorithms.lamb import LAMB
 from optim.algorithms.lion import Lion
-from optim.algorithms.lion_8bit import Lion8bit
 from optim.algorithms.muon import Muon
 from optim.algorithms.nadam import NAdam
 from optim.algorithms.radam import RAdam
 from optim.algorithms.rmsprop import RMSprop
-from optim.algorithms.rmsprop_8bit import RMSprop8bit
 from optim.algorithms.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from optim.algorithms.sgd import SGD
 from optim.algorithms.soap import SOAP
@@ -44,7 +44,9 @@ from optim.algorithms.stable_adamw import StableAdamW
 from optim.core.evaluation_weights import SwapEvaluationWeights
 from optim.core.optimizer import Optimizer, Slot
 from optim.core.parameter_groups import groups_for, layerwise_lr_decay
+from optim.core.rule import elementwise
 from optim.core.weight_decay import decay_parameter_names, exclude_norms_and_biases
+from optim.moved import register_moved
 from optim.registry import get, get_scheduler, names, scheduler_names
 from optim.schedules.cosine import (
     CosineWarmupWithMinLR,
@@ -65,6 +67,9 @@ from optim.schedules.warmup import (
     Schedule,
 )
 from optim.schedules.warmup_stable_decay import WarmupStableDecay
+
+DISTRIBUTION = "kbtrain"
+"""The distribution with this package, by which kbtrain tells it from others called optim."""
 
 __all__ = [
     "APOLLOAdamW",
@@ -113,6 +118,7 @@ __all__ = [
     "SwapEvaluationWeights",
     "WarmupStableDecay",
     "decay_parameter_names",
+    "elementwise",
     "exclude_norms_and_biases",
     "get",
     "get_scheduler",
@@ -122,3 +128,13 @@ __all__ = [
     "plot_schedule",
     "scheduler_names",
 ]
+
+# The imports above are what type checkers and readers see; an optimizer that is missing there is
+# exported like the others.
+for _name, _class in optimizer_classes().items():
+    if _name not in __all__:
+        globals()[_name] = _class
+        __all__.append(_name)
+__all__.sort()
+
+register_moved()

@@ -1,8 +1,10 @@
 """Optimizers and schedules by name, from the entry points of every installed distribution.
 
 A package offers an optimizer by an entry point in the group ``kbtrain.optimizers`` and a schedule
-by one in ``kbtrain.schedules``; the ones of this package come through the same door.
+by one in ``kbtrain.schedules``; this package registers its own in the same way.
 """
+
+from __future__ import annotations
 
 import difflib
 import inspect
@@ -15,13 +17,13 @@ import keras
 OPTIMIZERS = "kbtrain.optimizers"
 SCHEDULES = "kbtrain.schedules"
 REFUSED = ".refused"
-"""Added to a group: names that are known and not offered; their entry points load the reason."""
+"""Suffix of a group with known but unsupported names; their entry points load the reason."""
 
 _COUNTS = ("num_warmup_steps", "num_training_steps")
 
 
 def names() -> list[str]:
-    """The names that `get` knows, sorted.
+    """The names that `get` takes, sorted.
 
     Returns:
         Names of all installed optimizers. Nothing is imported to list them.
@@ -35,7 +37,7 @@ def names() -> list[str]:
 
 
 def scheduler_names() -> list[str]:
-    """The names that `get_scheduler` knows, sorted.
+    """The names that `get_scheduler` takes, sorted.
 
     Returns:
         Names of all installed schedules. Nothing is imported to list them.
@@ -52,17 +54,17 @@ def get(name: str, /, **kwargs: Any) -> keras.optimizers.Optimizer:
     """Make an optimizer by name.
 
     Args:
-        name: one of `names`.
-        **kwargs: arguments of the optimizer.
+        name: One of `names`.
+        **kwargs: Arguments of the optimizer.
 
     Returns:
         A Keras optimizer.
 
     Raises:
-        ValueError: if the name is unknown or offered by two distributions, or an argument is
+        ValueError: If the name is unknown or offered by two distributions, or an argument is
             wrong.
-        ImportError: if the package that offers the name cannot be imported.
-        TypeError: if what it offers is not an optimizer.
+        ImportError: If the package that offers the name cannot be imported.
+        TypeError: If what it offers is not an optimizer.
 
     Example:
         >>> import optim
@@ -87,26 +89,25 @@ def get_scheduler(
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Make a learning-rate schedule by name.
 
-    The two counts are an offer: a schedule takes those that it has arguments for (``constant``
-    takes none), so one call fits every name. The specific arguments are a demand: one that the
-    schedule has no use for is an error.
+    A schedule gets those of the two counts that it has arguments for (``constant`` takes none), so
+    one call fits every name. A specific argument that the schedule does not have is an error.
 
     Args:
-        name: one of `scheduler_names`.
-        learning_rate: the base learning rate.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training.
-        scheduler_specific_kwargs: further arguments of the schedule.
+        name: One of `scheduler_names`.
+        learning_rate: The base learning rate.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training.
+        scheduler_specific_kwargs: Further arguments of the schedule.
 
     Returns:
-        A function of the number of updates done so far, or a schedule that answers to a metric
-        (`optim.schedules.warmup.metric_driven`).
+        A function of the number of updates done so far, or a metric-driven schedule
+        (`optim.schedules.metric_driven`).
 
     Raises:
-        ValueError: if the name is unknown or offered by two distributions, a count or an argument
+        ValueError: If the name is unknown or offered by two distributions, a count or an argument
             that the schedule needs is missing, or an argument is wrong.
-        ImportError: if the package that offers the name cannot be imported.
-        TypeError: if what it offers is not a schedule, or the specific arguments no dictionary.
+        ImportError: If the package that offers the name cannot be imported.
+        TypeError: If what it offers is not a schedule, or the specific arguments no dictionary.
 
     Example:
         >>> import optim
@@ -153,7 +154,7 @@ def _check_specific(name: str, parameters: Any, specific: dict[str, Any]) -> Non
     if unusable:
         expected = ", ".join(usable) or "none"
         raise ValueError(
-            f"The schedule {name!r} has no use for these scheduler_specific_kwargs: "
+            f"The schedule {name!r} does not take these scheduler_specific_kwargs: "
             f"{', '.join(unusable)}. It takes: {expected}. "
             f"Received: scheduler_specific_kwargs={specific!r}"
         )
@@ -172,23 +173,23 @@ def _check_specific(name: str, parameters: Any, specific: dict[str, Any]) -> Non
 
 
 def load(group: str, name: str) -> Any:
-    """Import what a name of an entry-point group stands for.
+    """Import the object that an entry point names.
 
     Args:
         group: `OPTIMIZERS` or `SCHEDULES`.
-        name: the entry point's name.
+        name: The entry point's name.
 
     Returns:
         The object, usually a class.
 
     Raises:
-        ValueError: if the name is unknown, or offered by two distributions.
-        ImportError: if importing it fails, whatever the reason; the cause is chained.
+        ValueError: If the name is unknown, or offered by two distributions.
+        ImportError: If importing it fails, whatever the reason; the cause is chained.
     """
     name = str(getattr(name, "value", name))
     entries = _entries(group)
     if name not in entries:
-        _refuse(group, name)
+        _raise_if_unsupported(group, name)
         known = sorted(entries)
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -213,16 +214,16 @@ def load(group: str, name: str) -> Any:
         ) from error
 
 
-def _refuse(group: str, name: str) -> None:
-    """Say why, if a package has registered the reason for not offering this name."""
+def _raise_if_unsupported(group: str, name: str) -> None:
+    """Raise with the reason, if a package has registered one for not offering this name."""
     for entry in _entries(group + REFUSED).get(name, []):
-        raise ValueError(f"{name!r} is not offered: {entry.load()} Received: name={name!r}")
+        raise ValueError(f"{name!r} is not supported: {entry.load()} Received: name={name!r}")
 
 
 def _entries(group: str) -> dict[str, list[metadata.EntryPoint]]:
     """Name -> the different offers of it (a search path may list the same one twice)."""
     entries: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
-    owners: dict[int, str] = {}  # asked once: a distribution parses its metadata for its name
+    owners: dict[int, str] = {}  # read once: a distribution parses its metadata for its name
     for entry in metadata.entry_points(group=group):
         if id(entry.dist) not in owners:
             owners[id(entry.dist)] = _owner(entry)

@@ -1,9 +1,11 @@
 """Why some names of the Hugging Face Trainer are not offered, and what to use instead.
 
 The names are entry points of the group ``kbtrain.optimizers.refused``; each loads one of these
-texts, and whoever looks a name up in vain shows it. So `kbtrain`, which does not import this
-package, can give the same answer as `optim.get`.
+texts, which goes into the error message. So `kbtrain`, which does not import this package, gives
+the same reason as `optim.get`.
 """
+
+from __future__ import annotations
 
 _PAGED = (
     "paging optimizer state between a GPU and the host is a feature of bitsandbytes' CUDA memory. "

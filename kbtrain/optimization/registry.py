@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from typing import Any
 
 from kbtrain.errors import ConfigurationError
@@ -20,6 +21,10 @@ WRAPPERS = "kbtrain.optimizer_wrappers"
 """Optimizers that wrap another one, passed as ``inner_optimizer``."""
 REFUSED = ".refused"
 """Suffix of a group of known but unsupported names, whose entry points load the reason."""
+
+_DISTRIBUTION = "kbtrain"
+_BUNDLED = "optim"
+"""The import package of optimizers that the distribution of this name installs as well."""
 
 
 @functools.cache
@@ -53,6 +58,7 @@ def find(group: str, name: str, field: str) -> Any:
     entries = _entries(group).get(name, [])
     if not entries:
         for refusal in _entries(group + REFUSED).get(name, []):
+            _check_bundled_package(refusal, f"{field}={name!r}")
             raise ConfigurationError(f"{field}={name!r} is not supported: {refusal.load()}")
         known = names(group)
         close = difflib.get_close_matches(name.lower(), known, n=1)
@@ -69,6 +75,7 @@ def find(group: str, name: str, field: str) -> Any:
         raise ConfigurationError(
             f"{field}={name!r} is registered twice in {group!r}: by {owners}. Uninstall one."
         )
+    _check_bundled_package(entries[0], f"{field}={name!r}")
     try:
         return entries[0].load()
     except Exception as error:
@@ -77,6 +84,34 @@ def find(group: str, name: str, field: str) -> Any:
             f"{field}={name!r} is registered by the package {owner!r} as {entries[0].value!r}, "
             f"which cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_bundled_package(entry: EntryPoint, what: str) -> None:
+    """Check that ``import optim`` finds our package: the name is short, and others have used it.
+
+    Raises:
+        ConfigurationError: It finds another one, or one that cannot be imported.
+    """
+    ours = entry.dist is not None and entry.dist.name == _DISTRIBUTION
+    if not ours or entry.module.partition(".")[0] != _BUNDLED:
+        return
+    try:
+        package = importlib.import_module(_BUNDLED)
+    except Exception:  # reported by whoever loads the entry point
+        return
+    if getattr(package, "DISTRIBUTION", None) == _DISTRIBUTION:
+        return
+    place = getattr(package, "__file__", None) or list(getattr(package, "__path__", ["?"]))[0]
+    others = sorted(set(packages_distributions().get(_BUNDLED, [])) - {_DISTRIBUTION})
+    remedy = (
+        f"Uninstall {', '.join(others)}, then reinstall {_DISTRIBUTION}"
+        if others
+        else f"Take it off the module search path, or reinstall {_DISTRIBUTION}"
+    )
+    raise ConfigurationError(
+        f"{what} needs the package {_BUNDLED!r} that comes with {_DISTRIBUTION}, but "
+        f"`import {_BUNDLED}` finds another one of that name: {place}. {remedy}."
+    )
 
 
 def takes(factory: Any, argument: str) -> bool:

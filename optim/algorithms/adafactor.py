@@ -1,5 +1,7 @@
 """Adafactor: the second moment of a matrix from its row and column sums."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -17,7 +19,7 @@ class RelativeStep(keras.optimizers.schedules.LearningRateSchedule):  # type: ig
     r"""Adafactor's own rate: :math:`\min(c, 1/\sqrt t)`, with the update :math:`t` from 1.
 
     Args:
-        warmup_init: begin small: :math:`c = 10^{-6}\, t` instead of 0.01.
+        warmup_init: Begin small: :math:`c = 10^{-6}\, t` instead of 0.01.
 
     Example:
         >>> import optim
@@ -60,31 +62,31 @@ class Adafactor(Optimizer):
 
     Tensors of fewer than two axes keep the full mean of :math:`g^2 + \epsilon_1`. The factor
     :math:`\max(\epsilon_2, \mathrm{RMS}(p))` is there with ``scale_parameter`` only. With
-    ``momentum`` the movement is a running mean of :math:`u`. The factored state of an n x m matrix
+    ``momentum`` the update is a running mean of :math:`u`. The factored state of an n x m matrix
     is n + m numbers; Adam's is 2 n m.
 
     The rate :math:`\rho_t` is either ``learning_rate`` or Adafactor's own (`RelativeStep`).
-    `keras.optimizers.Adafactor` knows neither a fixed rate nor one without the parameter's scale,
+    `keras.optimizers.Adafactor` has neither a fixed rate nor one without the parameter's scale,
     and keeps full-size state besides the factors.
 
     Args:
-        learning_rate: a number, schedule or callable. ``None`` for the rate of `RelativeStep`.
-        epsilon_1: added to the squared gradient.
-        epsilon_2: smallest scale of a parameter.
-        clip_threshold: largest root mean square of the movement before the rate.
-        beta_2_decay: exponent of the decay rate's approach to 1, negative.
-        momentum: decay rate of the running mean of movements in [0, 1), ``None`` for no such mean.
-            (`beta1` in the reference.)
-        scale_parameter: whether the rate is relative to the parameter's scale. ``None``: if and
+        learning_rate: A number, schedule or callable. ``None`` for the rate of `RelativeStep`.
+        epsilon_1: Added to the squared gradient.
+        epsilon_2: Smallest scale of a parameter.
+        clip_threshold: Largest root mean square of the update before the rate.
+        beta_2_decay: Exponent of the decay rate's approach to 1, negative.
+        momentum: Decay rate of the running mean of updates in [0, 1), ``None`` for no such mean.
+            (`beta1` in Transformers.)
+        scale_parameter: Whether the rate is relative to the parameter's scale. ``None``: if and
             only if no ``learning_rate`` is given.
-        relative_step: whether the rate is Adafactor's own; has to agree with ``learning_rate``,
-            and is there because the reference has it.
-        warmup_init: begin with a small rate; without a ``learning_rate`` only.
-        weight_decay: fraction of ``rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        relative_step: Whether the rate is Adafactor's own; must agree with ``learning_rate``;
+            an argument because Transformers has it.
+        warmup_init: Begin with a small rate; without a ``learning_rate`` only.
+        weight_decay: Fraction of ``rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range, or both a ``learning_rate`` and
+        ValueError: If a hyperparameter is out of its range, or both a ``learning_rate`` and
             Adafactor's own are asked for.
 
     Example:
@@ -140,10 +142,10 @@ class Adafactor(Optimizer):
         self.momentum = None if momentum is None else check_range("momentum", momentum, 0.0, 1.0)
 
     def slot_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...] | Slot]:
-        """Row and column means, or the whole second moment; the mean of movements.
+        """Row and column means, or the whole second moment; the mean of updates.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"row"`` and ``"column"``, or of ``"velocity"``; of ``"momentum"``, if any.
@@ -175,21 +177,21 @@ class Adafactor(Optimizer):
             new = {"row": row, "column": column}
             # Not the root of the quotient: where a row had no gradient, that may underflow to 0.
             by_row = ops.rsqrt(row) * ops.sqrt(ops.mean(row, axis=-1, keepdims=True))
-            movement = gradient * ops.expand_dims(by_row, -1)
-            movement = movement * ops.expand_dims(ops.rsqrt(column), -2)
+            delta = gradient * ops.expand_dims(by_row, -1)
+            delta = delta * ops.expand_dims(ops.rsqrt(column), -2)
         else:
             velocity = slots["velocity"] + share * (square - slots["velocity"])
             new = {"velocity": velocity}
-            movement = gradient * ops.rsqrt(velocity)
-        size = _root_mean_square(movement) / self.clip_threshold
-        movement = movement * (rate / ops.maximum(1.0, size))
+            delta = gradient * ops.rsqrt(velocity)
+        size = _root_mean_square(delta) / self.clip_threshold
+        delta = delta * (rate / ops.maximum(1.0, size))
         if self.momentum is not None:
             share = 1.0 - self.momentum
-            movement = slots["momentum"] + share * (movement - slots["momentum"])
-            new["momentum"] = movement
+            delta = slots["momentum"] + share * (delta - slots["momentum"])
+            new["momentum"] = delta
         if weight_decay:
-            movement = movement + (rate * weight_decay) * parameter
-        return parameter - movement, new
+            delta = delta + (rate * weight_decay) * parameter
+        return parameter - delta, new
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

@@ -1,5 +1,7 @@
 """Adagrad: steps divided by the root of the sum of all squared gradients."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -31,16 +33,16 @@ class Adagrad(Optimizer):
     epsilon 1e-7.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        lr_decay: how fast the learning rate falls with the number of updates, not negative.
-        initial_accumulator_value: value the sum starts at, not negative.
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        lr_decay: How fast the learning rate falls with the number of updates, not negative.
+        initial_accumulator_value: Value the sum starts at, not negative.
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
             PyTorch; `keras.optimizers` decouples it).
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -74,7 +76,7 @@ class Adagrad(Optimizer):
         """The sum of the squared gradients.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shape and initial value of ``"accumulator"``.
@@ -98,8 +100,8 @@ class Adagrad(Optimizer):
         rate = learning_rate
         if self.lr_decay:
             rate = learning_rate / (1.0 + (step - 1.0) * self.lr_decay)
-        movement = rate * gradient / (ops.sqrt(accumulator) + self.epsilon)
-        return parameter - movement, {"accumulator": accumulator}
+        delta = rate * gradient / (ops.sqrt(accumulator) + self.epsilon)
+        return parameter - delta, {"accumulator": accumulator}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

@@ -1,5 +1,7 @@
 """Adam, with AMSGrad as an option."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -30,17 +32,17 @@ class Adam(Optimizer):
     by PyTorch's own fused kernel.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
             PyTorch; `keras.optimizers` decouples it).
-        amsgrad: divide by the largest mean square so far; one more slot.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        amsgrad: Divide by the largest mean square so far; one more slot.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -75,7 +77,7 @@ class Adam(Optimizer):
         """The running means of the gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.

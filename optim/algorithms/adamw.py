@@ -1,5 +1,7 @@
 """AdamW: Adam with decoupled weight decay."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -32,16 +34,16 @@ class AdamW(Optimizer):
     On PyTorch the update is executed by PyTorch's own fused kernel.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        amsgrad: divide by the largest mean square so far; one more slot.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        amsgrad: Divide by the largest mean square so far; one more slot.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -76,7 +78,7 @@ class AdamW(Optimizer):
         """The running means of the gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
@@ -99,12 +101,12 @@ class AdamW(Optimizer):
         slots = adam_moments(slots, gradient, self.beta_1, self.beta_2)
         denominator = adam_denominator(slots, step, self.beta_2, self.epsilon)
         scale = learning_rate / bias_correction(self.beta_1, step)
-        movement = scale * slots["momentum"] / denominator
+        delta = scale * slots["momentum"] / denominator
         if weight_decay:
             # Subtracted with the step: `1 - learning_rate * weight_decay` would round to a few
             # digits of the decay.
-            movement = movement + (learning_rate * weight_decay) * parameter
-        return parameter - movement, slots
+            delta = delta + (learning_rate * weight_decay) * parameter
+        return parameter - delta, slots
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

@@ -1,5 +1,7 @@
 """Adan: Nesterov momentum by the differences of the gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -31,16 +33,16 @@ class Adan(Optimizer):
     Adam's of the same number mean.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        betas: decay rates of the three means, each in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: the variable is divided by ``1 + learning_rate * weight_decay`` after the
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        betas: Decay rates of the three means, each in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: The variable is divided by ``1 + learning_rate * weight_decay`` after the
             step, or see the next.
-        no_prox: multiply by ``1 - learning_rate * weight_decay`` before the step instead.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        no_prox: Multiply by ``1 - learning_rate * weight_decay`` before the step instead.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -76,7 +78,7 @@ class Adan(Optimizer):
         """The three means, and the gradient of the update before.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"``, ``"difference"``, ``"velocity"``, ``"previous_gradient"``.
@@ -117,14 +119,14 @@ class Adan(Optimizer):
         # One factor for the sum: a kernel has one for nothing.
         ratio = beta_2 * correction / bias_correction(beta_2, step)
         direction = (learning_rate / correction) * (new["momentum"] + ratio * new["difference"])
-        movement = direction / (root + self.epsilon)
+        delta = direction / (root + self.epsilon)
         if weight_decay:
             decay = learning_rate * weight_decay
-            movement = movement + decay * parameter
+            delta = delta + decay * parameter
             if not self.no_prox:
                 # (p - s) / (1 + d) = p - (s + d p) / (1 + d), which does not round d away.
-                movement = movement / (1.0 + decay)
-        return parameter - movement, new
+                delta = delta / (1.0 + decay)
+        return parameter - delta, new
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

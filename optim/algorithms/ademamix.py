@@ -1,5 +1,7 @@
 """AdEMAMix: Adam with a second, much slower mean of the gradients."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Unpack
 
@@ -29,19 +31,19 @@ class AdEMAMix(Optimizer):
     :math:`\tau = \min(1, t / T_{\beta_3})`. The paper takes the length of the training for both.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        beta_3: decay rate of the slow mean, in [0, 1).
-        alpha: weight of the slow mean, not negative.
-        t_alpha: updates over which ``alpha`` grows from 0; ``None``: at once.
-        t_beta3: updates over which the slow mean slows down; ``None``: at once.
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        beta_3: Decay rate of the slow mean, in [0, 1).
+        alpha: Weight of the slow mean, not negative.
+        t_alpha: Updates over which ``alpha`` grows from 0; ``None``: at once.
+        t_beta3: Updates over which the slow mean slows down; ``None``: at once.
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -81,7 +83,7 @@ class AdEMAMix(Optimizer):
         """The fast and the slow mean of the gradient, and the mean of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"``, ``"slow_momentum"`` and ``"velocity"``.

@@ -1,5 +1,7 @@
 """APOLLO: gradients scaled by what AdamW would do to a random projection of them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -7,8 +9,9 @@ from typing import Any, Unpack
 import keras
 from keras import ops
 
-from optim.algorithms.low_rank import LowRank, sides_of
+from optim.algorithms.low_rank import LowRank
 from optim.core.checks import check_integer, check_range
+from optim.core.matrices import sides_of
 from optim.core.moments import adam_denominator, bias_correction
 from optim.core.optimizer import CommonArguments, Slot, Tensor
 
@@ -56,26 +59,26 @@ class APOLLOAdamW(LowRank):
     AdamW's rule, without ``scale``.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        rank: what the smaller side of a matrix is projected to.
-        update_proj_gap: number of updates for which a projection is kept.
-        scale: the movements of the projected matrices are multiplied by its root; not negative.
-        target_modules: regular expressions, or a single one, searched for in the paths of
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        rank: What the smaller side of a matrix is projected to.
+        update_proj_gap: Number of updates for which a projection is kept.
+        scale: The updates of the projected matrices are multiplied by its root; not negative.
+        target_modules: Regular expressions, or a single one, searched for in the paths of
             variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
             embeddings.
         scale_type: ``"channel"`` for a factor for each row or column along the larger side,
             ``"tensor"`` for one for the whole matrix.
-        norm_growth_limit: largest growth of the norm of a matrix's movement from one update to the
+        norm_growth_limit: Largest growth of the norm of a matrix's update from one step to the
             next, before the learning rate; at least 1. ``None`` for no limit.
-        seed: of the projections, an integer in [0, 2 ** 31).
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        seed: Of the projections, an integer in [0, 2 ** 31).
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import numpy as np, keras, optim
@@ -133,10 +136,10 @@ class APOLLOAdamW(LowRank):
         """The running means of the projected gradient and of its square, and two numbers.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
-            Shapes of ``"momentum"`` and ``"velocity"``, ``"norm"`` for that of the last movement,
+            Shapes of ``"momentum"`` and ``"velocity"``, ``"norm"`` for that of the last update,
             and ``"key"`` for what the variable's projections are drawn from, besides the seed.
         """
         small = sides_of(shape).projected(self.rank)
@@ -171,10 +174,10 @@ class APOLLOAdamW(LowRank):
         factors = _norm(direction, axis) / (_norm(projected, axis) + _TINY)
         scaled, norm = self._limited(matrix * factors, slots["norm"])
         rate = learning_rate * (math.sqrt(self.scale) * root)
-        movement = rate / bias_correction(self.adamw.beta_1, step) * ops.reshape(scaled, shape)
+        delta = rate / bias_correction(self.adamw.beta_1, step) * ops.reshape(scaled, shape)
         if weight_decay:
-            movement = movement + (learning_rate * weight_decay) * parameter
-        return parameter - movement, {**new, "norm": norm, "key": slots["key"]}
+            delta = delta + (learning_rate * weight_decay) * parameter
+        return parameter - delta, {**new, "norm": norm, "key": slots["key"]}
 
     def _limited(self, scaled: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """The scaled gradient with a norm that does not grow too fast, and that norm."""
@@ -182,7 +185,7 @@ class APOLLOAdamW(LowRank):
         if self.norm_growth_limit is None:
             return scaled, norm
         growth = ops.maximum(norm / (last + _TINY) / self.norm_growth_limit, 1.0)
-        # After a movement of nothing, or none at all, there is nothing to compare with.
+        # After an update of zero norm, or before the first one, there is nothing to compare with.
         growth = ops.where(last > 0.0, growth, 1.0)
         return scaled / growth, norm / growth
 
@@ -205,11 +208,11 @@ def random_normal(
     turned into a normal one as Box and Muller do.
 
     Args:
-        shape: of the result.
+        shape: Of the result.
         seed: Python integer in [0, 2 ** 31).
         key: int32 scalar.
         number: int32 scalar, not negative.
-        dtype: of the result.
+        dtype: Of the result.
 
     Returns:
         A tensor.

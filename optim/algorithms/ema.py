@@ -1,5 +1,7 @@
 """`EMA`: any Keras optimizer, and an average of the weights to evaluate."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +43,14 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
     A `keras.optimizers.LossScaleOptimizer` goes around this, not inside.
 
     Args:
-        inner_optimizer: any Keras optimizer, unless it has evaluation weights of its own.
-        decay: largest share of the old average that an update keeps, in [0, 1).
-        warmup: let the share grow with the updates, as above. Without, it is ``decay`` at once.
-        name: prefix of the paths of the averages.
+        inner_optimizer: Any Keras optimizer, unless it has evaluation weights of its own.
+        decay: Largest share of the old average that an update keeps, in [0, 1).
+        warmup: Let the share grow with the updates, as above. Without, it is ``decay`` at once.
+        name: Prefix of the paths of the averages.
 
     Raises:
-        TypeError: if ``inner_optimizer`` is no optimizer.
-        ValueError: if ``decay`` is out of range, or the inner optimizer averages already or scales
+        TypeError: If ``inner_optimizer`` is no optimizer.
+        ValueError: If ``decay`` is out of range, or the inner optimizer averages already or scales
             the loss.
 
     Example:
@@ -97,7 +99,7 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
         """Create the state.
 
         Args:
-            variables: the variables that will be updated, in the order of the gradients.
+            variables: The variables that will be updated, in the order of the gradients.
         """
         if self.built:
             return
@@ -126,8 +128,8 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
         """Let the inner optimizer update the variables, then average them.
 
         Args:
-            grads: one gradient per variable.
-            trainable_variables: the variables; needed at the first call unless `build` was called.
+            grads: One gradient per variable.
+            trainable_variables: The variables; needed at the first call unless `build` was called.
         """
         if not self.built:
             self.build(list(trainable_variables or []))
@@ -199,8 +201,8 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
         """As for the inner optimizer.
 
         Args:
-            var_list: variables without weight decay.
-            var_names: patterns of names without weight decay.
+            var_list: Variables without weight decay.
+            var_names: Patterns of names without weight decay.
         """
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
@@ -214,12 +216,12 @@ class EMA(EvaluationWeights, keras.optimizers.Optimizer):  # type: ignore[misc]
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "EMA":
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> EMA:
         """The inverse of `get_config`.
 
         Args:
-            config: what that returned.
-            custom_objects: classes by name, for an inner optimizer that is not registered.
+            config: What that returned.
+            custom_objects: Classes by name, for an inner optimizer that is not registered.
 
         Returns:
             A new optimizer.

@@ -1,12 +1,15 @@
 """GaLore: AdamW in the subspace that holds most of the gradient."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
 from keras import ops
 
-from optim.algorithms.low_rank import LowRank, sides_of
+from optim.algorithms.low_rank import LowRank
+from optim.core.matrices import sides_of
 from optim.core.moments import adam_denominator, bias_correction
 from optim.core.optimizer import CommonArguments, Slot, Tensor
 from optim.kernels import backend as kernels
@@ -32,9 +35,9 @@ class GaLoreAdamW(LowRank):
 
     State of a matrix: ``rank * (min(n, m) + 2 max(n, m))`` numbers, :math:`P` included, in place of
     ``2 n m``. The sign of a singular vector is arbitrary. :math:`P N_t` does not depend on it, but
-    moments that are kept must not meet a vector turned round, so a refresh turns each vector to the
-    side of the one it replaces (the original takes what the library returns). Two backends then
-    move alike, while their slots may differ by the sign of a row.
+    moments that are kept must not meet a vector of the opposite sign, so a refresh gives each
+    vector the sign of the one it replaces (the original takes what the library returns). Two
+    backends then make the same updates, while their slots may differ by the sign of a row.
 
     Which variables count as matrices: those of two axes and more that ``target_modules`` picks and
     whose smaller side is larger than ``rank``; a kernel of more axes is a matrix of its leading
@@ -45,21 +48,21 @@ class GaLoreAdamW(LowRank):
     update: nothing on a CPU, a wait for the device on a GPU.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        rank: what the smaller side of a matrix is projected to.
-        update_proj_gap: number of updates for which a projection is kept.
-        scale: factor of the movements of the projected matrices, not negative.
-        target_modules: regular expressions, or a single one, searched for in the paths of
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        rank: What the smaller side of a matrix is projected to.
+        update_proj_gap: Number of updates for which a projection is kept.
+        scale: Factor of the updates of the projected matrices, not negative.
+        target_modules: Regular expressions, or a single one, searched for in the paths of
             variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
             embeddings.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import numpy as np, keras, optim
@@ -105,7 +108,7 @@ class GaLoreAdamW(LowRank):
         """The projection and the running means of the projected gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"projection"``, ``"momentum"`` and ``"velocity"``.
@@ -134,10 +137,10 @@ class GaLoreAdamW(LowRank):
         direction = new["momentum"] / denominator
         lifted = sides.lift(direction, projection)
         factor = learning_rate * (self.scale / bias_correction(self.adamw.beta_1, step))
-        movement = factor * ops.reshape(lifted, shape)
+        delta = factor * ops.reshape(lifted, shape)
         if weight_decay:
-            movement = movement + (learning_rate * weight_decay) * parameter
-        return parameter - movement, {"projection": projection, **new}
+            delta = delta + (learning_rate * weight_decay) * parameter
+        return parameter - delta, {"projection": projection, **new}
 
 
 def principal(matrix: Tensor, current: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def principal(matrix: Tensor, current: Tensor) -> Tensor:
     Returns:
         float32 tensor of that shape with orthonormal columns, none of which points away from its
         predecessor in ``current``. NaN if an element of the matrix is
-        not finite: a decomposition would raise an error on one backend and not end on another.
+        not finite: a decomposition would raise an error on one backend and never return on another.
     """
     finite = ops.isfinite(matrix)
     largest = ops.max(ops.abs(ops.where(finite, matrix, 0.0)))

@@ -1,5 +1,7 @@
 """GrokAdamW: AdamW on gradients whose slow part is amplified."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -26,17 +28,17 @@ class GrokAdamW(Optimizer):
     its newer versions scale :math:`g'` back to the norm of :math:`g`.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        alpha_init: decay rate of the slow part, in [0, 1).
-        lamb: how much the slow part is amplified, not negative.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        alpha_init: Decay rate of the slow part, in [0, 1).
+        lamb: How much the slow part is amplified, not negative.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -73,7 +75,7 @@ class GrokAdamW(Optimizer):
         """Adam's running means, and the slow part of the gradient.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"``, ``"velocity"`` and ``"slow_gradient"``.
@@ -97,8 +99,8 @@ class GrokAdamW(Optimizer):
         scale = learning_rate / bias_correction(self.beta_1, step)
         if weight_decay:
             parameter = parameter - (learning_rate * weight_decay) * parameter
-        movement = scale * moments["momentum"] / denominator
-        return parameter - movement, {**moments, "slow_gradient": slow}
+        delta = scale * moments["momentum"] / denominator
+        return parameter - delta, {**moments, "slow_gradient": slow}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

@@ -1,5 +1,7 @@
 """LAMB: AdamW with a trust ratio per tensor, for large batches."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -24,15 +26,15 @@ class LAMB(Optimizer):
     outside of the ratio, where it is not scaled by it.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: part of the direction, before the trust ratio.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Part of the direction, before the trust ratio.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -64,7 +66,7 @@ class LAMB(Optimizer):
         """The running means of the gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"`` and ``"velocity"``.

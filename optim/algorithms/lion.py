@@ -1,5 +1,7 @@
 """Lion: the sign of an interpolated momentum."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -23,14 +25,14 @@ class Lion(Optimizer):
     here state and arithmetic are float32 for low-precision variables too.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: share of the momentum in the direction, in [0, 1).
-        beta_2: decay rate of the momentum, in [0, 1).
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Share of the momentum in the direction, in [0, 1).
+        beta_2: Decay rate of the momentum, in [0, 1).
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -60,7 +62,7 @@ class Lion(Optimizer):
         """The momentum.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shape of ``"momentum"``.
@@ -79,7 +81,7 @@ class Lion(Optimizer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One update of one tensor, see `Optimizer.update`."""
         mixed = moving_average(slots["momentum"], gradient, self.beta_1)
-        # PyTorch's sign of NaN is 0: the weight would stay where it is without a word.
+        # PyTorch's sign of NaN is 0, which would hide it: the weight would not change.
         direction = ops.sign(mixed) + 0.0 * mixed
         if weight_decay:
             direction = direction + weight_decay * parameter

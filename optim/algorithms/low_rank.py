@@ -1,55 +1,18 @@
 """What GaLore and APOLLO have in common: which matrices are projected, and to what shape."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Unpack
-
-from keras import ops
+from typing import Any, Unpack
 
 from optim.algorithms.adamw import AdamW
-from optim.algorithms.muon import matrix_sides
 from optim.core.checks import check_integer, check_pattern, check_range
 from optim.core.eight_bit import EMBEDDINGS
+from optim.core.matrices import sides_of
 from optim.core.moments import adam_moments
 from optim.core.optimizer import CommonArguments, Optimizer, Tensor
 from optim.core.parameter_groups import path_of
-
-
-class Sides(NamedTuple):
-    """A variable as a matrix.
-
-    Attributes:
-        rows: product of its leading axes.
-        columns: product of its trailing axes.
-    """
-
-    rows: int
-    columns: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether the rows are projected: the smaller side is, the columns of a square."""
-        return self.rows < self.columns
-
-    def projected(self, rank: int) -> tuple[int, int]:
-        """Shape of the matrix after its smaller side was projected to ``rank``."""
-        return (rank, self.columns) if self.wide else (self.rows, rank)
-
-    def projection(self, rank: int) -> tuple[int, int]:
-        """Shape of the matrix that does it: the smaller side times ``rank``."""
-        return min(self), rank
-
-    def project(self, matrix: Tensor, projection: Tensor) -> Tensor:
-        """A matrix with its smaller side projected."""
-        if self.wide:
-            return ops.matmul(ops.transpose(projection), matrix)
-        return ops.matmul(matrix, projection)
-
-    def lift(self, projected: Tensor, projection: Tensor) -> Tensor:
-        """A projected matrix in the space it came from."""
-        if self.wide:
-            return ops.matmul(projection, projected)
-        return ops.matmul(projected, ops.transpose(projection))
 
 
 class LowRank(Optimizer):
@@ -61,21 +24,21 @@ class LowRank(Optimizer):
     matrix that is too small, for which a projection would save nothing) gets exactly AdamW's.
 
     Args:
-        learning_rate: of all variables.
-        rank: what the smaller side of a matrix is projected to.
-        update_proj_gap: number of updates for which a projection is kept.
-        scale: factor of the movements of the projected matrices.
-        target_modules: regular expressions, or a single one, searched for in the paths of
+        learning_rate: Of all variables.
+        rank: What the smaller side of a matrix is projected to.
+        update_proj_gap: Number of updates for which a projection is kept.
+        scale: Factor of the updates of the projected matrices.
+        target_modules: Regular expressions, or a single one, searched for in the paths of
             variables; ``None`` or ``"all-linear"`` for all matrices apart from biases and
             embeddings.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
     """
 
     def __init__(
@@ -107,14 +70,16 @@ class LowRank(Optimizer):
         """Create the state.
 
         Args:
-            variables: the variables that will be updated, in the order of the gradients.
+            variables: The variables that will be updated, in the order of the gradients.
 
         Raises:
-            ValueError: if one of `target_modules` matches none of them.
+            ValueError: If one of `target_modules` matches none of them.
         """
         paths = [path_of(variable) for variable in variables]
         for pattern in self._targets or ():
-            if self._has_been_built:  # built again, when layers are frozen: it was right for all
+            if (
+                self._has_been_built
+            ):  # after layers were frozen: the patterns were checked when all were trained
                 break
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
@@ -127,7 +92,7 @@ class LowRank(Optimizer):
         """This rule for the matrices it is meant for, AdamW's for the rest.
 
         Args:
-            variable: one of the variables the optimizer is built with.
+            variable: One of the variables the optimizer is built with.
 
         Returns:
             This optimizer, or the AdamW it holds.
@@ -144,7 +109,7 @@ class LowRank(Optimizer):
         """Adam's running means of the projected gradient.
 
         Args:
-            slots: with ``"momentum"`` and ``"velocity"``.
+            slots: With ``"momentum"`` and ``"velocity"``.
             projected: float32 tensor of their shape.
 
         Returns:
@@ -165,18 +130,6 @@ class LowRank(Optimizer):
             "beta_2": self.adamw.beta_2,
             "epsilon": self.adamw.epsilon,
         }
-
-
-def sides_of(shape: tuple[int, ...]) -> Sides:
-    """A shape as that of a matrix, cut where it is the most square.
-
-    Args:
-        shape: of a variable.
-
-    Returns:
-        Its rows and columns; a vector or a scalar has one row.
-    """
-    return Sides(*matrix_sides(shape))
 
 
 ALL_LINEAR = "all-linear"

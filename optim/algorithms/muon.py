@@ -1,5 +1,7 @@
 """Muon: orthogonal updates for matrices, AdamW for everything else."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from keras import ops
 
 from optim.algorithms.adamw import AdamW
 from optim.core.checks import check_flag, check_integer, check_pattern
+from optim.core.matrices import is_matrix, sides_of
 from optim.core.moments import moving_average
 from optim.core.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 from optim.core.parameter_groups import path_of
@@ -19,7 +22,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic; its slope at 0 is as large as it can be, its limit only roughly 1."""
 
 _AT_ONCE = 3
-"""Iterations without a look at the matrix itself; after seven, rounding errors take over."""
+"""Iterations between two products with the matrix itself; after seven, rounding errors dominate."""
 
 NOT_HIDDEN = r"embed|(^|/)([^/]*_)?(head|logits|classifier|predictions)(_\d+)?(/|$)"
 """Paths of embeddings and of output layers, by the names they usually have."""
@@ -38,7 +41,7 @@ class Muon(Optimizer):
         p_t &= (1 - \eta \lambda)\, p_{t-1} - \eta\, s\, o_t
 
     with :math:`s = \sqrt{\max(1, m / n)}`, or :math:`s = 0.2 \sqrt{\max(n, m)}` with ``match_rms``:
-    then a movement is as large as AdamW's usually are, and AdamW's learning rate and weight decay
+    then an update is as large as AdamW's usually are, and AdamW's learning rate and weight decay
     can be used. The iteration :math:`X \leftarrow a X + (b A + c A^2) X, A = X X^T` leaves singular
     values between about 0.7 and 1.2.
 
@@ -47,41 +50,41 @@ class Muon(Optimizer):
     where that is the most square: an attention's (width, heads, size) is width x (heads size), a
     convolution's (3, 3, 64, 64) is 576 x 64. Everything else (vectors, scalars, matrices with a
     side of 1, biases of any shape, embeddings, output layers) gets AdamW's rule with the learning
-    rate times ``adamw_multiplier``. An output layer is recognised by its name only; name it, or say
-    so with ``exclude``.
+    rate times ``adamw_multiplier``. An output layer is recognised by its name only; give it such a
+    name, or use ``exclude``.
 
     `keras.optimizers.Muon` scales as ``match_rms`` does by default, looks ahead by a whole
-    movement, adds epsilon like Keras' Adam, and gives all kernels of more than two axes
+    update, adds epsilon like Keras' Adam, and gives all kernels of more than two axes
     (convolutions, attention) to Adam.
 
     Args:
-        learning_rate: of the matrices; a number, a schedule or a callable without arguments.
-        momentum: decay rate of the mean of the gradient, in [0, 1).
-        nesterov: look ahead by one movement.
+        learning_rate: Of the matrices; a number, a schedule or a callable without arguments.
+        momentum: Decay rate of the mean of the gradient, in [0, 1).
+        nesterov: Look ahead by one update.
         ns_steps: Newton-Schulz iterations, at least 1.
-        ns_dtype: dtype of the iteration: ``"float32"``, or ``"bfloat16"`` as in the original, which
+        ns_dtype: Dtype of the iteration: ``"float32"``, or ``"bfloat16"`` as in the original, which
             is quicker on GPUs and TPUs.
-        match_rms: scale movements to AdamW's usual size (Moonlight).
-        exclude: regular expression, searched for in the paths of variables that get AdamW's rule;
+        match_rms: Scale updates to AdamW's usual size (Moonlight).
+        exclude: Regular expression, searched for in the paths of variables that get AdamW's rule;
             ``None`` for embeddings and output layers by their usual names (`NOT_HIDDEN`).
         adamw_multiplier: AdamW's learning rate divided by the matrices'; ``None`` for 1 with
             ``match_rms`` and else 0.015 (the original's 3e-4 and 0.02).
-        beta_1: of AdamW's rule, in [0, 1).
-        beta_2: of AdamW's rule, in [0, 1).
-        epsilon: of AdamW's rule, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        beta_1: Of AdamW's rule, in [0, 1).
+        beta_2: Of AdamW's rule, in [0, 1).
+        epsilon: Of AdamW's rule, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import numpy as np, keras, optim
         >>> variable = keras.Variable(np.zeros((2, 2), "float32"))
         >>> optimizer = optim.Muon(learning_rate=1.0, ns_steps=30)
         >>> optimizer.apply([keras.ops.array([[0.0, 9.0], [1.0, 0.0]])], [variable])
-        >>> movement = -keras.ops.convert_to_numpy(variable)
-        >>> bool(np.all((movement > 0.6) == [[False, True], [True, False]]))
+        >>> delta = -keras.ops.convert_to_numpy(variable)
+        >>> bool(np.all((delta > 0.6) == [[False, True], [True, False]]))
         True
 
     Reference:
@@ -124,7 +127,7 @@ class Muon(Optimizer):
         """This rule for matrices, AdamW's for the rest.
 
         Args:
-            variable: one of the variables the optimizer is built with.
+            variable: One of the variables the optimizer is built with.
 
         Returns:
             This optimizer, or the AdamW it holds.
@@ -136,7 +139,7 @@ class Muon(Optimizer):
         """AdamW's share of the learning rate for what has its rule.
 
         Args:
-            variable: one of the variables the optimizer was built with.
+            variable: One of the variables the optimizer was built with.
 
         Returns:
             A Python number.
@@ -148,7 +151,7 @@ class Muon(Optimizer):
         """The running mean of the gradient.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shape of ``"momentum"``.
@@ -168,17 +171,17 @@ class Muon(Optimizer):
         momentum = moving_average(slots["momentum"], gradient, self.momentum)
         mixed = gradient + self.momentum * (momentum - gradient) if self.nesterov else momentum
         shape = tuple(parameter.shape)
-        rows, columns = matrix_sides(shape)
+        rows, columns = sides_of(shape)
         direction = orthogonalized(
             ops.reshape(mixed, (rows, columns)), self.ns_steps, self.ns_dtype
         )
         scale = math.sqrt(max(1.0, columns / rows))
         if self.match_rms:
             scale = 0.2 * math.sqrt(max(rows, columns))
-        movement = (learning_rate * scale) * ops.reshape(direction, shape)
+        delta = (learning_rate * scale) * ops.reshape(direction, shape)
         if weight_decay:
-            movement = movement + (learning_rate * weight_decay) * parameter
-        return parameter - movement, {"momentum": momentum}
+            delta = delta + (learning_rate * weight_decay) * parameter
+        return parameter - delta, {"momentum": momentum}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -202,8 +205,8 @@ def orthogonalized(matrix: Tensor, steps: int, dtype: str = "float32") -> Tensor
 
     Args:
         matrix: float32 tensor of two axes.
-        steps: number of iterations.
-        dtype: what they are computed in.
+        steps: Number of iterations.
+        dtype: What they are computed in.
 
     Returns:
         float32 tensor of the same shape; its singular values are between about 0.7 and 1.2, apart
@@ -237,7 +240,7 @@ def _polynomial(x: Tensor, steps: int) -> Tensor:
 
     Args:
         x: float32 tensor of two axes.
-        steps: number of iterations.
+        steps: Number of iterations.
     """
     a, b, c = _COEFFICIENTS
     gram = ops.matmul(x, ops.transpose(x))
@@ -248,28 +251,3 @@ def _polynomial(x: Tensor, steps: int) -> Tensor:
         if i < steps - 1:
             gram = ops.matmul(factor, ops.matmul(factor, gram))
     return product
-
-
-def is_matrix(variable: Any) -> bool:
-    """Whether a variable is a matrix by its shape, and no bias: those of attention have two axes.
-
-    Args:
-        variable: a Keras variable.
-    """
-    sides = matrix_sides(tuple(variable.shape))
-    return min(sides) > 1 and not path_of(variable).endswith("bias")
-
-
-def matrix_sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as a matrix: leading axes times trailing ones, cut where that is the most square.
-
-    Args:
-        shape: of a variable.
-
-    Returns:
-        Rows and columns; a vector or a scalar has one row.
-    """
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
-    return max(cuts, key=min)

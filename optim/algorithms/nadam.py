@@ -1,5 +1,7 @@
 """NAdam: Adam with Nesterov momentum."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Unpack
 
@@ -28,18 +30,18 @@ class NAdam(Optimizer):
     to :math:`\sqrt{v_t}` with another correction.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: added to the gradient as ``weight_decay * variable``, or see the next.
-        momentum_decay: how fast the momentum grows to ``beta_1``, not negative.
-        decoupled_weight_decay: take ``learning_rate * weight_decay * variable`` off the variable
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Added to the gradient as ``weight_decay * variable``, or see the next.
+        momentum_decay: How fast the momentum grows to ``beta_1``, not negative.
+        decoupled_weight_decay: Take ``learning_rate * weight_decay * variable`` off the variable
             instead, as `optim.AdamW` does.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -75,7 +77,7 @@ class NAdam(Optimizer):
         """The running means, and one minus the product of the momenta so far.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"``, ``"velocity"`` and the scalar ``"momentum_used"``.
@@ -109,8 +111,8 @@ class NAdam(Optimizer):
         gradient_rate = (1.0 - mu) / used
         momentum_rate = mu_next / used_next
         both = gradient + (momentum_rate / gradient_rate) * moments["momentum"]
-        movement = (learning_rate * gradient_rate) * both / denominator
-        return decayed - movement, {**moments, "momentum_used": used}
+        delta = (learning_rate * gradient_rate) * both / denominator
+        return decayed - delta, {**moments, "momentum_used": used}
 
     def _momentum(self, step: Tensor) -> Tensor:
         return self.beta_1 * (1.0 - 0.5 * ops.exp(step * (self.momentum_decay * math.log(0.96))))

@@ -1,5 +1,7 @@
 """RAdam: Adam with a rectified learning rate instead of a warm-up."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -29,17 +31,17 @@ class RAdam(Optimizer):
     the default :math:`\beta_2` the first five updates are those of plain momentum.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: added to the gradient as ``weight_decay * variable``, or see the next.
-        decoupled_weight_decay: take ``learning_rate * weight_decay * variable`` off the variable
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Added to the gradient as ``weight_decay * variable``, or see the next.
+        decoupled_weight_decay: Take ``learning_rate * weight_decay * variable`` off the variable
             instead, as `optim.AdamW` does.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -73,7 +75,7 @@ class RAdam(Optimizer):
         """The running means of the gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"`` and ``"velocity"``.
@@ -103,8 +105,8 @@ class RAdam(Optimizer):
         scale = ops.where(rectified, 1.0 / corrected, 0.0)
         offset = ops.where(rectified, self.epsilon / corrected, 1.0)
         rate = learning_rate / bias_correction(self.beta_1, step)
-        movement = rate * slots["momentum"] / (scale * ops.sqrt(slots["velocity"]) + offset)
-        return decayed - movement, slots
+        delta = rate * slots["momentum"] / (scale * ops.sqrt(slots["velocity"]) + offset)
+        return decayed - delta, slots
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

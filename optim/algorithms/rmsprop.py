@@ -1,5 +1,7 @@
 """RMSprop, plain or centred, with momentum as an option."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -28,17 +30,17 @@ class RMSprop(Optimizer):
     :math:`v_t - a_t^2` slightly negative, where PyTorch gives NaN; here it counts as 0.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        rho: decay rate of the mean square, in [0, 1) (PyTorch calls it alpha).
-        momentum: share of the buffer that an update keeps, in [0, 1]; 0 keeps no buffer.
-        epsilon: keeps the denominator away from zero, not negative.
-        centered: divide by the standard deviation instead of the root mean square.
-        weight_decay: added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        rho: Decay rate of the mean square, in [0, 1) (PyTorch calls it alpha).
+        momentum: Share of the buffer that an update keeps, in [0, 1]; 0 keeps no buffer.
+        epsilon: Keeps the denominator away from zero, not negative.
+        centered: Divide by the standard deviation instead of the root mean square.
+        weight_decay: Added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
             PyTorch; `keras.optimizers` decouples it).
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -73,7 +75,7 @@ class RMSprop(Optimizer):
         """The mean square, and what the options need.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"velocity"``, ``"average_gradient"`` (centred), ``"momentum"``.

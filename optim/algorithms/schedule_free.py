@@ -1,5 +1,7 @@
 """Schedule-free AdamW, SGD and RAdam: averaging in place of a decaying learning rate."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -12,12 +14,12 @@ from optim.core.optimizer import CommonArguments, Optimizer, Slot, Tensor, check
 
 
 class _ScheduleFree(Optimizer):
-    r"""What the schedule-free optimizers share; a subclass says which way to go (`direction`).
+    r"""What the schedule-free optimizers share; a subclass defines the `direction`.
 
     The method has three sequences: :math:`z` moves, :math:`x` averages, and the gradient is taken
     between them, at :math:`y = (1 - \beta) z + \beta x`, which is what the variable holds. Kept are
-    :math:`y` and :math:`d = z - y`, which determine the others, begin at 0, and stay right if
-    somebody assigns the variable.
+    :math:`y` and :math:`d = z - y`, which determine the others, begin at 0, and stay valid if
+    the variable is assigned.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class _ScheduleFree(Optimizer):
         """The distance of the moving sequence, and what the weights of the average depend on.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"distance"`` and of two scalars.
@@ -55,7 +57,7 @@ class _ScheduleFree(Optimizer):
     def direction(
         self, gradient: Tensor, slots: dict[str, Tensor], step: Tensor
     ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
-        """Which way to go: the direction, a factor of the learning rate, and the new slots."""
+        """The direction of the step, a factor of the learning rate, and the new slots."""
         raise NotImplementedError
 
     @elementwise
@@ -89,7 +91,7 @@ class _ScheduleFree(Optimizer):
     def evaluated(
         self, parameter: Tensor, slots: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The average, and the slots of a method that goes on from there."""
+        """The average, and the slots with which training would continue from it."""
         average = parameter - (1.0 / self._beta - 1.0) * slots["distance"]
         return average, {**slots, "distance": ops.zeros_like(slots["distance"])}
 
@@ -127,18 +129,18 @@ class ScheduleFreeAdamW(_ScheduleFree):
     weights whatever the rate, and evaluates and saves :math:`y`.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: how far the gradient is taken towards the average, in (0, 1).
-        beta_2: decay rate of the mean of the squared gradient, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        r: power of the step in the weights of the average.
-        weight_lr_power: power of the largest learning rate so far in these weights.
-        weight_decay: multiple of the variable added to the direction.
-        warmup_steps: updates in which the rate rises linearly to ``learning_rate``.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: How far the gradient is taken towards the average, in (0, 1).
+        beta_2: Decay rate of the mean of the squared gradient, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        r: Power of the step in the weights of the average.
+        weight_lr_power: Power of the largest learning rate so far in these weights.
+        weight_decay: Multiple of the variable added to the direction.
+        warmup_steps: Updates in which the rate rises linearly to ``learning_rate``.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range, or ``use_ema=True``.
+        ValueError: If a hyperparameter is out of its range, or ``use_ema=True``.
 
     Example:
         >>> import keras, optim
@@ -181,7 +183,7 @@ class ScheduleFreeAdamW(_ScheduleFree):
         """As for all schedule-free optimizers, and the mean of the squared gradient.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Slot name -> shape.
@@ -227,18 +229,18 @@ class ScheduleFreeRAdam(ScheduleFreeAdamW):
     direction). Everything else is as in `ScheduleFreeAdamW`.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: how far the gradient is taken towards the average, in (0, 1).
-        beta_2: decay rate of the mean of the squared gradient, in [0.6, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        r: power of the step in the weights of the average.
-        weight_lr_power: power of the largest learning rate so far in these weights.
-        silent_sgd_phase: do nothing, rather than plain descent, in the first updates.
-        weight_decay: multiple of the variable added to the direction.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: How far the gradient is taken towards the average, in (0, 1).
+        beta_2: Decay rate of the mean of the squared gradient, in [0.6, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        r: Power of the step in the weights of the average.
+        weight_lr_power: Power of the largest learning rate so far in these weights.
+        silent_sgd_phase: Do nothing, rather than plain descent, in the first updates.
+        weight_decay: Multiple of the variable added to the direction.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range, or ``use_ema=True``.
+        ValueError: If a hyperparameter is out of its range, or ``use_ema=True``.
 
     Example:
         >>> import keras, optim
@@ -303,16 +305,16 @@ class ScheduleFreeSGD(_ScheduleFree):
     As `ScheduleFreeAdamW`, with :math:`u_t = g + \lambda\, y_{t-1}`.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        momentum: how far the gradient is taken towards the average, in (0, 1).
-        r: power of the step in the weights of the average.
-        weight_lr_power: power of the largest learning rate so far in these weights.
-        weight_decay: multiple of the variable added to the gradient.
-        warmup_steps: updates in which the rate rises linearly to ``learning_rate``.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        momentum: How far the gradient is taken towards the average, in (0, 1).
+        r: Power of the step in the weights of the average.
+        weight_lr_power: Power of the largest learning rate so far in these weights.
+        weight_decay: Multiple of the variable added to the gradient.
+        warmup_steps: Updates in which the rate rises linearly to ``learning_rate``.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range, or ``use_ema=True``.
+        ValueError: If a hyperparameter is out of its range, or ``use_ema=True``.
 
     Example:
         >>> import keras, optim

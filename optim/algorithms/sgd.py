@@ -1,5 +1,7 @@
 """SGD with momentum, dampening and Nesterov momentum."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -30,16 +32,16 @@ class SGD(Optimizer):
     the optimizer, also for a variable that has no gradient then.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        momentum: share of the buffer that an update keeps, in [0, 1]; 0 keeps no state.
-        nesterov: look ahead by one step of the momentum; needs momentum and no dampening.
-        dampening: share of the gradient that is kept out of the buffer, in [0, 1].
-        weight_decay: added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        momentum: Share of the buffer that an update keeps, in [0, 1]; 0 keeps no state.
+        nesterov: Look ahead by one step of the momentum; needs momentum and no dampening.
+        dampening: Share of the gradient that is kept out of the buffer, in [0, 1].
+        weight_decay: Added to the gradient as ``weight_decay * variable`` (an L2 penalty, as in
             PyTorch; `keras.optimizers` decouples it).
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range, or ``nesterov`` does not fit.
+        ValueError: If a hyperparameter is out of its range, or ``nesterov`` does not fit.
 
     Example:
         >>> import keras, optim
@@ -76,7 +78,7 @@ class SGD(Optimizer):
         """The momentum's buffer, if there is momentum.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shape of ``"momentum"``, or nothing.

@@ -1,5 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -8,9 +10,8 @@ import numpy as np
 from keras import ops
 
 from optim.algorithms.adamw import AdamW
-from optim.algorithms.low_rank import sides_of
-from optim.algorithms.muon import is_matrix
 from optim.core.checks import check_integer
+from optim.core.matrices import is_matrix, sides_of
 from optim.core.moments import bias_correction, moving_average
 from optim.core.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 from optim.kernels import backend as kernels
@@ -52,19 +53,19 @@ class SOAP(Optimizer):
     decomposition is due is answered on the host: nothing on a CPU, a wait for the device on a GPU.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        betas: decay rates of the mean of the gradient and of the mean of its square in the
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        betas: Decay rates of the mean of the gradient and of the mean of its square in the
             eigenbasis, each in [0, 1).
-        shampoo_beta: decay rate of ``L`` and ``R``, in [0, 1); ``None`` for the second of
+        shampoo_beta: Decay rate of ``L`` and ``R``, in [0, 1); ``None`` for the second of
             ``betas``.
-        precondition_frequency: number of updates for which a basis is kept.
-        max_precond_dim: longest side that gets a basis of its own.
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        precondition_frequency: Number of updates for which a basis is kept.
+        max_precond_dim: Longest side that gets a basis of its own.
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import numpy as np, keras, optim
@@ -110,7 +111,7 @@ class SOAP(Optimizer):
         """This rule for matrices, AdamW's for the rest.
 
         Args:
-            variable: one of the variables the optimizer is built with.
+            variable: One of the variables the optimizer is built with.
 
         Returns:
             This optimizer, or the AdamW it holds.
@@ -121,7 +122,7 @@ class SOAP(Optimizer):
         """The running means, and for each side its preconditioner and basis.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"``, ``"velocity"`` (a matrix, in the eigenbasis), ``"left"``,
@@ -214,7 +215,7 @@ def eigenvectors(matrix: Tensor, current: Tensor) -> Tensor:
 
     Returns:
         float32 tensor of that shape. NaN if an element of the matrix is not finite: a decomposition
-        would raise an error on one backend and not end on another.
+        would raise an error on one backend and never return on another.
     """
     safe, finite = _safe(matrix)
     values, vectors = (ops.flip(part, axis=-1) for part in ops.eigh(safe))
@@ -222,13 +223,13 @@ def eigenvectors(matrix: Tensor, current: Tensor) -> Tensor:
 
 
 def _settled(values: Tensor, vectors: Tensor) -> Tensor:
-    """Eigenvectors in which rounding has no say where the matrix has not full rank.
+    """Eigenvectors that do not depend on rounding where the matrix is rank-deficient.
 
-    The first gradient of a layer seldom gives its preconditioner full rank, and to an eigenvalue of
-    zero every basis of the null space is right: a decomposition returns one that the last bits
-    choose. Adam in another basis is another update, so accumulated gradients, another backend or
-    another order of addition would train differently. The null space as a whole is stable; its
-    basis is made from fixed vectors, close to the axes, projected onto it.
+    The first gradient of a layer seldom gives its preconditioner full rank, and any basis of the
+    null space is valid: a decomposition returns one that depends on the last bits. Adam in another
+    basis makes another update, so accumulated gradients, another backend or another order of
+    addition would train differently. The null space as a whole is stable; its basis is made from
+    fixed vectors, close to the axes, projected onto it.
 
     Args:
         values: Tensor of shape (n,), the largest first.
@@ -281,7 +282,7 @@ def _is_above_rounding(velocity: Tensor, left: Tensor | None, right: Tensor | No
 
     A gradient has no part in the null space of its preconditioner; turned into the eigenbasis, it
     has one of its size times the precision. Divided by its own root that would be a full step, in
-    a direction that nothing but rounding has chosen.
+    a direction that only rounding determines.
 
     Args:
         velocity: Tensor of shape (n, m), the mean of the squares.

@@ -1,5 +1,7 @@
 """StableAdamW: AdamW with Adafactor's clipping of the update, per tensor."""
 
+from __future__ import annotations
+
 from typing import Any, Unpack
 
 import keras
@@ -30,15 +32,15 @@ class StableAdamW(Optimizer):
     follow their float32 trajectory anyway.
 
     Args:
-        learning_rate: a number, a learning-rate schedule or a callable without arguments.
-        beta_1: decay rate of the mean of the gradient, in [0, 1).
-        beta_2: decay rate of the mean of its square, in [0, 1).
-        epsilon: keeps the denominator away from zero, not negative.
-        weight_decay: fraction of ``learning_rate * variable`` taken off per update.
-        **common: the arguments common to all optimizers, see `optim.Optimizer`.
+        learning_rate: A number, a learning-rate schedule or a callable without arguments.
+        beta_1: Decay rate of the mean of the gradient, in [0, 1).
+        beta_2: Decay rate of the mean of its square, in [0, 1).
+        epsilon: Keeps the denominator away from zero, not negative.
+        weight_decay: Fraction of ``learning_rate * variable`` taken off per update.
+        **common: The arguments common to all optimizers, see `optim.Optimizer`.
 
     Raises:
-        ValueError: if a hyperparameter is out of its range.
+        ValueError: If a hyperparameter is out of its range.
 
     Example:
         >>> import keras, optim
@@ -70,7 +72,7 @@ class StableAdamW(Optimizer):
         """The running means of the gradient and of its square.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Shapes of ``"momentum"`` and ``"velocity"``.
@@ -99,8 +101,8 @@ class StableAdamW(Optimizer):
         rate = learning_rate / ops.maximum(1.0, growth)
         if weight_decay:
             parameter = parameter - (rate * weight_decay) * parameter
-        movement = rate * momentum / (ops.sqrt(velocity) + self.epsilon)
-        return parameter - movement, {"momentum": momentum, "velocity": velocity}
+        delta = rate * momentum / (ops.sqrt(velocity) + self.epsilon)
+        return parameter - delta, {"momentum": momentum, "velocity": velocity}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""

@@ -1,5 +1,7 @@
 """The arguments that every optimizer takes."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, TypedDict
@@ -24,17 +26,17 @@ class CommonArguments(TypedDict, total=False):
 
 
 def check_common(learning_rate: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Check what Keras would take without a word.
+    """Check what Keras would accept silently.
 
     Args:
-        learning_rate: as the user gave it; looked at if it is a number.
-        arguments: name -> what the user gave, of the other arguments of Keras' base class.
+        learning_rate: As the user gave it; checked if it is a number.
+        arguments: Name -> what the user gave, of the other arguments of Keras' base class.
 
     Returns:
         All of them, for the constructor of Keras' base class.
 
     Raises:
-        ValueError: if one is out of its range.
+        ValueError: If one is out of its range.
     """
     checked = dict(arguments)
     if isinstance(learning_rate, Real):

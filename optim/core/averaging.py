@@ -1,4 +1,6 @@
-"""`Averaging`: the part of an optimizer that knows what is evaluated, and keeps averages."""
+"""`Averaging`: moving averages of the weights, and which weights are evaluated."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
@@ -31,8 +33,8 @@ class Averaging(EvaluationWeights):
         """The value to evaluate where it is not the one that is trained; a pure function.
 
         Args:
-            parameter: the trained value, float32.
-            slots: slot name -> tensor.
+            parameter: The trained value, float32.
+            slots: Slot name -> tensor.
 
         Returns:
             ``None`` if it is the trained value. Else the value to evaluate, and the slots with
@@ -42,7 +44,7 @@ class Averaging(EvaluationWeights):
         return None
 
     def _check_averaged_once(self, rules: Iterable[Any]) -> None:
-        """A moving average beside the average that a group's rule evaluates would hide that one."""
+        """Raise if ``use_ema`` would hide the average that a group's rule evaluates."""
         own = [type(rule).__name__ for rule in rules if evaluates_another_value(rule)]
         if self.use_ema and own:
             raise ValueError(
@@ -84,8 +86,8 @@ class Averaging(EvaluationWeights):
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
         """Keras' own update, with the overwriting by averages counted in updates.
 
-        Keras asks whether the weights are to be overwritten at each micro-batch of an update, on
-        JAX in code of its own. So it is told of no frequency.
+        Keras checks the frequency at each micro-batch of an update, on JAX in separate code. So it
+        is hidden from Keras here.
         """
         frequency, self.ema_overwrite_frequency = self.ema_overwrite_frequency, None
         try:
@@ -112,7 +114,7 @@ class Averaging(EvaluationWeights):
         return [(variable, average) for variable, average in pairs if average is not None]
 
     def _updates_now(self) -> Any:
-        """Whether this call is the last of those that an update accumulates."""
+        """Whether this call is the last micro-batch of an update."""
         return (self._iterations + 1) % self.gradient_accumulation_steps == 0
 
 
@@ -122,5 +124,5 @@ def evaluates_another_value(rule: Any) -> bool:
 
 
 def _copy(value: Any, dtype: str) -> Any:
-    """In memory of its own: a variable that shared it would be donated with another one on JAX."""
+    """A copy in its own memory: on JAX two variables must not share a buffer that is donated."""
     return ops.copy(ops.cast(ops.convert_to_tensor(value), dtype))

@@ -1,5 +1,7 @@
 """Checks of hyperparameters, with one wording for all optimizers and schedules."""
 
+from __future__ import annotations
+
 import math
 import re
 from numbers import Real
@@ -10,14 +12,14 @@ def check_flag(name: str, value: Any) -> bool:
     """Check a hyperparameter that is either on or off.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
+        name: The argument's name, for the message.
+        value: What the user gave.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: if it is not a bool (``"False"`` would count as true).
+        ValueError: If it is not a bool (``"False"`` would count as true).
     """
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
@@ -28,16 +30,16 @@ def check_closed(name: str, value: Any, low: float, high: float) -> float:
     """Check a hyperparameter against a closed range.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
-        high: largest allowed value.
+        name: The argument's name, for the message.
+        value: What the user gave.
+        low: Smallest allowed value.
+        high: Largest allowed value.
 
     Returns:
         The value as a float.
 
     Raises:
-        ValueError: if it is not a number in ``[low, high]``.
+        ValueError: If it is not a number in ``[low, high]``.
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and low <= value <= high):
@@ -51,16 +53,16 @@ def check_range(name: str, value: Any, low: float, high: float = float("inf")) -
     """Check a hyperparameter against a half-open range.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
-        high: the value has to be below this.
+        name: The argument's name, for the message.
+        value: What the user gave.
+        low: Smallest allowed value.
+        high: The value has to be below this.
 
     Returns:
         The value as a float.
 
     Raises:
-        ValueError: if it is not a number in ``[low, high)``.
+        ValueError: If it is not a number in ``[low, high)``.
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and low <= value < high):
@@ -74,15 +76,15 @@ def check_count(name: str, value: Any, low: int) -> int:
     """Check a number of steps.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
+        name: The argument's name, for the message.
+        value: What the user gave.
+        low: Smallest allowed value.
 
     Returns:
         The value as an int.
 
     Raises:
-        ValueError: if it is not a whole number of at least ``low``.
+        ValueError: If it is not a whole number of at least ``low``.
     """
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < low or value != math.floor(value):
@@ -96,15 +98,15 @@ def check_integer(name: str, value: Any, low: int) -> int:
     """Check a hyperparameter that is a whole number.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
-        low: smallest allowed value.
+        name: The argument's name, for the message.
+        value: What the user gave.
+        low: Smallest allowed value.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: if it is not an integer of at least ``low``.
+        ValueError: If it is not an integer of at least ``low``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"`{name}` must be an integer >= {low}. Received: {name}={value!r}")
@@ -114,15 +116,15 @@ def check_integer(name: str, value: Any, low: int) -> int:
 def check_gradient(gradient: Any, variable: Any) -> None:
     """Check that a gradient can be that of a variable.
 
-    Worth a look at every one: some would be broadcast, and a fused kernel reads beyond the end of
-    one that is too short.
+    Every gradient is checked: some would be broadcast, and a fused kernel would read beyond the end
+    of one that is too short.
 
     Args:
-        gradient: a tensor.
-        variable: the variable it was given for.
+        gradient: A tensor.
+        variable: The variable it was given for.
 
     Raises:
-        ValueError: if their shapes differ.
+        ValueError: If their shapes differ.
     """
     try:
         shape = gradient.shape
@@ -130,7 +132,7 @@ def check_gradient(gradient: Any, variable: Any) -> None:
         shape = tuple(gradient.dense_shape)
     if shape == variable.shape:
         return
-    # A shape that is traced may be known in part only.
+    # A traced shape may be only partly known.
     fits = getattr(shape, "is_compatible_with", None)
     if fits is None or not fits(variable.shape):
         name = getattr(variable, "path", None) or variable.name
@@ -145,14 +147,14 @@ def check_pattern(name: str, value: Any) -> str:
     """Check a regular expression.
 
     Args:
-        name: the argument's name, for the message.
-        value: what the user gave.
+        name: The argument's name, for the message.
+        value: What the user gave.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: if it is not a regular expression.
+        ValueError: If it is not a regular expression.
     """
     try:
         if not isinstance(value, str):

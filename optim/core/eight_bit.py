@@ -1,5 +1,7 @@
 """State in 8 bits: codes of a dynamic scale, block by block, around any rule of this package."""
 
+from __future__ import annotations
+
 import math
 import re
 from typing import Any
@@ -37,7 +39,7 @@ def quantized(x: Tensor, signed: bool, step: Tensor | None = None) -> tuple[Tens
 
     Args:
         x: float32 tensor of any shape, not empty.
-        signed: whether it has negative elements. If not, what is not 0 gets a code that is not 0.
+        signed: Whether it has negative elements. If not, what is not 0 gets a code that is not 0.
         step: float32 scalar, for the random choice.
 
     Returns:
@@ -79,13 +81,13 @@ def _random(x: Tensor, step: Tensor) -> Tensor:
 
 
 def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
-    """The inverse of `quantized`, as far as there is one.
+    """The inverse of `quantized`, up to rounding.
 
     Args:
         codes: uint8 tensor of shape (blocks, `BLOCK`).
         scales: float32 tensor of shape (blocks,).
-        shape: shape of the tensor that was quantized.
-        signed: as it was given there.
+        shape: Shape of the tensor that was quantized.
+        signed: As in `quantized`.
 
     Returns:
         float32 tensor.
@@ -112,10 +114,10 @@ class EightBit(Optimizer):
     Small tensors and variables whose path matches ``keep`` get the full-precision rule.
 
     Attributes:
-        full_precision: the class whose rule this is; set by the subclass.
-        full: an optimizer of that class, with the same hyperparameters.
-        squares: names of the slots that are means of squares.
-        dithered: names of the slots that are rounded up or down at random, so that movements
+        full_precision: The class whose rule this is; set by the subclass.
+        full: An optimizer of that class, with the same hyperparameters.
+        squares: Names of the slots that are means of squares.
+        dithered: Names of the slots that are rounded up or down at random, so that updates
             smaller than the gaps between codes are not lost.
     """
 
@@ -136,7 +138,7 @@ class EightBit(Optimizer):
         """This rule for large tensors; full precision for small ones, float64 and ``keep``.
 
         Args:
-            variable: one of the variables the optimizer is built with.
+            variable: One of the variables the optimizer is built with.
 
         Returns:
             This optimizer, or one of the class `full_precision`.
@@ -149,7 +151,7 @@ class EightBit(Optimizer):
         """Codes and scales in place of every slot of the variable's shape.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Slot name -> slot.

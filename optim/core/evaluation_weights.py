@@ -1,4 +1,6 @@
-"""Evaluating other weights than those that are trained (averages of them, mostly)."""
+"""Evaluating weights other than the trained ones, such as averages of them."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from optim.kernels import backend as kernels
 
 @dataclass(frozen=True)
 class _Trained:
-    """Variables and their trained values; a class, because Keras would track those in a list."""
+    """Variables and their trained values; a class, because Keras would track them in a list."""
 
     values: list[tuple[Any, Any]]
 
@@ -19,12 +21,12 @@ class _Trained:
 class EvaluationWeights:
     """Part of an optimizer that may evaluate other weights than it trains.
 
-    `optim.Optimizer` and `optim.EMA` have it, and it is all that others need to know, by name:
+    `optim.Optimizer` and `optim.EMA` have it. Its interface, which callers look up by name:
 
-    - ``swap_in_evaluation_weights()`` puts the weights to evaluate into the variables and remembers
-      the trained ones, ``swap_back()`` puts those back bit for bit. Both do nothing the second
-      time, and nothing at all where the two do not differ. `optim.SwapEvaluationWeights` calls
-      them in plain Keras, `kbtrain.Trainer` around each evaluation and export.
+    - ``swap_in_evaluation_weights()`` puts the weights to evaluate into the variables and keeps a
+      copy of the trained ones, ``swap_back()`` restores those bit for bit. A second call of either
+      has no effect, and neither does anything where the two do not differ. In plain Keras
+      `optim.SwapEvaluationWeights` calls them, `kbtrain.Trainer` around each evaluation and export.
     - ``finalize_variable_values(variables)``, which Keras calls at the end of ``fit``, makes the
       weights to evaluate the trained ones. What follows (``evaluate``, ``save``, more training)
       starts from there.
@@ -70,7 +72,7 @@ class EvaluationWeights:
         """Make the weights to evaluate the trained ones; Keras calls it at the end of ``fit``.
 
         Args:
-            var_list: the trained variables.
+            var_list: The trained variables.
         """
         self.swap_back()
         if not self.built:  # type: ignore[attr-defined]
@@ -93,11 +95,11 @@ class SwapEvaluationWeights(keras.callbacks.Callback):  # type: ignore[misc]
     or without it.
 
     Args:
-        on_epoch: also swap between the end of an epoch and the beginning of the next, for callbacks
+        on_epoch: Also swap between the end of an epoch and the beginning of the next, for callbacks
             that save the model there. Put those after this one.
 
     Raises:
-        ValueError: at the beginning, if the model's optimizer has no evaluation weights.
+        ValueError: At the beginning, if the model's optimizer has no evaluation weights.
 
     Example:
         >>> import numpy as np, keras, optim

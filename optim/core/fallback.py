@@ -1,16 +1,19 @@
-"""What rests on private parts of Keras or of a framework, with a plain way to do the same.
+"""Uses of private parts of Keras or of a framework, each with a public way to do the same.
 
-What is not public may change with any release. Where the fast way fails, the plain one goes on,
-with the same result, and the log says so once. These are all of them:
+What is private may change with any release. Where the fast way fails, the plain one takes over,
+with the same result, and the log says so once. These are all uses:
 
-- ``kernels/jax.py``: results in the order in which they overwrite their old values (`jax_order`);
-- ``kernels/tensorflow.py``: the same, and whether XLA compiles (`tensorflow_order`);
-- ``kernels/torch.py``: PyTorch's fused optimizers, recorded rules (`torch_elementwise`), the scope;
-- ``precision.py``: the table by which Keras makes float32 of float64;
-- here: the walk over a model's layers.
+- ``kernels/jax/``: results in the order in which they overwrite their old values;
+- ``kernels/tensorflow/``: the same, and whether XLA compiles;
+- ``kernels/torch/``: PyTorch's fused optimizers, recorded rules, Keras' stateless scope;
+- ``core/precision.py``: the table by which Keras makes float32 of float64;
+- here: iterating over a model's layers.
 
-`kbtrain.utils.fallback` is the same for ``kbtrain``; neither package imports the other.
+`kbtrain.utils.fallback` has the same two functions, and `kbtrain.utils.keras_private` Keras' table
+too: neither package imports the other, so these few lines are written twice.
 """
+
+from __future__ import annotations
 
 import importlib.metadata
 import logging
@@ -31,10 +34,10 @@ def report(name: str, package: str, error: BaseException, instead: str) -> None:
     """Log, once for each name, that a private part does not work.
 
     Args:
-        name: what does not work, as a user would name it.
-        package: the distribution whose private part it is.
-        error: how it failed.
-        instead: what happens now, as a sentence.
+        name: What does not work, as a user would name it.
+        package: The distribution whose private part it is.
+        error: How it failed.
+        instead: What happens now, as a sentence.
     """
     if name in _reported:
         return
@@ -63,11 +66,11 @@ class PrivateApi:
     nothing is reported.
 
     Args:
-        name: what it is, as a user would name it.
-        package: the distribution whose private part it is.
-        fast: has no effects.
-        plain: gives the same result.
-        instead: what happens where ``fast`` fails, as a sentence.
+        name: What it is, as a user would name it.
+        package: The distribution whose private part it is.
+        fast: Has no effects.
+        plain: Gives the same result.
+        instead: What happens where ``fast`` fails, as a sentence.
     """
 
     def __init__(

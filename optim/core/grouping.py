@@ -1,4 +1,6 @@
-"""`Grouped`: the part of an optimizer that knows its parameter groups."""
+"""`Grouped`: parameter groups, and the rule, decay and learning rate of each variable."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,19 +8,20 @@ from typing import Any
 import keras
 
 from optim.core.parameter_groups import Group, format_table, groups_for, parse_groups, path_of
+from optim.core.rule import UpdateRule
 
 
 class Grouped:
-    """Part of `optim.Optimizer`: its parameter groups, and who got what.
+    """Part of `optim.Optimizer`: its parameter groups, and how each variable is updated.
 
-    A trainer needs ``set_parameter_groups`` and ``parameter_groups_table`` only, by name.
+    kbtrain uses ``set_parameter_groups`` and ``parameter_groups_table``, by name.
     """
 
     built: bool
-    treatment_of: Any
-    weight_decay_of: Any
+    weight_decay: Any
     _get_variable_index: Any
     _state: Any
+    _use_weight_decay: Any
     _trainable_variables: list[Any]
     _parameter_groups: tuple[Group, ...] = ()
     _has_been_built: bool = False
@@ -27,7 +30,7 @@ class Grouped:
         """The parameter group of a variable.
 
         Args:
-            variable: one of the variables the optimizer was built with.
+            variable: One of the variables the optimizer was built with.
 
         Returns:
             The first group that matched it; None if it is in none.
@@ -36,6 +39,62 @@ class Grouped:
             return None
         result: Group | None = self._state.groups[self._get_variable_index(variable)]
         return result
+
+    def learning_rate_multiplier_of(self, variable: Any) -> float:
+        """What the learning rate is multiplied by for a variable, before its rule sees it.
+
+        Args:
+            variable: One of the variables the optimizer was built with.
+
+        Returns:
+            A Python number, known when the update is traced: 1.0, unless the variable's group or a
+            subclass sets another.
+        """
+        group = self.group_of(variable)
+        return 1.0 if group is None else group.lr_multiplier
+
+    def weight_decay_of(self, variable: Any) -> float:
+        """The decay of a variable: its group's or its rule's, 0.0 if it is excluded.
+
+        Args:
+            variable: One of the variables the optimizer was built with.
+
+        Returns:
+            A Python number, known when the update is traced.
+        """
+        group = self.group_of(variable)
+        weight_decay = self.rule_of(variable).weight_decay
+        if group is not None and group.weight_decay is not None:
+            weight_decay = group.weight_decay
+        if not weight_decay or not self._use_weight_decay(variable):
+            return 0.0
+        return float(weight_decay)
+
+    def rule_of(self, variable: Any) -> Any:
+        """The result of `rule_for` for a variable, as it was when the state was created.
+
+        Args:
+            variable: One of the variables the optimizer was built with.
+
+        Returns:
+            The optimizer whose rule updates it.
+        """
+        return self._state.rules[self._get_variable_index(variable)]
+
+    def update_rule_of(self, variable: Any) -> UpdateRule:
+        """How a variable is updated.
+
+        Args:
+            variable: One of the variables the optimizer was built with.
+
+        Returns:
+            Its optimizer, weight decay and learning-rate multiplier.
+        """
+        return UpdateRule(
+            self.rule_of(variable),
+            self.weight_decay_of(variable),
+            float(self.learning_rate_multiplier_of(variable)),
+        )
 
     @property
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -48,11 +107,11 @@ class Grouped:
         """Set the groups, before the state is made.
 
         Args:
-            groups: as for the constructor; None for none.
-            model: with it, ``match`` may be a type of layer, see `groups_for`.
+            groups: As for the constructor; None for none.
+            model: With it, ``match`` may be a type of layer, see `groups_for`.
 
         Raises:
-            ValueError: if there is state already, or a group is wrong.
+            ValueError: If there is state already, or a group is wrong.
         """
         if self.built:
             raise ValueError(
@@ -71,22 +130,22 @@ class Grouped:
             decay and rule of each variable, in their order.
 
         Raises:
-            ValueError: if the optimizer has not been built.
+            ValueError: If the optimizer has not been built.
         """
         if not self.built:
             raise ValueError("The table needs the variables: call `build(variables)` first.")
         number = {id(group): str(i) for i, group in enumerate(self._parameter_groups)}
         rows = [("variable", "shape", "group", "lr x", "decay", "rule")]
         for variable in self._trainable_variables:
-            treatment = self.treatment_of(variable)
+            update_rule = self.update_rule_of(variable)
             rows.append(
                 (
                     path_of(variable),
                     str(tuple(variable.shape)),
                     number.get(id(self.group_of(variable)), "-"),
-                    f"{treatment.learning_rate_multiplier:g}",
-                    f"{treatment.weight_decay:g}",
-                    type(treatment.rule).__name__,
+                    f"{update_rule.learning_rate_multiplier:g}",
+                    f"{update_rule.weight_decay:g}",
+                    type(update_rule.optimizer).__name__,
                 )
             )
         return format_table(rows)

@@ -1,5 +1,7 @@
 """What the rules have in common: running means and their bias, the steps of Adam and RAdam, L2."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -19,7 +21,7 @@ def moving_average(average: Tensor, value: Tensor, beta: float) -> Tensor:
     Args:
         average: float32 tensor.
         value: float32 tensor of the same shape.
-        beta: decay rate in [0, 1).
+        beta: Decay rate in [0, 1).
 
     Returns:
         float32 tensor of the same shape.
@@ -33,7 +35,7 @@ def bias_correction(beta: float, step: Tensor) -> Tensor:
     """``1 - beta ** step`` without the cancellation that float32 has for ``beta`` near 1.
 
     Args:
-        beta: decay rate in [0, 1).
+        beta: Decay rate in [0, 1).
         step: float32 scalar, at least 1.
 
     Returns:
@@ -49,7 +51,7 @@ def add_l2(gradient: Tensor, parameter: Tensor, weight_decay: float) -> Tensor:
     Args:
         gradient: float32 tensor.
         parameter: float32 tensor of the same shape.
-        weight_decay: a Python number; with 0 nothing is computed.
+        weight_decay: A Python number; with 0 nothing is computed.
 
     Returns:
         float32 tensor of the same shape.
@@ -63,10 +65,10 @@ def adam_moments(
     """Adam's running means with one more gradient.
 
     Args:
-        slots: with ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
+        slots: With ``"momentum"`` and ``"velocity"``, and ``"velocity_max"`` for AMSGrad.
         gradient: float32 tensor of the same shape.
-        beta_1: decay rate of the mean.
-        beta_2: decay rate of the mean square.
+        beta_1: Decay rate of the mean.
+        beta_2: Decay rate of the mean square.
 
     Returns:
         The new slots.
@@ -86,10 +88,10 @@ def adam_denominator(
     r""":math:`\sqrt{\hat v} + \epsilon`, where PyTorch and optax put the epsilon.
 
     Args:
-        slots: with ``"velocity"``; the largest one counts if ``"velocity_max"`` is there too.
+        slots: With ``"velocity"``; the largest one counts if ``"velocity_max"`` is there too.
         step: float32 scalar, at least 1.
-        beta_2: decay rate of the mean square.
-        epsilon: not negative.
+        beta_2: Decay rate of the mean square.
+        epsilon: Not negative.
 
     Returns:
         float32 tensor of the shape of the slots.
@@ -111,9 +113,9 @@ def rectify(beta_2: float, step: Tensor, limit: float = 5.0) -> tuple[Tensor, Te
     In float64 the series is not exact enough, nor needed.
 
     Args:
-        beta_2: decay rate of the mean square, in [0, 1).
+        beta_2: Decay rate of the mean square, in [0, 1).
         step: float32 scalar, at least 1.
-        limit: what :math:`\rho_t` must exceed for the variance to count as tractable, at least 4.
+        limit: What :math:`\rho_t` must exceed for the variance to count as tractable, at least 4.
 
     Returns:
         A boolean scalar, and a float32 scalar that is 1 where the first is false.

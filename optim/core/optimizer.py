@@ -1,5 +1,7 @@
 """`Optimizer`: a Keras optimizer whose algorithm is one pure rule, float32 for most variables."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from optim.core.averaging import Averaging
 from optim.core.checks import check_gradient, check_range
 from optim.core.grouping import Grouped
 from optim.core.parameter_groups import Group, assign, path_of
-from optim.core.rule import Slot, Tensor, Treatment, advance, elementwise, fused, initializer_of
+from optim.core.rule import Slot, Tensor, UpdateRule, advance, elementwise, fused, initializer_of
 from optim.kernels import backend as kernels
 
 __all__ = [
@@ -21,7 +23,7 @@ __all__ = [
     "Optimizer",
     "Slot",
     "Tensor",
-    "Treatment",
+    "UpdateRule",
     "check_range",
     "elementwise",
     "fused",
@@ -37,15 +39,15 @@ class _State:
     """
 
     groups: list[Group | None]
-    rules: list["Optimizer"]
+    rules: list[Optimizer]
     slots: list[dict[str, Any]]
 
 
 class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore[misc]
     """Base of the optimizers of this package: a Keras optimizer made from one pure rule.
 
-    A subclass says which slots the rule keeps (`slot_shapes`), what the rule is (`update`) and what
-    its hyperparameters are (``get_config``). Everything else sits here and is the same for all:
+    A subclass defines which slots the rule keeps (`slot_shapes`), the rule itself (`update`) and
+    its hyperparameters (``get_config``). Everything else is here and the same for all:
     float32 arithmetic and float32 state (float64 for a variable in float64), low-precision
     variables that follow their float32 trajectory (`optim.core.precision`), weight decay per
     variable, sparse gradients, and the execution by the kernels of the running backend.
@@ -62,28 +64,28 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
     and the moving average count updates, not micro-batches.
 
     Args:
-        learning_rate: a number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
-            the number of updates so far), a schedule that answers to a metric
-            (`optim.schedules.warmup.metric_driven`) or a callable without arguments.
-        weight_decay: decoupled decay, as a fraction of ``learning_rate * variable`` per update.
+        learning_rate: A number, a `keras.optimizers.schedules.LearningRateSchedule` (a function of
+            the number of updates so far), a metric-driven schedule
+            (`optim.schedules.metric_driven`) or a callable without arguments.
+        weight_decay: Decoupled decay, as a fraction of ``learning_rate * variable`` per update.
             `exclude_from_weight_decay` leaves variables out.
-        clipnorm: largest norm of the gradient of one variable.
-        clipvalue: largest absolute value of a gradient element.
-        global_clipnorm: largest norm of all gradients together.
-        use_ema: keep a moving average of the variables, put in their place by
+        clipnorm: Largest norm of the gradient of one variable.
+        clipvalue: Largest absolute value of a gradient element.
+        global_clipnorm: Largest norm of all gradients together.
+        use_ema: Keep a moving average of the variables, put in their place by
             ``finalize_variable_values``.
-        ema_momentum: share of the old average that an update keeps.
-        ema_overwrite_frequency: overwrite the variables by their average every that many updates.
-        loss_scale_factor: gradients are divided by it.
-        gradient_accumulation_steps: update once per that many calls, with the mean gradient.
-        name: prefix of the paths of the state variables.
+        ema_momentum: Share of the old average that an update keeps.
+        ema_overwrite_frequency: Overwrite the variables by their average every that many updates.
+        loss_scale_factor: Gradients are divided by it.
+        gradient_accumulation_steps: Update once per that many calls, with the mean gradient.
+        name: Prefix of the paths of the state variables.
         kernel: ``None`` for the fastest execution on the running backend, ``"reference"`` to
             execute the rule as it is written, variable by variable.
-        parameter_groups: learning rates, decays and rules of some variables, see
+        parameter_groups: Learning rates, decays and rules of some variables, see
             `optim.core.parameter_groups`.
 
     Raises:
-        ValueError: if an argument is out of range, or two ways of clipping are given; when the
+        ValueError: If an argument is out of range, or two ways of clipping are given; when the
             state is made: if no variable goes to a group.
 
     Example:
@@ -137,7 +139,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
                 "gradient_accumulation_steps": gradient_accumulation_steps,
             },
         )
-        # Such a schedule is no function: it moves the variable that a number would have made.
+        # Not a function of the step: it assigns the variable that a number would have created.
         metric_schedule = learning_rate if hasattr(learning_rate, "on_metric") else None
         if metric_schedule is not None:
             checked["learning_rate"] = metric_schedule.rate
@@ -154,7 +156,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """The state the rule keeps for a variable.
 
         Args:
-            shape: shape of the variable.
+            shape: Shape of the variable.
 
         Returns:
             Slot name -> shape of a float32 tensor of zeros, or a `Slot` with another dtype or
@@ -179,10 +181,10 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         Args:
             parameter: float32 tensor; float64, as all that is float32 here, for a variable in it.
             gradient: float32 tensor of the same shape.
-            slots: slot name -> tensor, as `slot_shapes` says.
+            slots: Slot name -> tensor, as `slot_shapes` says.
             step: float32 scalar, 1 at the first update.
             learning_rate: float32 scalar, times the variable's multiplier.
-            weight_decay: the variable's decay, 0.0 if it is excluded. A Python number, known when
+            weight_decay: The variable's decay, 0.0 if it is excluded. A Python number, known when
                 the rule is traced.
 
         Returns:
@@ -193,33 +195,20 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
             "learning_rate, weight_decay)`."
         )
 
-    def rule_for(self, variable: Any) -> "Optimizer":
-        """The optimizer whose pure part applies to a variable; asked once, when state is made.
+    def rule_for(self, variable: Any) -> Optimizer:
+        """The optimizer whose pure part applies to a variable; called once, when state is created.
 
         Its `slot_shapes`, `update`, `evaluated`, hyperparameters and weight decay are used; its
         learning rate, clipping, counter and whatever else belongs to an optimizer as a whole are
         not: those of this optimizer apply to every variable.
 
         Args:
-            variable: one of the variables the optimizer is built with.
+            variable: One of the variables the optimizer is built with.
 
         Returns:
-            This optimizer, unless a subclass says otherwise.
+            This optimizer, unless a subclass chooses another.
         """
         return self
-
-    def learning_rate_multiplier_of(self, variable: Any) -> float:
-        """What the learning rate is multiplied by for a variable, before its rule sees it.
-
-        Args:
-            variable: one of the variables the optimizer was built with.
-
-        Returns:
-            A Python number, known when the update is traced: 1.0, unless the variable's group or a
-            subclass says otherwise.
-        """
-        group = self.group_of(variable)
-        return 1.0 if group is None else group.lr_multiplier
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, as a serializable dictionary."""
@@ -236,14 +225,14 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """Create the state.
 
         Args:
-            variables: the variables that will be updated, in the order of the gradients.
+            variables: The variables that will be updated, in the order of the gradients.
         """
         if self.built:
             return
         dtypes = {precision.working_dtype(variable) for variable in variables}
         self._widest = "float64" if "float64" in dtypes else "float32"
         super().build(variables)
-        # Built again, those of a group may be frozen: it was right for all of them.
+        # In a rebuilt optimizer all variables of a group may be frozen; groups were checked before.
         groups = assign(self._parameter_groups, variables, strict=not self._has_been_built)
         rules = [
             self._resolve_rule(variable)
@@ -263,11 +252,11 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
             self._check_decay_of_groups(variables)
         self._has_been_built = True
 
-    def _resolve_rule(self, variable: Any) -> "Optimizer":
+    def _resolve_rule(self, variable: Any) -> Optimizer:
         rule = self.rule_for(variable)
         return self if rule is self else rule._resolve_rule(variable)
 
-    def _new_slots(self, variable: Any, rule: "Optimizer") -> dict[str, Any]:
+    def _new_slots(self, variable: Any, rule: Optimizer) -> dict[str, Any]:
         slots = dict(rule.slot_shapes(tuple(variable.shape)))
         if precision.needs_residual(keras.utils.standardize_dtype(variable.dtype)):
             slots["residual"] = tuple(variable.shape)
@@ -292,12 +281,12 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
-        """As in Keras, but of the working dtype: also moving average and accumulated gradients.
+        """As in Keras, but in the working dtype; moving averages and accumulated gradients too.
 
         Args:
-            reference_variable: the variable whose shape and place the new one takes.
-            name: last part of the new variable's name.
-            initializer: its initial value.
+            reference_variable: The variable whose shape and placement the new one takes.
+            name: Last part of the new variable's name.
+            initializer: Its initial value.
 
         Returns:
             A `keras.Variable`.
@@ -309,7 +298,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """The state kept for a variable.
 
         Args:
-            variable: one of the variables the optimizer was built with.
+            variable: One of the variables the optimizer was built with.
 
         Returns:
             Slot name -> `keras.Variable`.
@@ -317,61 +306,17 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         result: dict[str, Any] = self._state.slots[self._get_variable_index(variable)]
         return result
 
-    def weight_decay_of(self, variable: Any) -> float:
-        """The decay of a variable: its group's or its rule's, 0.0 if it is excluded.
-
-        Args:
-            variable: one of the variables the optimizer was built with.
-
-        Returns:
-            A Python number, known when the update is traced.
-        """
-        group = self.group_of(variable)
-        weight_decay = self.rule_of(variable).weight_decay
-        if group is not None and group.weight_decay is not None:
-            weight_decay = group.weight_decay
-        if not weight_decay or not self._use_weight_decay(variable):
-            return 0.0
-        return float(weight_decay)
-
-    def rule_of(self, variable: Any) -> "Optimizer":
-        """What `rule_for` said about a variable when the state was made.
-
-        Args:
-            variable: one of the variables the optimizer was built with.
-
-        Returns:
-            The optimizer whose rule updates it.
-        """
-        result: Optimizer = self._state.rules[self._get_variable_index(variable)]
-        return result
-
-    def treatment_of(self, variable: Any) -> Treatment:
-        """How a variable is updated.
-
-        Args:
-            variable: one of the variables the optimizer was built with.
-
-        Returns:
-            Its rule, weight decay and learning-rate multiplier.
-        """
-        return Treatment(
-            self.rule_of(variable),
-            self.weight_decay_of(variable),
-            float(self.learning_rate_multiplier_of(variable)),
-        )
-
     # ---- applying gradients ---------------------------------------------------------------------
 
     def apply(self, grads: list[Tensor], trainable_variables: list[Any] | None = None) -> None:
         """Update the variables.
 
         Args:
-            grads: one gradient per variable; ``None`` leaves the variable and its state alone.
-            trainable_variables: the variables; needed at the first call unless `build` was called.
+            grads: One gradient per variable; ``None`` leaves the variable and its state alone.
+            trainable_variables: The variables; needed at the first call unless `build` was called.
 
         Raises:
-            ValueError: if there are not as many gradients as variables, or one has another shape.
+            ValueError: If there are not as many gradients as variables, or one has another shape.
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
@@ -397,7 +342,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
             super()._backend_apply_gradients(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list[Any]) -> None:
-        """Nothing to do here: decay is part of the rule."""
+        """Does nothing: decay is part of the rule."""
 
     def _backend_update_step(
         self, grads: list[Tensor], trainable_variables: list[Any], learning_rate: Any
@@ -409,7 +354,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         if self._widest == "float32":
             result: list[Tensor] = super()._clip_gradients(grads)
             return result
-        # A norm over gradients of two dtypes.
+        # The global norm may be over gradients of two dtypes.
         dtypes = [keras.utils.standardize_dtype(g.dtype) for g in grads]
         clipped = super()._clip_gradients([ops.cast(g, "float64") for g in grads])
         return [ops.cast(g, dtype) for g, dtype in zip(clipped, dtypes, strict=True)]
@@ -421,9 +366,9 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """Keras' entry for a single variable: execute the rule and assign the results.
 
         Args:
-            gradient: gradient of the variable.
-            variable: the variable to update.
-            learning_rate: the learning rate of this update.
+            gradient: Gradient of the variable.
+            variable: The variable to update.
+            learning_rate: The learning rate of this update.
         """
         check_gradient(gradient, variable)
         gradient = kernels.dense_gradient(gradient, variable)
@@ -442,31 +387,31 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """Execute the rule for one variable, as it is written, and assign the results.
 
         Args:
-            gradient: tensor of the shape of the variable, of its working dtype.
-            variable: the variable to update.
-            step: scalar of at least that precision, 1 at the first update.
-            learning_rate: scalar likewise, not yet multiplied for this variable.
-            through: called as ``through(pure, value, gradient, slots)``, returns what
+            gradient: Tensor of the shape of the variable, of its working dtype.
+            variable: The variable to update.
+            step: Scalar of at least that precision, 1 at the first update.
+            learning_rate: Scalar likewise, not yet multiplied for this variable.
+            through: Called as ``through(pure, value, gradient, slots)``, returns what
                 ``pure(value, gradient, slots)`` would: the new value and slots.
         """
         if self._widest == "float64":
             step, learning_rate = (ops.cast(x, gradient.dtype) for x in (step, learning_rate))
         slots = self.slots_of(variable)
-        treatment = self.treatment_of(variable)
+        update_rule = self.update_rule_of(variable)
         old_value = ops.convert_to_tensor(variable)
         old_slots = {name: ops.convert_to_tensor(slot) for name, slot in slots.items()}
-        rate = treatment.learning_rate(learning_rate)
+        rate = update_rule.learning_rate(learning_rate)
 
         def pure(value: Tensor, gradient: Tensor, slots: dict[str, Tensor]) -> Any:
-            rule, decay = treatment.rule, treatment.weight_decay
+            rule, decay = update_rule.optimizer, update_rule.weight_decay
             return advance(rule, value, gradient, slots, step, rate, decay)
 
         if through is None:
             value, new_slots = pure(old_value, gradient, old_slots)
         else:
             value, new_slots = through(pure, old_value, gradient, old_slots)
-        # An old value that moves to another variable: what was read may be the variable itself,
-        # which the assignments change one by one.
+        # A rule may return an old value for another slot. It is copied: the tensor that was read
+        # may be the variable's own memory, which the assignments below overwrite one by one.
         old = [old_value, *old_slots.values()]
         moved = {
             name: ops.copy(new_slots[name])

@@ -3,16 +3,18 @@
 A list of groups is an argument of every `optim.Optimizer`. A group is a dictionary:
 
 ================= ============================================================================
-``match``         whom it is for: a regular expression searched for in a variable's path, a list
-                  of paths, or a type of layer (through `groups_for`, which knows the model)
+``match``         its variables: a regular expression searched for in a variable's path, a list
+                  of paths, or a type of layer (through `groups_for`, which takes the model)
 ``lr_multiplier`` what the learning rate is multiplied by
 ``weight_decay``  the decay in place of the optimizer's; variables that are excluded stay so
 ``optimizer``     whose rule is executed: a name, ``{"name": ..., argument: value}``, or an object
 ================= ============================================================================
 
-The first group that matches a variable has it, and a variable that none matches is treated as if
-there were no groups. A group that no variable goes to is an error, never a silent typing mistake.
+A variable belongs to the first group that matches it; one that none matches is updated as if there
+were no groups. A group without variables is an error, since it is usually a typing mistake.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,7 @@ OF_THE_WHOLE = (
     *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor"),
     *("gradient_accumulation_steps", "metric_schedule"),
 )
-"""What an optimizer does with all variables together, so that a group's own would not be used."""
+"""Arguments for all variables together, which would have no effect on a group's optimizer."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Group:
     """One group, checked.
 
     Attributes:
-        match: a regular expression, or the exact paths of the variables.
-        lr_multiplier: what the learning rate is multiplied by.
-        weight_decay: the decay; None for the one the rule has.
-        optimizer: whose rule is executed; None for the one of the optimizer that has the groups.
+        match: A regular expression, or the exact paths of the variables.
+        lr_multiplier: What the learning rate is multiplied by.
+        weight_decay: The decay; None for the one the rule has.
+        optimizer: Whose rule is executed; None for the one of the optimizer that has the groups.
     """
 
     match: str | tuple[str, ...]
@@ -91,14 +93,14 @@ def parse_groups(groups: Sequence[Mapping[str, Any]] | None) -> tuple[Group, ...
     """Check a list of groups.
 
     Args:
-        groups: as described at the top of this module; None for none.
+        groups: As described at the top of this module; None for none.
 
     Returns:
         The groups in their order.
 
     Raises:
-        ValueError: if a key is unknown or missing, or a value is out of range.
-        TypeError: if something is not of the right kind.
+        ValueError: If a key is unknown or missing, or a value is out of range.
+        TypeError: If something is not of the right kind.
     """
     if groups is None:
         return ()
@@ -143,7 +145,7 @@ def _parse_match(where: str, match: Any) -> str | tuple[str, ...]:
         return match
     if isinstance(match, type):
         raise TypeError(
-            f"{where}['match'] is a type of layer, and an optimizer knows variables only. Give "
+            f"{where}['match'] is a type of layer, and an optimizer has variables only. Give "
             f"parameter_groups=optim.groups_for(model, [...]). Received: {match!r}"
         )
     paths = isinstance(match, list | tuple) and all(isinstance(path, str) for path in match)
@@ -194,18 +196,18 @@ def _by_name(where: str, arguments: dict[str, Any]) -> Any:
 def assign(
     groups: Sequence[Group], variables: Sequence[Any], strict: bool = True
 ) -> list[Group | None]:
-    """Give every variable to the first group that takes it.
+    """Assign every variable to the first group that matches it.
 
     Args:
-        groups: the groups in their order.
-        variables: the variables of the optimizer.
-        strict: whether a group without variables is an error.
+        groups: The groups in their order.
+        variables: The variables of the optimizer.
+        strict: Whether a group without variables is an error.
 
     Returns:
         For each variable its group, or None.
 
     Raises:
-        ValueError: if no variable goes to a group, or one that it lists does not exist.
+        ValueError: If no variable goes to a group, or one that it lists does not exist.
     """
     paths = [path_of(variable) for variable in variables]
     members = []
@@ -235,7 +237,7 @@ def assign(
 
 
 def _find(wanted: str, paths: Sequence[str]) -> str | None:
-    """The path that is meant: this one, or the only one that differs by a name in front."""
+    """The path itself if it exists, or the only one that differs by a leading name."""
     tail = wanted.partition("/")[2]
     for candidates in (
         [path for path in paths if path == wanted],
@@ -258,15 +260,15 @@ def groups_for(model: keras.Model, groups: Sequence[Mapping[str, Any]]) -> list[
     the model's layers or of its base classes. What is inside of such a layer belongs to it.
 
     Args:
-        model: a built model.
-        groups: the groups.
+        model: A built model.
+        groups: The groups.
 
     Returns:
         The groups for ``parameter_groups``, without types.
 
     Raises:
-        ValueError: if the model has no variables yet, or no layer of a class.
-        TypeError: if ``groups`` is no list of dictionaries.
+        ValueError: If the model has no variables yet, or no layer of a class.
+        TypeError: If ``groups`` is no list of dictionaries.
 
     Example:
         >>> import keras, optim
@@ -321,9 +323,9 @@ def layerwise_lr_decay(
     the first :math:`\text{decay}^{n-1}`.
 
     Args:
-        model: a built model.
-        decay: in (0, 1].
-        levels: regular expressions for the paths of each level's variables, the one next to the
+        model: A built model.
+        decay: In (0, 1].
+        levels: Regular expressions for the paths of each level's variables, the one next to the
             inputs first; what none matches keeps the full rate. The default is every layer
             that has trained variables, in the model's order; of models inside it, their layers.
 
@@ -331,9 +333,9 @@ def layerwise_lr_decay(
         The groups for ``parameter_groups``.
 
     Raises:
-        ValueError: if ``decay`` is out of range, a level matches nothing, or the model has no
+        ValueError: If ``decay`` is out of range, a level matches nothing, or the model has no
             variables yet.
-        TypeError: if ``levels`` is no list.
+        TypeError: If ``levels`` is no list.
 
     Example:
         >>> import keras, optim
@@ -400,7 +402,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of texts as lines with aligned columns, a line under the first.
 
     Args:
-        rows: the cells; the first row is the heading.
+        rows: The cells; the first row is the heading.
 
     Returns:
         The table, without a line break at its end.

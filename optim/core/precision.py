@@ -12,6 +12,8 @@ A float64 variable has float64 arithmetic and state, and no residual. Keras' own
 make float32 of float64 on PyTorch and JAX; `keeping_float64` is for that.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -55,8 +57,8 @@ def schedule_dtype(step: Any) -> str:
 def keeping_float64() -> Iterator[None]:
     """Inside, operations of Keras make float64 of float64, which they do on TensorFlow anyway.
 
-    Their rules of promotion end with a step from 64 to 32 bits, and there is no public door to that
-    table.
+    Their rules of promotion end with a step from 64 to 32 bits, and that table has no public
+    interface.
     """
     table = _narrowing()
     before = table.get("float64")
@@ -70,7 +72,7 @@ def keeping_float64() -> Iterator[None]:
 
 
 def arithmetic(dtype: str) -> contextlib.AbstractContextManager[None]:
-    """Inside, Keras computes in ``"float64"`` or as ever."""
+    """Inside, Keras computes in ``"float64"``, or as usual."""
     return keeping_float64() if dtype == "float64" else contextlib.nullcontext()
 
 
@@ -78,7 +80,7 @@ def _narrowing_table() -> dict[str, str]:
     from keras.src.backend.common import dtypes
 
     table: dict[str, str] = dtypes.BIT64_TO_BIT32_DTYPE
-    table["float64"]  # there, or this is another table
+    table["float64"]  # KeyError if this is another table
     return table
 
 
@@ -123,12 +125,12 @@ def rounded(x: Any, dtype: str) -> Any:
 def join(value: Any, residual: Any, dtype: str) -> Any:
     """The float32 number that a low-precision value and its residual stand for.
 
-    Somebody may have assigned the variable since (weights were loaded, averaged, clipped to a
+    The variable may have been assigned since (weights were loaded, averaged, clipped to a
     constraint). Then the residual belongs to another value; it is used only where adding it still
     rounds to the value, so it can never be seen in the variable itself.
 
     Args:
-        value: tensor of ``dtype``.
+        value: Tensor of ``dtype``.
         residual: float32 tensor of the same shape.
         dtype: ``"bfloat16"`` or ``"float16"``.
 

@@ -1,4 +1,6 @@
-"""The vocabulary of update rules: slots, treatments, marks for kernels, any float dtype."""
+"""What an update rule is made of: slots, marks for kernels, execution in any float dtype."""
+
+from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
@@ -27,9 +29,9 @@ class Slot:
     What is float32 here is float64 for a variable in float64.
 
     Attributes:
-        shape: its shape.
-        dtype: its dtype, as Keras names it.
-        initializer: its first value: a number, a Keras initializer or the name of one,
+        shape: Its shape.
+        dtype: Its dtype, as Keras names it.
+        initializer: Its first value: a number, a Keras initializer or the name of one,
             ``"parameter"`` for the value the variable has when the optimizer is built, or
             ``"path"`` for an integer in [0, 2 ** 31) made of the variable's path.
     """
@@ -39,21 +41,21 @@ class Slot:
     initializer: Any = "zeros"
 
 
-class Treatment(NamedTuple):
-    """How one variable is updated; variables with equal treatments can share a kernel call.
+class UpdateRule(NamedTuple):
+    """How one variable is updated; variables with equal update rules can share a kernel call.
 
     Attributes:
-        rule: the optimizer whose pure part (`Optimizer.update` and hyperparameters) is executed.
-        weight_decay: see `Optimizer.weight_decay_of`.
-        learning_rate_multiplier: see `Optimizer.learning_rate_multiplier_of`.
+        optimizer: The one whose pure part (`Optimizer.update` and hyperparameters) is executed.
+        weight_decay: See `Optimizer.weight_decay_of`.
+        learning_rate_multiplier: See `Optimizer.learning_rate_multiplier_of`.
     """
 
-    rule: Any
+    optimizer: Any
     weight_decay: float
     learning_rate_multiplier: float
 
     def learning_rate(self, learning_rate: Tensor) -> Tensor:
-        """The optimizer's learning rate as this treatment has it."""
+        """A learning rate times this rule's multiplier."""
         multiplier = self.learning_rate_multiplier
         return learning_rate if multiplier == 1.0 else learning_rate * multiplier
 
@@ -65,7 +67,7 @@ def fused(name: str) -> Callable[[Rule], Rule]:
     kernel of its parent's rule.
 
     Args:
-        name: key in the ``FUSED`` table of the backend's kernel module; a backend without the key
+        name: Key in the ``FUSED`` table of the backend's kernel module; a backend without the key
             executes the rule itself.
 
     Returns:
@@ -87,7 +89,7 @@ def elementwise(rule: Rule) -> Rule:
     products of matrices may not. A kernel may then execute the rule on pieces of a tensor.
 
     Args:
-        rule: the method.
+        rule: The method.
 
     Returns:
         The same method. As with `fused`, the mark is not inherited by a method that overrides it.
@@ -108,14 +110,14 @@ def advance(
     """Execute a rule on a value of any float dtype. Pure.
 
     Args:
-        rule: the optimizer whose rule it is.
-        value: the variable's value.
-        gradient: tensor of the same shape; like the slots and scalars it is float32, or float64 if
+        rule: The optimizer whose rule it is.
+        value: The variable's value.
+        gradient: Tensor of the same shape; like the slots and scalars it is float32, or float64 if
             the value is.
-        slots: slot name -> tensor, with the ``"residual"`` of a low-precision value.
+        slots: Slot name -> tensor, with the ``"residual"`` of a low-precision value.
         step: 1 at the first update.
-        learning_rate: times the variable's multiplier.
-        weight_decay: the variable's decay.
+        learning_rate: Times the variable's multiplier.
+        weight_decay: The variable's decay.
 
     Returns:
         The new value and the new slots, dtypes unchanged.
@@ -136,8 +138,8 @@ def initializer_of(slot: Slot, variable: Any) -> Any:
     """A slot's first value, as Keras takes it.
 
     Args:
-        slot: the slot.
-        variable: the variable that it belongs to.
+        slot: The slot.
+        variable: The variable that it belongs to.
 
     Returns:
         A Keras initializer, the name of one, or a function of a shape and a dtype.

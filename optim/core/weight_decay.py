@@ -1,4 +1,6 @@
-"""Which variables weight decay is not for: norms and biases."""
+"""Which variables have no weight decay: norms and biases."""
+
+from __future__ import annotations
 
 import re
 from typing import Any
@@ -8,7 +10,8 @@ import keras
 from optim.core.fallback import flatten_layers
 from optim.core.parameter_groups import path_of
 
-# kbtrain has the same two, for optimizers of any package; a test keeps them equal.
+# kbtrain.optimization.weight_decay has the same two, for optimizers of any package. Neither package
+# imports the other, so they are written twice; a test keeps them equal.
 NO_DECAY_LAYERS = (
     keras.layers.BatchNormalization,
     keras.layers.GroupNormalization,
@@ -22,13 +25,13 @@ NO_DECAY_NAMES = re.compile(
 
 
 def decay_parameter_names(model: keras.Model) -> list[str]:
-    """Paths of the trainable variables that weight decay is for.
+    """Paths of the trainable variables that weight decay applies to.
 
     Not decayed: everything inside a normalization layer, biases, scales and offsets, and whatever
     is named like a norm. Embeddings are decayed.
 
     Args:
-        model: a built model.
+        model: A built model.
 
     Returns:
         The paths, in the model's order.
@@ -52,9 +55,9 @@ def exclude_norms_and_biases(
     Keras does not save exclusions with a model: call this again for an optimizer that was loaded.
 
     Args:
-        optimizer: any Keras optimizer that has not been built; of one around others, such as
-            `keras.optimizers.LossScaleOptimizer`, the innermost is told.
-        model: a built model.
+        optimizer: Any Keras optimizer that has not been built; of one around others, such as
+            `keras.optimizers.LossScaleOptimizer`, they are set on the innermost.
+        model: A built model.
 
     Returns:
         The optimizer.

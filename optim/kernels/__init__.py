@@ -16,7 +16,7 @@ One module per backend, the same names in each:
 - ``squared_norm(x)``: the sum of the squares of all elements of a float32 tensor.
 - ``mean_product(x, y)``: the mean of the products of the elements of two float32 tensors.
 - ``singular_vectors(matrix)``: those on the smaller side of a float32 matrix, as columns, in the
-  order of falling singular values.
+  order of decreasing singular values.
 - ``FUSED``: name of a rule -> an equivalent that updates lists of tensors in place. Given
   ``(optimizer, parameters, gradients, slots, step, learning_rate, weight_decay)``, all of them
   float32 and the slots a dict of lists.
@@ -24,6 +24,8 @@ One module per backend, the same names in each:
 This is the only file of the package that asks which backend is running, and it imports that one
 alone.
 """
+
+from __future__ import annotations
 
 import importlib
 from typing import Any

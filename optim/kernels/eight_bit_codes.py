@@ -1,5 +1,7 @@
 """The 8-bit codes: which numbers they stand for, and tables that find them. NumPy alone."""
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Literal
 
@@ -23,7 +25,7 @@ def code_values(signed: bool) -> np.ndarray:
     doubles with the power: fine near 1, and still there at 1e-7.
 
     Args:
-        signed: whether there are negative ones.
+        signed: Whether there are negative ones.
 
     Returns:
         Float32 array of 256 numbers with 0 and 1 among them.
@@ -75,7 +77,7 @@ def _finder(borders: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
     count: ``count = abs((table[bits >> 16 & 0xffff] + bits) >> 16)``, in int32 that wraps around.
 
     Args:
-        borders: ascending float32 numbers, not two of them with the same upper half.
+        borders: Ascending float32 numbers, not two of them with the same upper half.
         side: ``"left"`` if a number on a border counts as below it, ``"right"`` if as above.
 
     Returns:

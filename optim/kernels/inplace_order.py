@@ -1,10 +1,12 @@
 """The results of a rule in an order in which each can overwrite its old value.
 
-XLA makes a loop of its own of every result on a CPU. Where two of them read the same old value, it
-does not know which one comes last, and copies the old value for the other. So the result that
-overwrites a value is told to wait for the others that read it. What a rule reads comes from a
-trace, which each framework writes down in its own way (`optim.kernels`).
+On a CPU XLA compiles every result to a loop of its own. Where two of them read the same old value,
+it does not know which one comes last, and copies the old value for the other. So the result that
+overwrites a value is made to depend on the others that read it. What a rule reads comes from a
+trace, which each framework represents in its own way (`optim.kernels`).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +23,8 @@ def flattened(pure: Pure, names: Sequence[str]) -> Callable[..., list[Any]]:
     """A rule of which result i overwrites argument i.
 
     Args:
-        pure: the rule.
-        names: of its slots.
+        pure: The rule.
+        names: Of its slots.
 
     Returns:
         A function of the value, the slots and the gradient; it returns the new value and slots.
@@ -41,13 +43,13 @@ class Plan:
     """Which result of a traced rule reads what, and so which one comes first.
 
     Attributes:
-        inputs: names of what the rule is given; result i overwrites input i.
-        outputs: names of its results.
-        made_of: name -> the names that an operation of the rule makes it of, constants left out.
-        tensors: names of all that is not a scalar.
-        large: numbers of the results that are tensors.
-        reuses: number of a result -> the other results that it is made from.
-        reads: number of a result -> the tensors among the inputs that it is made from besides.
+        inputs: Names of what the rule is given; result i overwrites input i.
+        outputs: Names of its results.
+        made_of: Name -> the names that an operation of the rule makes it of, constants left out.
+        tensors: Names of all that is not a scalar.
+        large: Numbers of the results that are tensors.
+        reuses: Number of a result -> the other results that it is made from.
+        reads: Number of a result -> the tensors among the inputs that it is made from besides.
     """
 
     inputs: Sequence[Hashable]
@@ -133,10 +135,10 @@ class Plan:
         """Make the results in their order.
 
         Args:
-            known: name -> value, of the inputs and constants; what is made is added.
-            first: names to make before all results.
-            evaluate: makes one name from known ones.
-            zero_after: a scalar 0 that is not there before a value is.
+            known: Name -> value, of the inputs and constants; what is made is added.
+            first: Names to make before all results.
+            evaluate: Makes one name from known ones.
+            zero_after: A scalar 0 that is not there before a value is.
             after: ``after(zero, value)`` is the value, not before the zero is there.
 
         Returns:

@@ -5,6 +5,8 @@ rounded loses all digits where it is near 0, that is towards the end of a traini
 may come an update late.
 """
 
+from __future__ import annotations
+
 import math
 from fractions import Fraction
 from typing import Any
@@ -27,9 +29,9 @@ def turn_remainder(done: Tensor, turns: int, period: int) -> Tensor:
     int32, and their small difference is right again.
 
     Args:
-        done: whole number of updates, float32 or int32.
-        turns: at least 0.
-        period: from 1 to 2**28.
+        done: Whole number of updates, float32 or int32.
+        turns: At least 0.
+        period: From 1 to 2**28.
 
     Returns:
         int32 tensor in ``[0, period)``.
@@ -45,9 +47,9 @@ def half_wave(rest: Tensor, period: int, dtype: Any = "float32") -> Tensor:
     Written as a square of a sine counted from the end, which has all digits near 0 as well.
 
     Args:
-        rest: whole numbers.
-        period: where the height is 0.
-        dtype: of the result.
+        rest: Whole numbers.
+        period: Where the height is 0.
+        dtype: Of the result.
 
     Returns:
         A tensor of the shape of ``rest``.
@@ -82,18 +84,18 @@ class CosineWithWarmup(FiniteSchedule):
 
     Here :math:`c` is ``num_cycles`` and :math:`p = (s-w)/\max(1, T-w)`; with the default of half a
     cycle it falls from the learning rate to 0. The widespread implementation of this schedule lets
-    :math:`p` grow past 1, so that a run that goes on too long sees the learning rate rise again;
+    :math:`p` grow past 1, so that in a run that is too long the learning rate rises again;
     here it stays at its last value unless ``clamp=False``.
 
     Args:
-        learning_rate: the largest learning rate, at the end of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
-        num_cycles: number of cosine waves; 0.5 ends at 0.
-        clamp: stay at the last value past the end of the training.
+        learning_rate: The largest learning rate, at the end of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
+        num_cycles: Number of cosine waves; 0.5 ends at 0.
+        clamp: Stay at the last value past the end of the training.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -139,13 +141,13 @@ class CosineWithRestarts(FiniteSchedule):
     :math:`p = (s-w)/\max(1, T-w)`; 0 from :math:`p = 1` on.
 
     Args:
-        learning_rate: the largest learning rate, at the beginning of each cycle.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
-        num_cycles: number of cycles, at least 1.
+        learning_rate: The largest learning rate, at the beginning of each cycle.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
+        num_cycles: Number of cycles, at least 1.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -184,16 +186,16 @@ class CosineWithMinLR(CosineWithWarmup):
     r"""`CosineWithWarmup` with a lowest rate: :math:`r + (1-r)\,(1 + \cos 2\pi c p)/2`.
 
     Args:
-        learning_rate: the largest learning rate, at the end of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
-        num_cycles: number of cosine waves; 0.5 ends at the lowest rate.
-        min_lr: the lowest learning rate, at most ``learning_rate``. Either this
-        min_lr_rate: or :math:`r`, its share of ``learning_rate``, has to be given.
-        clamp: stay at the last value past the end of the training, rather than rise again.
+        learning_rate: The largest learning rate, at the end of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
+        num_cycles: Number of cosine waves; 0.5 ends at the lowest rate.
+        min_lr: The lowest learning rate, at most ``learning_rate``. Either this
+        min_lr_rate: Or :math:`r`, its share of ``learning_rate``, has to be given.
+        clamp: Stay at the last value past the end of the training, rather than rise again.
 
     Raises:
-        ValueError: if an argument is out of range, or not exactly one of ``min_lr`` and
+        ValueError: If an argument is out of range, or not exactly one of ``min_lr`` and
             ``min_lr_rate`` is given.
 
     Example:
@@ -253,17 +255,17 @@ class CosineWarmupWithMinLR(CosineWithMinLR):
     lowest rate comes with the last update of the training, not after it.
 
     Args:
-        learning_rate: the largest learning rate, at the last update of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
-        num_cycles: number of cosine waves; 0.5 ends at the lowest rate.
-        min_lr: the lowest learning rate, at most ``learning_rate``. Either this
-        min_lr_rate: or its share of ``learning_rate`` has to be given.
-        warmup_lr_rate: the share of ``learning_rate`` that the warm-up begins with.
-        clamp: stay at the last value past the end of the training, rather than rise again.
+        learning_rate: The largest learning rate, at the last update of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
+        num_cycles: Number of cosine waves; 0.5 ends at the lowest rate.
+        min_lr: The lowest learning rate, at most ``learning_rate``. Either this
+        min_lr_rate: Or its share of ``learning_rate`` has to be given.
+        warmup_lr_rate: The share of ``learning_rate`` that the warm-up begins with.
+        clamp: Stay at the last value past the end of the training, rather than rise again.
 
     Raises:
-        ValueError: as for `CosineWithMinLR`.
+        ValueError: As for `CosineWithMinLR`.
 
     Example:
         >>> import optim

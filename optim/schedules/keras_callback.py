@@ -1,4 +1,6 @@
-"""`FeedMetricSchedule`: in plain Keras, tells a schedule its metric."""
+"""`FeedMetricSchedule`: gives a metric-driven schedule its metric in plain Keras."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -8,16 +10,16 @@ from optim.schedules.metric_driven import MetricSchedule
 
 
 class FeedMetricSchedule(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells the learning-rate schedule of a model's optimizer its metric, in ``model.fit``.
+    """Gives the metric-driven schedule of a model's optimizer its metric, in ``model.fit``.
 
     Args:
-        monitor: name of the metric in the logs of an epoch.
-        schedule: a schedule to use with an optimizer that was made with a plain number, such as one
+        monitor: Name of the metric in the logs of an epoch.
+        schedule: A schedule to use with an optimizer that was made with a plain number, such as one
             of Keras' own; the default is the one the optimizer was made with.
 
     Raises:
-        TypeError: if ``schedule`` does not answer to a metric.
-        ValueError: when training begins: the optimizer has no such schedule, or cannot be given
+        TypeError: If ``schedule`` is not metric-driven.
+        ValueError: When training begins: the optimizer has no such schedule, or cannot be given
             one; after an epoch: the logs have no such metric.
 
     Example:
@@ -40,7 +42,7 @@ class FeedMetricSchedule(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         if schedule is not None and not hasattr(schedule, "on_metric"):
             raise TypeError(
-                "`schedule` must be one that answers to a metric, such as optim.ReduceLROnPlateau. "
+                "`schedule` must be metric-driven, such as optim.ReduceLROnPlateau. "
                 f"Received: schedule={schedule!r}"
             )
         self.monitor = monitor
@@ -48,32 +50,32 @@ class FeedMetricSchedule(keras.callbacks.Callback):  # type: ignore[misc]
         self._fed: MetricSchedule | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Find the schedule, and see that its rate is the optimizer's."""
+        """Find the schedule and bind it to the optimizer's learning rate."""
         optimizer = self.model.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
         self._fed = getattr(optimizer, "metric_schedule", None) or self.schedule
         if self._fed is None:
             raise ValueError(
-                "The optimizer was not made with a learning rate that answers to a metric. Make it "
+                "The optimizer was not made with a metric-driven learning rate. Make it "
                 "with one, optim.AdamW(optim.ReduceLROnPlateau(...)), or give this callback a "
                 f"`schedule`. Received: optimizer={type(optimizer).__name__}"
             )
         if self.schedule not in (None, self._fed):
             raise ValueError(
-                "The optimizer was made with one schedule that answers to a metric and this "
-                "callback was given another. Give one of them only."
+                "The optimizer was made with one metric-driven schedule and this callback was "
+                "given another. Give only one of them."
             )
         if not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError(
-                "An optimizer whose learning rate is a function of the step cannot answer to a "
-                "metric too. Make it with a number as its learning rate."
+                "The learning rate of this optimizer is a function of the step, so it cannot be "
+                "metric-driven too. Make the optimizer with a number as its learning rate."
             )
         if not self._fed.is_bound_to(optimizer.learning_rate):
             self._fed.bind(optimizer.learning_rate)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Tell the schedule the metric of this epoch."""
+        """Pass the metric of this epoch to the schedule."""
         logs = logs or {}
         if self.monitor not in logs:
             raise ValueError(

@@ -1,16 +1,18 @@
-"""`MetricSchedule`: a learning rate that answers to a metric.
+"""`MetricSchedule`: a metric-driven learning rate.
 
-Such a schedule is no function of the step. It lives on the host, is told a value after every
+Such a schedule is not a function of the step. It lives on the host, gets a value after every
 evaluation, and writes its rate into the ``learning_rate`` variable of an optimizer, which the
-compiled step reads like any other variable: a new rate compiles nothing.
+compiled step reads like any other variable: a new rate does not retrace anything.
 
-The door to a trainer (kbtrain's, or your own) is four names, so any object that has them will do:
+A trainer (kbtrain's, or your own) uses these names only, so any object that has them works:
 
 - ``rate``: the current learning rate, a float;
 - ``bind(variable)``: from now on the rate is written into this variable;
-- ``on_metric(value)``: what to call after an evaluation;
-- ``state()`` and ``load_state(state)``: everything it remembers, as JSON can hold it.
+- ``on_metric(value)``: to be called after an evaluation;
+- ``state()`` and ``load_state(state)``: its state, as JSON values.
 """
+
+from __future__ import annotations
 
 import math
 from typing import Any, Self
@@ -25,24 +27,24 @@ _THRESHOLD_MODES = ("rel", "abs")
 
 
 class MetricSchedule:
-    """Base of the schedules that answer to a metric.
+    """Base of the metric-driven schedules.
 
-    A subclass keeps what it remembers in attributes, names them in ``remembered``, and changes
+    A subclass keeps its state in attributes, lists their names in ``remembered``, and changes
     ``self.rate`` in `react`.
 
     Args:
-        learning_rate: the first learning rate.
+        learning_rate: The first learning rate.
         mode: ``"min"`` if a smaller metric is better, ``"max"`` if a larger one is.
-        factor: in (0, 1): how much smaller a smaller learning rate is.
-        patience: evaluations of one kind that change nothing yet.
-        threshold: how much better counts as better.
+        factor: In (0, 1): how much smaller a smaller learning rate is.
+        patience: Evaluations of one kind that change nothing yet.
+        threshold: How much better counts as better.
         threshold_mode: ``"rel"``: as a share of the best metric; ``"abs"``: in its unit.
-        cooldown: evaluations without counting after the rate was made smaller.
-        min_lr: the rate is not made smaller than this.
-        eps: changes of at most this size are left out.
+        cooldown: Evaluations without counting after the rate was made smaller.
+        min_lr: The rate is not made smaller than this.
+        eps: Changes of at most this size are left out.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     remembered: tuple[str, ...] = ("rate", "best", "num_bad", "cooldown_counter")
@@ -74,7 +76,7 @@ class MetricSchedule:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the learning rate is the first one again."""
+        """Return to the initial state and the first learning rate."""
         self.rate = self.learning_rate
         self.best = math.inf if self.mode == "min" else -math.inf
         self.num_bad = 0
@@ -84,7 +86,7 @@ class MetricSchedule:
         """Write the learning rate into a variable, now and after each change.
 
         Args:
-            variable: an optimizer's ``learning_rate``.
+            variable: An optimizer's ``learning_rate``.
         """
         self._variable = variable
         variable.assign(self.rate)
@@ -93,7 +95,7 @@ class MetricSchedule:
         """Whether the rate is written into this variable.
 
         Args:
-            variable: an optimizer's ``learning_rate``.
+            variable: An optimizer's ``learning_rate``.
 
         Returns:
             True if `bind` was last called with it.
@@ -101,21 +103,21 @@ class MetricSchedule:
         return self._variable is variable
 
     def on_metric(self, value: float) -> None:
-        """Answer to the result of an evaluation.
+        """Update the rate from the result of an evaluation.
 
         Args:
-            value: the metric. A NaN is not better than anything.
+            value: The metric. A NaN is not better than anything.
         """
-        self._notice_foreign_rate()
+        self._read_assigned_rate()
         self.react(float(value))
         if self._variable is not None:
             self._variable.assign(self.rate)
 
     def react(self, value: float) -> None:
-        """Count, and change ``self.rate`` if it is time.
+        """Count evaluations, and change ``self.rate`` when due.
 
         Args:
-            value: the metric.
+            value: The metric.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `react(self, value)`.")
 
@@ -123,7 +125,7 @@ class MetricSchedule:
         """Whether a metric is better than the best one, by more than the threshold.
 
         Args:
-            value: the metric.
+            value: The metric.
 
         Returns:
             True or False; False for NaN.
@@ -140,21 +142,21 @@ class MetricSchedule:
             self.rate = smaller
 
     def state(self) -> dict[str, Any]:
-        """What the schedule remembers; what is not finite as text, because JSON has none of it.
+        """The state of the schedule; non-finite numbers are strings, because JSON has none.
 
         Returns:
-            A dictionary of numbers, texts and lists.
+            A dictionary of numbers, strings and lists.
         """
         return {name: _to_json(getattr(self, name)) for name in self.remembered}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, the learning rate included.
+        """Restore what `state` returned, the learning rate included.
 
         Args:
-            state: as `state` returned it, possibly read from JSON.
+            state: As `state` returned it, possibly read from JSON.
 
         Raises:
-            ValueError: if it is the state of another kind of schedule.
+            ValueError: If it is the state of another kind of schedule.
         """
         if set(state) != set(self.remembered):
             raise ValueError(
@@ -196,8 +198,8 @@ class MetricSchedule:
         first.reset()
         return first.state()
 
-    def _notice_foreign_rate(self) -> None:
-        """Somebody may have assigned the optimizer's learning rate meanwhile: go on from there."""
+    def _read_assigned_rate(self) -> None:
+        """Continue from the optimizer's learning rate if it was assigned in the meantime."""
         if self._variable is not None:
             actual = np.float32(keras.ops.convert_to_numpy(self._variable))
             if actual != np.float32(self.rate):

@@ -1,4 +1,6 @@
-r"""Learning rates that answer to a metric: `ReduceLROnPlateau` and `GreedyLR`."""
+r"""Metric-driven learning rates: `ReduceLROnPlateau` and `GreedyLR`."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -17,18 +19,18 @@ class ReduceLROnPlateau(MetricSchedule):
     pass before any is counted again.
 
     Args:
-        learning_rate: the first learning rate.
+        learning_rate: The first learning rate.
         mode: ``"min"`` if a smaller metric is better, ``"max"`` if a larger one is.
-        factor: in (0, 1).
-        patience: evaluations without improvement that change nothing yet.
-        threshold: how much better counts as better.
+        factor: In (0, 1).
+        patience: Evaluations without improvement that change nothing yet.
+        threshold: How much better counts as better.
         threshold_mode: ``"rel"``: as a share of the best metric; ``"abs"``: in its unit.
-        cooldown: evaluations that are not counted after the rate was made smaller.
-        min_lr: the lowest learning rate.
-        eps: changes of at most this size are left out.
+        cooldown: Evaluations that are not counted after the rate was made smaller.
+        min_lr: The lowest learning rate.
+        eps: Changes of at most this size are left out.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -86,27 +88,27 @@ class GreedyLR(MetricSchedule):
     :math:`\max(\eta \cdot \text{factor}, \eta_{\min})`. After ``reset_start`` such reductions at
     the lowest rate it begins anew.
 
-    The defaults of the bounds are those of the reference: with a learning rate below 0.001 the
+    The defaults of the bounds are those of Transformers: with a learning rate below 0.001 the
     default ``min_lr`` means that it is never made smaller.
 
     Args:
-        learning_rate: the first learning rate.
+        learning_rate: The first learning rate.
         mode: ``"min"`` if a smaller metric is better, ``"max"`` if a larger one is.
-        factor: in (0, 1).
-        patience: evaluations of one kind that change nothing yet.
-        threshold: how much better counts as better.
+        factor: In (0, 1).
+        patience: Evaluations of one kind that change nothing yet.
+        threshold: How much better counts as better.
         threshold_mode: ``"rel"``: as a share of the best metric; ``"abs"``: in its unit.
-        cooldown: evaluations that are not counted after the rate was made smaller.
-        warmup: evaluations that are not counted after the rate was made larger.
-        min_lr: the rate is not made smaller than this.
-        max_lr: the rate is not made larger than this.
-        eps: changes of at most this size are left out.
-        smooth: judge the mean of the last metrics.
-        window_size: number of metrics in that mean.
-        reset_start: reductions at the lowest rate before everything is forgotten.
+        cooldown: Evaluations that are not counted after the rate was made smaller.
+        warmup: Evaluations that are not counted after the rate was made larger.
+        min_lr: The rate is not made smaller than this.
+        max_lr: The rate is not made larger than this.
+        eps: Changes of at most this size are left out.
+        smooth: Judge the mean of the last metrics.
+        window_size: Number of metrics in that mean.
+        reset_start: Reductions at the lowest rate before the state is reset.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -165,7 +167,7 @@ class GreedyLR(MetricSchedule):
             )
 
     def reset(self) -> None:
-        """Forget everything: the learning rate is the first one again."""
+        """Return to the initial state and the first learning rate."""
         super().reset()
         self.num_good = 0
         self.warmup_counter = 0

@@ -1,5 +1,7 @@
 """`plot_schedule`: a picture of a learning-rate schedule. Needs Matplotlib."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +26,14 @@ def plot_schedule(
     """Draw the learning rate over the updates of a training.
 
     Args:
-        schedule: a schedule, any function of the number of updates, or one of
+        schedule: A schedule, any function of the number of updates, or one of
             `optim.scheduler_names`.
-        num_training_steps: updates to draw; also given to a schedule that is made by name.
-        learning_rate: the base learning rate of a schedule that is made by name.
-        num_warmup_steps: the warm-up of a schedule that is made by name.
-        scheduler_specific_kwargs: further arguments of a schedule that is made by name.
-        metrics: results of evaluations, for a schedule that answers to a metric; the rate is drawn
-            over the evaluations then. Such a schedule is told them, so give one you do not train
+        num_training_steps: Updates to draw; also given to a schedule that is made by name.
+        learning_rate: The base learning rate of a schedule that is made by name.
+        num_warmup_steps: The warm-up of a schedule that is made by name.
+        scheduler_specific_kwargs: Further arguments of a schedule that is made by name.
+        metrics: Results of evaluations, for a metric-driven schedule; the rate is then drawn over
+            the evaluations. They change the state of the schedule, so pass one you do not train
             with.
         axes: Matplotlib axes to draw on; the default is a new figure.
 
@@ -39,8 +41,8 @@ def plot_schedule(
         The axes.
 
     Raises:
-        ImportError: if Matplotlib is not installed.
-        ValueError: if ``num_training_steps`` is below 1, the schedule answers to a metric and there
+        ImportError: If Matplotlib is not installed.
+        ValueError: If ``num_training_steps`` is below 1, the schedule is metric-driven and there
             are no ``metrics``, or one of `optim.get_scheduler`.
 
     Example:
@@ -75,7 +77,7 @@ def _rates_over_evaluations(
 ) -> tuple[list[int], list[float]]:
     if not metrics:
         raise ValueError(
-            f"{type(schedule).__name__} answers to a metric: give the results of evaluations, such "
+            f"{type(schedule).__name__} is metric-driven: give the results of evaluations, such "
             f"as metrics=[3.0, 2.0, 2.0]. Received: metrics={metrics!r}"
         )
     rates = [schedule.rate]

@@ -12,6 +12,8 @@ so the first update of a run with warm-up has learning rate 0. To write another 
 `Schedule`, give the factor :math:`\lambda` and the configuration.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import keras
@@ -26,11 +28,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
     """Base of the schedules: linear warm-up, then `factor` times the learning rate.
 
     Args:
-        learning_rate: the base learning rate, reached at the end of the warm-up.
-        num_warmup_steps: updates until then.
+        learning_rate: The base learning rate, reached at the end of the warm-up.
+        num_warmup_steps: Updates until then.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import keras, optim
@@ -52,7 +54,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
         """The learning rate of the update that follows ``step`` updates.
 
         Args:
-            step: number of updates done so far: an integer, a scalar tensor or variable.
+            step: Number of updates done so far: an integer, a scalar tensor or variable.
 
         Returns:
             float32 scalar tensor; float64 if the step is, or ``keras.config.floatx()``.
@@ -94,15 +96,15 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
 
 
 class FiniteSchedule(Schedule):
-    """Base of the schedules that know how long the training is.
+    """Base of the schedules that need the length of the training.
 
     Args:
-        learning_rate: the base learning rate.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
+        learning_rate: The base learning rate.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -139,10 +141,10 @@ class Constant(Schedule):
     """The same learning rate at every step.
 
     Args:
-        learning_rate: that learning rate.
+        learning_rate: That learning rate.
 
     Raises:
-        ValueError: if it is negative or not a number.
+        ValueError: If it is negative or not a number.
 
     Example:
         >>> import optim
@@ -167,11 +169,11 @@ class ConstantWithWarmup(Schedule):
     """Linear warm-up, then a constant learning rate.
 
     Args:
-        learning_rate: the learning rate after the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
+        learning_rate: The learning rate after the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -192,12 +194,12 @@ class LinearWithWarmup(FiniteSchedule):
     r"""Linear warm-up, then linear decay to 0: :math:`\lambda(s) = \max(0, (T-s)/\max(1, T-w))`.
 
     Args:
-        learning_rate: the largest learning rate, at the end of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
+        learning_rate: The largest learning rate, at the end of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -219,14 +221,14 @@ class PolynomialWithWarmup(FiniteSchedule):
     :math:`\eta(s) = (\eta - e)\, r^{\text{power}} + e`, and :math:`e` past the end.
 
     Args:
-        learning_rate: the largest learning rate, at the end of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
-        num_training_steps: number of updates of the whole training, the warm-up included.
-        lr_end: the learning rate at the end and after it, less than ``learning_rate``.
+        learning_rate: The largest learning rate, at the end of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_training_steps: Number of updates of the whole training, the warm-up included.
+        lr_end: The learning rate at the end and after it, less than ``learning_rate``.
         power: 1 is a straight line, 2 a parabola.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim
@@ -267,12 +269,12 @@ class InverseSqrtWithWarmup(Schedule):
     :math:`\lambda(s) = \sqrt{\tau / (s + \tau - w)}`.
 
     Args:
-        learning_rate: the largest learning rate, at the end of the warm-up.
-        num_warmup_steps: number of updates of the warm-up.
+        learning_rate: The largest learning rate, at the end of the warm-up.
+        num_warmup_steps: Number of updates of the warm-up.
         timescale: :math:`\tau`, in updates; the default is the warm-up, or 10000 without one.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import optim

@@ -1,5 +1,7 @@
 """`WarmupStableDecay`: up, level, down, each part with a length and a shape of its own."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import keras
@@ -31,19 +33,19 @@ class WarmupStableDecay(Schedule):
     each put between :math:`m` and 1; 1 in the level part and :math:`m` after the end.
 
     Args:
-        learning_rate: the learning rate of the level part.
-        num_warmup_steps: number of updates of the warm-up.
-        num_decay_steps: number of updates of the decay.
-        num_training_steps: number of updates of the whole training; the level part takes what
+        learning_rate: The learning rate of the level part.
+        num_warmup_steps: Number of updates of the warm-up.
+        num_decay_steps: Number of updates of the decay.
+        num_training_steps: Number of updates of the whole training; the level part takes what
             warm-up and decay leave of them. Not used if ``num_stable_steps`` is given.
-        num_stable_steps: number of updates of the level part.
+        num_stable_steps: Number of updates of the level part.
         warmup_type: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
-        decay_type: one of the same.
-        min_lr_ratio: the share of ``learning_rate`` at the start and at the end.
-        num_cycles: number of cosine waves of a decay of that type; 0.5 ends at the lowest.
+        decay_type: One of the same.
+        min_lr_ratio: The share of ``learning_rate`` at the start and at the end.
+        num_cycles: Number of cosine waves of a decay of that type; 0.5 ends at the lowest.
 
     Raises:
-        ValueError: if an argument is out of range, neither length is given, or warm-up and decay
+        ValueError: If an argument is out of range, neither length is given, or warm-up and decay
             are longer than the training.
 
     Example:

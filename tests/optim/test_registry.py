@@ -35,7 +35,7 @@ def install(monkeypatch):
     return install
 
 
-def test_own_entries_come_through_the_door():
+def test_own_optimizers_are_entry_points_too():
     assert "adamw" in optim.names()
     assert {"constant", "constant_with_warmup", "linear", "cosine"} <= set(optim.scheduler_names())
     optimizer = optim.get("adamw", learning_rate=0.5, beta_1=0.8)
@@ -80,7 +80,7 @@ def test_names_of_the_reference():
 @pytest.mark.parametrize("refused", sorted(entry.name for entry in REFUSED))
 def test_a_refused_name_says_why_and_what_to_use(refused):
     assert refused not in optim.names()
-    with pytest.raises(ValueError, match=f"'{refused}' is not offered: .* Use '"):
+    with pytest.raises(ValueError, match=f"'{refused}' is not supported: .* Use '"):
         optim.get(refused)
 
 
@@ -178,7 +178,7 @@ class TestGetScheduler:
     @pytest.mark.parametrize("name", ["constant", "linear"])
     @pytest.mark.parametrize("key", ["num_cycles", "num_training_steps", "learning_rate"])
     def test_useless_specific_argument_is_an_error(self, name, key):
-        with pytest.raises(ValueError, match=f"no use for .*{key}.*It takes: none"):
+        with pytest.raises(ValueError, match=f"does not take .*{key}.*It takes: none"):
             optim.get_scheduler(name, 0.1, 1, 9, {key: 2})
 
     def test_factory_with_free_arguments(self, install):

@@ -46,11 +46,11 @@ def test_who_gets_what(tmp_path, caplog):
     trainer = make_trainer(tmp_path, lr_scheduler_type="constant")
     with caplog.at_level(logging.INFO, logger="kbtrain"):
         trainer.fit()
-    treatments = {
-        v.path.removeprefix("net/"): trainer.optimizer.treatment_of(v)
+    update_rules = {
+        v.path.removeprefix("net/"): trainer.optimizer.update_rule_of(v)
         for v in trainer.model.trainable_variables
     }
-    decay_and_rate = {path: treatment[1:] for path, treatment in treatments.items()}
+    decay_and_rate = {path: update_rule[1:] for path, update_rule in update_rules.items()}
     assert decay_and_rate == {
         "first/kernel": (0.0, 0.5),
         "first/bias": (0.0, 0.5),
@@ -59,8 +59,8 @@ def test_who_gets_what(tmp_path, caplog):
         "last/kernel": (0.1, 1.0),
         "last/bias": (0.0, 1.0),
     }
-    assert treatments["middle/gamma"].rule.beta_1 == 0.0
-    assert treatments["last/kernel"].rule.beta_1 == 0.9
+    assert update_rules["middle/gamma"].optimizer.beta_1 == 0.0
+    assert update_rules["last/kernel"].optimizer.beta_1 == 0.9
     assert trainer.optimizer.parameter_groups_table() in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_layerwise_decay_is_json(tmp_path):
     trainer = make_trainer(tmp_path, groups)
     trainer.fit()
     assert type(trainer.args).from_json_string(trainer.args.to_json_string()) == trainer.args
-    rates = [trainer.optimizer.treatment_of(v)[2] for v in trainer.model.trainable_variables]
+    rates = [trainer.optimizer.update_rule_of(v)[2] for v in trainer.model.trainable_variables]
     assert rates == [0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
 
 

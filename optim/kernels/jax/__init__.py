@@ -4,6 +4,8 @@ XLA fuses the whole rule into one pass over a tensor, so there is nothing left t
 hand-written kernel here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -69,8 +71,8 @@ class _Through:
     """How the rule of one variable is executed.
 
     Attributes:
-        zero: what it waits for, if anything.
-        one_loop: whether the rule is elementwise; after the call, whether it is one loop, too.
+        zero: What it waits for, if anything.
+        one_loop: Whether the rule is elementwise; after the call, whether it is one loop, too.
     """
 
     zero: Any

@@ -1,5 +1,7 @@
 """JAX: operations that wait for others."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from jax import lax

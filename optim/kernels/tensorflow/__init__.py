@@ -1,5 +1,7 @@
 """Execution on TensorFlow: the rule is traced by the caller's ``tf.function``, or runs eagerly."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +18,7 @@ FUSED: dict[str, Callable[..., None]] = {}
 
 
 def no_gradient() -> AbstractContextManager[Any]:
-    """TensorFlow records only under a tape, and a tape of the caller's is the caller's wish."""
+    """TensorFlow records only under a tape, and one that the caller has opened is intended."""
     return nullcontext()
 
 
@@ -58,7 +60,7 @@ def execute(
 ) -> None:
     """Run the rule once per variable.
 
-    Under a `tf.distribute` strategy Keras' own walk does it (sum over the replicas, then
+    Under a `tf.distribute` strategy Keras' own loop does it (sum over the replicas, then
     `Optimizer.update_step` in every variable's update context). Where XLA compiles for a CPU,
     the results of an elementwise rule wait for those that read their old values
     (`optim.kernels.tensorflow.inplace_order`).

@@ -3,6 +3,8 @@
 See `optim.kernels.inplace_order`.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import tensorflow as tf
@@ -49,10 +51,10 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> An
     """``pure(value, gradient, slots)`` with results that wait for the readers of their old values.
 
     Args:
-        pure: an elementwise rule.
-        value: the variable's value.
+        pure: An elementwise rule.
+        value: The variable's value.
         gradient: float32 tensor.
-        slots: slot name -> tensor.
+        slots: Slot name -> tensor.
 
     Returns:
         What ``pure`` returns.

@@ -1,5 +1,7 @@
 """Execution on PyTorch: a fused kernel over lists of tensors where one exists, else the rule."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +51,7 @@ def dense_gradient(gradient: Any, variable: Any) -> Any:
 def execute(
     optimizer: Any, gradients: list[Any], variables: list[Any], step: Any, learning_rate: Any
 ) -> None:
-    """Run the fused equivalent of each rule, one call per treatment, or the rule itself."""
+    """Run the fused equivalent of each rule, one call per update rule, or the rule itself."""
     in_place = optimizer.kernel is None and not _in_stateless_scope()
     batches: dict[Any, _Batch] = {}
     failures: list[Exception] = []
@@ -57,27 +59,27 @@ def execute(
     if step.dtype is torch.float64:  # some variables are, and the others have kernels for float32
         step, learning_rate = step.float(), learning_rate.float()
     for gradient, variable in zip(gradients, variables, strict=True):
-        treatment = optimizer.treatment_of(variable)
+        update_rule = optimizer.update_rule_of(variable)
         parameter = _storage(variable)
-        if not (in_place and _fused(treatment.rule) and _fusible(parameter)):
+        if not (in_place and _fused(update_rule.optimizer) and _fusible(parameter)):
             optimizer.update_variable(gradient, variable, wide_step, wide_rate)
             continue
-        if treatment not in batches:
-            batches[treatment] = _Batch(failure=_failure(treatment, parameter.device))
-        batch = batches[treatment]
+        if update_rule not in batches:
+            batches[update_rule] = _Batch(failure=_failure(update_rule, parameter.device))
+        batch = batches[update_rule]
         if batch.failure is not None:
             optimizer.update_variable(gradient, variable, step, learning_rate)
             failures.append(batch.failure)
             continue
         batch.add(parameter, gradient, optimizer.slots_of(variable))
-    for treatment, batch in batches.items():
+    for update_rule, batch in batches.items():
         if batch.parameters:
             batch.run(
-                _fused(treatment.rule),
-                treatment.rule,
+                _fused(update_rule.optimizer),
+                update_rule.optimizer,
                 step,
-                treatment.learning_rate(learning_rate),
-                treatment.weight_decay,
+                update_rule.learning_rate(learning_rate),
+                update_rule.weight_decay,
             )
     if failures:  # the rule itself does not fail
         report(
@@ -106,9 +108,9 @@ _in_stateless_scope = PrivateApi(
 _FAILURES: Numbered[Exception | None] = Numbered()
 
 
-def _failure(treatment: Any, device: torch.device) -> Exception | None:
+def _failure(update_rule: Any, device: torch.device) -> Exception | None:
     """What a rule's kernel fails with in this version of PyTorch, before anything is changed."""
-    rule, weight_decay = treatment.rule, treatment.weight_decay
+    rule, weight_decay = update_rule.optimizer, update_rule.weight_decay
     key = (weight_decay, device)
     return _FAILURES[_FAILURES.number(rule, key, lambda: _tried(rule, weight_decay, device))]
 
@@ -148,9 +150,11 @@ def _try_on_one_number(
 
 
 def _fused(rule: Any) -> Any:
-    """What executes a rule over lists of tensors: a kernel, or the rule in pieces, or None."""
+    """What executes a rule over lists of tensors: a fused kernel, the rule in pieces, or None."""
     name = getattr(type(rule).update, "fused", None) or ""
-    if name == "sgd" and rule.dampening:  # only PyTorch's first step differs, and it is not told
+    if (
+        name == "sgd" and rule.dampening
+    ):  # PyTorch's first step differs, and the kernel cannot tell which one is first
         name = ""
     if name == "eight_bit":
         kernel = _fused(rule.full)
@@ -184,10 +188,10 @@ def _fusible(parameter: torch.Tensor) -> bool:
 
 @dataclass
 class _Batch:
-    """Tensors that share a treatment and are updated by one call of a fused kernel.
+    """Tensors that share an update rule and are updated by one call of a fused kernel.
 
     Attributes:
-        failure: what the kernel fails with; the tensors are then updated one by one.
+        failure: What the kernel fails with; the tensors are then updated one by one.
     """
 
     parameters: list[torch.Tensor] = field(default_factory=list)
@@ -329,7 +333,7 @@ FUSED: dict[str, Callable[..., None]] = {
 
 
 def take(table: Any, indices: Any) -> Any:
-    """``table[indices]``, without the care that Keras takes of indices below 0."""
+    """``table[indices]``, without Keras' handling of negative indices."""
     return torch.index_select(table, 0, indices.reshape(-1)).reshape(indices.shape)
 
 

@@ -1,14 +1,16 @@
-"""Adafactor on PyTorch: sums over rows and columns, and the movement, in pieces of a few rows.
+"""Adafactor on PyTorch: sums over rows and columns, and the update, in pieces of a few rows.
 
 As it is written, the rule makes a dozen passes over main memory, each into a new tensor of the size
 of the gradient. Here a matrix is read three times, a few rows at a time, through one buffer: for
-the means of its squares, for the size of the movement, and to move. The size needs no movement: the
+the means of its squares, for the size of the update, and to apply it. The size needs no update: the
 squares of the gradient times the squares of the factors of rows and columns are a product with a
 vector.
 
 The whole of it is one operation to PyTorch, ``optim::run_adafactor``, so that it can be recorded as
 a part of a captured training step.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,13 +41,13 @@ class _Update:
     """One update of many tensors.
 
     Attributes:
-        numbers: the hyperparameters.
-        share: of the new squares in their means, a scalar.
-        learning_rate: a scalar.
-        weight_decay: a Python number.
-        width: elements of a piece.
-        buffer: flat, of at least that size.
-        buffers: shape -> the buffer in that shape.
+        numbers: The hyperparameters.
+        share: Of the new squares in their means, a scalar.
+        learning_rate: A scalar.
+        weight_decay: A Python number.
+        width: Elements of a piece.
+        buffer: Flat, of at least that size.
+        buffers: Shape -> the buffer in that shape.
     """
 
     numbers: _Numbers
@@ -75,7 +77,7 @@ class _Update:
         column.lerp_(of_columns, self.share)
         by_row = row.rsqrt().mul_(row.mean(1, keepdim=True).sqrt_())
         by_column = column.rsqrt()
-        # The squares of movements, summed over each row but for the row's own factor.
+        # The squares of updates, summed over each row but for the row's own factor.
         sums = of_rows
         squares = by_column.square().clamp_max_(_LARGEST).view(count, columns, 1)
         for x, square, out in zip(given, cut.shared(squares), cut(sums), strict=True):
@@ -85,11 +87,11 @@ class _Update:
         m = [None] * len(p) if momentum is None else cut(momentum.view(g.shape))
         factors = cut(by_row), cut.shared(by_column)
         for x, of_row, of_column, to, mean in zip(given, *factors, p, m, strict=True):
-            movement = torch.mul(x, of_row, out=self._like(x))
+            delta = torch.mul(x, of_row, out=self._like(x))
             if mean is None and not self.weight_decay:
-                to.addcmul_(movement, of_column, value=-1.0)
+                to.addcmul_(delta, of_column, value=-1.0)
             else:
-                self._move(to, movement.mul_(of_column), mean, rate)
+                self._move(to, delta.mul_(of_column), mean, rate)
 
     def vector(
         self,
@@ -102,10 +104,10 @@ class _Update:
         (velocity,) = means
         rate = self._rate(parameter)
         velocity.lerp_(gradient.square().add_(self.numbers.epsilon_1), self.share)
-        movement = velocity.rsqrt().mul_(gradient)
-        flat = movement.view(-1)
-        movement.mul_(self._factor(rate, flat.dot(flat), flat.numel()))
-        self._move(parameter, movement, momentum, rate)
+        delta = velocity.rsqrt().mul_(gradient)
+        flat = delta.view(-1)
+        delta.mul_(self._factor(rate, flat.dot(flat), flat.numel()))
+        self._move(parameter, delta, momentum, rate)
 
     def _rate(self, parameter: torch.Tensor) -> torch.Tensor:
         if not self.numbers.scale_parameter:
@@ -115,12 +117,12 @@ class _Update:
         return self.learning_rate * size.clamp_min_(self.numbers.epsilon_2)
 
     def _factor(self, rate: torch.Tensor, total: torch.Tensor, count: int) -> torch.Tensor:
-        """What movements are multiplied by, given the sum of their squares."""
+        """What updates are multiplied by, given the sum of their squares."""
         size = total.div_(count).sqrt_().div_(self.numbers.clip_threshold)
         return rate / size.clamp_min_(1.0)
 
     def _mean_squares(
-        self, given: list[torch.Tensor], cut: "_Cut", row: torch.Tensor, column: torch.Tensor
+        self, given: list[torch.Tensor], cut: _Cut, row: torch.Tensor, column: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         of_rows, of_columns = torch.empty_like(row), torch.zeros_like(column)
         for x, to_row, to_column in zip(given, cut(of_rows), cut.shared(of_columns), strict=True):
@@ -134,16 +136,16 @@ class _Update:
     def _move(
         self,
         parameter: torch.Tensor,
-        movement: torch.Tensor,
+        delta: torch.Tensor,
         momentum: torch.Tensor | None,
         rate: torch.Tensor,
     ) -> None:
         if momentum is not None:
-            momentum.lerp_(movement, 1.0 - (self.numbers.momentum or 0.0))
-            movement.copy_(momentum)
+            momentum.lerp_(delta, 1.0 - (self.numbers.momentum or 0.0))
+            delta.copy_(momentum)
         if self.weight_decay:
-            movement.addcmul_(parameter, rate * self.weight_decay)
-        parameter.sub_(movement)
+            delta.addcmul_(parameter, rate * self.weight_decay)
+        parameter.sub_(delta)
 
     def _square(self, x: torch.Tensor) -> torch.Tensor:
         return torch.mul(x, x, out=self._like(x))
@@ -158,10 +160,10 @@ class _Cut:
     """Cuts tensors of shape (count, rows, ...) into several whole matrices, or rows of one.
 
     Args:
-        count: number of matrices.
-        rows: of each.
-        columns: of each.
-        width: elements of a piece.
+        count: Number of matrices.
+        rows: Of each.
+        columns: Of each.
+        width: Elements of a piece.
     """
 
     def __init__(self, count: int, rows: int, columns: int, width: int) -> None:
@@ -231,13 +233,13 @@ def run_adafactor(
     """Execute Adafactor's rule over lists of tensors, in place.
 
     Args:
-        rule: an `optim.Adafactor`.
+        rule: An `optim.Adafactor`.
         parameters: float32, contiguous.
         gradients: float32, contiguous.
-        slots: slot name -> one tensor for each parameter that has such a slot.
+        slots: Slot name -> one tensor for each parameter that has such a slot.
         step: float32 scalar.
         learning_rate: float32 scalar.
-        weight_decay: a Python number.
+        weight_decay: A Python number.
     """
     number = _NUMBERS.number(
         rule, None, lambda: _Numbers(*(getattr(rule, name) for name in _Numbers._fields))

@@ -9,6 +9,8 @@ that most rules contain. A square root alone costs as much as four other operati
 fused kernel it is done while the memory is waited for.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,8 +50,8 @@ class Joining:
     """Operations to calls, several operations to one call where PyTorch has it.
 
     Args:
-        is_wide: for each node, whether it has one value per element.
-        on_cpu: whether scalars are known to Python; reading one would stop the queue of a GPU.
+        is_wide: For each node, whether it has one value per element.
+        on_cpu: Whether scalars are known to Python; reading one would stop the queue of a GPU.
     """
 
     def __init__(self, is_wide: dict[Node, bool], on_cpu: bool) -> None:
@@ -66,8 +68,8 @@ class Joining:
         """The calls that compute some nodes.
 
         Args:
-            nodes: wide nodes and sums, in order.
-            places: pairs of a node and the input whose place its value takes.
+            nodes: Wide nodes and sums, in order.
+            places: Pairs of a node and the input whose place its value takes.
 
         Returns:
             Calls by the node they compute; a node that another call computes as well is left out.
@@ -298,16 +300,16 @@ def adam_(
     """``base += factor * mean / (scale * sqrt(velocity) + epsilon)`` in one pass, on the CPU.
 
     Args:
-        base: changed in place.
-        mean: moved towards ``x`` by ``share_1`` of the distance before it is used.
-        x: read only.
-        velocity: moved towards ``x * x`` by ``share_2`` of the distance before it is used.
-        factor: a number.
-        scale: a number, not negative.
-        epsilon: a number, not negative.
-        share_2: in (0, 1].
-        share_1: a number, in [0, 1] as a rule; without it ``mean`` stays as it is.
-        moved: whether ``velocity`` has been moved already.
+        base: Changed in place.
+        mean: Moved towards ``x`` by ``share_1`` of the distance before it is used.
+        x: Read only.
+        velocity: Moved towards ``x * x`` by ``share_2`` of the distance before it is used.
+        factor: A number.
+        scale: A number, not negative.
+        epsilon: A number, not negative.
+        share_2: In (0, 1].
+        share_1: A number, in [0, 1] as a rule; without it ``mean`` stays as it is.
+        moved: Whether ``velocity`` has been moved already.
     """
     # Shares that are computed may be any numbers; for these the kernel's corrections are not 1.
     if not _NO_SHARE <= share_1 <= 1.5 or (moved and not share_2 >= _SMALLEST_MOVED_SHARE):

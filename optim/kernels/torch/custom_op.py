@@ -1,8 +1,10 @@
-"""Python as an operation of PyTorch's, so that it can be a part of a captured training step.
+"""Python functions as PyTorch operations, so that they can be part of a captured training step.
 
-While a step is recorded such an operation is written down and not looked into; it decides and runs
-when the record does. It takes tensors and numbers only: other objects have numbers.
+Capturing a step records such an operation as a whole and not what it does inside; it runs when the
+captured step runs. Its arguments are tensors and numbers only: other objects are passed by number.
 """
+
+from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
@@ -20,8 +22,8 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
     """Define ``torch.ops.optim.NAME``, which changes some of its arguments and has no result.
 
     Args:
-        signature: as PyTorch writes it: ``NAME(Tensor(a!)[] changed, ...) -> ()``.
-        run: what it does on a CPU or a GPU. Tensors without memory have nothing to update.
+        signature: As PyTorch writes it: ``NAME(Tensor(a!)[] changed, ...) -> ()``.
+        run: What it does on a CPU or a GPU. Tensors without memory have nothing to update.
     """
     LIBRARY.define(signature)
     name = signature.partition("(")[0]
@@ -34,15 +36,15 @@ def piece_width(each: int, largest: int, device: torch.device) -> int:
     """How many elements to work on at a time: some for each thread on a CPU, else all.
 
     Args:
-        each: elements for a thread.
-        largest: of the tensors to work on, in elements.
-        device: where they are.
+        each: Elements for a thread.
+        largest: Of the tensors to work on, in elements.
+        device: Where they are.
     """
     return min(each * torch.get_num_threads(), largest) if device.type == "cpu" else largest
 
 
 class Numbered(Generic[T]):
-    """Objects under numbers, which an operation can be given in their place."""
+    """Objects by number, which an operation can take in their place."""
 
     def __init__(self) -> None:
         self._objects: list[T] = []
@@ -55,9 +57,9 @@ class Numbered(Generic[T]):
         """The number of the object that ``owner`` has under ``key``, made the first time.
 
         Args:
-            owner: is not kept alive.
-            key: hashable.
-            make: makes the object.
+            owner: Is not kept alive.
+            key: Hashable.
+            make: Makes the object.
         """
         numbers = self._numbers.setdefault(owner, {})
         if key not in numbers:

@@ -9,6 +9,8 @@ The whole of it is one operation to PyTorch, ``optim::run_eight_bit``, so that i
 a part of a captured training step.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,9 +41,9 @@ class Stored(NamedTuple):
 
     Attributes:
         codes: uint8, flat.
-        pairs: the same as uint16.
+        pairs: The same as uint16.
         scales: float32, flat.
-        column: the same, of shape (blocks, 1).
+        column: The same, of shape (blocks, 1).
     """
 
     codes: torch.Tensor
@@ -49,7 +51,7 @@ class Stored(NamedTuple):
     scales: torch.Tensor
     column: torch.Tensor
 
-    def pieces(self, width: int) -> "list[Stored]":
+    def pieces(self, width: int) -> list[Stored]:
         """Cut into pieces of at most ``width`` elements, a multiple of `BLOCK`."""
         blocks = width // BLOCK
         sizes = width, width // 2, blocks, blocks
@@ -76,7 +78,7 @@ class Codec:
 
     Args:
         indices: int32, flat: memory of the size of the buffers.
-        found: the same again.
+        found: The same again.
     """
 
     def __init__(self, indices: torch.Tensor, found: torch.Tensor) -> None:
@@ -91,9 +93,9 @@ class Codec:
         """`optim.core.eight_bit.restored`, or its square, into a buffer.
 
         Args:
-            stored: codes and scales.
-            square: whether the codes are of a root without sign.
-            out: as many elements as there are codes.
+            stored: Codes and scales.
+            square: Whether the codes are of a root without sign.
+            out: As many elements as there are codes.
         """
         pairs = _table("pairs of squares" if square else "pairs", self._found.device)
         if self._in_threads:
@@ -106,10 +108,10 @@ class Codec:
         """`optim.core.eight_bit.quantized`, of the numbers or their roots, into codes and scales.
 
         Args:
-            x: the numbers, which are used up.
-            square: whether the codes are of the root, without sign.
+            x: The numbers, which are used up.
+            square: Whether the codes are of the root, without sign.
             step: float32 scalar for the random choice of a neighbour, None for the nearest code.
-            out: as many codes as there are numbers.
+            out: As many codes as there are numbers.
         """
         found = self._found
         if square:
@@ -195,9 +197,9 @@ class _Work:
     """What the operation needs besides tensors.
 
     Attributes:
-        rule: the full-precision rule.
-        kernel: what executes it in place over lists of tensors.
-        slots: name -> whether it is a mean of squares, and whether it is rounded at random.
+        rule: The full-precision rule.
+        kernel: What executes it in place over lists of tensors.
+        slots: Name -> whether it is a mean of squares, and whether it is rounded at random.
     """
 
     rule: Any
@@ -280,14 +282,14 @@ def run_eight_bit(
     """Execute a rule with 8-bit state over lists of tensors, in place.
 
     Args:
-        kernel: executes the full-precision rule, in place.
-        rule: an `optim.core.eight_bit.EightBit`, all of whose slots are codes and scales.
+        kernel: Executes the full-precision rule, in place.
+        rule: An `optim.core.eight_bit.EightBit`, all of whose slots are codes and scales.
         parameters: float32, contiguous.
         gradients: float32, contiguous.
-        slots: slot name -> one tensor per parameter.
+        slots: Slot name -> one tensor per parameter.
         step: float32 scalar.
         learning_rate: float32 scalar.
-        weight_decay: a Python number.
+        weight_decay: A Python number.
     """
     names = [name.removesuffix("_codes") for name in slots if name.endswith("_codes")]
 

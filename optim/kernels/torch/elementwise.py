@@ -3,8 +3,9 @@
 Executed as it is written, a rule makes a pass over main memory for each of its operations, and
 every one of them pays for Keras' Python. Here the rule is run once on a few elements, which records
 its ATen operations. What depends on scalars only (the step, the learning rate) is computed once per
-update. The rest becomes a straight line of PyTorch calls (`torch_calls`, `torch_pieces`), which is
-run over pieces of the tensors small enough for its buffers to stay in the cache.
+update. The rest becomes a straight line of PyTorch calls (`optim.kernels.torch.codegen`,
+`optim.kernels.torch.tiles`), which is run over pieces of the tensors small enough for its buffers
+to stay in the cache.
 
 A rule may sum over its tensor (a norm, a mean). It then has two such functions: one for what the
 sums need and what is needed for them anyway, one for the rest.
@@ -12,6 +13,8 @@ sums need and what is needed for them anyway, one for the rest.
 The whole of it is one operation to PyTorch, ``optim::run_program``, so that it can be recorded as a
 part of a captured training step.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -29,19 +32,19 @@ _EXAMPLE = 3
 
 
 class NotElementwise(TypeError):
-    """A rule is marked as elementwise and is not; the message says why."""
+    """A rule is marked as elementwise and is not."""
 
 
 class Program:
     """A rule with its hyperparameters and a weight decay, recorded for one device.
 
     Args:
-        rule: the optimizer whose ``update`` is recorded.
-        weight_decay: as the rule gets it.
-        device: where the variables are.
+        rule: The optimizer whose ``update`` is recorded.
+        weight_decay: As the rule gets it.
+        device: Where the variables are.
 
     Raises:
-        NotElementwise: if the rule is not elementwise.
+        NotElementwise: If the rule is not elementwise.
     """
 
     def __init__(self, rule: Any, weight_decay: float, device: torch.device) -> None:
@@ -51,7 +54,7 @@ class Program:
         self._narrow = [name for name in self.slots if name not in self._wide]
         self._rule = type(rule).__name__
         self._on_cpu = device.type == "cpu"
-        # Somebody may be recording a step that this update is a part of; this is no part of it.
+        # The step that contains this update may be being recorded; this is not part of it.
         from torch.utils._python_dispatch import _disable_current_modes
 
         with _disable_current_modes(), torch.no_grad():
@@ -155,7 +158,7 @@ class Program:
         return passed
 
     def _check(self, node: Node) -> None:
-        """Refuse what is not elementwise, whatever the mark on the rule says."""
+        """Raise for what is not elementwise, whether the rule is marked or not."""
         operation = node.target
         tags = getattr(operation, "tags", ())
         if node in self._sums:
@@ -183,8 +186,8 @@ class Program:
 
         Args:
             parameters: float32.
-            gradients: of the same shapes.
-            slots: for each name of ``self.slots`` as many tensors as there are parameters.
+            gradients: Of the same shapes.
+            slots: For each name of ``self.slots`` as many tensors as there are parameters.
             step: float32 scalar.
             learning_rate: float32 scalar.
         """
@@ -298,7 +301,7 @@ def record_program(rule: Any, weight_decay: float, device: torch.device) -> int:
     """The number of the program of a rule, which is recorded the first time.
 
     Raises:
-        NotElementwise: if the rule is not elementwise.
+        NotElementwise: If the rule is not elementwise.
     """
     return _PROGRAMS.number(
         rule, (weight_decay, device), lambda: Program(rule, weight_decay, device)
@@ -317,13 +320,13 @@ def run_elementwise(
     """Execute an elementwise rule over lists of tensors, in place.
 
     Args:
-        rule: the optimizer whose rule it is.
+        rule: The optimizer whose rule it is.
         parameters: float32, contiguous.
         gradients: float32, contiguous.
-        slots: slot name -> one tensor per parameter.
+        slots: Slot name -> one tensor per parameter.
         step: float32 scalar.
         learning_rate: float32 scalar.
-        weight_decay: a Python number.
+        weight_decay: A Python number.
     """
     number = record_program(rule, weight_decay, parameters[0].device)
     flat = [slot for name in _PROGRAMS[number].slots for slot in slots[name]]

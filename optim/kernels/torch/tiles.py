@@ -3,6 +3,8 @@
 Results go to the variables where nothing needs the old value any more, else to a few buffers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +30,11 @@ class Piece:
     """A function of pieces, scalars and buffers, and what it is to be given.
 
     Attributes:
-        function: called with the pieces, the scalars and the buffers; returns the sums.
-        numbers: scalars that it takes as Python numbers.
-        tensors: scalars that it takes as tensors.
-        buffers: number of buffers.
-        sums: the nodes whose parts it returns.
+        function: Called with the pieces, the scalars and the buffers; returns the sums.
+        numbers: Scalars that it takes as Python numbers.
+        tensors: Scalars that it takes as tensors.
+        buffers: Number of buffers.
+        sums: The nodes whose parts it returns.
     """
 
     function: Callable[..., Sequence[torch.Tensor]] = lambda *pieces: ()
@@ -46,8 +48,8 @@ class Writer:
     """Writes the source of a `Piece`.
 
     Args:
-        joining: makes the calls.
-        on_cpu: whether scalars are known to Python.
+        joining: Makes the calls.
+        on_cpu: Whether scalars are known to Python.
     """
 
     def __init__(self, joining: Joining, on_cpu: bool) -> None:
@@ -60,9 +62,9 @@ class Writer:
         """The function that computes some nodes.
 
         Args:
-            nodes: wide nodes and sums, in order.
-            inputs: name of the argument that holds a node's value, in the order of the arguments.
-            places: pairs of a node and the input whose place its value takes.
+            nodes: Wide nodes and sums, in order.
+            inputs: Name of the argument that holds a node's value, in the order of the arguments.
+            places: Pairs of a node and the input whose place its value takes.
 
         Returns:
             The function and what it needs.

@@ -38,8 +38,8 @@ def built(groups, names=("a/kernel", "a/bias", "b/kernel"), **kwargs):
     return optimizer, listed
 
 
-def treatments(optimizer, listed):
-    return [optimizer.treatment_of(variable)[1:] for variable in listed]
+def update_rules(optimizer, listed):
+    return [optimizer.update_rule_of(variable)[1:] for variable in listed]
 
 
 def test_the_first_match_wins(tools):
@@ -50,7 +50,7 @@ def test_the_first_match_wins(tools):
         ],
         weight_decay=0.125,
     )
-    assert treatments(optimizer, listed) == [(0.25, 0.5), (0.0, 1.0), (0.125, 1.0)]
+    assert update_rules(optimizer, listed) == [(0.25, 0.5), (0.0, 1.0), (0.125, 1.0)]
     tools.run(optimizer, listed, [[np.ones(1, "float32")] * 3])
     expected = [1 - 0.25 * 0.25 - 0.25, 1 - 0.5, 1 - 0.5 * 0.125 - 0.5]
     assert [float(tools.to_numpy(v)[0]) for v in listed] == expected
@@ -151,7 +151,7 @@ def test_a_loaded_model_may_have_other_paths(tools, tmp_path, kind):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     rates = [
-        [m.optimizer.treatment_of(v)[2] for v in m.trainable_variables] for m in (model, loaded)
+        [m.optimizer.update_rule_of(v)[2] for v in m.trainable_variables] for m in (model, loaded)
     ]
     assert rates[0] == rates[1]
     assert len(set(rates[0])) > 1
@@ -165,7 +165,7 @@ def test_a_listed_path_that_two_variables_could_mean():
     with pytest.raises(ValueError, match="lists 'kernel', which is not among"):
         built([{"match": ["kernel"], "lr_multiplier": 2}])
     optimizer, listed = built([{"match": ["net/a/bias", "b/kernel"], "lr_multiplier": 2}])
-    assert [t[1] for t in treatments(optimizer, listed)] == [1.0, 2.0, 2.0]
+    assert [t[1] for t in update_rules(optimizer, listed)] == [1.0, 2.0, 2.0]
 
 
 def test_the_table():
@@ -337,7 +337,7 @@ class TestTypesOfLayers:
             parameter_groups=optim.groups_for(model, [{"match": "Embedding", "lr_multiplier": 3}])
         )
         optimizer.build(model.trainable_variables)
-        multipliers = [optimizer.treatment_of(v)[2] for v in model.trainable_variables]
+        multipliers = [optimizer.update_rule_of(v)[2] for v in model.trainable_variables]
         assert multipliers == [3.0] + [1.0] * 6
 
     def test_a_type_that_is_not_there(self):
@@ -378,7 +378,7 @@ class TestLayerwiseDecay:
         groups = optim.layerwise_lr_decay(model, 0.5, levels=["words", "block", "head"])
         optimizer = optim.AdamW(parameter_groups=groups)
         optimizer.build(model.trainable_variables)
-        multipliers = [optimizer.treatment_of(v)[2] for v in model.trainable_variables]
+        multipliers = [optimizer.update_rule_of(v)[2] for v in model.trainable_variables]
         assert multipliers == [0.25] + [0.5] * 4 + [1.0] * 2
 
     @pytest.mark.parametrize(

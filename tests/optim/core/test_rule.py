@@ -84,11 +84,11 @@ def test_slots_have_the_dtype_and_the_first_value_asked_for(tools):
     np.testing.assert_array_equal(tools.to_numpy(trained[0]), [-1.0, -4.5])
 
 
-def test_treatments(tools):
+def test_update_rules(tools):
     trained = variables()
     optimizer = Mixed(0.01)
     optimizer.build(trained)
-    assert [optimizer.treatment_of(v) for v in trained] == [
+    assert [optimizer.update_rule_of(v) for v in trained] == [
         (optimizer.descent, 0.5, 1.0),
         (optimizer.descent, 0.5, 0.1),
         (optimizer.adamw, 0.25, 1.0),

@@ -264,16 +264,16 @@ def test_a_rate_that_somebody_else_has_assigned_is_the_new_start():
 class TestFeedMetricSchedule:
     def test_no_schedule_anywhere(self, tools):
         model = tools.linear_model(optim.AdamW(0.1), [0.0])
-        with pytest.raises(ValueError, match="not made with a learning rate that answers"):
+        with pytest.raises(ValueError, match="not made with a metric-driven learning rate"):
             fit(model, [1.0], optim.FeedMetricSchedule("pretended"))
 
     def test_two_schedules(self, tools):
         model = tools.linear_model(optim.AdamW(optim.GreedyLR(0.1)), [0.0])
-        with pytest.raises(ValueError, match="Give one of them only"):
+        with pytest.raises(ValueError, match="Give only one of them"):
             fit(model, [1.0], optim.FeedMetricSchedule("pretended", optim.GreedyLR(0.1)))
 
     def test_what_is_no_such_schedule(self):
-        with pytest.raises(TypeError, match="answers to a metric.* Received: schedule='greedy'"):
+        with pytest.raises(TypeError, match="must be metric-driven.* Received: schedule='greedy'"):
             optim.FeedMetricSchedule("pretended", "greedy")
 
     def test_a_rate_that_is_a_function_of_the_step(self, tools):
