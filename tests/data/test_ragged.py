@@ -136,7 +136,7 @@ def test_fit_evaluate_and_predict_as_keras(tmp_path, kind, source):
             Trainer(Mean(kind), args(tmp_path), train_dataset=data, **given).fit()
         return
     reference, model = made(kind, x), made(kind, x)
-    reference.compile(keras.optimizers.SGD(0.1), "mse")
+    reference.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
     whole = {"y": Y, "batch_size": 4}
     reference.fit(x, **whole, epochs=2, shuffle=False, verbose=0)
     trainer = Trainer(model, args(tmp_path), train_dataset=data, eval_dataset=data, **given)

@@ -97,7 +97,7 @@ def test_losses_beside_an_overridden_compute_loss(tmp_path, caplog, trainer, giv
 
 
 def test_a_loss_that_is_given_holds_in_an_overridden_compute_loss_too(tmp_path, caplog):
-    model, args = OwnLoss(), arguments(tmp_path, log_level="warning")
+    model, args = OwnLoss(), arguments(tmp_path, log_level="warning", jit_compile=False)
     model.compile("sgd", "mse")
     found = [
         kind(model, args, eval_dataset=(X, Y), loss="mse").evaluate()["eval_loss"]
@@ -117,7 +117,7 @@ def test_metrics_of_the_trainer_beside_compute_metrics_of_the_model(tmp_path):
     with_weights(model)
     kernel, bias = weights(model)
     outputs = X @ kernel + bias
-    args = arguments(tmp_path, per_device_eval_batch_size=5)
+    args = arguments(tmp_path, per_device_eval_batch_size=5, jit_compile=False)
     given = {"loss": "mse", "metrics": ["mae"]}
     found = Trainer(model, args, eval_dataset=(X, Y), **given).evaluate()
     assert found["eval_mae"] == pytest.approx(abs(outputs - Y).mean(), rel=1e-5)
