@@ -1,7 +1,7 @@
 """Data: sources of samples, their order, collation, and loaders with a resumable position.
 
-Everything here is NumPy and the standard library; Keras is not imported, and every backend sees the
-same batches in the same order.
+This package uses only NumPy and the standard library. Keras is not imported, and every backend gets
+the same batches in the same order.
 """
 
 from __future__ import annotations

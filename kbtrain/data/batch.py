@@ -1,4 +1,4 @@
-"""What a batch is, and the few questions asked of one.
+"""Batches: their structure, parts, sizes and signatures.
 
 A batch is the user's data with a leading batch dimension: ``(x,)``, ``(x, y)``,
 ``(x, y, sample_weight)``, a dict of arrays, or a bare array. ``x`` and ``y`` may be nested.
@@ -25,7 +25,7 @@ from kbtrain.data.tree import (
 from kbtrain.errors import DataError
 
 LABEL_KEYS = ("labels", "label", "label_ids")
-"""The keys under which a dict may hold its targets, as in the reference."""
+"""The keys under which a dict may hold its targets, as in Transformers."""
 
 SAMPLE_WEIGHT_KEY = "sample_weight"
 _PARTS = ("x", "y", "sample_weight")
@@ -50,12 +50,11 @@ class LabelKeys:
     """Which keys of a dict are targets and sample weights rather than inputs.
 
     Attributes:
-        names: Keys that hold targets in place of the usual ones; several become a dict. An empty
-            tuple says that a dict is inputs and nothing else. None for the usual keys.
-        inputs: Names of the model's inputs. What has such a name stays with the inputs; it is a
-            target besides only if it is one of ``names``.
-        strings: Inputs may be strings, for which there are layers in models on TensorFlow, and
-            ragged tensors.
+        names: Keys that hold targets, in place of the usual ones; several become a dict. An empty
+            tuple means that a dict has inputs only. None for the usual keys.
+        inputs: Names of the model's inputs. Values with these names are always inputs, and also
+            targets if they are among ``names``.
+        strings: Whether inputs may be strings or ragged tensors, as in models on TensorFlow.
     """
 
     names: tuple[str, ...] | None = None
@@ -66,7 +65,7 @@ class LabelKeys:
         """The keys of ``batch`` that hold targets.
 
         Raises:
-            DataError: There are only some of the ``names``, or several of the usual keys.
+            DataError: Only some of the ``names`` are there, or several of the usual keys.
         """
         named = [key for key in self.names or () if key in batch]
         if named and len(named) < len(self.names or ()):
@@ -85,12 +84,12 @@ class LabelKeys:
         return usual
 
     def weight_of(self, batch: Mapping[Any, Any]) -> str | None:
-        """The key of ``batch`` that holds sample weights; None if there are none."""
+        """The key of ``batch`` that holds sample weights; None if there is none."""
         is_input = self.names == () or SAMPLE_WEIGHT_KEY in self.inputs
         return None if is_input or SAMPLE_WEIGHT_KEY not in batch else SAMPLE_WEIGHT_KEY
 
     def taken(self, batch: Any) -> list[str]:
-        """The keys that are taken away from the inputs."""
+        """The keys that are removed from the inputs."""
         if not isinstance(batch, Mapping):
             return []
         keys = [*self.of(batch), *filter(None, [self.weight_of(batch)])]
@@ -98,7 +97,7 @@ class LabelKeys:
 
 
 LabelNames = LabelKeys | Sequence[str] | None
-"""How functions are told which keys hold targets: the names alone will do."""
+"""Which keys hold targets; functions also accept only the names."""
 
 
 def label_keys(label_names: LabelNames) -> LabelKeys:
@@ -111,22 +110,22 @@ def label_keys(label_names: LabelNames) -> LabelKeys:
 def unpack(batch: Any, label_names: LabelNames = None) -> Batch:
     """Split a batch into inputs, targets and sample weights.
 
-    Nothing is converted, so this works on arrays and on tensors alike.
+    Nothing is converted, so this works for both arrays and tensors.
 
     Args:
         batch: ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)`` as a tuple or list; a dict, whose
             key ``"labels"`` (or ``"label"``, ``"label_ids"``) holds the targets and
             ``"sample_weight"`` the weights; or a bare array, which is ``x``.
-        label_names: Keys of a dict that hold targets in place of those; several become a dict. A
-            dict with none of them is read as without this argument. An empty list says that a dict
-            is inputs and nothing else; ``LabelKeys`` also knows the names of the model's inputs.
+        label_names: Keys of a dict that hold targets, in place of those; several become a dict. If
+            a dict has none of them, the argument is ignored. An empty list means that a dict has
+            inputs only. ``LabelKeys`` also has the names of the model's inputs.
 
     Returns:
-        The parts; those that are absent are ``None``.
+        The parts; missing ones are ``None``.
 
     Raises:
         DataError: The tuple has no or more than three parts, or the dict has several label keys,
-            some of the ``label_names`` only, or nothing but labels.
+            only some of the ``label_names``, or only labels.
 
     Example:
         >>> import numpy as np
@@ -165,7 +164,7 @@ def _unpack_dict(batch: Mapping[Any, Any], keys: LabelKeys) -> Batch:
 
 
 def nesting_hint(batch: Any) -> str:
-    """How a batch of three parts was read, for a message about one that does not fit."""
+    """A hint on how a batch of three parts was interpreted, for messages about a mismatch."""
     if not isinstance(batch, tuple) or len(batch) != 3 or batch[2] is None:
         return ""
     return (
@@ -175,19 +174,19 @@ def nesting_hint(batch: Any) -> str:
 
 
 def to_batch(value: Any, name: str = "batch", label_names: LabelNames = None) -> Any:
-    """Normalise what a collator or a user's own loader returned into a batch of NumPy arrays.
+    """Convert the output of a collator or a user's own loader to a batch of NumPy arrays.
 
     Args:
-        value: A batch of arrays, tensors or lists of numbers. A list of parts, which is what
-            torch's default collation returns for tuples, becomes a tuple.
-        name: How error messages call it.
+        value: A batch of arrays, tensors or lists of numbers. A list of parts, as torch's default
+            collation returns for tuples, becomes a tuple.
+        name: Its name in error messages.
         label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Returns:
-        The batch; every array has at least one dimension, and ``count_samples`` can count them.
+        The batch; every array has at least one dimension, and ``count_samples`` accepts it.
 
     Raises:
-        DataError: ``value`` is no batch.
+        DataError: ``value`` is not a valid batch.
     """
     strings = label_keys(label_names).strings
     convert = _to_arrays if strings else to_numpy
@@ -203,7 +202,7 @@ def to_batch(value: Any, name: str = "batch", label_names: LabelNames = None) ->
 
 
 def _to_arrays(value: Any, name: str) -> Any:
-    """As ``to_numpy``, with what only tensors of TensorFlow can be: strings, and ragged ones."""
+    """Like ``to_numpy``, but also accepts strings and ragged tensors of TensorFlow."""
 
     def convert(leaf: Any, path: str) -> Any:
         return as_ragged(leaf) if is_ragged(leaf) else cast(as_array(leaf, path, strings=True))
@@ -212,7 +211,7 @@ def _to_arrays(value: Any, name: str) -> Any:
 
 
 def with_ragged_inputs(batch: Any, name: str, label_names: LabelNames = None) -> Any:
-    """A batch, or all data, as `unpack` takes it where there is something ragged in it.
+    """Prepare a batch, or all data, with ragged tensors for ``unpack``.
 
     Raises:
         DataError: Labels or sample weights are ragged.
@@ -225,15 +224,15 @@ def with_ragged_inputs(batch: Any, name: str, label_names: LabelNames = None) ->
     for part, value in zip(_PARTS[1:], parts[1:], strict=True):
         if has_ragged(value):
             raise DataError(
-                f"{name}: {part} is a RaggedTensor, and losses and metrics are about arrays. Only "
-                "inputs may be ragged: pad it (to_tensor()), and pass sample weights of 0 for what "
-                "is padding."
+                f"{name}: {part} is a RaggedTensor, but losses and metrics need arrays. Only "
+                "inputs may be ragged: pad it (to_tensor()), and pass sample weights of 0 for the "
+                "padding."
             )
     return batch
 
 
 def named_leaves(batch: Any) -> Iterator[tuple[str, Any]]:
-    """Yield ``(name, leaf)`` for every array of a batch, named as a user thinks of it."""
+    """Yield ``(name, leaf)`` for every array of a batch, with names such as ``x['tokens']``."""
     if isinstance(batch, (tuple, list)):
         for part, value in zip(_PARTS, unpack(batch), strict=True):
             yield from leaves_with_paths(value, part)
@@ -251,25 +250,25 @@ def batch_size(batch: Any) -> int:
         The length of the first dimension, which all arrays share.
 
     Raises:
-        DataError: There is no array, one has no dimension, or the lengths differ; the message
-            names the arrays and their shapes.
+        DataError: There is no array, one is a scalar, or the lengths differ; the message has the
+            names and shapes of the arrays.
     """
     return common_length(list(named_leaves(batch)), "The arrays of a batch")
 
 
 def count_samples(batch: Any, label_names: LabelNames = None) -> int:
-    """Return the number of samples in a batch that came as one.
+    """Return the number of samples in a batch made by a collator or a user's loader.
 
-    Several inputs may differ in length, as the nodes and edges of a batch of graphs do: samples are
-    counted by their labels then (or sample weights), and without any by the first input.
+    Several inputs may differ in length, like the nodes and edges of a batch of graphs. Then the
+    labels (or sample weights) count the samples, or without them the first input.
 
     Args:
         batch: A batch of arrays or tensors.
         label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Raises:
-        DataError: See ``batch_size``; or the labels and weights differ in length, or they do not
-            fit a single input.
+        DataError: See ``batch_size``; or the labels and weights differ in length, or differ from a
+            single input.
     """
     leaves = list(named_leaves(batch))
     if len({leaf.shape[:1] for _, leaf in leaves}) > 1 and all(leaf.shape for _, leaf in leaves):
@@ -295,11 +294,11 @@ def common_length(leaves: list[tuple[str, Any]], subject: str) -> int:
         if length is not None:
             return int(length)
     if not leaves:
-        raise DataError(f"{subject} were expected, and there is none. Received: an empty structure")
+        raise DataError(f"{subject} are missing. Received: an empty structure")
     listing = ", ".join(f"{name}: {tuple(leaf.shape)}" for name, leaf in leaves)
     if None in shapes:
         raise DataError(
-            f"{subject} need a first dimension that counts the samples, and a scalar has none. "
+            f"{subject} need a first dimension that counts the samples, but a scalar has none. "
             f"Received: shapes {listing}"
         )
     raise DataError(
@@ -315,14 +314,14 @@ def signature(batch: Any) -> Hashable:
         batch: A batch of arrays or tensors.
 
     Returns:
-        A hashable value, equal for two batches exactly when the same compiled step serves both. The
-        order of a dict's keys does not matter.
+        A hashable value that is equal for two batches if and only if they can use the same compiled
+        step. The order of a dict's keys does not matter.
     """
     return _outline(batch, 0)
 
 
 def stack(batches: Sequence[Any]) -> Any:
-    """Put equally shaped batches on a new leading axis, as several steps in one call take them.
+    """Stack equally shaped batches along a new leading axis, for several steps in one call.
 
     Args:
         batches: K batches with the same signature.
@@ -341,20 +340,20 @@ def concatenate(batches: Sequence[Any]) -> Any:
     """Join batches along their first axis.
 
     Args:
-        batches: Structures of arrays that differ in the first dimension at most.
+        batches: Structures of arrays that differ at most in the first dimension.
 
     Returns:
-        One structure with the samples of all, in order.
+        One structure with all samples, in order.
 
     Raises:
-        DataError: There are no batches, or something besides the first dimension differs.
+        DataError: There are no batches, or they differ in more than the first dimension.
     """
     _check_alike("concatenate", batches, first_axis=1)
     return map_structure(lambda *arrays: np.concatenate(arrays), *batches)
 
 
 def _outline(batch: Any, first_axis: int) -> Hashable:
-    """Return structure, dtypes, and shapes from ``first_axis`` on."""
+    """Return structure, dtypes, and shapes starting at ``first_axis``."""
     if isinstance(batch, Mapping):
         keys = sorted(batch, key=str)
         return ("dict", *[(key, _outline(batch[key], first_axis)) for key in keys])
@@ -365,7 +364,7 @@ def _outline(batch: Any, first_axis: int) -> Hashable:
 
 
 def _check_alike(verb: str, batches: Sequence[Any], first_axis: int) -> None:
-    """Raise a DataError unless all batches have one outline."""
+    """Raise a ``DataError`` unless all batches have the same outline."""
     if not batches:
         raise DataError(f"Expected at least one batch to {verb}. Received: none")
     expected = _outline(batches[0], first_axis)

@@ -1,4 +1,4 @@
-"""Batches that somebody else makes, behind the doors of a loader."""
+"""Adapts an iterable of batches, such as a torch ``DataLoader``, to the loader interface."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ logger = logging.getLogger("kbtrain")
 
 
 class BatchLoader:
-    """A user's own iterable of batches, behind the doors of a loader.
+    """A user's own iterable of batches with the interface of a loader.
 
     Args:
         batches: An iterable of batches (a torch ``DataLoader``, a batched ``tf.data.Dataset``), or
             an object with ``__len__`` and ``__getitem__`` that returns batches (a Keras
-            ``PyDataset``), or a generator function, called at the start of each epoch. Its own
-            order counts; ``set_epoch`` is called if it has one, and ``on_epoch_end`` of a
+            ``PyDataset``), or a generator function, called at the start of each epoch. It decides
+            its order; ``set_epoch`` is called if it has one, and ``on_epoch_end`` of a
             ``PyDataset`` once for each epoch before the one that is read.
-        name: How error messages call it.
-        columns: Leaves out columns that are not used.
+        name: Its name in error messages.
+        columns: Removes unused columns.
         label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
     """
 
@@ -51,7 +51,7 @@ class BatchLoader:
         self._columns = columns or every_column
         self._ends_epochs = ends_epochs(batches)
         self._epochs_ended = 0
-        # Lists and Keras' PyDatasets can be iterated too, but reading by index makes seeking free.
+        # Lists and Keras' PyDatasets are iterable too, but reading by index makes seeking free.
         self._indexed = (
             isinstance(batches, Sequence)
             or derives_from(batches, "PyDataset")
@@ -66,7 +66,7 @@ class BatchLoader:
 
     @property
     def sized(self) -> bool:
-        """Whether the iterable knows its number of batches."""
+        """Whether the number of batches is known."""
         return self._known_length() is not None
 
     @property
@@ -92,7 +92,7 @@ class BatchLoader:
         """Return the number of batches.
 
         Raises:
-            UnsizedDataError: The iterable does not know it.
+            UnsizedDataError: It is not known.
         """
         length = self._known_length()
         if length is None:
@@ -106,16 +106,16 @@ class BatchLoader:
         """Yield the batches of an epoch, as NumPy arrays.
 
         Args:
-            epoch: Number of the epoch, handed to ``set_epoch``.
-            start_batch: Number of the first batch to yield; those before it are read and thrown
-                away unless the batches can be read by index.
+            epoch: Number of the epoch, passed to ``set_epoch``.
+            start_batch: Number of the first batch to yield; those before it are read and discarded
+                unless the batches can be read by index.
 
         Returns:
             An iterator over batches.
 
         Raises:
             ConfigurationError: A number is negative.
-            DataError: While iterating: the iterable failed, or yielded something that is no batch.
+            DataError: While iterating: the iterable failed, or yielded an invalid batch.
         """
         check_count("epoch", epoch, 0)
         check_count("start_batch", start_batch, 0)
@@ -143,7 +143,7 @@ class BatchLoader:
             yield to_batch(self._columns(batch, self.name), where, self._label_names)
 
     def _raw_batches(self, start_batch: int) -> Iterator[Any]:
-        """Yield the raw batches; a generator, so that a failing ``iter`` fails at a batch too."""
+        """Yield the raw batches; a generator, so that errors of ``iter`` occur at a batch too."""
         if self._indexed:
             numbers = range(start_batch, len(self)) if self.sized else itertools.count(start_batch)
             for number in numbers:
@@ -163,19 +163,19 @@ class BatchLoader:
 
 
 def as_loader(obj: Any, *, name: str = "the dataloader", label_names: LabelNames = None) -> Loader:
-    """Return ``obj`` if it is a loader, and an iterable of batches wrapped as one.
+    """Return ``obj`` if it is a loader; wrap an iterable of batches as one.
 
     Args:
         obj: A loader, an iterable of batches, a function that returns one, or an object with
             ``__len__`` and ``__getitem__`` that returns batches.
-        name: How error messages call it.
+        name: Its name in error messages.
         label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Returns:
         A loader.
 
     Raises:
-        DataError: ``obj`` is nothing of that kind.
+        DataError: ``obj`` is none of these.
 
     Example:
         >>> loader = as_loader([([[1.0, 2.0]], [0])])

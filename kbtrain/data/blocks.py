@@ -1,4 +1,4 @@
-"""Blocks: the batches of several updates, laid out for one call to the device."""
+"""Blocks: the batches of several updates, stacked for one call to the device."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from kbtrain.data.shape_monitor import ShapeMonitor
 from kbtrain.data.tree import map_structure
 
 MAX_BLOCK = 64
-"""Updates in one block, at most."""
+"""Maximum number of updates in a block."""
 
 BLOCK_BYTES = 1 << 20
-"""Size of a block, at most, if it is to hold more than one update."""
+"""Maximum size of a block with more than one update."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Updates of equal shapes.
+    """Several updates of equal shapes.
 
     Attributes:
-        chunks: What the train step takes, with the updates along a new leading axis: a list of
+        chunks: The input of the train step, with the updates along a new leading axis: a list of
             ``{"single": micro_batch}`` and ``{"stacked": micro_batches along one more axis}``.
-        capacity: Length of the leading axis; entries from ``updates`` on are of no meaning.
+        capacity: Length of the leading axis; entries from ``updates`` on are padding.
         updates: Updates in the block.
         micro_batches: Micro-batches of each update.
-        samples: Samples in all.
+        samples: Total number of samples.
         outline: Structure, shapes and dtypes of each update's micro-batches.
     """
 
@@ -47,11 +47,11 @@ class Block:
 
 
 def micro_batches(chunks: Sequence[Mapping[str, Any]], update: int) -> Iterator[Any]:
-    """The micro-batches of one update, cut out of a block's chunks.
+    """The micro-batches of one update, sliced from a block's chunks.
 
     Args:
         chunks: ``Block.chunks``.
-        update: Its number in the block.
+        update: Index of the update in the block.
     """
     for chunk in chunks:
         for kind, rows in chunk.items():
@@ -66,17 +66,17 @@ def micro_batches(chunks: Sequence[Mapping[str, Any]], update: int) -> Iterator[
 class Batches:
     """The micro-batches of a loader, from any position, in blocks.
 
-    The first batch is looked at before training (to build the model from its shapes) and given
-    back, because a generator could not produce it a second time.
+    The first batch can be inspected before training (to build the model from its shapes). It is
+    kept, because a generator could not produce it a second time.
 
-    Arrays are read a block at a time, and ahead by a thread where that is slow (large batches,
-    arrays on disk). Data with code of the user's is read in the calling thread: it may draw from
-    the global random generators, whose state is part of a checkpoint, or belong to one thread. A
-    loader whose ``read_ahead`` is a number has that many batches read ahead all the same.
+    Arrays are read a block at a time, and prefetched by a thread if that is slow (large batches,
+    arrays on disk). Data that runs user code is read in the calling thread: the code may draw from
+    the global random generators, whose state is part of a checkpoint, or be bound to one thread. A
+    loader whose ``read_ahead`` is a number has that many batches prefetched even so.
 
     Args:
-        loader: Where the batches come from. If it has a method ``peek``, that gives the batch to
-            look at; a method ``close`` is called at the end.
+        loader: The loader of the batches. If it has a method ``peek``, that returns the batch to
+            inspect; a method ``close`` is called at the end.
         label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
     """
 
@@ -88,7 +88,7 @@ class Batches:
         self._watch = ShapeMonitor(getattr(loader, "name", "the data"))
 
     def peek(self) -> Any:
-        """The first batch of epoch 0; None if there is none."""
+        """The first batch of epoch 0; None if the data is empty."""
         look = getattr(self._loader, "peek", None)
         if look is not None:
             return look()
@@ -111,9 +111,9 @@ class Batches:
 
         Args:
             epoch: Number of the epoch.
-            start: Micro-batches of it to leave out.
+            start: Number of micro-batches to skip.
             accumulation: Micro-batches per update; the last update may have fewer.
-            limit: Asked before each block how many updates it may have.
+            limit: Called before each block; returns the maximum number of updates in it.
         """
         loader = self._loader
         if isinstance(loader, DataLoader) and loader.vectorised:
@@ -126,7 +126,7 @@ class Batches:
             yield from self._collected(rest, accumulation, limit)
 
     def close(self) -> None:
-        """Let go of what the loader holds on to between epochs, such as worker processes."""
+        """Release what the loader keeps between epochs, such as worker processes."""
         self._first = None
         close = getattr(self._loader, "close", None)
         if callable(close):
@@ -137,13 +137,14 @@ class Batches:
     ) -> Iterator[Block]:
         """Updates of full batches in full blocks: all rows of a block are read at once.
 
-        They do not depend on where something is due, so they can be made ahead. The first ones of
-        a run are short, so that its first step does not wait for 64 batches from a slow disk.
+        These blocks do not depend on when something is due, so they can be prefetched. The first
+        ones of a run are short, so that its first step does not wait for 64 batches from a slow
+        disk.
         """
         if not updates:
             return
         read, size = loader.reader(epoch), loader.batch_size
-        # No memory is touched by this: it serves for shapes and dtypes.
+        # Only for shapes and dtypes: `np.empty` does not touch the memory.
         one = map_structure(
             lambda x: np.empty((accumulation, size, *x.shape[1:]), x.dtype), read(start, 0)
         )
@@ -168,7 +169,7 @@ class Batches:
     def _collected(
         self, batches: Iterator[Any], accumulation: int, limit: Callable[[], int]
     ) -> Iterator[Block]:
-        """Any batches: neighbouring updates of equal shapes are stacked."""
+        """Any batches; consecutive updates of equal shapes are stacked."""
         waiting: list[Any] = []
         capacity = 1
         while True:
@@ -197,7 +198,7 @@ class Batches:
             )
 
     def _from(self, epoch: int, start: int) -> Generator[Any, None, None]:
-        """The batches of an epoch, read ahead if the loader wants that."""
+        """The batches of an epoch, prefetched if the loader requests it."""
         batches = self._read(epoch, start)
         ahead = getattr(self._loader, "read_ahead", None)
         if ahead is None:
@@ -227,7 +228,7 @@ def _in_a_thread(batches: Iterator[Any], ahead: int) -> Generator[Any, None, Non
 
 
 def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
-    """The updates of ``slabs`` in blocks that end where ``limit`` says."""
+    """Split and join ``slabs`` into blocks of the lengths that ``limit`` allows."""
     slab, done = next(slabs, None), 0
     while slab is not None:
         wanted = min(max(limit(), 1), slab.capacity)
@@ -245,7 +246,7 @@ def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
 
 
 def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
-    """One block of parts of several; the beginning of a single one is not copied."""
+    """Join parts of several blocks; a single part at the start of its block is not copied."""
     first, rows = parts[0]
     chunks = first.chunks
     if len(parts) > 1 or rows.start:
@@ -264,10 +265,11 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
 
 
 def _capacity(*batches: Any) -> int:
-    """Length of the leading axis for blocks of updates like the one of these batches.
+    """Length of the leading axis for blocks of updates with batches like these.
 
-    A function of the shapes alone: the compiled code, and so every number, is the same however
-    fast the machine is. Large batches get no spare capacity, which would be copied to the device.
+    It depends only on the shapes, so that the compiled code, and thus every result, does not depend
+    on the speed of the machine. Blocks of large batches have no padding, because that would be
+    copied to the device.
     """
     size = sum(leaf.nbytes for batch in batches for _, leaf in named_leaves(batch))
     result: int = max(1, min(MAX_BLOCK, BLOCK_BYTES // max(size, 1)))
@@ -275,7 +277,7 @@ def _capacity(*batches: Any) -> int:
 
 
 def _nothing(x: np.ndarray) -> Any:
-    """What fills up an array: zeros, or empty strings."""
+    """The padding of an array: zeros, or empty strings."""
     return "" if x.dtype.kind == "O" else 0
 
 
@@ -284,12 +286,12 @@ def _with_capacity(x: np.ndarray, capacity: int) -> np.ndarray:
         return x
     result = np.empty((capacity, *x.shape[1:]), x.dtype)
     result[: len(x)] = x
-    result[len(x) :] = _nothing(x)  # and not what memory happens to hold
+    result[len(x) :] = _nothing(x)  # instead of uninitialized memory
     return result
 
 
 def _chunks(groups: list[list[Any]], capacity: int) -> list[dict[str, Any]]:
-    """The updates' micro-batches, those of equal shape stacked for a loop on the device."""
+    """The updates' micro-batches; those of equal shape are stacked for a loop on the device."""
     chunks = []
     position = 0
     for _, same in itertools.groupby(groups[0], key=signature):

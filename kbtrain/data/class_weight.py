@@ -1,4 +1,4 @@
-"""``class_weight``: sample weights that follow from the labels."""
+"""``class_weight``: sample weights computed from the labels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kbtrain.errors import ConfigurationError, DataError
 
 
 class ClassWeights:
-    """Gives each sample the weight of its class, as Keras' ``fit(class_weight=...)`` does.
+    """Gives each sample the weight of its class, like Keras' ``fit(class_weight=...)``.
 
-    A class that is not named has the weight 1. Labels are numbers of classes, ``(samples,)`` or
-    ``(samples, 1)``, or one row per sample whose largest value tells the class (one-hot). Weights
-    that the data has already are multiplied.
+    Classes that are not listed have weight 1. Labels are class indices, ``(samples,)`` or
+    ``(samples, 1)``, or one row per sample whose largest value is at the class (one-hot). Existing
+    sample weights are multiplied.
 
     Args:
-        weights: Number of a class -> weight.
+        weights: Class index -> weight.
         label_keys: Which keys of a dict are targets.
 
     Raises:
-        ConfigurationError: That is not what the weights are.
+        ConfigurationError: The weights are not a valid dict.
 
     Example:
         >>> weigh = ClassWeights({0: 1.0, 1: 5.0})
@@ -43,12 +43,12 @@ class ClassWeights:
         """The weight of each sample, float32.
 
         Raises:
-            DataError: The labels are not one class for each sample.
+            DataError: The labels are not one class per sample.
         """
         if labels.ndim > 2:
             raise DataError(
-                "class_weight needs one class for each sample. Give sample_weight for labels of "
-                f"more axes. Received: labels of shape {labels.shape}"
+                "class_weight needs one class per sample. Use sample_weight for labels with more "
+                f"axes. Received: labels of shape {labels.shape}"
             )
         if labels.ndim == 2:
             labels = labels[:, 0] if labels.shape[1] == 1 else labels.argmax(axis=1)
@@ -59,16 +59,16 @@ class ClassWeights:
         return result
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with these weights.
+        """Add the weights to a batch.
 
         Raises:
-            DataError: It has no labels, or those of several outputs.
+            DataError: The batch has no labels, or labels of several outputs.
         """
         x, y, weight = unpack(batch, self._keys)
         if not hasattr(y, "shape"):
             received = "no labels" if y is None else f"a {type(y).__name__} of labels"
             raise DataError(
-                "class_weight is for data with one array of labels; sample_weight is for models "
+                "class_weight needs data with one array of labels; use sample_weight for models "
                 f"with several outputs. Received: {received}"
             )
         of_class = self.of(np.asarray(y[:]))
@@ -82,18 +82,18 @@ class ClassWeights:
 
 
 class WeightedLoader:
-    """The batches of a loader with the weights of their classes.
+    """The batches of a loader, with weights added.
 
     Args:
         loader: Any loader.
-        weigh: From a batch to one with weights.
+        weigh: Adds weights to a batch.
     """
 
     def __init__(self, loader: Loader, weigh: ClassWeights) -> None:
         self._loader, self._weigh = loader, weigh
 
     def __getattr__(self, name: str) -> Any:
-        """What else the loader has: ``name``, ``endless``, ``read_ahead``, ``close``, ..."""
+        """Other attributes of the loader: ``name``, ``endless``, ``read_ahead``, ``close``, ..."""
         return getattr(self._loader, name)
 
     @property
@@ -138,9 +138,9 @@ class WeightedLoader:
 def weighted(
     loader: Loader, class_weight: Mapping[int, float] | None, label_keys: LabelKeys
 ) -> Loader:
-    """The loader, with sample weights if there are weights of classes.
+    """The loader, with sample weights if class weights are given.
 
-    Those of arrays are computed once, so that whole blocks are read as ever.
+    For arrays the weights are computed once, so that whole blocks can still be read.
     """
     if class_weight is None:
         return loader
@@ -154,10 +154,10 @@ def weighted(
 
 
 def check_class_weight(weights: Any) -> None:
-    """Make sure that ``class_weight`` is a dict from classes to weights, or None.
+    """Check that ``class_weight`` is a dict from classes to weights, or None.
 
     Raises:
-        ConfigurationError: It is something else.
+        ConfigurationError: It is neither.
     """
     numbers = (int, float, np.integer, np.floating)
     if weights is not None and not (
@@ -166,6 +166,6 @@ def check_class_weight(weights: Any) -> None:
         and all(isinstance(w, numbers) and 0 <= w < np.inf for w in weights.values())
     ):
         raise ConfigurationError(
-            "class_weight must be a dict from numbers of classes to weights of at least 0, such as "
+            "class_weight must be a dict from class indices to weights of at least 0, such as "
             f"{{0: 1.0, 1: 5.0}}. Received: class_weight={weights!r}."
         )

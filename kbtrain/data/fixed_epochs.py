@@ -1,4 +1,4 @@
-"""Epochs of a fixed length, whatever the length of the data."""
+"""Epochs of a fixed length, independent of the length of the data."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from kbtrain.data.loader import Loader, check_count
 
 
 class FixedEpochs:
-    """A stream of batches cut into epochs: each goes on where the one before ended.
+    """A stream of batches divided into epochs: each continues where the previous one ended.
 
-    When the data ends it is read again from its beginning, if it can be; an iterator cannot. Each
-    pass has the order of an epoch of its own. To get to a position in data without a length, what
-    comes before it is read and thrown away.
+    When the data ends, it is read again from its beginning, unless it is an iterator. Each pass has
+    its own order, like an epoch. To reach a position in data without a length, the batches before
+    it are read and discarded.
 
     Args:
         loader: Any loader.
-        batches: Batches of an epoch, at least 1.
+        batches: Batches per epoch, at least 1.
 
     Example:
         >>> from kbtrain.data import as_loader
@@ -40,7 +40,7 @@ class FixedEpochs:
 
     @property
     def name(self) -> str:
-        """How messages call the data."""
+        """The name of the data in messages."""
         return str(getattr(self._loader, "name", "the data"))
 
     @property
@@ -50,7 +50,7 @@ class FixedEpochs:
 
     @property
     def read_ahead(self) -> int | None:
-        """Batches that a thread makes ahead."""
+        """Number of batches that a thread prefetches."""
         return getattr(self._loader, "read_ahead", None)
 
     @property
@@ -66,7 +66,7 @@ class FixedEpochs:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Generator[Any, None, None]:
-        """Yield the batches of an epoch; fewer if an iterator has come to its end.
+        """Yield the batches of an epoch; fewer if an iterator is exhausted.
 
         Args:
             epoch: Number of the epoch.
@@ -77,7 +77,7 @@ class FixedEpochs:
         return self._read(epoch * self._batches + start_batch, self._batches - start_batch)
 
     def close(self) -> None:
-        """Let go of what the data holds on to."""
+        """Release the resources of the data."""
         self._running = None
         close = getattr(self._loader, "close", None)
         if callable(close):

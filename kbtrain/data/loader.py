@@ -1,7 +1,7 @@
 """Loaders: batches of an epoch, from any position.
 
-A loader has no state that moves: ``epoch(epoch, start_batch)`` is a function of its arguments, so
-the two numbers are all a checkpoint needs, and two epochs may be read at the same time.
+A loader has no mutable state: ``epoch(epoch, start_batch)`` is a function of its arguments, so a
+checkpoint needs only these two numbers, and two epochs can be read at the same time.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger("kbtrain")
 
 @runtime_checkable
 class Loader(Protocol):
-    """What the training and evaluation loops ask of a loader.
+    """The interface that the training and evaluation loops use.
 
     Attributes:
         sized: Whether ``len(loader)``, the number of batches, is known.
-        num_examples: Number of samples in an epoch, or ``None`` if it is not known.
-        batch_size: Samples in a full batch, or ``None`` if it is not known.
+        num_examples: Number of samples in an epoch, or ``None`` if unknown.
+        batch_size: Samples in a full batch, or ``None`` if unknown.
     """
 
     @property
@@ -58,30 +58,30 @@ class Loader(Protocol):
 
 
 class DataLoader:
-    """Batches of a source, in an order that depends on the seed and the epoch only.
+    """Batches of a source, in an order that depends only on the seed and the epoch.
 
     Args:
-        source: The samples; anything else goes through ``as_source`` first.
+        source: The samples; anything but a ``Source`` is converted by ``as_source``.
         batch_size: Samples per batch, at least 1.
         strategy: ``"sequential"``, ``"random"``, ``"group_by_length"`` (similar lengths together,
             from long to short) or ``"batch_rebalance"`` (micro-batches of different sizes and about
-            equal cost). An iterable has its own order, which is ``"sequential"`` or ``"random"``.
+            equal cost). An iterable keeps its own order with ``"sequential"`` or ``"random"``.
         seed: Seed of the order, an integer >= 0.
-        drop_last: Leave out the last batch if it is short.
-        collate: Makes a batch of a list of samples. The default stacks them, and for arrays reads
-            the whole batch at once. One with a method ``at(epoch, number)`` is asked by it for the
-            collator of each batch, so that random choices belong to the position in the data.
-        accumulation: Batches of one update; the strategies by length look at whole updates.
-        length_column: Where samples say how long they are, for the strategies by length.
-        columns: Leaves out columns that are not used: after a user's collator, and before one that
-            has an attribute ``takes``, the names of the columns it looks at.
-        read_ahead: Batches that a thread makes ahead in training; None leaves that to who reads
-            (``kbtrain.data.Batches``).
+        drop_last: Drop the last batch if it is incomplete.
+        collate: Collates a list of samples into a batch. The default stacks them, and for arrays
+            reads the whole batch at once. If it has a method ``at(epoch, number)``, that returns
+            the collator of each batch, so that random choices depend on the position in the data.
+        accumulation: Batches of one update, which the strategies by length process together.
+        length_column: Column with the lengths of samples, for the strategies by length.
+        columns: Removes unused columns: after a user's collator, and before one that has an
+            attribute ``takes`` with the names of the columns it uses.
+        read_ahead: Batches that a thread prefetches in training; None leaves the decision to
+            ``kbtrain.data.Batches``.
         label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Raises:
-        ConfigurationError: batch_size, strategy or seed is not one of the above, or the lengths of
-            the samples cannot be found.
+        ConfigurationError: ``batch_size``, ``strategy`` or ``seed`` is invalid, or the lengths of
+            the samples cannot be determined.
 
     Example:
         >>> import numpy as np
@@ -120,9 +120,9 @@ class DataLoader:
         self._collate: Any = _with_label_names(collate, label_names)
         self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
-        # Called with the first sample that is read without a user's collator.
+        # Called with the first sample, if there is no user's collator.
         self.look: Callable[[Any], None] | None = None
-        self._filters_first: bool | None = None  # not known before the first batch
+        self._filters_first: bool | None = None  # unknown before the first batch
         by_length = strategy in NEED_LENGTHS
         self._lengths = self.source.lengths(length_column) if by_length else None
         self._columns = columns
@@ -131,7 +131,7 @@ class DataLoader:
 
     @property
     def name(self) -> str:
-        """How messages call the data."""
+        """The name of the data in messages."""
         return self.source.name
 
     @property
@@ -143,7 +143,7 @@ class DataLoader:
     def num_examples(self) -> int | None:
         """Number of samples in the source, or ``None`` for an iterable.
 
-        Those that ``drop_last`` leaves out are counted.
+        Samples dropped by ``drop_last`` are counted.
         """
         return len(self.source) if self.sized else None
 
@@ -168,13 +168,13 @@ class DataLoader:
 
     @property
     def vectorised(self) -> bool:
-        """Whether several batches can be read at once: arrays, and no collator of the user's."""
+        """Whether several batches can be read at once: arrays without a user's collator."""
         even = self.strategy != "batch_rebalance"
         return even and self._collate is None and isinstance(self.source, ArraySource)
 
     @property
     def full_batches(self) -> int:
-        """Number of batches of an epoch that are not short."""
+        """Number of complete batches in an epoch."""
         return len(self.source) // self.batch_size
 
     def reader(self, epoch: int) -> Callable[[int, int], Any]:
@@ -184,8 +184,8 @@ class DataLoader:
             epoch: Number of the epoch, from 0; it selects the random order.
 
         Returns:
-            A function of the first batch's number and of how many there are; its result is in the
-            structure of a batch, with ``count * batch_size`` rows.
+            A function of the first batch's number and the number of batches. Its result has the
+            structure of a batch with ``count * batch_size`` rows.
         """
         order, size = self._order(epoch), self.batch_size
         return lambda number, count: self.source.gather(
@@ -200,12 +200,12 @@ class DataLoader:
 
         Args:
             epoch: Number of the epoch, from 0; it selects the random order.
-            start_batch: Number of the first batch to yield. Of sized data nothing before it is
-                touched; of an iterable the samples before it are read and thrown away.
+            start_batch: Number of the first batch to yield. Sized data is read from there; the
+                earlier samples of an iterable are read and discarded.
 
         Returns:
             An iterator over batches of NumPy arrays. It is empty if ``start_batch`` is not below
-            the number of batches, and if a one-shot iterator has been used up.
+            the number of batches, or if a one-shot iterator is exhausted.
 
         Raises:
             ConfigurationError: A number is negative.
@@ -236,7 +236,7 @@ class DataLoader:
         return epoch_order(len(self.source), self.seed, epoch, self.strategy, self._lengths, size)
 
     def _indices(self, order: Order, number: int) -> np.ndarray | range:
-        """The samples of one batch of an epoch."""
+        """The indices of the samples in one batch of an epoch."""
         size = self.batch_size
         if self.strategy != "batch_rebalance":
             return order[number * size : (number + 1) * size]
@@ -250,10 +250,10 @@ class DataLoader:
         return result
 
     def batches_of(self, samples: Iterator[Any], epoch: int, start_batch: int = 0) -> Iterator[Any]:
-        """Yield the batches of an epoch whose samples are given.
+        """Collate the given samples of an epoch into batches.
 
         Args:
-            samples: All samples of the epoch, in their order.
+            samples: All samples of the epoch, in order.
             epoch: Number of the epoch.
             start_batch: Number of the first batch to yield.
         """
@@ -272,7 +272,7 @@ class DataLoader:
     def _skip(self, samples: Iterator[Any], count: int) -> None:
         if not self._said_skipping:
             logger.info(
-                "%s has no random access: reading and skipping %d samples to get to the position.",
+                "%s has no random access: reading and skipping %d samples to reach the position.",
                 self.source.name,
                 count,
             )
@@ -286,13 +286,13 @@ class DataLoader:
             if self.look is not None:
                 look, self.look = self.look, None
                 look(samples[0])
-            # Before they are put together, because what is not used may be of any kind.
+            # Filter before collating, because unused columns may hold anything.
             kept = [columns(sample, self.name) for sample in samples]
             return default_collate(kept, self._label_names)
         if (taken := getattr(self._collate, "takes", None)) is not None:
-            # One of ours, that says what it looks at. The rest may be of any kind here, too.
+            # A collator of kbtrain that declares its columns: here too others may hold anything.
             samples = [columns(sample, self.name, taken) for sample in samples]
-        # A collator that draws random numbers wants to know its place, see its class.
+        # A collator that draws random numbers depends on its position, see its class.
         collate = self._collate.at(epoch, number) if self._positioned else self._collate
         if self._filters_first is None:
             self._filters_first, batch = self._first_collation(collate, samples)
@@ -302,11 +302,11 @@ class DataLoader:
         return self._collated(collate, samples)
 
     def _first_collation(self, collate: Collate, samples: list[Any]) -> tuple[bool, Any]:
-        """Whether the collator needs samples without what is not used; and the batch.
+        """Whether the collator needs samples without unused columns, and the batch.
 
-        A user's collator may look at any column, so it gets all of them if it can.
+        A user's collator may use any column, so it gets all of them if it can handle them.
         """
-        copies = [dict(s) if type(s) is dict else s for s in samples]  # it may change them
+        copies = [dict(s) if type(s) is dict else s for s in samples]  # it may modify them
         try:
             return False, self._collated(collate, copies)
         except DataError:
@@ -318,13 +318,13 @@ class DataLoader:
             raise
 
     def _reduced(self, sample: Any) -> Any:
-        """A sample without the columns that are not used; of an unknown model, those of texts."""
+        """A sample without unused columns, or without text columns if the model is unknown."""
         if self._columns is None:
             return without_texts(sample, self.name)
         return self._columns(sample, self.name)
 
     def _collated(self, collate: Collate, samples: list[Any]) -> Any:
-        """What a user's collator makes of samples, as a batch."""
+        """Collate samples with the user's collator and convert the result to a batch."""
         try:
             batch = collate(samples)
         except MemoryError:
@@ -339,7 +339,7 @@ class DataLoader:
 
 
 def _with_label_names(collate: Collate | None, names: LabelNames) -> Collate | None:
-    """A collator of ours leaves an input of the model that is called like labels alone."""
+    """Bind the label names to a collator of kbtrain, so that it does not rename model inputs."""
     if collate is default_collate:
         return functools.partial(default_collate, label_names=names)
     bind = getattr(collate, "with_label_names", None)
@@ -347,7 +347,7 @@ def _with_label_names(collate: Collate | None, names: LabelNames) -> Collate | N
 
 
 def every_column(batch: Any, name: str, taken: Collection[str] = ()) -> Any:
-    """In place of a ``ColumnFilter`` where nothing is left out."""
+    """A ``ColumnFilter`` that keeps everything."""
     return batch
 
 

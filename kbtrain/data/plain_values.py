@@ -1,4 +1,4 @@
-"""Numbers and arrays of any library as the plain values of Python."""
+"""Converts numbers and arrays of any library to plain Python values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kbtrain.errors import ConfigurationError
 
 
 def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """Results by name in what JSON can hold: tensors and arrays of one element become numbers.
+    """Convert results to JSON types; tensors and arrays of one element become numbers.
 
     Args:
-        values: By name.
-        source: What the error begins with, such as "compute_metrics returned".
+        values: The results by name.
+        source: The beginning of error messages, such as "compute_metrics returned".
 
     Raises:
-        ConfigurationError: There is no dict, or a value is neither numbers nor text.
+        ConfigurationError: ``values`` is not a dict, or a value is neither numeric nor text.
 
     Example:
         >>> plain_values({"f1": np.float32(0.5), "matrix": np.eye(2, dtype=int)}, "this is")
@@ -27,7 +27,8 @@ def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """
     if not isinstance(values, Mapping):
         raise ConfigurationError(
-            f"{source} no dict from names to numbers. Received: {type(values).__name__}."
+            f"{source} something other than a dict from names to numbers. "
+            f"Received: {type(values).__name__}."
         )
     return {str(name): _plain(name, value, source) for name, value in values.items()}
 
@@ -46,6 +47,6 @@ def _plain(name: Any, value: Any, source: str) -> Any:
         if array.dtype.kind in "biuf":
             return array.item() if array.size == 1 else array.tolist()
     raise ConfigurationError(
-        f"{source} something that is no number under the name {name!r}. "
+        f"{source} a value that is not a number under the name {name!r}. "
         f"Received: {type(value).__name__}."
     )

@@ -1,4 +1,4 @@
-"""Reading ahead: a thread makes the next items while the device works on this one."""
+"""Prefetching: a thread prepares the next items while the device is busy."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ T = TypeVar("T")
 PATIENCE = 1e-3
 """Seconds an item may take before a thread is worth it.
 
-Handing over an item between threads costs 50 to 100 us, and a thread that runs Python takes turns
-with the one that feeds the device. What is made faster than this is made where it is needed.
+Passing an item between threads costs 50 to 100 us, and a Python thread competes for the GIL with
+the one that feeds the device. Faster items are produced in the calling thread.
 """
 
 SLOW_ITEMS = 2
-"""Items in a row that have to be slow: the first one alone pays for opening files and the like."""
+"""Consecutive slow items before a thread is started: the first one may be slow to open files."""
 
 GRACE = 10.0
-"""Seconds that ``close`` waits for an item in the making."""
+"""Seconds that ``close`` waits for an item in progress."""
 
 
 class Prefetched(Iterator[T], Generic[T]):
-    """The items of an iterator, made ahead by a thread once they turn out to be slow.
+    """The items of an iterator, prefetched by a thread once they turn out to be slow.
 
-    The items and their order are those of the iterator; only the time when they are made differs.
-    What the iterator raises is raised here, at the place of the item it stands for, with its
-    traceback. Call ``close`` (or use ``contextlib.closing``) when the reading ends early.
+    Items and order are those of the iterator; only the time at which they are produced differs. An
+    exception of the iterator is raised here in place of the failed item, with its traceback. Call
+    ``close`` (or use ``contextlib.closing``) when reading ends early.
 
     Args:
-        items: The iterator. Once a thread has been started, only the thread touches it.
-        ahead: Items kept ready, at least 1; one more is in the making.
+        items: The iterator. Once a thread has been started, only the thread uses it.
+        ahead: Items kept ready, at least 1; one more is in progress.
         patience: Seconds that an item may take without a thread; 0 starts one at once.
 
     Example:
@@ -55,7 +55,7 @@ class Prefetched(Iterator[T], Generic[T]):
         self._slow = 0
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
-        # What the two threads share, under the condition's lock.
+        # State shared by the two threads, protected by the condition's lock.
         self._ready: deque[T] = deque()
         self._error: BaseException | None = None
         self._ended = False
@@ -74,7 +74,7 @@ class Prefetched(Iterator[T], Generic[T]):
         return self._take() if self._thread is not None else self._make()
 
     def _make(self) -> T:
-        """Make an item here; look at the clock."""
+        """Produce an item in this thread and time it."""
         start = time.perf_counter()
         item = next(self._items)
         slow = time.perf_counter() - start > self._patience
@@ -84,7 +84,7 @@ class Prefetched(Iterator[T], Generic[T]):
         return item
 
     def _take(self) -> T:
-        """Wait for an item of the thread's."""
+        """Wait for an item from the thread."""
         with self._changed:
             while not self._ready and not self._ended:
                 self._changed.wait()
@@ -98,7 +98,7 @@ class Prefetched(Iterator[T], Generic[T]):
         raise StopIteration
 
     def _start(self) -> None:
-        # The caller's context: NumPy keeps its error settings there.
+        # In the caller's context, which has NumPy's error settings.
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._work,), name="kbtrain-prefetch", daemon=True
@@ -106,7 +106,7 @@ class Prefetched(Iterator[T], Generic[T]):
         self._thread.start()
 
     def _work(self) -> None:
-        """The thread: wait for space, make an item, hand it over."""
+        """Run in the thread: wait for space, produce an item, pass it on."""
         error: BaseException | None = None
         try:
             while self._wait_for_space():
@@ -114,10 +114,10 @@ class Prefetched(Iterator[T], Generic[T]):
                 with self._changed:
                     self._ready.append(item)
                     self._changed.notify_all()
-                del item  # or it would stay alive while this thread waits
+                del item  # or it would be kept alive while this thread waits
         except StopIteration:
             pass
-        except BaseException as raised:  # also an interrupt: it is the reader who is to see it
+        except BaseException as raised:  # including interrupts, which the reader must see
             error = raised
         finally:
             with self._changed:
@@ -131,7 +131,7 @@ class Prefetched(Iterator[T], Generic[T]):
             return not self._closed
 
     def close(self) -> None:
-        """Stop reading: end the thread, and let go of what it had made."""
+        """Stop reading: end the thread and drop its items."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -140,12 +140,12 @@ class Prefetched(Iterator[T], Generic[T]):
             self._thread.join(GRACE)
             if self._thread.is_alive():
                 logger.warning(
-                    "The data is still busy with an item %.0f s after the reading was stopped; its "
-                    "thread is left behind and ends with that item.",
+                    "The data is still producing an item %.0f s after reading was stopped; its "
+                    "thread is left running and ends with that item.",
                     GRACE,
                 )
                 return
         close = getattr(self._items, "close", None)
         if callable(close):
-            with contextlib.suppress(ValueError):  # a generator that is running: we are inside it
+            with contextlib.suppress(ValueError):  # called from inside the running generator
                 close()

@@ -1,8 +1,8 @@
 """``tf.RaggedTensor`` in a batch: padded arrays and the lengths of their rows.
 
-All that batches go through (order, blocks, the copy to the device) is about arrays of equal
-shapes. The padding is taken off again in the step, before the model sees the batch, so it
-is in no number. Its width is a power of two: each new one has the step compiled anew.
+The processing of batches (order, blocks, the copy to the device) requires arrays of equal shapes.
+The step removes the padding before the model gets the batch, so it does not affect results. Its
+width is a power of two, because the step is compiled again for each new width.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Ragged(NamedTuple):
 
     Attributes:
         dense: The values, padded: ``(samples, width, ...)``.
-        lengths: The lengths of the rows, ``(samples,)``, and for each further ragged axis those
-            along it, padded: ``(samples, width)``, ...
+        lengths: The lengths of the rows, ``(samples,)``, and for each further ragged axis the
+            padded lengths along it: ``(samples, width)``, ...
     """
 
     dense: Any
@@ -28,12 +28,12 @@ class Ragged(NamedTuple):
 
 
 def is_ragged(value: Any) -> bool:
-    """Whether ``value`` is a ``tf.RaggedTensor``, found out without importing TensorFlow."""
+    """Whether ``value`` is a ``tf.RaggedTensor``, without importing TensorFlow."""
     return type(value).__name__ == "RaggedTensor" and hasattr(value, "row_lengths")
 
 
 def as_ragged(value: Any) -> Ragged:
-    """The arrays of a ``tf.RaggedTensor``."""
+    """Convert a ``tf.RaggedTensor`` to arrays."""
     rank = value.ragged_rank
     lengths = [np.asarray(value.row_lengths())]
     for axis in range(2, rank + 1):
@@ -49,7 +49,7 @@ def as_ragged(value: Any) -> Ragged:
 
 
 def has_ragged(structure: Any) -> bool:
-    """Whether there is a `Ragged` in a structure."""
+    """Whether a structure contains a ``Ragged``."""
     if isinstance(structure, Ragged):
         return True
     if isinstance(structure, dict):
@@ -58,7 +58,7 @@ def has_ragged(structure: Any) -> bool:
 
 
 def map_ragged(function: Any, structure: Any) -> Any:
-    """The structure with ``function(dense, lengths)`` in place of each `Ragged`."""
+    """Replace each ``Ragged`` in a structure by ``function(dense, lengths)``."""
     if not has_ragged(structure):
         return structure
     if isinstance(structure, Ragged):

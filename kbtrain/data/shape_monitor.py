@@ -1,4 +1,4 @@
-"""Watching the shapes that are compiled for: each new one costs a compilation."""
+"""Monitors the shapes of batches, because each new one costs a compilation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kbtrain.data.batch import named_leaves
 logger = logging.getLogger("kbtrain")
 
 MANY_SHAPES = 8
-"""Different shapes in one run, or one evaluation, that are not worth a word."""
+"""Number of different shapes in a run or an evaluation that is accepted without a warning."""
 
 _SHOWN = 6
 
 
 class ShapeMonitor:
-    """Warns, once, when batches come in more shapes than a compiled step can be expected to have.
+    """Warns once when batches have too many different shapes for a compiled step.
 
     Args:
-        name: How the message calls the data.
+        name: The name of the data in the message.
     """
 
     def __init__(self, name: str) -> None:
@@ -29,11 +29,11 @@ class ShapeMonitor:
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def see(self, outline: Hashable, batches: Sequence[Any]) -> None:
-        """Note the shapes of one call to the device.
+        """Record the shapes of one call to the device.
 
         Args:
-            outline: What the compiled code depends on; the same one twice costs nothing.
-            batches: The batches of the call, looked at only if the outline is new.
+            outline: What the compiled code depends on; a known one returns at once.
+            batches: The batches of the call, inspected only if the outline is new.
         """
         if outline in self._outlines:
             return
@@ -45,17 +45,17 @@ class ShapeMonitor:
                     shapes.append(tuple(array.shape))
         if len(self._outlines) == MANY_SHAPES + 1:
             logger.warning(
-                "%s has come in %d different shapes so far, and for each of them the step is "
-                "compiled anew: %s. Pad to few lengths: a collator with pad_to_multiple_of (or "
-                "padding='max_length'), and train_sampling_strategy='group_by_length' to keep the "
-                "padding short.",
+                "%s has had batches of %d different shapes so far, and the step is compiled again "
+                "for each of them: %s. Pad to few lengths: use a collator with pad_to_multiple_of "
+                "(or padding='max_length'), and train_sampling_strategy='group_by_length' to keep "
+                "the padding short.",
                 self._name,
                 len(self._outlines),
                 "; ".join(self._varying()),
             )
 
     def _varying(self) -> list[str]:
-        """The arrays whose shapes differ, with some of their shapes; the worst ones first."""
+        """The arrays with varying shapes and some of these shapes, most varied first."""
         varying = [(name, shapes) for name, shapes in self._shapes.items() if len(shapes) > 1]
         varying.sort(key=lambda item: -len(item[1]))
         texts = []

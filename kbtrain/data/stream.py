@@ -1,7 +1,7 @@
-"""Iterables whose items may be samples, or whole batches as Keras reads a generator.
+"""Iterables whose items may be samples, or whole batches as in Keras' generators.
 
-What the model takes decides: an item that has one axis less than the model's inputs is a sample,
-one that has as many is a batch.
+The model's inputs decide: an item with as many axes as the inputs is a batch, one with one axis
+less is a sample.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Shape = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What is known of the inputs of a model before it has seen data.
+    """What is known about the inputs of a model before it has seen data.
 
     Attributes:
-        shapes: Name and shape of each input, batch axis first; empty if they are not known.
+        shapes: Name and shape of each input, batch axis first; empty if unknown.
         label_keys: Which keys of a dict are targets.
     """
 
@@ -42,15 +42,15 @@ class ModelInputs:
 
 
 class StreamLoader:
-    """Batches of an iterable: its items as they are, or put together if they are samples.
+    """Batches of an iterable: its items unchanged if they are batches, else collated samples.
 
-    The first item decides, when it is read.
+    This is decided when the first item is read.
 
     Args:
-        loader: A loader of the iterable, for the case that its items are samples.
-        inputs: What the model takes.
-        columns: Leaves out columns that are not used.
-        samples: The items are known to be samples: there is a collator for them.
+        loader: A loader of the iterable, used if its items are samples.
+        inputs: The inputs of the model.
+        columns: Removes unused columns.
+        samples: Whether the items are known to be samples because there is a collator for them.
     """
 
     sized = False
@@ -70,17 +70,17 @@ class StreamLoader:
 
     @property
     def name(self) -> str:
-        """How messages call the data."""
+        """The name of the data in messages."""
         return self._source.name
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in a full batch; None if the items turned out to be batches."""
+        """Samples in a full batch; None if the items are batches."""
         return None if self._batched else self._loader.batch_size
 
     @property
     def read_ahead(self) -> int | None:
-        """Batches that a thread makes ahead."""
+        """Number of batches that a thread prefetches."""
         return self._loader.read_ahead
 
     @property
@@ -108,7 +108,7 @@ class StreamLoader:
 
         Raises:
             ConfigurationError: A number is negative.
-            DataError: While iterating: the data failed, or it cannot be told what its items are.
+            DataError: While iterating: the data failed, or its items may be samples or batches.
         """
         check_count("epoch", epoch, 0)
         check_count("start_batch", start_batch, 0)
@@ -132,7 +132,7 @@ class StreamLoader:
 
     def _is_batch(self, item: Any) -> bool:
         if any(is_ragged(leaf) for _, leaf in leaves_with_paths(item)):
-            return True  # samples with something ragged could not be put together
+            return True  # ragged samples could not be collated
         parts = _shapes(item, self._inputs.label_keys)
         if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
             return False
@@ -140,15 +140,15 @@ class StreamLoader:
         if batched is None and _may_be_batch(parts) and not _is_of_samples(self._source.data):
             raise DataError(
                 f"An item of {self.name} may be one sample or a whole batch: its arrays are "
-                f"{_describe(parts)}, and nothing says what the model takes. Say which it is: "
+                f"{_describe(parts)}, and the model's inputs are unknown. Specify which it is: "
                 "kbtrain.data.as_loader(data) for batches (as Keras reads a generator), "
                 "data_collator=kbtrain.data.default_collate for samples, or build the model first."
                 + nesting_hint(tuple(parts))
             )
         if batched:
             logger.info(
-                "%s yields batches (%s): they are taken as they come, whatever the batch sizes in "
-                "the arguments say.",
+                "%s yields batches (%s): they are used unchanged, and the batch sizes in the "
+                "arguments are ignored.",
                 self.name,
                 _describe(parts),
             )
@@ -156,10 +156,10 @@ class StreamLoader:
 
 
 def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
-    """Look at a sample of data that is read by index: it might be a whole batch.
+    """Check a sample of data that is read by index: it might be a whole batch.
 
     Raises:
-        DataError: It has as many axes as the model takes with the batch's.
+        DataError: It has as many axes as the model's inputs, including the batch axis.
     """
     parts = _shapes(item, inputs.label_keys)
     if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
@@ -167,13 +167,13 @@ def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
     batched = _by_model(parts.x, inputs.shapes)
     if batched:
         raise DataError(
-            f"The items of {name} are read as samples, and this one is a whole batch for the model "
-            f"({_describe(parts)}). Pass kbtrain.data.as_loader(data): batches are taken as they "
-            "come."
+            f"The items of {name} are read as samples, but this one is a whole batch for the model "
+            f"({_describe(parts)}). Pass kbtrain.data.as_loader(data), which uses batches "
+            "unchanged."
         )
     if batched is None and _may_be_batch(parts):
         logger.warning(
-            "Each item of %s is read as one sample (%s). If the items are batches already, pass "
+            "Each item of %s is read as one sample (%s). If the items are batches, pass "
             "kbtrain.data.as_loader(data).",
             name,
             _describe(parts),
@@ -181,12 +181,12 @@ def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
 
 
 def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
-    """The shapes of an item's arrays in its structure; None if it has something without one."""
+    """The shapes of an item's arrays in its structure; None if a value has no shape."""
 
     def shape(leaf: Any, path: str) -> Any:
         known = getattr(leaf, "shape", None)
         if is_sparse_matrix(leaf) and leaf.shape[0] == 1:
-            known = leaf.shape[1:]  # a row, which SciPy gives two axes
+            known = leaf.shape[1:]  # a row, which has two axes in SciPy
         return np.empty(np.shape(leaf) if known is None else tuple(known), np.void)
 
     try:
@@ -194,7 +194,7 @@ def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
         parts = Batch(item) if is_array else unpack(item, keys)
         return Batch(*(map_raw(shape, part, "item") for part in parts))
     except (DataError, ValueError, TypeError):
-        return None  # the error belongs to who reads the item
+        return None  # reading the item raises the error
 
 
 def _leaves(part: Any) -> list[tuple[int, ...]]:
@@ -202,14 +202,14 @@ def _leaves(part: Any) -> list[tuple[int, ...]]:
 
 
 def _by_model(x: Any, specs: Sequence[tuple[str, Shape]]) -> bool | None:
-    """Whether inputs are a batch for the model; None if that is not known."""
+    """Whether inputs are a batch for the model; None if unknown."""
     by_name = dict(specs)
     if isinstance(x, Mapping) and by_name.keys() <= x.keys():
         x = {name: x[name] for name in by_name}
     shapes = _leaves(x)
     if not specs or not shapes:
         return None
-    if len(shapes) != len(specs):  # which is an error, of one kind or the other
+    if len(shapes) != len(specs):  # an error in either case
         return {len(shape) for shape in shapes} == {len(spec) for _, spec in specs}
     pairs = list(zip(shapes, [spec for _, spec in specs], strict=True))
     for exact in (True, False):
@@ -221,7 +221,7 @@ def _by_model(x: Any, specs: Sequence[tuple[str, Shape]]) -> bool | None:
 
 
 def _fits(shape: Shape, spec: Shape, exact: bool) -> bool:
-    """Whether a model takes an array. Keras adds a last axis of length 1 where one is missing."""
+    """Whether an input accepts an array. Keras adds a missing last axis of length 1."""
     if not exact and len(shape) == len(spec) - 1 and spec[-1] == 1:
         shape = (*shape, 1)
     return len(shape) == len(spec) and all(
@@ -230,7 +230,7 @@ def _fits(shape: Shape, spec: Shape, exact: bool) -> bool:
 
 
 def _may_be_batch(parts: Batch) -> bool:
-    """Whether several arrays have a first axis in common, as those of a batch do."""
+    """Whether several arrays share the length of the first axis, as in a batch."""
     shapes = [shape for part in parts for shape in _leaves(part)]
     if len(shapes) < 2 or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
         return False
@@ -238,7 +238,7 @@ def _may_be_batch(parts: Batch) -> bool:
 
 
 def _is_of_samples(data: Any) -> bool:
-    """Whether such data yields samples by the convention of its library."""
+    """Whether data yields samples by the convention of its library."""
     streams = (derives_from(data, "IterableDataset", package) for package in ("torch", "datasets"))
     return is_grain(data) or any(streams)
 

@@ -1,6 +1,7 @@
-"""Models that bring their preprocessing along, as the tasks of KerasHub do: raw texts to tokens.
+"""Models with built-in preprocessing, such as KerasHub tasks, which tokenize raw text.
 
-Keras' ``fit`` runs such a model's ``preprocess_samples`` on each batch. Here it is the collator.
+Keras' ``fit`` runs such a model's ``preprocess_samples`` on each batch. Here it becomes the
+collator.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from kbtrain.errors import DataError
 
 
 def preprocesses(model: Any, data: Any, input_names: frozenset[str] | None) -> bool:
-    """Whether a model is to preprocess a data set by itself.
+    """Whether a model should preprocess a data set itself.
 
     Args:
         model: The model.
-        data: The data set, as it was given.
-        input_names: What the model takes; a dict with all of that is preprocessed already.
+        data: The data set, as passed by the user.
+        input_names: Names of the model's inputs; a dict with all of them is preprocessed already.
     """
     if getattr(model, "preprocessor", None) is None:
         return False
@@ -32,21 +33,20 @@ def preprocesses(model: Any, data: Any, input_names: frozenset[str] | None) -> b
 
 
 def preprocessed(model: Any, data: Any) -> tuple[Any, Callable[[list[Any]], Any] | None]:
-    """A data set of raw samples, and the collator that makes batches of them.
+    """A data set of raw samples, and the collator that preprocesses them.
 
     Args:
         model: A model with ``preprocess_samples``.
-        data: Arrays and lists ``(x, y)`` or ``(x, y, sample_weight)``, samples, or what yields
-            batches; then these are preprocessed, and there is no collator.
+        data: Arrays and lists ``(x, y)`` or ``(x, y, sample_weight)``, samples, or an iterable of
+            batches; batches are preprocessed directly, and there is no collator.
     """
     if yields_batches(data):
-        if hasattr(data, "element_spec") and hasattr(data, "map"):  # of tf.data, as Keras does it
+        if hasattr(data, "element_spec") and hasattr(data, "map"):  # tf.data, as in Keras
             return data.map(model.preprocess_samples), None
         raise DataError(
-            f"{type(model).__name__} preprocesses its data by itself, which it can do with arrays, "
-            "samples and tf.data.Dataset. Received: batches of a "
-            f"{type(data).__name__}. Preprocess them there (model.preprocess_samples), and make "
-            "the model with preprocessor=None."
+            f"{type(model).__name__} preprocesses its data itself, which requires arrays, samples "
+            f"or a tf.data.Dataset. Received: batches of a {type(data).__name__}. Preprocess them "
+            "there (model.preprocess_samples), and create the model with preprocessor=None."
         )
     if isinstance(data, tuple | Mapping):
         data = _Columns(data)
@@ -54,7 +54,7 @@ def preprocessed(model: Any, data: Any) -> tuple[Any, Callable[[list[Any]], Any]
 
 
 class _Columns:
-    """The samples of lists and arrays that are given by columns."""
+    """The samples of a data set given as columns (lists and arrays)."""
 
     def __init__(self, columns: Any) -> None:
         self._columns = columns
@@ -74,7 +74,7 @@ class _Columns:
 
 
 def _map(function: Callable[[Any], Any], columns: Any) -> Any:
-    """As in KerasHub: tuples and dicts are structure, a list is a column of texts or numbers."""
+    """Map over columns; as in KerasHub, tuples and dicts are structure, a list is a column."""
     if isinstance(columns, Mapping):
         return {name: _map(function, column) for name, column in columns.items()}
     if isinstance(columns, tuple):
@@ -92,7 +92,7 @@ def _batch(model: Any, samples: Sequence[Any]) -> Any:
     """Join samples, and let the model preprocess them."""
     joined = _joined(samples)
     x, y, weight = (joined, None, None) if isinstance(joined, list) else unpack(joined)
-    if isinstance(x, Mapping) and len(x) == 1:  # of a data set with a column of texts
+    if isinstance(x, Mapping) and len(x) == 1:  # a data set with a single text column
         (x,) = x.values()
     return map_structure(np.asarray, model.preprocess_samples(x, y, weight))
 

@@ -1,4 +1,4 @@
-"""Counting the tokens a model has been trained on."""
+"""Counts the tokens a model has been trained on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kbtrain.data.tree import leaves_with_paths
 from kbtrain.errors import DataError
 
 NAMES = ("input_ids", "token_ids", "tokens")
-"""Inputs that hold tokens; otherwise it is the only input of whole numbers."""
+"""Names of token inputs; without one of them, the only integer input is counted."""
 
 MASKS = ("attention_mask", "padding_mask")
-"""Inputs that say where there is no padding."""
+"""Inputs that mark the positions that are not padding."""
 
 
 def count_tokens(
@@ -29,14 +29,14 @@ def count_tokens(
 
     Args:
         chunks: ``Block.chunks``: batches with the updates along the first axis.
-        updates: Updates in the block; what is behind them has no meaning.
+        updates: Updates in the block; entries after them are padding.
         mode: "all" counts every element of the input, "non_padding" those where the mask is not 0,
             or, without a mask, the elements other than ``padding``.
         label_names: Keys of the labels in a batch that is a dict, if not the usual ones.
-        padding: The token that fills up short texts.
+        padding: The padding token.
 
     Raises:
-        DataError: There is no input of whole numbers, or more than one and none by a known name.
+        DataError: There is no integer input, or there are several and none has a known name.
     """
     total = 0
     for chunk in chunks:
@@ -64,7 +64,7 @@ def _tokens(x: Any) -> np.ndarray:
         kinds = ", ".join(f"{path or 'x'} ({np.asarray(a).dtype})" for path, a in leaves)
         raise DataError(
             "include_num_input_tokens_seen needs an input of tokens: one named "
-            f"{', '.join(NAMES)}, or a single input of whole numbers. The inputs are: {kinds}. "
+            f"{', '.join(NAMES)}, or a single integer input. The inputs are: {kinds}. "
             "Set include_num_input_tokens_seen='no'."
         )
     return np.asarray(whole[0][1])

@@ -1,8 +1,8 @@
-"""Nested structures of NumPy arrays: walking them, and turning what users hand over into them.
+"""Nested structures of NumPy arrays: traversal, and conversion of user data.
 
 A *structure* is an array, ``None``, or a dict, list or tuple (named tuples included) of structures.
-This is the small part of ``keras.tree`` that data needs, without importing Keras: data can be
-prepared, and tested, before a backend is chosen.
+This is the small part of ``keras.tree`` that data needs, without importing Keras, so that data can
+be prepared and tested before a backend is chosen.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _STRING_KINDS = "USaT"  # unicode, bytes, and NumPy 2's variable-width strings
 
 
 def map_structure(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
-    """Apply ``function`` to the matching leaves of equally built structures.
+    """Apply ``function`` to the matching leaves of structures of the same form.
 
     Args:
         function: Called with one leaf of each structure.
-        first: The structure whose form the result takes; a dict keeps its order of keys.
+        first: The structure that gives the result its form; a dict keeps its order of keys.
         *rest: More structures of the same form.
 
     Returns:
@@ -47,10 +47,7 @@ def map_structure(function: Callable[..., Any], first: Any, *rest: Any) -> Any:
 
 
 def without_none(structure: Any) -> Any:
-    """The structure with ``()`` in place of ``None``.
-
-    No library of trees has a leaf there, so it passes through every one of them.
-    """
+    """Replace ``None`` by ``()``, which no tree library treats as a leaf."""
     if isinstance(structure, Mapping):
         return {key: without_none(value) for key, value in structure.items()}
     if isinstance(structure, (tuple, list)):
@@ -70,7 +67,7 @@ def with_none(structure: Any) -> Any:
 
 
 def rebuild_sequence(like: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
-    """Put ``items`` into a list, tuple or named tuple of the kind of ``like``."""
+    """Put ``items`` into a list, tuple or named tuple of the type of ``like``."""
     if isinstance(like, list):
         return items
     if is_named_tuple(like):
@@ -84,11 +81,11 @@ def is_named_tuple(value: Any) -> bool:
 
 
 def leaves_with_paths(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` for every leaf, the path written as Python indexing.
+    """Yield ``(path, leaf)`` for every leaf, with the path written as Python indexing.
 
     Args:
-        structure: The structure to walk.
-        path: What the paths begin with.
+        structure: The structure to traverse.
+        path: Prefix of the paths.
 
     Yields:
         Pairs such as ``("x['tokens'][0]", array)``.
@@ -104,21 +101,21 @@ def leaves_with_paths(structure: Any, path: str = "") -> Iterator[tuple[str, Any
 
 
 def to_numpy(value: Any, name: str = "batch") -> Any:
-    """Convert everything in a structure to NumPy arrays of dtypes a model can take.
+    """Convert everything in a structure to NumPy arrays of dtypes that models accept.
 
-    Python numbers, (nested) lists of numbers and whatever has ``__array__`` become arrays. float64
+    Python numbers, (nested) lists of numbers and objects with ``__array__`` become arrays. float64
     becomes float32, as everywhere in Keras, unless ``keras.config.floatx()`` is float64; all other
-    numeric dtypes stay.
+    numeric dtypes are kept.
 
     Args:
         value: A structure of arrays, tensors, numbers and lists of numbers.
-        name: How error messages call ``value``.
+        name: Name of ``value`` in error messages.
 
     Returns:
         The same structure with a ``numpy.ndarray`` at every leaf.
 
     Raises:
-        DataError: A leaf holds strings, objects or ragged lists, or is no array at all.
+        DataError: A leaf holds strings, objects or ragged lists, or is not an array.
     """
     return map_raw(lambda leaf, path: cast(as_array(leaf, path)), value, name)
 
@@ -136,16 +133,16 @@ def map_raw(function: Callable[[Any, str], Any], value: Any, name: str) -> Any:
 
 
 def is_list_of_numbers(value: Any, *, of_arrays: bool = True) -> bool:
-    """Whether a list or tuple, nested or not, stands for one array rather than for several.
+    """Whether a (nested) list or tuple represents one array rather than several.
 
-    The first element decides, so the cost does not grow with the data. Strings count: they are
-    refused with a better message as an array than one by one.
+    The first element decides, so the cost does not grow with the data. Strings count as numbers
+    here, because the error for an array of strings is clearer than one for each string.
 
     Args:
         value: Anything.
-        of_arrays: Whether 0-d ndarrays count as numbers. They do in what a collator returns, where
-            ``[y for _, y in samples]`` is a column; they do not within a sample, where they are
-            the fields cut out of several arrays (see ``columns.rows``).
+        of_arrays: Whether 0-d ndarrays count as numbers. They do in the output of a collator, where
+            ``[y for _, y in samples]`` is a column. They do not in a sample, where they are the
+            fields of several arrays (see ``columns.rows``).
     """
     while isinstance(value, (list, tuple)) and not is_named_tuple(value):
         if not value:
@@ -158,19 +155,19 @@ def is_list_of_numbers(value: Any, *, of_arrays: bool = True) -> bool:
 
 
 def as_array(value: Any, name: str, strings: bool = False) -> np.ndarray:
-    """View ``value`` as a plain ndarray of a usable dtype, without copying where that is possible.
+    """View ``value`` as a plain ndarray of a usable dtype, without a copy if possible.
 
     Args:
         value: An array, tensor, number, or (nested) sequence of numbers.
-        name: How error messages call it.
-        strings: Whether it may hold strings, which a model takes on TensorFlow: they become an
+        name: Its name in error messages.
+        strings: Whether it may hold strings, which models on TensorFlow accept; they become an
             array of objects, whatever their lengths.
 
     Returns:
-        The array; float64 is left as it is (see ``cast``), so that a memory map stays on disk.
+        The array; float64 is not converted here (see ``cast``), so that a memory map stays on disk.
 
     Raises:
-        DataError: ``value`` is no array, or one of strings or objects.
+        DataError: ``value`` is not an array, or holds strings or objects.
     """
     if strings and isinstance(value, (str, bytes)):
         return np.array(value, object)
@@ -187,10 +184,10 @@ def as_array(value: Any, name: str, strings: bool = False) -> np.ndarray:
 
 
 def _numbers_of(array: np.ndarray) -> np.ndarray:
-    """An array of objects that are all numbers, in the dtype NumPy has for them; else itself.
+    """Convert an object array of numbers to a numeric dtype; return other arrays unchanged.
 
-    As pandas and ``np.array(numbers, dtype=object)`` make them. Integers that only a float could
-    hold are not converted, as they would lose digits.
+    Such arrays come from pandas and ``np.array(numbers, dtype=object)``. Integers that only a float
+    could represent are not converted, because they would lose digits.
     """
     if not array.size or not all(isinstance(value, numbers.Number) for value in array.flat):
         return array
@@ -202,14 +199,14 @@ def _numbers_of(array: np.ndarray) -> np.ndarray:
 
 
 def _is_text(array: np.ndarray) -> bool:
-    """Whether an array of objects begins with a string."""
+    """Whether the first element of an object array is a string."""
     return array.size > 0 and isinstance(array.flat[0], str | bytes)
 
 
 def cast(array: np.ndarray) -> np.ndarray:
-    """Return float64 (and wider) as float32, foreign byte order as native, the rest as it is.
+    """Convert float64 (and wider) to float32 and other byte orders to native; keep the rest.
 
-    Where Keras computes in float64 by default (``keras.config.floatx()``), float64 stays.
+    If Keras computes in float64 by default (``keras.config.floatx()``), float64 is kept.
     """
     dtype = array.dtype
     if dtype is _FLOAT32:
@@ -220,7 +217,7 @@ def cast(array: np.ndarray) -> np.ndarray:
 
 
 def keeps_float64() -> bool:
-    """Whether data in float64 stays so: in this process's Keras, or where a worker was told."""
+    """Whether float64 data is kept: by Keras' ``floatx`` here, or as set in a worker process."""
     if "float64" in _KEEP_FLOAT64:
         return _KEEP_FLOAT64["float64"]
     keras = sys.modules.get("keras")
@@ -229,7 +226,7 @@ def keeps_float64() -> bool:
 
 @contextlib.contextmanager
 def keeping_float64(keep: bool) -> Iterator[None]:
-    """What `keeps_float64` says inside: the Keras of a worker process has the default settings."""
+    """Set ``keeps_float64`` inside, because Keras in a worker process has default settings."""
     _KEEP_FLOAT64["float64"] = keep
     try:
         yield
@@ -241,7 +238,7 @@ _KEEP_FLOAT64: dict[str, bool] = {}
 
 
 def has_array(value: Any) -> bool:
-    """Whether NumPy can convert ``value``; looked up on the type, as NumPy itself does."""
+    """Whether NumPy can convert ``value``; looked up on its type, as in NumPy."""
     return hasattr(type(value), "__array__")
 
 
@@ -251,45 +248,45 @@ def is_sparse_matrix(value: Any) -> bool:
 
 
 def check_dtype(dtype: np.dtype, name: str) -> None:
-    """Raise a ``DataError`` if a model cannot take values of ``dtype``."""
+    """Raise a ``DataError`` if models do not accept values of ``dtype``."""
     kind = dtype.kind
     if kind in "fiubc":
         return
     if kind == "V" and dtype.type is not np.void:
-        return  # bfloat16 and the 8-bit floats of ml_dtypes call themselves void
+        return  # bfloat16 and the 8-bit floats of ml_dtypes have the kind of void
     if kind in _STRING_KINDS:
         raise _no_strings(dtype, name)
     if kind == "O":
         raise DataError(
             f"{name} holds Python objects, not numbers: usually rows of different lengths, missing "
-            "values (None), or a pandas column of mixed types. Pad or convert them to one numeric "
-            f"dtype first. Received: dtype={dtype}"
+            "values (None), or a pandas column of mixed types. Pad them, or convert them to one "
+            f"numeric dtype first. Received: dtype={dtype}"
         )
     what = _KIND_NAMES.get(kind, "structured records")
     raise DataError(
-        f"{name} holds {what}, and a model takes numbers. Convert them to a numeric dtype first. "
+        f"{name} holds {what}, but a model needs numbers. Convert them to a numeric dtype first. "
         f"Received: dtype={dtype}"
     )
 
 
 def _no_strings(dtype: np.dtype, name: str) -> DataError:
     return DataError(
-        f"{name} holds strings, and a model takes numbers. Tokenize or encode them first, or "
-        "remove the column. Layers for texts (TextVectorization, StringLookup) belong into the "
-        f"data_collator or the data set, not into the model. Received: dtype={dtype}"
+        f"{name} holds strings, but a model needs numbers. Tokenize or encode them first, or "
+        "remove the column. Text layers (TextVectorization, StringLookup) belong in the "
+        f"data_collator or the data set, not in the model. Received: dtype={dtype}"
     )
 
 
 def _convert(value: Any, name: str) -> np.ndarray:
-    """Make an ndarray of anything that is not exactly one."""
+    """Convert anything but a plain ndarray to one."""
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(
-            f"{name} is a masked array, and the mask would be lost. Fill it (`.filled(...)`) and "
+            f"{name} is a masked array, whose mask would be lost. Fill it (`.filled(...)`) and "
             "pass the mask as an input or as sample_weight."
         )
     if isinstance(value, (str, bytes)):
         raise DataError(
-            f"{name} is a string, and a model takes numbers. Tokenize or encode it first, or "
+            f"{name} is a string, but a model needs numbers. Tokenize or encode it first, or "
             f"remove the column. Received: {_shorten(value)}"
         )
     if is_sparse_matrix(value):
@@ -301,9 +298,9 @@ def _convert(value: Any, name: str) -> np.ndarray:
         return _integer(value, name)
     if type(value).__name__ == "RaggedTensor":
         raise DataError(
-            f"{name} is a RaggedTensor, and rows of a batch must be equally long. Pad it, as in "
-            "x.to_tensor() or in a data_collator, and pass lengths or a mask as an input. (Models "
-            "on TensorFlow take ragged inputs.)"
+            f"{name} is a RaggedTensor, but the rows of a batch must have the same length. Pad it, "
+            "with x.to_tensor() or in a data_collator, and pass lengths or a mask as an input. "
+            "(Models on TensorFlow accept ragged inputs.)"
         )
     if not has_array(value) and not isinstance(value, (float, complex, Sequence)):
         raise DataError(
@@ -326,10 +323,10 @@ def _is_pandas(value: Any) -> bool:
 
 
 def _of_pandas(value: Any) -> np.ndarray:
-    """A frame with numbers of several kinds, or with types of pandas' own, as one array.
+    """Convert a frame with several numeric dtypes, or with pandas' own dtypes, to one array.
 
     Raises:
-        ValueError, TypeError: It has missing values, or what is no number.
+        ValueError, TypeError: It has missing or non-numeric values.
     """
     types = value.dtypes.tolist() if value.ndim == 2 else [value.dtype]
     if not all(getattr(dtype, "kind", "O") in "fiub" for dtype in types):
@@ -347,7 +344,7 @@ def _integer(value: int, name: str) -> np.ndarray:
 
 
 def _to_host(value: Any) -> Any:
-    """Free a tensor of its device and its gradient history, both of which forbid ``__array__``."""
+    """Detach a tensor and move it to the CPU, because ``__array__`` requires both."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         return value.detach().cpu()
     return value

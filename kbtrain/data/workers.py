@@ -1,8 +1,8 @@
-"""Worker processes for data with code of the user's, through Grain.
+"""Worker processes for data that runs user code, through Grain.
 
-A worker makes whole batches. Which samples are in batch ``number`` of an epoch is a function of
-(seed, epoch) as ever, so workers need nothing but the number, and a position in the data is still
-the two numbers that a checkpoint holds.
+A worker produces whole batches. The samples in batch ``number`` of an epoch are a function of
+(seed, epoch), so workers need only that number, and a position in the data is still the two numbers
+in a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.utils.optional_imports import require
 
 ENDLESS = 2**62
-"""Batches of a run whose workers go on from epoch to epoch."""
+"""Number of batches for workers that persist across epochs."""
 
 
 class WorkerLoader:
-    """The batches of a loader, made by worker processes.
+    """The batches of a loader, produced by worker processes.
 
-    Python's and NumPy's global generators are seeded before each batch, from the seed, the epoch
-    and the number of the batch: random augmentation is the same for any number of workers, and
-    after a resume.
+    Python's and NumPy's global generators are seeded before each batch with the seed, the epoch and
+    the number of the batch, so random augmentation is the same for any number of workers, and after
+    a resume.
 
     Args:
-        loader: Samples that can be read by index. It is sent to the workers, as a copy.
-        workers: Processes, at least 1. They are started by ``spawn``, so a script that uses them
-            needs ``if __name__ == "__main__":``.
+        loader: A loader of samples that can be read by index. A copy is sent to the workers.
+        workers: Number of processes, at least 1. They are started by ``spawn``, so a script that
+            uses them needs ``if __name__ == "__main__":``.
         prefetch: Batches that each worker keeps ready.
-        persistent: Keep the processes from one epoch to the next.
+        persistent: Whether to keep the processes between epochs.
 
     Raises:
         ConfigurationError: Grain is not installed.
@@ -54,12 +54,12 @@ class WorkerLoader:
         self._workers = workers
         self._prefetch = prefetch
         self._persistent = persistent
-        # The running workers, and the number of the batch (counted from epoch 0) they give next.
+        # The running workers, and the number (counted from epoch 0) of their next batch.
         self._live: tuple[Any, int] | None = None
 
     @property
     def name(self) -> str:
-        """How messages call the data."""
+        """The name of the data in messages."""
         return self.loader.name
 
     @property
@@ -80,7 +80,7 @@ class WorkerLoader:
         return self.epoch(0)
 
     def peek(self) -> Any:
-        """The first batch, made in this process: to look at its shapes no worker is started."""
+        """The first batch, produced in this process, so that no worker is started for it."""
         with _seeded(self.loader.seed, 0, 0):
             return next(self.loader.epoch(0), None)
 
@@ -112,20 +112,20 @@ class WorkerLoader:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise ConfigurationError(
                 "dataloader_num_workers starts processes that import this program, and one of them "
-                'came to the training again. Put the training under `if __name__ == "__main__":`. '
+                'started the training again. Put it under `if __name__ == "__main__":`. '
                 f"Received: dataloader_num_workers={self._workers}."
             )
-        # Grain reads an absl flag, which is an error in a program that parses none.
+        # Grain reads an absl flag, which fails in a program that does not parse absl flags.
         flags = require("absl.flags", "grain", "dataloader_num_workers").FLAGS
         if not flags.is_parsed():
             flags.mark_as_parsed()
-        # Workers that ended leave their queues to the garbage collector: 25 semaphores each, whose
-        # release must not come in the middle of the start of others (Python 3.13.0 warns of it).
-        # `close` has collected them, unless an exception held on to them.
+        # Ended workers leave their queues to the garbage collector, with 25 semaphores each. These
+        # must not be released while others are started (Python 3.13.0 warns about it). `close` has
+        # collected them, unless an exception kept them alive.
         gc.collect()
         made = _batches_dataset(self._grain, self.loader, first, batches)
         options = self._grain.MultiprocessingOptions(self._workers, self._prefetch)
-        # One thread in each worker, because the global generators belong to the batch being made.
+        # One thread per worker, because the global generators are seeded for the current batch.
         one = self._grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
         return iter(made.to_iter_dataset(one).mp_prefetch(options))
 
@@ -141,8 +141,8 @@ class WorkerLoader:
                 raise
             raise DataError(
                 f"Batch {number} of {self.name}: the worker processes failed: {error}. They get a "
-                "copy of the data set, so it must be possible to pickle it; "
-                "dataloader_num_workers=0 makes the batches in this process."
+                "copy of the data set, so it must be possible to pickle it. "
+                "dataloader_num_workers=0 produces the batches in this process."
             ) from error
 
     def close(self) -> None:
@@ -172,9 +172,9 @@ def _batches_dataset(grain: Any, loader: DataLoader, first: int, count: int) -> 
 
 
 def make_batch(loader: DataLoader, epoch: int, number: int) -> Any:
-    """One batch, with the generators seeded for it; an error takes its traceback along as a note.
+    """Produce one batch with seeded generators; an error carries its traceback as a note.
 
-    (The cause of an exception, and its frames, stay behind in the process where it was raised.)
+    (The cause of an exception and its frames cannot be sent to another process.)
     """
     try:
         with _seeded(loader.seed, epoch, number):
@@ -187,7 +187,7 @@ def make_batch(loader: DataLoader, epoch: int, number: int) -> Any:
 
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
-    """Python's and NumPy's global generators at the start of a batch, and back afterwards."""
+    """Seed Python's and NumPy's global generators for a batch, and restore them afterwards."""
     before = random.getstate(), np.random.get_state()
     words = np.random.SeedSequence(seed, spawn_key=(epoch, number)).generate_state(8)
     random.seed(words.tobytes())

@@ -148,7 +148,7 @@ def test_texts_are_inputs_where_the_backend_has_them(tmp_path, form):
     model = text_model() if TAKES_STRINGS else Plain()
     trainer = Trainer(model, args, train_dataset=data, loss=loss)
     if not TAKES_STRINGS:
-        with pytest.raises(DataError, match="a model takes numbers|sample or a whole batch"):
+        with pytest.raises(DataError, match="a model needs numbers|sample or a whole batch"):
             trainer.fit()
         return
     trainer.fit()

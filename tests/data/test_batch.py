@@ -120,7 +120,7 @@ def test_batch_size(batch):
         ({"a": X, "b": X[:1]}, r"\['a'\]: \(4, 3\), \['b'\]: \(1, 3\)"),
         (({"a": X, "b": (X, X[:2])}, Y), r"x\['b'\]\[1\]: \(2, 3\)"),
         ((X, Y, np.float32(1)), r"scalar has none.*sample_weight: \(\)"),
-        ({}, "there is none"),
+        ({}, "are missing"),
     ],
 )
 def test_batch_size_errors(batch, message):

@@ -156,7 +156,7 @@ def test_a_dict_with_the_only_input_and_more(kind, remove, tmp_path, caplog):
     settings = arguments(tmp_path, num_train_epochs=1, remove_unused_columns=remove)
     trainer = Trainer(model, settings, train_dataset=data, loss="mse")
     trainer.fit()
-    assert ("does not take (it takes tokens): mask" in caplog.text) == remove
+    assert ("does not use (it uses tokens): mask" in caplog.text) == remove
     kernel, bias = model.get_weights()
     expected = np.mean((x @ kernel + bias - y) ** 2)
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)

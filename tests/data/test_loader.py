@@ -218,7 +218,7 @@ def test_a_collator_may_pad():
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (None, "Expected a batch|there is none"),
+        (None, "Expected a batch|are missing"),
         (3, "scalar"),
         ({"a": ["text"]}, r"result of the data_collator\['a'\] holds strings"),
         ((np.zeros(2), np.zeros(3)), "same length"),

@@ -33,7 +33,7 @@ def read(loader, accumulation):
 def test_the_shapes_and_the_remedy_are_named_once(caplog, accumulation):
     read(as_loader(batches(range(5, 25)), name="train_dataset"), accumulation)
     (message,) = messages(caplog)
-    assert message.startswith(f"train_dataset has come in {MANY_SHAPES + 1} different shapes")
+    assert message.startswith(f"train_dataset has had batches of {MANY_SHAPES + 1} different")
     assert "x['ids'] (2, 5), (2, 6), (2, 7), (2, 8), (2, 9), (2, 10) and 3 more" in message
     assert "age" not in message
     assert "pad_to_multiple_of" in message

@@ -213,6 +213,6 @@ def test_a_program_without_a_guard_is_told_so(monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with (
         contextlib.closing(WorkerLoader(loader(), workers=1)) as workers,
-        pytest.raises(ConfigurationError, match="came to the training again.*__main__"),
+        pytest.raises(ConfigurationError, match="started the training again.*__main__"),
     ):
         next(workers.epoch(0))

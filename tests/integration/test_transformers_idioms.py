@@ -127,7 +127,7 @@ def test_a_state_of_transformers_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not JSON"), ("[1]", "no state of a run"), ("{}", "no state of a run"),
+    [("{", "not JSON"), ("[1]", "the state of a run"), ("{}", "the state of a run"),
      ('{"global_step": "3"}', "global_step='3'"), ('{"global_step": -1}', "global_step=-1")],
 )  # fmt: skip
 def test_a_file_that_is_no_state_is_refused(tmp_path, text, said):

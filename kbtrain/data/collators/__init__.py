@@ -1,1 +1,1 @@
-"""From a list of samples to one batch: stacking, padding, packing, masking."""
+"""Collators: from a list of samples to a batch, by stacking, padding, packing or masking."""

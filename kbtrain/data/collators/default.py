@@ -1,4 +1,4 @@
-"""Joining samples into a batch."""
+"""The default collator: stacks samples into a batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def default_collate(samples: Sequence[Any], label_names: LabelNames = None) -> A
     """Stack samples into a batch, field by field.
 
     Args:
-        samples: At least one sample, all built alike: dicts, tuples such as ``(x, y)``, or single
-            arrays or numbers. Fields may be nested, and may be arrays, tensors, numbers or lists
-            of numbers.
+        samples: At least one sample, all of the same structure: dicts, tuples such as ``(x, y)``,
+            or single arrays or numbers. Fields may be nested, and may be arrays, tensors, numbers
+            or lists of numbers.
         label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Returns:
         The structure of one sample with arrays of shape ``(len(samples), ...)``. The key
-        ``"label"`` or ``"label_ids"`` of a dict becomes ``"labels"``, unless ``label_names`` says
-        what the keys mean or an input of the model has one of these names.
+        ``"label"`` or ``"label_ids"`` of a dict becomes ``"labels"``, unless ``label_names`` is
+        given or an input of the model has one of these names.
 
     Raises:
         DataError: Samples differ in their fields or shapes, or a field holds strings or ``None``.
@@ -42,24 +42,24 @@ def default_collate(samples: Sequence[Any], label_names: LabelNames = None) -> A
     first, keys = samples[0], label_keys(label_names)
     if isinstance(first, Mapping):
         return _rename_labels(_collate(samples, "sample", keys.strings), keys)
-    if isinstance(first, tuple):  # also (1.0, 2): the parts of a sample, not one array
+    if isinstance(first, tuple):  # including (1.0, 2): the parts of a sample, not one array
         return _collate_parts(samples, "sample", keys.strings)
     return _collate(samples, "sample", keys.strings)
 
 
 def _rename_labels(batch: dict[Any, Any], keys: LabelKeys) -> dict[Any, Any]:
-    """Give the targets the key ``"labels"``, as the reference's default collator does."""
+    """Give the targets the key ``"labels"``, like Transformers' default collator."""
     target, *aliases = LABEL_KEYS
     found = [key for key in aliases if key in batch and key not in keys.inputs]
     if not found or target in batch or len(found) > 1:
-        return batch  # several label keys are `unpack`'s error
+        return batch  # `unpack` raises the error for several label keys
     if keys.names is not None or target in keys.inputs:
         return batch
     return {target if key == found[0] else key: value for key, value in batch.items()}
 
 
 def _collate(values: Sequence[Any], path: str, strings: bool) -> Any:
-    """Stack the same field of all samples, walking into nested ones."""
+    """Stack the same field of all samples, recursing into nested ones."""
     first = values[0]
     if isinstance(first, Mapping):
         return _collate_dicts(values, path, strings)
@@ -99,12 +99,12 @@ def _collate_parts(values: Sequence[Any], path: str, strings: bool) -> Any:
 
 
 def _row(array: np.ndarray) -> np.ndarray:
-    """A row of a sparse matrix, which SciPy gives two axes, as a vector."""
+    """A row of a sparse matrix, which has two axes in SciPy, as a vector."""
     return array[0] if array.ndim == 2 and len(array) == 1 else array
 
 
 def _stack_field(values: Sequence[Any], path: str, strings: bool) -> np.ndarray:
-    """Stack the arrays of one field, which must agree in shape."""
+    """Stack the arrays of one field, which must have the same shape."""
     if any(value is None for value in values):
         position = next(i for i, value in enumerate(values) if value is None)
         raise DataError(
@@ -120,7 +120,7 @@ def _stack_field(values: Sequence[Any], path: str, strings: bool) -> np.ndarray:
         if array.shape != shape:
             raise DataError(
                 f"{path} differs in shape from sample to sample: {shape} in sample 0 of the batch, "
-                f"{array.shape} in sample {position}. Pad all to one length, or pass a "
+                f"{array.shape} in sample {position}. Pad all samples to one length, or pass a "
                 "data_collator that pads each batch."
             )
     # int64 stacked with float32 promotes to float64, hence the second cast.
@@ -128,4 +128,4 @@ def _stack_field(values: Sequence[Any], path: str, strings: bool) -> np.ndarray:
 
 
 default_data_collator = default_collate
-"""The name the reference has for it."""
+"""Transformers' name of the default collator."""

@@ -1,4 +1,4 @@
-"""Collators for language models: masked, causal, and several texts packed into one row."""
+"""Collators for language models: masked, causal, and packing of several texts into one row."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ Draw = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class DataCollatorForLanguageModeling(DataCollatorWithPadding):
-    """Makes the labels of a language model, masked (BERT) or causal (GPT).
+    """Creates the labels of a language model, masked (BERT) or causal (GPT).
 
     Masked: ``mlm_probability`` of the tokens become labels; of these, 80 % are replaced by the mask
-    token, 10 % by any token and 10 % stay. All other labels are -100. In a loader of kbtrain the
-    choice is a function of (seed, epoch, number of the batch), so it is new in every epoch and
-    the same after a resume. Called by itself, it draws from NumPy's global generator.
+    token, 10 % by a random token and 10 % are kept. All other labels are -100. In a loader of
+    kbtrain the choice is a function of (seed, epoch, number of the batch), so it differs in every
+    epoch and is the same after a resume. Called directly, it draws from NumPy's global generator.
 
     Causal: the label of each position is the next token; the last position and padding have -100.
-    (The reference leaves the shift to its models. Keras models and losses do not shift.)
+    (In Transformers the models shift the labels. Keras models and losses do not.)
 
     Args:
         mlm: Masked if True, causal if False.
-        mlm_probability: Share of the tokens that become labels.
-        mask_replace_prob: Share of these that the mask token replaces.
-        random_replace_prob: Share of these that a random token replaces.
-        whole_word_mask: Choose words instead of tokens. Samples need ``word_ids`` then: for each
-            token the number of its word, or None (or -1) for tokens of no word.
-        mask_token_id: The mask token; the tokenizer's if not given.
-        vocab_size: Number of tokens to draw from; ``len(tokenizer)`` if not given.
-        special_token_ids: Tokens that are never masked; the tokenizer's ``all_special_ids`` if not
-            given. A sample's ``special_tokens_mask`` counts as well.
-        shift: Causal only: False gives each position its own token, for a model that shifts.
-        seed: Seed of the choice.
+        mlm_probability: Fraction of the tokens that become labels.
+        mask_replace_prob: Fraction of these that are replaced by the mask token.
+        random_replace_prob: Fraction of these that are replaced by a random token.
+        whole_word_mask: Mask whole words instead of tokens. Samples then need ``word_ids``: the
+            index of each token's word, or None (or -1) for tokens outside of words.
+        mask_token_id: The mask token; the tokenizer's by default.
+        vocab_size: Number of tokens to draw from; ``len(tokenizer)`` by default.
+        special_token_ids: Tokens that are never masked; the tokenizer's ``all_special_ids`` by
+            default. A sample's ``special_tokens_mask`` is respected too.
+        shift: Causal only: False makes each token its own label, for models that shift.
+        seed: Seed of the random choice.
 
     Raises:
-        ConfigurationError: The arguments do not fit together.
+        ConfigurationError: The arguments are inconsistent.
 
     Example:
         >>> collate = DataCollatorForLanguageModeling(mlm=False, pad_token_id=0)
@@ -74,8 +74,9 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
         shares = (self.mlm_probability, self.mask_replace_prob, self.random_replace_prob)
         if min(shares) < 0 or max(shares) > 1 or sum(shares[1:]) > 1:
             raise ConfigurationError(
-                "Shares lie between 0 and 1, and mask_replace_prob + random_replace_prob is at "
-                f"most 1. Received: mlm_probability={shares[0]}, mask_replace_prob={shares[1]}, "
+                "Probabilities must be between 0 and 1, and mask_replace_prob + "
+                "random_replace_prob at most 1. "
+                f"Received: mlm_probability={shares[0]}, mask_replace_prob={shares[1]}, "
                 f"random_replace_prob={shares[2]}"
             )
         number = token_id("mask_token_id", self.mask_token_id, self.tokenizer)
@@ -85,7 +86,7 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
             size = len(self.tokenizer)
         if size is None and self.random_replace_prob > 0:
             raise ConfigurationError(
-                "This collator needs vocab_size to draw random tokens: give it, or a tokenizer "
+                "This collator needs vocab_size to draw random tokens. Pass it, or a tokenizer "
                 "with a length, or random_replace_prob=0. Received: vocab_size=None"
             )
         check_positive("vocab_size", size)
@@ -96,16 +97,16 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
         object.__setattr__(self, "special_token_ids", tuple(special))
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Collate samples, masked at random."""
+        """Collate samples with random masking."""
         return self._make(samples, np.random.random_sample)
 
     def at(self, epoch: int, number: int) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
-        """The collator of one batch of an epoch: the same position masks the same tokens."""
+        """The collator for one batch of an epoch: the same position masks the same tokens."""
         sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, number))
         words = np.random.Philox(sequence)
 
         def draw(count: int) -> np.ndarray:
-            # Raw words, because NumPy may change the streams of its distributions.
+            # From raw words, because NumPy may change the streams of its distributions.
             return (words.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
         return lambda samples: self._make(samples, draw)
@@ -131,7 +132,7 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
         return batch
 
     def _padded(self, arrays: list[np.ndarray], value: int, ids: np.ndarray) -> np.ndarray:
-        """A field laid out like ``ids``."""
+        """A field padded like ``ids``."""
         result = np.full(ids.shape, value, arrays[0].dtype)
         width = ids.shape[1]
         for row, array in zip(result, arrays, strict=True):
@@ -145,7 +146,7 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
         """The masked tokens and the labels."""
         chance = draw(ids.size).reshape(ids.shape)
         if words is not None:
-            # One number for each word of each row, looked up by its tokens.
+            # One random number for each word of each row, shared by its tokens.
             usable = usable & (words >= 0)
             by_word = draw(ids.shape[0] * (int(words.max(initial=0)) + 1))
             by_word = by_word.reshape(ids.shape[0], -1)
@@ -162,13 +163,13 @@ class DataCollatorForLanguageModeling(DataCollatorWithPadding):
 
 
 def _take_words(samples: Sequence[Any]) -> tuple[list[Any], list[np.ndarray]]:
-    """Samples without ``word_ids``, and these as arrays with -1 for tokens of no word."""
+    """Samples without ``word_ids``, and the word ids as arrays, -1 for tokens outside of words."""
     rest, words = [], []
     for sample in samples:
         if not isinstance(sample, Mapping) or sample.get("word_ids") is None:
             raise DataError(
                 "whole_word_mask=True needs the field 'word_ids' in each sample: for each token "
-                "the number of its word, or None. Tokenizers give it as `encoding.word_ids`."
+                "the index of its word, or None. Tokenizers return it as `encoding.word_ids`."
             )
         numbers = [-1 if word is None else int(word) for word in sample["word_ids"]]
         words.append(np.array(numbers, np.int64))
@@ -192,18 +193,18 @@ def _next_tokens(ids: np.ndarray, real: np.ndarray) -> np.ndarray:
 class DataCollatorForPacking:
     """Packs several texts into one row, for causal language models: little padding, one shape.
 
-    Texts are put, in their order, into the first row that has space. Each has positions of its
-    own from 0, and its last token has no label, so nothing is predicted across a border.
+    Texts are placed in order into the first row with enough space. Each has its own positions from
+    0, and its last token has no label, so nothing is predicted across a boundary.
 
     Args:
         max_length: Tokens of a row; a longer text is an error.
-        rows: Rows of a batch, filled up with empty ones, so that all batches have one shape. None
-            makes as many as are needed.
-        pad_token_id: What fills up the rows.
+        rows: Rows of a batch, including empty ones, so that all batches have one shape. None
+            creates as many as needed.
+        pad_token_id: The padding token.
         return_attention_mask: Add ``attention_mask``, booleans of shape ``(rows, max_length,
-            max_length)`` as ``keras.layers.MultiHeadAttention`` takes them: true where the query
-            (second axis) may see the key (third axis): the same text, not later. Padding sees
-            itself, so that no softmax is empty.
+            max_length)`` for ``keras.layers.MultiHeadAttention``: true where the query (second
+            axis) may attend to the key (third axis), which is in the same text and not later.
+            Padding attends to itself, so that no softmax is empty.
 
     Returns (when called with a list of samples):
         ``input_ids``, ``position_ids``, ``segment_ids`` (1, 2, ... within a row; 0 is padding) and
@@ -212,7 +213,7 @@ class DataCollatorForPacking:
 
     Raises:
         ConfigurationError: An argument is not a positive integer.
-        DataError: A text is longer than a row, or the texts need more rows than there are.
+        DataError: A text is longer than a row, or the texts need more than ``rows`` rows.
 
     Example:
         >>> batch = DataCollatorForPacking(max_length=6)([[5, 6, 7], [8, 9], [1, 2]])
@@ -227,7 +228,7 @@ class DataCollatorForPacking:
     pad_token_id: int = 0
     return_attention_mask: bool = False
     takes: ClassVar[frozenset[str]] = frozenset(("input_ids",))
-    """The columns it looks at, besides labels."""
+    """The columns it uses, besides labels."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -245,8 +246,8 @@ class DataCollatorForPacking:
         needed = 1 + max(row for row, _ in places)
         if self.rows is not None and needed > self.rows:
             raise DataError(
-                f"The texts of a batch need {needed} rows of {self.max_length} tokens, and "
-                f"rows={self.rows}. Raise rows, or lower per_device_train_batch_size."
+                f"The texts of a batch need {needed} rows of {self.max_length} tokens, but "
+                f"rows={self.rows}. Increase rows, or reduce per_device_train_batch_size."
             )
         shape = (self.rows or needed, self.max_length)
         kind = texts[0].dtype
@@ -259,7 +260,7 @@ class DataCollatorForPacking:
         for text, target, (row, start) in zip(texts, targets, places, strict=True):
             if target.shape != text.shape:
                 raise DataError(
-                    "The labels of a text must be as many as its input_ids. "
+                    "A text must have as many labels as input_ids. "
                     f"Received: shapes {target.shape} and {text.shape}"
                 )
             stop = start + len(text)
@@ -272,14 +273,14 @@ class DataCollatorForPacking:
         return batch
 
     def _places(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Row and first column of each text: the first row with space."""
+        """Row and start of each text, in the first row with enough space."""
         used: list[int] = []
         places = []
         for length in lengths:
             if length > self.max_length:
                 raise DataError(
                     f"A text has {length} tokens, more than max_length={self.max_length}. Split "
-                    "long texts before they are packed, or raise max_length."
+                    "long texts before packing, or increase max_length."
                 )
             fitting = (row for row, start in enumerate(used) if start + length <= self.max_length)
             row = next(fitting, len(used))
@@ -291,10 +292,10 @@ class DataCollatorForPacking:
 
 
 def causal_segments(segment_ids: np.ndarray) -> np.ndarray:
-    """Who may attend to whom in packed rows.
+    """The causal attention mask of packed rows.
 
     Args:
-        segment_ids: Numbers of the texts, shape ``(rows, length)``.
+        segment_ids: Indices of the texts, shape ``(rows, length)``.
 
     Returns:
         Booleans of shape ``(rows, length, length)``: [row, query, key] is true if both belong to

@@ -1,4 +1,4 @@
-"""Samples of different lengths to arrays: what the collators for sequences have in common."""
+"""Helpers of the sequence collators: fields, lengths and padding."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from kbtrain.data.tree import as_array, cast
 from kbtrain.errors import ConfigurationError, DataError
 
 IGNORED = -100
-"""A label that does not count, as in the reference; the losses of kbtrain leave it out."""
+"""The label that losses of kbtrain ignore, as in Transformers."""
 
 
 def fields(samples: Sequence[Any], label_names: LabelNames = None) -> dict[str, list[np.ndarray]]:
     """The samples' fields, each as a list of arrays; labels under the key ``"labels"``.
 
     Args:
-        samples: Dicts with the same keys, or sequences of token numbers (``"input_ids"``).
+        samples: Dicts with the same keys, or sequences of token ids (``"input_ids"``).
         label_names: Which keys hold targets, see ``kbtrain.data.unpack``: an input of the model
             keeps its name.
 
     Raises:
-        DataError: There is no sample, their keys differ, or a value is no array.
+        DataError: There is no sample, their keys differ, or a value is not an array.
     """
     if not samples:
         raise DataError("Expected at least one sample to collate. Received: none")
     if not isinstance(samples[0], Mapping):
         if isinstance(samples[0], tuple):
             raise DataError(
-                "This collator takes dicts such as {'input_ids': [...], 'labels': ...}, or lists "
-                "of token numbers. Received: a tuple"
+                "This collator accepts dicts such as {'input_ids': [...], 'labels': ...}, or lists "
+                "of token ids. Received: a tuple"
             )
         samples = [{"input_ids": sample} for sample in samples]
     keys = list(samples[0])
@@ -54,64 +54,64 @@ def fields(samples: Sequence[Any], label_names: LabelNames = None) -> dict[str, 
 
 
 def _is_alias(key: Any, known: LabelKeys) -> bool:
-    """Whether a field is the labels under another of their usual names."""
+    """Whether a key is one of the usual names of the labels."""
     return (
         key in LABEL_KEYS
-        and known.names != ()  # then a dict is inputs and nothing else
+        and known.names != ()  # an empty tuple means that a dict has inputs only
         and known.inputs.isdisjoint((key, LABEL_KEYS[0]))
     )
 
 
 def _alike(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The arrays in one dtype for the values of all; to NumPy an empty list holds floats."""
+    """Cast arrays to a common dtype; empty ones are ignored, because NumPy makes them float64."""
     kinds = {array.dtype for array in arrays if array.size} or {np.dtype(np.int64)}
     common = kinds.pop() if len(kinds) == 1 else np.result_type(*kinds)
     return [cast(array.astype(common, copy=False)) for array in arrays]
 
 
 def lengths(columns: Mapping[str, Sequence[np.ndarray]]) -> list[int]:
-    """How many tokens each sample has.
+    """The number of tokens in each sample.
 
     Raises:
-        DataError: There are none, or a number in place of a list of them.
+        DataError: ``"input_ids"`` is missing, or is a number instead of a list.
     """
     if "input_ids" not in columns:
         raise DataError(
-            "Samples need the field 'input_ids': its length is that of the sample. "
+            "Samples need the field 'input_ids', whose length is that of the sample. "
             f"Received: {list(columns)}"
         )
     for position, ids in enumerate(columns["input_ids"]):
         if ids.ndim == 0:
             raise DataError(
-                f"'input_ids' of each sample must be a list of token numbers. Received: {ids} in "
+                f"'input_ids' of each sample must be a list of token ids. Received: {ids} in "
                 f"sample {position} of the batch"
             )
     return [len(ids) for ids in columns["input_ids"]]
 
 
 def stack(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """One array of arrays of equal shapes.
+    """Stack arrays of equal shapes.
 
     Raises:
-        DataError: The shapes differ; the message says how to have them padded.
+        DataError: The shapes differ; the message says how to pad them.
     """
     if len({array.shape for array in arrays}) > 1:
         shapes = sorted({array.shape for array in arrays})
         raise DataError(
-            f"{name!r} differs in shape from sample to sample, and this collator does not know how "
-            f"to pad it: give padding_values={{{name!r}: ...}}, or remove the column. "
+            f"{name!r} differs in shape from sample to sample, and this collator has no padding "
+            f"value for it. Pass padding_values={{{name!r}: ...}}, or remove the column. "
             f"Received: shapes {shapes[:4]}"
         )
     return cast(np.stack(arrays))
 
 
 def pad(arrays: Sequence[np.ndarray], value: float, length: int, side: str = "right") -> np.ndarray:
-    """Arrays of different lengths as one, filled up at one side.
+    """Pad arrays of different lengths on one side and stack them.
 
     Args:
-        arrays: Arrays of shape ``(n, ...)``, alike but for ``n``.
-        value: What to fill up with.
-        length: The common length, at least the longest ``n``.
+        arrays: Arrays of shape ``(n, ...)`` that differ only in ``n``.
+        value: The padding value.
+        length: The common length, at least the largest ``n``.
         side: ``"right"`` or ``"left"``.
 
     Returns:
@@ -131,12 +131,12 @@ def pad(arrays: Sequence[np.ndarray], value: float, length: int, side: str = "ri
 
 
 def round_up(length: int, multiple: int | None) -> int:
-    """The next multiple of ``multiple``; ``length`` itself without one."""
+    """Round up to a multiple of ``multiple``; None returns ``length``."""
     return length if multiple is None else -(-length // multiple) * multiple
 
 
 def check_positive(name: str, value: int | None) -> None:
-    """Raise a ConfigurationError unless ``value`` is None or an integer of at least 1."""
+    """Raise a ``ConfigurationError`` unless ``value`` is None or an integer of at least 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigurationError(
             f"{name} must be an integer of at least 1, or None. Received: {name}={value!r}"
@@ -144,16 +144,16 @@ def check_positive(name: str, value: int | None) -> None:
 
 
 def token_id(name: str, given: int | None, tokenizer: Any) -> int:
-    """A token's number: the given one, or the tokenizer's attribute of that name.
+    """A token id: the given one, or the tokenizer's attribute of that name.
 
     Raises:
-        ConfigurationError: Neither is there.
+        ConfigurationError: Neither is available.
     """
     value = getattr(tokenizer, name, None) if given is None else given
     if value is None:
         missing = "" if tokenizer is None else f" {type(tokenizer).__name__} has none."
         raise ConfigurationError(
-            f"This collator needs {name}: give it, or a tokenizer that has it.{missing} "
+            f"This collator needs {name}. Pass it, or a tokenizer that has it.{missing} "
             f"Received: {name}=None"
         )
     return int(value)

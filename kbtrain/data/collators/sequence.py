@@ -1,7 +1,7 @@
 """Collators for sequences: padding, token classification, sequence to sequence.
 
-They take lists of dicts and return dicts of NumPy arrays. Names and defaults are those of the
-reference; instead of a tokenizer the token numbers themselves will do.
+They accept lists of dicts and return dicts of NumPy arrays. Names and defaults are those of
+Transformers; instead of a tokenizer, the token ids can be passed directly.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _FILL = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_t
 
 @dataclass(frozen=True)
 class DataCollatorWithPadding:
-    """Pads what comes per token; stacks everything else.
+    """Pads fields with one value per token; stacks all others.
 
     Args:
-        tokenizer: Where ``pad_token_id`` and ``padding_side`` are read from if they are not given.
+        tokenizer: Source of ``pad_token_id`` and ``padding_side`` if they are not given.
         padding: True or ``"longest"`` pads to the longest sample of the batch, ``"max_length"`` to
-            ``max_length``, False not at all (the samples must be equally long).
-        max_length: Length to pad to; a longer sample is an error, nothing is cut off.
+            ``max_length``, False not at all (all samples must have the same length).
+        max_length: Length to pad to; a longer sample is an error, because nothing is truncated.
         pad_to_multiple_of: Round the length up to a multiple of this. Each length is compiled once,
             so this bounds the number of compilations.
-        pad_token_id: Number that fills up ``input_ids``.
+        pad_token_id: Padding value of ``input_ids``.
         padding_side: ``"right"`` (the default) or ``"left"``.
-        padding_values: What fills up further fields that come per token, by name.
+        padding_values: Padding values of further per-token fields, by name.
         return_attention_mask: Add ``attention_mask`` (1 for tokens, 0 for padding) if the samples
             have none.
 
@@ -51,8 +51,8 @@ class DataCollatorWithPadding:
         ``"label_ids"`` becomes ``"labels"``, unless the model has an input of that name.
 
     Raises:
-        ConfigurationError: The arguments do not fit together.
-        DataError: Samples do not fit together, or are longer than ``max_length``.
+        ConfigurationError: The arguments are inconsistent.
+        DataError: Samples are inconsistent, or longer than ``max_length``.
 
     Example:
         >>> collate = DataCollatorWithPadding(pad_token_id=0, pad_to_multiple_of=4)
@@ -93,13 +93,13 @@ class DataCollatorWithPadding:
 
     @property
     def takes(self) -> frozenset[str]:
-        """The columns it looks at. A loader leaves out others that the model does not take."""
+        """The columns it uses. A loader removes others that the model does not use."""
         return frozenset(("input_ids", "word_ids", *_FILL, *self.padding_values))
 
     _label_keys = LabelKeys()
 
     def with_label_names(self, label_names: LabelNames) -> Self:
-        """The same collator for a model of which it is known what it takes.
+        """The same collator for a model whose inputs are known.
 
         Args:
             label_names: Which keys of a sample hold targets, see ``kbtrain.data.unpack``.
@@ -133,7 +133,7 @@ class DataCollatorWithPadding:
         return batch
 
     def fill(self) -> dict[str, float]:
-        """What comes per token, and what it is filled up with."""
+        """Per-token fields and their padding values."""
         assert self.pad_token_id is not None or not self.padding or self.padding == "do_not_pad"
         return {"input_ids": self.pad_token_id or 0, **_FILL, **self.padding_values}
 
@@ -141,25 +141,25 @@ class DataCollatorWithPadding:
         """The length to pad to, for a batch whose longest sample has ``longest`` tokens.
 
         Raises:
-            DataError: That is more than ``max_length`` where that is the length.
+            DataError: ``longest`` is more than ``max_length`` with ``padding="max_length"``.
         """
         if self.padding != "max_length":
             return round_up(longest, self.pad_to_multiple_of)
         assert self.max_length is not None
         if longest > self.max_length:
             raise DataError(
-                f"A sample has {longest} tokens, more than max_length={self.max_length}. Cut it "
-                "off where it is tokenized (truncation), or raise max_length."
+                f"A sample has {longest} tokens, more than max_length={self.max_length}. Truncate "
+                "it in the tokenizer, or increase max_length."
             )
         return round_up(self.max_length, self.pad_to_multiple_of)
 
 
 @dataclass(frozen=True)
 class DataCollatorForTokenClassification(DataCollatorWithPadding):
-    """Like ``DataCollatorWithPadding``, with one label per token, padded alike.
+    """Like ``DataCollatorWithPadding``, with one label per token, padded like the tokens.
 
     Args:
-        label_pad_token_id: Label of padding; -100 is left out of the loss.
+        label_pad_token_id: Label of padding; the loss ignores -100.
 
     Example:
         >>> collate = DataCollatorForTokenClassification(pad_token_id=0)
@@ -171,7 +171,7 @@ class DataCollatorForTokenClassification(DataCollatorWithPadding):
     label_pad_token_id: int = IGNORED
 
     def fill(self) -> dict[str, float]:
-        """What comes per token, and what it is filled up with."""
+        """Per-token fields and their padding values."""
         return {"labels": self.label_pad_token_id, **super().fill()}
 
 

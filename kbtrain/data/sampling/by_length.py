@@ -1,4 +1,4 @@
-"""Orders that look at how long the samples are: less padding, or micro-batches of equal cost."""
+"""Orders that depend on the lengths of samples: less padding, or micro-batches of equal cost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import numpy as np
 from kbtrain.errors import ConfigurationError, DataError
 
 MEGA_BATCHES = 50
-"""Batches that are sorted together by ``group_by_length``, at most."""
+"""Maximum number of batches that ``group_by_length`` sorts together."""
 
 QUADRATIC = 0.001
-"""Weight of the term of attention in the cost of a batch, see ``rebalance``."""
+"""Weight of the quadratic cost of attention, see ``rebalance``."""
 
 
 def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """Bring samples of similar length together, keeping most of the randomness of an order.
+    """Group samples of similar length, keeping most of the randomness of an order.
 
-    The order is cut into mega-batches of ``min(n // (4 * batch_size), 50)`` batches (at least one),
-    and each is sorted from long to short. The longest sample of all changes places with the first,
-    so that a lack of memory shows at once.
+    The order is split into mega-batches of ``min(n // (4 * batch_size), 50)`` batches (at least
+    one), and each is sorted from long to short. The longest sample of all is swapped with the
+    first, so that running out of memory shows at once.
 
     Args:
         order: Indices of shape ``(n,)``, the random order of the epoch.
@@ -26,7 +26,7 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> 
         batch_size: Samples of one update.
 
     Returns:
-        The same indices in another order.
+        The same indices in a different order.
 
     Example:
         >>> group_by_length(np.arange(6), np.array([1, 3, 2, 9, 7, 8]), 3).tolist()
@@ -36,7 +36,7 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> 
         return order
     mega = batch_size * max(1, min(len(order) // (batch_size * 4), MEGA_BATCHES))
     visited = lengths[order]
-    # The last key counts first; equal lengths keep the random order.
+    # The last key is the primary one; equal lengths keep the random order.
     grouped = order[np.lexsort((-visited, np.arange(len(order)) // mega))]
     heads = np.arange(0, len(order), mega)
     longest = heads[np.argmax(lengths[grouped[heads]])]
@@ -48,16 +48,16 @@ def rebalance(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
     """Split the samples of one update into micro-batches that cost about the same.
 
     Padded to its longest sample ``L``, a micro-batch of ``k`` samples costs
-    ``k * L + 0.001 * k * L^2``. The samples are sorted by length and cut into ``groups`` runs so
-    that the highest cost is as low as it can be: many short samples, or few long ones.
+    ``k * L + 0.001 * k * L^2``. The samples are sorted by length and split into ``groups`` runs
+    with the lowest possible maximum cost: many short samples, or a few long ones.
 
     Args:
         lengths: Lengths of the samples of the update, shape ``(n,)``.
         groups: Number of micro-batches, at most ``n``.
 
     Returns:
-        Positions in ``lengths`` for each micro-batch, the costliest micro-batch first, so that a
-        lack of memory shows at once.
+        Positions in ``lengths`` for each micro-batch, the costliest first, so that running out of
+        memory shows at once.
 
     Example:
         >>> [group.tolist() for group in rebalance(np.arange(1, 13), 4)]
@@ -68,7 +68,7 @@ def rebalance(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
     each += QUADRATIC * each**2
     low, high = 0.0, float(each[0]) * len(each)
     best = _cut(each, groups, high)
-    # The highest cost is one of finitely many numbers: halving finds it long before 60 times.
+    # The maximum cost is one of finitely many numbers, which bisection finds well within 60 steps.
     for _ in range(60):
         if high - low <= 1e-9 * high:
             break
@@ -78,14 +78,14 @@ def rebalance(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
             low = middle
         else:
             best, high = cuts, middle
-    assert best is not None  # everything fits into one micro-batch of the first limit
+    assert best is not None  # with the first limit everything fits into one micro-batch
     parts = [(float(each[a]) * (b - a), longest_first[a:b]) for a, b in best]
     parts.sort(key=lambda part: -part[0])
     return [part for _, part in parts]
 
 
 def _cut(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] | None:
-    """Runs of costs up to ``limit``, exactly ``groups`` of them; None if that many do not do."""
+    """Split into exactly ``groups`` runs of costs up to ``limit``; None if that is impossible."""
     cuts, start = [], 0
     for left in range(groups, 0, -1):
         available = len(each) - start - (left - 1)  # every later one needs a sample
@@ -99,15 +99,15 @@ def _cut(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] |
 
 
 def checked_lengths(values: object, count: int, name: str) -> np.ndarray:
-    """Lengths as an array of integers, one for each sample.
+    """Validate lengths and convert them to an array of integers, one for each sample.
 
     Raises:
-        DataError: There are too few or too many, or they are no lengths.
+        DataError: There are too few or too many, or they are not valid lengths.
     """
     lengths = np.asarray(values)
     if lengths.shape != (count,) or lengths.dtype.kind not in "iuf":
         raise DataError(
-            f"The lengths of {name} must be one number for each of its {count} samples. "
+            f"There must be one length for each of the {count} samples of {name}. "
             f"Received: shape {lengths.shape}, dtype {lengths.dtype}"
         )
     if count and lengths.min() < 0:
@@ -116,9 +116,9 @@ def checked_lengths(values: object, count: int, name: str) -> np.ndarray:
 
 
 def no_lengths(name: str, column: str, why: str) -> ConfigurationError:
-    """The error for data whose lengths cannot be found."""
+    """The error for data whose lengths cannot be determined."""
     return ConfigurationError(
-        f"This train_sampling_strategy needs the length of each sample of {name}, and {why}. Give "
-        f"the data a column {column!r} (another name: length_column_name), or an attribute "
-        "`lengths`, or use train_sampling_strategy='random'."
+        f"This train_sampling_strategy needs the length of each sample of {name}, but {why}. Add "
+        f"a column {column!r} to the data (for another name set length_column_name), or an "
+        "attribute `lengths`, or use train_sampling_strategy='random'."
     )

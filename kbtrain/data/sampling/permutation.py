@@ -1,7 +1,7 @@
-"""A permutation of any length that is computed where it is looked at.
+"""A random permutation that is computed lazily, for any length.
 
-An array of 10^8 shuffled indices takes 800 MB and seconds to make. Here any part of the order is
-computed on its own, from tables of about the square root of the length.
+An array of 10^8 shuffled indices needs 800 MB and takes seconds to create. Here any part of the
+order is computed on its own, from tables of about the square root of the length.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ class FeistelPermutation:
         left  = (left + F_i(right)) mod a        for even i
         right = (right + F_i(left)) mod b        for odd i
 
-    Every round can be undone, so the whole is a permutation of ``0 .. a * b - 1``. With ``a`` and
-    ``b`` near the square root of the length, fewer than ``a`` results lie beyond the length, and
-    these go through the rounds again until they do not (cycle walking), which keeps it a
-    permutation of ``0 .. length - 1``. The round functions are tables of random numbers from
-    Philox.
+    Every round is invertible, so the result is a permutation of ``0 .. a * b - 1``. With ``a`` and
+    ``b`` near the square root of the length, fewer than ``a`` results are not below the length.
+    These go through the rounds again until they are (cycle walking), so the result is a permutation
+    of ``0 .. length - 1``. The round functions are tables of random numbers from Philox.
 
     Args:
         length: How many numbers, at least 1.
@@ -64,7 +63,7 @@ class FeistelPermutation:
         return self._length
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Return a part of the order, as int64; its cost does not depend on where it lies."""
+        """Return a slice of the order, as int64; its cost does not depend on the position."""
         start, stop, step = part.indices(self._length)
         result = self._rounds(np.arange(start, stop, step, dtype=np.int64))
         while len(beyond := np.flatnonzero(result >= self._length)):
@@ -78,7 +77,7 @@ class FeistelPermutation:
                 (left, right, self._a) if i % 2 == 0 else (right, left, self._b)
             )
             changed += table.take(other)
-            # Both terms are below the modulus: one subtraction does, and costs less than `%`.
+            # Both terms are below the modulus, so one subtraction is enough and cheaper than `%`.
             np.subtract(changed, modulus, out=changed, where=changed >= modulus)
         left *= self._b
         left += right

@@ -1,7 +1,7 @@
 """The order in which samples are visited: a pure function of (length, seed, epoch).
 
-Nothing is drawn from a stream that moves on, so any epoch can be asked for at any time, in any
-process and on any backend, and a run resumes by asking again.
+There is no random stream with a state, so the order of any epoch can be computed at any time, in
+any process and on any backend, and a resumed run computes it again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from kbtrain.data.sampling.permutation import FeistelPermutation
 from kbtrain.errors import ConfigurationError
 
 Order = np.ndarray | range | FeistelPermutation
-"""Sample indices in the order they are visited, by slices; a ``range`` if they are consecutive."""
+"""Sample indices in the order of visits, accessed by slices; a ``range`` if consecutive."""
 
 STRATEGIES = ("batch_rebalance", "group_by_length", "random", "sequential")
 """Names of the orders."""
 
 NEED_LENGTHS = ("batch_rebalance", "group_by_length")
-"""Those that look at how long the samples are."""
+"""The orders that depend on the lengths of samples."""
 
 MAX_STORED = 1 << 22
-"""Longest random order that is kept as an array (32 MiB); longer ones are computed piece by piece.
+"""Longest random order that is stored as an array (32 MiB); longer ones are computed lazily.
 
-Not to be changed: it decides the order of the data, and runs are resumed."""
+Must not be changed: it determines the order of the data, which resumed runs depend on."""
 
 
 def epoch_order(
@@ -41,15 +41,15 @@ def epoch_order(
         length: Number of samples.
         seed: Any integer >= 0; the run's data seed.
         epoch: Number of the epoch, from 0.
-        strategy: ``"random"`` for a fresh permutation each epoch, ``"sequential"`` for 0, 1, ...,
-            ``"group_by_length"`` for one that brings similar lengths together
+        strategy: ``"random"`` for a new permutation each epoch, ``"sequential"`` for 0, 1, ...,
+            ``"group_by_length"`` for one that groups similar lengths
             (``kbtrain.data.sampling.by_length``). ``"batch_rebalance"`` has the order of
-            ``"random"``; what it changes is how an update is cut into micro-batches.
+            ``"random"``; it only changes how an update is split into micro-batches.
         lengths: Length of each sample, for ``"group_by_length"``.
         batch_size: Samples of an update, for ``"group_by_length"``.
 
     Returns:
-        An int64 array of shape ``(length,)``, a ``range`` for ``"sequential"``, or for more than
+        An int64 array of shape ``(length,)``; a ``range`` for ``"sequential"``; for more than
         ``MAX_STORED`` samples a ``FeistelPermutation``, whose slices are arrays.
 
     Raises:
@@ -86,7 +86,7 @@ def check_strategy(strategy: str) -> None:
 
 
 def _random(length: int, seed: int, epoch: int) -> Order:
-    """A fresh permutation for each epoch."""
+    """A new permutation for each epoch."""
     if length > MAX_STORED:
         return FeistelPermutation(length, seed, epoch)
     return _sorted_keys(length, seed, epoch)
@@ -95,12 +95,12 @@ def _random(length: int, seed: int, epoch: int) -> Order:
 def _sorted_keys(length: int, seed: int, epoch: int) -> np.ndarray:
     """Permute by sorting random keys.
 
-    ``Generator.permutation`` would be as short, but NumPy keeps the right to change its stream
-    between versions; the raw words of a bit generator never change. Each key carries its index in
-    the low bits, so a plain sort of 64-bit integers is enough and ties cannot happen. The high bits
-    that stay random (42 for four million samples) are far more than the order can show.
+    ``Generator.permutation`` would be as short, but NumPy may change its stream between versions;
+    the raw words of a bit generator never change. Each key has its index in the low bits, so a
+    plain sort of 64-bit integers is enough and there are no ties. The remaining random bits (42 for
+    four million samples) are more than enough for the order.
     """
-    # spawn_key, not [seed, epoch]: a seed above 32 bits would run into the epoch's word.
+    # spawn_key, not [seed, epoch]: a seed above 32 bits would overlap with the epoch's word.
     words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(length)
     index_bits = np.uint64(max(length - 1, 0).bit_length())
     keys = words.astype(np.uint64, copy=False)

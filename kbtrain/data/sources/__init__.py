@@ -1,1 +1,1 @@
-"""Where samples come from: arrays, data sets, iterables and what other libraries make."""
+"""Sources of samples: arrays, data sets, iterables and objects of other libraries."""

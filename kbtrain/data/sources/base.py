@@ -1,7 +1,8 @@
-"""Where samples come from: arrays, map-style datasets, and iterables, behind one door.
+"""Sources of samples: arrays, map-style datasets and iterables behind one interface.
 
-The loader asks three questions only: is the length known, the batch of these indices, the samples
-of these indices (for a user's collator). ``recognise.as_source`` makes a source of what a user has.
+A loader needs three things from a source: whether its length is known, the batch at given indices,
+and the samples at given indices (for a user's collator). ``infer.as_source`` creates a source from
+a user's data.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ from kbtrain.errors import DataError
 logger = logging.getLogger("kbtrain")
 
 _ROWS = 1 << 16
-"""Rows of a mask that are read at once to count its lengths."""
+"""Number of mask rows read at once to compute lengths."""
 
 Indices = np.ndarray | range
 """Sample indices; a ``range`` (step 1) promises that they are consecutive."""
 
 
 class UnsizedDataError(DataError, TypeError):
-    """The length of data was asked for that has none.
+    """The length of data without a length was requested.
 
-    It is a ``TypeError`` as well because that is what ``len`` raises by convention:
-    ``list(loader)`` asks for a length first and goes on without one only then.
+    It is also a ``TypeError``, which ``len`` raises by convention: ``list(loader)`` asks for a
+    length first and ignores only this error.
     """
 
 
@@ -53,7 +54,7 @@ class Source(abc.ABC):
     """Samples with or without a known number.
 
     Attributes:
-        name: How error messages call the data, for instance ``"train_dataset"``.
+        name: The name of the data in error messages, such as ``"train_dataset"``.
         sized: Whether ``len`` works and samples can be read by index.
     """
 
@@ -80,27 +81,27 @@ class Source(abc.ABC):
         """Return the samples at ``indices``, one by one, for a user's collator."""
 
     def lengths(self, column: str) -> np.ndarray:
-        """Return the length of each sample, for the orders that look at it.
+        """Return the length of each sample, for orders that depend on it.
 
         Args:
-            column: Where a sample says how long it is.
+            column: Column with the lengths.
 
         Raises:
-            ConfigurationError: That cannot be found out.
+            ConfigurationError: The lengths cannot be determined.
         """
         raise no_lengths(self.name, column, "it cannot be read by index")
 
     @property
     def resume_caveat(self) -> str | None:
-        """Why a resumed run may see other data than one that was not stopped; None if it does not.
+        """Why a resumed run may see different data from an uninterrupted one; None if not.
 
-        What the data's own code does is taken to depend on nothing but the index and the epoch.
+        The data's own code is assumed to depend only on the index and the epoch.
         """
         return None
 
     @property
     def data(self) -> Any:
-        """What the samples come from, as it was given."""
+        """The user's data."""
         return self._data
 
     @property
@@ -109,7 +110,7 @@ class Source(abc.ABC):
         return is_endless(self._data)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data which epoch begins, if it wants to know (``set_epoch``, as in torch)."""
+        """Call the data's ``set_epoch``, if it has one as in torch."""
         hook = getattr(self._data, "set_epoch", None)
         if callable(hook):
             hook(epoch)
@@ -118,16 +119,16 @@ class Source(abc.ABC):
 class ArraySource(Source):
     """Arrays with a common first dimension, read a batch at a time.
 
-    Consecutive samples are a view of the user's array where its dtype allows that; nothing is read
-    from a memory map or an HDF5 dataset before its turn.
+    Consecutive samples are a view of the user's array if its dtype allows it; memory maps and HDF5
+    datasets are read only when needed.
 
     Args:
         data: A batch as long as the data set: ``(x, y)``, a dict of arrays, ...
-        name: How error messages call it.
+        name: Its name in error messages.
         label_names: Which keys of a dict hold targets, see ``unpack``.
 
     Raises:
-        DataError: Something is no array, the lengths differ, or there is no sample.
+        DataError: A part is not an array, the lengths differ, or there is no sample.
     """
 
     def __init__(
@@ -147,23 +148,23 @@ class ArraySource(Source):
         return map_structure(lambda column: take(column, indices), self._columns)
 
     def keeping(self, columns: ColumnFilter) -> ArraySource:
-        """The same rows without the columns that are not used."""
+        """The same rows without unused columns."""
         return self.changed(lambda all_columns: columns(all_columns, self.name))
 
     def changed(self, function: Callable[[Any], Any]) -> ArraySource:
-        """The same rows with other columns, those that ``function`` makes of them."""
+        """The same rows with the columns returned by ``function``."""
         other = copy.copy(self)
         other._columns = function(self._columns)
         return other
 
     def part(self, start: int, stop: int, name: str) -> ArraySource:
-        """The rows from ``start`` up to ``stop``, not copied, and not read from disk."""
+        """The rows from ``start`` to ``stop``, without copying or reading them."""
         part = self.changed(lambda columns: map_structure(lambda c: cut(c, start, stop), columns))
         part._length, part.name = stop - start, name
         return part
 
     def lengths(self, column: str) -> np.ndarray:
-        """Return the column of lengths, or the ones counted in an attention mask."""
+        """Return the column of lengths, or the sums of an attention mask."""
         columns = self._columns if isinstance(self._columns, Mapping) else {}
         if column in columns:
             return checked_lengths(columns[column][:], self._length, self.name)
@@ -178,8 +179,8 @@ class ArraySource(Source):
 
     def samples(self, indices: Indices) -> list[Any]:
         """Return the rows at ``indices``, each in the structure of the data."""
-        # By index even when consecutive: a collator may write into its samples, and views would
-        # pass that on to the user's data.
+        # By index even if consecutive: a collator may write into its samples, and with views it
+        # would modify the user's data.
         return rows(self.gather(np.asarray(indices)), len(indices))
 
     def set_epoch(self, epoch: int) -> None:
@@ -190,8 +191,8 @@ class MapSource(Source):
     """An object with ``__len__`` and ``__getitem__``, such as a torch ``Dataset`` or a list.
 
     Args:
-        data: The object. Its ``__getitems__(indices)``, where it has one, reads a batch at once.
-        name: How error messages call it.
+        data: The object. Its ``__getitems__(indices)``, if it has one, reads a batch at once.
+        name: Its name in error messages.
     """
 
     def __init__(self, data: Any, name: str = "train_dataset") -> None:
@@ -222,13 +223,13 @@ class MapSource(Source):
         return items
 
     def lengths(self, column: str) -> np.ndarray:
-        """Return ``data.lengths``, a column of a table, or what every sample says of itself."""
+        """Return ``data.lengths``, a column of a table, or the lengths of all samples."""
         known = getattr(self._data, "lengths", None)
         if known is not None and not callable(known):
             return checked_lengths(known, len(self), self.name)
         if column in (getattr(self._data, "column_names", None) or ()):
             return checked_lengths(self._data[column], len(self), self.name)
-        logger.info("%s: reading %d samples to learn their lengths.", self.name, len(self))
+        logger.info("%s: reading %d samples to get their lengths.", self.name, len(self))
         found = [
             self._length_of(self.samples(range(i, i + 1))[0], column) for i in range(len(self))
         ]
@@ -267,12 +268,12 @@ class MapSource(Source):
 
 
 class IterableSource(Source):
-    """Samples that can only be had in their own order: an iterable or a generator function.
+    """Samples that can only be read in order: an iterable or a generator function.
 
     Args:
-        data: An iterable, an iterator (which lasts for one epoch), or a callable that returns an
-            iterator and is called at the start of each epoch.
-        name: How error messages call it.
+        data: An iterable, an iterator (for a single epoch), or a callable that returns an iterator
+            and is called at the start of each epoch.
+        name: Its name in error messages.
 
     Attributes:
         one_shot: Whether the data is an iterator, so that there is no second epoch.
@@ -331,7 +332,7 @@ class IterableSource(Source):
 
 
 def failed(where: str, error: Exception) -> DataError:
-    """Return the DataError for an exception of user code; raise it ``from`` that exception."""
+    """Return the ``DataError`` for an exception in user code; raise it ``from`` that exception."""
     if isinstance(error, DataError):
         return DataError(f"{where}: {error}")
     return DataError(
@@ -341,11 +342,11 @@ def failed(where: str, error: Exception) -> DataError:
 
 
 def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
-    """Turn ``(x, y)``, a dict or an array into the same structure of columns."""
+    """Convert ``(x, y)``, a dict or an array to the same structure of columns."""
     strings = label_keys(label_names).strings
 
     def column(value: Any, path: str) -> Column | Ragged:
-        if strings and is_ragged(value):  # both are for models on TensorFlow
+        if strings and is_ragged(value):  # both only for models on TensorFlow
             return as_ragged(value)
         return as_column(value, path, strings)
 
@@ -360,7 +361,6 @@ def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
         columns = tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
         return with_ragged_inputs(columns, name, label_names)
     columns = with_ragged_inputs(map_raw(column, data, name), name, label_names)
-    unpack(
-        columns, label_names
-    )  # a dict of labels alone, or with two kinds of labels, is an error now
+    # Raises an error for a dict with labels only, or with several label keys.
+    unpack(columns, label_names)
     return columns

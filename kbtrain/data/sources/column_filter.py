@@ -1,4 +1,4 @@
-"""Leaving out the columns of a data set that the model does not take."""
+"""Removes columns of a data set that the model does not use."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ logger = logging.getLogger("kbtrain")
 
 
 class ColumnFilter:
-    """Removes from dicts what is neither an input of the model nor a label or weight.
+    """Removes entries of dicts that are neither inputs of the model nor labels or weights.
 
-    It says so once of each. If not one of a dict's inputs is known, the names of the two do not
-    correspond (a single unnamed input, say), and everything stays.
+    A warning names each of them once. If none of a dict's entries is an input, the names do not
+    correspond (with a single unnamed input, for example), and everything is kept.
 
     Args:
         inputs: Names of the model's inputs.
-        label_names: Keys that hold labels besides the usual ones; an empty list says that no key
-            does, and that none holds sample weights.
+        label_names: Keys that hold labels in addition to the usual ones; an empty list means that
+            there are neither labels nor sample weights.
 
     Example:
         >>> keep = ColumnFilter({"input_ids"})
@@ -36,12 +36,12 @@ class ColumnFilter:
         self._said: set[Any] = set()
 
     def __call__(self, batch: Any, name: str, taken: Collection[str] = ()) -> Any:
-        """The batch (or sample, or columns) without what is not used.
+        """The batch (or sample, or columns) without unused entries.
 
         Args:
-            batch: A dict, or a tuple whose first part is one; anything else comes back as it is.
-            name: How the message calls the data.
-            taken: Further keys that are used, by the collator that gets a sample.
+            batch: A dict, or a tuple whose first part is one; anything else is returned unchanged.
+            name: The name of the data in the message.
+            taken: Further keys used by the collator that gets the sample.
         """
         if isinstance(batch, tuple) and batch and isinstance(batch[0], Mapping):
             first = self._filter(batch[0], name, frozenset(), taken)
@@ -60,8 +60,8 @@ class ColumnFilter:
         if not self._said.issuperset(unused):
             self._said.update(unused)
             logger.warning(
-                "%s has columns that the model does not take (it takes %s): %s. They are left out "
-                "of the batches; remove_unused_columns=False keeps them.",
+                "%s has columns that the model does not use (it uses %s): %s. They are removed "
+                "from the batches; remove_unused_columns=False keeps them.",
                 name,
                 ", ".join(sorted(self._inputs)),
                 ", ".join(map(str, unused)),
@@ -70,13 +70,13 @@ class ColumnFilter:
 
 
 def without_texts(sample: Any, name: str) -> Any:
-    """A sample without the columns that hold texts, which no model takes from a collator."""
+    """A sample without its text columns, which no model accepts."""
     if not isinstance(sample, Mapping):
         return sample
     texts = [key for key, value in sample.items() if _is_text(value)]
     if not texts:
         return sample
-    logger.info("%s: the columns %s hold texts and are left out.", name, ", ".join(map(str, texts)))
+    logger.info("%s: the columns %s hold text and are removed.", name, ", ".join(map(str, texts)))
     return {key: value for key, value in sample.items() if key not in texts}
 
 

@@ -1,7 +1,7 @@
 """One array of a data set, read a few rows at a time.
 
-A column is an ndarray in memory (a memory map counts: the operating system reads its pages when
-they are touched), an array on disk that must be asked in sorted order, or a sparse matrix.
+A column is an ndarray in memory (including memory maps, whose pages the operating system reads on
+access), an array on disk that must be read in sorted order, or a sparse matrix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from kbtrain.data.tree import as_array, cast, check_dtype, is_sparse_matrix, map
 
 
 class DiskColumn:
-    """An HDF5 dataset (or one that behaves like it), which stays on disk.
+    """An HDF5 dataset (or an object with the same interface), which stays on disk.
 
     Args:
         dataset: Object with ``shape``, ``dtype`` and slicing; index lists must be increasing.
-        name: How error messages call it.
+        name: Its name in error messages.
     """
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -34,23 +34,23 @@ class DiskColumn:
         return np.asarray(self._dataset[self._first + start : self._first + stop])
 
     def part(self, start: int, stop: int) -> DiskColumn:
-        """Some rows, which stay on disk."""
+        """The rows from ``start`` to ``stop``, without reading them."""
         part = copy.copy(self)
         part._first, part.shape = self._first + start, (stop - start, *self.shape[1:])
         return part
 
     def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
-        """Return the rows at ``indices`` in their order; repeated ones are read once."""
+        """Return the rows at ``indices`` in order; repeated ones are read once."""
         increasing, back = np.unique(indices, return_inverse=True)
         return np.asarray(self._dataset[self._first + increasing]).take(back, axis=axis)
 
 
 class SparseColumn:
-    """A sparse matrix of SciPy's; rows become dense when they are read.
+    """A sparse matrix of SciPy; rows become dense when they are read.
 
     Args:
-        matrix: Of any of SciPy's formats.
-        name: How error messages call it.
+        matrix: The matrix, in any of SciPy's formats.
+        name: Its name in error messages.
     """
 
     def __init__(self, matrix: Any, name: str) -> None:
@@ -64,13 +64,13 @@ class SparseColumn:
         return result
 
     def part(self, start: int, stop: int) -> SparseColumn:
-        """Some rows."""
+        """The rows from ``start`` to ``stop``."""
         part = copy.copy(self)
         part._rows, part.shape = self._rows[start:stop], (stop - start, *self.shape[1:])
         return part
 
     def take(self, indices: np.ndarray, axis: int = 0) -> np.ndarray:
-        """Return the rows at ``indices`` in their order, dense."""
+        """Return the rows at ``indices`` in order, as a dense array."""
         assert axis == 0
         result: np.ndarray = self._rows[indices].toarray()
         return result
@@ -80,12 +80,12 @@ Column = np.ndarray | DiskColumn | SparseColumn
 
 
 def as_column(value: Any, name: str, strings: bool = False) -> Column:
-    """Make a column of an array, a tensor, an HDF5 dataset, a sparse matrix or a list of numbers.
+    """Create a column from an array, tensor, HDF5 dataset, sparse matrix or list of numbers.
 
     Raises:
-        DataError: ``value`` is none of these, or its dtype is of no use to a model.
+        DataError: ``value`` is none of these, or models do not accept its dtype.
     """
-    if hasattr(value, "read_direct"):  # what an h5py.Dataset has and arrays in memory have not
+    if hasattr(value, "read_direct"):  # h5py.Dataset has it, arrays in memory do not
         return DiskColumn(value, name)
     if is_sparse_matrix(value):
         return SparseColumn(value, name)
@@ -93,10 +93,10 @@ def as_column(value: Any, name: str, strings: bool = False) -> Column:
 
 
 def take(column: Column, indices: np.ndarray | range) -> np.ndarray:
-    """Return the rows at ``indices``, float64 as float32.
+    """Return the rows at ``indices``, with float64 converted to float32.
 
-    A ``range`` gives a view where that is possible. What is returned is always contiguous and
-    writeable: torch warns about read-only memory and refuses negative strides.
+    A ``range`` returns a view if possible. The result is always contiguous and writeable, because
+    torch warns about read-only memory and rejects negative strides.
     """
     if isinstance(indices, range):
         block = cast(column[indices.start : indices.stop])
@@ -105,14 +105,14 @@ def take(column: Column, indices: np.ndarray | range) -> np.ndarray:
 
 
 def cut(column: Column, start: int, stop: int) -> Column:
-    """The rows from ``start`` up to ``stop``, not read yet where the column is on disk."""
+    """The rows from ``start`` to ``stop``; a column on disk is not read yet."""
     return column[start:stop] if isinstance(column, np.ndarray) else column.part(start, stop)
 
 
 def rows(batch: Any, count: int) -> list[Any]:
     """Split a batch into its samples, each in the structure of the batch.
 
-    Every field is an array, 0-d if need be, so that ``default_collate`` can tell a list of scalar
-    fields from one field that is a list of numbers.
+    Every field is an array, 0-d if necessary, so that ``default_collate`` can distinguish a list of
+    scalar fields from a field that is a list of numbers.
     """
     return [map_structure(lambda array, i=i: array[i, ...], batch) for i in range(count)]

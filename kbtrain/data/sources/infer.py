@@ -1,4 +1,4 @@
-"""What kind of data a user passed, and what looks like data and is none."""
+"""Infers the kind of data a user passed, and rejects what only looks like data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kbtrain.errors import DataError
 
 
 def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames = None) -> Source:
-    """Recognise the kind of data a user passed.
+    """Infer the kind of data a user passed.
 
     ==============================================  ==================  ===================
     data                                            source              a sample is
@@ -27,19 +27,19 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
     A tuple is always the arrays, a list always the samples. An array is anything with
     ``__array__``: NumPy, torch CPU tensors, TensorFlow and JAX arrays, pandas objects, memory maps,
-    HDF5 datasets; sparse matrices of SciPy, whose rows are made dense batch by batch; also a list
+    HDF5 datasets; also sparse matrices of SciPy, whose rows become dense batch by batch, and lists
     of numbers inside a tuple or dict.
 
     Args:
-        data: The data, or a ``Source``, which is returned as it is.
-        name: How error messages call it.
+        data: The data, or a ``Source``, which is returned unchanged.
+        name: Its name in error messages.
         label_names: Which keys of a dict hold targets, see ``kbtrain.data.unpack``.
 
     Returns:
         The source.
 
     Raises:
-        DataError: The data is of no such kind, is empty, or its arrays differ in length.
+        DataError: The data is none of these, is empty, or its arrays differ in length.
 
     Example:
         >>> import numpy as np
@@ -49,14 +49,14 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
     """
     if isinstance(data, Source):
         return data
-    _refuse(data, name)
-    source = _recognise(data, name, label_names)
+    _reject(data, name)
+    source = _infer(data, name, label_names)
     if source.sized and _length(source) == 0:
         raise DataError(f"{name} is empty: at least one sample is needed. Received: length 0")
     return source
 
 
-def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
+def _infer(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
     if (
         isinstance(data, (tuple, Mapping))
@@ -65,7 +65,7 @@ def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
         or is_ragged(data)
     ):
         return ArraySource(data, name, label_names)
-    if derives_from(data, "IterableDataset"):  # of torch; it inherits a dead __getitem__
+    if derives_from(data, "IterableDataset"):  # torch's inherits an unusable __getitem__
         return IterableSource(data, name)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         return MapSource(data, name)
@@ -73,21 +73,22 @@ def _recognise(data: Any, name: str, label_names: LabelNames) -> Source:
         return IterableSource(data, name)
     missing = "" if not hasattr(data, "__getitem__") else " It has __getitem__ but no __len__."
     raise DataError(
-        f"{name} is of no known kind. Expected arrays such as (x, y), a dict of arrays, an object "
-        f"with __len__ and __getitem__, an iterable, or a generator function.{missing} "
+        f"{name} is not a supported kind of data. Expected arrays such as (x, y), a dict of "
+        "arrays, an object with __len__ and __getitem__, an iterable, or a generator function."
+        f"{missing} "
         f"Received: a value of type {kind.__name__}"
     )
 
 
-def _refuse(data: Any, name: str) -> None:
-    """Raise for the things that look like data and are not."""
+def _reject(data: Any, name: str) -> None:
+    """Raise an error for values that look like data but are not."""
     if data is None:
         raise DataError(
             f"No data: {name} is None. Pass arrays such as (x, y), a dataset or a generator."
         )
     if isinstance(data, (str, bytes, os.PathLike)):
         raise DataError(
-            f"{name} must be the data itself, not its place or a text. Load the file, and tokenize "
+            f"{name} must be the data itself, not a path or a string. Load the file, and tokenize "
             f"or encode text, first. Received: {data!r}"
         )
     if isinstance(data, type):
@@ -96,8 +97,8 @@ def _refuse(data: Any, name: str) -> None:
         raise DataError(f"{name} must hold samples, not a single number. Received: {data!r}")
     if yields_batches(data):
         raise DataError(
-            f"{name} yields batches, and samples were expected. Pass the samples (a torch "
-            "DataLoader has them as `.dataset`), or make it a loader with kbtrain.data.as_loader. "
+            f"{name} yields batches, but samples are expected. Pass the samples (a torch "
+            "DataLoader has them as `.dataset`), or convert it with kbtrain.data.as_loader. "
             f"Received: {type(data).__name__}"
         )
 

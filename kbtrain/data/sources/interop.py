@@ -1,7 +1,7 @@
-"""What other libraries' data sets are, found out without importing them.
+"""Identifies the data sets of other libraries without importing them.
 
-Keras' convention holds for what can yield either: a ``tf.data.Dataset`` and a ``PyDataset`` yield
-batches, and a Grain data set does if there is a ``batch`` among its transformations.
+For data that could yield either, Keras' convention applies: a ``tf.data.Dataset`` and a
+``PyDataset`` yield batches, and so does a Grain data set with a ``batch`` transformation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger("kbtrain")
 
 
 def derives_from(value: Any, class_name: str, package: str = "") -> bool:
-    """Whether a class of that name, of that package, is among those of ``value``."""
+    """Whether ``value`` is an instance of a class of that name from that package."""
     return any(
         cls.__name__ == class_name and cls.__module__.partition(".")[0].startswith(package)
         for cls in type(value).__mro__
@@ -48,7 +48,7 @@ def is_grain(data: Any) -> bool:
 
 
 def _grain_steps(data: Any) -> Iterator[Any]:
-    """The transformations of a Grain data set or loader, the last one first."""
+    """The transformations of a Grain data set or loader, last one first."""
     yield from getattr(data, "_operations", ())
     while data is not None:
         yield data
@@ -64,11 +64,11 @@ def _tf_steps(data: Any) -> Iterator[Any]:
 
 
 ENDLESS_LENGTH = 2**48
-"""A length that stands for no end: Grain's ``repeat()`` gives one near the largest integer."""
+"""Lengths from here on mean endless data: Grain's ``repeat()`` has one near the largest int."""
 
 
 def is_endless(data: Any) -> bool:
-    """Whether data says of itself that it has no end."""
+    """Whether data declares itself to be endless."""
     if is_tf_dataset(data):
         return int(data.cardinality()) == -1  # tf.data.INFINITE_CARDINALITY
     if isinstance(data, (itertools.cycle, itertools.count)):
@@ -86,20 +86,20 @@ def is_endless(data: Any) -> bool:
 
 
 def check_batched(data: Any, name: str) -> None:
-    """Raise a DataError for a ``tf.data.Dataset`` whose elements can only be samples."""
+    """Raise a ``DataError`` for a ``tf.data.Dataset`` whose elements can only be samples."""
     if not is_tf_dataset(data):
         return
     for path, spec in leaves_with_paths(data.element_spec, "element"):
         if spec.shape.rank == 0:
             raise DataError(
                 f"{name} is a tf.data.Dataset of samples: {path} is a scalar. As in Keras, it must "
-                "yield batches: pass dataset.batch(n). "
+                "yield batches. Pass dataset.batch(n). "
                 f"Received: element_spec={data.element_spec}"
             )
 
 
 def ends_epochs(data: Any) -> bool:
-    """Whether ``data`` is a ``PyDataset`` that does something at the end of an epoch."""
+    """Whether ``data`` is a ``PyDataset`` with its own ``on_epoch_end``."""
     if not derives_from(data, "PyDataset"):
         return False
     owner = next(cls for cls in type(data).__mro__ if "on_epoch_end" in cls.__dict__)
@@ -107,32 +107,32 @@ def ends_epochs(data: Any) -> bool:
 
 
 def resume_caveat(data: Any) -> str | None:
-    """Why a run on ``data`` may see other data after a resume than without; None if it does not.
+    """Why a resumed run on ``data`` may see different data; None if it does not.
 
-    A resumed run reads and skips what was before its position, so data resumes exactly if it comes
-    in the same order whenever it is read.
+    A resumed run reads and skips the data before its position, so the resume is exact if the order
+    is the same on every read.
     """
     if is_tf_dataset(data):
         shuffles = any("Shuffle" in type(step).__name__ for step in _tf_steps(data))
         return (
-            "it shuffles, and how often it was iterated in the process decides the order"
+            "it shuffles, and its order depends on how often it was iterated in the process"
             if shuffles
             else None
         )
     sampler = getattr(data, "sampler", None)
     if sampler is not None and hasattr(data, "dataset"):
-        # The second is what torch gives the loader of a stream, whose order is the stream's own.
+        # The second is torch's sampler for streams, whose order is that of the stream.
         in_order = type(sampler).__name__ in ("SequentialSampler", "_InfiniteConstantSampler")
         if in_order or hasattr(sampler, "set_epoch"):
             return None
         return (
-            f"its {type(sampler).__name__} draws the order anew (for an exact resume pass "
+            f"its {type(sampler).__name__} draws a new order (for an exact resume pass "
             "`loader.dataset`, with `loader.collate_fn` as data_collator)"
         )
     if ends_epochs(data):
         return (
-            "its on_epoch_end changes it (after a resume it is called once for each epoch that is "
-            "over, which is the same only if it draws from a generator of its own)"
+            "its on_epoch_end changes it (after a resume it is called once for each completed "
+            "epoch, which is the same only if it draws from a generator of its own)"
         )
     if isinstance(data, Iterator):
         return "it is an iterator (after a resume a new one is read from its beginning)"

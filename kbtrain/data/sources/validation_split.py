@@ -1,4 +1,4 @@
-"""``validation_split``: the last part of the training data, kept for evaluation."""
+"""``validation_split``: holds out the last part of the training data for evaluation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from kbtrain.errors import ConfigurationError
 
 
 def split_for_validation(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
-    """The first and the last part of arrays, as Keras' ``fit(validation_split=...)`` cuts them.
+    """Split arrays into a first and a last part, like Keras' ``fit(validation_split=...)``.
 
     Args:
         data: ``(x, y)``, ``(x, y, sample_weight)``, a dict of arrays, or one array. Nothing is
-            copied, and a file on disk is not read.
-        fraction: Share of the last part, above 0 and below 1.
+            copied, and files on disk are not read.
+        fraction: Fraction of the last part, above 0 and below 1.
 
     Returns:
         The part to train on and the part to evaluate.
 
     Raises:
-        ConfigurationError: The fraction is none, leaves nothing, or the data is no arrays.
+        ConfigurationError: The fraction is invalid, one part would be empty, or the data is not
+            arrays.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ConfigurationError(
@@ -34,9 +35,9 @@ def split_for_validation(data: Any, fraction: Any) -> tuple[ArraySource, ArraySo
         isinstance(data, (tuple, Mapping, ArraySource)) or has_array(data) or is_sparse_matrix(data)
     ):
         raise ConfigurationError(
-            "validation_split is for arrays, as in Keras. Pass the part to evaluate as "
-            "eval_dataset (data sets of Hugging Face have train_test_split(), a tf.data.Dataset "
-            f"take(n) and skip(n)). Received: train_dataset of type {type(data).__name__}."
+            "validation_split is for arrays, as in Keras. Pass the evaluation data as eval_dataset "
+            "(data sets of Hugging Face have train_test_split(), a tf.data.Dataset has take(n) and "
+            f"skip(n)). Received: train_dataset of type {type(data).__name__}."
         )
     source = data if isinstance(data, ArraySource) else ArraySource(data, label_names=())
     size = len(source)

@@ -46,7 +46,7 @@ def test_an_empty_text_does_not_make_the_tokens_floats(collate):
         ids = collate([{"input_ids": sample} for sample in samples])["input_ids"]
         assert ids.dtype.kind == "i"
         assert (big in ids) == ([big] in samples)
-    with pytest.raises(DataError, match="must be a list of token numbers. Received: 3 in sample 1"):
+    with pytest.raises(DataError, match="must be a list of token ids. Received: 3 in sample 1"):
         collate([{"input_ids": [1]}, {"input_ids": 3}])
 
 
@@ -206,7 +206,7 @@ def test_arguments_are_checked(make, message):
     ("samples", "message"),
     [
         ([], "at least one sample"),
-        ([([1], 0)], "takes dicts.*Received: a tuple"),
+        ([([1], 0)], "accepts dicts.*Received: a tuple"),
         ([{"ids": [1]}], "need the field 'input_ids'"),
         ([{"input_ids": [1]}, {"input_ids": [1], "x": 2}], "same keys"),
         ([{"input_ids": [1], "label": 0, "labels": 0}], "may have one of the keys"),
@@ -419,9 +419,9 @@ def test_a_packed_text_is_computed_as_if_it_were_alone():
     ("samples", "message"),
     [
         ([[1] * 5], "5 tokens, more than max_length=4"),
-        ([[1] * 3, [2] * 3, [3] * 3], "need 3 rows of 4 tokens, and rows=2"),
+        ([[1] * 3, [2] * 3, [3] * 3], "need 3 rows of 4 tokens, but rows=2"),
         ([{"x": [1]}], "need the field 'input_ids'"),
-        ([{"input_ids": [1, 2], "labels": [1]}], "as many as its input_ids"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "as many labels as input_ids"),
     ],
 )
 def test_texts_are_checked(samples, message):

@@ -190,7 +190,7 @@ def test_lengths_are_checked(lengths):
 
     data = Data([0, 1, 2])
     data.lengths = lengths
-    with pytest.raises(DataError, match="The lengths of train_dataset"):
+    with pytest.raises(DataError, match="one length for each|The lengths of train_dataset"):
         as_source(data).lengths("length")
 
 

@@ -206,7 +206,7 @@ def test_a_run_is_resumed_exactly(tmp_path, make):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (TorchLoader(RandomSampler()), "RandomSampler draws the order anew.*loader.dataset"),
+        (TorchLoader(RandomSampler()), "RandomSampler draws a new order.*loader.dataset"),
         (_BatchDataset(), "it shuffles"),
         (Shuffled(), "on_epoch_end"),
         (iter([1]), "it is an iterator"),
@@ -238,7 +238,7 @@ def test_a_run_that_cannot_be_resumed_exactly_says_so_at_its_start(tmp_path, cap
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == saving
     if saving:
-        assert "train_dataset: a run that is resumed" in warnings[0]
+        assert "train_dataset: a run resumed in the middle" in warnings[0]
         assert "RandomSampler" in warnings[0]
 
 
@@ -253,7 +253,7 @@ def test_a_loader_of_our_own_is_taken_as_it_is(tmp_path):
 
 
 def test_a_source_of_samples_cannot_be_made_of_batches():
-    with pytest.raises(DataError, match="yields batches, and samples were expected"):
+    with pytest.raises(DataError, match="yields batches, but samples are expected"):
         as_source(TorchLoader(None))
 
 
@@ -279,7 +279,7 @@ def test_the_filter(caplog):
     assert keep({"x": 1, "label": 2}, "data") == {"x": 1, "label": 2}
     assert keep([1, 2], "data") == [1, 2]
     assert len(caplog.records) == 1
-    assert "data has columns that the model does not take (it takes a, b): text" in caplog.text
+    assert "data has columns that the model does not use (it uses a, b): text" in caplog.text
 
 
 def two_inputs():
@@ -335,8 +335,8 @@ def test_our_collators_get_what_they_look_at_and_what_the_model_takes(tmp_path, 
     args = arguments(tmp_path, max_steps=2)
     model = keras.Model({"input_ids": inputs}, outputs)
     Trainer(model, args, collate, rows, loss="mse").fit()
-    assert "(it takes input_ids): text, none." in caplog.text
-    assert "(it takes input_ids): attention_mask." in caplog.text
+    assert "(it uses input_ids): text, none." in caplog.text
+    assert "(it uses input_ids): attention_mask." in caplog.text
 
 
 # A backend that takes strings hands the column to Keras, which warns before the model refuses it.
@@ -385,7 +385,7 @@ def test_the_libraries_themselves(tmp_path, caplog):
         )
         trainer.fit()
         trainer.evaluate()
-        assert caplog.text.count("columns that the model does not take") == 1
+        assert caplog.text.count("columns that the model does not use") == 1
         caplog.clear()
     lengths = table.add_column("length", list(range(20)))
     np.testing.assert_array_equal(as_source(lengths).lengths("length"), np.arange(20))
@@ -447,7 +447,7 @@ def test_a_collator_that_cannot_take_a_column_gets_those_of_the_model(tmp_path, 
     )
     with caplog.at_level(logging.WARNING, "kbtrain"):
         trainer.fit()
-    assert caplog.text.count("that the model does not take") == 1
+    assert caplog.text.count("that the model does not use") == 1
     if make is numbers_only:
         every, used = ["input_ids", "label", "text"], ["input_ids", "label"]
         assert collate.seen == [every, used, used, used]

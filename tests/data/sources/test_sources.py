@@ -323,7 +323,7 @@ class TorchLikeLoader:
         (b"bytes", "the data itself"),
         (5, "not a single number"),
         (np.float32(5), "scalar has none"),
-        (object(), "no known kind.*type object"),
+        (object(), "not a supported kind.*type object"),
         (NoLength(), r"has __getitem__ but no __len__"),
         (BadLength(), r"len\(my_data\).*NotImplementedError: no length yet"),
         (Squares, "is a class; pass an instance.*Squares"),
