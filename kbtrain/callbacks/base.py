@@ -274,10 +274,10 @@ def _check_early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
         ConfigurationError: One of them is invalid.
     """
     try:
-        return converters.optional(converters.whole(1))(patience), converters.optional(
-            converters.real(0.0)
-        )(threshold)
-    except converters.Unfit:
+        check_patience = converters.optional(converters.whole(1))
+        check_threshold = converters.optional(converters.real(0.0))
+        return check_patience(patience), check_threshold(threshold)
+    except converters.InvalidValue:
         raise ConfigurationError(
             "EarlyStoppingCallback needs early_stopping_patience, a whole number of at least 1, "
             f"and early_stopping_threshold >= 0. Received: {patience!r}, {threshold!r}."

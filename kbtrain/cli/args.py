@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from kbtrain.config.fields import Fields
 from kbtrain.config.migration import explain_unknown
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
@@ -48,5 +49,6 @@ def describe(field: dataclasses.Field[object], width: int) -> str:
         break_on_hyphens=False,  # keep the names of options searchable
     )
     # Not field.type, which an argument parser may have replaced.
-    written = TrainingArguments.__annotations__[field.name]
+    declared = [vars(base).get("__annotations__", {}) for base in Fields.__mro__]
+    written = next(types[field.name] for types in declared if field.name in types)
     return f"{field.name}: {written} = {field.default!r}\n{meaning}"

@@ -1,4 +1,4 @@
-"""Dataclasses to a command line and back: options, JSON and YAML files, files with overrides."""
+"""A command line from dataclasses: options, JSON and YAML files, and overrides of files."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from kbtrain.config import yaml as yaml_text
 from kbtrain.config.converters import read_scalar
-from kbtrain.config.inactive_settings import asks_for_nothing
+from kbtrain.config.inactive_settings import is_inactive
 from kbtrain.config.migration import explain_unknown
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.optional_imports import require
 
 
 class ArgumentParser:
-    """One command line for ``TrainingArguments`` and dataclasses of your own.
+    """A command line for ``TrainingArguments`` and your own dataclasses.
 
     Every field is an option, ``--learning_rate`` as well as ``--learning-rate``, with its type,
     default and help text (``metadata={"help": ...}``). ``--config FILE`` reads a JSON or YAML file
-    of the same names; it may be given several times, later files win over earlier ones and options
-    over files. A flag may stand alone (``--bf16``) or with a value (``--bf16 false``), and one that
-    is True by default has an opposite (``--no_remove_unused_columns``). A list takes its values one
-    after the other (``--report_to json csv``), a dict is JSON.
+    with the same names; it may be repeated, later files override earlier ones and options override
+    files. A flag needs no value (``--bf16``) but may have one (``--bf16 false``), and a flag that
+    is True by default has a negation (``--no_remove_unused_columns``). A list takes several values
+    (``--report_to json csv``), a dict is JSON.
 
-    The command line itself is built with jsonargparse (the extra ``cli``); files and dicts are
-    read without it (YAML needs PyYAML, of the same extra).
+    The command line is built with jsonargparse (the extra ``cli``); files and dicts are read
+    without it (YAML needs PyYAML, from the same extra).
 
     Args:
-        *types: Dataclasses; a field may have no name that another one's field has.
+        *types: Dataclasses without common field names.
         description: Text above the options in ``--help``.
         prog: Name of the program in ``--help``.
 
     Raises:
-        ConfigurationError: Something is not a dataclass, or two have a field of the same name.
+        ConfigurationError: An argument is not a dataclass, or two have a field of the same name.
 
     Example:
         >>> @dataclasses.dataclass
@@ -53,7 +53,7 @@ class ArgumentParser:
     """
 
     def __init__(self, *types: type, description: str | None = None, prog: str | None = None):
-        # The reference takes a tuple; both forms are natural.
+        # Transformers takes a tuple.
         listed = types[0] if len(types) == 1 and isinstance(types[0], (tuple, list)) else types
         self.types: tuple[type, ...] = tuple(listed)
         self.description, self.prog = description, prog
@@ -72,10 +72,11 @@ class ArgumentParser:
             if not field.init:
                 continue
             if field.name in self._owners or field.name == "config":
-                other = getattr(self._owners.get(field.name), "__name__", "the option --config")
+                other = self._owners.get(field.name)
+                taken = f"a field of {other.__name__}" if other else "the option --config"
                 raise ConfigurationError(
-                    f"The field {field.name!r} of {owner.__name__} has the name of another option: "
-                    f"that of {other}. Rename one of the two."
+                    f"The field {field.name!r} of {owner.__name__} has the same name as {taken}. "
+                    "Rename one of the two."
                 )
             self._owners[field.name] = owner
             self._fields[field.name] = _Field(field, hints[field.name])
@@ -83,16 +84,16 @@ class ArgumentParser:
     # --- the command line -----------------------------------------------------------------------
 
     def parse_args(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Read a command line.
+        """Parse a command line.
 
         Args:
-            args: The words after the program's name; the default is this process's own.
+            args: The arguments after the program's name; defaults to ``sys.argv[1:]``.
 
         Returns:
-            One object for each of the dataclasses, in their order.
+            An instance of each dataclass, in their order.
 
         Raises:
-            SystemExit: After ``--help``, or (with status 2 and a message) after a mistake.
+            SystemExit: After ``--help``, or with status 2 and a message after an error.
             ConfigurationError: jsonargparse is not installed.
         """
         return self._parse(args, None)
@@ -105,24 +106,24 @@ class ArgumentParser:
         args_filename: None = None,
         args_file_flag: None = None,
     ) -> tuple[Any, ...]:
-        """`parse_args` by the name and with the arguments of the reference's parser.
+        """``parse_args`` with the name and the arguments of Transformers' parser.
 
         Args:
-            args: The words after the program's name; the default is this process's own.
-            return_remaining_strings: Return the words that no option takes, as the last item of the
-                result, in place of refusing them.
-            look_for_args_file: Not here: files are read with ``--config FILE``.
-            args_filename: Not here, likewise.
-            args_file_flag: Not here, likewise.
+            args: The arguments after the program's name; defaults to ``sys.argv[1:]``.
+            return_remaining_strings: Return unknown arguments as the last item of the result
+                instead of raising an error.
+            look_for_args_file: Not supported: files are read with ``--config FILE``.
+            args_filename: Not supported either.
+            args_file_flag: Not supported either.
 
         Raises:
-            SystemExit: As in `parse_args`.
-            ConfigurationError: A file with arguments is asked for.
+            SystemExit: As in ``parse_args``.
+            ConfigurationError: A file with arguments is requested.
         """
         if look_for_args_file or args_filename is not None or args_file_flag is not None:
             raise ConfigurationError(
-                "Settings are read from JSON and YAML files, not from files with words: write "
-                "--config FILE. Received: "
+                "Settings are read from JSON and YAML files, not from files with command-line "
+                "arguments: write --config FILE. Received: "
                 f"look_for_args_file={look_for_args_file!r}, args_filename={args_filename!r}, "
                 f"args_file_flag={args_file_flag!r}."
             )
@@ -131,7 +132,7 @@ class ArgumentParser:
         return (*parsed, remaining) if return_remaining_strings else parsed
 
     def _parse(self, args: Sequence[str] | None, remaining: list[str] | None) -> tuple[Any, ...]:
-        """`parse_args`; words that no option takes go to ``remaining``, if there is a list."""
+        """``parse_args``; unknown arguments are appended to ``remaining``, if it is a list."""
         words = self._plain_flags(sys.argv[1:] if args is None else args)
         parser = self._command_line()
         try:
@@ -146,14 +147,14 @@ class ArgumentParser:
         except OSError as problem:
             message = f"--config: {problem.strerror}: {problem.filename}"
         parser.error(message)
-        raise SystemExit(2)  # unreachable: for type checkers, which do not know error()
+        raise SystemExit(2)  # unreachable; type checkers do not know that error() exits
 
     def _command_line(self) -> Any:
         jsonargparse = require("jsonargparse", "cli", "A command line")
         parser = jsonargparse.ArgumentParser(
             description=self.description,
             prog=self.prog,
-            # All options in one line of usage would fill a screen above every error.
+            # The usage line with all options would fill a screen above every error.
             usage="%(prog)s [--config FILE] [--NAME VALUE ...]   (--help lists the options)",
             allow_abbrev=False,
         )
@@ -162,7 +163,7 @@ class ArgumentParser:
             type=str,
             action="append",
             metavar="FILE",
-            help="JSON or YAML file with any of the options below; may be given several times.",
+            help="JSON or YAML file with any of the options below; may be repeated.",
         )
         for owner in self.types:
             group = parser.add_argument_group(owner.__name__)
@@ -172,7 +173,7 @@ class ArgumentParser:
         return parser
 
     def _plain_flags(self, words: Sequence[str]) -> list[str]:
-        """The words with flags in one form: the reference also takes 0 and 1, and --no_NAME."""
+        """The arguments with normalized flags: Transformers also accepts 0 and 1, and --no_NAME."""
         flags = {name for name, field in self._fields.items() if field.is_flag}
         result: list[str] = []
         for word in words:
@@ -189,20 +190,20 @@ class ArgumentParser:
         return result
 
     def _known_names(self, words: Sequence[str], remaining: list[str] | None) -> list[str]:
-        """The words without settings of the reference that ask for nothing.
+        """The arguments without inactive settings of Transformers.
 
         Args:
-            words: Of a command line.
-            remaining: Where options that do not exist go, with their values; None refuses them.
+            words: The arguments of a command line.
+            remaining: Collects unknown options with their values; None makes them an error.
 
         Raises:
-            ConfigurationError: There is another option that does not exist.
+            ConfigurationError: There is an unknown option.
         """
         known = {option for field in self._fields.values() for option in field.options()}
         if words and words[0].endswith((".json", ".yaml", ".yml")):
             raise ConfigurationError(
-                f"A file with settings is given as --config {words[0]}. Received: {words[0]!r} "
-                "as the first word."
+                f"A file with settings is passed as --config {words[0]}. Received: {words[0]!r} "
+                "as the first argument."
             )
         kept: list[str] = []
         position = 0
@@ -217,7 +218,7 @@ class ArgumentParser:
             value = value if equals else "" if alone else following
             name = option[2:].replace("-", "_")
             meant = None if value.lower() in ("none", "null") else read_scalar(value)
-            if not alone and asks_for_nothing(name, meant):
+            if not alone and is_inactive(name, meant):
                 position += 0 if equals else 1
             elif remaining is None:
                 self._refuse_name(name, value)
@@ -236,14 +237,14 @@ class ArgumentParser:
     def parse_dict(
         self, values: Mapping[str, Any], allow_extra_keys: bool = False
     ) -> tuple[Any, ...]:
-        """One object for each dataclass, from the names and values of a mapping.
+        """Construct the dataclasses from one mapping of names to values.
 
         Args:
-            values: Fields of all the dataclasses, in one mapping.
+            values: Fields of all the dataclasses.
             allow_extra_keys: Ignore names that no dataclass has.
 
         Raises:
-            ConfigurationError: An unknown or missing name, or a value that a field refuses.
+            ConfigurationError: A name is unknown or missing, or a value is invalid.
         """
         known = {k: v for k, v in values.items() if k in self._fields}
         return self._build(self._typed(known if allow_extra_keys else values, "the mapping"))
@@ -251,29 +252,29 @@ class ArgumentParser:
     def parse_json_file(
         self, json_file: str | Path, allow_extra_keys: bool = False
     ) -> tuple[Any, ...]:
-        """`parse_dict` of a JSON file."""
+        """``parse_dict`` of a JSON file."""
         return self.parse_dict(_read_file(json_file, json_only=True), allow_extra_keys)
 
     def parse_yaml_file(
         self, yaml_file: str | Path, allow_extra_keys: bool = False
     ) -> tuple[Any, ...]:
-        """`parse_dict` of a YAML file."""
+        """``parse_dict`` of a YAML file."""
         return self.parse_dict(_read_file(yaml_file), allow_extra_keys)
 
     def _typed(self, values: Mapping[str, Any], source: Any) -> dict[str, Any]:
-        """Values of a file as the fields store them."""
-        strangers = [name for name in values if name not in self._fields]
-        for name in strangers:
-            if not asks_for_nothing(name, values[name]):
+        """The values of a file, checked against the types of their fields."""
+        unknown = [name for name in values if name not in self._fields]
+        for name in unknown:
+            if not is_inactive(name, values[name]):
                 self._refuse_name(name, values[name])
-        values = {name: value for name, value in values.items() if name not in strangers}
+        values = {name: value for name, value in values.items() if name not in unknown}
         return {name: self._fields[name].checked(value, source) for name, value in values.items()}
 
     def _build(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         missing = [n for n, field in self._fields.items() if field.required and n not in values]
         if missing:
             raise ConfigurationError(
-                f"No value for {', '.join(missing)}, without a default. Give "
+                f"No value for {', '.join(missing)}, which has no default. Pass "
                 f"{' '.join('--' + name for name in missing)} (or a file with them)."
             )
         return tuple(
@@ -283,11 +284,11 @@ class ArgumentParser:
 
 
 HfArgumentParser = ArgumentParser
-"""The name the reference's parser has."""
+"""The name of this parser in Transformers."""
 
 
 class _Field:
-    """How one dataclass field is written on a command line.
+    """The command-line option of a dataclass field.
 
     Args:
         field: The dataclass field.
@@ -297,8 +298,8 @@ class _Field:
     def __init__(self, field: dataclasses.Field[Any], hint: Any) -> None:
         self.name, self.metadata = field.name, field.metadata
         self.hint, self.enum = _without_enum(field.metadata.get("command_line", hint))
-        # A kind of kbtrain checks and converts by itself, and knows more than a type can say.
-        self.checks_itself = "kind" in field.metadata
+        # A converter checks and converts by itself, and knows more than a type can express.
+        self.checks_itself = "converter" in field.metadata
         if field.default_factory is not dataclasses.MISSING:
             self.default = field.default_factory()
         else:
@@ -307,11 +308,11 @@ class _Field:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is True or False (or None, the default) and nothing else."""
+        """Whether its values are only True and False (and None, as a default)."""
         return bool in _members(self.hint) and set(_members(self.hint)) <= {bool, type(None)}
 
     def options(self) -> list[str]:
-        """All spellings of the option, the first of which names it."""
+        """All spellings of the option; the first one is its name."""
         spellings = [f"--{self.name}", f"--{self.name.replace('_', '-')}"]
         return list(dict.fromkeys([*spellings, *self.metadata.get("aliases", ())]))
 
@@ -320,32 +321,32 @@ class _Field:
         text = str(self.metadata.get("help", "")) or "No description."
         default = self.default.value if isinstance(self.default, enum.Enum) else self.default
         if self.required:
-            text += " Has to be given."
+            text += " Required."
         keywords: dict[str, Any] = {"help": text, "type": self.hint}
         if not self.required:
             keywords["default"] = default
         members = _members(self.hint)
         if any(get_origin(m) in (list, tuple, Sequence) or m in (list, tuple) for m in members):
             items = [a for m in members for a in get_args(m) if a is not Ellipsis]
-            kind = items[0] if items else str
-            if get_origin(kind) is Mapping:  # one by one, or all in one JSON list
-                kind = dict[str, Any] | list[dict[str, Any]]
-            keywords |= {"type": kind, "nargs": "+"}
+            item = items[0] if items else str
+            if get_origin(item) is Mapping:  # one object per value, or a JSON list of all
+                item = dict[str, Any] | list[dict[str, Any]]
+            keywords |= {"type": item, "nargs": "+"}
         elif bool in members or Literal[True] in members:
             keywords |= {"nargs": "?", "const": True}
         elif self.checks_itself and any(get_origin(m) is Mapping for m in members):
-            keywords["type"] = dict[str, Any] | str  # a kind reads "key=value,key=value" as well
+            keywords["type"] = dict[str, Any] | str  # also "key=value,key=value"
         return keywords
 
     def value(self, parsed: Any) -> Any:
-        """What the dataclass gets for a value of the command line."""
+        """The value to pass to the dataclass, from a parsed option."""
         if isinstance(parsed, list):
             parts = [part if isinstance(part, list) else [part] for part in parsed]
             parsed = [item for part in parts for item in part]
         return self.enum(parsed) if self.enum is not None and parsed is not None else parsed
 
     def checked(self, value: Any, source: Any) -> Any:
-        """What the dataclass gets for a value of a file."""
+        """The value to pass to the dataclass, from a file."""
         if self.checks_itself:
             return value
         if self.enum is not None and isinstance(value, self.enum):
@@ -360,7 +361,7 @@ class _Field:
 
 
 _TRUTH = dict.fromkeys(("1", "t", "y"), "true") | dict.fromkeys(("0", "f", "n"), "false")
-"""What the reference reads as a flag's value besides the words for it."""
+"""Values of a flag that Transformers accepts besides ``true`` and ``false``."""
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -371,7 +372,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _without_enum(hint: Any) -> tuple[Any, type[enum.Enum] | None]:
-    """An enumeration is written by its values, as in the reference."""
+    """The type of an option for an enum, which is given by value, and the enum, if it is one."""
     members = _members(hint)
     found = [m for m in members if isinstance(m, type) and issubclass(m, enum.Enum)]
     if not found:
@@ -381,7 +382,7 @@ def _without_enum(hint: Any) -> tuple[Any, type[enum.Enum] | None]:
 
 
 def _read_file(path: str | Path, json_only: bool = False) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file (by its suffix; YAML for unknown ones)."""
+    """The mapping in a JSON or YAML file (by its suffix; an unknown one means YAML)."""
     text = Path(path).expanduser().read_text(encoding="utf-8")
     if not json_only and Path(path).suffix.lower() != ".json":
         return yaml_text.loads(text, str(path))

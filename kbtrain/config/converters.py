@@ -1,8 +1,8 @@
-"""What one field of ``TrainingArguments`` accepts: its type, range and the form it is stored in.
+"""Converters of the fields of ``TrainingArguments``: check a value and store it in a normal form.
 
-A *kind* is a function from what the user gave to what is stored; it raises `Unfit` with a text that
-says what it expected. Stored values are immutable and in one normal form, so that equal settings
-compare equal.
+A *converter* is a function from the user's value to the stored value; it raises ``InvalidValue``
+with the value it expected. Stored values are immutable and in one normal form, so that equal
+settings compare equal.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-Kind = Callable[[Any], Any]
+Converter = Callable[[Any], Any]
 
-MAX_SEED = 2**32 - 1  # what NumPy's and Keras' seeding functions take
+MAX_SEED = 2**32 - 1  # the largest seed that NumPy and Keras accept
 
 
-class Unfit(Exception):
-    """A value that a kind refuses; the text says what was expected."""
+class InvalidValue(Exception):
+    """A value that a converter rejects; the message says what was expected."""
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed: equal to a plain dict, but hashable and safe to share."""
+    """An immutable dict: equal to a plain dict, but hashable and safe to share."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
@@ -43,12 +43,12 @@ class FrozenDict(dict[str, Any]):
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        # The default way to copy a dict subclass goes through __setitem__.
+        # By default, copying a dict subclass calls __setitem__.
         return FrozenDict, (dict(self),)
 
 
 def freeze(value: Any) -> Any:
-    """An immutable copy of a value made of what JSON can hold (NumPy scalars become Python's)."""
+    """An immutable copy of a JSON value (NumPy scalars become Python scalars)."""
     value = plain(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -58,18 +58,18 @@ def freeze(value: Any) -> Any:
         return tuple(freeze(item) for item in value)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise Unfit("a mapping whose keys are all strings")
+            raise InvalidValue("a mapping whose keys are all strings")
         return FrozenDict({str(key): freeze(item) for key, item in value.items()})
     hint = (
-        f" (in place of the class, the text {value.__name__!r})" if isinstance(value, type) else ""
+        f" (instead of the class, the string {value.__name__!r})" if isinstance(value, type) else ""
     )
-    raise Unfit(
-        f"made of None, bool, int, finite float, str, list and dict{hint}, which JSON can hold"
+    raise InvalidValue(
+        f"made of None, bool, int, finite float, str, list and dict{hint}, as in JSON"
     )
 
 
 def thaw(value: Any) -> Any:
-    """A mutable copy of a frozen value: lists for tuples, plain dicts for frozen ones."""
+    """A mutable copy of a frozen value: lists for tuples, plain dicts for frozen dicts."""
     if isinstance(value, tuple):
         return [thaw(item) for item in value]
     if isinstance(value, Mapping):
@@ -78,7 +78,7 @@ def thaw(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Python's own value for a NumPy scalar, an enum member or an instance of a str subclass."""
+    """The built-in value of a NumPy scalar, enum member or instance of a ``str`` subclass."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, np.generic):
@@ -86,46 +86,46 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-# --- kinds: one value at a time ------------------------------------------------------------------
+# --- converters ----------------------------------------------------------------------------------
 
 
-def optional(kind: Kind) -> Kind:
-    """``None``, or what `kind` accepts."""
+def optional(converter: Converter) -> Converter:
+    """``None``, or what ``converter`` accepts."""
 
     def accept(value: Any) -> Any:
         if value is None:
             return None
         try:
-            return kind(value)
-        except Unfit as refusal:
-            raise Unfit(f"{refusal}, or None") from None
+            return converter(value)
+        except InvalidValue as refusal:
+            raise InvalidValue(f"{refusal}, or None") from None
 
     return accept
 
 
 def flag(value: Any) -> bool:
-    """``True`` or ``False``; 0, 1 and strings are refused."""
+    """``True`` or ``False``; 0, 1 and strings are rejected."""
     value = plain(value)
     if not isinstance(value, bool):
-        raise Unfit("True or False")
+        raise InvalidValue("True or False")
     return value
 
 
-def whole(low: int, high: int | None = None, *, or_exactly: int | None = None) -> Kind:
-    """An int from `low` to `high`, or the one special value `or_exactly`."""
-    wanted = f"a whole number of at least {low}"
-    wanted += "" if high is None else f" and at most {high}"
-    wanted += "" if or_exactly is None else f", or {or_exactly}"
+def whole(low: int, high: int | None = None, *, or_exactly: int | None = None) -> Converter:
+    """An int from ``low`` to ``high``, or the special value ``or_exactly``."""
+    expected = f"a whole number of at least {low}"
+    expected += "" if high is None else f" and at most {high}"
+    expected += "" if or_exactly is None else f", or {or_exactly}"
 
     def accept(value: Any) -> int:
         value = plain(value)
-        # bool is an int to Python, but True is never meant as a number here.
+        # bool is a subclass of int, but True never means 1 here.
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise Unfit(wanted)
+            raise InvalidValue(expected)
         number = int(value)
         too_high = high is not None and number > high
         if number != or_exactly and (number < low or too_high):
-            raise Unfit(wanted)
+            raise InvalidValue(expected)
         return number
 
     return accept
@@ -133,204 +133,204 @@ def whole(low: int, high: int | None = None, *, or_exactly: int | None = None) -
 
 def real(
     low: float | None = None, *, above: float | None = None, below: float | None = None
-) -> Kind:
+) -> Converter:
     """A finite number with ``low <= x``, ``above < x`` and ``x < below``; ints become floats."""
-    wanted = "a finite number"
+    expected = "a finite number"
     bounds = (("of at least", low), ("above", above), ("below", below))
     limits = [f"{word} {limit:g}" for word, limit in bounds if limit is not None]
-    wanted = " ".join([wanted, " and ".join(limits)]) if limits else wanted
+    expected = " ".join([expected, " and ".join(limits)]) if limits else expected
 
     def accept(value: Any) -> float:
-        number = _number(value, wanted)
+        number = _number(value, expected)
         inside = (
             (low is None or number >= low)
             and (above is None or number > above)
             and (below is None or number < below)
         )
         if not inside:
-            raise Unfit(wanted)
+            raise InvalidValue(expected)
         return number
 
     return accept
 
 
-def _number(value: Any, wanted: str) -> float:
+def _number(value: Any, expected: str) -> float:
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     try:
         number = float(value)
     except OverflowError:
-        raise Unfit(wanted) from None
+        raise InvalidValue(expected) from None
     if not math.isfinite(number):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     return number
 
 
 def duration(value: Any) -> float:
     """A time in seconds, as a number or as "HH:MM:SS" (or "D-HH:MM:SS", as SLURM writes it)."""
-    wanted = "a time above 0, in seconds or as 'HH:MM:SS'"
+    expected = "a time above 0, in seconds or as 'HH:MM:SS'"
     value = plain(value)
     if isinstance(value, str):
         match = re.fullmatch(
             r"(?:(\d{1,5})-)?(\d{1,5}):([0-5]\d):([0-5]\d)", value.strip(), re.ASCII
         )
         if not match:
-            raise Unfit(wanted)
+            raise InvalidValue(expected)
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         value = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    number = _number(value, wanted)
+    number = _number(value, expected)
     if number <= 0:
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     return number
 
 
 def steps(value: Any) -> int | float:
     """A count of steps (int), or a ratio of all steps (float strictly between 0 and 1)."""
-    wanted = "a whole number of steps, or a ratio of all steps above 0 and below 1"
-    number = _number(value, wanted)
+    expected = "a whole number of steps, or a ratio of all steps above 0 and below 1"
+    number = _number(value, expected)
     if 0 < number < 1:
         return number
     if number < 0 or number != int(number):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     return int(plain(value))
 
 
 def text(value: Any) -> str:
-    """A string with something in it."""
+    """A string that is not blank."""
     value = plain(value)
     if not isinstance(value, str) or not value.strip():
-        raise Unfit("a string that is not empty")
+        raise InvalidValue("a string that is not empty")
     return value
 
 
-def alias(kind: Kind, names: Mapping[str, str]) -> Kind:
-    """What `kind` accepts, with other spellings replaced by the one that is stored."""
+def alias(converter: Converter, names: Mapping[str, str]) -> Converter:
+    """What ``converter`` accepts, with aliases replaced by the stored name."""
 
     def accept(value: Any) -> Any:
-        accepted = kind(value)
+        accepted = converter(value)
         return names.get(accepted, accepted)
 
     return accept
 
 
 def path(value: Any) -> str:
-    """A path as a string, a leading ``~`` expanded; nothing is looked up on the disk."""
+    """A path as a string with a leading ``~`` expanded; the file system is not accessed."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
         return os.path.expanduser(text(value))
-    except Unfit:
-        raise Unfit("a path (str or os.PathLike) that is not empty") from None
+    except InvalidValue:
+        raise InvalidValue("a path (str or os.PathLike) that is not empty") from None
 
 
-def choice(*allowed: str | bool) -> Kind:
-    """One of `allowed`."""
+def choice(*allowed: str | bool) -> Converter:
+    """One of ``allowed``."""
     listed = ", ".join(repr(item) for item in allowed)
 
     def accept(value: Any) -> str | bool:
         value = plain(value)
-        # `type` because 1 == True, and only the bool itself is meant.
+        # By type as well, because 1 == True.
         for item in allowed:
             if type(value) is type(item) and value == item:
                 return value
-        wanted = f"one of {listed}"
+        expected = f"one of {listed}"
         if value is False and "no" in allowed:
-            wanted += " (YAML reads an unquoted no as false: write 'no' with quotes)"
-        raise Unfit(wanted)
+            expected += " (YAML reads an unquoted no as false: quote it, 'no')"
+        raise InvalidValue(expected)
 
     return accept
 
 
-def either(word: str, kind: Kind) -> Kind:
-    """One word, or what another kind accepts."""
+def either(word: str, converter: Converter) -> Converter:
+    """One word, or what another converter accepts."""
 
     def accept(value: Any) -> Any:
         if value == word and isinstance(value, str):
             return word
         try:
-            return kind(value)
-        except Unfit as refusal:
-            raise Unfit(f"{word!r} or {refusal}") from None
+            return converter(value)
+        except InvalidValue as refusal:
+            raise InvalidValue(f"{word!r} or {refusal}") from None
 
     return accept
 
 
 def words(value: Any) -> tuple[str, ...]:
-    """A list of strings (one string counts as a list of one), without doubles, in their order."""
+    """A list of strings (a string is a list of one), without duplicates, in order."""
     value = plain(value)
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not items:
-        raise Unfit("a list of strings that is not empty")
+        raise InvalidValue("a list of strings that is not empty")
     try:
         return tuple(dict.fromkeys(text(item) for item in items))
-    except Unfit:
-        raise Unfit("a list of strings that are not empty") from None
+    except InvalidValue:
+        raise InvalidValue("a list of strings that are not empty") from None
 
 
 def keys(value: Any) -> tuple[str, ...]:
-    """A list of strings that may be empty, otherwise like ``words``."""
+    """Like ``words``, but the list may be empty."""
     empty = isinstance(value, (list, tuple)) and not value
     return () if empty else words(value)
 
 
 def patterns(value: Any) -> tuple[str, ...]:
-    """A list of regular expressions (one string counts as a list of one)."""
+    """A list of regular expressions (a string is a list of one)."""
     items = words(value)
     for item in items:
         try:
             re.compile(item)
         except re.error as error:
-            raise Unfit(f"regular expressions ({item!r} is none: {error})") from None
+            raise InvalidValue(f"regular expressions ({item!r} is invalid: {error})") from None
     return items
 
 
-def names(*allowed: str) -> Kind:
-    """A list of names out of `allowed` (one string counts as a list of one), without doubles."""
+def names(*allowed: str) -> Converter:
+    """A list of names from ``allowed`` (a string is a list of one), without duplicates."""
 
     def accept(value: Any) -> tuple[str, ...]:
         value = plain(() if value is None else value)
         items = (value,) if isinstance(value, str) else value
-        wanted = f"a list of names out of {', '.join(repr(item) for item in allowed)}"
+        expected = f"a list of names from {', '.join(repr(item) for item in allowed)}"
         if not isinstance(items, (list, tuple, set, frozenset)):
-            raise Unfit(wanted)
+            raise InvalidValue(expected)
         items = [plain(item) for item in items]
         for item in items:
             if not isinstance(item, str) or item not in allowed:
-                raise Unfit(f"{wanted}, not {item!r}")
-        # In the order of `allowed`, so that ["a", "b"] and ["b", "a"] are the same setting.
+                raise InvalidValue(f"{expected}, not {item!r}")
+        # In the order of ``allowed``, so that ["a", "b"] and ["b", "a"] compare equal.
         return tuple(item for item in allowed if item in items)
 
     return accept
 
 
 def trackers(value: Any) -> tuple[str, ...]:
-    """Names of trackers; ``"none"`` (or None) stands for no tracker, ``"all"`` for every one.
+    """Names of trackers; ``"none"`` (or None) means no tracker, ``"all"`` every installed one.
 
-    Which names exist is known where they are used: packages of their own can add some.
+    Whether a name exists is checked where it is used, because other packages can add trackers.
     """
     value = plain(() if value is None else value)
     items = (value,) if isinstance(value, str) else value
-    wanted = "the name of a tracker, a list of names, 'all' or 'none'"
+    expected = "the name of a tracker, a list of names, 'all' or 'none'"
     if not isinstance(items, (list, tuple, set, frozenset)):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     names = [plain(item) for item in items]
     if not all(isinstance(item, str) and item.strip() for item in names):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     found = set(names)
     if "none" in found and len(found) > 1:
-        raise Unfit("'none' alone, or a list of trackers without 'none'")
+        raise InvalidValue("'none' alone, or a list of trackers without 'none'")
     return ("all",) if "all" in found else tuple(sorted(found - {"none"}))
 
 
 def tokens_seen(value: Any) -> Any:
-    """What is counted as a token; True and False are the reference's older form."""
+    """What counts as a token; True and False are an older form of Transformers."""
     value = {True: "all", False: "no"}[value] if isinstance(value, bool) else value
     return choice("no", "all", "non_padding")(value)
 
 
 def average(value: Any) -> FrozenDict | None:
-    """Options of an average of the weights: True, its decay, a dict of options, or None."""
+    """Options of a weight average: True, the decay, a dict of options, or None."""
     if value is None or value is False:
         return None
     if value is True:
@@ -338,17 +338,17 @@ def average(value: Any) -> FrozenDict | None:
     if isinstance(value, numbers.Real):
         try:
             return FrozenDict({"decay": real(0.0, below=1.0)(value)})
-        except Unfit as refusal:
-            raise Unfit(f"{refusal} (the decay), True, a dict of options, or None") from None
+        except InvalidValue as refusal:
+            raise InvalidValue(f"{refusal} (the decay), True, a dict of options, or None") from None
     return options(value)
 
 
 def one_device(value: Any) -> str | None:
-    """The name of one device: "cpu", "gpu" or "gpu:1"; a number is that of a GPU."""
+    """The name of one device: "cpu", "gpu" or "gpu:1"; an int is the index of a GPU."""
     value = plain(value)
     if isinstance(value, list | tuple) and value:
         if len(value) > 1:
-            raise Unfit("one device: training on several is to come")
+            raise InvalidValue("one device: training on several is not supported yet")
         value = plain(value[0])
     if value is None:
         return None
@@ -356,68 +356,70 @@ def one_device(value: Any) -> str | None:
         return f"gpu:{value}"
     if isinstance(value, str) and re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", value, re.ASCII):
         return value.replace("cuda", "gpu")
-    raise Unfit("'cpu', 'gpu', 'gpu:1', 'tpu:0', the number of a GPU, or None")
+    raise InvalidValue("'cpu', 'gpu', 'gpu:1', 'tpu:0', the index of a GPU, or None")
 
 
 def nothing(value: Any) -> None:
-    """None, or what else means that nothing is asked for: False, an empty string or list."""
+    """None, or another value that means "off": False, an empty string or list."""
     if value is not None and value is not False and value not in ("", [], (), {}):
-        raise Unfit("None: there is one process on one device; several are to come")
+        raise InvalidValue("None: more than one process or device is not supported yet")
 
 
 def debug_options(value: Any) -> tuple[str, ...]:
-    """Names of checks: a list, or a string with blanks between them."""
+    """Names of checks: a list, or a string with spaces between them."""
     items = value.split() if isinstance(value, str) else value
     if isinstance(items, list | tuple) and "tpu_metrics_debug" in items:
-        raise Unfit("without 'tpu_metrics_debug', which prints counters of PyTorch/XLA")
+        raise InvalidValue("without 'tpu_metrics_debug', which prints counters of PyTorch/XLA")
     return tuple(names("underflow_overflow")(() if items is None else items))
 
 
 def options(value: Any) -> FrozenDict:
-    """A mapping of JSON values, a JSON object in a string, or None for no options."""
+    """A mapping of JSON values, a JSON object as a string, or None for no options."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as problem:
-            raise Unfit(f"a dict, or a JSON object such as '{{\"a\": 1}}' ({problem})") from None
+            raise InvalidValue(
+                f"a dict, or a JSON object such as '{{\"a\": 1}}' ({problem})"
+            ) from None
     if value is not None and not isinstance(value, Mapping):
-        raise Unfit("a dict, a JSON object in a string, or None")
+        raise InvalidValue("a dict, a JSON object as a string, or None")
     frozen: FrozenDict = freeze({} if value is None else value)
     return frozen
 
 
 def list_of_options(value: Any) -> tuple[FrozenDict, ...]:
-    """A list of mappings of JSON values, a JSON list in a string, or None for an empty one."""
-    wanted = "a list of dicts, a JSON list of objects in a string, or None"
+    """A list of mappings of JSON values, a JSON list as a string, or None for an empty list."""
+    expected = "a list of dicts, a JSON list of objects as a string, or None"
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as problem:
-            raise Unfit(f"{wanted} ({problem})") from None
+            raise InvalidValue(f"{expected} ({problem})") from None
     if value is None:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(v, Mapping) for v in value):
-        raise Unfit(wanted)
+        raise InvalidValue(expected)
     return tuple(options(item) for item in value)
 
 
 def key_values(value: Any) -> FrozenDict:
-    """Like `options`, but a string may also read ``"key=value,key=value"``."""
+    """Like ``options``, but a string may also be ``"key=value,key=value"``."""
     if not isinstance(value, str) or value.lstrip().startswith("{"):
         return options(value)
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in value.split(","))):
         key, equals, written = (piece.strip() for piece in part.partition("="))
         if not (key and equals and written):
-            raise Unfit(f"a dict, or a string 'key=value,key=value' (cannot read {part!r})")
+            raise InvalidValue(f"a dict, or a string 'key=value,key=value' (cannot parse {part!r})")
         if key in found:
-            raise Unfit(f"a string in which each key stands once ({key!r} stands twice)")
+            raise InvalidValue(f"a string in which each key occurs once ({key!r} is repeated)")
         found[key] = read_scalar(written)
     return options(found)
 
 
 def read_scalar(written: str) -> bool | int | float | str:
-    """A bool or number if it reads as one, else the text itself."""
+    """A bool or number if the string is one, otherwise the string itself."""
     if written.lower() in ("true", "false"):
         return written.lower() == "true"
     for number in (int, float):
@@ -429,6 +431,6 @@ def read_scalar(written: str) -> bool | int | float | str:
 
 
 def shown(value: Any) -> str:
-    """The value's repr, cut where it would drown a message."""
+    """The value's repr, truncated to keep messages short."""
     written = repr(value)
     return written if len(written) <= 200 else f"{written[:200]}..."

@@ -1,9 +1,9 @@
-"""Types of fields: what is stored, to a type checker; what to read a word as, to a parser.
+"""Types of fields: the stored type to a type checker, the type to parse to a parser.
 
-``kbtrain.ArgumentParser`` goes by ``command_line`` in a field's metadata. Others go by the
-annotations, transformers' ``HfArgumentParser`` above all: it hands them to ``argparse``, which
-calls them, and knows neither ``Mapping`` nor a union of more than a type and ``None``. What is read
-is in any case checked and converted by the field's kind.
+``kbtrain.ArgumentParser`` uses ``command_line`` in a field's metadata. Other parsers use the
+annotations, above all ``HfArgumentParser`` of Transformers: it passes them to ``argparse``, which
+calls them, and which supports neither ``Mapping`` nor unions other than ``Optional``. The parsed
+value is checked and converted by the field's converter in any case.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 else:
     Options = ListOfOptions = PathOrTrue = Nothing = str
     Names = list[str]
-    FlagOrNone = bool  # so that the option may stand alone
+    FlagOrNone = bool  # so that the option needs no value
     FlagOrAuto = CountOrAuto = read_scalar
 
 
 class Metadata(dict[str, Any]):
-    """What a field knows about itself; its keys are those that ``argparse`` takes.
+    """A field's metadata, whose ``keys()`` are only those that ``argparse`` accepts.
 
-    Parsers hand a field's metadata to ``add_argument`` as a whole.
+    Parsers unpack the metadata of a field into ``add_argument``.
     """
 
     def keys(self) -> Any:
-        """The help text alone; the others are there for who asks for them by name."""
+        """Only ``"help"``; the other entries are available by name."""
         return {"help": None}.keys()

@@ -1,7 +1,8 @@
-"""Settings of Transformers that kbtrain has not, given with a value that asks for nothing.
+"""Settings of Transformers that kbtrain does not have, with a value that leaves them inactive.
 
-Scripts and settings files write many of them out: ``push_to_hub=False``, ``local_rank=-1``. Such a
-value is accepted, for it changes nothing; any other one is refused with what to use instead.
+Scripts and configuration files often spell them out: ``push_to_hub=False``, ``local_rank=-1``. Such
+a value is accepted, since it changes nothing; any other value is an error that names the
+alternative.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SPLITTING = {
     "gradient_accumulation_kwargs": None,
 }
 
-# What else asks for nothing: defaults of Transformers, and what it writes for them into its JSON.
+# Other inactive values: defaults of Transformers, and what it writes for them into its JSON.
 _ALSO: dict[str, tuple[Any, ...]] = {
     "accelerator_config": (_SPLITTING,),
     "dataloader_in_order": (True,),
@@ -39,7 +40,7 @@ _ALSO: dict[str, tuple[Any, ...]] = {
     "tpu_num_cores": (0,),
 }  # fmt: skip
 
-# Of names that are written otherwise here, False can ask for something: only these values do not.
+# For renamed settings, False may have an effect; only these values do not.
 _OF_RENAMED: dict[str, tuple[Any, ...]] = {
     "adafactor": (False,),
     "evaluate_during_training": (False,),
@@ -51,8 +52,8 @@ _OF_RENAMED: dict[str, tuple[Any, ...]] = {
     "include_inputs_for_metrics": (False,),
     "include_tokens_per_second": (False, "no"),
     "jit_mode_eval": (False,),
-    # True is the default there, and hides a NaN in the logs; here on_nonfinite decides what becomes
-    # of the update, and a NaN that is let through is logged as one, which False asks for.
+    # True, the default of Transformers, hides NaN in the logs. Here on_nonfinite decides about the
+    # update, and a NaN that is allowed is logged as NaN, as with False.
     "logging_nan_inf_filter": (True, False),
     "no_cuda": (False,),
     "sortish_sampler": (False,),
@@ -80,15 +81,15 @@ _BY_DEFAULT = {
 }
 
 NEUTRAL: dict[str, Any] = {name: _BY_DEFAULT.get(name) for name in DROPPED}
-"""What ``args.NAME`` is for a setting that kbtrain has nothing for: that of nothing asked."""
+"""The inactive value of each setting that kbtrain does not have, which ``args.NAME`` returns."""
 
 
-def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a value of a setting that kbtrain has not can be left out.
+def is_inactive(name: str, value: Any) -> bool:
+    """Whether a setting that kbtrain does not have has no effect with this value.
 
     Args:
-        name: The name that is no field.
-        value: What was given.
+        name: A name that is not a field.
+        value: The given value.
     """
     if name in DROPPED:
         usual = (None,) if name == "dataloader_in_order" else _NOTHING
@@ -98,5 +99,5 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     else:
         return False
     value = plain(value)
-    # By type as well: 1 is not True, and what an array compares to is no bool.
+    # By type as well: 1 is not True, and comparing an array does not give a bool.
     return any(type(value) is type(one) and value == one for one in accepted)

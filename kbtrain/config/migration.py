@@ -1,7 +1,7 @@
-"""Names that ``TrainingArguments`` does not have: what to write instead, or why there is nothing.
+"""Names that ``TrainingArguments`` does not have: the replacement, or why there is none.
 
-Users bring the names of ``transformers`` 4.x and 5.x, and those of Keras. Each gets its own answer;
-``tests/config/test_migration.py`` checks that no name of the 5.x reference is left without one.
+Users bring names from ``transformers`` 4.x and 5.x, Keras and Lightning. Each has an explanation;
+``tests/config/test_migration.py`` checks that every name of Transformers 5.x is covered.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any
 
 from kbtrain.config.converters import shown
 
-# Old name -> what to write. "{value}" is the repr of the value that came with the old name.
+# Other name -> what to write. "{value}" is the repr of the value given under that name.
 RENAMED: dict[str, str] = {
     # transformers 4.x
-    "adafactor": "It is now a name of an optimizer: write optim='adafactor' if one of that name is "
-    "installed.",
+    "adafactor": "It is now the name of an optimizer: write optim='adafactor' if it is installed.",
     "evaluate_during_training": "Write eval_strategy='steps' (for True) or eval_strategy='no'.",
     "evaluation_strategy": "Write eval_strategy={value}.",
     "fp16_backend": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
@@ -25,26 +24,26 @@ RENAMED: dict[str, str] = {
     "half_precision_backend": "Drop it; there is one implementation of mixed precision. "
     "Write bf16=True.",
     "include_inputs_for_metrics": "Write include_for_metrics=['inputs'] for True.",
-    "include_tokens_per_second": "Write include_num_input_tokens_seen='all', which logs the rate "
-    "as well.",
+    "include_tokens_per_second": "Write include_num_input_tokens_seen='all', which also logs the "
+    "rate.",
     "jit_mode_eval": "Write jit_compile=True, which covers training and evaluation.",
     "no_cuda": "Write use_cpu={value}.",
     "per_gpu_eval_batch_size": "Write per_device_eval_batch_size={value}.",
     "per_gpu_train_batch_size": "Write per_device_train_batch_size={value}.",
-    "torch_compile": "Write jit_compile={value}, which holds for every backend.",
-    "torchdynamo": "Write jit_compile=True, which holds for every backend.",
-    "use_mps_device": "The backend chooses the device. Leave it out, or write use_cpu=True to stay "
-    "on the CPU.",
+    "torch_compile": "Write jit_compile={value}, which works on every backend.",
+    "torchdynamo": "Write jit_compile=True, which works on every backend.",
+    "use_mps_device": "The backend chooses the device. Remove it, or write use_cpu=True to use the "
+    "CPU.",
     "warmup_ratio": "Write warmup_steps={value}: below 1 it is a ratio of all steps.",
     # Seq2SeqTrainingArguments
     "generation_config": "Write generation_kwargs={{'max_length': 64}}: the keyword arguments of "
     "the model's generate.",
     "generation_num_beams": "Write generation_kwargs={{'num_beams': {value}}} if the model's "
-    "generate takes that; a KerasHub model gets its sampler from its own compile.",
-    # another meaning here
-    "logging_nan_inf_filter": "A NaN is never hidden in the logs. Choose with on_nonfinite what "
-    "happens instead: 'raise' (default) stops before the weights are touched, 'skip' leaves the "
-    "update out, 'ignore' applies it.",
+    "generate accepts it; the sampler of a KerasHub model is set by its compile method.",
+    # settings whose behaviour differs here
+    "logging_nan_inf_filter": "NaN is never hidden in the logs. on_nonfinite sets what happens "
+    "instead: 'raise' (default) stops before the weights are changed, 'skip' skips the update, "
+    "'ignore' applies it. Choose one.",
     "sortish_sampler": "Write train_sampling_strategy='group_by_length' for True.",
     # Keras
     "batch_size": "Write per_device_train_batch_size={value} (and per_device_eval_batch_size).",
@@ -56,16 +55,16 @@ RENAMED: dict[str, str] = {
     "epsilon": "Write adam_epsilon={value}.",
     "global_clipnorm": "Write max_grad_norm={value}.",
     "lr": "Write learning_rate={value}.",
-    "optimizer": "Write optim='adamw' (a name), or give an optimizer object to the Trainer.",
+    "optimizer": "Write optim='adamw' (a name), or pass an optimizer as Trainer(optimizers=...).",
     "shuffle": "Write train_sampling_strategy='random' (for True) or 'sequential' (for False).",
     "verbose": "Write disable_tqdm=True for 0, disable_tqdm=False for 1.",
-    "clipnorm": "Write max_grad_norm={value} for the norm of all gradients together, or "
-    "optim_args={{'clipnorm': {value}}} for each one's own.",
+    "clipnorm": "Write max_grad_norm={value} for the global norm of all gradients, or "
+    "optim_args={{'clipnorm': {value}}} for the norm of each one.",
     "clipvalue": "Write optim_args={{'clipvalue': {value}}}.",
     "momentum": "Write optim_args={{'momentum': {value}}}.",
     "use_ema": "Write ema=True.",
     "ema_momentum": "Write ema={value}.",
-    "initial_epoch": "Write resume_from_checkpoint='auto': a resumed run knows where it was.",
+    "initial_epoch": "Write resume_from_checkpoint='auto': a checkpoint stores the position.",
     "validation_batch_size": "Write per_device_eval_batch_size={value}.",
     "validation_freq": "Write eval_strategy='epoch', or eval_strategy='steps' with eval_steps.",
     "validation_steps": "Write eval_max_steps={value}.",
@@ -83,46 +82,46 @@ RENAMED: dict[str, str] = {
     "log_dir": "Write output_dir={value}; report_to chooses the trackers, which write there.",
     "betas": "Write adam_beta1 and adam_beta2.",
     "eps": "Write adam_epsilon={value}.",
-    "early_stopping_patience": "Give the Trainer a callback: EarlyStoppingCallback({value}).",
-    # what belongs to the Trainer
+    "early_stopping_patience": "Use Trainer(callbacks=[EarlyStoppingCallback({value})]).",
+    # arguments of the Trainer
     **dict.fromkeys(
         [
             *("model", "train_dataset", "eval_dataset", "data_collator", "processing_class"),
             *("tokenizer", "model_init", "loss", "metrics", "compute_loss_func", "callbacks"),
             *("compute_metrics", "optimizers", "loss_weights", "weighted_metrics"),
         ],
-        "It belongs to the Trainer: give it there, beside the arguments.",
+        "It is an argument of the Trainer. Use Trainer(model, args, ...).",
     ),
-    "x": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
-    "y": "It belongs to the Trainer: give it there, as train_dataset, a pair (x, y).",
-    "validation_data": "It belongs to the Trainer: give it there, as eval_dataset.",
-    "sample_weight": "It belongs to the data: give the Trainer (x, y, sample_weight).",
+    "x": "It is part of the data. Use Trainer(train_dataset=(x, y)).",
+    "y": "It is part of the data. Use Trainer(train_dataset=(x, y)).",
+    "validation_data": "It is an argument of the Trainer. Use Trainer(eval_dataset={value}).",
+    "sample_weight": "It is part of the data. Use Trainer(train_dataset=(x, y, sample_weight)).",
 }
 
 _HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
-_DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Leave it out."
-_COMPILER = "It is a setting of torch.compile. Use jit_compile, which holds for every backend."
-_LAUNCHER = "It belongs to a launcher of PyTorch. Leave it out; one process drives one device."
-_LIGER = "It patches PyTorch classes of transformers models. Leave it out."
-_TRACKIO = "It belongs to Hugging Face Spaces. Leave it out; report_to chooses the trackers."
-_FSDP = "It belongs to torch's FSDP, which kbtrain does not use. Leave it out."
-_ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Leave it out; "
+_DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Remove it."
+_COMPILER = "It is a setting of torch.compile. Use jit_compile, which works on every backend."
+_LAUNCHER = "It belongs to a PyTorch launcher. Remove it; one process uses one device."
+_LIGER = "It patches PyTorch classes of transformers models. Remove it."
+_TRACKIO = "It belongs to Hugging Face Spaces. Remove it; report_to selects the trackers."
+_FSDP = "It belongs to torch's FSDP, which kbtrain does not use. Remove it."
+_ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Remove it; "
 
-# Fields of the reference (5.x, then 4.x) that have no place here -> why, and what to use.
+# Fields of Transformers (5.x, then 4.x) that do not exist here -> why, and what to use.
 DROPPED: dict[str, str] = {
     "accelerator_config": _ACCELERATE
     + "gradient_accumulation_steps and dataloader_drop_last are fields of their own.",
-    "dataloader_in_order": "The order of the data is a function of the seed and the epoch, always. "
-    "Leave it out; train_sampling_strategy chooses the order.",
+    "dataloader_in_order": "The order of the data always depends only on the seed and the epoch. "
+    "Remove it; train_sampling_strategy selects the order.",
     "ddp_backend": _DDP,
     "ddp_broadcast_buffers": _DDP,
     "ddp_bucket_cap_mb": _DDP,
     "ddp_find_unused_parameters": _DDP,
     "ddp_static_graph": _DDP,
     "ddp_timeout": _DDP,
-    "deepspeed": "DeepSpeed exists for PyTorch models only. Leave it out; to save memory use "
+    "deepspeed": "DeepSpeed supports PyTorch models only. Remove it; to save memory, use "
     "bf16=True and gradient_accumulation_steps.",
-    "eval_use_gather_object": "Predictions are arrays (or nests of arrays). Leave it out.",
+    "eval_use_gather_object": "Predictions are arrays (or nested structures of arrays). Remove it.",
     "fsdp_config": _FSDP,
     "hub_always_push": _HUB,
     "hub_model_id": _HUB,
@@ -135,46 +134,46 @@ DROPPED: dict[str, str] = {
     "push_to_hub": _HUB,
     "torch_compile_backend": _COMPILER,
     "torch_compile_mode": _COMPILER,
-    "torch_empty_cache_steps": "It empties the cache of one backend's memory allocator. Leave it "
-    "out; a callback can do that on_step_end.",
+    "torch_empty_cache_steps": "It empties the cache of one backend's memory allocator. Remove "
+    "it; a callback can do that in on_step_end.",
     "trackio_bucket_id": _TRACKIO,
     "trackio_space_id": _TRACKIO,
     "trackio_static_space_id": _TRACKIO,
-    "use_cache": "It is a setting of transformers models. Leave it out, or set it on the model.",
+    "use_cache": "It is a setting of transformers models. Remove it, or set it on the model.",
     "use_liger_kernel": _LIGER,
-    # gone since 4.x
-    "dispatch_batches": _ACCELERATE + "every process reads its own part of the data.",
+    # removed since 4.x
+    "dispatch_batches": _ACCELERATE + "every process reads its own shard of the data.",
     "fsdp_min_num_params": _FSDP,
     "fsdp_transformer_layer_cls_to_wrap": _FSDP,
-    "logging_dir": "There is no separate directory for logs. output_dir chooses where a run is "
-    "written, report_to the trackers.",
-    "mp_parameters": "It belongs to SageMaker. Leave it out.",
-    "overwrite_output_dir": "kbtrain never empties output_dir. Choose a new output_dir, or go on "
+    "logging_dir": "There is no separate directory for logs. Remove it; a run is written to "
+    "output_dir, and report_to selects the trackers.",
+    "mp_parameters": "It belongs to SageMaker. Remove it.",
+    "overwrite_output_dir": "kbtrain never empties output_dir. Choose a new output_dir, or resume "
     "with resume_from_checkpoint.",
-    "past_index": "It carried state between batches of models of 2019. Leave it out.",
+    "past_index": "It carried state between batches for models of 2019. Remove it.",
     "push_to_hub_model_id": _HUB,
     "push_to_hub_organization": _HUB,
     "push_to_hub_token": _HUB,
-    "ray_scope": "It belongs to hyperparameter search with Ray. Leave it out.",
-    "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Leave it out.",
-    "split_batches": _ACCELERATE + "per_device_train_batch_size is per device, always.",
-    "tpu_metrics_debug": "It belongs to PyTorch/XLA. Leave it out.",
-    "tpu_num_cores": "The backend finds its devices. Leave it out.",
-    "use_ipex": "It belongs to an extension of PyTorch. Leave it out.",
-    "use_legacy_prediction_loop": "There is one loop for evaluation and prediction. Leave it out.",
+    "ray_scope": "It belongs to hyperparameter search with Ray. Remove it.",
+    "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Remove it.",
+    "split_batches": _ACCELERATE + "per_device_train_batch_size is always per device.",
+    "tpu_metrics_debug": "It belongs to PyTorch/XLA. Remove it.",
+    "tpu_num_cores": "The backend finds its devices. Remove it.",
+    "use_ipex": "It belongs to an extension of PyTorch. Remove it.",
+    "use_legacy_prediction_loop": "There is one loop for evaluation and prediction. Remove it.",
     "xpu_backend": _DDP,
 }
 
 
-# Fields of the reference that are still to come -> what holds until then.
+# Fields of Transformers that are planned -> what to do until then.
 NOT_YET: dict[str, str] = {}
 
 
-# Properties and methods of the reference's arguments that are not here, and why.
+# Properties and methods of Transformers' TrainingArguments that do not exist here, and why.
 MEMBERS: dict[str, str] = {
-    "device": "The backend knows it: `trainer.backend.device_info()`.",
-    "n_gpu": "Arguments are values and look at no device.",
-    "parallel_mode": "Arguments are values and look at no device.",
+    "device": "The backend has it: `trainer.backend.device_info()`.",
+    "n_gpu": "Arguments are plain values and access no device.",
+    "parallel_mode": "Arguments are plain values and access no device.",
     "place_model_on_device": "The backend places variables.",
     "set_training": "Arguments are frozen: `args.replace(...)`.",
     "set_evaluate": "Arguments are frozen: `args.replace(...)`.",
@@ -189,11 +188,11 @@ MEMBERS: dict[str, str] = {
 
 
 def reason(name: str, value: Any) -> str:
-    """What to write in place of a known setting, or why there is nothing; empty for others.
+    """The replacement of a known setting, or why there is none; empty for unknown names.
 
     Args:
-        name: The name that is no field.
-        value: What was given under that name.
+        name: A name that is not a field.
+        value: The value given under that name.
     """
     if name in RENAMED:
         return RENAMED[name].format(value=shown(value))
@@ -201,17 +200,17 @@ def reason(name: str, value: Any) -> str:
 
 
 def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
-    """What to tell a user who gave an argument that does not exist.
+    """Explain to a user that an argument does not exist.
 
     Args:
         name: The unknown name.
-        value: What was given under that name.
+        value: The value given under that name.
         known: The names that exist.
 
     Returns:
-        One sentence or more: what happened and what to write instead.
+        What happened and what to write instead.
     """
-    # A secret must not end up in a log through an error message.
+    # An error message must not leak a secret into a log.
     written = f"<{name.upper()}>" if name.endswith("token") else shown(value)
     received = f"Received: {name}={written}."
     for table, said in (

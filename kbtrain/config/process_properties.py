@@ -1,16 +1,17 @@
-"""What a process may ask ``TrainingArguments`` about itself: there is one process."""
+"""The properties of ``TrainingArguments`` about processes: there is one process."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 
-class ProcessQuestions:
-    """The reference's questions about processes, answered for one process on one device."""
+class ProcessProperties:
+    """The properties that Transformers has for distributed runs, for one process on one device."""
 
-    log_level: str
+    log_level: Literal["passive", "debug", "info", "warning", "error", "critical"]
 
     @property
     def world_size(self) -> int:
@@ -19,26 +20,26 @@ class ProcessQuestions:
 
     @property
     def process_index(self) -> int:
-        """This process's number among all."""
+        """Index of this process among all."""
         return 0
 
     @property
     def local_process_index(self) -> int:
-        """This process's number among those of its machine."""
+        """Index of this process among those on its machine."""
         return 0
 
     @property
     def should_log(self) -> bool:
-        """Whether this process is the one that logs."""
+        """Whether this process logs."""
         return self.process_index == 0
 
     @property
     def should_save(self) -> bool:
-        """Whether this process is the one that writes checkpoints."""
+        """Whether this process writes checkpoints."""
         return self.process_index == 0
 
     def get_process_log_level(self) -> int:
-        """The level of this process's log, as a number of ``logging``.
+        """The log level of this process, as a number of ``logging``.
 
         Example:
             >>> from kbtrain import TrainingArguments
@@ -51,10 +52,10 @@ class ProcessQuestions:
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """Let the first process do something before the others: here there are no others.
+        """Run a block in the main process first; with one process there is no waiting.
 
         Args:
-            local: The first of each machine, not the first of all.
+            local: The first process of each machine goes first, not the first of all.
             desc: What is done, for the log.
         """
         logging.getLogger("kbtrain").debug("%s, by the main process (local=%s)", desc, local)

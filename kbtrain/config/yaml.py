@@ -1,4 +1,4 @@
-"""YAML as people expect it: ``no`` is a word and ``3e-4`` a number (the rules of YAML 1.2)."""
+"""YAML 1.2 scalars on PyYAML: ``no`` is a string and ``3e-4`` a number."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _REPLACED = {"bool", "float", "int", "timestamp"}
 
 
 def dumps(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML, keys in their order.
+    """Write a mapping as YAML, keeping the order of its keys.
 
     Args:
         values: Scalars, lists and dicts.
 
     Returns:
-        The text; any YAML reader, of version 1.1 or 1.2, reads the same values back.
+        The text, which parsers of YAML 1.1 and 1.2 read alike.
 
     Raises:
         ConfigurationError: PyYAML is not installed.
@@ -40,13 +40,14 @@ def loads(text: str, source: str) -> dict[str, Any]:
 
     Args:
         text: The YAML.
-        source: Where it is from, to say so in an error.
+        source: Where it comes from, for error messages.
 
     Returns:
-        The mapping; empty for an empty text.
+        The mapping; empty for an empty string.
 
     Raises:
-        ConfigurationError: Not YAML, not a mapping, a key twice, or PyYAML is not installed.
+        ConfigurationError: It is not YAML, not a mapping, has a duplicate key, or PyYAML is not
+            installed.
     """
     yaml = _yaml()
     try:
@@ -68,7 +69,7 @@ def _yaml() -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """PyYAML's safe loader with the scalars of YAML 1.2, which refuses a key that stands twice."""
+    """PyYAML's safe loader with the scalars of YAML 1.2; duplicate keys are an error."""
     yaml = _yaml()
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
@@ -76,7 +77,7 @@ def _loader() -> Any:
         for key, _ in node.value:
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
         return yaml.SafeLoader.construct_mapping(self, node, deep)
 
@@ -86,21 +87,21 @@ def _loader() -> Any:
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _add_resolvers(loader)
-    # PyYAML reads 010 as octal and 1:30 as a number to base 60; YAML 1.2 does not.
+    # PyYAML reads 010 as octal and 1:30 in base 60; YAML 1.2 does not.
     loader.add_constructor("tag:yaml.org,2002:int", _whole)
     return loader
 
 
 @functools.cache
 def _dumper() -> Any:
-    """PyYAML's safe dumper, which puts quotes around what either version reads as no text."""
+    """PyYAML's safe dumper; quotes strings that either YAML version would not read as one."""
     dumper: Any = type("Dumper", (_yaml().SafeDumper,), {})
     _add_resolvers(dumper)
     return dumper
 
 
 def _add_resolvers(target: Any) -> None:
-    # The order counts: a whole number reads as a float, too.
+    # The order matters: an integer also matches the pattern of a float.
     for name, pattern, first in (
         ("bool", _BOOL, "tTfF"),
         ("int", _INT, "-+0123456789"),

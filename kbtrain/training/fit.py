@@ -14,8 +14,7 @@ from kbtrain.callbacks.state import TrainerState, TrainingPlan, make_plan, steps
 from kbtrain.checkpoint import Checkpoint, run_state, validated_json
 from kbtrain.checkpoint.storage.faults import is_folder
 from kbtrain.config.diff import compare_arguments
-from kbtrain.config.training_args import resolve_steps
-from kbtrain.config.validation import check_saves_follow_evaluations
+from kbtrain.config.validation import check_saves_follow_evaluations, resolve_steps
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens

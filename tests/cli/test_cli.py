@@ -9,14 +9,20 @@ import keras
 import pytest
 
 from kbtrain import TrainingArguments, cli
+from kbtrain.config.fields.execution import ExecutionFields
+from kbtrain.config.fields.output import OutputFields
+from kbtrain.config.fields.training import TrainingFields
 
 
 def test_args_lists_every_field_with_type_default_and_meaning(capsys):
     assert cli.main(["args"]) == 0
     printed = capsys.readouterr().out
     flowing = " ".join(printed.split())
+    annotations = {}
+    for part in (TrainingFields, OutputFields, ExecutionFields):
+        annotations |= part.__annotations__
     for field in dataclasses.fields(TrainingArguments):
-        written = TrainingArguments.__annotations__[field.name]
+        written = annotations[field.name]
         assert f"{field.name}: {written} = {field.default!r}\n" in printed
         assert field.metadata["help"] in flowing
 

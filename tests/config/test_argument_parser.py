@@ -214,7 +214,7 @@ def test_a_mistake_is_explained_without_a_stack_trace(capsys, line, said):
 
 
 def test_a_required_field_that_is_missing_is_named(capsys):
-    assert "Give --name" in refusal(capsys, "--width 3", ModelArguments)
+    assert "Pass --name" in refusal(capsys, "--width 3", ModelArguments)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_required_field_that_is_missing_is_named(capsys):
     [
         ("width: wide", "width"),
         ("widht: 3", "Did you mean width"),
-        ("width: 3\nwidth: 4", "stands twice"),
+        ("width: 3\nwidth: 4", "duplicate key"),
         ("- 1", "mapping"),
         ("a: [", "not YAML"),
         ("3: 4", "mapping"),
@@ -260,7 +260,7 @@ def test_two_fields_of_one_name_are_refused():
     class Clash:
         seed: int = 0
 
-    with pytest.raises(ConfigurationError, match="'seed' of Clash.*that of TrainingArguments"):
+    with pytest.raises(ConfigurationError, match="'seed' of Clash.* a field of TrainingArguments"):
         ArgumentParser(TrainingArguments, Clash)
     with pytest.raises(ConfigurationError, match="dataclasses"):
         ArgumentParser(int)

@@ -14,7 +14,7 @@ from paths import ROOT
 
 from kbtrain import ArgumentParser, TrainingArguments
 from kbtrain.config import construction
-from kbtrain.config.inactive_settings import NEUTRAL, asks_for_nothing
+from kbtrain.config.inactive_settings import NEUTRAL, is_inactive
 from kbtrain.config.migration import DROPPED, RENAMED
 from kbtrain.errors import ConfigurationError, FrozenArgumentsError
 
@@ -80,8 +80,12 @@ def test_the_output_directory_may_be_given_by_position(tmp_path):
 @pytest.mark.parametrize(
     ("args", "kwargs", "said"),
     [
-        (("out", 8), {}, "output_dir by position and everything else by name.*'out', 8"),
-        (("out",), {"output_dir": "b"}, "given twice.*'out'; output_dir='b'"),
+        (("out", 8), {}, "output_dir by position and all other arguments by name.*'out', 8"),
+        (
+            ("out",),
+            {"output_dir": "b"},
+            "both by position and by name.*'out'; output_dir='b'",
+        ),
         ((3,), {}, "`output_dir` must be a path"),
     ],
 )
@@ -247,7 +251,7 @@ def test_every_default_of_transformers_is_accepted():
         ("hub_token", "<HUB_TOKEN>"),
     ],
 )
-def test_a_value_that_asks_for_nothing_is_accepted(name, value):
+def test_an_inactive_value_is_accepted(name, value):
     assert TrainingArguments(**{name: value}) == TrainingArguments()
     assert TrainingArguments(seed=1).replace(**{name: value}) == TrainingArguments(seed=1)
     assert ArgumentParser(TrainingArguments).parse_dict({name: value}) == (TrainingArguments(),)
@@ -256,7 +260,7 @@ def test_a_value_that_asks_for_nothing_is_accepted(name, value):
 @pytest.mark.parametrize("name", sorted({**DROPPED, **RENAMED}))
 def test_a_value_that_asks_for_something_is_refused(name):
     for value in ("yes", 7, 7.5, ["a"], {"a": 1}):
-        assert not asks_for_nothing(name, value)
+        assert not is_inactive(name, value)
         with pytest.raises(ConfigurationError, match=f"`{name}`"):
             TrainingArguments(**{name: value})
 
@@ -285,13 +289,13 @@ def test_near_misses_are_refused(name, value):
     ["--push_to_hub false", "--local-rank=-1 ", "--local_rank 0", "--hub_model_id None",
      "--ddp_timeout 1800", "--group_by_length=False --deepspeed="],
 )  # fmt: skip
-def test_the_command_line_takes_what_asks_for_nothing(line):
+def test_the_command_line_accepts_an_inactive_value(line):
     (args,) = ArgumentParser(TrainingArguments).parse_args([*line.split(), "--seed", "1"])
     assert args == TrainingArguments(seed=1)
 
 
 @pytest.mark.parametrize("line", ["--push_to_hub", "--push_to_hub --seed 1", "--local_rank 1"])
-def test_the_command_line_refuses_what_asks_for_something(line, capsys):
+def test_the_command_line_refuses_any_other_value(line, capsys):
     with pytest.raises(SystemExit):
         ArgumentParser(TrainingArguments).parse_args(line.split())
     assert f"`{line[2:].split()[0]}` does not exist here" in capsys.readouterr().err
@@ -300,7 +304,7 @@ def test_the_command_line_refuses_what_asks_for_something(line, capsys):
 def test_a_script_may_look_at_such_a_setting():
     args = TrainingArguments()
     assert {name: getattr(args, name) for name in NEUTRAL} == NEUTRAL
-    assert all(asks_for_nothing(name, value) for name, value in NEUTRAL.items())
+    assert all(is_inactive(name, value) for name, value in NEUTRAL.items())
     there = {n: v for n, v in DEFAULTS_THERE.items() if n in NEUTRAL}
     assert len(there) == 28
     assert there == {name: NEUTRAL[name] for name in there}

@@ -173,8 +173,9 @@ def test_max_time_is_kept_in_seconds(given, seconds):
 
 
 def test_the_hint_about_numbers_is_for_numbers():
-    assert "written as text" not in refusal(eval_strategy="3")
-    assert "written as text" not in refusal(learning_rate="small")
+    assert "remove the quotes" in refusal(learning_rate="3e-4")
+    assert "remove the quotes" not in refusal(eval_strategy="3")
+    assert "remove the quotes" not in refusal(learning_rate="small")
 
 
 def test_a_large_value_does_not_drown_the_message():
@@ -190,7 +191,7 @@ def test_every_field_refuses_something():
     ("arguments", "remedy"),
     [
         ({"learning_rate": "3e-4"}, "3.0e-4"),
-        ({"eval_strategy": False}, "write 'no' with quotes"),
+        ({"eval_strategy": False}, "quote it, 'no'"),
         ({"max_grad_norm": None}, "0 turns clipping off"),
         ({"max_steps": 0}, "at least 1, or -1"),
         ({"save_steps": 0}, "save_strategy='no'"),

@@ -15,7 +15,8 @@ from helpers_resume import in_new_process, make_trainer, results
 
 from kbtrain import CheckpointMismatchError, Trainer, TrainingArguments
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.config.diff import CONSEQUENCES, HARMLESS, compare_arguments
+from kbtrain.config.diff import compare_arguments
+from kbtrain.config.fields import Fields
 
 STEPS = {"plain": 18, "accumulation": 9, "short group": 6}
 
@@ -353,14 +354,31 @@ def test_other_settings_are_named_with_their_consequences(tmp_path, caplog, chan
     assert words in caplog.text
 
 
-def test_every_argument_has_a_consequence_or_is_known_to_do_no_harm():
-    """By reflection: a new field must be sorted, too."""
-    names = [field.name for field in dataclasses.fields(TrainingArguments)]
-    assert sorted([*CONSEQUENCES, *HARMLESS]) == sorted(names)
+# Fields with an effect on the numbers, the data or the schedule of a resumed run.
+CONSEQUENTIAL = {
+    *("num_train_epochs", "max_steps", "steps_per_epoch", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "optim", "optim_args", "optim_target_modules"),
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "ema", "parameter_groups", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "seed", "data_seed", "train_sampling_strategy", "length_column_name"),
+    *("bf16", "fp16", "on_nonfinite", "label_smoothing_factor", "neftune_noise_alpha"),
+}
+# Fields that may differ without a word.
+SILENT = {
+    *("output_dir", "run_name", "report_to", "per_device_eval_batch_size", "save_total_limit"),
+    *("resume_from_checkpoint", "steps_per_execution", "auto_find_batch_size", "do_train", "debug"),
+}
+
+
+def test_every_argument_states_what_its_change_means_for_a_resumed_run():
+    """By reflection: a new field must say so, too."""
+    fields = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(Fields)}
+    assert {name for name, text in fields.items() if text} >= CONSEQUENTIAL
+    assert {name for name, text in fields.items() if not text} >= SILENT
     saved = TrainingArguments().to_dict()
     assert compare_arguments(saved, saved) == []
-    told = compare_arguments(dict.fromkeys(names, "x"), saved)
-    assert [message.split()[0] for message in told] == [n for n in saved if n in CONSEQUENCES]
+    told = compare_arguments(dict.fromkeys(fields, "x"), saved)
+    assert [message.split()[0] for message in told] == [n for n in saved if fields[n]]
     assert compare_arguments({}, saved) == []
     (own,) = compare_arguments({"mine": 1}, {"mine": 2})  # a field of a subclass
     assert "mine was 1 and is 2 now: the rest of the run uses the new value" in own
