@@ -260,7 +260,7 @@ class EarlyStoppingCallback(TrainerCallback):
                 setattr(self, name, value)
             elif self._given[name] != value:
                 logger.warning(
-                    "Resuming with another setting: %s was %s and is %s now.",
+                    "Resuming with a different setting: %s was %s and is %s now.",
                     name,
                     value,
                     self._given[name],

@@ -298,7 +298,7 @@ def _restore(
     for change in compare_arguments(
         validated_json.mapping(checkpoint, "training_args"), trainer.args.to_dict()
     ):
-        logger.warning("Resuming with another setting: %s", change)
+        logger.warning("Resuming with a different setting: %s", change)
     trainer.state.continue_from(_saved_state(trainer, checkpoint))
     _restore_schedule(trainer, checkpoint)
     if trainer.args.restore_callback_states_from_checkpoint:
