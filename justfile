@@ -3,6 +3,10 @@
 default:
     @just --list
 
+# The core on one backend, in two minutes on two cores: just core torch
+core backend="jax":
+    KERAS_BACKEND={{ backend }} OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 pytest -q -n 2 -m core
+
 # The fast tests of one backend, or some of them: just test torch tests/integration/test_resume.py
 test backend="jax" *args:
     KERAS_BACKEND={{ backend }} OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3 \

@@ -86,6 +86,7 @@ def test_settings_are_put_back_after_an_error(tmp_path):
     assert switches() == before
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("devices", ["cpu", ["cpu:0"]])
 def test_a_device_by_its_name(tmp_path, devices):
     chosen, _ = run(tmp_path, devices=devices, use_cpu=False)
@@ -94,6 +95,7 @@ def test_a_device_by_its_name(tmp_path, devices):
     assert BACKEND.device_info("cpu").startswith("cpu")
 
 
+@pytest.mark.core
 def test_a_device_that_is_not_there(tmp_path):
     with pytest.raises(ConfigurationError, match=r"devices='gpu:7'.*Available devices: .*cpu:0"):
         run(tmp_path, devices=7, use_cpu=False)

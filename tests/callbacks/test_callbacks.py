@@ -14,6 +14,8 @@ from kbtrain import (
 )
 from kbtrain.callbacks.base import EVENTS
 
+pytestmark = pytest.mark.core
+
 # --- events ---------------------------------------------------------------------------------------
 
 

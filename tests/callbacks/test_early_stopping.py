@@ -13,6 +13,8 @@ from kbtrain import (
 from kbtrain.callbacks.base import metric_value
 from kbtrain.callbacks.state import TrainerState
 
+pytestmark = pytest.mark.core
+
 
 class FakeTrainer:
     is_in_train = True

@@ -11,6 +11,8 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer, Snapshot
 from kbtrain.errors import CheckpointError, FolderInUseError
 
+pytestmark = pytest.mark.core
+
 
 def snapshot(step, **more):
     return Snapshot(step, {"model": {"w": np.full(3, step)}}, {"trainer_state": {}}, {}, **more)

@@ -19,6 +19,8 @@ from kbtrain.errors import (
 )
 from kbtrain.utils import filesystem
 
+pytestmark = pytest.mark.core
+
 
 def save(store, step, **more):
     return store.save(

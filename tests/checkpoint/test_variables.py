@@ -151,6 +151,7 @@ def test_restored_values_stay_when_the_arrays_change():
     assert_equal([w], [np.ones(2**16)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_low_precision_survives_bit_for_bit(tmp_path, dtype):
     numbers = np.array([1.5, -0.0, 3.0, np.nan, -0.25], "float32")
@@ -230,6 +231,7 @@ def test_more_than_ten_layers_of_a_kind(tmp_path):
     assert_equal(second.variables, values(first.variables))
 
 
+@pytest.mark.core
 def test_user_chosen_names_match_by_name_whatever_the_order():
     def build(order):
         inputs = keras.Input((3,))
@@ -449,6 +451,7 @@ def test_slots_follow_their_model_variable_not_their_own_count():
     plan_restore(again, capture(saved), "optimizer", names)
 
 
+@pytest.mark.core
 def test_model_and_optimizer_are_restored_together_or_not_at_all():
     first, _, named = with_optimizer(OPTIMIZERS["SGD"])
     randomise(first.variables, 1)

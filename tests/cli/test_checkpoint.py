@@ -9,6 +9,8 @@ import pytest
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.cli import main
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def run(tmp_path):

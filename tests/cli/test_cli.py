@@ -75,6 +75,7 @@ def test_every_command_is_listed_and_has_help(capsys):
         assert f"python -m kbtrain {command}" in capsys.readouterr().out
 
 
+@pytest.mark.core
 def test_as_a_module_and_without_a_framework():
     program = (
         "import runpy, sys; sys.argv = ['kbtrain', 'args', 'seed']\n"

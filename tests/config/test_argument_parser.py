@@ -54,6 +54,7 @@ def refusal(capsys, line, *types):
     return printed
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -95,6 +96,7 @@ def test_both_spellings_exist_for_every_field():
         assert f"--{field.name.replace('_', '-')}" in options
 
 
+@pytest.mark.core
 def test_what_follows_from_other_fields_follows_from_the_overrides(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("eval_strategy: steps\nlogging_steps: 100\n")
@@ -124,6 +126,7 @@ def test_defaults_are_those_of_the_dataclass():
     assert parse("")[0] == TrainingArguments()
 
 
+@pytest.mark.core
 def test_files_and_overrides_in_their_order(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.json"
     first.write_text("name: q\nlearning_rate: 3e-4\neval_strategy: no\npooling: max\nwidth: 1\n")
@@ -166,6 +169,7 @@ def test_the_words_of_the_process_are_the_default(monkeypatch):
     assert args.seed == 4
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("line", "given"),
     [
@@ -184,6 +188,7 @@ def test_an_option_takes_what_the_argument_takes(line, given):
     assert parse(line) == (TrainingArguments(**given),)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("line", "said"),
     [

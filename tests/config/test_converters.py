@@ -9,6 +9,8 @@ from helpers_arguments import FIELDS, refusal
 
 from kbtrain.config.training_args import TrainingArguments
 
+pytestmark = pytest.mark.core
+
 FLAGS = [n for n, f in FIELDS.items() if f.type in ("bool", "bool | None", "FlagOrNone")]
 
 

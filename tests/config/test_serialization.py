@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.core
+
 names = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 

@@ -20,6 +20,8 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.config.validation import resolve_steps
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.core
+
 # Name -> (default as declared, value as stored). Adding a line is a decision.
 FROZEN = {
     "output_dir": (None, "trainer_output"),

@@ -7,6 +7,8 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.config.validation import check_saves_follow_evaluations
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.core
+
 
 def test_max_steps_makes_epochs_irrelevant():
     assert TrainingArguments(max_steps=5, num_train_epochs=0).max_steps == 5

@@ -27,6 +27,8 @@ from kbtrain.data import (
 )
 from kbtrain.errors import DataError
 
+pytestmark = pytest.mark.core
+
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 Y = np.arange(4)
 W = np.ones(4, np.float32)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from kbtrain.data import Batches, DataLoader, as_loader, as_source
 from kbtrain.data.blocks import BLOCK_BYTES, MAX_BLOCK
 
+pytestmark = pytest.mark.core
+
 
 def rows_of(block):
     """The micro-batches of a block, in order, as lists of first columns."""

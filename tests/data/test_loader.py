@@ -19,6 +19,8 @@ from kbtrain.data import (
 )
 from kbtrain.errors import ConfigurationError, DataError
 
+pytestmark = pytest.mark.core
+
 X = np.arange(66 * 2, dtype=np.float32).reshape(66, 2)
 Y = np.arange(66)
 

@@ -35,6 +35,7 @@ def without_process(batch):
     return {name: array.tolist() for name, array in batch.items() if name != "process"}
 
 
+@pytest.mark.core
 def test_workers_make_the_batches_that_one_process_would():
     """Random augmentation included; the position is that of the batches, for any number of them."""
     plain = loader()
@@ -83,6 +84,7 @@ def test_persistent_workers_go_on_to_the_next_epoch_and_can_be_moved():
         assert without_process(moved) == without_process(make_batch(plain, 5, 5))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("data", "message", "note"),
     [

@@ -35,6 +35,7 @@ def linear(model, x):
 # --- evaluate -------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("size", [1, 3, 8, 64])
 def test_loss_and_metrics_are_those_of_the_whole_set(tmp_path, size):
     x, y = make_data(11)
@@ -46,6 +47,7 @@ def test_loss_and_metrics_are_those_of_the_whole_set(tmp_path, size):
     assert {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} <= metrics.keys()
 
 
+@pytest.mark.core
 def test_evaluation_changes_nothing(tmp_path):
     model = batch_norm_model(dropout=0.5)
     trainer = make(tmp_path, model, eval_dataset=make_data(8))
@@ -84,6 +86,7 @@ def test_nested_columns_are_one_set(tmp_path):
     assert "eval_loss" in trainer.evaluate()
 
 
+@pytest.mark.core
 def test_compute_metrics_gets_the_whole_set_in_order(tmp_path):
     x, y = make_data(11)
     seen = []
@@ -255,6 +258,7 @@ def test_predict_without_labels(tmp_path, kind):
     }
 
 
+@pytest.mark.core
 def test_predict_with_labels_has_metrics(tmp_path):
     x, y = make_data(7)
     trainer = make(

@@ -7,6 +7,8 @@ import pytest
 from paths import ROOT
 from sklearn.datasets import load_digits
 
+pytestmark = pytest.mark.core
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

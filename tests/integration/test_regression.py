@@ -12,6 +12,8 @@ from kbtrain import Trainer
 from kbtrain.data import epoch_order
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.core
+
 GOLDEN = json.loads((GOLDEN / "train_runs.json").read_text())
 RUNS = {
     "base": {},

@@ -26,6 +26,7 @@ def test_compiled_model_loads_and_its_optimizer_continues(name):
     assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == 5
 
 
+@pytest.mark.core
 def test_checkpoint_resumes_to_the_end_of_the_uninterrupted_run(tmp_path):
     shutil.copytree(RELEASE / "checkpoint-4", tmp_path / "checkpoint-4")
     trainer = make_trainer("deterministic", tmp_path)

@@ -93,12 +93,14 @@ def test_a_run_that_was_stopped_in_another_process(whole, resumed):
     assert identical(resumed["stopped"], whole("accumulation")[1]) == []
 
 
+@pytest.mark.core
 def test_saving_does_not_change_a_run(whole, tmp_path):
     trainer = make_trainer("accumulation", tmp_path, save_strategy="no")
     trainer.fit()
     assert identical(results(trainer), whole("accumulation")[1]) == []
 
 
+@pytest.mark.core
 def test_resume_in_the_same_process_with_a_second_model(whole, tmp_path):
     """Its layers have other automatic names (dense_7 for dense_5)."""
     folder, expected = whole("plain")
@@ -266,6 +268,7 @@ def test_ignore_data_skip_begins_the_epoch_anew(whole, tmp_path):
     assert any(name.startswith("model") for name in identical(results(trainer), expected))
 
 
+@pytest.mark.core
 def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, caplog):
     folder, expected = whole("plain")
     for step in (7, 8):
@@ -283,6 +286,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path, caplog):
 # --- another run than the saved one ---------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_longer_run_goes_on_along_the_longer_schedule(tmp_path, schedule):
     """No step at a rate of zero in between, no jump back into the warmup."""
@@ -338,6 +342,7 @@ def test_data_of_another_length_is_taken_if_the_epoch_begins_anew(tmp_path, capl
     assert "had 16 samples and has 24 now" in caplog.text
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -53,6 +53,7 @@ def test_a_dict_entry_without_an_output_is_refused():
         built({"c": "mean_absolute_error"}, {"a": y, "b": y}, {"a": outputs, "b": outputs})
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("y", "outputs", "expected"),
     [
@@ -174,6 +175,7 @@ def test_padding_is_left_out_of_metrics(tmp_path, kind, compiled):
     assert train_logs(trainer, "accuracy") == [pytest.approx(expected, rel=1e-6)]
 
 
+@pytest.mark.core
 def test_training_metrics_cover_the_steps_since_the_last_log(tmp_path):
     x, y = make_data(16, 3)
     model = linear_model()

@@ -9,6 +9,8 @@ import pytest
 import optim
 from optim import registry
 
+pytestmark = pytest.mark.core
+
 
 def entry(name, loaded, dist="some-package", value=None):
     def load():

@@ -68,6 +68,7 @@ def test_a_norm_that_was_set_holds_for_every_optimizer(tmp_path):
     assert np.sqrt(sum((m**2).sum() for m in moved)) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.core
 def test_the_default_norm_is_for_optimizers_of_the_arguments(tmp_path):
     model = linear_model()
     before = weights(model)
@@ -116,6 +117,7 @@ def test_a_compiled_model_keeps_its_rate(tmp_path, caplog):
     assert not lines(caplog, "arguments")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "make",
     [

@@ -5,6 +5,8 @@ import ast
 import pytest
 from paths import ROOT, TESTS
 
+pytestmark = pytest.mark.core
+
 PACKAGES = ("kbtrain", "optim")
 SOURCES = sorted(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))
 FOLDERS = sorted({path.parent for path in SOURCES})

@@ -16,6 +16,8 @@ from paths import ROOT
 import kbtrain
 import optim
 
+pytestmark = pytest.mark.core
+
 SOURCES = sorted([*ROOT.glob("kbtrain/**/*.py"), *ROOT.glob("optim/**/*.py")])
 FRAMEWORKS = {"torch", "tensorflow", "jax", "jaxlib", "optax", "flax"}
 BACKEND_FOLDERS = ("kbtrain/backends/", "optim/kernels/")

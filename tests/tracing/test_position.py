@@ -57,6 +57,7 @@ def expected(expression, steps, per_epoch):
     return [float(expression(state)) for state in states]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_expressions_are_those_of_the_update(tmp_path, accumulation):
     args = arguments(

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from helpers import without_timings
 from helpers_callbacks import make_trainer
+
+pytestmark = pytest.mark.core
 
 
 def json_lines(path):

@@ -193,6 +193,7 @@ def interrupted(tmp_path_factory):
     return Interrupted(tmp_path_factory.mktemp("interrupted"))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", READERS)
 def test_every_value_arrives_with_its_step(whole, name):
     wanted = {(1, "train/loss"), (3, "train/loss"), (3, "eval/loss"), (3, "train/train_loss")}
@@ -205,6 +206,7 @@ def test_an_evaluation_after_the_training_goes_to_the_same_place(whole, name):
     agree(whole.read(name), whole.logged_afterwards)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", READERS)
 def test_a_resumed_run_has_every_step_once(resumed, name):
     written = resumed.read(name)

@@ -21,6 +21,8 @@ from kbtrain import (
 from kbtrain.config import process_properties
 from kbtrain.evaluation import gather
 
+pytestmark = pytest.mark.core
+
 # --- questions ------------------------------------------------------------------------------------
 
 

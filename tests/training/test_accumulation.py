@@ -66,6 +66,7 @@ def numpy_loss(model, data, mask_zero):
     return (each * keep * weight).sum() / keep.sum()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_times_two_is_eight(tmp_path, kind):
     mask_zero = kind in ("Keras mask", "all at once")
@@ -241,6 +242,7 @@ def test_batches_of_different_lengths_in_one_group(tmp_path):
     np.testing.assert_allclose(runs[2], runs[0], rtol=1e-6)
 
 
+@pytest.mark.core
 def test_batch_norm_statistics_move_once_per_micro_batch(tmp_path):
     x, y = make_data(8)
     model = batch_norm_model()

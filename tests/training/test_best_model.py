@@ -49,6 +49,7 @@ def checkpoints(path):
     return sorted(int(p.name.split("-")[1]) for p in path.glob("checkpoint-*"))
 
 
+@pytest.mark.core
 def test_the_first_of_three_is_best(tmp_path):
     trainer = make_trainer(tmp_path, [0.59, 0.57, 0.55])
     trainer.fit()
@@ -99,6 +100,7 @@ def test_save_only_when_better(tmp_path):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("limit", "accuracies", "kept"),
     [
@@ -115,6 +117,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, accuracies, kep
     assert checkpoints(tmp_path) == kept
 
 
+@pytest.mark.core
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model = batch_norm_model()
     trainer = make_trainer(tmp_path, [0.5, 0.9, 0.1], model=model, load_best_model_at_end=True)

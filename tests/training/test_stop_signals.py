@@ -81,6 +81,7 @@ def whole(tmp_path_factory):
     return outcome(trainer)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("number", "error", "code"),
     [
@@ -394,6 +395,7 @@ def tick(clock, seconds=1.0):
     return Recorder({"on_step_end": move})
 
 
+@pytest.mark.core
 def test_max_time_saves_and_returns_before_it_is_over(tmp_path, whole, clock):
     trainer = make_trainer(tmp_path, [tick(clock)], max_time="00:00:10")
     trainer.saver.longest = 1.5

@@ -49,6 +49,7 @@ PLACES = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("place", PLACES)
 def test_raise_leaves_everything_as_it_was(tmp_path, place, value):
@@ -101,6 +102,7 @@ def test_raise_also_for_a_gradient_that_is_not_finite_though_the_loss_is(tmp_pat
     assert same(weights(model), before)
 
 
+@pytest.mark.core
 def test_skip_equals_a_run_without_that_batch(tmp_path):
     args = arguments(
         tmp_path,
@@ -192,6 +194,7 @@ def test_a_trainer_can_go_on_after_the_error(tmp_path):
 # --- gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_gradient_norm_and_clipping_against_numpy(tmp_path):
     x, y = make_data(8)
     model = linear_model(use_bias=False)
@@ -244,6 +247,7 @@ def test_a_weight_that_the_loss_does_not_reach_stays(tmp_path):
     assert same(weights(idle), before)
 
 
+@pytest.mark.core
 def test_frozen_layers_stay_and_the_rest_learns(tmp_path):
     model = batch_norm_model()
     model.layers[0].trainable = False
@@ -263,6 +267,7 @@ def test_nothing_to_train_is_an_error(tmp_path):
         fit(model, arguments(tmp_path), make_data())
 
 
+@pytest.mark.core
 def test_weight_decay_spares_biases_and_norms(tmp_path):
     model = batch_norm_model()
     trainer = Trainer(

@@ -40,6 +40,7 @@ def reports(caplog):
 # --- the mechanism --------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_a_failure_is_reported_once_with_the_version_and_the_issue_page(caplog):
     calls = []
 
@@ -68,6 +69,7 @@ def test_what_fails_both_ways_is_no_failure_of_the_private_part(caplog):
     assert not count.is_broken
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("error", [NoFallback("control"), ConfigurationError("wrong")])
 def test_what_is_raised_on_purpose_passes_through(error):
     def fast(x):

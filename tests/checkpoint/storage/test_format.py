@@ -23,6 +23,8 @@ from kbtrain.checkpoint.storage.format import dump_json, parse_json, read_verifi
 from kbtrain.checkpoint.storage.hdf5_files import DeferredErrorFile
 from kbtrain.errors import CheckpointDamagedError, CheckpointError
 
+pytestmark = pytest.mark.core
+
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 NATIVE = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

@@ -7,6 +7,8 @@ import pytest
 from kbtrain.data import default_collate
 from kbtrain.errors import DataError
 
+pytestmark = pytest.mark.core
+
 ROW = np.arange(3, dtype=np.float32)
 
 

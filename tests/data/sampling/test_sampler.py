@@ -11,6 +11,8 @@ from kbtrain.data import epoch_order
 from kbtrain.data.sampling.sampler import STRATEGIES
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.core
+
 
 def slow_order(length, seed, epoch):
     """The same definition in Python integers: sort by the high bits of Philox words, then index."""

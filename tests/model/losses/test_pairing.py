@@ -7,6 +7,8 @@ import pytest
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.losses.pairing import Outputs, check_loss_weights, pair_up
 
+pytestmark = pytest.mark.core
+
 MSE, MAE = keras.losses.mean_squared_error, keras.losses.mean_absolute_error
 
 

@@ -16,6 +16,8 @@ from kbtrain.model.losses.pairs import (
     weighted_sum,
 )
 
+pytestmark = pytest.mark.core
+
 
 def tensor(value, dtype="float32"):
     return ops.convert_to_tensor(np.asarray(value, dtype))

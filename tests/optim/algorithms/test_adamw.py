@@ -7,6 +7,8 @@ from keras import ops
 
 import optim
 
+pytestmark = pytest.mark.core
+
 KERNELS = [None, "reference"]
 
 

@@ -7,6 +7,8 @@ from references import CASES, trajectory
 
 import optim
 
+pytestmark = pytest.mark.core
+
 SCALES = [1e-8, 1e-4, 1.0, 1e4]
 UPDATES = 25
 PARAMETERS = [

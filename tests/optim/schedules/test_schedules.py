@@ -12,6 +12,8 @@ from keras import ops
 import optim
 from optim.schedules.cosine import turn_remainder
 
+pytestmark = pytest.mark.core
+
 
 def values(schedule, steps):
     return [float(schedule(step)) for step in steps]
