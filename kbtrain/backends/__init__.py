@@ -1,6 +1,6 @@
-"""What differs between the frameworks, and nothing else.
+"""Everything that differs between the frameworks.
 
-``load()`` returns the module of the framework Keras runs on, which fulfils
+``load()`` returns the module of the framework that Keras runs on. It implements
 ``kbtrain.backends.protocol.Backend``.
 """
 
@@ -16,7 +16,7 @@ def load() -> Backend:
     """Return the backend module of the framework Keras was imported with.
 
     Raises:
-        ImportError: Keras runs on a backend that kbtrain has no module for.
+        ImportError: Keras runs on a backend that kbtrain does not support.
     """
     name = keras.backend.backend()
     try:

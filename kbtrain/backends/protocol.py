@@ -1,7 +1,7 @@
-"""What every backend offers: the contract of ``kbtrain.backends.{jax,tensorflow,torch}``.
+"""The interface of the backends ``kbtrain.backends.{jax,tensorflow,torch}``.
 
-The modules themselves fulfil it, function by function; a test compares the signatures. What a
-function means is said here, what is particular about it on one framework, there.
+The modules themselves implement it; a test compares the signatures. The meaning of a function is
+documented here, and details of one framework in its module.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import keras
 import numpy as np
 
 Updates = Sequence[tuple[keras.Variable, Any]]
-"""Variables with the values they are to get."""
+"""Variables with the values to assign to them."""
 
 
 class Backend(Protocol):
     """A framework that Keras runs on.
 
     Attributes:
-        name: The name Keras has for it: "jax", "tensorflow" or "torch".
-        TAKES_STRINGS: Whether tensors can hold texts, and be ragged.
+        name: Its name in Keras: "jax", "tensorflow" or "torch".
+        TAKES_STRINGS: Whether tensors can hold strings and be ragged.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Backend(Protocol):
         jit_compile: bool | str = "auto",
         calls: int = 0,
     ) -> Callable[[Any, int], Any]:
-        """Compile several calls of ``fn`` in a row as one.
+        """Compile several consecutive calls of ``fn`` into one.
 
         Args:
             fn: The step, over the chunks of one update.
-            variables: All it reads and assigns.
-            jit_compile: XLA, where it is a choice.
-            calls: How many calls there will be; 0 where that is not known.
+            variables: All variables that it reads or assigns.
+            jit_compile: Whether to use XLA, where that is optional.
+            calls: The expected number of calls; 0 if unknown.
 
         Returns:
-            ``run(block, count) -> results``, with a leading axis of that many updates.
+            ``run(block, count) -> results``, with a leading axis over updates.
         """
 
     def compile_eval_steps(
@@ -69,13 +69,14 @@ class Backend(Protocol):
 
         Args:
             fn: The evaluation step, over one batch.
-            variables: All it reads.
-            changing: Those it assigns.
-            jit_compile: XLA, where it is a choice.
-            output_bytes: Above these many bytes of outputs a call has one batch only.
+            variables: All variables that it reads.
+            changing: Those that it assigns.
+            jit_compile: Whether to use XLA, where that is optional.
+            output_bytes: Limit on the size of the outputs of one call, unless a single batch
+                exceeds it.
 
         Returns:
-            ``run(block, start, count) -> (results, how many batches they are of)``.
+            ``run(block, start, count) -> (results, number of batches that were run)``.
         """
 
     def compile_model_steps(
@@ -85,29 +86,29 @@ class Backend(Protocol):
         jit_compile: bool | str,
         eagerly: bool,
     ) -> Callable[[Any, int], Any]:
-        """Like ``compile_steps``, for a step of the model's own."""
+        """Like ``compile_steps``, for a custom step of the model."""
 
-    # --- a model's own steps --------------------------------------------------------------------
+    # --- custom steps of a model ----------------------------------------------------------------
 
     def check_signature(self, model: keras.Model, name: str) -> None:
-        """Make sure that a step can be called as Keras calls it on this framework."""
+        """Check that a step has the signature that Keras uses on this framework."""
 
     def run_train_step(self, model: keras.Model, data: Any) -> Any:
-        """One update by the model's ``train_step``; what it returns."""
+        """Run one update by the model's ``train_step`` and return its result."""
 
     def try_train_step(self, model: keras.Model, data: Any) -> None:
-        """Run the model's ``train_step`` for the variables it creates."""
+        """Run the model's ``train_step`` only to create its variables."""
 
     def run_test_step(self, model: keras.Model, data: Any) -> Any:
-        """Update the metrics with one batch by the model's ``test_step``."""
+        """Update the metrics with one batch, using the model's ``test_step``."""
 
     def run_predict_step(self, model: keras.Model, data: Any) -> Any:
-        """The outputs for one batch by the model's ``predict_step``."""
+        """Compute the outputs for one batch, using the model's ``predict_step``."""
 
     def reversible(
         self, fn: Callable[[], Any], variables: Sequence[keras.Variable]
     ) -> tuple[Any, Callable[[Any], None]]:
-        """Run ``fn``; return its result, and ``undo_if(condition)``, which undoes its changes."""
+        """Run ``fn``; return its result and ``undo_if(condition)``, which reverts its changes."""
 
     # --- inside a step --------------------------------------------------------------------------
 
@@ -120,11 +121,11 @@ class Backend(Protocol):
         """Differentiate ``fn(*args) -> (scalar, aux)`` with respect to ``variables``.
 
         Returns:
-            The scalar, ``aux``, the gradients, and what layers want to assign.
+            The scalar, ``aux``, the gradients, and the assignments that layers requested.
         """
 
     def dropping(self) -> contextlib.AbstractContextManager[keras.StatelessScope]:
-        """A scope in which assignments are forgotten; losses of layers are collected."""
+        """A scope that discards assignments and collects the losses of layers."""
 
     def scan(
         self, fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any
@@ -137,7 +138,7 @@ class Backend(Protocol):
         tensors: Sequence[Any],
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
-        """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered."""
+        """Run ``fn(tensors) -> list of tensors``, recomputing it in the backward pass."""
 
     def commit_if(self, condition: Any, updates: Updates) -> None:
         """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
@@ -161,16 +162,16 @@ class Backend(Protocol):
         factor: Any,
         variables: Sequence[keras.Variable],
     ) -> None:
-        """Update ``variables`` with the gradients times ``factor``, a scalar."""
+        """Apply the gradients, multiplied by the scalar ``factor``, to ``variables``."""
 
     def global_norm(self, gradients: Sequence[Any]) -> Any:
-        """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+        """The Euclidean norm over all gradients, in float32, or in float64 if any of them is."""
 
     def accept_numbers(self, cls: type) -> None:
-        """Let the framework's functions take objects of a class for their ``value``; once."""
+        """Make the framework's functions accept objects of a class as their ``value``."""
 
     def is_symbolic(self, variable: keras.Variable) -> bool:
-        """Whether a step is being traced, of which ``variable`` is a part."""
+        """Whether a step is being traced that has ``variable`` in its state."""
 
     def stateless_scope(self) -> Any:
         """The scope that a step runs in, or None."""
@@ -179,14 +180,15 @@ class Backend(Protocol):
         """Run user code without recording gradients."""
 
     def ragged(self, dense: Any, lengths: Sequence[Any]) -> Any:
-        """The ragged tensor that ``kbtrain.data.ragged.Ragged`` stands for.
+        """Create the ragged tensor represented by ``kbtrain.data.ragged.Ragged``.
 
         Args:
             dense: Its values, padded.
             lengths: The lengths of the rows along each ragged axis, padded.
 
         Raises:
-            NotImplementedError: The framework has none; such data is refused before.
+            NotImplementedError: The framework has no ragged tensors; such data is rejected
+                earlier.
         """
 
     # --- host and device ------------------------------------------------------------------------
@@ -196,7 +198,7 @@ class Backend(Protocol):
 
         Args:
             tree: The arrays.
-            pin: By way of page-locked memory, where that makes the copy faster.
+            pin: Whether to use page-locked memory, where that makes the copy faster.
         """
 
     def to_host(self, tree: Any) -> Any:
@@ -206,41 +208,41 @@ class Backend(Protocol):
         """Start copying tensors to the host; the result waits for the copy and returns it."""
 
     def host_view(self, value: Any) -> np.ndarray:
-        """A variable's value on the host, in its own memory where that is there; read only."""
+        """A read-only view of a variable's value on the host, without a copy if possible."""
 
     def synchronize(self) -> None:
-        """Wait until all computations that were started are done."""
+        """Wait for all pending computations."""
 
     def place(self, variables: Sequence[keras.Variable], device: str | None) -> None:
-        """Move the values of ``variables`` to ``device``; without one leave them."""
+        """Move the values of ``variables`` to ``device``; do nothing if it is None."""
 
     def device_scope(self, device: str | None) -> contextlib.AbstractContextManager[None]:
-        """Inside, new tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+        """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default."""
 
     def devices(self) -> list[str]:
-        """The devices of this process, as ``device_scope`` takes them."""
+        """The devices of this process, by the names that ``device_scope`` takes."""
 
     def device_info(self, device: str | None = None) -> str:
-        """The device in use, as a person would name it."""
+        """A readable name of the device in use."""
 
     def memory_stats(self) -> dict[str, int]:
-        """Bytes in use and at the peak on the accelerator; empty on a CPU, which does not count."""
+        """Bytes in use and at the peak on the accelerator; empty on a CPU (no counters)."""
 
     def is_oom(self, error: BaseException) -> bool:
-        """Whether ``error`` says that the device ran out of memory."""
+        """Whether ``error`` means that the device ran out of memory."""
 
     def free_memory(self) -> None:
-        """Give memory that is held for later back to the device."""
+        """Release cached memory."""
 
     # --- numbers --------------------------------------------------------------------------------
 
     def numerics(
         self, tf32: bool | None, deterministic: bool
     ) -> contextlib.AbstractContextManager[None]:
-        """Precision of float32 products, and kernels that give the same result each time."""
+        """Context that sets the precision of float32 products, and deterministic kernels."""
 
     def rng_state(self) -> dict[str, np.ndarray]:
-        """The framework's own random state, outside Keras' seed generators."""
+        """The framework's random state, besides Keras' seed generators."""
 
     def set_rng_state(self, state: dict[str, np.ndarray]) -> None:
-        """Restore what ``rng_state`` returned; that of another framework has nothing for us."""
+        """Restore the result of ``rng_state``; that of another framework is ignored."""

@@ -1,4 +1,4 @@
-"""Steps that a model brings, where they take a batch and change variables: PyTorch, TensorFlow."""
+"""Custom steps of a model on PyTorch and TensorFlow: they take a batch and assign variables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kbtrain.errors import ConfigurationError
 
 
 def check_signature(model: keras.Model, name: str) -> None:
-    """Make sure that a step can be called as Keras calls it here.
+    """Check that a step has the signature that Keras uses here.
 
     Raises:
-        ConfigurationError: It takes something else than one batch.
+        ConfigurationError: It does not take exactly one batch.
     """
     try:
         inspect.signature(getattr(model, name)).bind(None)
@@ -32,5 +32,5 @@ def run_test_step(model: keras.Model, data: Any) -> Any:
 
 
 def run_predict_step(model: keras.Model, data: Any) -> Any:
-    """The outputs for one batch."""
+    """Compute the outputs for one batch."""
     return model.predict_step(data)

@@ -44,7 +44,7 @@ from kbtrain.backends.jax.model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
-from kbtrain.backends.jax.scope import Scope, now, run_stateless
+from kbtrain.backends.jax.scope import Scope, context, run_stateless
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten
 from kbtrain.utils.keras_private import read_values, stateless_scope
@@ -62,11 +62,11 @@ def value_and_grad(
 
     Returns:
         ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
-        the layers asked for (moving statistics, seed states); nothing has been assigned yet.
+        the layers requested (moving statistics, seed states); nothing has been assigned yet.
     """
-    positions = {id(v): i for i, v in enumerate(now.state)}
+    positions = {id(v): i for i, v in enumerate(context.state)}
     indices = [positions[id(v)] for v in variables]
-    outside = [v.value for v in now.state]
+    outside = [v.value for v in context.state]
     changed_indices: list[int] = []
 
     def pure(values: list[Any]) -> tuple[Any, Any]:
@@ -80,13 +80,13 @@ def value_and_grad(
     (value, (aux, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
         [outside[i] for i in indices]
     )
-    updates = [(now.state[i], v) for i, v in zip(changed_indices, new, strict=True)]
+    updates = [(context.state[i], v) for i, v in zip(changed_indices, new, strict=True)]
     return value, aux, gradients, updates
 
 
 def dropping() -> keras.StatelessScope:
-    """A scope in which assignments are forgotten; losses of layers are collected."""
-    return Scope([(v, v.value) for v in now.state], collect_losses=True)
+    """A scope that discards assignments and collects the losses of layers."""
+    return Scope([(v, v.value) for v in context.state], collect_losses=True)
 
 
 def recompute(
@@ -94,18 +94,18 @@ def recompute(
     tensors: Sequence[Any],
     variables: Sequence[keras.Variable],
 ) -> list[Any]:
-    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+    """Run ``fn(tensors) -> list of tensors``, recomputing it in the backward pass.
 
     Args:
-        fn: May read and assign variables; both times it finds the same values.
-        tensors: Everything else it depends on.
-        variables: Those it reads or assigns (of no use here).
+        fn: May read and assign variables; both runs see the same values.
+        tensors: All other inputs of ``fn``.
+        variables: The variables that it reads or assigns (unused here).
     """
-    if not now.state:  # outside of a step there are no gradients
+    if not context.state:  # no gradients outside a step
         return fn(tensors)
     scope = stateless_scope()
-    held = [scope.get_current_value(v) for v in now.state]
-    own = read_values(now.state)
+    held = [scope.get_current_value(v) for v in context.state]
+    own = read_values(context.state)
     before = [v if x is None else x for v, x in zip(own, held, strict=True)]
     changed_indices: list[int] = []
 
@@ -116,7 +116,7 @@ def recompute(
 
     outputs, new = jax.checkpoint(pure)(before, list(tensors))
     for index, value in zip(changed_indices, new, strict=True):
-        now.state[index].assign(value)
+        context.state[index].assign(value)
     result: list[Any] = outputs
     return result
 
@@ -132,7 +132,7 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
         (carry, output), changed = run_stateless(lambda: fn(carry, x), values)
         return (carry, [changed.get(i, value) for i, value in enumerate(values)]), output
 
-    before = [v.value for v in now.state]
+    before = [v.value for v in context.state]
     leaves = jax.tree.leaves((inputs, carry, before))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):  # an eager step
         outputs = []
@@ -144,20 +144,20 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     run, _ = trace(body, (carry, before), row)
     (carry, after), outputs = jax.lax.scan(run, (carry, before), inputs)
-    for variable, value in zip(now.state, after, strict=True):
+    for variable, value in zip(context.state, after, strict=True):
         variable.assign(value)
     return carry, outputs
 
 
 def accept_numbers(cls: type) -> None:
-    """Let the framework's own functions take objects of a class for their ``value``; once."""
+    """Make JAX's functions accept objects of a class as their ``value``."""
     jax.tree_util.register_pytree_node(
         cls, lambda number: ((number.value,), None), lambda _, children: children[0]
     )
 
 
 def is_symbolic(variable: keras.Variable) -> bool:
-    """Whether a step is being traced, and ``variable`` is part of its state."""
+    """Whether a step is being traced that has ``variable`` in its state."""
     return isinstance(variable.value, jax.core.Tracer)
 
 
@@ -168,15 +168,15 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
 
 
 CONDITIONAL_BYTES = 1 << 20
-"""Size of the variables from which on a CPU decides whether to update, not what to keep."""
+"""Size of the variables above which a CPU branches instead of selecting."""
 
 
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
-    Small state is selected, and so is all state on a GPU, where reading a flag would stop the
-    queue. On a CPU a select of large state costs more than the update: old and new values both
-    have to be there, so XLA copies every slot that the rule reads twice (docs/lab/large-tables.md).
+    Small state uses a select, as does all state on a GPU, where reading the flag would stall the
+    queue. On a CPU selecting large state costs more than the update: old and new values must
+    coexist, so XLA copies every slot that the rule reads twice (docs/lab/large-tables.md).
     """
     before = [v.value for v in variables]
     size = sum(value.nbytes for value in before)
@@ -191,8 +191,8 @@ def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Var
 
 
 def _branch(condition: Any, fn: Callable[[], None]) -> None:
-    """``lax.cond``: all that ``fn`` assigns, or everything as it was."""
-    before = [v.value for v in now.state]
+    """``lax.cond`` between the assignments of ``fn`` and the unchanged values."""
+    before = [v.value for v in context.state]
     indices: list[int] = []
 
     def run(values: list[Any]) -> list[Any]:
@@ -200,24 +200,24 @@ def _branch(condition: Any, fn: Callable[[], None]) -> None:
         indices[:] = changed
         return list(changed.values())
 
-    # Traced here rather than by `cond`: what is left alone has to be known in both branches.
+    # Traced here and not by `cond`: both branches need to know which values are unchanged.
     update, _ = trace(run, before)
     after = jax.lax.cond(condition, update, lambda values: [values[i] for i in indices], before)
     for index, value in zip(indices, after, strict=True):
-        now.state[index].assign(value)
+        context.state[index].assign(value)
 
 
 def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:
-        Its result, and ``undo_if(condition)``, which takes the assignments back.
+        Its result, and ``undo_if(condition)``, which reverts the assignments.
     """
-    before = [v.value for v in now.state]
+    before = [v.value for v in context.state]
     result = fn()
 
     def undo_if(condition: Any) -> None:
-        for variable, old in zip(now.state, before, strict=True):
+        for variable, old in zip(context.state, before, strict=True):
             if variable.value is not old:
                 variable.assign(jnp.where(condition, old, variable.value))
 
@@ -230,10 +230,10 @@ def apply_optimizer(
     factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables`` with the gradients times ``factor``, a scalar.
+    """Apply the gradients, multiplied by the scalar ``factor``, to ``variables``.
 
-    Not times it are those that Keras overwrites a variable with. The stateless form, because some
-    optimizers branch on the device.
+    Gradients that overwrite their variable are not multiplied. The stateless API is used because
+    some optimizers branch on the device.
     """
     state = optimizer.variables
     values, slots = optimizer.stateless_apply(
@@ -244,7 +244,7 @@ def apply_optimizer(
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    """The Euclidean norm over all gradients, in float32, or in float64 if any of them is."""
     dtype = "float64" if any(g.dtype == jnp.float64 for g in gradients) else "float32"
     return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(dtype))) for g in gradients))
 
@@ -258,5 +258,5 @@ def _scale(gradients: Sequence[Any], factor: Any, variables: Sequence[keras.Vari
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need: here always so."""
+    """Run user code without recording gradients, which JAX never does implicitly."""
     return contextlib.nullcontext()

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kbtrain.backends.jax.device import compiler_options, free_memory
-from kbtrain.backends.jax.scope import now, run_stateless
+from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, ConcreteValueNeeded, ConfigurationError, causes, user_line
@@ -33,8 +33,8 @@ def compile_step(
 
     Args:
         fn: Function of a structure of tensors, free of host side effects.
-        variables: Everything ``fn`` reads or assigns.
-        jit_compile: ``False`` runs eagerly, to debug; anything else jits.
+        variables: All variables that ``fn`` reads or assigns.
+        jit_compile: ``False`` runs eagerly, for debugging; anything else jits.
 
     Returns:
         A function with the signature of ``fn``.
@@ -42,14 +42,14 @@ def compile_step(
     variables = list(variables)
 
     def eager(inputs: Any) -> Any:
-        with now.tracing(variables):
+        with context.tracing(variables):
             return fn(inputs)
 
     if jit_compile is False:
         return eager
 
     def pure(values: list[Any], inputs: Any) -> tuple[Any, list[Any]]:
-        with now.tracing(variables):
+        with context.tracing(variables):
             outputs, changed = run_stateless(lambda: fn(inputs), values)
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
@@ -64,7 +64,7 @@ def compile_step(
         if new:
             _compile(jitted, values, inputs)
         outputs, values = jitted(values, inputs)
-        # `assign` would convert and check each value again: ten times the cost of the whole call.
+        # `assign` would convert and check each value, at ten times the cost of the whole call.
         write_values(variables, values)
         return outputs
 
@@ -74,21 +74,21 @@ def compile_step(
 def _completing(
     variables: list[keras.Variable], jitted: Any
 ) -> Callable[[Any, Callable[[], tuple[Any, ...]]], bool]:
-    """What a step reads beside its state would be a constant for ever, so it is made state.
+    """Add undeclared variables that a step reads to its state; else they would be constants.
 
     Returns:
-        ``complete(inputs, arguments)``, to be called before ``jitted``: where it has not seen
-        inputs like these, it is traced with its ``arguments()``, ``variables`` are completed, and
-        the answer is true.
+        ``complete(inputs, arguments)``, to be called before ``jitted``. For inputs of a new
+        structure it traces the step with ``arguments()``, completes ``variables``, and returns
+        True.
     """
     known: set[Any] = set()
 
     def complete(inputs: Any, arguments: Callable[[], tuple[Any, ...]]) -> bool:
         if (key := signature(inputs)) in known:
             return False
-        now.strangers.clear()
+        context.undeclared.clear()
         jitted.trace(*arguments())
-        variables.extend(now.strangers)
+        variables.extend(context.undeclared)
         known.add(key)
         return True
 
@@ -96,10 +96,10 @@ def _completing(
 
 
 def _compile(jitted: Any, *args: Any) -> None:
-    """Compile for these arguments; the next call finds it done.
+    """Compile for these arguments ahead of the next call.
 
-    What the compiler leaves with the C library goes back to the system (a hundred megabytes),
-    before the step asks for memory of its own.
+    Memory that the compiler leaves in the C library's pools (a hundred megabytes) is returned to
+    the system before the step allocates its own.
     """
     jitted.lower(*args).compile()
     free_memory()
@@ -115,21 +115,21 @@ def compile_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads or assigns.
+        variables: All variables that ``fn`` reads or assigns.
         jit_compile: As in ``compile_step``.
-        calls: About how many steps there will be (of no use here).
+        calls: The approximate number of steps (unused here).
 
     Returns:
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
-        ``block``; its outputs come along a leading axis of at least that length. The count does
-        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+        ``block``; its outputs have a leading axis of at least that length. The count is not part
+        of the compiled code, so results do not depend on how steps are grouped into blocks.
     """
 
     def steps(inputs: tuple[Any, Any]) -> Any:
         block, count = inputs
-        before = [v.value for v in now.state]
+        before = [v.value for v in context.state]
         outputs, after = _loop(fn, [], before, block, 0, count)
-        for variable, value in zip(now.state, after, strict=True):
+        for variable, value in zip(context.state, after, strict=True):
             variable.assign(value)
         return outputs
 
@@ -146,12 +146,12 @@ def compile_model_steps(
     jit_compile: bool | str,
     eagerly: bool,
 ) -> Callable[[Any, int], Any]:
-    """Like ``compile_steps``, for a step of the model's own; jitted, unless it is to be eager."""
+    """Like ``compile_steps``, for a custom step of the model; jitted unless eager is required."""
     return compile_steps(fn, variables, False if eagerly else jit_compile)
 
 
 def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``; from where Python wants a value that a trace does not have, ``eager``."""
+    """Run ``compiled``, and ``eager`` from the first call that needs a concrete value."""
     use = compiled
 
     def call(*args: Any) -> Any:
@@ -169,7 +169,7 @@ def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Call
 
 
 def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Without jit Python may look at values, but not at those that are differentiated."""
+    """Run eagerly: Python may use concrete values, but not those being differentiated."""
 
     def call(*args: Any) -> Any:
         try:
@@ -218,17 +218,17 @@ def compile_eval_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads.
-        changing: Those of them it assigns; the others are neither donated nor replaced.
+        variables: All variables that ``fn`` reads.
+        changing: Those that it assigns; the others are neither donated nor replaced.
         jit_compile: As in ``compile_step``.
-        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
-            larger.
+        output_bytes: Limit on the size of the outputs of one call, unless a single step exceeds
+            it.
 
     Returns:
-        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
-        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
-        a leading axis of at least that length, and the number of entries that were run. Neither
-        number enters the compiled code.
+        ``call(block, start, count)``: runs ``fn`` on ``count`` entries of ``block`` from ``start``,
+        or on as many as the outputs fit. It returns the outputs along a leading axis of at least
+        that length, and the number of entries that were run. Neither number is part of the
+        compiled code.
     """
     changing = list(changing)
     fixed = [v for v in variables if not any(v is other for other in changing)]
@@ -243,7 +243,7 @@ def compile_eval_steps(
     def pure(
         constant: list[Any], values: list[Any], block: Any, start: Any, count: Any
     ) -> tuple[Any, list[Any]]:
-        with now.tracing([*fixed, *changing]):
+        with context.tracing([*fixed, *changing]):
             return _loop(fn, constant, values, block, start, count, output_bytes)
 
     jitted = jax.jit(pure, donate_argnums=1, compiler_options=compiler_options())
@@ -275,16 +275,16 @@ def _loop(
     count: Any,
     output_bytes: int | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Run ``fn`` on the entries of ``block`` from ``start`` on, in a loop, while tracing.
+    """Trace a loop that runs ``fn`` on the entries of ``block`` from ``start``.
 
     Args:
         fn: One step; its state is ``[*constant, *values]``.
-        constant: Values of the state that it leaves alone.
+        constant: Values of the state that it does not change.
         values: Values of the state that it changes.
         block: Inputs along a leading axis.
-        start: Number of the first entry.
-        count: Number of entries, at most.
-        output_bytes: Size of the outputs, at most, unless those of one entry are larger.
+        start: Index of the first entry.
+        count: Maximum number of entries.
+        output_bytes: Limit on the size of the outputs, unless a single entry exceeds it.
 
     Returns:
         The outputs along a leading axis, and the new ``values``.
@@ -320,7 +320,7 @@ def _loop(
 
 
 def _without_aliases(values: list[Any]) -> list[Any]:
-    """Copy what appears twice: one buffer cannot be donated two times."""
+    """Copy duplicates: a buffer cannot be donated twice."""
     seen: set[int] = set()
     distinct = []
     for value in values:

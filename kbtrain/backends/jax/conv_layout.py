@@ -1,12 +1,12 @@
-"""JAX: convolutions in the order that is fast in loops, too.
+"""JAX: convolutions in the layout that is fast inside loops.
 
-On CPUs XLA has a fast convolution for channels-last data and kernels. Other orders, such as those
-of a kernel's gradient, it turns into that one by itself, but not inside a loop: there they take ten
-to thirty times as long. So what runs in a loop has them turned beforehand. The same holds for
-groups of samples, as in the gradient of a depthwise kernel.
+On CPUs XLA has a fast convolution for channels-last data and kernels. It converts other layouts,
+such as those of a kernel's gradient, to that one, but not inside a loop, where they take ten to
+thirty times as long. Convolutions in loops are therefore transposed in advance. The same applies to
+batch groups, as in the gradient of a depthwise kernel.
 
-This takes traced functions apart, for which JAX promises no stability: who calls it has a plain
-way (`kbtrain.utils.fallback`).
+This rewrites jaxprs, whose API JAX does not guarantee to be stable, so callers have a fallback
+(``kbtrain.utils.fallback``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 
 def as_function(closed: Any, with_fast_convolutions: bool) -> Any:
-    """A traced function as a function of flat arguments."""
+    """Turn a traced function into a function of flat arguments."""
     if with_fast_convolutions and _has_unusual(closed.jaxpr):
         closed = _rewritten(closed)
     return jaxpr_as_fun(closed)
 
 
 def _inner(value: Any) -> list[Jaxpr]:
-    """What a parameter of an operation holds of traced functions: the body of a loop, say."""
+    """The traced functions in a parameter of an operation, such as the body of a loop."""
     if isinstance(value, tuple | list):
         return [jaxpr for item in value for jaxpr in _inner(item)]
     if isinstance(value, ClosedJaxpr):
@@ -44,7 +44,7 @@ def _has_unusual(jaxpr: Jaxpr) -> bool:
 
 
 def _is_unusual(eqn: Any) -> bool:
-    """Whether it is a convolution of another form than the fast one."""
+    """Whether an equation is a convolution in a layout other than the fast one."""
     if eqn.primitive.name != "conv_general_dilated":
         return False
     given = eqn.params["dimension_numbers"]
@@ -53,17 +53,17 @@ def _is_unusual(eqn: Any) -> bool:
 
 
 def _usual_order(rank: int) -> Any:
-    """Batch, space, channels; a kernel: space, channels in, channels out."""
+    """Batch, space, channels; for a kernel: space, channels in, channels out."""
     space = range(1, rank - 1)
     data = (0, rank - 1, *space)
     return jax.lax.ConvDimensionNumbers(data, (rank - 1, rank - 2, *range(rank - 2)), data)
 
 
 def _rewritten(value: Any) -> Any:
-    """The same with convolutions in the usual order, also inside of loops and calls."""
+    """Evaluate a jaxpr with convolutions in the fast layout, also inside loops and calls."""
     if isinstance(value, tuple | list):
         return type(value)(_rewritten(item) for item in value) if _inner(value) else value
-    # In this order: since JAX 0.12 the two are one class, and `jaxpr` of one gives itself.
+    # In this order: since JAX 0.12 the two are one class, whose `jaxpr` is itself.
     if isinstance(value, Jaxpr):
         return value.replace(eqns=[_rewritten_operation(eqn) for eqn in value.eqns])
     if isinstance(value, ClosedJaxpr):
@@ -81,7 +81,7 @@ def _rewritten_operation(eqn: Any) -> Any:
 
 
 def _convolve(primitive: Any, params: dict[str, Any], data: Any, kernel: Any) -> Any:
-    """The convolution with its arguments and its result transposed."""
+    """Evaluate a convolution with transposed arguments and result."""
     given, usual = params["dimension_numbers"], _usual_order(data.ndim)
 
     def turned(array: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
@@ -92,7 +92,7 @@ def _convolve(primitive: Any, params: dict[str, Any], data: Any, kernel: Any) ->
     kernel = turned(kernel, given.rhs_spec, usual.rhs_spec)
     changed = {"dimension_numbers": usual}
     if (groups := params["batch_group_count"]) > 1:
-        # As in a depthwise kernel's gradient. Groups of samples become groups of channels.
+        # As in the gradient of a depthwise kernel: batch groups become feature groups.
         batch, *space, channels = data.shape
         data = data.reshape(groups, batch // groups, *space, channels)
         data = jnp.moveaxis(data, 0, -2).reshape(batch // groups, *space, groups * channels)

@@ -17,7 +17,7 @@ from kbtrain.errors import DataError
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
-    """There is none here: data with ragged tensors is refused before a step is made."""
+    """Not available: data with ragged tensors is rejected earlier."""
     raise NotImplementedError("JAX has no ragged tensors that Keras could use.")
 
 
@@ -26,10 +26,10 @@ def to_device(tree: Any, pin: bool = False) -> Any:
 
     Args:
         tree: The arrays.
-        pin: Of no use here.
+        pin: Unused here.
 
     Raises:
-        DataError: An integer is too large: JAX would go on with another one.
+        DataError: An integer does not fit into 32 bits: JAX would wrap it silently.
     """
     if not jax.config.jax_enable_x64:
         for leaf in jax.tree.leaves(tree):
@@ -39,7 +39,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
 
 
 def _check_range(array: np.ndarray) -> None:
-    """Integers of 64 bits become integers of 32 bits on JAX, of which only the last ones stay."""
+    """Check that 64-bit integers fit into 32 bits, to which JAX truncates them."""
     limits = np.iinfo(np.int32 if array.dtype.kind == "i" else np.uint32)
     if array.size and (array.max() > limits.max or array.min() < limits.min):
         raise DataError(
@@ -56,35 +56,35 @@ def to_host(tree: Any) -> Any:
 
 
 def start_to_host(tree: Any) -> Callable[[], Any]:
-    """Start copying a structure of tensors to the host; the result waits for it and returns it."""
+    """Start copying tensors to the host; return a function that waits for the result."""
     for leaf in jax.tree.leaves(tree):
         leaf.copy_to_host_async()
     return lambda: jax.device_get(tree)
 
 
 def host_view(value: Any) -> np.ndarray:
-    """A variable's value on the host, in the variable's own memory where that is there."""
+    """A read-only view of a variable's value on the host, without a copy if possible."""
     return np.asarray(value)
 
 
 def synchronize() -> None:
-    """Wait until all computations that were started are done."""
+    """Wait for all pending computations."""
     jax.block_until_ready(jnp.zeros(()) + 0)
     for device in jax.local_devices():
         device.synchronize_all_activity()
 
 
 def rng_state() -> dict[str, np.ndarray]:
-    """JAX has no random state of its own: all of it is in Keras' seed generators."""
+    """JAX has no global random state; all of it is in Keras' seed generators."""
     return {}
 
 
 def set_rng_state(state: dict[str, np.ndarray]) -> None:
-    """Restore what ``rng_state`` returned (nothing on this backend)."""
+    """Restore the result of ``rng_state`` (does nothing on this backend)."""
 
 
 def devices() -> list[str]:
-    """The devices of this process, as ``device_scope`` takes them."""
+    """The devices of this process, by the names that ``device_scope`` takes."""
     platforms = dict.fromkeys([jax.devices()[0].platform, "cpu"])
     return [f"{p}:{d.id}" for p in platforms for d in jax.local_devices(backend=p)]
 
@@ -96,7 +96,7 @@ def _find(device: str) -> Any:
 
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
-    """New arrays go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default."""
     if device is None:
         yield
         return
@@ -105,10 +105,10 @@ def device_scope(device: str | None) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
-    """Move the values of ``variables`` to ``device``; without one leave them.
+    """Move the values of ``variables`` to ``device``; do nothing if it is None.
 
-    They are not bound to it: JAX would compile once for bound values and once more for those that
-    are assigned later and are not, such as a metric's after a reset.
+    The values are not committed to the device: JAX would compile once for committed values and
+    again for uncommitted ones assigned later, such as those of a metric after a reset.
     """
     if device is None:
         return
@@ -123,18 +123,17 @@ _options: dict[str, Any] | None = None
 
 
 def compiler_options() -> dict[str, Any] | None:
-    """Options for XLA that the steps compiled now get."""
+    """The XLA options for steps compiled now."""
     return _options
 
 
 @contextlib.contextmanager
 def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
-    """Precision of float32 products, and kernels that give the same result each time.
+    """Context that sets the precision of float32 products, and deterministic kernels.
 
     Args:
-        tf32: Whether they may be computed in TensorFloat-32; None leaves JAX's setting.
-        deterministic: Compile what is compiled inside without kernels whose results vary (there
-            are some on GPUs).
+        tf32: Whether products may use TensorFloat-32; None keeps JAX's setting.
+        deterministic: Whether to compile without nondeterministic kernels (GPUs have some).
     """
     global _options
     scope: Any = contextlib.nullcontext()
@@ -151,26 +150,26 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
 
 
 def device_info(device: str | None = None) -> str:
-    """The device in use, as a person would name it."""
+    """A readable name of the device in use."""
     found = jax.devices()[0] if device is None else _find(device)
     return f"{found.platform}:{found.id} ({found.device_kind})"
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the default device; empty where the device does not count."""
+    """Bytes in use and at the peak on the default device; empty if it has no counters."""
     stats = jax.devices()[0].memory_stats() or {}
     keys = {"bytes_in_use": "in_use", "peak_bytes_in_use": "peak"}
     return {new: int(stats[old]) for old, new in keys.items() if old in stats}
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether ``error`` says that the device ran out of memory."""
+    """Whether ``error`` means that the device ran out of memory."""
     named = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     return named or isinstance(error, MemoryError)
 
 
 def free_memory() -> None:
-    """Give memory that the C library holds for later back to the system, where it can do that."""
+    """Return memory cached by the C library to the system, if possible."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""JAX: steps that a model brings, called as Keras' trainer for JAX calls them: without state."""
+"""JAX: custom steps of a model, called as by Keras' trainer for JAX: stateless."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kbtrain.errors import ConfigurationError
 
 
 def check_signature(model: keras.Model, name: str) -> None:
-    """Make sure that a step can be called as Keras calls it here.
+    """Check that a step has the signature that Keras uses here.
 
     Raises:
-        ConfigurationError: It takes something else than state and batch.
+        ConfigurationError: It does not take state and batch.
     """
     try:
         inspect.signature(getattr(model, name)).bind(None, None)
@@ -30,7 +30,7 @@ def check_signature(model: keras.Model, name: str) -> None:
 
 
 def run_train_step(model: keras.Model, data: Any) -> Any:
-    """One update."""
+    """Run one update."""
     optimizer = model.optimizer
     return _run(
         model,
@@ -46,7 +46,7 @@ def run_train_step(model: keras.Model, data: Any) -> Any:
 
 
 def try_train_step(model: keras.Model, data: Any) -> None:
-    """Create the variables of the step: here that can only be those of the model's optimizer."""
+    """Create the variables of the step, which on JAX can only be those of the optimizer."""
     if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
 
@@ -62,7 +62,7 @@ def run_test_step(model: keras.Model, data: Any) -> Any:
 
 
 def run_predict_step(model: keras.Model, data: Any) -> Any:
-    """The outputs for one batch."""
+    """Compute the outputs for one batch."""
     state = model.trainable_variables, model.non_trainable_variables
     outputs, _ = model.predict_step(tuple(_values(part) for part in state), data)
     return outputs
@@ -98,7 +98,7 @@ def _values(variables: Sequence[keras.Variable]) -> list[Any]:
 def reversible(
     fn: Callable[[], Any], variables: Sequence[keras.Variable]
 ) -> tuple[Any, Callable[[Any], None]]:
-    """Run ``fn``; return its result, and ``undo_if(condition)``, which takes its changes back."""
+    """Run ``fn``; return its result and ``undo_if(condition)``, which reverts its changes."""
     before = _values(variables)
     result = fn()
 

@@ -1,4 +1,4 @@
-"""JAX: the state of the step that is being traced, as values in a scope of Keras'."""
+"""JAX: the state of the step that is being traced, as values in a Keras scope."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from kbtrain.utils.keras_private import has_value
 
 @dataclass
 class StepContext:
-    """What is being traced, for the functions that a step calls.
+    """The context of the step that is being traced, for the functions that it calls.
 
     Attributes:
         state: The variables of the step. Keras' inner scopes do not see the outer scope's values,
-            so every nested scope has to carry all of them.
-        strangers: Variables that a step has read without having been told of them: those of a
-            user's own loss, say.
+            so every nested scope must carry all of them.
+        undeclared: Undeclared variables that a step has read, such as those of a custom loss.
     """
 
     state: list[keras.Variable] = field(default_factory=list)
-    strangers: list[keras.Variable] = field(default_factory=list)
+    undeclared: list[keras.Variable] = field(default_factory=list)
 
     @contextlib.contextmanager
     def tracing(self, variables: Sequence[keras.Variable]) -> Iterator[None]:
@@ -37,18 +36,20 @@ class StepContext:
             self.state = before
 
 
-now = StepContext()
+context = StepContext()
 
 
 class Scope(keras.StatelessScope):  # type: ignore[misc]
-    """Notes the variables that are read and are not part of the state."""
+    """Records the variables that are read and are not part of the state."""
 
     def get_current_value(self, variable: keras.Variable) -> Any:
-        """The value in this scope; None where the variable itself has it."""
+        """The value in this scope; None if the variable holds it."""
         value = super().get_current_value(variable)
         unknown = value is None and has_value(variable)
-        if unknown and not any(variable is other for other in (*now.state, *now.strangers)):
-            now.strangers.append(variable)
+        if unknown and not any(
+            variable is other for other in (*context.state, *context.undeclared)
+        ):
+            context.undeclared.append(variable)
         return value
 
 
@@ -63,13 +64,13 @@ def run_stateless(
 ) -> tuple[Any, dict[int, Any]]:
     """Run ``fn`` with the state at ``values``; return its result and {index: new value}.
 
-    With ``of_loss`` it is run for its gradient: losses of layers are collected.
+    With ``of_loss`` the losses of layers are collected, for a gradient.
     """
-    mapping = list(zip(now.state, values, strict=True))
+    mapping = list(zip(context.state, values, strict=True))
     scope_class = _LossScope if of_loss else Scope
     with scope_class(mapping, collect_losses=of_loss) as scope:
-        before = [scope.get_current_value(v) for v in now.state]
+        before = [scope.get_current_value(v) for v in context.state]
         result = fn()
-        after = [scope.get_current_value(v) for v in now.state]
+        after = [scope.get_current_value(v) for v in context.state]
     pairs = enumerate(zip(before, after, strict=True))
     return result, {i: new for i, (old, new) in pairs if new is not old}

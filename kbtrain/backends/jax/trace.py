@@ -1,4 +1,4 @@
-"""JAX: a function traced once, for a loop, with convolutions that are fast in loops, too."""
+"""JAX: a function traced once, for use in a loop, with convolutions that are fast there."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
 
 
 def on_cpu() -> bool:
-    """Whether what is traced now will run on a CPU."""
+    """Whether the current trace will run on a CPU."""
     chosen = jax.config.jax_default_device
     platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
     return str(platform).startswith("cpu")

@@ -1,4 +1,4 @@
-"""TensorFlow: the step is one ``tf.function`` over the variables, which it assigns in place."""
+"""TensorFlow: the step is one ``tf.function`` that assigns the variables in place."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
     try_train_step,
 )
 from kbtrain.backends.tensorflow.optimizer import apply_optimizer, global_norm  # noqa: F401
-from kbtrain.backends.tensorflow.scope import now
+from kbtrain.backends.tensorflow.scope import context
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True
-"""Whether tensors can hold strings, and be ragged."""
+"""Whether tensors can hold strings and be ragged."""
 
 name = "tensorflow"
 
@@ -65,25 +65,25 @@ def value_and_grad(
 
     Returns:
         ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
-        the layers asked for (moving statistics, seed states); nothing has been assigned yet. A
-        variable the loss does not depend on has a zero gradient, as on JAX.
+        the layers requested (moving statistics, seed states); nothing has been assigned yet. A
+        variable that the loss does not depend on has a zero gradient, as on JAX.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
-        # Not their values: a graph that was made elsewhere (a SavedModel) reads the variables.
+        # The variables, not their values: an existing graph (a SavedModel) reads the variables.
         sources = [v.value for v in variables]
         tape.watch(sources)
         values = [tf.convert_to_tensor(source) for source in sources]
-        with NoticingScope(variables, values, now.register) as scope, inlined():
+        with NoticingScope(variables, values, context.register) as scope, inlined():
             value, aux = fn(*args)
     gradients = [
         tf.zeros_like(v) if g is None else _dense(g, v)
         for g, v in zip(tape.gradient(value, sources), values, strict=True)
     ]
-    return value, aux, gradients, scope.changes(now.variables)
+    return value, aux, gradients, scope.changes(context.variables)
 
 
 def _dense(gradient: Any, value: Any) -> Any:
-    """An embedding's gradient comes as slices, whose norm is wrong where an index repeats."""
+    """Convert the sliced gradient of an embedding, whose norm is wrong if an index repeats."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, value.shape[0])
     return gradient
@@ -91,9 +91,9 @@ def _dense(gradient: Any, value: Any) -> Any:
 
 @contextlib.contextmanager
 def dropping() -> Iterator[keras.StatelessScope]:
-    """A scope in which assignments are forgotten; losses of layers are collected."""
-    # With the values: a regularizer asks the scope for the one of its weight.
-    scope = keras.StatelessScope([(v, v.value) for v in now.variables], collect_losses=True)
+    """A scope that discards assignments and collects the losses of layers."""
+    # With the values: a regularizer reads its weight from the scope.
+    scope = keras.StatelessScope([(v, v.value) for v in context.variables], collect_losses=True)
     with scope, inlined():
         yield scope
 
@@ -103,14 +103,14 @@ def recompute(
     tensors: Sequence[Any],
     variables: Sequence[keras.Variable],
 ) -> list[Any]:
-    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+    """Run ``fn(tensors) -> list of tensors``, recomputing it in the backward pass.
 
     Args:
-        fn: May read and assign variables; both times it finds the same values.
-        tensors: Everything else it depends on.
-        variables: Those it reads or assigns.
+        fn: May read and assign variables; both runs see the same values.
+        tensors: All other inputs of ``fn``.
+        variables: The variables that it reads or assigns.
     """
-    if not now.variables:  # outside of a step there are no gradients
+    if not context.variables:  # no gradients outside a step
         return fn(tensors)
     scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())
@@ -122,7 +122,7 @@ def recompute(
     count = len(tensors)
     changed: list[keras.Variable] = []
 
-    # Variables' values are arguments: the gradient of what a closure holds would be lost.
+    # Pass the values of variables as arguments: gradients of captured tensors would be lost.
     def run(*flat: Any) -> list[Any]:
         mapping = list(zip(variables, flat[count:], strict=True))
         with LossScope(mapping, collect_losses=True) as scope, inlined():
@@ -141,20 +141,20 @@ def recompute(
 
 
 def accept_numbers(cls: type) -> None:
-    """Let the framework's own functions take objects of a class for their ``value``; once."""
-    # It has __tf_tensor__, from keras.Variable.
+    """Make TensorFlow's functions accept objects of a class as their ``value``."""
+    # Nothing to do: keras.Variable defines __tf_tensor__.
 
 
 def is_symbolic(variable: keras.Variable) -> bool:
-    """Whether a step is being traced; all that it reads is part of its state."""
+    """Whether a step is being traced; every variable that it reads is part of its state."""
     return not tf.executing_eagerly()
 
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
     for variable, value in updates:
-        if now.journal is not None:
-            now.journal.setdefault(id(variable), (variable, tf.identity(variable.value)))
+        if context.journal is not None:
+            context.journal.setdefault(id(variable), (variable, tf.identity(variable.value)))
         variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable.value))
 
 
@@ -172,21 +172,21 @@ def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:
-        Its result, and ``undo_if(condition)``, which takes the assignments back.
+        Its result, and ``undo_if(condition)``, which reverts the assignments.
     """
     journal: dict[int, tuple[keras.Variable, Any]] = {}
-    now.journal = journal
+    context.journal = journal
     try:
         if tf.executing_eagerly():
             result, before = fn(), list(journal.values())
         else:
-            # Old values have to be read before the first assignment: trace to learn of which.
+            # Old values must be read before the first assignment: trace to find out which.
             tf.function(fn, autograph=False).get_concrete_function()
             before = [(v, tf.identity(v.value)) for v, _ in journal.values()]
-            now.journal = None
+            context.journal = None
             result = fn()
     finally:
-        now.journal = None
+        context.journal = None
 
     def undo_if(condition: Any) -> None:
         for variable, old in before:
@@ -196,5 +196,5 @@ def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need: here always so."""
+    """Run user code without recording gradients, which TensorFlow only does inside a tape."""
     return contextlib.nullcontext()

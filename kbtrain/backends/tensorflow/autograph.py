@@ -1,4 +1,4 @@
-"""TensorFlow: functions that a user decorated with ``tf.function``, within our own step."""
+"""TensorFlow: functions that a user decorated with ``tf.function``, inside the train step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _KIND: Any = type(tf.function(lambda: None))
 
 @contextlib.contextmanager
 def inlined() -> Iterator[None]:
-    """Inside, decorated functions become part of the graph that calls them.
+    """Context in which decorated functions are inlined into the graph that calls them.
 
-    A graph of its own would keep what it found when it was first traced: the values that weights
-    and seeds had in that step, and it has nowhere to leave a new one. There is no public door to
-    this that also converts ``if`` and ``while`` on tensors, as the decorator does.
+    A separate graph would keep the values that weights and seeds had at its first trace, and could
+    not return new ones. No public API for this also converts ``if`` and ``while`` on tensors, as
+    the decorator does.
     """
     before = _KIND.__call__
 
@@ -36,13 +36,13 @@ def inlined() -> Iterator[None]:
 
 
 def _body(function: Any) -> Callable[..., Any]:
-    """The Python of a decorated function, converted by autograph if that was asked for."""
+    """The Python function of a decorated function, converted by autograph if that is enabled."""
     python: Any = function.python_function
     if not getattr(function, "_autograph", True):
         result: Callable[..., Any] = python
         return result
     while (wrapper := getattr(python, "_tf_decorator", None)) is not None:
-        python = wrapper.decorated_target  # autograph would change the wrapper for good
+        python = wrapper.decorated_target  # autograph would modify the wrapper permanently
     converted: Callable[..., Any] = _convert(python)
     return converted
 
@@ -50,7 +50,7 @@ def _body(function: Any) -> Callable[..., Any]:
 def _as_decorated(python: Callable[..., Any]) -> Any:
     autograph = tf.__internal__.autograph
     status = autograph.control_status_ctx()
-    # With this status autograph converts what it is given.
+    # With this status autograph converts the function.
     return autograph.tf_convert(python, type(status)(status=type(status.status).ENABLED))
 
 

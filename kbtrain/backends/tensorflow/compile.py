@@ -1,4 +1,4 @@
-"""TensorFlow: a step as a ``tf.function``, with XLA where that is likely to be faster."""
+"""TensorFlow: a step as a ``tf.function``, with XLA if that is likely to be faster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tensorflow as tf
 from kbtrain.backends.tensorflow.loop import loop
 from kbtrain.backends.tensorflow.model_steps import one_by_one
 from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, size_of
-from kbtrain.backends.tensorflow.scope import now
+from kbtrain.backends.tensorflow.scope import context
 from kbtrain.data import signature
 from kbtrain.data.ragged import has_ragged
 from kbtrain.errors import EAGER, ConcreteValueNeeded, causes, first_lines, user_line
@@ -34,17 +34,17 @@ def compile_step(
 
     Args:
         fn: Function of a structure of tensors, free of host side effects.
-        variables: Everything ``fn`` reads or assigns.
+        variables: All variables that ``fn`` reads or assigns.
         jit_compile: ``True`` compiles with XLA, ``False`` runs the graph, ``"auto"`` decides by
-            what is in the graph and how often it will run (``_against_xla``).
-        calls: About how often it will run.
+            the operations of the graph and the number of calls (``_against_xla``).
+        calls: The approximate number of calls.
 
     Returns:
         A function with the signature of ``fn``.
     """
 
     def traced(inputs: Any) -> Any:
-        with now.tracing(variables):
+        with context.tracing(variables):
             return fn(inputs)
 
     graphs: dict[Any, Callable[[Any], Any]] = {}
@@ -62,11 +62,11 @@ def compile_step(
         graph: Any = tf.function(functools.partial(traced), autograph=False)
         compiled = tf.function(functools.partial(traced), jit_compile=True, autograph=False)
         if not refused and jit_compile is not False and _has_strings(inputs):
-            refuse("strings are none of its types")  # it would end the process
+            refuse("strings are none of its types")  # XLA would end the process
         if not refused and jit_compile is not False and has_ragged(inputs):
             refuse("the sizes of ragged tensors depend on values")
         plain: Callable[[Any], Any] = graph
-        if refused:  # in another shape: to try again takes seconds, for the same answer
+        if refused:  # failed for another shape: trying again takes seconds, with the same result
             return plain
         if jit_compile is True:
             return _with_fallback(compiled, graph, refuse)
@@ -99,7 +99,7 @@ def _has_strings(inputs: Any) -> bool:
 
 
 def _looks_at_values(error: BaseException) -> bool:
-    """Whether Python wanted the value of a tensor that has none while the graph is made."""
+    """Whether Python needed the value of a symbolic tensor while the graph was traced."""
     return any(
         isinstance(cause, ConcreteValueNeeded) or "symbolic" in str(cause).lower()
         for cause in causes(error)
@@ -107,17 +107,17 @@ def _looks_at_values(error: BaseException) -> bool:
 
 
 XLA_CALLS = 200
-"""Updates from which on the seconds that XLA takes to compile are worth it."""
+"""Number of updates above which the seconds XLA takes to compile pay off."""
 
 
 def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
-    """Why XLA is not likely to be faster; empty where it is: always on a GPU, on a CPU not for all.
+    """Why XLA is unlikely to be faster; empty if it is likely, as always on a GPU.
 
-    A rule about the graph, not a measurement: the same program gives the same numbers each time.
+    This is a rule about the graph, not a measurement, so a program always makes the same choice.
     On a CPU XLA's convolutions take twice as long as the graph's, its random numbers twenty times
-    as long, its decompositions (of an optimizer, say) minutes; and around the update of large
-    tables it copies them; the graph does not, and XLA compiles its update, too
-    (docs/lab/large-tables.md).
+    as long, and matrix decompositions (of an optimizer, for example) minutes. XLA also copies
+    large tables around their update; the graph does not, and its update can itself be compiled by
+    XLA (docs/lab/large-tables.md).
     """
     if tf.config.list_logical_devices("GPU"):
         return ""
@@ -139,7 +139,7 @@ _DECOMPOSITIONS = frozenset(["Qr", "SelfAdjointEigV2", "Svd"])
 
 
 def _table_bytes(node: Any) -> int:
-    """Bytes of the gradient that ``node`` makes, if a large table's: they come by ``_dense``."""
+    """Bytes of the gradient that ``node`` computes, if it is that of a table, from ``_dense``."""
     if node.op != "UnsortedSegmentSum":
         return 0
     sizes = [side.size for side in node.attr["_output_shapes"].list.shape[0].dim]
@@ -150,12 +150,12 @@ def _table_bytes(node: Any) -> int:
 def _with_fallback(
     compiled: Callable[[Any], Any], graph: Callable[[Any], Any], refuse: Callable[[str], None]
 ) -> Callable[[Any], Any]:
-    """The step under XLA; the step as a graph if XLA cannot compile it.
+    """Run the step under XLA, or as a graph if XLA cannot compile it.
 
     Args:
-        compiled: The step, to be compiled when it is first called.
+        compiled: The step under XLA, compiled on its first call.
         graph: The step as a graph.
-        refuse: Told why, if XLA refuses the step.
+        refuse: Called with the reason if XLA rejects the step.
     """
     works: bool | None = None
 
@@ -165,7 +165,7 @@ def _with_fallback(
             return compiled(inputs)
         if works is None:
             try:
-                result = compiled(inputs)  # compiled as a whole before anything is run
+                result = compiled(inputs)  # XLA compiles the whole step before anything runs
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
                 works = False
                 refuse(first_lines(error, 1))
@@ -188,14 +188,14 @@ def compile_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads or assigns.
+        variables: All variables that ``fn`` reads or assigns.
         jit_compile: As in ``compile_step``.
-        calls: About how many steps there will be.
+        calls: The approximate number of steps.
 
     Returns:
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
-        ``block``; its outputs come along a leading axis of at least that length. The count does
-        not enter the compiled code, so the numbers do not depend on how steps are put in blocks.
+        ``block``; its outputs have a leading axis of at least that length. The count is not part
+        of the compiled code, so results do not depend on how steps are grouped into blocks.
     """
 
     def steps(inputs: tuple[Any, Any]) -> Any:
@@ -215,7 +215,7 @@ def compile_model_steps(
     jit_compile: bool | str,
     eagerly: bool,
 ) -> Callable[[Any, int], Any]:
-    """Like ``compile_steps``, for a step of the model's own; a graph, unless it is to be eager."""
+    """Like ``compile_steps``, for a custom step of the model; a graph unless eager is required."""
     if eagerly:
         return one_by_one(fn)
     return compile_steps(fn, variables, jit_compile is True)
@@ -232,17 +232,17 @@ def compile_eval_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads.
-        changing: Those of them it assigns (of no use here).
+        variables: All variables that ``fn`` reads.
+        changing: Those that it assigns (unused here).
         jit_compile: As in ``compile_step``.
-        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
-            larger.
+        output_bytes: Limit on the size of the outputs of one call, unless a single step exceeds
+            it.
 
     Returns:
-        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
-        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
-        a leading axis of at least that length, and the number of entries that were run. Neither
-        number enters the compiled code.
+        ``call(block, start, count)``: runs ``fn`` on ``count`` entries of ``block`` from ``start``,
+        or on as many as the outputs fit. It returns the outputs along a leading axis of at least
+        that length, and the number of entries that were run. Neither number is part of the
+        compiled code.
     """
 
     def steps(inputs: tuple[Any, Any, Any]) -> Any:
@@ -253,7 +253,7 @@ def compile_eval_steps(
 
         length = tf.nest.flatten(block)[0].shape[0]
         specs: Any = None
-        if tf.executing_eagerly():  # what cannot be traced runs one step at a time
+        if tf.executing_eagerly():  # an untraceable step runs one at a time
             length = 1
         if length > 1:  # traced once to learn the size of the outputs
             probe = tf.function(fn, autograph=False).get_concrete_function(row(0))

@@ -19,16 +19,16 @@ def to_device(tree: Any, pin: bool = False) -> Any:
 
     Args:
         tree: The arrays.
-        pin: Of no use here.
+        pin: Unused here.
     """
     return tf.nest.map_structure(tf.convert_to_tensor, tree)
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
-    """The ragged tensor that ``kbtrain.data.ragged.Ragged`` stands for.
+    """Create the ragged tensor represented by ``kbtrain.data.ragged.Ragged``.
 
     Args:
-        dense: Its values, padded; symbolic to get a symbolic one.
+        dense: Its values, padded; symbolic values give a symbolic tensor.
         lengths: The lengths of the rows along each ragged axis, padded.
     """
     if isinstance(dense, keras.KerasTensor):
@@ -52,38 +52,38 @@ def to_host(tree: Any) -> Any:
 
 
 def start_to_host(tree: Any) -> Callable[[], Any]:
-    """The result waits for a structure of tensors and returns it as NumPy arrays."""
+    """Return a function that waits for a structure of tensors and returns NumPy arrays."""
     return lambda: to_host(tree)
 
 
 def host_view(value: Any) -> np.ndarray:
-    """A variable's value on the host, in the variable's own memory where that is there."""
+    """A read-only view of a variable's value on the host, without a copy if possible."""
     tensor = tf.convert_to_tensor(value)
     try:
-        # ``numpy()`` makes a copy; the buffer of a tensor in host memory is that memory.
+        # ``numpy()`` copies; the buffer protocol of a tensor in host memory does not.
         return np.asarray(memoryview(tensor))
-    except (TypeError, ValueError, BufferError):  # types that Python's buffers do not know
+    except (TypeError, ValueError, BufferError):  # types that the buffer protocol does not support
         return np.asarray(tensor.numpy())
 
 
 def synchronize() -> None:
-    """Wait until all computations that were started are done."""
+    """Wait for all pending computations."""
     tf.test.experimental.sync_devices()
 
 
 def rng_state() -> dict[str, np.ndarray]:
-    """Keras draws from its seed generators only; TensorFlow's own generator is the global one."""
+    """The state of TensorFlow's global generator; Keras only uses its own seed generators."""
     return {"generator": tf.random.get_global_generator().state.numpy()}
 
 
 def set_rng_state(state: dict[str, np.ndarray]) -> None:
-    """Restore what ``rng_state`` returned; a checkpoint of another backend has nothing for us."""
+    """Restore the result of ``rng_state``; that of another backend is ignored."""
     if "generator" in state:
         tf.random.get_global_generator().reset(state["generator"])
 
 
 def devices() -> list[str]:
-    """The devices of this process, as ``device_scope`` takes them."""
+    """The devices of this process, by the names that ``device_scope`` takes."""
     listed = [*tf.config.list_logical_devices("GPU"), *tf.config.list_logical_devices("CPU")]
     return [d.name.removeprefix("/device:").lower() for d in listed]
 
@@ -95,7 +95,7 @@ def _named(device: str) -> str:
 
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
-    """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default."""
     if device is None:
         yield
         return
@@ -104,7 +104,7 @@ def device_scope(device: str | None) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
-    """Move the values of ``variables`` to ``device``; without one leave them."""
+    """Move the values of ``variables`` to ``device``; do nothing if it is None."""
     if device is None:
         return
     name = _named(device)
@@ -114,7 +114,7 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
 
 
 def _put_on(variable: keras.Variable, device: str) -> None:
-    held_values([variable])  # there, or this would make an attribute that nobody reads
+    held_values([variable])  # checked, as otherwise this would set an unused attribute
     with tf.device(device):
         variable._value = tf.Variable(
             variable.value, trainable=variable.trainable, name=variable.name
@@ -132,11 +132,11 @@ _move = PrivateApi(
 
 @contextlib.contextmanager
 def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
-    """Precision of float32 products, and kernels that give the same result each time.
+    """Context that sets the precision of float32 products, and deterministic kernels.
 
     Args:
-        tf32: Whether they may be computed in TensorFloat-32; None leaves TensorFlow's setting.
-        deterministic: Operations without such a kernel raise an error.
+        tf32: Whether products may use TensorFloat-32; None keeps TensorFlow's setting.
+        deterministic: Whether operations without a deterministic kernel raise an error.
     """
     before = tf.config.experimental.tensor_float_32_execution_enabled()
     was = _is_determinism_on()
@@ -152,7 +152,7 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
             _turn_determinism_off()
 
 
-# There is no public way to turn determinism off again, or to ask for it.
+# TensorFlow has no public API to query determinism or to turn it off again.
 def _asks_for_determinism() -> bool:
     from tensorflow.python.framework import config
 
@@ -184,7 +184,7 @@ _turn_determinism_off = PrivateApi(
 
 
 def device_info(device: str | None = None) -> str:
-    """The device in use, as a person would name it."""
+    """A readable name of the device in use."""
     name = devices()[0] if device is None else _named(device).removeprefix("/").lower()
     if name.startswith("cpu"):
         return name
@@ -194,7 +194,7 @@ def device_info(device: str | None = None) -> str:
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the GPU; empty on the CPU, which does not count."""
+    """Bytes in use and at the peak on the GPU; empty on the CPU, which has no counters."""
     if not tf.config.list_logical_devices("GPU"):
         return {}
     info = tf.config.experimental.get_memory_info("GPU:0")
@@ -202,11 +202,11 @@ def memory_stats() -> dict[str, int]:
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether ``error`` says that the device ran out of memory."""
+    """Whether ``error`` means that the device ran out of memory."""
     # Under XLA it may be an internal error that says so.
     named = isinstance(error, MemoryError | tf.errors.ResourceExhaustedError)
     return named or (isinstance(error, tf.errors.OpError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def free_memory() -> None:
-    """Give memory that is held for later back to the device (nothing on this backend)."""
+    """Release cached memory (does nothing on this backend)."""

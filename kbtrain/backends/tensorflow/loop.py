@@ -19,7 +19,7 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
 def loop(
     fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any, count: Any
 ) -> tuple[Any, Any]:
-    """``scan`` over the first ``count`` entries; the outputs have room for all."""
+    """``scan`` over the first ``count`` entries; the outputs are allocated for all."""
     size = tf.nest.flatten(inputs)[0].shape[0]
 
     def row(i: Any) -> Any:
@@ -32,7 +32,7 @@ def loop(
             outputs.append(output)
         return carry, tf.nest.map_structure(lambda *t: tf.stack(t), *outputs)
 
-    # The loop's arrays need dtypes and shapes beforehand: trace the body once to learn them.
+    # The loop's arrays need dtypes and shapes in advance: trace the body once.
     traced = tf.function(fn, autograph=False).get_concrete_function(carry, row(0))
     specs = traced.structured_outputs[1]
     arrays = tf.nest.map_structure(

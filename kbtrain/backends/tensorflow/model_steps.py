@@ -1,4 +1,4 @@
-"""TensorFlow: steps that a model brings, called as Keras' trainer for TensorFlow calls them."""
+"""TensorFlow: custom steps of a model, called as by Keras' trainer for TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import tensorflow as tf
 
 
 def run_train_step(model: keras.Model, data: Any) -> Any:
-    """One update; it has its own tape."""
+    """Run one update; the step has its own tape."""
     return model.train_step(data)
 
 
 def try_train_step(model: keras.Model, data: Any) -> None:
-    """Run the step for the variables it creates: trace it, if that is possible."""
+    """Run the step only to create its variables, in a trace if possible."""
     step = tf.function(functools.partial(model.train_step), autograph=False)
     if not model.run_eagerly:
         with contextlib.suppress(Exception):  # the one that follows is to be seen
@@ -27,7 +27,7 @@ def try_train_step(model: keras.Model, data: Any) -> None:
 
 
 def one_by_one(fn: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
-    """``call(block, count)`` as that of ``compile_steps``, without a graph."""
+    """``call(block, count)`` as from ``compile_steps``, run eagerly."""
 
     def call(block: Any, count: int) -> Any:
         rows = [tf.nest.map_structure(lambda t, i=i: t[i], block) for i in range(count)]
@@ -39,7 +39,7 @@ def one_by_one(fn: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
 def reversible(
     fn: Callable[[], Any], variables: Sequence[keras.Variable]
 ) -> tuple[Any, Callable[[Any], None]]:
-    """Run ``fn``; return its result, and ``undo_if(condition)``, which takes its changes back."""
+    """Run ``fn``; return its result and ``undo_if(condition)``, which reverts its changes."""
     before = [tf.identity(v.value) for v in variables]
     result = fn()
 

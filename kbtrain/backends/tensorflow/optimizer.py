@@ -1,4 +1,4 @@
-"""TensorFlow: one update of the optimizer, compiled by XLA where passes over memory count."""
+"""TensorFlow: one optimizer update, compiled by XLA where memory bandwidth dominates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kbtrain.backends.scopes import is_overwritten
 from kbtrain.utils.fallback import PrivateApi
 
 LARGE_BYTES = 1 << 20
-"""Size of trained variables from which on passes over memory count."""
+"""Total size of trained variables above which memory bandwidth dominates."""
 
 BYTES_PER_VARIABLE = 1 << 18
-"""Their mean size from which on compiling the update pays: each takes megabytes to compile."""
+"""Mean size above which compiling pays off; compiling takes megabytes per variable."""
 
 # fmt: off
 _ELEMENTWISE = frozenset([
@@ -29,7 +29,7 @@ _ELEMENTWISE = frozenset([
     "Sub", "Tanh", "ZerosLike",
 ])
 # fmt: on
-"""What XLA makes one pass of, and certainly compiles."""
+"""Operations that XLA fuses into one pass and always compiles."""
 
 
 def apply_optimizer(
@@ -38,12 +38,12 @@ def apply_optimizer(
     factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables`` with the gradients times ``factor``, a scalar.
+    """Apply the gradients, multiplied by the scalar ``factor``, to ``variables``.
 
-    Not times it are those that Keras overwrites a variable with.
+    Gradients that overwrite their variable are not multiplied.
 
-    In a graph each operation of the rule is a pass over memory. So where the rule is elementwise
-    and the variables are large, XLA compiles it, also in a step that otherwise runs as a graph.
+    In a graph each operation of the rule is a pass over memory. If the rule is elementwise and the
+    variables are large, XLA therefore compiles the update, even in a step that runs as a graph.
     """
 
     def apply(gradients: Sequence[Any], factor: Any) -> None:
@@ -61,20 +61,20 @@ def apply_optimizer(
 
 
 def size_of(tensor: Any) -> int:
-    """Bytes of a tensor; 0 if its shape is not known."""
+    """Bytes of a tensor; 0 if its shape is unknown."""
     result: int = (tensor.shape.num_elements() or 0) * tensor.dtype.size
     return result
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    """The Euclidean norm over all gradients, in float32, or in float64 if any of them is."""
     dtype = "float64" if any(g.dtype == tf.float64 for g in gradients) else "float32"
     square = _squared_norm if _for_xla_on_cpu() else _squared_norm_of_a_graph
     return tf.sqrt(tf.add_n([square(tf.cast(g, dtype)) for g in gradients]))
 
 
 def _for_xla_on_cpu() -> bool:
-    """Whether what is traced now is compiled by XLA for a CPU."""
+    """Whether the current trace is compiled by XLA for a CPU."""
     return _for_xla() and not tf.config.list_logical_devices("GPU")
 
 
@@ -95,7 +95,7 @@ _for_xla = PrivateApi(
 
 
 def _squared_norm_of_a_graph(tensor: Any) -> Any:
-    return 2.0 * tf.nn.l2_loss(tensor)  # needs no squares in memory
+    return 2.0 * tf.nn.l2_loss(tensor)  # does not store the squares
 
 
 SLICES = 16
@@ -103,14 +103,14 @@ SLICES = 16
 
 
 def _squared_norm(tensor: Any) -> Any:
-    """The sum of squares in vectors: XLA on a CPU adds one number of a sum after the other."""
+    """The sum of squares, vectorised: XLA on a CPU reduces sequentially."""
     count = tensor.shape.num_elements()
     if count is None or count < 1 << 12:
         return tf.reduce_sum(tensor * tensor)
     flat = tf.reshape(tensor, [-1])
     even = count - count % SLICES
     slices = tf.unstack(tf.reshape(flat[:even] if even < count else flat, [SLICES, -1]))
-    # Squares of slices, not slices of squares, which XLA would keep in memory.
+    # Squares of slices, not slices of the square, which XLA would materialise.
     sums = [part * part for part in slices]
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]

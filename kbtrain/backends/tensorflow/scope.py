@@ -1,4 +1,4 @@
-"""TensorFlow: what is being traced, for the functions that a step calls."""
+"""TensorFlow: the context of the step that is being traced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import keras
 
 @dataclass
 class StepContext:
-    """What the functions that a step calls need to know of it.
+    """The context of the step that is being traced, for the functions that it calls.
 
     Attributes:
-        variables: The variables of the step being traced, to find out which of them layers change.
-        journal: The variables that ``commit_if`` assigns, by id, with their old values; None while
-            nobody may want these back.
+        variables: The variables of the step, to find out which of them layers assign.
+        journal: The variables that ``commit_if`` assigns, by id, with their old values; None if no
+            rollback can follow.
     """
 
     variables: list[keras.Variable] = field(default_factory=list)
@@ -38,4 +38,4 @@ class StepContext:
             self.variables.append(variable)
 
 
-now = StepContext()
+context = StepContext()

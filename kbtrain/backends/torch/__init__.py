@@ -42,7 +42,7 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
-from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, now
+from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
@@ -59,15 +59,15 @@ def compile_step(
 ) -> Callable[[Any], Any]:
     """Compile ``fn(inputs) -> outputs``, which reads and assigns ``variables``.
 
-    The step is recorded once for each shape of its inputs (``torch_capture``), in a fraction of a
-    second, and then runs without Keras' Python. What cannot be recorded runs eagerly, and the log
-    says why.
+    The step is captured once for each shape of its inputs (``kbtrain.backends.torch.capture``), in
+    a fraction of a second, and then runs without Keras' Python. A step that cannot be captured
+    runs eagerly, and the reason is logged.
 
     Args:
         fn: Function of a structure of tensors, free of host side effects.
-        variables: Everything ``fn`` reads or assigns.
-        jit_compile: ``False`` runs eagerly, to debug; ``True`` compiles the record further by
-            ``torch.compile``; anything else records.
+        variables: All variables that ``fn`` reads or assigns.
+        jit_compile: ``False`` runs eagerly, for debugging; ``True`` compiles the captured step with
+            ``torch.compile``; anything else captures.
 
     Returns:
         A function with the signature of ``fn``.
@@ -85,13 +85,13 @@ def compile_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads or assigns.
+        variables: All variables that ``fn`` reads or assigns.
         jit_compile: As in ``compile_step``.
-        calls: About how many steps there will be (of no use here).
+        calls: The approximate number of steps (unused here).
 
     Returns:
         ``call(block, count)``: runs ``fn`` on the first ``count`` entries along the leading axis of
-        ``block``; its outputs come along a leading axis.
+        ``block``; its outputs have a leading axis.
     """
     runner = Runner(fn, variables, jit_compile)
 
@@ -112,7 +112,7 @@ def compile_model_steps(
     jit_compile: bool | str,
     eagerly: bool,
 ) -> Callable[[Any, int], Any]:
-    """Like ``compile_steps``, for a step of the model's own: it calls ``backward``, so eagerly."""
+    """Like ``compile_steps``, for a custom step of the model: eager, as it calls ``backward``."""
     return compile_steps(fn, variables, False)
 
 
@@ -131,16 +131,16 @@ def compile_eval_steps(
 
     Args:
         fn: One step, ``fn(inputs) -> outputs``.
-        variables: Everything ``fn`` reads.
-        changing: Those of them it assigns (of no use here).
+        variables: All variables that ``fn`` reads.
+        changing: Those that it assigns (unused here).
         jit_compile: As in ``compile_step``.
-        output_bytes: Size of the outputs of one call, at most, unless those of a single step are
-            larger.
+        output_bytes: Limit on the size of the outputs of one call, unless a single step exceeds
+            it.
 
     Returns:
-        ``call(block, start, count)``: runs ``fn`` on the entries of ``block`` from ``start`` on:
-        ``count`` of them, or as many as the outputs have room for. Its result is the outputs along
-        a leading axis, and the number of entries that were run.
+        ``call(block, start, count)``: runs ``fn`` on ``count`` entries of ``block`` from ``start``,
+        or on as many as the outputs fit. It returns the outputs along a leading axis, and the
+        number of entries that were run.
     """
     runner = Runner(fn, variables, jit_compile)
 
@@ -170,18 +170,18 @@ def value_and_grad(
 
     Returns:
         ``(value, aux, gradients, updates)``: updates are the ``(variable, new value)`` pairs that
-        the layers asked for (moving statistics, seed states); nothing has been assigned yet. A
-        variable the loss does not depend on has a zero gradient, as on JAX.
+        the layers requested (moving statistics, seed states); nothing has been assigned yet. A
+        variable that the loss does not depend on has a zero gradient, as on JAX.
     """
     values = [v.value for v in variables]
     with torch.enable_grad():
-        with NoticingScope(variables, values, now.register) as scope:
+        with NoticingScope(variables, values, context.register) as scope:
             value, aux = fn(*args)
         gradients = torch.autograd.grad(value, values, allow_unused=True)
     gradients = [
         torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)
     ]
-    updates = [(v, new.detach()) for v, new in scope.changes(now.variables)]
+    updates = [(v, new.detach()) for v, new in scope.changes(context.variables)]
     return value.detach(), keras.tree.map_structure(_detach, aux), gradients, updates
 
 
@@ -195,9 +195,9 @@ def _detach(x: Any) -> Any:
 
 
 def dropping() -> keras.StatelessScope:
-    """A scope in which assignments are forgotten; losses of layers are collected."""
-    # With the values: a regularizer asks the scope for the one of its weight.
-    return keras.StatelessScope([(v, v.value) for v in now.variables], collect_losses=True)
+    """A scope that discards assignments and collects the losses of layers."""
+    # With the values: a regularizer reads its weight from the scope.
+    return keras.StatelessScope([(v, v.value) for v in context.variables], collect_losses=True)
 
 
 def recompute(
@@ -205,17 +205,17 @@ def recompute(
     tensors: Sequence[Any],
     variables: Sequence[keras.Variable],
 ) -> list[Any]:
-    """Run ``fn(tensors) -> list of tensors``; for gradients it is run again, not remembered.
+    """Run ``fn(tensors) -> list of tensors``, recomputing it in the backward pass.
 
     Args:
-        fn: May read and assign variables; both times it finds the same values.
-        tensors: Everything else it depends on.
-        variables: Those it reads or assigns.
+        fn: May read and assign variables; both runs see the same values.
+        tensors: All other inputs of ``fn``.
+        variables: The variables that it reads or assigns.
     """
     if not torch.is_grad_enabled():
         return fn(tensors)
-    if now.capturing:
-        # Captured, the second run of a layer that draws random numbers gives other gradients.
+    if context.capturing:
+        # In a captured step the recomputation of a random layer would give different gradients.
         raise NotCapturable("layers are to be run again, which a record would not do")
     scope = stateless_scope()
     variables = list({id(v): v for v in variables}.values())
@@ -234,7 +234,7 @@ def recompute(
         changes[:] = [(v, new) for v, old, new in pairs if new is not old]
         return tuple(outputs)
 
-    # It would be stopped early by an exception, which Keras takes for an error of the layer.
+    # No early stop: it works by an exception, which Keras reports as an error of the layer.
     with checkpoint.set_checkpoint_early_stop(False):
         outputs = checkpoint.checkpoint(run, *tensors, use_reentrant=False)
     for variable, value in list(changes):
@@ -245,13 +245,13 @@ def recompute(
 def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """``carry, output = fn(carry, x)`` for each x along the leading axis of ``inputs``.
 
-    ``fn`` may assign variables; all other tensors it uses are in the carry and the inputs (it is
-    captured, and everything else would be a constant). Returns the last carry and the outputs
+    ``fn`` may assign variables; all other tensors it uses must be in the carry and the inputs, as
+    it is captured and anything else would be a constant. Returns the last carry and the outputs
     along a new leading axis.
     """
-    if now.capturing:
+    if context.capturing:
         raise CapturePerMicroBatch("it has a loop, whose body is captured by itself")
-    body = fn if now.compile_body is None else now.compile_body(fn)
+    body = fn if context.compile_body is None else context.compile_body(fn)
     length = keras.tree.flatten(inputs)[0].shape[0]
     outputs = []
     for i in range(length):
@@ -261,15 +261,15 @@ def scan(fn: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> 
 
 
 def accept_numbers(cls: type) -> None:
-    """Let the framework's own functions take objects of a class for their ``value``; once."""
-    # It has __torch_function__, from keras.Variable.
+    """Make torch's functions accept objects of a class as their ``value``."""
+    # Nothing to do: keras.Variable defines __torch_function__.
 
 
 def is_symbolic(variable: keras.Variable) -> bool:
-    """Whether a step is being recorded; ``variable`` is part of its state then."""
-    if now.capturing:
-        now.register(variable)
-    return now.capturing
+    """Whether a step is being recorded, which then has ``variable`` in its state."""
+    if context.capturing:
+        context.register(variable)
+    return context.capturing
 
 
 def _on_cpu(condition: Any) -> bool:
@@ -279,14 +279,14 @@ def _on_cpu(condition: Any) -> bool:
 
 def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> None:
     """Assign each new value where ``condition`` (a boolean scalar on the device) holds."""
-    guarded = now.capturing and _on_cpu(condition)
+    guarded = context.capturing and _on_cpu(condition)
     if guarded:
         guard(condition)
     for variable, value in updates:
-        if now.capturing:
-            now.committed.append(variable)
+        if context.capturing:
+            context.committed.append(variable)
         else:
-            now.journal_value(variable)
+            context.journal_value(variable)
         if not guarded:
             value = torch.where(condition, value.to(variable.value.dtype), variable.value)
         variable.assign(value)
@@ -295,11 +295,11 @@ def commit_if(condition: Any, updates: Sequence[tuple[keras.Variable, Any]]) -> 
 def run_if(condition: Any, fn: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
     """Run ``fn``, keeping what it assigns to ``variables`` only where ``condition`` holds.
 
-    On the CPU the flag can be read for nothing. On a GPU reading it would stop the queue: there
-    fused optimizers are given the flag, and for what else changes old values are kept and selected.
+    On the CPU reading the flag is free. On a GPU it would stall the queue: fused optimizers receive
+    the flag, and for all other changes the old values are kept and selected.
     """
     if _on_cpu(condition):
-        if now.capturing:
+        if context.capturing:
             guard(condition)
             fn()
         elif condition:
@@ -333,13 +333,13 @@ def with_rollback(fn: Callable[[], Any]) -> tuple[Any, Callable[[Any], None]]:
     """Run ``fn``, which assigns variables through ``commit_if``.
 
     Returns:
-        Its result, and ``undo_if(condition)``, which takes the assignments back.
+        Its result, and ``undo_if(condition)``, which reverts the assignments.
     """
-    journal = now.journal = {}
+    journal = context.journal = {}
     try:
         result = fn()
     finally:
-        now.journal = None
+        context.journal = None
 
     def undo_if(condition: Any) -> None:
         for variable, old in journal.values():
@@ -354,9 +354,9 @@ def apply_optimizer(
     factor: Any,
     variables: Sequence[keras.Variable],
 ) -> None:
-    """Update ``variables`` with the gradients times ``factor``, a scalar.
+    """Apply the gradients, multiplied by the scalar ``factor``, to ``variables``.
 
-    Not times it are those that Keras overwrites a variable with.
+    Gradients that overwrite their variable are not multiplied.
     """
     _multiply(
         [g for g, v in zip(gradients, variables, strict=True) if not is_overwritten(v)], factor
@@ -365,7 +365,7 @@ def apply_optimizer(
 
 
 def global_norm(gradients: Sequence[Any]) -> Any:
-    """Euclidean norm over all elements of all gradients, in float32, or float64 if any is."""
+    """The Euclidean norm over all gradients, in float32, or in float64 if any of them is."""
     wide = any(g.dtype == torch.float64 for g in gradients)
     norms = _norms(list(gradients), torch.float64 if wide else torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -392,6 +392,6 @@ _multiply = PrivateApi(
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:
-    """Code of the user's runs without keeping what a gradient would need."""
+    """Run user code without recording gradients."""
     result: contextlib.AbstractContextManager[Any] = torch.no_grad()
     return result

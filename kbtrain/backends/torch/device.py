@@ -13,7 +13,7 @@ import torch
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
-    """There is none here: data with ragged tensors is refused before a step is made."""
+    """Not available: data with ragged tensors is rejected earlier."""
     raise NotImplementedError("PyTorch has no ragged tensors that Keras could use.")
 
 
@@ -22,14 +22,14 @@ def to_device(tree: Any, pin: bool = False) -> Any:
 
     Args:
         tree: The arrays.
-        pin: For a GPU, copy from page-locked memory: the host does not wait for the copy.
+        pin: Whether to copy to a GPU from page-locked memory, so that the host does not wait.
     """
     device = _device()
     pin = pin and device.type == "cuda"
 
     def to_tensor(x: Any) -> Any:
         array = np.asarray(x)
-        if not array.flags.writeable:  # torch shares the memory, and has no read-only tensors
+        if not array.flags.writeable:  # torch shares the memory but has no read-only tensors
             array = array.copy()
         tensor = torch.from_numpy(array)
         return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
@@ -47,9 +47,9 @@ def to_host(tree: Any) -> Any:
 
 
 def start_to_host(tree: Any) -> Callable[[], Any]:
-    """Start copying a structure of tensors to the host; the result waits for it and returns it.
+    """Start copying tensors to the host; return a function that waits for the result.
 
-    On a GPU the copy is queued before whatever is started next, so that it does not wait for that.
+    On a GPU the copy is queued before any later work, so that it does not wait for that work.
     """
     leaves = keras.tree.flatten(tree)
     if not any(leaf.is_cuda for leaf in leaves):
@@ -66,19 +66,19 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
 
 
 def host_view(value: Any) -> np.ndarray:
-    """A variable's value on the host, in the variable's own memory where that is there."""
+    """A read-only view of a variable's value on the host, without a copy if possible."""
     result: np.ndarray = keras.ops.convert_to_numpy(value)
     return result
 
 
 def synchronize() -> None:
-    """Wait until all computations that were started are done."""
+    """Wait for all pending computations."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def rng_state() -> dict[str, np.ndarray]:
-    """The state of torch's generators (a Keras layer without a seed draws from them)."""
+    """The state of torch's generators, which Keras layers without a seed use."""
     state = {"cpu": torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
         state |= {f"cuda_{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -86,7 +86,7 @@ def rng_state() -> dict[str, np.ndarray]:
 
 
 def set_rng_state(state: dict[str, np.ndarray]) -> None:
-    """Restore what ``rng_state`` returned; a checkpoint of another backend has nothing for us."""
+    """Restore the result of ``rng_state``; that of another backend is ignored."""
     if "cpu" in state:
         torch.set_rng_state(torch.from_numpy(np.array(state["cpu"])))
     for i in range(torch.cuda.device_count()):
@@ -95,7 +95,7 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
 
 
 def devices() -> list[str]:
-    """The devices of this process, as ``device_scope`` takes them."""
+    """The devices of this process, by the names that ``device_scope`` takes."""
     return [*(f"gpu:{i}" for i in range(torch.cuda.device_count())), "cpu:0"]
 
 
@@ -106,7 +106,7 @@ def _named(device: str) -> str:
 
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
-    """New tensors go to ``device`` ("cpu", "gpu:1"), or to the default one."""
+    """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default."""
     if device is None:
         yield
         return
@@ -115,7 +115,7 @@ def device_scope(device: str | None) -> Iterator[None]:
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
-    """Move the values of ``variables`` to ``device``; without one leave them."""
+    """Move the values of ``variables`` to ``device``; do nothing if it is None."""
     if device is None:
         return
     target = torch.device(_named(device))
@@ -126,11 +126,11 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
 
 @contextlib.contextmanager
 def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
-    """Precision of float32 products, and kernels that give the same result each time.
+    """Context that sets the precision of float32 products, and deterministic kernels.
 
     Args:
-        tf32: Whether they may be computed in TensorFloat-32; None leaves torch's setting.
-        deterministic: Operations without such a kernel raise an error.
+        tf32: Whether products may use TensorFloat-32; None keeps torch's setting.
+        deterministic: Whether operations without a deterministic kernel raise an error.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
@@ -139,7 +139,7 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
     if tf32 is not None:
         matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     if deterministic:
-        # cuBLAS reads it when it is used for the first time.
+        # cuBLAS reads it on its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         cudnn.deterministic, cudnn.benchmark = True, False
@@ -151,7 +151,7 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
 
 
 def device_info(device: str | None = None) -> str:
-    """The device in use, as a person would name it."""
+    """A readable name of the device in use."""
     found = _device() if device is None else torch.device(_named(device))
     if found.type != "cuda":
         return str(found)
@@ -159,7 +159,7 @@ def device_info(device: str | None = None) -> str:
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the GPU; empty on the CPU, which does not count."""
+    """Bytes in use and at the peak on the GPU; empty on the CPU, which has no counters."""
     if not torch.cuda.is_available():
         return {}
     return {
@@ -169,8 +169,8 @@ def memory_stats() -> dict[str, int]:
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether ``error`` says that the device ran out of memory."""
-    # Keras gives errors of layers another class, with the text of the original in it.
+    """Whether ``error`` means that the device ran out of memory."""
+    # Keras rewraps errors of layers in another class, keeping the original message.
     texts = ("out of memory", "allocate memory", "you tried to allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -178,6 +178,6 @@ def is_oom(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give memory that is held for later back to the device."""
+    """Release cached memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

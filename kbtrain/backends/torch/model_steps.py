@@ -1,4 +1,4 @@
-"""PyTorch: steps that a model brings, called as Keras' trainer for PyTorch calls them."""
+"""PyTorch: custom steps of a model, called as by Keras' trainer for PyTorch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def run_train_step(model: keras.Model, data: Any) -> Any:
-    """One update; it calls ``backward`` itself."""
+    """Run one update; the step calls ``backward`` itself."""
     with torch.enable_grad():
         return model.train_step(data)
 
 
 def try_train_step(model: keras.Model, data: Any) -> None:
-    """Run the step for the variables it creates."""
+    """Run the step only to create its variables."""
     with torch.enable_grad():
         model.train_step(data)
     model.zero_grad()
@@ -25,7 +25,7 @@ def try_train_step(model: keras.Model, data: Any) -> None:
 def reversible(
     fn: Callable[[], Any], variables: Sequence[keras.Variable]
 ) -> tuple[Any, Callable[[Any], None]]:
-    """Run ``fn``; return its result, and ``undo_if(condition)``, which takes its changes back."""
+    """Run ``fn``; return its result and ``undo_if(condition)``, which reverts its changes."""
     before = [v.value.detach().clone() for v in variables]
     result = fn()
 

@@ -1,4 +1,4 @@
-"""Running a torch step: captured where possible, once per shape, else as it is."""
+"""Runs a torch step: captured once per shape if possible, eagerly otherwise."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ logger = logging.getLogger("kbtrain")
 
 @dataclass
 class StepContext:
-    """What is being run, for the functions that a step calls.
+    """The context of the step that runs, for the functions that it calls.
 
     Attributes:
-        capturing: Whether a step is being recorded: conditions become guards, nothing can be read.
-        variables: Those of the step, to name the ones that layers ask to change.
-        compile_body: Compiles the body of a loop in the step; None if it runs as it is.
-        committed: The variables that ``commit_if`` has met in the step being recorded.
-        journal: What ``commit_if`` has overwritten, while somebody may want to take it back.
+        capturing: Whether a step is being recorded: conditions become guards, and no value can be
+            read.
+        variables: The variables of the step, to find out which of them layers assign.
+        compile_body: Compiles the body of a loop in the step; None if it runs eagerly.
+        committed: The variables passed to ``commit_if`` in the step being recorded.
+        journal: Values that ``commit_if`` has overwritten; None if no rollback can follow.
     """
 
     capturing: bool = False
@@ -45,7 +46,7 @@ class StepContext:
         variables: Sequence[keras.Variable],
         compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
     ) -> Iterator[None]:
-        """Run a step of these variables."""
+        """Set the variables of the step that runs inside."""
         before = self.variables, self.compile_body
         self.variables, self.compile_body = list(variables), compile_body
         try:
@@ -54,7 +55,7 @@ class StepContext:
             self.variables, self.compile_body = before
 
     def register(self, variable: keras.Variable) -> None:
-        """Make a variable that is being assigned part of the state, if nobody told us of it.
+        """Add an undeclared variable that is being assigned to the state.
 
         Raises:
             UndeclaredVariable: While recording; the step is recorded again with this variable.
@@ -66,20 +67,20 @@ class StepContext:
         self.variables.append(variable)
 
     def journal_value(self, variable: keras.Variable) -> None:
-        """Keep the value a variable has now, if somebody may want to go back to it."""
+        """Record the current value of a variable, if a rollback may follow."""
         if self.journal is not None and id(variable) not in self.journal:
             self.journal[id(variable)] = (variable, variable.value.detach().clone())
 
 
-now = StepContext()
+context = StepContext()
 
 
 class Runner:
-    """Runs a function of tensors captured where possible, once per shape, else as it is.
+    """Runs a function of tensors: captured once per shape if possible, eagerly otherwise.
 
     Args:
         fn: Function of one structure of tensors.
-        variables: Everything it reads or assigns.
+        variables: All variables that it reads or assigns.
         jit_compile: ``False`` captures nothing, ``True`` adds ``torch.compile``.
     """
 
@@ -107,11 +108,11 @@ class Runner:
         return keras.tree.pack_sequence_as(run.outputs, results)
 
     def for_shape(self, inputs: Any) -> _FlatStep:
-        """The function for inputs like these, from a list of tensors to a list of tensors."""
+        """The function for inputs of these shapes, from a list of tensors to a list of tensors."""
         key = signature(inputs)
         if key not in self._captured and self._jit_compile is not False:
             self._captured[key] = self._capture(key, inputs)
-            self._commits[key] = list(now.committed)
+            self._commits[key] = list(context.committed)
         return _FlatStep(
             self._captured.get(key),
             self._commits.get(key, []),
@@ -121,22 +122,22 @@ class Runner:
         )
 
     def eager(self, inputs: Any) -> Any:
-        """Run the function as it is; the bodies of its loops are captured."""
+        """Run the function eagerly, with the bodies of its loops captured."""
         body = None if self._jit_compile is False else self._body
-        with torch.no_grad(), now.running(self._variables, body):
+        with torch.no_grad(), context.running(self._variables, body):
             return self._fn(inputs)
 
     def _capture(self, key: Any, inputs: Any) -> Any:
-        """The recorded step; None where there is none."""
-        now.capturing = True
+        """The captured step, or None."""
+        context.capturing = True
         try:
-            # Not before it is needed: it rests on much of PyTorch that is not public.
+            # Imported late, as it depends on private parts of PyTorch.
             from kbtrain.backends.torch.capture.cuda_graph import Graphs
             from kbtrain.backends.torch.capture.step import CapturedStep
 
             self._graphs = self._graphs or Graphs()
             while True:
-                now.committed.clear()
+                context.committed.clear()
                 try:
                     return CapturedStep(
                         self.eager,
@@ -164,10 +165,10 @@ class Runner:
             self._failures[key] = error
             return None
         finally:
-            now.capturing = False
+            context.capturing = False
 
     def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        # The function is a new closure each time; its code says that it is the same one.
+        # The function is a new closure each time; its code object identifies it.
         key = fn.__code__
         if key not in self._bodies:
             self._bodies[key] = Runner(lambda both: fn(*both), self._variables, self._jit_compile)
@@ -176,7 +177,7 @@ class Runner:
 
 
 class _FlatStep:
-    """A step for inputs of one shape, without the cost of their structure.
+    """A step for inputs of one shape that takes flattened inputs, to save time.
 
     Attributes:
         outputs: The structure of the outputs, known after the first run.
@@ -201,14 +202,14 @@ class _FlatStep:
         """Run the step on flattened inputs, under ``torch.no_grad``."""
         if self._captured is not None:
             for variable in self._commits:
-                now.journal_value(variable)
+                context.journal_value(variable)
             try:
                 result: list[torch.Tensor] = self._captured(inputs)
                 return result
             except GuardFailed:
                 pass
         self.outputs = self._eager(keras.tree.pack_sequence_as(self._structure, list(inputs)))
-        if self._failure is not None:  # the step by itself does not fail
+        if self._failure is not None:  # the step itself runs, so the failure is one of capturing
             report("Capturing a step", "torch", self._failure, "It runs eagerly, which is slower.")
             self._failure = None
         outputs: list[torch.Tensor] = keras.tree.flatten(self.outputs)
@@ -216,23 +217,23 @@ class _FlatStep:
 
 
 def _own_words(reason: NotCapturable) -> str:
-    """A reason without what Keras has put around it, which prints that of a layer in bold type."""
+    """The reason without Keras' additions, which set a layer's message in bold."""
     bold = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(reason), re.DOTALL)
     return bold[1] if bold else str(reason)
 
 
 class CapturePerMicroBatch(NotCapturable):
-    """Not an obstacle: a loop whose body is captured by itself."""
+    """The step has a loop, whose body is captured separately, per micro-batch."""
 
 
 class UndeclaredVariable(NotCapturable):
-    """The step assigns a variable that it was not said to have.
+    """The step assigns a variable that was not declared.
 
     Attributes:
-        variable: That variable.
+        variable: The variable.
     """
 
-    _keras_call_info_injected = True  # Keras would make another one of it, with a text alone
+    _keras_call_info_injected = True  # Keras would otherwise recreate it from its message alone
 
     def __init__(self, variable: keras.Variable) -> None:
         super().__init__(f"it assigns {variable.path}, which is no variable of the model")
