@@ -1,10 +1,10 @@
-"""A recorded step as one Python function that calls the operations one after the other.
+"""Generates one Python function that calls the operations of a recorded step in order.
 
-The function is generated: a line for each operation, results of several tensors taken apart in the
-same line, each tensor deleted after its last use. What costs time in Python is the way into an
-operation: ``torch.ops.aten.mm.default`` finds out anew in each call what its arguments are, in two
-microseconds, where ``torch.mm`` takes one and a half. So a line calls the public function of
-PyTorch that leads to the operation, where there is one.
+There is one line per operation; multiple results are unpacked in the same line, and each tensor is
+deleted after its last use. The cost in Python is the dispatch of an operation:
+``torch.ops.aten.mm.default`` parses its arguments on each call, which takes two microseconds, where
+``torch.mm`` takes one and a half. So a line calls the public PyTorch function that dispatches to
+the operation, if there is one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
-class Source:
-    """Source of a function of tensors, and the objects that it refers to.
+class FunctionSource:
+    """The source code of a function of tensors, and the objects that it refers to.
 
     Args:
-        arguments: What the function is given.
-        constants: Nodes that stand for tensors, with these.
-        last: The last node that uses each node; results that are in none are never deleted.
+        arguments: The arguments of the function.
+        constants: Nodes that represent constant tensors, with these tensors.
+        last: The last user of each node; results without an entry are never deleted.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Source:
             self._names[node] = self._object(tensor)
 
     def operation(self, node: Node) -> None:
-        """Write one operation."""
+        """Emit one operation."""
         if node.target is not operator.getitem or node not in self._names:
             self._call(node)
         dead = [self._names[n] for n in self._dying.get(node, ()) if n in self._names]
@@ -57,17 +57,17 @@ class Source:
             self._lines.append(f"del {', '.join(dead)}")
 
     def call(self, function: Callable[..., Any], nodes: Sequence[Node]) -> None:
-        """Write a call of any function."""
+        """Emit a call of any function."""
         self._lines.append(f"{self._object(function)}({self._list(nodes)})")
 
     def assign(self, results: Sequence[Node], function: Any, nodes: Sequence[Node]) -> None:
-        """Write a call of a function that returns a tuple."""
+        """Emit a call of a function that returns a tuple."""
         targets = "".join(f"{self._name(node)}, " for node in results)
         call = f"{self._object(function)}({self._list(nodes)})"
         self._lines.append(f"{targets}= {call}" if targets else call)
 
     def compile(self, results: Sequence[Node]) -> Callable[..., list[Any]]:
-        """The function, which returns a list."""
+        """Compile the function, which returns a list."""
         lines = [*self._lines, f"return [{self._list(results)}]"]
         head = f"def program({', '.join(self._arguments)}):"
         code = compile("\n    ".join([head, *lines]), "<captured step>", "exec")
@@ -107,7 +107,7 @@ class Source:
             return self._names[value]
         if isinstance(value, list | tuple):
             items = [self._value(item) for item in value]
-            if items and all(type(item) is int for item in value):  # a constant of the code
+            if items and all(type(item) is int for item in value):  # a literal in the code
                 return f"({', '.join(items)},)"
             return f"[{', '.join(items)}]"
         if value is None or type(value) in (bool, int, str):
@@ -117,7 +117,7 @@ class Source:
         return self._object(value)
 
 
-# --- the way into an operation --------------------------------------------------------------------
+# --- dispatch of an operation ---------------------------------------------------------------------
 
 _CONVERSIONS = {
     torch.float32: torch.Tensor.float,
@@ -128,7 +128,7 @@ _CONVERSIONS = {
     torch.int32: torch.Tensor.int,
     torch.bool: torch.Tensor.bool,
 }
-_COMPOSITE = {  # they become other operations before anything can see them
+_COMPOSITE = {  # decomposed before a dispatch mode can see them
     aten.reshape.default: torch.reshape,
     aten.contiguous.default: torch.Tensor.contiguous,
 }
@@ -139,8 +139,8 @@ _Call = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 def public_call(node: Node) -> _Call:
     """The function to call for a node, with its arguments.
 
-    It is a public one that does the same where there is one, else the operation itself. What makes
-    a tensor of nothing stays as it is: the public functions look at the default device and dtype.
+    This is an equivalent public function if there is one, else the operation itself. Operations
+    that create tensors are kept, because the public functions use the default device and dtype.
     """
     operation, args, kwargs = node.target, node.args, dict(node.kwargs)
     plain = operation, args, kwargs
@@ -173,18 +173,18 @@ def _candidates(name: str) -> list[Callable[..., Any]]:
 
 
 class _Dispatched(Exception):
-    """The operation that was called first, and its arguments."""
+    """The first operation that is dispatched, and its arguments."""
 
 
 class _Stop(TorchDispatchMode):  # type: ignore[misc]
-    """Stops at the first operation, before it runs."""
+    """Stops at the first operation before it runs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _Dispatched(func, args, kwargs or {})
 
 
 def _leads_to(function: Callable[..., Any], operation: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function called with these arguments is that operation with these arguments."""
+    """Whether a function call dispatches to this operation with the same arguments."""
     try:
         with _Stop():
             function(*args, **kwargs)
@@ -194,7 +194,7 @@ def _leads_to(function: Callable[..., Any], operation: Any, args: Any, kwargs: A
         return found is operation and all(
             map(_is_same, wanted, _arguments(operation, found_args, found_kwargs))
         )
-    except Exception:  # whatever it says, it takes other arguments
+    except Exception:  # any error means that it takes other arguments
         return False
     return False
 

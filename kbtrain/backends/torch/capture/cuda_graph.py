@@ -1,24 +1,25 @@
-"""On a GPU: a captured step as a CUDA graph, one launch in place of hundreds.
+"""A captured step as a CUDA graph: one launch in place of hundreds.
 
-A CUDA graph repeats operations on fixed memory. A step fits that: its variables are changed where
-they are, its inputs are copied to memory of the graph, its results out of it. How it comes about:
+A CUDA graph replays operations on fixed memory. This suits a step: its variables are updated in
+place, its inputs are copied into the graph's memory and its results out of it. The procedure:
 
-1. A few updates run plainly, on the stream of the capture: libraries set themselves up in them.
-2. The step is captured, which executes nothing, and runs plainly once more.
-3. The next update is done twice from the same state: by the graph, then plainly. Only if results,
-   variables and random state agree, the graph is used from then on. The plain one counts.
+1. A few updates run without a graph on the capture stream, as a warm-up of libraries.
+2. The step is captured, which executes nothing, and then runs once without the graph.
+3. The next update is computed twice from the same state: by the graph, then without it. The graph
+   is used from then on only if results, variables and random state agree. The result without the
+   graph is kept.
 
-Where something does not fit, the plain step goes on, and the log says why: the host has to look at
-a value, memory is short, a capture fails (then none is tried again). If a variable gets other
-memory, all begins anew.
+If the step is unsuitable, it continues without a graph and the reason is logged: the host needs a
+value, memory is short, or a capture fails (it is not tried again). If the memory of a variable
+changes, the procedure restarts.
 
-Graphs share memory: it holds nothing from one launch to the next, and the launches of a thread
-follow one another.
+All graphs share one memory pool: it holds nothing between launches, and the launches of a thread
+are sequential.
 
-No GPU was there to try this on. It was tried with a stand-in for torch's graphs (`tests/`), which
-records operations and repeats them, on a CPU and on a pretended GPU (docs/lab/pytorch-capture.md).
+No GPU was available for testing. It was tested with a stand-in for torch's graphs (``tests/``) that
+records and replays operations, on a CPU and on a simulated GPU (docs/lab/pytorch-capture.md).
 
-Reference: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
@@ -32,38 +33,38 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kbtrain.backends.torch.capture.program import Program, no_collection
+from kbtrain.backends.torch.capture.program import StepProgram, no_collection
 from kbtrain.errors import causes, first_lines
 
 logger = logging.getLogger("kbtrain")
 
 RUNS_BEFORE = 3
-"""Updates of a shape before its graph is captured; a shape that is rare is not worth it."""
+"""Updates of a shape before its graph is captured, which does not pay off for rare shapes."""
 
 MOST_GRAPHS = 16
-"""Graphs that one step may have: one for each shape of its inputs."""
+"""Maximum number of graphs of a step, one per input shape."""
 
 MOST_BYTES = 1 << 28
-"""Inputs and results of a step may have this size, at most: they are copied in each launch."""
+"""Maximum size of the inputs and results of a step, which are copied in each launch."""
 
 MOST_BEGINNINGS = 4
-"""How often variables may have moved before a step is left without a graph."""
+"""How often the memory of variables may change before a step gives up on graphs."""
 
 TOLERANCE = 10.0
-"""How much further from a plain run a graph may be than another plain run is, where atomic
-additions make no two runs the same."""
+"""Tolerance of the comparison, relative to the difference between two runs without a graph, which
+differ where atomic additions are used."""
 
 KIND = "cuda"
-"""The devices that have graphs."""
+"""Device types that support graphs."""
 
 IS_SAFE = torch.__version__ >= (2, 13)
-"""In older versions a capture that fails breaks the allocator and the random numbers."""
+"""In older versions a failed capture breaks the allocator and the random state."""
 
 _Place = tuple[torch.device, int]
-"""A device and a thread: what one thread launches follows one another, and can share memory."""
+"""A device and a thread: the launches of one thread are sequential and can share memory."""
 
 _ALIVE: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, _Place] = weakref.WeakKeyDictionary()
-"""All graphs: only a pool that one of them uses can be used by another."""
+"""All graphs: a memory pool can only be shared while one of its graphs is alive."""
 
 _CAPTURING = threading.Lock()
 _TOO_LARGE = "its inputs and results are too large to copy them in each step"
@@ -75,8 +76,8 @@ class Graphs:
     """The graphs of one step, for all shapes of its inputs.
 
     Attributes:
-        alive: Those there are.
-        failed: Why a capture failed: PyTorch does not give back all memory of such a one.
+        alive: The existing graphs.
+        failed: Why a capture failed. PyTorch does not release all memory of a failed capture.
     """
 
     def __init__(self) -> None:
@@ -84,12 +85,12 @@ class Graphs:
         self.failed: str | None = None
 
 
-def with_graph(program: Program, examples: Sequence[torch.Tensor], graphs: Graphs) -> Run:
-    """Run a program as a CUDA graph where it is on a GPU and fits into one, else as it is.
+def with_graph(program: StepProgram, examples: Sequence[torch.Tensor], graphs: Graphs) -> Run:
+    """Run a program as a CUDA graph if it is on a GPU and suitable, else without one.
 
     Args:
         program: The recorded step.
-        examples: A value for each of its inputs, those of the state included.
+        examples: A value for each of its inputs, including the state.
         graphs: The graphs of the same step for other shapes.
 
     Returns:
@@ -99,7 +100,7 @@ def with_graph(program: Program, examples: Sequence[torch.Tensor], graphs: Graph
     def plain(inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return program.run(*inputs, *state)
 
-    # A constant that is one number may be anywhere: it becomes a part of the operations.
+    # A constant with a single element may be on any device: it is inlined into the operations.
     held = [tensor for tensor in program.holds if tensor.dim()]
     devices = {tensor.device for tensor in (*examples, *held)}
     if not any(device.type == KIND for device in devices):
@@ -120,15 +121,15 @@ def _explain(why: str) -> None:
 
 
 class _Graphed:
-    """A program that becomes a graph in the course of its first runs.
+    """A program that becomes a graph during its first runs.
 
     Args:
-        program: Touches one device only, and never waits for it.
-        device: That device.
+        program: The program, which uses a single device and never waits for it.
+        device: The device.
         graphs: The graphs of the same step for other shapes.
     """
 
-    def __init__(self, program: Program, device: torch.device, graphs: Graphs) -> None:
+    def __init__(self, program: StepProgram, device: torch.device, graphs: Graphs) -> None:
         self._program = program
         self._place = device, threading.get_ident()
         self._graphs = graphs
@@ -189,12 +190,12 @@ class _Graphed:
     def _go_on_plainly(self) -> None:
         self._drop()
         self._is_plain = True
-        torch.cuda.empty_cache()  # of the side stream, where no other one looks for memory
+        torch.cuda.empty_cache()  # of the side stream, which no other stream allocates from
 
     def _plainly(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run as the graph will: on the same memory and, as PyTorch wants it, on a side stream.
+        """Run like the graph: on the same memory and, as PyTorch requires, on a side stream.
 
-        What the side stream allocates is only used again after it has waited for this one.
+        Memory allocated by the side stream is reused only after it has waited for this stream.
         """
         here, side = torch.cuda.current_stream(), _stream(self._place)
         side.wait_stream(here)
@@ -206,7 +207,7 @@ class _Graphed:
         return [result.clone() for result in results]
 
     def _watched(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run, and give up if the host waits for the device somewhere in it."""
+        """Run, and give up on a graph if the host waits for the device during the run."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -228,19 +229,19 @@ class _Graphed:
             return
         here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
-            # One capture at a time; garbage could give memory back to the device in the middle.
+            # One capture at a time; garbage collection could free device memory during the capture.
             with _CAPTURING, no_collection():
                 pools = [other.pool() for other, place in _ALIVE.items() if place == self._place]
                 with torch.cuda.graph(
                     graph,
                     pool=pools[0] if pools else None,
                     stream=_stream(self._place),
-                    capture_error_mode="thread_local",  # other threads may do what they do
+                    capture_error_mode="thread_local",  # other threads are not restricted
                 ):
                     self._results = self._program.run(*self._given, *state)
                 _ALIVE[graph] = self._place
         except Exception as error:
-            torch.cuda.set_stream(here)  # torch leaves the other one where it fails
+            torch.cuda.set_stream(here)  # torch does not restore the stream on failure
             self._graphs.failed = f"its capture failed ({_first_error(error)})"
             self._give_up(self._graphs.failed)
             return
@@ -253,7 +254,7 @@ class _Graphed:
         return [result.clone() for result in self._results]  # the next launch overwrites them
 
     def _prove(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """One update by the graph and plainly; the plain one is kept."""
+        """Run one update with and without the graph, and keep the result without it."""
         tensors = [*self._given, *state]
         changed = [tensors[i] for i in self._program.changes]
         before: list[torch.Tensor] = []
@@ -261,7 +262,7 @@ class _Graphed:
         random = _random_state(device)
 
         def trial(run: Callable[[], list[torch.Tensor]]) -> _Outcome:
-            # Where there is no copy, nothing has been changed yet.
+            # Without a copy nothing has been changed yet.
             for tensor, old in zip(changed, before, strict=False):
                 tensor.copy_(old)
             _set_random_state(random, device)
@@ -283,7 +284,7 @@ class _Graphed:
             agree = _distance(replayed, plain) <= TOLERANCE * noise
             agree = agree and all(map(torch.equal, drawn, expected))
         except torch.OutOfMemoryError:
-            pass  # and out of here, where the error holds on to memory
+            pass  # outside the handler, where the error keeps memory alive
         if agree is None:
             self._give_up("there is no memory to compare it with the plain step")
             return trial(plainly)[0]
@@ -300,17 +301,17 @@ class _Graphed:
 
 
 _Outcome = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
-"""Results of a run, a summary of all that it changed, and the random state after it."""
+"""Results of a run, a summary of the state it changed, and the random state after it."""
 
 
 @functools.cache
 def _stream(place: _Place) -> torch.cuda.Stream:
-    """The stream of all captures there: graphs of one stream can share memory."""
+    """The stream of all captures on a device: graphs of one stream can share memory."""
     return torch.cuda.Stream(place[0])
 
 
 def _first_error(error: Exception) -> str:
-    """What went wrong first, in one line."""
+    """The first error, in one line."""
     return first_lines(causes(error)[0], 1) or type(error).__name__
 
 

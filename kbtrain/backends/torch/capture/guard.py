@@ -1,4 +1,4 @@
-"""PyTorch: what a step and its record say to each other."""
+"""PyTorch: guards and errors shared by a step and its captured program."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from kbtrain.utils.fallback import NoFallback
 
 
 class NotCapturable(NoFallback):
-    """The step cannot be recorded; the message says why.
+    """The step cannot be recorded, for the reason in the message.
 
     Attributes:
-        failure: What recording failed with, if nobody knows why: PyTorch may have changed. It is
-            none of PyTorch's if the step fails by itself, too.
+        failure: An unexpected error of the recording, possibly due to a change in PyTorch; not if
+            the step itself fails as well.
     """
 
     failure: Exception | None = None
@@ -23,5 +23,5 @@ class GuardFailed(NoFallback):
 
 
 def guard(condition: torch.Tensor) -> None:
-    """Record that everything from here on needs ``condition`` (a boolean scalar)."""
+    """Record that everything that follows requires ``condition`` (a boolean scalar)."""
     torch._assert_async(condition)

@@ -1,11 +1,11 @@
-"""What Keras layers do on torch, in the operations that torch has fast kernels for.
+"""Overrides of Keras functions by operations that have fast torch kernels.
 
-Used while a step is recorded, so the numbers are those of the layers to rounding, and a step that
-runs eagerly is plain Keras. Five things are replaced: batch normalisation by torch's own kernel
-(Keras has a dozen passes over the data), copies between channels-last and channels-first layouts
-of the same bytes by nothing, ``isfinite``, which is four operations, by two, sums by index by
-operations that look at no values, and random numbers from a seed that is a tensor by operations
-that can be recorded.
+They are active while a step is recorded; results equal those of the layers up to rounding, and a
+step that runs eagerly is plain Keras. Five things are replaced: batch normalization by torch's
+kernel (Keras makes a dozen passes over the data); copies between channels-last and channels-first
+layouts of the same bytes, which are removed; ``isfinite``, by two operations instead of four;
+segment sums, by operations that need no values on the host; and random numbers from a seed tensor,
+by operations that can be recorded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import keras
 import torch
 from keras import ops
 
-# Two operations whose Keras code looks at values; metrics such as AUC and MeanIoU use them.
+# Two operations whose Keras code reads values; metrics such as AUC and MeanIoU use them.
 from keras.src.backend.torch import core as keras_core
 from keras.src.backend.torch import math as keras_math
 
-# The one place where Keras turns the state of a seed generator into a torch generator.
+# The only function in which Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
 from torch.overrides import TorchFunctionMode
 
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 @contextlib.contextmanager
 def native_operations() -> Iterator[None]:
-    """Replace the operations above, for code that is being recorded."""
+    """Context with the replacements above, for code that is being recorded."""
     layer = keras.layers.BatchNormalization
     seeds = Seeds()
     with (
@@ -52,7 +52,7 @@ def native_operations() -> Iterator[None]:
 
 
 class _Operations(TorchFunctionMode):  # type: ignore[misc]
-    """Sees every torch function that is called, and replaces some."""
+    """Intercepts every call of a torch function, and replaces some."""
 
     def __init__(self, seeds: Seeds) -> None:
         super().__init__()
@@ -73,18 +73,18 @@ class _Operations(TorchFunctionMode):  # type: ignore[misc]
 
 
 def _is_channels_last(args: Any) -> bool:
-    """Whether a tensor lies densely in memory with its second axis last: no need to copy it."""
+    """Whether a tensor is dense in memory with its second axis last, so needs no copy."""
     tensor = args[0]
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     layout = layouts.get(tensor.dim()) if len(args) == 1 else None
     return layout is not None and tensor.is_contiguous(memory_format=layout)
 
 
-# --- batch normalisation --------------------------------------------------------------------------
+# --- batch normalization --------------------------------------------------------------------------
 
 
 def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``BatchNormalization.call`` through torch's kernel, where it has one."""
+    """``BatchNormalization.call`` with torch's kernel, where there is one."""
 
     def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
@@ -98,7 +98,7 @@ def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
         offset = ops.cast(self.beta, x.dtype) if self.center else None
         if training and self.trainable:
             mean, variance = (torch.zeros_like(ops.cast(self.moving_mean, x.dtype)) for _ in "12")
-            # With momentum 1 the statistics of this batch come back in place of the moving ones.
+            # With momentum 1 the kernel returns the statistics of this batch as the moving ones.
             result, *_ = aten._native_batch_norm_legit(
                 view, scale, offset, mean, variance, True, 1.0, self.epsilon
             )
@@ -119,7 +119,7 @@ def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
 def _channels_second(
     x: torch.Tensor, axis: int
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """``x`` with the channels second, as torch wants it, and how to undo that."""
+    """``x`` with the channels second, as torch requires, and the inverse permutation."""
     if axis == 1:
         return x, lambda result: result
     if x.dim() == 4:
@@ -129,14 +129,14 @@ def _channels_second(
     return image, lambda result: result.permute(0, 2, 3, 1).reshape(x.shape)
 
 
-# --- sums by index --------------------------------------------------------------------------------
+# --- segment sums ---------------------------------------------------------------------------------
 
 
 def _segment_reduction(data: Any, segment_ids: Any, method: str, num_segments: int | None) -> Any:
-    """Keras' ``segment_sum`` and the like, whose own code reads a shape back from a tensor."""
+    """Keras' ``segment_sum`` and similar, whose implementation reads a shape from a tensor."""
     count = int(torch.max(segment_ids)) + 1 if num_segments is None else num_segments
     start = {"amax": -math.inf, "amin": math.inf, "prod": 1.0}.get(method, 0.0)
-    # What belongs to no segment goes into one more, which is dropped.
+    # Elements outside all segments are added to an extra one, which is dropped.
     ids = segment_ids.long()
     ids = torch.where((ids < 0) | (ids >= count), count, ids)
     ids = ids.reshape(-1, *(1 for _ in data.shape[1:])).expand(data.shape)

@@ -1,9 +1,8 @@
-"""Gradients of large embeddings in memory that stays from step to step.
+"""Gradients of large embeddings in memory that is reused across steps.
 
-The gradient of a table is zeros but for the rows that a batch has looked up. Its memory is too
-large for the allocator to keep, so the system would map and clear it anew in every step, page by
-page, which on a CPU takes longer than the fused update of the whole table
-(docs/lab/large-tables.md).
+The gradient of a table is zero except for the rows that a batch looks up. Its memory is too large
+for the allocator to cache, so the system would map and clear it page by page in every step, which
+on a CPU takes longer than the fused update of the whole table (docs/lab/large-tables.md).
 """
 
 from __future__ import annotations
@@ -11,49 +10,48 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from kbtrain.backends.torch.capture.simplify import Memory, nodes_in
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, nodes_in
 
 aten = torch.ops.aten
 
 KEPT_BYTES = 1 << 20
-"""Size of a gradient from which on its memory is kept."""
+"""Size of a gradient above which its memory is kept."""
 
 BYTES_PER_ROW = 1 << 13
-"""Size of a gradient for each row that is added to it, from which on its memory is kept: the rows
-are added one by one, where PyTorch's own operation has a thread for each part of the table."""
+"""Size of a gradient per added row, above which its memory is kept. Rows are added sequentially,
+while PyTorch's operation uses one thread per part of the table."""
 
-Kept = dict[tuple[torch.Size, int], torch.Tensor]
-"""The memory: shape, and number among the gradients of this shape, to a tensor."""
+KeptMemory = dict[tuple[torch.Size, int], torch.Tensor]
+"""Memory by the shape of a gradient and its index among the gradients of this shape."""
 
 _LIBRARY = torch.library.Library("kbtrain_kept", "DEF")
 _LIBRARY.define("embedding_gradient(Tensor memory, Tensor gradient, Tensor indices) -> Tensor")
 
 
 def _embedding_gradient(
-    memory: torch.Tensor, gradient: torch.Tensor, indices: torch.Tensor
+    analysis: torch.Tensor, gradient: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
-    rows = gradient.reshape(-1, memory.shape[1])
-    return memory.zero_().index_add_(0, indices.reshape(-1), rows)
+    rows = gradient.reshape(-1, analysis.shape[1])
+    return analysis.zero_().index_add_(0, indices.reshape(-1), rows)
 
 
 _LIBRARY.impl("embedding_gradient", _embedding_gradient, "CPU")
 
 
-def keep_gradients(module: torch.nn.Module, kept: Kept) -> None:
-    """Let the gradients of large embeddings use memory of ``kept``.
+def keep_gradients(module: torch.nn.Module, kept: KeptMemory) -> None:
+    """Place the gradients of large embeddings in the memory of ``kept``.
 
-    To the record the operation is one that allocates its result: nothing outside of the step has a
-    view of it, and each step begins by clearing it. The sums are those of PyTorch's operation, in
-    the same order.
+    In the graph the operation still allocates its result: nothing outside the step has a view of
+    it, and each step clears it first. Sums are computed in the order of PyTorch's operation.
 
     Args:
         module: A recorded step; changed in place.
-        kept: Memory of other records of the same step; what is missing is added.
+        kept: Memory shared with other graphs of the same step; missing entries are added.
     """
     graph = module.graph
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     output = next(node for node in graph.nodes if node.op == "output")
-    leaving = {owner for node in nodes_in(output.args[0]) for owner in memory.owners(node)}
+    leaving = {owner for node in nodes_in(output.args[0]) for owner in analysis.owners(node)}
     used: dict[torch.Size, int] = {}
     for node in list(graph.nodes):
         if node.target is not aten.embedding_dense_backward.default or node in leaving:

@@ -1,8 +1,8 @@
-"""On a GPU: an update that may have to be left out, without a copy of all that it changes.
+"""Predicated updates on a GPU, without a copy of the state.
 
-Reading a flag would stop the queue of a GPU, so ``run_if`` keeps the old values, lets the update
-happen and selects: a dozen passes over the model and its optimizer. torch's fused optimizers can
-look at a flag themselves; what only they change needs none of that.
+Reading a flag would stall the queue of a GPU, so ``run_if`` keeps the old values, runs the update
+and selects, which takes a dozen passes over the model and its optimizer. torch's fused optimizers
+can read a flag on the device; state that only they change needs no copy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
-from kbtrain.backends.torch.capture.simplify import ASSIGN, Memory
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis
+from kbtrain.backends.torch.capture.simplify import ASSIGN
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ _OPERATIONS = {
 
 
 class FlaggedOptimizers(TorchFunctionMode):  # type: ignore[misc]
-    """Fused optimizers that are called inside change nothing where ``condition`` is false.
+    """Context in which fused optimizers change nothing if ``condition`` is false.
 
     Args:
         condition: A boolean scalar on the device.
@@ -46,26 +47,26 @@ class FlaggedOptimizers(TorchFunctionMode):  # type: ignore[misc]
 
 
 def drop_selections(graph: Graph) -> None:
-    """Leave out ``x.copy_(where(condition, x, old))`` where the kernels did that already.
+    """Remove ``x.copy_(where(condition, x, old))`` where predicated kernels make it redundant.
 
-    That is so if, since ``old = x.clone()``, nothing but fused optimizers with that condition has
-    written to ``x``.
+    This holds if only fused optimizers with this condition have written to ``x`` since
+    ``old = x.clone()``.
 
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     nodes = list(graph.nodes)
     for node in nodes:
         if node.target is not ASSIGN or node.args[1].target is not aten.where.self:
             continue
         variable, (condition, new, old) = _origin(node.args[0]), node.args[1].args
-        if old.target is not aten.clone.default or len(memory.owners(variable)) != 1:
+        if old.target is not aten.clone.default or len(analysis.owners(variable)) != 1:
             continue
         if not (variable is _origin(new) is _origin(old.args[0])):
             continue
-        (owner,) = memory.owners(variable)
-        writers = [nodes[i] for i in memory.writes[owner] if i > memory.position[old]]
+        (owner,) = analysis.owners(variable)
+        writers = [nodes[i] for i in analysis.writes[owner] if i > analysis.position[old]]
         if all(w is node or _is_flagged(w, condition) for w in writers):
             selected = node.args[1]
             for unused in (node, selected, old):
@@ -74,14 +75,14 @@ def drop_selections(graph: Graph) -> None:
 
 
 def _origin(node: Node) -> Node:
-    """A node behind views that change nothing."""
+    """The node behind identity views."""
     while node.target is aten.detach.default:
         node = node.args[0]
     return node
 
 
 def _is_flagged(node: Node, condition: Node) -> bool:
-    """Whether this is a fused optimizer that changes nothing where ``condition`` is false."""
+    """Whether a node is a fused optimizer predicated on ``condition``."""
     skip = node.kwargs.get("found_inf")
     if node.target not in _OPERATIONS or skip is None:
         return False

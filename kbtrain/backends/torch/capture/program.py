@@ -1,9 +1,9 @@
-"""A recorded torch step as a program: first what has no effect, then the check, then the changes.
+"""A recorded torch step as a program: pure operations, then the check, then the state changes.
 
-Nearly all operations have no effect on the state. The few that change a variable (the fused
-optimizer, a moving average, a counter) come last. Between the two stands the step's own finite
-check: where it does not hold, nothing has been changed. All of it is one generated Python function
-(`codegen`); with ``jit_compile=True``, ``torch.compile`` takes the part without effects.
+Nearly all operations are pure. The few that change a variable (the fused optimizer, a moving
+average, a counter) come last. Between the two is the finite check of the step: if it fails, nothing
+has been changed. The whole is one generated Python function (``codegen``); with
+``jit_compile=True`` the pure region is compiled by ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kbtrain.backends.torch.capture.codegen import Source
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, aliases, nodes_in
+from kbtrain.backends.torch.capture.codegen import FunctionSource
 from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
-from kbtrain.backends.torch.capture.large_gradients import Kept, keep_gradients
+from kbtrain.backends.torch.capture.large_gradients import KeptMemory, keep_gradients
 from kbtrain.backends.torch.capture.predication import drop_selections
 from kbtrain.backends.torch.capture.simplify import (
-    Memory,
-    aliases,
     delay_assignments,
     fuse_bias,
     known_number,
-    nodes_in,
     simplify,
 )
 from kbtrain.backends.torch.capture.views import copy_where_needed, plain_products, shorten_views
@@ -37,17 +35,17 @@ aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
 
 GUARD = aten._assert_async.default
-"""Marks, in a recorded graph, that what follows happens only if its argument is true."""
+"""Marks, in a recorded graph, that everything after it requires its argument to be true."""
 
 
-class Part(NamedTuple):
-    """The part of a recorded step that has no effect, as a function.
+class PureRegion(NamedTuple):
+    """The operations of a recorded step without side effects, as a function.
 
     Attributes:
-        inputs: What it is given.
-        constants: Nodes that stand for tensors, with these.
+        inputs: The inputs.
+        constants: Nodes that represent constant tensors, with these tensors.
         nodes: The operations, in order.
-        results: What the rest of the step needs of it.
+        results: The results that the rest of the step uses.
     """
 
     inputs: list[Node]
@@ -56,14 +54,14 @@ class Part(NamedTuple):
     results: list[Node]
 
 
-class Program(NamedTuple):
-    """A recorded step that can be run.
+class StepProgram(NamedTuple):
+    """A recorded step in executable form.
 
     Attributes:
         run: A function of the step's inputs that returns a list of tensors.
-        changes: Which of its inputs it changes, by number.
-        holds: Tensors it uses besides them.
-        waits: Why the device cannot run it alone (the host looks at a value); None if it can.
+        changes: Indices of the inputs that it changes.
+        holds: Constant tensors that it uses.
+        waits: Why the host must wait for the device (it reads a value); None if it need not.
     """
 
     run: Callable[..., list[Any]]
@@ -73,7 +71,7 @@ class Program(NamedTuple):
 
 
 def same_random_state() -> contextlib.AbstractContextManager[Any]:
-    """What is drawn inside does not count: a run is the same whenever it captures a step."""
+    """Context that restores the random state, so that capturing a step does not affect the run."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     result: contextlib.AbstractContextManager[Any] = torch.random.fork_rng(devices)
     return result
@@ -81,7 +79,7 @@ def same_random_state() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Nobody looks for garbage inside: among hundreds of thousands of new objects it takes long."""
+    """Context without garbage collection, which is slow with hundreds of thousands of objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,15 +95,15 @@ def _check(*conditions: torch.Tensor) -> None:
 
 
 def make_program(
-    module: torch.nn.Module, examples: Sequence[torch.Tensor], inductor: bool, kept: Kept
-) -> Program:
+    module: torch.nn.Module, examples: Sequence[torch.Tensor], inductor: bool, kept: KeptMemory
+) -> StepProgram:
     """Compile a recorded step.
 
     Args:
         module: The recorded step: a ``torch.nn.Module`` with a ``graph``.
         examples: A value for each of its inputs.
-        inductor: Compile the part without effects by ``torch.compile``.
-        kept: Memory that the programs of one step share (``torch_kept``).
+        inductor: Whether to compile the pure region with ``torch.compile``.
+        kept: Memory that the programs of one step share (``large_gradients``).
 
     Raises:
         NotCapturable: The state is changed before a check.
@@ -119,10 +117,10 @@ def make_program(
     shorten_views(module.graph)
     copy_where_needed(module.graph)
     fuse_bias(module.graph)
-    if not inductor:  # which arranges memory itself
+    if not inductor:  # inductor plans memory itself
         keep_gradients(module, kept)
-    memory = Memory(module.graph)
-    pure, late, conditions = _sort(module, memory)
+    analysis = AliasAnalysis(module.graph)
+    pure, late, conditions = _sort(module, analysis)
     if any(condition in late for condition in conditions):
         raise NotCapturable("its loss depends on a value that Python reads, or on changed state")
     pure_set = set(pure)
@@ -132,27 +130,31 @@ def make_program(
     constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr" and n.users}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
-    part = Part(placeholders, constants, _erase_unused(module.graph, pure, results), results)
-    compiled = _inductor(part, examples) if inductor else None
+    region = PureRegion(
+        placeholders, constants, _erase_unused(module.graph, pure, results), results
+    )
+    compiled = _inductor(region, examples) if inductor else None
 
-    source = Source(
-        placeholders, constants, _last_uses([*part.nodes, *late], [*returned, *conditions])
+    source = FunctionSource(
+        placeholders, constants, _last_uses([*region.nodes, *late], [*returned, *conditions])
     )
     if compiled is not None:
         source.assign(results, compiled, placeholders)
     else:
-        for node in part.nodes:
+        for node in region.nodes:
             source.operation(node)
     if conditions:
         source.call(_check, conditions)
     for node in late:
         source.operation(node)
-    changed = {owner for node in late for owner in _written(node, memory)}
-    return Program(
+    changed = {owner for node in late for owner in _written(node, analysis)}
+    return StepProgram(
         source.compile(returned),
         [i for i, node in enumerate(placeholders) if node in changed],
         list(constants.values()),
-        "a condition is checked" if conditions else _reason_to_wait([*part.nodes, *late], changed),
+        "a condition is checked"
+        if conditions
+        else _reason_to_wait([*region.nodes, *late], changed),
     )
 
 
@@ -175,14 +177,16 @@ def _has_unknown_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and any(known_number(n) is None for n in value.shape)
 
 
-def _sort(module: torch.nn.Module, memory: Memory) -> tuple[list[Node], list[Node], list[Node]]:
-    """Nodes that can run before any state is changed, the others, and the guards' conditions.
+def _sort(
+    module: torch.nn.Module, analysis: AliasAnalysis
+) -> tuple[list[Node], list[Node], list[Node]]:
+    """Nodes that can run before any state changes, the other nodes, and the guards' conditions.
 
-    The order within each list is the recorded one. A node may move before the changes if it
-    neither reads what they have changed (the state, or a tensor that a fused optimizer advances in
-    place) nor overwrites what they have read, and reads no value.
+    Each list keeps the recorded order. A node may move before the state changes if it neither reads
+    memory they have written (the state, or a tensor that a fused optimizer updates in place) nor
+    overwrites memory they have read, and reads no value on the host.
     """
-    owners = memory.owners
+    owners = analysis.owners
     changed: set[Node] = set()
     read_late: set[Node] = set()
     late: dict[Node, None] = {}
@@ -197,7 +201,7 @@ def _sort(module: torch.nn.Module, memory: Memory) -> tuple[list[Node], list[Nod
                 raise NotCapturable("it changes the state before a check")
             conditions[condition] = None
             continue
-        written = _written(node, memory)
+        written = _written(node, analysis)
         read = {owner for source in node.all_input_nodes for owner in owners(source)}
         waits = read & changed or any(source in late for source in node.all_input_nodes)
         unmovable = any(map(_is_state, written)) or written & read_late
@@ -211,31 +215,31 @@ def _sort(module: torch.nn.Module, memory: Memory) -> tuple[list[Node], list[Nod
 
 
 def _reads_value(node: Node) -> bool:
-    """Whether the result is a number read from a tensor, which the host has to wait for.
+    """Whether the result is a number read from a tensor, for which the host must wait.
 
-    Keras' SGD reads its learning rate so, to give it to an operation that takes only numbers.
+    Keras' SGD reads its learning rate this way, for an operation that only takes numbers.
     """
     value = node.meta.get("val")
     symbols = torch.SymInt | torch.SymFloat | torch.SymBool
     return isinstance(value, symbols) and known_number(value) is None
 
 
-def _written(node: Node, memory: Memory) -> set[Node]:
-    """Whose memory a node writes to."""
-    return {owner for target in aliases(node, write=True) for owner in memory.owners(target)}
+def _written(node: Node, analysis: AliasAnalysis) -> set[Node]:
+    """The owners of the memory that a node writes to."""
+    return {owner for target in aliases(node, write=True) for owner in analysis.owners(target)}
 
 
 def _is_state(owner: Node) -> bool:
-    """Whether memory is there before and after the step, and not its own."""
+    """Whether memory outlives the step, as opposed to a temporary of the step."""
     result: bool = owner.op != "call_function"
     return result
 
 
-# --- the part without effects ---------------------------------------------------------------------
+# --- the pure region ------------------------------------------------------------------------------
 
 
 def _erase_unused(graph: Graph, nodes: list[Node], results: list[Node]) -> list[Node]:
-    """The nodes that the results need, and those with an effect of their own; the others go."""
+    """Remove nodes that the results do not need and that have no side effects; return the rest."""
     needed = set(results)
     used = []
     for node in reversed(nodes):
@@ -248,7 +252,7 @@ def _erase_unused(graph: Graph, nodes: list[Node], results: list[Node]) -> list[
 
 
 def _last_uses(nodes: Sequence[Node], kept: Sequence[Node]) -> dict[Node, Node]:
-    """The last of the nodes that uses each result of another; nothing for what is kept."""
+    """The last user of each node, except for nodes that are kept."""
     last: dict[Node, Node] = {}
     for node in nodes:
         for source in node.all_input_nodes:
@@ -256,27 +260,27 @@ def _last_uses(nodes: Sequence[Node], kept: Sequence[Node]) -> dict[Node, Node]:
     return {s: user for s, user in last.items() if s.op == "call_function" and s not in kept}
 
 
-def _as_module(part: Part) -> GraphModule:
-    """The function as a module that runs in Python."""
+def _as_module(region: PureRegion) -> GraphModule:
+    """The region as a module that runs in Python."""
     graph, mapping, root = Graph(), {}, torch.nn.Module()
-    for node in part.inputs:
+    for node in region.inputs:
         mapping[node] = graph.placeholder(node.name)
-    for node, tensor in part.constants.items():
+    for node, tensor in region.constants.items():
         name = f"constant{len(mapping)}"
         root.register_buffer(name, tensor)
         mapping[node] = graph.get_attr(name)
-    for node in part.nodes:
+    for node in region.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    graph.output(tuple(mapping[n] for n in part.results))
+    graph.output(tuple(mapping[n] for n in region.results))
     return GraphModule(root, graph)
 
 
-def _inductor(part: Part, examples: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
-    """The function compiled by ``torch.compile``; None where that fails."""
+def _inductor(region: PureRegion, examples: Sequence[torch.Tensor]) -> Callable[..., Any] | None:
+    """The region compiled by ``torch.compile``; None if that fails."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled = torch.compile(_as_module(part), fullgraph=True, dynamic=False)
+            compiled = torch.compile(_as_module(region), fullgraph=True, dynamic=False)
             with same_random_state():
                 compiled(*examples)
             result: Callable[..., Any] | None = compiled

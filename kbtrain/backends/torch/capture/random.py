@@ -1,19 +1,18 @@
-"""Random numbers from a seed that is a tensor, in operations that a record can hold.
+"""Random numbers from a seed tensor, in operations that can be recorded.
 
-Keras makes a generator of the seed of a layer, which it has to read for that. On a CPU that costs
-nothing, and the record does the same, with the same numbers. On a GPU it would stop the queue for
-every layer in every step, and no CUDA graph could hold it: there the numbers are computed from the
-seed on the device. They are those of SplitMix64, which advances a counter by a constant and mixes
-its bits, so that every number of a tensor can be computed by itself:
+Keras creates a generator from the seed of a layer, whose value it reads on the host. On a CPU that
+is free, and the recorded step does the same, with the same numbers. On a GPU it would stall the
+queue for every layer in every step and rule out CUDA graphs, so the numbers are computed from the
+seed on the device. The generator is SplitMix64, which advances a counter by a constant and mixes
+its bits, so that every number of a tensor can be computed independently:
 
     z = key + (i + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z ^ (z >> 31)
 
-modulo 2^64, where the key is mixed from the two integers of the seed.
-
-Reference: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+modulo 2^64, where the key is mixed from the two integers of the seed. See Steele, Lea, Flood,
+"Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from typing import Any
 
 import torch
 
-# The one place where Keras turns the state of a seed generator into a torch generator.
+# The only function in which Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
 
 
 class Seeds:
-    """Stands in for ``torch_seed_generator``: remembers which seed each generator is to have."""
+    """Stands in for ``torch_seed_generator``, and keeps the seed of each generator."""
 
     def __init__(self) -> None:
         self._known: list[tuple[torch.Generator, torch.Tensor]] = []
 
     def generator(self, seed: Any) -> torch.Generator | None:
-        """A generator that never draws; `of` finds its seed."""
+        """A generator that is never used to draw; ``of`` returns its seed."""
         device = keras_random.get_device()
         if device == "meta":
             return None
@@ -45,7 +44,7 @@ class Seeds:
         return generator
 
     def of(self, generator: Any) -> torch.Tensor | None:
-        """The seed (two integers) of a generator made here; None for any other."""
+        """The seed (two integers) of a generator created here; None for others."""
         for known, seed in self._known:
             if known is generator:
                 return seed
@@ -53,7 +52,7 @@ class Seeds:
 
 
 def _seeded(seed: torch.Tensor) -> torch.Generator:
-    """What Keras' ``torch_seed_generator`` makes of a drawn seed."""
+    """The generator that Keras' ``torch_seed_generator`` creates from a drawn seed."""
     generator = torch.Generator(device=seed.device)
     generator.manual_seed(int(seed[0] + seed[1]) & 0xFFFFFFFF)
     return generator
@@ -69,11 +68,11 @@ def _signed(value: int) -> int:
 _STEP = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 _FRACTION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-"""Bits of a number below 1 that are exact in a dtype."""
+"""Number of random bits that a dtype represents exactly in [0, 1)."""
 
 
 def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
-    """``z >> by`` as if it had no sign."""
+    """Unsigned ``z >> by``."""
     return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
@@ -101,7 +100,7 @@ def _bits(seed: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def _below_one(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Evenly spread in [0, 1)."""
+    """Uniform in [0, 1)."""
     digits = _FRACTION[dtype]
     return _shifted(bits, 64 - digits).to(dtype).mul_(2.0**-digits)
 
@@ -113,7 +112,7 @@ def _rand(seed: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.
 def _normal(
     seed: torch.Tensor, mean: float, std: float, size: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """By Box and Muller: half of the bits for the length, half for the angle."""
+    """Normal, by Box-Muller: half of the bits for the radius, half for the angle."""
     wide = torch.promote_types(dtype, torch.float32)
     bits = _bits(seed, size)
     length = (_shifted(bits, 32) + 1).to(wide).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
@@ -132,7 +131,7 @@ def _bernoulli(seed: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def _multinomial(seed: torch.Tensor, p: torch.Tensor, count: int) -> torch.Tensor:
-    """Waiting times at the rates ``p``: the class that comes first."""
+    """Categorical: the class with the shortest exponential waiting time at the rates ``p``."""
     bits = _bits(seed, (*p.shape[:-1], count, p.shape[-1]))
     inside = (_shifted(bits, 41) + 0.5).mul_(2.0**-23)  # neither 0 nor 1
     return (p.float().unsqueeze(-2) / -inside.log_()).argmax(-1)
@@ -149,7 +148,7 @@ def _define(
     on_device: Callable[..., Any],
     shape: Callable[..., Any],
 ) -> None:
-    """Make an operation that a record can hold; ``shape`` gives a tensor like its result."""
+    """Register an operation that can be recorded; ``shape`` returns a tensor like its result."""
     name = signature.partition("(")[0]
 
     def run(seed: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -204,7 +203,7 @@ _define(
 
 
 def draw(func: Any, seed: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """``func`` with a generator of that seed, as one operation that can be recorded."""
+    """``func`` with a generator of this seed, as one operation that can be recorded."""
     operations = torch.ops.kbtrain_random
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     if func is torch.rand:

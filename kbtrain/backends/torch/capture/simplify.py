@@ -1,22 +1,22 @@
-"""Rewrites of a recorded graph that keep its meaning.
+"""Semantics-preserving rewrites of a recorded graph.
 
-Operations without a use are left out, assignments moved to the end, a bias put inside its product.
+Redundant operations are removed, assignments are moved to the end, and a bias is fused into its
+product.
 
-A graph of ATen operations, as ``make_fx`` records it, is in the order of the Python program, with
-assignments to variables in between. Where every assignment can wait until the end, everything
-else has no effect, can be compiled as one, and can be thrown away if a check fails.
+A recorded graph of ATen operations follows the Python program, with assignments to variables in
+between. If every assignment can be delayed to the end, the rest is pure: it can be compiled as a
+whole, and discarded if a check fails.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, aliases, nodes_in
 
 aten = torch.ops.aten
 
@@ -30,101 +30,28 @@ _VIEWS = (
 )
 
 
-def nodes_in(value: Any) -> list[Node]:
-    """The nodes in an argument: itself, or those of a list."""
-    if isinstance(value, Node):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [n for item in value for n in nodes_in(item)]
-    return []
-
-
-def aliases(node: Node, write: bool) -> list[Node]:
-    """The nodes among the arguments that ``node`` writes to, or returns a view of."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    found: list[Node] = []
-    for position, name in _shared(node.target)[write]:
-        if position < len(node.args):
-            found += nodes_in(node.args[position])
-        elif name in node.kwargs:
-            found += nodes_in(node.kwargs[name])
-    return found
-
-
-@functools.cache
-def _shared(operation: Any) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """Position and name of the arguments that an operation returns a view of, or writes to."""
-    views: list[tuple[int, str]] = []
-    written: list[tuple[int, str]] = []
-    for position, argument in enumerate(operation._schema.arguments):
-        if argument.alias_info is not None:
-            found = written if argument.alias_info.is_write else views
-            found.append((position, argument.name))
-    return views, written
-
-
-class Memory:
-    """Whose memory each node of a graph has, and when it is written.
-
-    Args:
-        graph: The graph, before any rewrite.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
-        self._owners: dict[Node, frozenset[Node]] = {}
-        self.writes: dict[Node, list[int]] = defaultdict(list)
-        self.views: dict[Node, list[Node]] = defaultdict(list)
-        for node in graph.nodes:
-            for owner in self.owners(node):
-                if owner is not node:
-                    self.views[owner].append(node)
-            for target in aliases(node, write=True):
-                for owner in self.owners(target):
-                    self.writes[owner].append(self.position[node])
-
-    def owners(self, node: Node) -> frozenset[Node]:
-        """The nodes that allocated the memory that ``node`` may use: itself, if it is no view."""
-        if node not in self._owners:
-            sources = aliases(node, write=False) + aliases(node, write=True)
-            if node.target is operator.getitem:
-                sources = nodes_in(node.args[0])
-            owners = frozenset(o for s in sources for o in self.owners(s))
-            self._owners[node] = owners or frozenset([node])
-        return self._owners[node]
-
-    def written_between(self, node: Node, first: int, last: float) -> bool:
-        """Whether the memory of ``node`` is written after ``first`` and before ``last``."""
-        return any(first < i < last for o in self.owners(node) for i in self.writes[o])
-
-    def written_after(self, node: Node, position: int) -> bool:
-        """Whether the memory of ``node`` is written after ``position``."""
-        return self.written_between(node, position, float("inf"))
-
-
 def simplify(module: torch.nn.Module) -> None:
-    """Leave out what does nothing in a recorded graph, and compute once what is always the same.
+    """Remove no-ops from a recorded graph, fold constants, and merge common subexpressions.
 
-    ``detach`` means nothing without gradients, nor does a product with 1. Small tensors that
-    depend on shapes alone (zeros, ones, ranges, and what is computed from them) become constants.
-    Of two operations with the same small result the second is left out.
+    ``detach`` and a product with 1 are no-ops without gradients. Small tensors that depend only on
+    shapes (zeros, ones, ranges and results computed from them) become constants. Of two equal
+    operations with a small result, the second is removed.
 
     Args:
         module: A recorded step; changed in place.
     """
     graph = module.graph
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     constants = {n: getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    # A variable that the step does not know of is a constant to the record, but may be assigned.
+    # An undeclared variable is a constant in the graph, but may be assigned elsewhere.
     constants = {n: t for n, t in constants.items() if not isinstance(t, torch.nn.Parameter)}
-    # Two results of a step are two tensors: what is done to one does not happen to the other.
+    # Results of a step must not share memory: changing one must not change another.
     output = next(node for node in graph.nodes if node.op == "output")
-    leaving = {owner for node in nodes_in(output.args[0]) for owner in memory.owners(node)}
+    leaving = {owner for node in nodes_in(output.args[0]) for owner in analysis.owners(node)}
     folded: list[tuple[torch.Tensor, Node]] = []
     first: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or any(memory.writes[o] for o in memory.owners(node)):
+        if node.op != "call_function" or any(analysis.writes[o] for o in analysis.owners(node)):
             continue
         if (number := known_number(node.meta.get("val"))) is not None:
             _write_out(node, number)
@@ -142,9 +69,9 @@ def simplify(module: torch.nn.Module) -> None:
                 constants[equal] = value
                 folded.append((value, equal))
             _replace(node, equal)
-        elif (call := _call_of(node)) is not None and not memory.owners(node) & leaving:
+        elif (call := _call_of(node)) is not None and not analysis.owners(node) & leaving:
             earlier = first.get(call)
-            if earlier is None or _is_written_since(node, earlier, memory):
+            if earlier is None or _is_written_since(node, earlier, analysis):
                 first[call] = node
             else:
                 _replace(node, earlier)
@@ -157,14 +84,14 @@ def _replace(node: Node, other: Node) -> None:
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     like = (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
-    # By their bytes: 0 and -0 are equal.
+    # Compared as bytes, because 0 equals -0.
     return like and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _call_of(node: Node) -> Any:
-    """An operation and its arguments, equal for equal ones; None where it may not be left out.
+    """A key that is equal for equal operations; None for one that must not be removed.
 
-    A large result would have to be kept until its second use.
+    A large result is not merged, as it would have to be kept until its second use.
     """
     operation, held = node.target, node.meta.get("val")
     if not isinstance(operation, torch._ops.OpOverload) or operation.namespace != "aten":
@@ -183,25 +110,25 @@ def _hashable(value: Any) -> Any:
         return tuple((key, _hashable(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
-    return repr(value)  # 1, 1.0 and True are equal, and not the same argument
+    return repr(value)  # 1, 1.0 and True are equal, but different arguments
 
 
-def _is_written_since(node: Node, earlier: Node, memory: Memory) -> bool:
-    """Whether what ``node`` reads has been changed since ``earlier`` has read it."""
-    begin, end = memory.position[earlier], memory.position[node]
-    return any(memory.written_between(n, begin, end) for n in node.all_input_nodes)
+def _is_written_since(node: Node, earlier: Node, analysis: AliasAnalysis) -> bool:
+    """Whether memory that ``node`` reads was written after ``earlier``."""
+    begin, end = analysis.position[earlier], analysis.position[node]
+    return any(analysis.written_between(n, begin, end) for n in node.all_input_nodes)
 
 
 def known_number(value: Any) -> bool | int | float | None:
-    """The number that ``value`` is in every step; None if it is none, or is read from a tensor."""
-    if isinstance(value, torch.SymInt):  # a shape may have told what it is
+    """The number that ``value`` is in every step; None if it is not a number or not constant."""
+    if isinstance(value, torch.SymInt):  # may be known from a shape
         result: bool | int | float | None = value.node.maybe_as_int()
         return result
     return value if isinstance(value, bool | int | float) else None
 
 
 def _write_out(node: Node, number: float) -> None:
-    """Give the users of a node the number it is known to be (one that follows from shapes)."""
+    """Replace a node by the number it is known to be from shapes."""
 
     def literal(other: Node) -> Any:
         return number if other is node else other
@@ -227,7 +154,7 @@ _LARGEST_CONSTANT = 4096
 
 
 def _constant(node: Node, constants: dict[Node, torch.Tensor]) -> torch.Tensor | None:
-    """The value of a node that has the same one in every step; None for the others."""
+    """The value of a node if it is the same in every step, else None."""
     held = node.meta.get("val")
     if not isinstance(held, torch.Tensor) or held.numel() > _LARGEST_CONSTANT:
         return None
@@ -247,16 +174,16 @@ def _constant(node: Node, constants: dict[Node, torch.Tensor]) -> torch.Tensor |
 
 
 def delay_assignments(graph: Graph) -> None:
-    """Move assignments to the graph's inputs behind everything else.
+    """Move assignments to the graph's inputs to the end.
 
-    Later reads of an input read the assigned value instead. An input is left as it is where a view
-    of it outlives an assignment, and assigned early where another operation changes it in place.
+    Later reads of an input use the assigned value instead. Assignments to an input stay in place if
+    a view of it outlives them, and are done early if another operation changes it in place.
 
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = Memory(graph)
-    fixed = _fixed_inputs(graph, memory)
+    analysis = AliasAnalysis(graph)
+    fixed = _fixed_inputs(graph, analysis)
     values: dict[Node, Node] = {}
 
     def read_values(node: Node) -> None:
@@ -272,11 +199,13 @@ def delay_assignments(graph: Graph) -> None:
             elif _is_assignment(node) and node.args[0] not in fixed:
                 target, value = node.args
                 value = values.get(value, value)
-                values[target] = _unchanging(graph, target, value, memory.position[node], memory)
+                values[target] = _unchanging(
+                    graph, target, value, analysis.position[node], analysis
+                )
                 node.replace_all_uses_with(values[target])
                 graph.erase_node(node)
             else:
-                changed = {o for t in aliases(node, write=True) for o in memory.owners(t)}
+                changed = {o for t in aliases(node, write=True) for o in analysis.owners(t)}
                 for target in [t for t in values if t in changed]:
                     graph.call_function(ASSIGN, (target, values.pop(target)))
                 read_values(node)
@@ -286,51 +215,53 @@ def _is_assignment(node: Node) -> bool:
     return node.target is ASSIGN and node.args[0].op == "placeholder"
 
 
-def _fixed_inputs(graph: Graph, memory: Memory) -> set[Node]:
-    """Inputs whose assignments have to stay where they are: a view shows them to others."""
+def _fixed_inputs(graph: Graph, analysis: AliasAnalysis) -> set[Node]:
+    """Inputs whose assignments must stay in place, because they are visible through a view."""
     fixed: set[Node] = set()
     for node in graph.nodes:
         for target in aliases(node, write=True):
-            fixed |= memory.owners(target) - {target}
+            fixed |= analysis.owners(target) - {target}
         if not _is_assignment(node):
             continue
-        now = memory.position[node]
-        for view in memory.views[node.args[0]]:
-            before = memory.position[view] < now and not _is_assignment(view)
-            if before and any(memory.position[user] > now for user in view.users):
+        now = analysis.position[node]
+        for view in analysis.views[node.args[0]]:
+            before = analysis.position[view] < now and not _is_assignment(view)
+            if before and any(analysis.position[user] > now for user in view.users):
                 fixed.add(node.args[0])
     return fixed
 
 
-def _unchanging(graph: Graph, target: Node, value: Node, position: int, memory: Memory) -> Node:
-    """What ``target`` holds after an assignment, as a node that nothing changes any more."""
+def _unchanging(
+    graph: Graph, target: Node, value: Node, position: int, analysis: AliasAnalysis
+) -> Node:
+    """The value of ``target`` after an assignment, as a node that is not changed afterwards."""
     held, given = target.meta["val"], value.meta["val"]
     if held.shape != given.shape or held.dtype != given.dtype:
         value = graph.call_function(aten.copy.default, (target, value))
-    elif memory.written_after(value, position):
+    elif analysis.written_after(value, position):
         value = graph.call_function(aten.clone.default, (value,))
     value.meta.setdefault("val", held)
     return value
 
 
 def fuse_bias(graph: Graph) -> None:
-    """Give a bias to the product or convolution before it, as hand-written PyTorch does.
+    """Fuse a bias into the preceding product or convolution, as hand-written PyTorch does.
 
     ``x @ w + b`` reads and writes the result twice, ``addmm`` once.
 
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:
             continue
         shaped, bias = node.args
         if isinstance(shaped, Node) and isinstance(bias, Node):
-            _fuse(graph, node, shaped, bias, memory)
+            _fuse(graph, node, shaped, bias, analysis)
 
 
-def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> None:
+def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, analysis: AliasAnalysis) -> None:
     """Replace ``add(shaped, bias)`` if ``shaped`` is a view of a product used only here."""
     product = shaped.args[0] if shaped.target in _VIEWS else shaped
     if not isinstance(product, Node) or product.target not in (MM, CONVOLUTION):
@@ -342,7 +273,7 @@ def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> 
     if channels is None or not isinstance(flat, Node):
         return
     held, given = flat.meta["val"], bias.meta["val"]
-    begin, end = memory.position[product], memory.position[add]
+    begin, end = analysis.position[product], analysis.position[add]
     fits = (
         given.numel() == held.numel() == math.prod(channels)
         and tuple(given.shape)[-len(channels) :] == channels
@@ -351,7 +282,7 @@ def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> 
         and held.dtype == add.meta["val"].dtype == product.meta["val"].dtype
     )
     if not fits or any(
-        memory.written_between(n, begin, end) for n in [*product.all_input_nodes, flat]
+        analysis.written_between(n, begin, end) for n in [*product.all_input_nodes, flat]
     ):
         return
     with graph.inserting_before(add):
@@ -374,7 +305,7 @@ def _fuse(graph: Graph, add: Node, shaped: Node, bias: Node, memory: Memory) -> 
 
 
 def _channels(shaped: Node, product: Node) -> tuple[int, ...] | None:
-    """The last axes of ``shaped`` that the channels of a product lie along; None if unclear."""
+    """The trailing axes of ``shaped`` that hold the channels of a product; None if unknown."""
     shape = tuple(shaped.meta["val"].shape)
     if product.target is CONVOLUTION:
         last_axis = shaped.target is aten.permute.default and shaped.args[1][-1] == 1

@@ -1,4 +1,4 @@
-"""PyTorch: one step as it is captured; see ``kbtrain.backends.torch.capture``."""
+"""PyTorch: one captured step; see ``kbtrain.backends.torch.capture``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from kbtrain.backends.torch.capture.cuda_graph import Graphs, with_graph
 from kbtrain.backends.torch.capture.guard import NotCapturable
 from kbtrain.backends.torch.capture.keras_overrides import native_operations
-from kbtrain.backends.torch.capture.large_gradients import Kept
+from kbtrain.backends.torch.capture.large_gradients import KeptMemory
 from kbtrain.backends.torch.capture.program import make_program, no_collection, same_random_state
 from kbtrain.backends.torch.capture.trace import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
@@ -26,8 +26,8 @@ from kbtrain.utils.keras_private import held_values
 
 logger = logging.getLogger("kbtrain")
 
-# Without a rule for fake tensors, recording a fused optimizer runs it on real ones made of zeros:
-# four times the size of the model for a moment. They change their arguments and return nothing.
+# Without a fake kernel, recording a fused optimizer would run it on real tensors of zeros, four
+# times the size of the model. These operations change their arguments and return nothing.
 _RULES = torch.library.Library("aten", "IMPL")
 for _operation in ("_fused_adamw_", "_fused_adam_", "_fused_sgd_", "_fused_adagrad_"):
     for _overload in getattr(torch.ops.aten, _operation).overloads():
@@ -43,11 +43,11 @@ class CapturedStep:
 
     Args:
         fn: The step, ``fn(inputs) -> outputs``, structures of tensors.
-        variables: Everything it reads or assigns.
+        variables: All variables that it reads or assigns.
         inputs: Example inputs; their values do not matter.
-        inductor: Compile the record further by ``torch.compile``.
-        kept: Memory that it shares with the records for other shapes.
-        graphs: The CUDA graphs of these.
+        inductor: Whether to compile the program with ``torch.compile``.
+        kept: Memory shared with the programs for other shapes.
+        graphs: The CUDA graphs of the step for all shapes.
 
     Attributes:
         outputs: The structure of its outputs.
@@ -62,7 +62,7 @@ class CapturedStep:
         variables: Sequence[keras.Variable],
         inputs: Any,
         inductor: bool,
-        kept: Kept,
+        kept: KeptMemory,
         graphs: Graphs,
     ) -> None:
         self._variables = list(variables)
@@ -76,10 +76,10 @@ class CapturedStep:
         return [variable._value for variable in self._variables]
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the recorded operations on flattened inputs; the outputs are flat, too.
+        """Run the recorded operations on flattened inputs, and return flattened outputs.
 
         Raises:
-            GuardFailed: The guard did not hold; nothing was changed.
+            GuardFailed: The condition was false; nothing was changed.
         """
         return self._run(inputs, self._state())
 
@@ -87,9 +87,9 @@ class CapturedStep:
 def _record(
     fn: Callable[[Any], Any], variables: list[keras.Variable], inputs: Any
 ) -> tuple[Any, Any]:
-    """The step as one graph of ATen operations, and the structure of its outputs.
+    """Record the step as one graph of ATen operations; also return the structure of its outputs.
 
-    The variables' values are inputs of the graph, after those of the step.
+    The values of the variables are inputs of the graph, after those of the step.
     """
     outputs: list[Any] = []
     real = held_values(variables)
@@ -119,7 +119,7 @@ def _record(
         if _looks_at_values(error):
             raise NotCapturable(f"its Python looks at values of tensors{line}") from error
         reason = NotCapturable(f"{type(error).__name__}: {first_lines(error, 1)}{line}")
-        # In the middle of a user's own code the reason is there, most likely.
+        # If the error arose in user code, the reason is most likely there.
         reason.failure = None if inside and line else error
         raise reason from error
     finally:
@@ -133,12 +133,12 @@ def _record(
 
 
 def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
-    """The record of a step; that of ``make_fx`` where Python looks at values, say."""
+    """The graph of a step, recorded by ``make_fx`` if ``record`` does not support it."""
     try:
         return record(step, examples)
     except NotCapturable:
         raise
-    except Exception as error:  # whatever it is, make_fx decides whether it is one
+    except Exception as error:  # make_fx decides whether any error is real
         logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
         failure = error
     recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)

@@ -1,9 +1,9 @@
-"""Recording PyTorch operations on fake tensors, without all that ``make_fx`` can besides.
+"""Records PyTorch operations on fake tensors, without the general machinery of ``make_fx``.
 
-``make_fx`` looks for numbers that are not known yet, keeps a copy of every result's description and
-follows every torch function: three quarters of the time of a recording. None of it is needed for a
-step whose Python never looks at a value. This records such a step; about any other it says so, and
-``make_fx`` has to.
+``make_fx`` tracks unbacked symbols, keeps a copy of the metadata of every result and intercepts
+every torch function, which takes three quarters of the recording time. A step whose Python never
+reads a value needs none of this. Such a step is recorded here; for others an error is raised, and
+``make_fx`` records them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _LITERALS = (
 
 
 class Unrecorded(Exception):
-    """Something that this cannot record; the message says what."""
+    """An operation that cannot be recorded here, named in the message."""
 
 
 class Record(torch.nn.Module):  # type: ignore[misc]
-    """A recorded function: a graph of ATen operations and the tensors that are constants in it.
+    """A recorded function: a graph of ATen operations and its constant tensors.
 
     Attributes:
-        graph: Each node has a fake tensor like its result as ``meta["val"]``.
+        graph: The graph. Each node has a fake tensor like its result as ``meta["val"]``.
     """
 
     def __init__(self) -> None:
@@ -50,21 +50,23 @@ def record(fn: Callable[..., Sequence[Any]], examples: Sequence[torch.Tensor]) -
 
     Args:
         fn: Returns a list of tensors.
-        examples: Tensors like its arguments; their values are not looked at.
+        examples: Tensors like its arguments; their values are not used.
 
     Returns:
-        The record.
+        The recorded function.
 
     Raises:
-        Unrecorded: There is an operation or an argument that this does not know.
-        Exception: Whatever ``fn`` raises, and PyTorch if it looks at a value.
+        Unrecorded: An operation or an argument is not supported.
+        Exception: Any error of ``fn``, or of PyTorch if the function reads a value.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         fakes = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True)
     given = [fakes.from_tensor(example) for example in examples]
     recorder = _Recorder(given)
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # which would hold what no operation here has made
+    torch.set_autocast_cache_enabled(
+        False
+    )  # it would hold results of operations that are not recorded
     try:
         with fakes, recorder:
             results = fn(*given)
@@ -74,7 +76,7 @@ def record(fn: Callable[..., Sequence[Any]], examples: Sequence[torch.Tensor]) -
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Writes down every operation that is dispatched.
+    """Records every operation that is dispatched.
 
     Args:
         inputs: Fake tensors that are the inputs of the graph.
@@ -84,7 +86,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self._record = Record()
         self._nodes: dict[int, Node] = {}
-        # An id belongs to one tensor for as long as that lives.
+        # An id is unique only while its tensor is alive.
         self._alive: list[torch.Tensor] = []
         for i, tensor in enumerate(inputs):
             self._know(tensor, self._record.graph.placeholder(f"input_{i}"))
@@ -93,18 +95,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _DEVICE:  # asked for more often than anything is computed
+        if func is _DEVICE:  # queried more often than anything is computed
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func not in _KNOWN:
-            _examine(func)
+            _check_supported(func)
         graph_args = tuple([self._argument(x) for x in args])
         graph_kwargs = {key: self._argument(x) for key, x in kwargs.items()} if kwargs else {}
         result = func(*args, **kwargs)
-        if func is aten.detach.default:  # the same memory; a record has no gradients to stop
+        if func is aten.detach.default:  # the same memory; the graph has no gradients to stop
             self._nodes[id(result)] = graph_args[0]
             self._alive.append(result)
             return result
-        # A tensor that Python has made stays as it is; what is changed is a copy of it.
+        # A tensor created by Python must stay unchanged: a copy of it is modified.
         target = aten.lift_fresh_copy.default if func is aten.lift_fresh.default else func
         node = self._record.graph.call_function(target, graph_args, graph_kwargs)
         if isinstance(result, torch.Tensor):
@@ -121,7 +123,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         return result
 
     def finish(self, results: Sequence[Any]) -> Record:
-        """The record of a function with these results."""
+        """The recorded function with these results."""
         self._record.graph.output([self._argument(result) for result in results])
         return self._record
 
@@ -131,7 +133,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._alive.append(tensor)
 
     def _number(self, result: Any, node: Node) -> None:
-        """A number is one that torch knows without looking: it is the same in every step."""
+        """A number that torch knows without reading a tensor, so it is the same in every step."""
         if not isinstance(result, bool | int | float):
             raise Unrecorded(f"{node.target} returns a {type(result).__name__}")
         self._record.graph.erase_node(node)
@@ -147,7 +149,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         raise Unrecorded(f"an argument is a {type(value).__name__}")
 
     def _constant(self, tensor: torch.Tensor) -> Node:
-        """A tensor that was there before: an attribute of the record."""
+        """An existing tensor, as an attribute of the recorded function."""
         if isinstance(tensor, FakeTensor):
             raise Unrecorded("a fake tensor came from nowhere")
         name = f"constant_{len(self._nodes)}"
@@ -160,16 +162,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
 _KNOWN: set[Any] = set()
 
 
-def _examine(func: Any) -> None:
-    """Let an operation pass that means itself and leaves its arguments their shape.
+def _check_supported(func: Any) -> None:
+    """Check that an operation is not decomposed and does not resize its arguments.
 
     Raises:
-        Unrecorded: It does not.
+        Unrecorded: It is, or it does.
     """
     if not isinstance(func, OpOverload):
-        raise Unrecorded(f"{func} is no operation of torch's library")
+        raise Unrecorded(f"{func} is not an operation of torch's library")
     if torch.Tag.inplace_view in func.tags:
-        raise Unrecorded(f"{func} changes the shape of a tensor that is there")
+        raise Unrecorded(f"{func} changes the shape of an existing tensor")
     if func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
-        raise Unrecorded(f"{func} stands for others")
+        raise Unrecorded(f"{func} is decomposed into others")
     _KNOWN.add(func)

@@ -1,8 +1,8 @@
-"""Rewrites of a recorded graph: fewer views, fewer copies, plain products.
+"""Rewrites of a recorded graph: fewer views, fewer copies, plain matrix products.
 
-Keras writes a product of tensors as a chain of views around a batched product of one matrix. Each
-view costs about a microsecond, and what stands between a product and its bias keeps the two from
-being one operation. What a chain of views amounts to is read off the strides of its end.
+Keras expresses a tensor product as a chain of views around a batched product of one matrix. Each
+view costs about a microsecond, and views between a product and its bias prevent their fusion. The
+net effect of a chain of views is read off the strides of its result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kbtrain.backends.torch.capture.simplify import Memory
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis
 
 aten = torch.ops.aten
 
@@ -37,12 +37,12 @@ _ATTENTION = {
     aten._scaled_dot_product_cudnn_attention: 3,
     aten._scaled_dot_product_cudnn_attention_backward: 4,
 }
-"""Attention, and how many of its first arguments may be strided views (query, key and value, after
-the gradient); None for all. A mask for a GPU has to be aligned."""
+"""Attention kernels, and how many of their first arguments may be strided views (query, key and
+value, after the gradient); None for all. On a GPU a mask must be aligned."""
 
 
 def plain_products(graph: Graph) -> None:
-    """Make batched products of a single matrix plain ones, which take a bias.
+    """Turn batched products of a single matrix into plain ones, which can take a bias.
 
     Args:
         graph: A recorded graph; changed in place.
@@ -59,31 +59,31 @@ def plain_products(graph: Graph) -> None:
 
 
 def shorten_views(graph: Graph) -> None:
-    """Replace chains of views by one or two that lead to the same place.
+    """Replace chains of views by one or two with the same result.
 
     Args:
         graph: A recorded graph; changed in place.
     """
     for node in graph.nodes:
-        if node.target is aten._unsafe_view.default:  # a view that does not say so
+        if node.target is aten._unsafe_view.default:  # a view whose schema does not declare it
             node.target = aten.view.default
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     for node in list(graph.nodes):
         if node.target not in _CHAINED:
             continue
         base, length = node, 0
         while base.target in _CHAINED:
             base, length = base.args[0], length + 1
-        # A kernel's result may lie otherwise in memory than its fake said. Then a copy may be due,
-        # which is no view any more: only for what nobody writes to.
-        read_only = base.op == "call_function" and not memory.written_after(base, -1)
+        # The real result of a kernel may have other strides than its fake tensor. The rewritten
+        # chain may then copy instead of creating a view, so the memory must not be written to.
+        read_only = base.op == "call_function" and not analysis.written_after(base, -1)
         reshape = aten.reshape.default if read_only else aten.view.default
         with graph.inserting_before(node):
             shorter = _view(graph, base, node.meta["val"], length, reshape)
         if shorter is not None:
             node.replace_all_uses_with(shorter)
             graph.erase_node(node)
-    for node in reversed(graph.nodes):  # what was in between, and what did not fit
+    for node in reversed(graph.nodes):  # intermediate views, and rejected candidates
         if node.target in _CHAINED and not node.users:
             graph.erase_node(node)
 
@@ -96,7 +96,7 @@ def _view(graph: Graph, base: Node, wanted: torch.Tensor, below: int, reshape: A
         return None
     if wanted.shape == held.shape and wanted.stride() == held.stride():
         return base
-    # The axes in the order of memory; those of length 1 may be anywhere.
+    # The axes in memory order; those of length 1 may be anywhere.
     order = sorted(range(wanted.dim()), key=lambda i: (-wanted.stride(i), wanted.shape[i] != 1))
     shape = [int(wanted.shape[i]) for i in order]
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -113,25 +113,25 @@ def _view(graph: Graph, base: Node, wanted: torch.Tensor, below: int, reshape: A
         result = _call(
             graph, aten.permute.default, result, [order.index(i) for i in range(len(order))]
         )
-    # Also the strides of axes of length 1: they decide what a kernel takes for channels-last.
+    # Includes strides of axes of length 1: kernels use them to detect channels-last.
     return result if result.meta["val"].stride() == wanted.stride() else None
 
 
 def copy_where_needed(graph: Graph) -> None:
-    """Leave out copies to another layout that nobody needs.
+    """Remove unnecessary copies to another layout.
 
-    Attention's kernel reads strided views of query, key and value as well, and what only looks
-    strided while it is recorded need not be copied.
+    The attention kernel accepts strided views of query, key and value, and tensors that are only
+    strided during recording need no copy.
 
     Args:
         graph: A recorded graph; changed in place.
     """
-    memory = Memory(graph)
+    analysis = AliasAnalysis(graph)
     for node in list(graph.nodes):
         if node.target is not aten.clone.default or not node.users:
             continue
-        source, start = node.args[0], memory.position[node]
-        if memory.written_after(source, start) or memory.written_after(node, start):
+        source, start = node.args[0], analysis.position[node]
+        if analysis.written_after(source, start) or analysis.written_after(node, start):
             continue
         if node.kwargs.get("memory_format") is not torch.contiguous_format:
             continue
@@ -144,7 +144,7 @@ def copy_where_needed(graph: Graph) -> None:
 
 
 def _takes_view(user: Node, node: Node) -> bool:
-    """Whether attention may be given ``node`` as a view whose last axis is dense."""
+    """Whether attention accepts ``node`` as a view whose last axis is dense."""
     packet = getattr(user.target, "overloadpacket", None)
     if packet not in _ATTENTION:
         return False
@@ -153,7 +153,7 @@ def _takes_view(user: Node, node: Node) -> bool:
 
 
 def _call(graph: Graph, operation: Any, *args: Any) -> Node:
-    """A new operation, with a fake tensor that says what it results in."""
+    """A new operation, with a fake tensor as its result."""
     node = graph.call_function(operation, args)
     values = torch.fx.map_arg(args, lambda n: n.meta["val"])
     node.meta["val"] = operation(*values)
