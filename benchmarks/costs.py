@@ -1,9 +1,9 @@
-"""What is paid besides the steps: import, construction, first step, memory, logs and checkpoints.
+"""Overheads besides the steps: import, construction, first step, memory, logs and checkpoints.
 
     KERAS_BACKEND=jax python costs.py --json out.json
 
-Figures that depend on a fresh process (import, peak memory) come from processes of their own, one
-contender after the other, in turns. Memory is the largest resident size of a process (Linux).
+Import time and peak memory are measured in fresh processes, alternating between contenders. Memory
+is the maximum resident set size of a process (Linux).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ REPEATS = 5
 
 
 def fresh(code: str, *arguments: str) -> float:
-    """The number that a fresh process prints last."""
+    """The last number printed by a fresh process."""
     command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=3600)
     return float(result.stdout.split()[-1])
 
 
 def import_time() -> dict[str, float]:
-    """Seconds that the imports take after `import keras`."""
+    """Seconds that the imports take after ``import keras``."""
     code = "import time, keras; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
     lines = ("from kbtrain import Trainer, TrainingArguments", "import optim")
     return {
@@ -68,7 +68,7 @@ def construction() -> dict[str, float]:
 
 
 def timed_steps(name: str, steps: int, rows: int | None = None, **more: Any) -> list[float]:
-    """Clock times: the call of fit, then the end of each step."""
+    """Timestamps: the call of fit, then the end of each step."""
     from workloads import WORKLOADS, loss
 
     from kbtrain import Trainer, TrainerCallback
@@ -92,7 +92,7 @@ def timed_steps(name: str, steps: int, rows: int | None = None, **more: Any) -> 
 
 
 def first_step() -> dict[str, float]:
-    """From the call of fit to the end of the first step, Keras' fit beside it."""
+    """Time from the call of fit to the end of the first step, also for Keras' fit."""
     from workloads import WORKLOADS, loss
 
     found = {}
@@ -112,7 +112,7 @@ def first_step() -> dict[str, float]:
 
 
 def logging_cost() -> dict[str, float]:
-    """A GPT step with a log of each step, over one with none; blocks of one step in both."""
+    """Time of a GPT step that logs each step, relative to no logs; one step per block in both."""
     seconds: dict[int, list[float]] = {1: [], 500: []}
     for _ in range(3):
         for every in seconds:
@@ -123,15 +123,15 @@ def logging_cost() -> dict[str, float]:
 
 
 def checkpoint_stall() -> dict[str, float]:
-    """What a save in the background costs the training, at 50 and at 500 MB."""
+    """The training time lost to a save in the background, at 50 and at 500 MB."""
     return one_checkpoint_stall(1180) | one_checkpoint_stall(3740)
 
 
 def one_checkpoint_stall(width: int) -> dict[str, float]:
-    """How long saves hold up the training, over a plain copy of the same arrays; in turns.
+    """Time that saves block the training, relative to a copy of the same arrays, alternating.
 
     Args:
-        width: Of a model of three square layers; with AdamW's state that is 36 x width^2 bytes.
+        width: Width of a model of three square layers, which has 36 x width^2 bytes with AdamW.
     """
     import keras
     import numpy as np
@@ -140,7 +140,7 @@ def one_checkpoint_stall(width: int) -> dict[str, float]:
     from kbtrain.training import actions
 
     class Copy(TrainerCallback):
-        """After each save, when it has been written, a plain copy of the same arrays."""
+        """Copies the same arrays after each completed save."""
 
         every_step = False
 
@@ -202,7 +202,7 @@ def one_checkpoint_stall(width: int) -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Largest resident size of a process that trains a model."""
+    """The maximum resident set size of a process that trains a model."""
     found: dict[str, float] = {}
     code = "import sys; sys.path.insert(0, '.'); import costs; costs.train_alone(*sys.argv[1:])"
     for name in ("gpt", "convnet", "recommender"):
@@ -239,13 +239,13 @@ def train_alone(name: str, who: str) -> None:
                 folder, per_device_train_batch_size=workload.batch, num_train_epochs=1
             )
             Trainer(workload.make(), arguments, train_dataset=(x, y), loss=loss()).fit()
-    # Not ru_maxrss: a process inherits that from the one that started it.
+    # Not ru_maxrss, which a process inherits from its parent.
     with open("/proc/self/status", encoding="utf-8") as file:
         print(next(line.split()[1] for line in file if line.startswith("VmHWM")))
 
 
 def long_run(steps: int) -> dict[str, float]:
-    """The process over a run of many tiny steps with a log every hundred, and its state's file."""
+    """Growth of memory and of the state file over a run of many tiny steps, logging every 100."""
     from workloads import WORKLOADS, loss
 
     from kbtrain import Trainer, TrainerCallback

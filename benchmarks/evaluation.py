@@ -1,12 +1,12 @@
-"""Time to evaluate and to predict: kbtrain against Keras' evaluate and predict.
+"""Time of evaluation and prediction: kbtrain against Keras' evaluate and predict.
 
     KERAS_BACKEND=jax python benchmarks/evaluation.py mlp convnet gpt --rounds 5 --json out.json
 
 All contenders run the same Keras model over the same arrays with the same batch size, in one
-process and in turns: a round of each, then the next round. Printed are the medians over the rounds,
-and of the ratios within a round the lowest, the median and the highest. Both compute the loss and
-an accuracy in ``evaluate``, and return all outputs as one NumPy array in ``predict``. What is
-compiled is compiled in a first round, which is not counted; ``first`` is its time.
+process, alternating: one round each, then the next round. The output shows medians over the rounds,
+and the minimum, median and maximum of the ratios within a round. Both compute the loss and an
+accuracy in ``evaluate``, and return all outputs as one NumPy array in ``predict``. Compilation
+happens in a first round, which is not counted; ``first`` is its time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from workloads import WORKLOADS, loss
 from kbtrain import Trainer, TrainingArguments
 
 ROWS = {"mlp": 100_000, "convnet": 2_000, "gpt": 64}
-"""Rows of data; the larger models get a part of what a real set has."""
+"""Rows of data; the larger models get a fraction of a real data set."""
 
 
 def contenders(
     name: str, rows: int, batch_size: int, folder: str
 ) -> dict[str, dict[str, Callable[[], Any]]]:
-    """For "evaluate" and "predict", what each contender does in one round."""
+    """One round of each contender, for "evaluate" and "predict"."""
     model = WORKLOADS[name].make()
     x, y = WORKLOADS[name].data(rows)
     arguments = TrainingArguments(
@@ -56,7 +56,7 @@ def contenders(
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Seconds of the first round and of each further one, by contender."""
+    """Seconds of the first round and of each later one, by contender."""
     first, results = {}, {}
     for name, run in runs.items():
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> Iterator[tuple[str, float, float, list[float]]]:
-    """Name, first round, median of the others, and the ratios kbtrain / it."""
+    """Name, first round, median of the others, and the ratios to kbtrain."""
     mine = measured["seconds"]["kbtrain"]
     for name, values in measured["seconds"].items():
         ratios = [a / b for a, b in zip(mine, values, strict=True)]

@@ -1,4 +1,4 @@
-"""The step as one would write it by hand in JAX: a Keras model, optax, one jit, donated state."""
+"""A hand-written JAX step: a Keras model, optax, one jit, donated state."""
 
 from __future__ import annotations
 

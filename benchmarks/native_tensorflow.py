@@ -1,4 +1,4 @@
-"""The step as one would write it by hand in TensorFlow: one tf.function, with and without XLA."""
+"""A hand-written TensorFlow step: one tf.function, with and without XLA."""
 
 from __future__ import annotations
 

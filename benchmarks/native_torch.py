@@ -1,4 +1,4 @@
-"""The same models and the step as one would write them by hand in PyTorch: eager, fused AdamW."""
+"""The same models and step, hand-written in PyTorch: eager, with fused AdamW."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Memory that one update needs at its peak: every optimizer of `optim`, in a process of its own.
+"""Peak memory of one update, for every optimizer of ``optim``, each in a separate process.
 
     python benchmarks/optimizer_memory.py --backend torch
 
-Peaks are Linux' own (``VmHWM``, reset before the update that is measured), on a GPU those of
-PyTorch's or XLA's allocator. Columns: state in bytes per parameter; what an update adds at its
-peak, in MiB and as a share of the parameters' float32 size. A full copy of the parameters is 1.00.
+Peaks are reported by Linux (``VmHWM``, reset before the measured update), on a GPU by PyTorch's or
+XLA's allocator. Columns: state in bytes per parameter, then the peak that an update adds, in MiB
+and relative to the parameters' float32 size. A full copy of the parameters is 1.00.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -44,7 +46,7 @@ def measured(name: str, layers: int, dtype: str) -> dict[str, float]:
 
 
 def in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same, in a fresh process."""
+    """Measure in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", name]
     command += ["--layers", str(arguments.layers), "--dtype", arguments.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.backend is not None:
-        os.environ["KERAS_BACKEND"] = arguments.backend  # read by Keras when it is imported
+        os.environ["KERAS_BACKEND"] = arguments.backend  # Keras reads it on import
     if arguments.one is not None:
         print(json.dumps(measured(arguments.one, arguments.layers, arguments.dtype)))
         return

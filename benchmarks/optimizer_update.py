@@ -1,16 +1,19 @@
-"""Time and memory of one update: every optimizer of `optim`, Keras' and the framework's own.
+"""Time and memory of one update: every optimizer of ``optim``, of Keras and of the framework.
 
     python benchmarks/optimizer_update.py --backend torch
     python benchmarks/optimizer_update.py --backend jax --optimizers adamw lion --json jax.json
 
-The candidates for one algorithm take turns within a round, with `optim.AdamW` among them, so that a
-noisy machine disturbs all of them alike; read the ratios, which are medians over the rounds.
+The candidates for one algorithm alternate within a round, together with ``optim.AdamW``, so that
+noise affects all of them alike. The ratios are the figures to compare; they are medians over the
+rounds.
 
-- ``x AdamW``: time relative to `optim.AdamW`.
-- ``per byte``: the same per byte that the algorithm cannot avoid to move (parameter and state read
-  and written, gradient read).
-- ``extra MiB``: memory that one update needs at its peak, on top of what is there before it.
+- ``x AdamW``: time relative to ``optim.AdamW``.
+- ``per byte``: the same per byte of unavoidable memory traffic (parameter and state read and
+  written, gradient read).
+- ``extra MiB``: peak memory of one update, on top of the memory in use before it.
 """
+
+from __future__ import annotations
 
 import argparse
 import ctypes
@@ -77,9 +80,9 @@ class Candidate:
     """Something that updates the parameters.
 
     Attributes:
-        step: one update.
-        wait: returns when the device has finished.
-        state: bytes of its state.
+        step: Runs one update.
+        wait: Returns when the device has finished.
+        state: Size of its state in bytes.
     """
 
     step: Callable[[], Any]
@@ -105,7 +108,7 @@ def state_bytes(optimizer: Any) -> int:
 
 
 def through_keras(shapes: list[tuple[int, ...]], compile_update: Any, optimizer: Any) -> Candidate:
-    """An optimizer of Keras' kind, compiled in the way of the backend."""
+    """A Keras optimizer, compiled as usual for the backend."""
     import keras
 
     variables = [keras.Variable(a) for a in arrays(0, shapes)]
@@ -157,8 +160,8 @@ def jax_tools(shapes: list[tuple[int, ...]]) -> tuple[Any, dict[str, Callable[[]
         def update(parameters: Any, state: Any, gradients: Any) -> Any:
             return optimizer.stateless_apply(state, gradients, parameters)
 
-        # JAX gives a donated buffer to the first result of its shape: with results in another
-        # order than the arguments, XLA would have to copy every tensor (three times the time).
+        # JAX assigns a donated buffer to the first result of its shape: if the results were in
+        # another order than the arguments, XLA would copy every tensor (three times the time).
         values = [[v.value for v in variables], [v.value for v in optimizer.variables]]
         return running(update, values)
 
@@ -206,7 +209,7 @@ TOOLS = {"torch": torch_tools, "tensorflow": tensorflow_tools, "jax": jax_tools}
 
 
 def resident(field: str) -> int | None:
-    """A line of Linux' account of this process, in bytes; None elsewhere."""
+    """A field of ``/proc/self/status`` in bytes; None on systems other than Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -215,14 +218,14 @@ def resident(field: str) -> int | None:
 
 
 def give_back() -> None:
-    """Let the C library return what is free, so that it does not hide what a step takes."""
+    """Return free memory of the C library to the system, so that allocations become visible."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def extra_memory(candidate: Candidate) -> float | None:
-    """MiB that one update needs on top of what is there before it."""
+    """Peak memory of one update in MiB, on top of the memory in use before it."""
     import sys
 
     torch = sys.modules.get("torch")
@@ -239,7 +242,7 @@ def extra_memory(candidate: Candidate) -> float | None:
     if before_step is None:
         return None
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     except OSError:
         return None
     candidate.step()
@@ -258,7 +261,7 @@ def timed(candidate: Candidate) -> float:
 def measure(
     makers: dict[str, Callable[[], Candidate]], rounds: int, values: int
 ) -> dict[str, dict[str, Any]]:
-    """First call, median time, ratios to the first candidate, and memory, of each candidate."""
+    """First call, median time, ratios to the first candidate, and memory of each candidate."""
     candidates, first, memory = {}, {}, {}
     for name, make in makers.items():
         candidates[name] = make()
@@ -289,7 +292,7 @@ def measure(
 def candidates_of(
     name: str, shapes: list[tuple[int, ...]], tools: tuple[Any, Any]
 ) -> dict[str, Callable[[], Candidate]]:
-    """Makers of everything that is compared for one algorithm, `optim.AdamW` first."""
+    """Factories of all candidates for one algorithm, ``optim.AdamW`` first."""
     import keras
 
     import optim
@@ -318,7 +321,7 @@ def candidates_of(
 
 
 def registered() -> list[str]:
-    """One name for each optimizer class of `optim`; the shortest, where there are several."""
+    """One name for each optimizer class of ``optim``, the shortest if there are several."""
     import optim
 
     found: dict[Any, str] = {}
@@ -353,7 +356,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="file for the results")
     arguments = parser.parse_args()
     if arguments.backend is not None:
-        os.environ["KERAS_BACKEND"] = arguments.backend  # read by Keras when it is imported
+        os.environ["KERAS_BACKEND"] = arguments.backend  # Keras reads it on import
     import keras
 
     shapes = (SMALL if arguments.small else SHAPES) * arguments.layers

@@ -3,13 +3,13 @@
     KERAS_BACKEND=jax python benchmarks/train_step.py mlp gpt convnet --rounds 5 --json out.json
 
 All contenders train the same Keras model (the hand-written torch loop and the other trainers a
-torch.nn model of the same shape) in one process, in turns: a round of each, then the next round.
-Printed are the medians over the rounds and the medians of the ratios within a round. The
-hand-written loops do not clip gradients and check nothing; kbtrain runs with its defaults, which do
-both. The Hugging Face Trainer and Lightning take part where they are installed (`pip install
-".[bench]"`), also next to another backend, on PyTorch.
+torch.nn model of the same shape) in one process, alternating: one round each, then the next round.
+The output shows medians over the rounds and medians of the ratios within a round. The hand-written
+loops neither clip gradients nor check anything; kbtrain runs with its defaults, which do both. The
+Hugging Face Trainer and Lightning take part if they are installed (``pip install ".[bench]"``), on
+PyTorch even beside another backend.
 
-On a GPU, with the share of its peak that a GPT's operations make (model FLOPs utilisation):
+On a GPU, with the model FLOPs utilization of a GPT:
 
     KERAS_BACKEND=torch python benchmarks/train_step.py gpt124m --bf16 --peak-tflops 989
 """
@@ -34,7 +34,7 @@ from kbtrain import Trainer, TrainerCallback, TrainingArguments
 
 
 class Rounds(TrainerCallback):
-    """Measures kbtrain between two logs, and lets the others run at each log."""
+    """Measures kbtrain between two logs, and runs the others at each log."""
 
     every_step = False
 
@@ -101,7 +101,7 @@ def measure(
 
 
 def _trainers(name: str, workload: Workload, x: Any, y: Any) -> dict[str, Any]:
-    """The trainers for PyTorch; where that is not installed there are none."""
+    """The trainers for PyTorch; none if it is not installed."""
     try:
         module = importlib.import_module("trainers_torch")
     except ModuleNotFoundError:
@@ -123,7 +123,7 @@ def _round(
 
 
 def rows(seconds: dict[str, list[float]]) -> Iterator[tuple[str, float, float, float, float]]:
-    """Name, median seconds, and lowest, median and highest ratio kbtrain / it."""
+    """Name, median seconds, and minimum, median and maximum of the ratios to kbtrain."""
     mine = seconds["kbtrain"]
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(mine, values, strict=True)]
@@ -131,7 +131,7 @@ def rows(seconds: dict[str, list[float]]) -> Iterator[tuple[str, float, float, f
 
 
 def flops_per_step(workload: Workload) -> float:
-    """The operations that the model itself needs for a step; 0 where they are not counted."""
+    """Model FLOPs of a step; 0 if they are not counted."""
     if workload.size is None:
         return 0.0
     per_token = workload.size.flops_per_token(workload.make().count_params())
@@ -139,7 +139,7 @@ def flops_per_step(workload: Workload) -> float:
 
 
 def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
-    """Bars of the time per step, one panel for each workload."""
+    """A bar chart of the time per step, one panel per workload."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""The other trainers, on PyTorch, with the torch.nn model of the same shape.
+"""Other trainers on PyTorch, with a torch.nn model of the same shape.
 
-A trainer runs in a thread of its own and stops after each round until it is asked for the next, so
-that it can take turns with others in one process and is timed without its start.
+Each trainer runs in a separate thread and pauses after each round until the next is requested, so
+that trainers can alternate in one process and are timed without their start-up.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from native_torch import MODELS, cross_entropy
 from torch import nn
 from workloads import in_bf16
 
-ROUNDS = 10_000  # more than anyone asks for
+ROUNDS = 10_000  # more than any benchmark runs
 
 
 class _Turns:
-    """Lets a function run in a thread from one ``pause`` to the next.
+    """Runs a function in a thread, from one ``pause`` to the next.
 
     Args:
-        run: Calls ``pause`` after every round; ``pause`` returns False when it has to end.
+        run: Calls ``pause`` after every round; ``pause`` returns False when it must end.
     """
 
     def __init__(self, run: Callable[[Callable[[], bool]], None]) -> None:
@@ -35,7 +35,7 @@ class _Turns:
             self._go.acquire()
             try:
                 run(self._pause)
-            except BaseException as error:  # shown by the next round
+            except BaseException as error:  # raised in the next round
                 self._error = error
             self._done.release()
 
@@ -62,7 +62,7 @@ class _Turns:
 
 
 def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, _Turns]:
-    """Those of the trainers that are installed, ready for rounds of ``steps`` steps."""
+    """The installed trainers, ready for rounds of ``steps`` steps."""
     found = {}
     for name, make in (("HF Trainer", _hugging_face), ("Lightning", _lightning)):
         try:

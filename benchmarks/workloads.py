@@ -1,4 +1,4 @@
-"""The models that are timed, as Keras models, with made-up data of the right shapes."""
+"""The benchmarked Keras models, with synthetic data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USERS_AND_ITEMS = 1_000_000
 
 @dataclass(frozen=True)
 class GptSize:
-    """The numbers that a GPT is made of; `heads` divides `width`."""
+    """The dimensions of a GPT; ``heads`` divides ``width``."""
 
     depth: int = 4
     width: int = 256
@@ -24,15 +24,14 @@ class GptSize:
     vocabulary: int = 256
 
     def flops_per_token(self, parameters: int) -> float:
-        """Operations that a training step needs for one token, whatever it does besides.
+        """Model FLOPs of a training step per token.
 
-        PaLM's count (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B): 6 N for
-        the products with N parameters, forward and backward, and 12 L H Q T for attention with L
-        layers of H heads of Q numbers over T tokens. Tables that are looked up in are no products:
-        they are not counted.
+        As counted for PaLM (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B):
+        6 N for the products with N parameters, forward and backward, and 12 L H Q T for attention
+        with L layers of H heads of dimension Q over T tokens. Embedding lookups are not counted.
 
         Args:
-            parameters: Those of the whole model.
+            parameters: Number of parameters of the whole model.
         """
         products = parameters - (self.vocabulary + self.length) * self.width
         return 6 * products + 12 * self.depth * self.width * self.length
@@ -43,7 +42,7 @@ MILLIONS_124 = GptSize(depth=12, width=768, length=1024, heads=12, vocabulary=24
 
 
 def in_bf16() -> bool:
-    """Whether products are to be computed in bfloat16, parameters staying in float32."""
+    """Whether to compute in bfloat16 with float32 parameters."""
     result: bool = keras.config.dtype_policy().compute_dtype == "bfloat16"
     return result
 
@@ -85,7 +84,7 @@ def convnet() -> keras.Model:
 
 
 def recommender() -> keras.Model:
-    """Two rows of one large table, and whether they go together."""
+    """Classifies pairs of rows of a large embedding table."""
     pair = keras.Input((2,), dtype="int32")
     h = layers.Flatten()(layers.Embedding(USERS_AND_ITEMS, 32)(pair))
     return keras.Model(pair, layers.Dense(2)(layers.Dense(64, activation="relu")(h)))
@@ -99,8 +98,8 @@ class Workload:
         make: Builds the Keras model; the loss is sparse cross-entropy from logits.
         batch: Batch size.
         steps: Steps in one round.
-        data: ``data(rows)`` gives ``(x, y)``.
-        size: Of a GPT, whose operations can be counted.
+        data: ``data(rows)`` returns ``(x, y)``.
+        size: Dimensions of a GPT, for counting FLOPs; None for other models.
     """
 
     make: Callable[[], keras.Model]

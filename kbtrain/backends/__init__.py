@@ -4,6 +4,8 @@
 ``kbtrain.backends.protocol.Backend``.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import cast
 

@@ -126,11 +126,11 @@ class Rows:
         self._longest = tuple(map(max, self._longest, rows.shape[1:]))
         if dtype == buffer.dtype and all(map(operator.le, self._longest, buffer.shape[1:])):
             return buffer
-        room = [
+        shape = [
             old if new <= old else max(new, old * 5 // 4)
             for new, old in zip(self._longest, buffer.shape[1:], strict=True)
         ]
-        wider = np.empty((len(buffer), *room), dtype)
+        wider = np.empty((len(buffer), *shape), dtype)
         wider[: self._count] = PADDING
         wider[(slice(self._count), *map(slice, buffer.shape[1:]))] = buffer[: self._count]
         return wider

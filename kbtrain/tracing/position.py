@@ -37,7 +37,7 @@ class Decisions:
         """Whether the decisions would have the same outcomes now."""
         return all(ask(moment) == outcome for ask, outcome in self.made.values())
 
-    def room(self, moment: Moment, limit: int) -> int:
+    def horizon(self, moment: Moment, limit: int) -> int:
         """The number of updates, at most ``limit``, for which the decisions hold."""
         if not self.made:
             return limit

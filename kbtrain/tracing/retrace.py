@@ -120,12 +120,12 @@ class Versions:
         self._versions = [version, *self._versions][:MAX_VERSIONS]
         return version
 
-    def room(self, moment: Moment, limit: int) -> int:
+    def horizon(self, moment: Moment, limit: int) -> int:
         """The number of updates, at most ``limit``, that one version covers; 1 before its trace."""
         version = next((v for v in self._versions if v.decisions.hold(moment)), None)
         if version is None or not version.traced:
             return 1
-        return max(1, version.decisions.room(moment, limit))
+        return max(1, version.decisions.horizon(moment, limit))
 
     def _tell(self, moment: Moment) -> None:
         asked = next(
@@ -173,11 +173,11 @@ class LiveStep:
         self._versions = Versions(self._build, "train")
         self._generation = self._captured.generation
 
-    def room(self, accumulation: int) -> int:
+    def horizon(self, accumulation: int) -> int:
         """The maximum number of updates in the next block, as far as known."""
-        if not self._position.used and self._versions.room(self._moment(accumulation), 2) > 1:
+        if not self._position.used and self._versions.horizon(self._moment(accumulation), 2) > 1:
             return 1 << 30
-        return self._versions.room(self._moment(accumulation), 1 << 10)
+        return self._versions.horizon(self._moment(accumulation), 1 << 10)
 
     def __call__(self, tensors: Any, block: Block) -> dict[str, Any]:
         """Run the updates of a block.

@@ -186,7 +186,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         on_nonfinite=args.on_nonfinite,
         last_checkpoint=lambda: actions.last_checkpoint(trainer),
         limit=lambda: min(
-            _updates_without_looking(trainer), step.room(args.gradient_accumulation_steps)
+            _updates_until_action(trainer), step.horizon(args.gradient_accumulation_steps)
         ),
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
@@ -254,7 +254,7 @@ def _restore_schedule(trainer: TrainerBase, checkpoint: Checkpoint) -> None:
         raise CheckpointMismatchError(f"{checkpoint.path}, lr_scheduler: {error}") from None
 
 
-def _updates_without_looking(trainer: TrainerBase) -> int:
+def _updates_until_action(trainer: TrainerBase) -> int:
     if trainer.callback_handler.need_every_step():
         return 1
     return steps_until_due(trainer.args, trainer.state)

@@ -137,7 +137,7 @@ def test_plain_keras():
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run of the GPT example that nobody disturbed: its folder and what it printed."""
+    """An uninterrupted run of the GPT example: its folder and its output."""
     folder = tmp_path_factory.mktemp("unbroken")
     return folder, run("char_gpt.py", "--output-dir", folder, *GPT)
 

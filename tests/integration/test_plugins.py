@@ -133,7 +133,7 @@ def test_packages_of_other_people(tmp_path):
     code += "".join(block for name, block in programs().items() if name != "signum.py")
     assert environment.run(code + "print('done')").endswith("done\n")
 
-    # What cannot be used is named with its package, and disturbs nobody.
+    # An unusable entry is named with its package, and affects nothing else.
     broken = ("no_module", "no_attribute", "no_optimizer")
     environment.install(
         BROKEN, {"broken.py": "def make_something_else(learning_rate=0.1):\n    return 5\n"}

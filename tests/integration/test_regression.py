@@ -1,4 +1,4 @@
-"""Whole runs against the reference's recorded ones, and against a NumPy float64 re-enactment."""
+"""Whole runs against Transformers' recorded ones, and against a NumPy float64 re-enactment."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_a_name_that_is_not_offered_says_what_to_use(tmp_path):
         run(tmp_path, optim="lomo")
 
 
-# Where the time went, which the reference does not say.
+# Time spent per part, which Transformers does not report.
 SPLIT = {"train_data_runtime", "train_compute_runtime", "train_host_runtime"}
 
 

@@ -65,7 +65,7 @@ STOPS = [
 
 @pytest.fixture(scope="module")
 def resumed(whole, tmp_path_factory):
-    """All that goes on in another process, in one: job -> results."""
+    """All jobs that resume in another process, in one process: job -> results."""
     folder = tmp_path_factory.mktemp("resumed")
     jobs = {}
     for case, step in STOPS:

@@ -1,4 +1,4 @@
-"""Whatever a run uses, it goes on bit for bit: new model, new optimizer, new Trainer.
+"""A run resumes bit for bit, whatever it uses: new model, new optimizer, new Trainer.
 
 Other features have this test beside their own: workers (test_workers.py), orders by length
 (test_data_lengths.py), the loss scale (test_float16.py), weights evaluated in place of others
@@ -56,7 +56,7 @@ FEATURES = {
 
 @pytest.fixture
 def pair(tmp_path, request):
-    """A run that saves on its way, and one that goes on from there with everything new."""
+    """A run that saves along the way, and one that resumes from there with new objects."""
     first, second = (make(tmp_path, **FEATURES[request.param], **SAVING) for _ in range(2))
     first.fit()
     assert [step for step, _ in first.store.list()] == [SAVED, 8]

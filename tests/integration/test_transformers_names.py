@@ -1,4 +1,4 @@
-"""The page about the reference's names: as the code is, complete, and nothing refused wrongly."""
+"""The page about Transformers' names matches the code, is complete, and refuses nothing wrongly."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_an_argument_that_does_not_exist_raises_with_what_to_do(name):
         TrainingArguments(**{name: "given"})
     message = str(refusal.value)
     assert f"`{name}`" in message
-    assert "has no argument" not in message, "the answer for a name nobody knows"
+    assert "has no argument" not in message, "the answer for an unknown name"
     assert re.search(r"Write|Drop|Remove|Save|Until|Choose|Use|It is now", message)
 
 

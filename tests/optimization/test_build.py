@@ -338,7 +338,7 @@ def by_keras_batches(x, y):
     return weights(model)
 
 
-def test_the_last_update_is_evaluated_and_saved_also_if_nobody_knew_it(tmp_path):
+def test_the_last_update_is_evaluated_and_saved_even_if_it_was_unknown(tmp_path):
     run = Trainer(
         linear_model(),
         quiet(

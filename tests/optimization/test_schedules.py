@@ -1,4 +1,4 @@
-"""Every schedule through the Trainer: the rates of the log against the reference's numbers."""
+"""Every schedule through the Trainer: logged rates against Transformers' numbers."""
 
 import json
 

@@ -103,7 +103,7 @@ def test_a_framework_is_imported_in_its_own_backend_file_only(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_nobody_outside_the_backend_folders_asks_which_backend_it_is(path):
+def test_only_the_backend_folders_ask_which_backend_it_is(path):
     if not relative(path).startswith(BACKEND_FOLDERS):
         assert not asks_for_backend(path.read_text(encoding="utf-8"))
 
@@ -139,7 +139,7 @@ WITH_A_PLAIN_WAY = {
     "kbtrain/backends/jax/conv_layout.py",
     "kbtrain/backends/tensorflow/device.py",
     "kbtrain/backends/tensorflow/optimizer.py",
-    # torch_runner imports them when it records a step, and goes on without them.
+    # The runner imports them when it records a step, and continues without them.
     "kbtrain/backends/torch/capture/step.py",
     "kbtrain/backends/torch/capture/keras_overrides.py",
     "kbtrain/backends/torch/capture/random.py",
@@ -364,7 +364,7 @@ WAITING = ("subprocess.run", "subprocess.check_output", "subprocess.check_call",
 
 
 @pytest.mark.parametrize("folder", ["tests", "examples", "benchmarks", "docs", "kbtrain"])
-def test_nobody_waits_for_another_process_for_ever(folder):
+def test_every_wait_for_another_process_has_a_limit(folder):
     """A child that hangs would hang the whole suite, without a word which test it was."""
     endless = [
         f"{relative(path)}:{node.lineno}"

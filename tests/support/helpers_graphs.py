@@ -50,7 +50,7 @@ def model(*extra, outputs=1):
 
 
 class Moves(TrainerCallback):
-    """Gives the first variable other memory, and what was its memory to somebody else."""
+    """Gives the first variable other memory, and its former memory to another tensor."""
 
     def __init__(self, steps):
         self.steps = steps

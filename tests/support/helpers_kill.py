@@ -142,7 +142,7 @@ def live(folder, modules, disk=0, step=None, seconds=0.0):
             for _ in zip(range(step), told, strict=False):
                 pass
             time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)  # a life that is over is not yet gone: nobody waited
+            os.kill(pid, signal.SIGKILL)  # a dead process remains until it is waited for
         _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 

@@ -138,7 +138,7 @@ class Gan(keras.Model):
         self.built = True
 
     def compile(self, d_optimizer, g_optimizer, loss_fn):
-        # On JAX the state of a step has room for the slots of one optimizer.
+        # On JAX the state of a step holds the slots of one optimizer.
         super().compile(**({"optimizer": d_optimizer} if BACKEND == "jax" else {}))
         if BACKEND != "jax":
             self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer

@@ -1,4 +1,4 @@
-"""The reference's regression problem, and a NumPy float64 re-enactment of a whole run on it."""
+"""Transformers' regression problem, and a NumPy float64 re-enactment of a whole run on it."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def regression_data(length=64, seed=42, a=2.0, b=3.0):
-    """``y = a x + b + noise``; the reference's draw for the default arguments."""
+    """``y = a x + b + noise``; Transformers' draw for the default arguments."""
     state = np.random.RandomState(seed)
     x = state.normal(size=(length,)).astype(np.float32)
     y = a * x + b + state.normal(scale=0.1, size=(length,)).astype(np.float32)
@@ -32,7 +32,7 @@ def line_values(model):
 
 
 def learning_rate(kind, step, base, warmup, total):
-    """The schedules of section 4.1 of the reference's facts."""
+    """Transformers' schedules."""
     if kind == "constant":
         return base
     if step < warmup:

@@ -171,9 +171,9 @@ def test_callbacks_and_the_log_get_plain_numbers(tmp_path):
 def test_how_long_decisions_hold():
     decisions = Decisions()
     start = Moment(step=10, epoch=1, batch=3, batches=8, micro_batches=2)
-    assert decisions.room(start, 64) == 64
+    assert decisions.horizon(start, 64) == 64
     decisions.made["a"] = (lambda moment: moment.step < 13), True
-    assert decisions.room(start, 64) == 3
+    assert decisions.horizon(start, 64) == 3
     decisions.made["b"] = (lambda moment: moment.read("epoch") < 1.7), True
-    assert decisions.room(start, 64) == 2  # 1 + 3/8, 1 + 5/8, 1 + 7/8
+    assert decisions.horizon(start, 64) == 2  # 1 + 3/8, 1 + 5/8, 1 + 7/8
     assert not decisions.hold(start.after(2))

@@ -311,10 +311,10 @@ def test_the_log_level_is_set_or_left_alone(tmp_path, kbtrain_logger):
     assert kbtrain_logger.level == logging.ERROR
     make_trainer(tmp_path, log_level="debug")
     assert kbtrain_logger.level == logging.DEBUG
-    assert kbtrain_logger.handlers == [], "somebody else shows the messages already"
+    assert kbtrain_logger.handlers == [], "another handler already shows the messages"
 
 
-def test_messages_are_shown_if_nobody_else_does(kbtrain_logger, monkeypatch, capsys):
+def test_messages_are_shown_if_there_is_no_handler(kbtrain_logger, monkeypatch, capsys):
     monkeypatch.setattr(kbtrain_logger, "propagate", False)
     verbosity.set_log_level("info")
     verbosity.set_log_level("info")

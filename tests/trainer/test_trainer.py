@@ -366,7 +366,7 @@ def test_values_to_log_may_come_per_sample(tmp_path):
 
 
 def test_compute_metrics_does_not_hide_the_loss(tmp_path, caplog):
-    """As in the reference, where the loss is put into the results last."""
+    """As in Transformers, where the loss is added to the results last."""
     x, y = make_data(8)
     for names in (["loss"], ["eval_loss"]):
         trainer = Trainer(

@@ -1,4 +1,4 @@
-"""Best model, rotation, saving: the reference's numeric facts 6 and 7, and loading back."""
+"""Best model, rotation, saving: numbers of Transformers, and loading back."""
 
 import json
 

@@ -136,7 +136,7 @@ def test_what_a_resumed_run_takes_over(tmp_path, monkeypatch):
     assert same(weights(again.model), seen[5])
 
 
-def test_a_best_one_that_somebody_deletes_is_replaced_by_the_next_best(tmp_path):
+def test_a_deleted_best_checkpoint_is_replaced_by_the_next_best(tmp_path):
     trainer, seen = make_trainer(tmp_path, [0.3, 0.9, 0.5, 0.4, 0.2])
     save = trainer.saver.save
 

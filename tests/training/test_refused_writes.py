@@ -110,7 +110,7 @@ def steps_in_csv(path):
     ("tracker", "steps"), [("json", steps_in_json), ("csv", steps_in_csv)], ids=["json", "csv"]
 )
 def test_the_log_survives_a_disk_that_refuses(tmp_path, caplog, monkeypatch, tracker, steps):
-    """Each line once, whole, as soon as there is room."""
+    """Each line is written once, complete, as soon as there is disk space."""
     opened, full = Path.open, [False]
     file = tmp_path / {"json": "log.jsonl", "csv": "log.csv"}[tracker]
 

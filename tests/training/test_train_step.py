@@ -115,7 +115,7 @@ def test_skip_equals_a_run_without_that_batch(tmp_path):
     trainer = fit(batch_norm_model(), args, (x, y))
     clean = [np.delete(a, slice(8, 12), 0) for a in (x, y)]
     other = fit(batch_norm_model(), args, tuple(clean))
-    assert trainer.state.global_step == 4  # the skipped one is counted, as in the reference
+    assert trainer.state.global_step == 4  # the skipped one is counted, as in Transformers
     assert same(weights(trainer.model), weights(other.model))
     assert train_logs(trainer) == train_logs(other)
     assert train_logs(trainer, "train_loss") == train_logs(other, "train_loss")

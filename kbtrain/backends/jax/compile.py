@@ -180,7 +180,7 @@ def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigurationError(
                 f"The step's Python takes a tensor that depends on the weights{user_line(error)} "
                 "for a number or a NumPy array, as float() does: JAX does not allow that while it "
-                "differentiates. Look at keras.ops.stop_gradient(tensor) instead; or use "
+                "differentiates. Read keras.ops.stop_gradient(tensor) instead, or use "
                 "keras.ops.where and keras.ops.cond, which can be compiled."
             ) from None
 
@@ -295,17 +295,17 @@ def _loop(
         outputs, changed = run_stateless(lambda: fn(row), [*constant, *values])
         return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
 
-    room = jax.tree.leaves(block)[0].shape[0]
+    capacity = jax.tree.leaves(block)[0].shape[0]
     run: Any = one
-    if room > 1:
+    if capacity > 1:
         run, (_, shapes) = trace(one, values, jnp.int32(0))
         if output_bytes is not None:
             size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-            room = max(1, min(room, output_bytes // max(size, 1)))
-    if room == 1:
+            capacity = max(1, min(capacity, output_bytes // max(size, 1)))
+    if capacity == 1:
         values, outputs = run(values, start)
         return jax.tree.map(lambda x: x[None], outputs), values
-    buffers = jax.tree.map(lambda s: jnp.zeros((room, *s.shape), s.dtype), shapes)
+    buffers = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
 
     def body(loop: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
         index, values, buffers = loop
@@ -314,7 +314,7 @@ def _loop(
         return index + 1, values, buffers
 
     _, values, buffers = jax.lax.while_loop(
-        lambda loop: (loop[0] < count) & (loop[0] < room), body, (jnp.int32(0), values, buffers)
+        lambda loop: (loop[0] < count) & (loop[0] < capacity), body, (jnp.int32(0), values, buffers)
     )
     return buffers, values
 

@@ -148,14 +148,14 @@ def compile_eval_steps(
         rows = [leaf[start : start + count].unbind() for leaf in keras.tree.flatten(block)]
         step = runner.for_shape(_first_row(block))
         results: list[list[torch.Tensor]] = []
-        room = 1
+        capacity = 1
         for row in zip(*rows, strict=True):
             with torch.no_grad():
                 results.append(step(row))
             if len(results) == 1:
                 size = sum(t.numel() * t.element_size() for t in results[0])
-                room = output_bytes // max(size, 1)
-            if len(results) >= room:
+                capacity = output_bytes // max(size, 1)
+            if len(results) >= capacity:
                 break
         stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
         return keras.tree.pack_sequence_as(step.outputs, stacked), len(results)

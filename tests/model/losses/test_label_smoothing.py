@@ -1,4 +1,4 @@
-"""Label smoothing: numbers of the formula and of the reference, ignored labels, other losses."""
+"""Label smoothing: numbers of the formula and of Transformers, ignored labels, other losses."""
 
 import keras
 import numpy as np

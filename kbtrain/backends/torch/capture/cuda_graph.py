@@ -164,7 +164,7 @@ class _Graphed:
                 self._capture(state)
             elif self._runs == RUNS_BEFORE:
                 return self._watched(state)
-            return self._plainly(state)
+            return self._run_without_graph(state)
 
     def _begin(self, inputs: Sequence[torch.Tensor], addresses: list[int]) -> None:
         self._drop()
@@ -184,15 +184,15 @@ class _Graphed:
         self._results, self._graph, self._is_proven = [], None, False
 
     def _give_up(self, why: str) -> None:
-        self._go_on_plainly()
+        self._continue_without_graph()
         _explain(why)
 
-    def _go_on_plainly(self) -> None:
+    def _continue_without_graph(self) -> None:
         self._drop()
         self._is_plain = True
         torch.cuda.empty_cache()  # of the side stream, which no other stream allocates from
 
-    def _plainly(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _run_without_graph(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run like the graph: on the same memory and, as PyTorch requires, on a side stream.
 
         Memory allocated by the side stream is reused only after it has waited for this stream.
@@ -213,7 +213,7 @@ class _Graphed:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                results = self._plainly(state)
+                results = self._run_without_graph(state)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         if not self._is_plain and any("synchronizing" in str(w.message) for w in caught):
@@ -269,17 +269,17 @@ class _Graphed:
             results = run()
             return results, _summary([*results, *changed]), _random_state(device)
 
-        def plainly() -> list[torch.Tensor]:
-            return self._plainly(state)
+        def without_graph() -> list[torch.Tensor]:
+            return self._run_without_graph(state)
 
         agree = None
         try:
             before += [tensor.clone() for tensor in changed]
             _, replayed, drawn = trial(self._replay)
-            results, plain, expected = trial(plainly)
+            results, plain, expected = trial(without_graph)
             noise = 0.0
             if not torch.equal(replayed, plain):
-                results, again, _ = trial(plainly)
+                results, again, _ = trial(without_graph)
                 noise = _distance(again, plain)
             agree = _distance(replayed, plain) <= TOLERANCE * noise
             agree = agree and all(map(torch.equal, drawn, expected))
@@ -287,16 +287,16 @@ class _Graphed:
             pass  # outside the handler, where the error keeps memory alive
         if agree is None:
             self._give_up("there is no memory to compare it with the plain step")
-            return trial(plainly)[0]
+            return trial(without_graph)[0]
         if agree:
             self._is_proven = True
             torch.cuda.empty_cache()
         else:
             logger.warning(
-                "A CUDA graph of the step gave other numbers than the step itself, which goes on "
+                "A CUDA graph of the step gave other numbers than the step itself, which continues "
                 "without it. No update was lost. Please report this, with model and optimizer."
             )
-            self._go_on_plainly()
+            self._continue_without_graph()
         return results
 
 

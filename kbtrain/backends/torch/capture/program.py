@@ -165,7 +165,7 @@ def _reason_to_wait(nodes: Sequence[Node], changed: set[Node]) -> str | None:
         if _reads_value(node):
             return "a number is read from a tensor"
         if _UNSAFE in getattr(node.target, "tags", ()):
-            return f"{node.target} looks at values"
+            return f"{node.target} reads values"
     return None
 
 

@@ -117,7 +117,7 @@ def _record(
     except Exception as error:
         line = user_line(error)
         if _looks_at_values(error):
-            raise NotCapturable(f"its Python looks at values of tensors{line}") from error
+            raise NotCapturable(f"its Python reads values of tensors{line}") from error
         reason = NotCapturable(f"{type(error).__name__}: {first_lines(error, 1)}{line}")
         # If the error arose in user code, the reason is most likely there.
         reason.failure = None if inside and line else error

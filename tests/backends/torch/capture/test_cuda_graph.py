@@ -34,7 +34,7 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "captures", "replays"),
     [
-        # Three batches of a shape run plainly, the fourth is captured, then there are replays.
+        # Three batches of a shape run without a graph, the fourth is captured, then replays.
         # An evaluation has four batches, the prediction at the end of the first case has five.
         ("plain", 3, 8 + 0 + 1),
         ("blocks", 1, 8),
@@ -90,7 +90,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_random_numbers_included(reports):
         ("too large", "its inputs and results are too large to copy them in each step"),
     ],
 )
-def test_what_fits_no_graph_runs_plainly_and_the_log_says_why(case, why, reports):
+def test_an_unsuitable_step_runs_without_a_graph_and_the_reason_is_logged(case, why, reports):
     report = reports[case]
     assert report["equal"]
     message = f"The captured step runs without a CUDA graph: {why}"
