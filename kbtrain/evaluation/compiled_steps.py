@@ -14,10 +14,10 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import unpack, with_none, without_none
 from kbtrain.data.block_length import BlockLength
 from kbtrain.errors import ConfigurationError
+from kbtrain.evaluation.custom_eval_step import make_own_eval_step
 from kbtrain.evaluation.eval_step import make_eval_step
-from kbtrain.evaluation.own_eval_step import make_own_eval_step
 from kbtrain.model import build as building
-from kbtrain.model import own_steps
+from kbtrain.model import custom_steps
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.metrics import MetricSet
 from kbtrain.model.variables import unique
@@ -86,7 +86,7 @@ class EvalSteps:
             policy: The dtype policy it runs under, if it differs from training.
             ignore_keys: Outputs to leave on the device, for a model that returns a dict.
         """
-        bound, own = self._bound, self._bound.own
+        bound, overridden = self._bound, self._bound.overridden
         ignored = frozenset(ignore_keys)
         key = (with_loss, gather, policy, ignored)
         if key not in self._steps:
@@ -95,7 +95,7 @@ class EvalSteps:
             variables = bound.variables()
             metrics = bound.evaluation_metrics if with_loss else None
             select = functools.partial(self._select_outputs, ignored=ignored) if gather else None
-            if own.test_step and with_loss or own.predict_step and gather:
+            if overridden.test_step and with_loss or overridden.predict_step and gather:
                 step = self._own_step(with_loss, metrics, select)
             else:
                 step = make_eval_step(
@@ -130,16 +130,16 @@ class EvalSteps:
 
     def _check_can_evaluate(self, with_loss: bool, gather: bool) -> None:
         """Check that a model without ``call`` has the custom step that is needed."""
-        model, own = self._bound.model, self._bound.own
+        model, overridden = self._bound.model, self._bound.overridden
         for kind in ("test", "predict"):
             if (kind == "test") == with_loss:
-                own_steps.check_function(model, kind)
-            if getattr(own, f"{kind}_step"):
+                custom_steps.check_function(model, kind)
+            if getattr(overridden, f"{kind}_step"):
                 self._backend.check_signature(model, f"{kind}_step")
-        if building.has_call(model) or (with_loss and self._bound.own_compute_loss):
+        if building.has_call(model) or (with_loss and self._bound.custom_compute_loss):
             return
-        missing = "test_step" if with_loss and not own.test_step else "predict_step"
-        if missing == "test_step" or gather and not own.predict_step:
+        missing = "test_step" if with_loss and not overridden.test_step else "predict_step"
+        if missing == "test_step" or gather and not overridden.predict_step:
             raise ConfigurationError(
                 f"{type(model).__name__} has no call and no {missing}, so there is nothing to "
                 f"{'evaluate' if with_loss else 'predict'} with. Define one of the two."
@@ -157,7 +157,7 @@ class EvalSteps:
         return make_own_eval_step(
             self._backend,
             bound.model,
-            bound.own,
+            bound.overridden,
             bound.forward if with_loss else None,
             bound.forward.predict,
             bound.advancing_variables,

@@ -13,15 +13,15 @@ from kbtrain.data import LabelKeys, ModelInputs, unpack
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
 from kbtrain.model import precision
+from kbtrain.model.custom_steps import ModelMetrics
 from kbtrain.model.forward import ComputeLoss, ForwardPass, output_names
 from kbtrain.model.losses.keras_losses import is_summed, resolve_loss
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.losses.label_smoothing import smoothed
 from kbtrain.model.losses.output_losses import adds_losses
 from kbtrain.model.losses.pairing import Outputs, mapped
+from kbtrain.model.method_overrides import MethodOverrides
 from kbtrain.model.metrics import CompiledMetrics, ListedMetrics, MetricSet
-from kbtrain.model.own_methods import OwnMethods
-from kbtrain.model.own_steps import ModelMetrics
 from kbtrain.model.variables import advancing_variables, state_variables, states_batch_size, unique
 from kbtrain.utils import rng
 from kbtrain.utils.layers import walk_layers
@@ -41,7 +41,7 @@ class BoundModel:
         has_loss_func: Whether the Trainer has a ``compute_loss_func``.
         compute_loss: ``Trainer.compute_loss``.
         tracked: Dict that ``Trainer.track`` fills while the loss is computed.
-        own_compute_loss: Whether ``compute_loss`` is overridden, so that its use of the batch is
+        custom_compute_loss: Whether ``compute_loss`` is overridden, so that its use of the batch is
             unknown.
 
     Attributes:
@@ -50,8 +50,8 @@ class BoundModel:
         loss_weights: Weights of the losses of several outputs, from ``compile``.
         metrics: The metrics of the training, or None.
         evaluation_metrics: Those of evaluations: the same, unless the model has its own steps.
-        own: Which overridden methods of ``keras.Model`` are in use.
-        own_compute_loss: See the argument.
+        overridden: Which overridden methods of ``keras.Model`` are in use.
+        custom_compute_loss: See the argument.
         has_given_metrics: Whether metrics were passed to the Trainer.
         forward: The forward pass; None until ``build``.
         label_check: Validates labels on the host; None without labels or if they are not checked.
@@ -69,7 +69,7 @@ class BoundModel:
         has_loss_func: bool,
         compute_loss: ComputeLoss,
         tracked: dict[str, Any],
-        own_compute_loss: bool,
+        custom_compute_loss: bool,
     ) -> None:
         self.model: keras.Model = building.check_model(model)
         self._args, self._backend = args, backend
@@ -84,24 +84,26 @@ class BoundModel:
         if args.bf16 or args.fp16:
             precision.use_mixed_precision(model, "mixed_bfloat16" if args.bf16 else "mixed_float16")
         given = {
-            "Trainer.compute_loss": own_compute_loss,
+            "Trainer.compute_loss": custom_compute_loss,
             "compute_loss_func": has_loss_func,
             "loss": loss is not None,
         }
-        self.own = OwnMethods.of(model, [name for name, there in given.items() if there])
+        self.overridden = MethodOverrides.of(
+            model, [name for name, there in given.items() if there]
+        )
         self.has_given_metrics = metrics != (None, None)
         self.loss, self.loss_weights = loss, loss_weights
         # An unknown compiled loss is an error only if it would be used.
-        replaced = has_loss_func or own_compute_loss or self.own.compute_loss
+        replaced = has_loss_func or custom_compute_loss or self.overridden.compute_loss
         if loss is None and not has_loss_func and self.compiled:
             self.loss = _compiled_loss(
-                model, must_be_known=not replaced and not self.own.train_step
+                model, must_be_known=not replaced and not self.overridden.train_step
             )
         if loss_weights is None and not replaced and self.compiled:
             self.loss_weights = _compiled_loss_weights(model)
         if args.label_smoothing_factor:
-            if self.own.compute_loss or self.own.train_step:
-                name = "train_step" if self.own.train_step else "compute_loss"
+            if self.overridden.compute_loss or self.overridden.train_step:
+                name = "train_step" if self.overridden.train_step else "compute_loss"
                 raise ConfigurationError(
                     f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a "
                     f"model with a custom {name} ({type(model).__name__}.{name}), which computes "
@@ -111,11 +113,11 @@ class BoundModel:
         metric_set: MetricSet | None = None
         if self.has_given_metrics:
             metric_set = ListedMetrics(model, *metrics)
-        elif self.compiled or model.metrics or self.own.compute_metrics:
+        elif self.compiled or model.metrics or self.overridden.compute_metrics:
             metric_set = CompiledMetrics(model)
-        self.metrics = ModelMetrics(model) if self.own.train_step else metric_set
-        self.evaluation_metrics = ModelMetrics(model) if self.own.test_step else metric_set
-        if self.own.test_step and self.has_given_metrics:
+        self.metrics = ModelMetrics(model) if self.overridden.train_step else metric_set
+        self.evaluation_metrics = ModelMetrics(model) if self.overridden.test_step else metric_set
+        if self.overridden.test_step and self.has_given_metrics:
             raise ConfigurationError(
                 "metrics=... was passed to the Trainer, but the model has a custom "
                 f"{type(model).__name__}.test_step, which returns what is reported. Update these "
@@ -124,9 +126,9 @@ class BoundModel:
         self._metrics_built = False
         self._accepted: set[Hashable] = set()  # input shapes that the model has accepted
         self._checks_shapes = True
-        self.own_compute_loss = own_compute_loss
+        self.custom_compute_loss = custom_compute_loss
         # Only where integer labels reach ``loss`` unchanged.
-        self._checks_labels = not (has_loss_func or own_compute_loss or any(self.own))
+        self._checks_labels = not (has_loss_func or custom_compute_loss or any(self.overridden))
         self._output_shapes: Any = None
         self.label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
@@ -158,7 +160,10 @@ class BoundModel:
         shapes = building.input_shapes(batch, names)
         if self._checks_shapes and shapes not in self._accepted:
             self._output_shapes = building.build_model(
-                self.model, batch, names, picks_columns=self.own_compute_loss or any(self.own)
+                self.model,
+                batch,
+                names,
+                picks_columns=self.custom_compute_loss or any(self.overridden),
             )
             self._checks_shapes = self._output_shapes is not None
             self._accepted.add(shapes)
@@ -171,8 +176,8 @@ class BoundModel:
                 names,
                 with_metrics=self.evaluation_metrics is not None,
                 has_terms=self._has_terms(),
-                by_model=self.own.compute_loss and not self.own_compute_loss,
-                without_labels=self.own.compute_metrics,
+                by_model=self.overridden.compute_loss and not self.custom_compute_loss,
+                without_labels=self.overridden.compute_metrics,
                 batch_size=states_batch_size(self.model),
             )
             self._build_by_code(self.forward, batch)
@@ -184,16 +189,16 @@ class BoundModel:
                 self.loss, labels, self._output_shapes, output_names(self.model), names
             )
         metrics = self.evaluation_metrics
-        has_inputs = has_labels or self.own.compute_metrics
+        has_inputs = has_labels or self.overridden.compute_metrics
         if metrics is not None and has_inputs and not self._metrics_built:
-            if not self.own.test_step:
+            if not self.overridden.test_step:
                 building.build_metrics(metrics, self.forward, batch)
             self._metrics_built = True
         return self.forward
 
     def _has_terms(self) -> bool:
         """Whether the loss may have several terms, each with its own count."""
-        if self.own.compute_loss and not self.own_compute_loss:
+        if self.overridden.compute_loss and not self.custom_compute_loss:
             return False
         losses = keras.tree.flatten(self.loss)
         return (
@@ -206,7 +211,7 @@ class BoundModel:
 
     def _build_by_code(self, forward: ForwardPass, batch: Any) -> None:
         """Create the variables that only a custom step or the user's loss creates."""
-        if self.own.train_step or self.own.test_step:
+        if self.overridden.train_step or self.overridden.test_step:
             building.build_compiled(self.model, batch)
         elif not building.has_call(self.model):
             building.build_by_loss(self.model, forward, batch)
@@ -215,7 +220,7 @@ class BoundModel:
 
     def inputs(self) -> ModelInputs:
         """The expected inputs; without shapes where user code calls the model."""
-        if self.own_compute_loss or self.own.train_step:
+        if self.custom_compute_loss or self.overridden.train_step:
             return ModelInputs(label_keys=self.label_names)
         return building.model_inputs(self.model, self.label_names)
 

@@ -38,7 +38,7 @@ from kbtrain.model.losses.pairs import (
     call_loss_func,
     count_items,
 )
-from kbtrain.model.own_methods import overrides
+from kbtrain.model.method_overrides import overrides
 from kbtrain.utils.keras_private import get_keras_mask
 
 ComputeLoss = Callable[..., Any]

@@ -169,12 +169,12 @@ class Trainer(KnownNames, TrainerBase):
             has_loss_func=self.compute_loss_func is not None,
             compute_loss=argument_checks.adapt_compute_loss(self.compute_loss),
             tracked=self._tracked,
-            own_compute_loss=overridden,
+            custom_compute_loss=overridden,
         )
         self.eval_steps = EvalSteps(
             self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
-        warn_about_unused(self, self.bound.own, overridden)
+        warn_about_unused(self, self.bound.overridden, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)
         names = building.input_names(model) if self.args.remove_unused_columns else None

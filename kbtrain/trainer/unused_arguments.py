@@ -7,13 +7,13 @@ import logging
 from collections.abc import Iterator
 from types import CodeType
 
-from kbtrain.model.own_methods import OwnMethods
+from kbtrain.model.method_overrides import MethodOverrides
 from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
 
 
-def warn_about_unused(trainer: TrainerBase, own: OwnMethods, overridden: bool) -> None:
+def warn_about_unused(trainer: TrainerBase, own: MethodOverrides, overridden: bool) -> None:
     """Warn about arguments for the loss that have no effect.
 
     Args:

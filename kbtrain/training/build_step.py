@@ -10,7 +10,7 @@ import keras
 from kbtrain.callbacks.state import TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.errors import ConfigurationError
-from kbtrain.model import own_steps
+from kbtrain.model import custom_steps
 from kbtrain.model.forward import ForwardPass, items_counter
 from kbtrain.model.variables import unique
 from kbtrain.optimization import changing_variables
@@ -63,7 +63,7 @@ def live_train_step(
     traces, accumulation = trainer.traces, trainer.args.gradient_accumulation_steps
 
     # A custom step may train different parts of the model with different optimizers.
-    own = trainer.bound.own.train_step
+    own = trainer.bound.overridden.train_step
     follows = not own or changing_variables.has_all(trainer.optimizer, trainer.model)
 
     max_grad_norm = 0.0 if own else clips_above(trainer)
@@ -124,8 +124,8 @@ def _own_step(
 ) -> Callable[[Any], dict[str, Any]]:
     """The step of a model with a custom ``train_step``."""
     metrics = trainer.bound.metrics
-    assert isinstance(metrics, own_steps.ModelMetrics)
-    return own_steps.make_train_step(
+    assert isinstance(metrics, custom_steps.ModelMetrics)
+    return custom_steps.make_train_step(
         trainer.backend, trainer.model, metrics, trainer.args.on_nonfinite, halted, variables
     )
 

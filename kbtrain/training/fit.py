@@ -19,13 +19,13 @@ from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
-from kbtrain.model import own_steps
+from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.model.wrappers import gradient_checkpointing, neftune
 from kbtrain.model.wrappers.debug_overflow import Diagnosis
 from kbtrain.optimization import changing_variables, evaluation_weights, metric_driven
-from kbtrain.training import actions, best_model, own_step_arguments
+from kbtrain.training import actions, best_model, custom_step_arguments
 from kbtrain.training.build_step import live_train_step, trained_variables
 from kbtrain.training.dataloaders import in_epochs, warn_of_inexact_resume
 from kbtrain.training.loop import train_loop
@@ -144,14 +144,14 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     bound = trainer.bound
     forward = bound.build(first)
     trainable = trained_variables(bound.model)
-    if bound.own.train_step:
-        own_step_arguments.check_arguments(trainer)
-        own_steps.build_by_step(trainer.backend, bound.model, first)
+    if bound.overridden.train_step:
+        custom_step_arguments.check_arguments(trainer)
+        custom_steps.build_by_step(trainer.backend, bound.model, first)
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
     optimizer = build_optimizer(trainer, plan.max_steps)
     if (
-        not bound.own.train_step
+        not bound.overridden.train_step
     ):  # a user's optimizer may have been built for other trainable variables
         changing_variables.sync_variables(optimizer, bound.model)
     trainer.state = _fresh_state(trainer, plan, loader)
@@ -179,8 +179,9 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         batches=batches,
         accumulation=args.gradient_accumulation_steps,
         step=step,
-        newest_only=bound.own.train_step,
-        running_loss=bound.own.train_step and any(m.name == "loss" for m in bound.model.metrics),
+        newest_only=bound.overridden.train_step,
+        running_loss=bound.overridden.train_step
+        and any(m.name == "loss" for m in bound.model.metrics),
         state=trainer.state,
         progress=progress,
         on_nonfinite=args.on_nonfinite,
@@ -191,7 +192,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         first_step=trainer.state.global_step,
         count_tokens=_token_counter(trainer),
         # As in Keras: a custom step may count its calls in Python.
-        block_length=BlockLength.of(1 if bound.own.train_step else args.steps_per_execution),
+        block_length=BlockLength.of(1 if bound.overridden.train_step else args.steps_per_execution),
         pin=args.dataloader_pin_memory,
     )
 

@@ -9,7 +9,7 @@ import keras
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.model import own_steps, precision
+from kbtrain.model import custom_steps, precision
 from kbtrain.optimization import build, metric_driven, registry
 from kbtrain.optimization.factory import RATE, RULE, _innermost, make_schedule
 from kbtrain.training.trainer_base import TrainerBase
@@ -39,13 +39,13 @@ def build_optimizer(trainer: TrainerBase, max_steps: int) -> keras.optimizers.Op
                 given.learning_rate = schedule
             _warn_of_unused(args, given, compiled)
         trainer.lr_scheduler = metric_driven.schedule_of(given) if schedule is None else schedule
-    own_step = trainer.bound.own.train_step
+    own_step = trainer.bound.overridden.train_step
     if not own_step:
         _refuse_own_accumulation(given)
     metric_driven.attach(trainer.lr_scheduler, given, args)
     given = _scaling_losses(trainer, given, compiled)
     trainer.optimizer = given
-    trainer.other_optimizers = own_steps.optimizers_of(trainer.model) if own_step else {}
+    trainer.other_optimizers = custom_steps.optimizers_of(trainer.model) if own_step else {}
     if own_step:  # it has built its own state
         return given
     build.build_optimizer_state(given, trainer.model, bool(args.parameter_groups))

@@ -215,7 +215,7 @@ class TrainerBase(ABC):
             of these with a dict of values to log.
         """
         loss: Any
-        if self.bound.own.compute_loss and self.bound.forward is not None:
+        if self.bound.overridden.compute_loss and self.bound.forward is not None:
             loss, outputs = self.bound.forward.model_loss(inputs)
         else:
             loss, outputs = default_loss(

@@ -9,7 +9,7 @@ from kbtrain.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
-from kbtrain.model.own_steps import check_function
+from kbtrain.model.custom_steps import check_function
 
 logger = logging.getLogger("kbtrain")
 

@@ -7,7 +7,7 @@ from helpers import arguments, make_data, same, weights, with_weights
 from helpers_model_steps import BACKEND, CallsSuper, Contrastive, Gan, OwnEvaluation, Vae, host
 
 from kbtrain import ConfigurationError, NonFiniteError, Trainer
-from kbtrain.model.own_steps import optimizers_of
+from kbtrain.model.custom_steps import optimizers_of
 
 X, Y = make_data(16)
 

@@ -22,7 +22,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
 from kbtrain.model.forward import restore_structure
 from kbtrain.model.losses.pairs import as_float
-from kbtrain.model.own_methods import overrides
+from kbtrain.model.method_overrides import overrides
 from kbtrain.utils import rng
 from kbtrain.utils.layers import walk_layers
 

@@ -19,7 +19,7 @@ def overrides(model: Any, name: str) -> bool:
     return own is not None and getattr(own, "__func__", own) is not getattr(keras.Model, name)
 
 
-class OwnMethods(NamedTuple):
+class MethodOverrides(NamedTuple):
     """Which methods of ``keras.Model`` a model overrides and the Trainer uses.
 
     Attributes:
@@ -36,7 +36,7 @@ class OwnMethods(NamedTuple):
     predict_step: bool = False
 
     @classmethod
-    def of(cls, model: Any, replaced: Sequence[str]) -> OwnMethods:
+    def of(cls, model: Any, replaced: Sequence[str]) -> MethodOverrides:
         """The overridden methods of a model.
 
         Args:

@@ -10,18 +10,18 @@ import keras
 from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
 from kbtrain.model.forward import Forward, restore_structure
+from kbtrain.model.method_overrides import MethodOverrides
 from kbtrain.model.metrics import MetricSet
-from kbtrain.model.own_methods import OwnMethods
 
 if TYPE_CHECKING:
     pass
-from kbtrain.model.own_steps import ModelMetrics, logged
+from kbtrain.model.custom_steps import ModelMetrics, logged
 
 
 def make_own_eval_step(
     backend: Backend,
     model: keras.Model,
-    own: OwnMethods,
+    own: MethodOverrides,
     forward: Forward | None,
     predict: Forward,
     advancing: Sequence[keras.Variable],
