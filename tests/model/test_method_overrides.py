@@ -295,7 +295,7 @@ def test_an_output_that_is_a_text_is_named(tmp_path):
             return {"logits": self.dense(x), "kind": "linear"}
 
     trainer = Trainer(Own(), arguments(tmp_path))
-    with pytest.raises(ConfigurationError, match=r"no tensor.*'kind'.*ignore_keys"):
+    with pytest.raises(ConfigurationError, match=r"'kind'.*is not a tensor.*ignore_keys"):
         trainer.predict(X)
     assert set(trainer.predict(X, ignore_keys=["kind"]).predictions) == {"logits"}
 
