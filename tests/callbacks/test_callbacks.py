@@ -146,7 +146,7 @@ def ask(name, at, event="on_step_end"):
     return Recorder({event: action})
 
 
-def test_stop(tmp_path):
+def test_should_training_stop_ends_the_run(tmp_path):
     recorder = ask("should_training_stop", [2])
     output = make_trainer(tmp_path, [recorder], num_train_epochs=3).fit()
     assert output.global_step == 2
@@ -162,7 +162,7 @@ def test_a_second_fit_is_not_stopped_by_the_first(tmp_path):
     assert trainer.fit().global_step == 4
 
 
-def test_stop_the_epoch(tmp_path):
+def test_should_epoch_stop_ends_the_epoch(tmp_path):
     recorder = ask("should_epoch_stop", [1, 2])
     output = make_trainer(tmp_path, [recorder], num_train_epochs=3).fit()
     # Epochs of 1, 1 and 4 updates: the plan of 12 is not reached, the number of epochs is.
@@ -277,7 +277,7 @@ def test_what_looks_like_an_event_and_is_none_is_pointed_out(tmp_path, caplog):
     assert "load_state(self, state)" in warnings[1]
 
 
-def test_add_pop_remove(tmp_path, caplog):
+def test_callbacks_can_be_added_popped_and_removed(tmp_path, caplog):
     trainer = make_trainer(tmp_path)
     recorder = Recorder()
     trainer.add_callback(recorder)

@@ -38,7 +38,9 @@ def test_lines_without_a_terminal(tmp_path, capsys):
         (False, "error", False, False, ["ProgressCallback"]),
     ],
 )
-def test_what_is_shown(monkeypatch, kbtrain_logger, disable, level, terminal, notebook, shown):
+def test_the_display_follows_the_level_the_terminal_and_notebooks(
+    monkeypatch, kbtrain_logger, disable, level, terminal, notebook, shown
+):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
     if notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", object())

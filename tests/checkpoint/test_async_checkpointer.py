@@ -112,7 +112,7 @@ def test_a_second_interrupt_does_not_wait_and_the_write_still_ends(store):
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_warn_goes_on(store, caplog, background):
+def test_warn_logs_the_failure_and_training_continues(store, caplog, background):
     saver, failed = AsyncCheckpointer(store), []
     store.gate.set()
     store.fail = FULL

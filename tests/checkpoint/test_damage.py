@@ -136,7 +136,7 @@ def test_damage_to_a_file(store, file, damage):
     assert file in assert_found_and_survived(store, path)
 
 
-def test_an_empty_folder(store):
+def test_an_empty_folder_is_damaged(store):
     path = store.directory / "checkpoint-30"
     shutil.rmtree(path)
     path.mkdir()
@@ -149,13 +149,13 @@ def test_the_manifest_of_another_checkpoint(store):
     assert_found_and_survived(store, path)
 
 
-def test_a_renamed_checkpoint(store):
+def test_a_renamed_checkpoint_is_damaged(store):
     path = store.directory / "checkpoint-40"
     os.rename(store.directory / "checkpoint-30", path)
     assert "step 30" in assert_found_and_survived(store, path)
 
 
-def test_two_files_exchanged(store):
+def test_two_files_exchanged_are_noticed(store):
     path = store.directory / "checkpoint-30"
     data = (path / "model.weights.h5").read_bytes()
     write(path / "model.weights.h5", (path / "optimizer.h5").read_bytes())

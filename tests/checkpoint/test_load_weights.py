@@ -73,7 +73,7 @@ KINDS = ("run", "checkpoint", "a checkpoint's file", "weights", "keras")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_of_them(sources, kind):
+def test_all_weights_are_loaded_from_every_kind_of_source(sources, kind):
     paths, expected = sources
     model = randomised(1)
     report = load_weights(model, paths[kind])
@@ -158,7 +158,7 @@ def test_training_begins_with_the_loaded_weights_at_step_zero(sources, tmp_path)
 # --- export ---------------------------------------------------------------------------------------
 
 
-def test_export_weights(sources, tmp_path):
+def test_exported_weights_load_in_plain_keras(sources, tmp_path):
     from kbtrain.checkpoint.export import export
 
     target = tmp_path / "out.weights.h5"
@@ -171,7 +171,7 @@ def test_export_weights(sources, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.weights.h5"]
 
 
-def test_export_a_model(sources, tmp_path):
+def test_an_exported_model_loads_in_plain_keras(sources, tmp_path):
     from kbtrain.cli import main
 
     target = tmp_path / "out.keras"

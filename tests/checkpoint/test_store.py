@@ -405,7 +405,7 @@ def test_resume_takes_the_newest(full, resume):
     np.testing.assert_array_equal(checkpoint.arrays["model"]["w"], [25, 25, 25])
 
 
-def test_resume_from_nothing(store):
+def test_resuming_from_nothing_is_an_error_but_for_auto(store):
     assert store.resolve("auto") is None
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         store.resolve(True)
@@ -515,7 +515,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("limit", "protect", "left"), TABLE)
 @pytest.mark.parametrize("form", ["steps", "paths", "moved"])
-def test_rotation(full, limit, protect, left, form):
+def test_rotation_keeps_the_newest_and_the_protected(full, limit, protect, left, form):
     if form == "paths":
         protect = [full.directory / f"checkpoint-{step}" for step in protect]
     elif form == "moved":

@@ -62,7 +62,7 @@ def test_env_reports_a_backend_that_fails(capsys, monkeypatch):
         (["args", "warmup_ratio"], 2, "warmup_steps"),
     ],
 )
-def test_status_and_message(capsys, words, status, said):
+def test_exit_status_and_message_of_a_command(capsys, words, status, said):
     assert cli.main(words) == status
     assert said in "".join(capsys.readouterr())
 

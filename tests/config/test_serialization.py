@@ -64,7 +64,7 @@ def test_dict_and_json_round_trips_are_exact(arguments):
     assert hash(again) == hash(args)
 
 
-def test_json_files(tmp_path):
+def test_json_files_are_read_back_exactly(tmp_path):
     args = TrainingArguments(run_name="Übung", learning_rate=0.1 + 0.2)
     args.to_json_file(tmp_path / "args.json")
     assert TrainingArguments.from_json_file(str(tmp_path / "args.json")) == args

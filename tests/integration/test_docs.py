@@ -1,7 +1,7 @@
 """The programs in docs/ run as they are printed; every page and example is listed.
 
 Those of other pages run beside what they are about: test_plugins.py (write-your-own-optimizer.md),
-test_optim_page.py (optim.md) and test_examples.py (migrating.md).
+test_docs_page.py (optim.md) and test_examples.py (migrating.md).
 """
 
 import ast
@@ -137,3 +137,7 @@ def test_every_test_that_the_page_on_reliability_names_is_there():
     named = set(re.findall(r"(?:::|`)(test_\w+)`", page))
     assert len(named) > 30
     assert named <= tests
+    for file in set(re.findall(r"[\w/]+/test_\w+\.py", page)):
+        assert (ROOT / "tests" / file).exists(), file
+    for file, name in re.findall(r"`([\w/]+\.py)::(test_\w+)`", page):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8"), name

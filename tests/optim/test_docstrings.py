@@ -27,7 +27,7 @@ def test_every_optimizer_has_an_example():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name):
+def test_examples_in_docstrings_run(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
     assert results.attempted > 0

@@ -144,7 +144,9 @@ def test_checkpoints_hold_the_training_state_and_what_is_evaluated(tmp_path, nam
 
 @pytest.mark.parametrize("save_only_model", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_best_model(tmp_path, name, save_only_model):
+def test_the_best_model_is_chosen_and_loaded_with_evaluation_weights(
+    tmp_path, name, save_only_model
+):
     remaining = iter([0.1, 0.9, 0.3])
     trainer = make(
         tmp_path,

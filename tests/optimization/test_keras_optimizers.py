@@ -16,7 +16,7 @@ from helpers import (
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "Lion", "Adafactor", "Nadam", "Ftrl"])
-def test_stock_optimizers(tmp_path, name):
+def test_an_update_of_a_keras_optimizer_is_its_own_apply(tmp_path, name):
     """One update equals one of Keras' own with the clipped mean gradient."""
     x, y = make_data(8)
     model = linear_model(use_bias=False)

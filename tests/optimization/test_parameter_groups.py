@@ -42,7 +42,7 @@ def make_trainer(output_dir, groups=GROUPS, optimizers=(None, None), callbacks=(
     )
 
 
-def test_who_gets_what(tmp_path, caplog):
+def test_each_variable_gets_the_decay_and_rate_of_its_group(tmp_path, caplog):
     trainer = make_trainer(tmp_path, lr_scheduler_type="constant")
     with caplog.at_level(logging.INFO, logger="kbtrain"):
         trainer.fit()
@@ -77,7 +77,7 @@ def test_rates_are_multiplied(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_resume_is_exact(tmp_path, bf16):
+def test_groups_resume_exactly(tmp_path, bf16):
     changes = {"save_strategy": "steps", "save_steps": 1, "bf16": bf16}
     whole = make_trainer(tmp_path / "whole", **changes)
     whole.fit()
@@ -106,7 +106,7 @@ def test_layerwise_decay_is_json(tmp_path):
         ({"match": "bias", "weight_decay": 0.1}, "excluded from weight decay"),
     ],
 )
-def test_mistakes(tmp_path, group, message):
+def test_a_group_that_cannot_be_is_refused(tmp_path, group, message):
     with pytest.raises(ConfigurationError, match=message):
         make_trainer(tmp_path, [group]).fit()
 
@@ -166,7 +166,7 @@ def projected(trainer):
         ("middle|last", set()),  # vectors, and a matrix of one column
     ],
 )
-def test_target_modules(tmp_path, targets, expected):
+def test_target_modules_choose_what_is_projected(tmp_path, targets, expected):
     trainer = make_trainer(
         tmp_path,
         groups=None,

@@ -136,7 +136,7 @@ def test_the_direction_is_that_of_the_best_model(tmp_path, greater):
 
 @pytest.mark.parametrize("name", METRIC_DRIVEN)
 @pytest.mark.parametrize("cut", [1, 6])
-def test_resume_is_exact(tmp_path, name, cut):
+def test_metric_driven_schedules_resume_exactly(tmp_path, name, cut):
     changes = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1, "eval_delay": 2}
     whole = metric_trainer(tmp_path / "whole", name, **changes)
     whole.fit()

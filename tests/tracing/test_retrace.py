@@ -354,7 +354,7 @@ def test_classes_are_as_they_were_after_a_trace():
     assert "__getattribute__" not in vars(Base)
 
 
-def test_frozen_values():
+def test_frozen_values_are_equal_until_the_value_changes():
     cyclic = {}
     cyclic["self"] = cyclic
     values = [1, "a", (1, [2]), {"a": {1}}, np.arange(3), float("nan"), cyclic, Config(), len]

@@ -94,7 +94,7 @@ def test_negative_and_broken_steps(value):
         {"eval_strategy": "steps", "eval_steps": 0},
     ],
 )
-def test_mixed_strategies(changes):
+def test_contradicting_strategies_are_refused(changes):
     with pytest.raises(ConfigurationError):
         TrainingArguments(output_dir="x", **changes)
 
@@ -150,7 +150,7 @@ def test_a_model_init_that_makes_no_model(tmp_path, model):
 # --- data -----------------------------------------------------------------------------------------
 
 
-def test_no_data(tmp_path):
+def test_missing_and_empty_data_are_errors(tmp_path):
     refused(tmp_path, ConfigurationError, "train_dataset", lambda: make(tmp_path, data=None).fit())
     refused(tmp_path, ConfigurationError, "eval_dataset", lambda: make(tmp_path).evaluate())
     empty = (np.zeros((0, 3), np.float32), np.zeros((0, 1), np.float32))
@@ -158,7 +158,7 @@ def test_no_data(tmp_path):
     refused(tmp_path, DataError, "empty", lambda: make(tmp_path).evaluate(empty))
 
 
-def test_labels_missing(tmp_path):
+def test_missing_labels_are_an_error_and_leave_the_weights(tmp_path):
     x, y = make_data(8)
     model = linear_model()
     before = weights(model)
@@ -168,7 +168,7 @@ def test_labels_missing(tmp_path):
     assert same(weights(model), before)
 
 
-def test_no_loss(tmp_path):
+def test_a_missing_loss_is_an_error(tmp_path):
     class Own(keras.Model):
         def __init__(self):
             super().__init__()
@@ -331,7 +331,7 @@ def listing(folder):
     return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def test_resume_from_nothing(tmp_path):
+def test_resuming_from_nothing_is_an_error(tmp_path):
     trainer = make(tmp_path)
     refused(tmp_path, CheckpointNotFoundError, "No checkpoint", lambda: trainer.fit(True))
     missing = str(tmp_path / "run" / "checkpoint-7")
@@ -362,7 +362,7 @@ def test_resume_from_a_foreign_folder(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", 3, ["a"]])
-def test_resume_from_nonsense(tmp_path, value):
+def test_resuming_from_nonsense_is_an_error(tmp_path, value):
     refused(
         tmp_path, ConfigurationError, "resume_from_checkpoint", lambda: make(tmp_path).fit(value)
     )

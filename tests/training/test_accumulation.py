@@ -68,7 +68,7 @@ def numpy_loss(model, data, mask_zero):
 
 @pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_times_two_is_eight(tmp_path, kind):
+def test_four_micro_batches_of_two_equal_a_batch_of_eight(tmp_path, kind):
     mask_zero = kind in ("Keras mask", "all at once")
     data = token_data(20, kind)  # 8 + 8 + 4: the last group is short
     runs = []

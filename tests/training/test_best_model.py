@@ -192,7 +192,7 @@ def test_a_saved_model_loads_back_without_kbtrain(tmp_path, target):
     assert not list(tmp_path.rglob(".tmp*"))
 
 
-def test_save_state(tmp_path):
+def test_save_state_writes_the_log_history(tmp_path):
     trainer = Trainer(
         linear_model(), arguments(tmp_path, max_steps=2), train_dataset=make_data(), loss="mse"
     )

@@ -137,7 +137,7 @@ def test_skip_leaves_out_the_whole_group(tmp_path, row):
     assert same(weights(trainer.model), weights(other.model))
 
 
-def test_ignore_applies_it(tmp_path):
+def test_ignore_applies_a_nonfinite_update(tmp_path):
     trainer = fit(
         linear_model(),
         arguments(

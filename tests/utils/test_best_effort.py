@@ -383,7 +383,7 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
 
 
 @pytest.mark.parametrize("path", ["run", "a:b/run", "C:/run", "C:\\run", "~/x", "/a/b:c", "a/s3:x"])
-def test_paths_are_none(path):
+def test_local_paths_are_accepted(path):
     from kbtrain.utils.local_path import check_local
 
     check_local("output_dir", path)

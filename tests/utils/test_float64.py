@@ -96,7 +96,7 @@ def test_training_is_gradient_descent_in_float64(tmp_path, changes, clip):
     assert train_logs(run, "learning_rate") == [0.1] * 6
 
 
-def test_evaluation_and_prediction(tmp_path):
+def test_evaluation_and_prediction_are_float64(tmp_path):
     run, (x, y) = trainer(tmp_path, per_device_eval_batch_size=5), data()
     outputs = x @ np.full((3, 1), 0.1)
     assert run.evaluate()["eval_loss"] == pytest.approx(np.mean((outputs - y) ** 2), rel=1e-14)

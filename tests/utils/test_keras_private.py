@@ -80,7 +80,7 @@ def test_averages_of_keras_optimizers(without):
     assert len(warnings()) == 1
 
 
-def test_elements_of_metrics(without):
+def test_metric_elements_are_added_without_the_private_part(without):
     """Keras' own mean: of each sample first, then over the samples."""
     warnings = without(metrics._add_elements)
     metric = keras.metrics.MeanSquaredError()

@@ -103,7 +103,7 @@ def test_padding_to_the_longest():
         ({"padding": "max_length", "max_length": 5, "pad_to_multiple_of": 8}, 8),
     ],
 )
-def test_lengths(arguments, length):
+def test_padding_gives_the_length_asked_for(arguments, length):
     batch = DataCollatorWithPadding(pad_token_id=0, **arguments)(SAMPLES)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
 
@@ -147,7 +147,7 @@ def test_no_padding_stacks():
         collate(SAMPLES)
 
 
-def test_labels_per_token():
+def test_labels_per_token_are_padded_with_the_ignored_index():
     samples = [{"input_ids": [5, 6, 7], "labels": [1, 0, 2]}, {"input_ids": [8], "labels": [1]}]
     batch = DataCollatorForTokenClassification(pad_token_id=0, pad_to_multiple_of=4)(samples)
     assert batch["labels"].tolist() == [[1, 0, 2, -100], [1, -100, -100, -100]]
@@ -155,7 +155,7 @@ def test_labels_per_token():
     assert batch["labels"].tolist() == [[1, 0, 2], [-100, -100, 1]]
 
 
-def test_sequence_to_sequence():
+def test_sequence_to_sequence_pads_inputs_and_labels_apart():
     samples = [
         {"input_ids": [5, 6, 7], "labels": [1]},
         {"input_ids": [8], "labels": [2, 3, 4, 5, 6]},
@@ -254,7 +254,7 @@ def near(count, total, share):
     return abs(count - total * share) < 5 * math.sqrt(total * share * (1 - share))
 
 
-def test_masking_shares():
+def test_masking_chooses_the_shares_of_the_formula():
     ids = np.full((200, 500), 7)
     batch = masking().at(0, 0)(list(ids))
     chosen, masked, other = shares(batch, ids)
@@ -281,7 +281,7 @@ def test_special_tokens_and_padding_are_never_masked():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_whole_words(side):
+def test_whole_words_are_masked_together(side):
     words = [None, 0, 0, 0, 1, 2, 2, None]
     samples = [{"input_ids": [2, 5, 5, 5, 6, 7, 7, 2], "word_ids": words}] * 300
     samples += [{"input_ids": [5, 5], "word_ids": [0, 0]}] * 300
@@ -365,7 +365,7 @@ def test_a_masked_language_model_resumes_exactly(tmp_path):
 # ------------------------------------------------------------------------------------------ packing
 
 
-def test_packing():
+def test_packing_fills_rows_and_numbers_segments():
     texts = [[5, 6, 7], [8, 9], [1], [2, 3, 4, 5]]
     batch = DataCollatorForPacking(5, rows=3, pad_token_id=99)(texts)
     no = -100

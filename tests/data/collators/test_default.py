@@ -12,7 +12,7 @@ pytestmark = pytest.mark.core
 ROW = np.arange(3, dtype=np.float32)
 
 
-def test_dicts():
+def test_dicts_are_stacked_by_key():
     batch = default_collate([{"x": ROW, "n": 1, "f": 0.5}, {"f": 1.5, "x": ROW + 1, "n": 2}])
     assert list(batch) == ["x", "n", "f"]
     np.testing.assert_array_equal(batch["x"], [[0, 1, 2], [1, 2, 3]])
@@ -33,7 +33,7 @@ def test_only_the_outer_dict_is_renamed():
 
 
 @pytest.mark.parametrize("sample", [(1.0, 2), (ROW, 2), ([0.0, 1.0, 2.0], 2)])
-def test_tuples(sample):
+def test_tuples_are_stacked_by_position(sample):
     x, y = default_collate([sample, sample, sample])
     np.testing.assert_array_equal(x, np.stack([np.asarray(sample[0], np.float32)] * 3))
     assert x.dtype == np.float32
@@ -47,7 +47,7 @@ def test_scalars_arrays_and_lists_of_numbers():
     assert default_collate([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
 
 
-def test_nested():
+def test_nested_samples_keep_their_structure():
     sample = ({"a": [ROW, 1], "b": (ROW, 2.0)}, 3)
     x, y = default_collate([sample, sample])
     assert isinstance(x["a"], list)

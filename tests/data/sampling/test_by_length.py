@@ -169,7 +169,7 @@ def test_where_lengths_come_from(data):
     np.testing.assert_array_equal(as_source(data).lengths("size"), LENGTHS)
 
 
-def test_lengths_on_disk(tmp_path):
+def test_lengths_are_read_from_hdf5_masks(tmp_path):
     with h5py.File(tmp_path / "data.h5", "w") as file:
         data = {"x": file.create_dataset("x", data=MASK), "attention_mask": file["x"]}
         np.testing.assert_array_equal(as_source(data).lengths("size"), LENGTHS)

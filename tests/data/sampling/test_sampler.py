@@ -41,7 +41,7 @@ GOLDEN_LARGE = [
 
 
 @pytest.mark.parametrize(("case", "expected"), GOLDEN.items())
-def test_frozen_order(case, expected):
+def test_the_order_of_an_epoch_never_changes_between_versions(case, expected):
     assert epoch_order(*case).tolist() == expected
 
 

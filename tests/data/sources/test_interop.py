@@ -269,7 +269,7 @@ def test_evaluation_and_prediction_take_batches_too(tmp_path):
 # ----------------------------------------------------------------------------------- unused columns
 
 
-def test_the_filter(caplog):
+def test_the_filter_drops_columns_the_model_does_not_take(caplog):
     keep = ColumnFilter({"a", "b"})
     batch = {"a": 1, "b": 2, "label": 3, "sample_weight": 4}
     assert keep(batch, "data") is batch

@@ -84,7 +84,7 @@ def generate():
         (zip(X, Y, strict=True), IterableSource),
     ],
 )
-def test_kinds(data, kind):
+def test_each_kind_of_data_gets_its_source(data, kind):
     source = as_source(data)
     assert type(source) is kind
     assert source.sized is (kind is not IterableSource)

@@ -65,7 +65,7 @@ KINDS = ("ignored labels", "Keras mask", "sample weights")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_times_two_is_eight(tmp_path, kind):
+def test_four_micro_batches_of_two_equal_a_batch_of_eight(tmp_path, kind):
     data = token_data(12, kind)  # 8 + 4: the last group is short
     runs = []
     for batch, accumulation in ((8, 1), (2, 4)):

@@ -53,7 +53,7 @@ def test_split_and_join_are_exact(tools, rng, dtype):
 @pytest.mark.parametrize("kernel", [None, "reference"])
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", [(6, 5), ()])
-def test_follows_float64(tools, rng, dtype, kernel, shape):
+def test_low_precision_follows_the_float64_trajectory(tools, rng, dtype, kernel, shape):
     variable = keras.Variable(np.asarray(rng.standard_normal(shape), "float32"), dtype=dtype)
     start = tools.to_numpy(variable)
     gradients = [(rng.standard_normal(shape) + 1.0).astype("float32") for _ in range(100)]

@@ -84,7 +84,7 @@ def test_slots_have_the_dtype_and_the_first_value_asked_for(tools):
     np.testing.assert_array_equal(tools.to_numpy(trained[0]), [-1.0, -4.5])
 
 
-def test_update_rules(tools):
+def test_each_variable_gets_its_rule_decay_and_rate(tools):
     trained = variables()
     optimizer = Mixed(0.01)
     optimizer.build(trained)
@@ -113,7 +113,7 @@ def test_a_rule_may_delegate_again(tools):
     np.testing.assert_allclose(tools.to_numpy(trained[0]), 1 - 0.1 * 1.25, rtol=1e-6)
 
 
-def test_works_in_fit(tools, jit_compile):
+def test_mixed_rules_work_in_fit(tools, jit_compile):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="slow")])
     model.set_weights([np.ones((3, 2), "float32"), np.ones(2, "float32")])
     optimizer = Mixed(0.1)

@@ -21,7 +21,7 @@ def rates(schedule, metrics):
     return seen
 
 
-def test_golden(golden):
+def test_rates_are_those_of_the_golden_traces(golden):
     data = golden("schedules")
     made = {
         "greedy factor=.9 patience=1": optim.GreedyLR(0.1, factor=0.9, patience=1),

@@ -134,7 +134,7 @@ def expected(name, steps, w, total):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_every_step(name):
+def test_every_step_follows_the_formula(name):
     for w, total in ((0, 9), (1, 9), (4, 21), (9, 9), (12, 9), (0, 1)):
         steps = range(32)
         result = ops.convert_to_numpy(make(name, w, total)(np.arange(32)))
@@ -218,7 +218,7 @@ def test_warmup_stable_decay_without_some_parts():
     assert values(late, range(6)) == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
 
 
-def test_golden(golden):
+def test_rates_are_those_of_the_golden_files(golden):
     data = golden("schedules")
     rate, expected = data["learning_rate"], data["schedules"]
     made = {
@@ -286,7 +286,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_common_contract(schedule):
+def test_schedules_take_any_step_and_serialize(schedule):
     # Any kind of step, always a float32 scalar.
     variable = keras.Variable(5, dtype="int", trainable=False)
     for step in (5, np.int64(5), ops.convert_to_tensor(5), variable):
