@@ -1,9 +1,8 @@
 """A run resumes bit for bit, whatever it uses: new model, new optimizer, new Trainer.
 
 Other features have this test beside their own: workers (test_workers.py), orders by length
-(test_by_length.py), the loss scale (test_float16.py), weights evaluated in place of others
-(optimization/test_evaluation_weights.py), rates that answer to a metric (optimization/test_schedules.py),
-parameter groups (optimization/test_parameter_groups.py).
+(test_by_length.py), the loss scale (test_float16.py), and in optimization/ weights evaluated in
+place of others, metric-driven rates and parameter groups.
 """
 
 import keras
