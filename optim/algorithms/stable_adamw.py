@@ -95,7 +95,7 @@ class StableAdamW(Optimizer):
         share_2 = (1.0 - self.beta_2) / bias_correction(self.beta_2, step)
         momentum = slots["momentum"] + share_1 * (gradient - slots["momentum"])
         velocity = slots["velocity"] + share_2 * (square - slots["velocity"])
-        floor = max(self.epsilon * self.epsilon, SMALLEST)
+        floor = max(self.epsilon * self.epsilon, SMALLEST_SQUARE)
         relative = gradient / ops.maximum(velocity, floor)
         growth = ops.sqrt(kernels.mean_product(gradient, relative))
         rate = learning_rate / ops.maximum(1.0, growth)
@@ -114,5 +114,5 @@ class StableAdamW(Optimizer):
         }
 
 
-SMALLEST = 1e-30
+SMALLEST_SQUARE = 1e-30
 """Below it a square in float32 has lost its digits."""

@@ -23,7 +23,7 @@ from optim.kernels.eight_bit_codes import (
     not_larger,
 )
 
-SMALLEST = 4096
+SMALLEST_QUANTIZED = 4096
 """Tensors with fewer elements keep float32 state: there is nothing to save."""
 
 EMBEDDINGS = r"embed"
@@ -143,7 +143,7 @@ class EightBit(Optimizer):
         Returns:
             This optimizer, or one of the class `full_precision`.
         """
-        small = math.prod(tuple(variable.shape)) < SMALLEST
+        small = math.prod(tuple(variable.shape)) < SMALLEST_QUANTIZED
         wide = precision.working_dtype(variable) == "float64"
         return self.full if small or wide or re.search(self.keep, path_of(variable)) else self
 

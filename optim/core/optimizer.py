@@ -181,7 +181,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         Args:
             parameter: float32 tensor; float64, as all that is float32 here, for a variable in it.
             gradient: float32 tensor of the same shape.
-            slots: Slot name -> tensor, as `slot_shapes` says.
+            slots: Slot name -> tensor, as in `slot_shapes`.
             step: float32 scalar, 1 at the first update.
             learning_rate: float32 scalar, times the variable's multiplier.
             weight_decay: The variable's decay, 0.0 if it is excluded. A Python number, known when

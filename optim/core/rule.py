@@ -86,7 +86,7 @@ def elementwise(rule: Rule) -> Rule:
 
     Scalars may enter: the step, the learning rate, slots of shape ``()``, and the sum or mean of
     all elements of something (`keras.ops.sum`, `keras.ops.mean`). Shapes, other reductions and
-    products of matrices may not. A kernel may then execute the rule on pieces of a tensor.
+    products of matrices may not. A kernel may then execute the rule on tiles of a tensor.
 
     Args:
         rule: The method.

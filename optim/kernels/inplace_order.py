@@ -39,7 +39,7 @@ def flattened(pure: Pure, names: Sequence[str]) -> Callable[..., list[Any]]:
 
 
 @dataclass
-class Plan:
+class ResultOrder:
     """Which result of a traced rule reads what, and so which one comes first.
 
     Attributes:

@@ -60,14 +60,14 @@ def execute(
     zero = None
     for gradient, variable in zip(gradients, variables, strict=True):
         rule = type(optimizer.rule_of(variable)).update
-        through = _Through(zero, getattr(rule, "elementwise", False))
+        through = _InOrder(zero, getattr(rule, "elementwise", False))
         optimizer.update_variable(gradient, variable, step, learning_rate, through)
         if isinstance(gradient, Tracer) and not through.one_loop:
             zero = zero_after(ops.convert_to_tensor(variable))
 
 
 @dataclass
-class _Through:
+class _InOrder:
     """How the rule of one variable is executed.
 
     Attributes:

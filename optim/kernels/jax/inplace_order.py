@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from optim.kernels.inplace_order import Plan, Pure, flattened
+from optim.kernels.inplace_order import Pure, ResultOrder, flattened
 from optim.kernels.jax.wait import after, zero_after
 
 
@@ -31,20 +31,20 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> tu
     inputs = [value, *slots.values(), gradient]
     closed = jax.make_jaxpr(flat)(*inputs)
     traced = closed.jaxpr
-    plan = _plan(traced)
+    order = _result_order(traced)
     known = dict(zip(traced.constvars, closed.consts, strict=True))
     known |= dict(zip(traced.invars, inputs, strict=True))
     known |= {var: var.val for var in traced.outvars if isinstance(var, Literal)}
     sums = [var for eqn in traced.eqns if _shrinks(eqn) for var in eqn.outvars]
 
     def evaluate(result: Any, known: dict[Any, Any]) -> Any:
-        return _evaluate(traced, plan, result, known)
+        return _evaluate(traced, order, result, known)
 
-    results, complete = plan.run(known, sums, evaluate, zero_after, after)
+    results, complete = order.run(known, sums, evaluate, zero_after, after)
     return (results[0], dict(zip(slots, results[1:], strict=True))), complete and not sums
 
 
-def _plan(traced: Jaxpr) -> Plan:
+def _result_order(traced: Jaxpr) -> ResultOrder:
     """Which result of a traced rule reads what."""
     made_of = {
         var: [operand for operand in eqn.invars if not isinstance(operand, Literal)]
@@ -53,12 +53,12 @@ def _plan(traced: Jaxpr) -> Plan:
     }
     every = [*traced.invars, *traced.constvars, *made_of]
     tensors = frozenset(var for var in every if var.aval.shape)
-    return Plan(traced.invars, traced.outvars, made_of, tensors)
+    return ResultOrder(traced.invars, traced.outvars, made_of, tensors)
 
 
-def _evaluate(traced: Jaxpr, plan: Plan, result: Any, known: dict[Any, Any]) -> Any:
+def _evaluate(traced: Jaxpr, order: ResultOrder, result: Any, known: dict[Any, Any]) -> Any:
     """The value of a variable, made from known ones."""
-    needed = plan.needed(result, known)
+    needed = order.needed(result, known)
     used = {var: value for var, value in known.items() if var in needed}
     eqns = [
         eqn for eqn in traced.eqns if any(var in needed and var not in used for var in eqn.outvars)

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from optim.core.fallback import PrivateApi
-from optim.kernels.inplace_order import LARGE, Plan, Pure, flattened
+from optim.kernels.inplace_order import LARGE, Pure, ResultOrder, flattened
 
 
 def zero_after(value: Any) -> Any:
@@ -72,22 +72,22 @@ def in_place(pure: Pure, value: Any, gradient: Any, slots: dict[str, Any]) -> An
         )
     }
     operations = {operation.name: operation for operation in traced.graph.get_operations()}
-    plan = _plan(traced, operations, len(inputs))
+    order = _result_order(traced, operations, len(inputs))
     sums = [o.outputs[0].name for o in operations.values() if _is_sum(o)]
     nodes = {node.name: node for node in traced.graph.as_graph_def().node}
 
     def evaluate(result: Any, known: dict[Any, Any]) -> Any:
-        needed = plan.needed(result, known)
+        needed = order.needed(result, known)
         made = {str(name).partition(":")[0] for name in needed if name not in known}
         part = tf.compat.v1.GraphDef(node=[nodes[name] for name in made])
         used = {name: given for name, given in known.items() if name in needed}
         return tf.graph_util.import_graph_def(part, used, [result], name="rule")[0]
 
-    results, _ = plan.run(known, sums, evaluate, zero_after, after)
+    results, _ = order.run(known, sums, evaluate, zero_after, after)
     return results[0], dict(zip(slots, results[1:], strict=True))
 
 
-def _plan(traced: Any, operations: dict[str, Any], given: int) -> Plan:
+def _result_order(traced: Any, operations: dict[str, Any], given: int) -> ResultOrder:
     """Which result of a traced rule reads what."""
     made = [o for o in operations.values() if o.type != "Placeholder"]
     made_of = {t.name: [operand.name for operand in o.inputs] for o in made for t in o.outputs}
@@ -98,7 +98,7 @@ def _plan(traced: Any, operations: dict[str, Any], given: int) -> Plan:
         while tensor.op.type == "Identity":  # the trace returns copies of its results
             tensor = tensor.op.inputs[0]
         outputs.append(tensor.name)
-    return Plan([t.name for t in traced.inputs[:given]], outputs, made_of, tensors)
+    return ResultOrder([t.name for t in traced.inputs[:given]], outputs, made_of, tensors)
 
 
 def _is_sum(operation: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from optim.core.fallback import PrivateApi, report
 from optim.core.precision import working_dtype
 from optim.kernels.torch.adafactor import run_adafactor
-from optim.kernels.torch.custom_op import LIBRARY, Numbered
+from optim.kernels.torch.custom_op import LIBRARY, NumberedObjects
 from optim.kernels.torch.eight_bit import run_eight_bit
 from optim.kernels.torch.elementwise import NotElementwise, record_program, run_elementwise
 
@@ -105,7 +105,7 @@ _in_stateless_scope = PrivateApi(
 )
 """Whether values belong to the caller, so that nothing may be changed in place."""
 
-_FAILURES: Numbered[Exception | None] = Numbered()
+_FAILURES: NumberedObjects[Exception | None] = NumberedObjects()
 
 
 def _failure(update_rule: Any, device: torch.device) -> Exception | None:
@@ -150,7 +150,7 @@ def _try_on_one_number(
 
 
 def _fused(rule: Any) -> Any:
-    """What executes a rule over lists of tensors: a fused kernel, the rule in pieces, or None."""
+    """What executes a rule over lists of tensors: a fused kernel, the rule in tiles, or None."""
     name = getattr(type(rule).update, "fused", None) or ""
     if (
         name == "sgd" and rule.dampening

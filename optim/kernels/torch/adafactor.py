@@ -1,4 +1,4 @@
-"""Adafactor on PyTorch: sums over rows and columns, and the update, in pieces of a few rows.
+"""Adafactor on PyTorch: sums over rows and columns, and the update, in tiles of a few rows.
 
 As it is written, the rule makes a dozen passes over main memory, each into a new tensor of the size
 of the gradient. Here a matrix is read three times, a few rows at a time, through one buffer: for
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optim.kernels.torch.custom_op import Numbered, define_in_place, piece_width
+from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
 
-# Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
-_PIECE = 65536
+# Elements of a tile for each thread: many enough to hide the calls, few enough for the caches.
+_TILE = 65536
 # Squares of the factors of columns are kept below infinity: it would make NaN of gradients of 0.
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class _Numbers(NamedTuple):
+class _Hyperparameters(NamedTuple):
     """The hyperparameters, as `optim.Adafactor` has them."""
 
     epsilon_1: float
@@ -45,12 +45,12 @@ class _Update:
         share: Of the new squares in their means, a scalar.
         learning_rate: A scalar.
         weight_decay: A Python number.
-        width: Elements of a piece.
+        width: Elements of a tile.
         buffer: Flat, of at least that size.
         buffers: Shape -> the buffer in that shape.
     """
 
-    numbers: _Numbers
+    numbers: _Hyperparameters
     share: torch.Tensor
     learning_rate: torch.Tensor
     weight_decay: float
@@ -68,7 +68,7 @@ class _Update:
         """A tensor of two and more axes: matrices in its last two."""
         g = gradient.view(-1, *gradient.shape[-2:])
         count, rows, columns = g.shape
-        cut = _Cut(count, rows, columns, self.width)
+        cut = _MatrixTiles(count, rows, columns, self.width)
         row, column = means[0].view(count, rows, 1), means[1].view(count, 1, columns)
         rate = self._rate(parameter)
         given = cut(g)
@@ -122,7 +122,7 @@ class _Update:
         return rate / size.clamp_min_(1.0)
 
     def _mean_squares(
-        self, given: list[torch.Tensor], cut: _Cut, row: torch.Tensor, column: torch.Tensor
+        self, given: list[torch.Tensor], cut: _MatrixTiles, row: torch.Tensor, column: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         of_rows, of_columns = torch.empty_like(row), torch.zeros_like(column)
         for x, to_row, to_column in zip(given, cut(of_rows), cut.shared(of_columns), strict=True):
@@ -156,14 +156,14 @@ class _Update:
         return self.buffers[x.shape]
 
 
-class _Cut:
+class _MatrixTiles:
     """Cuts tensors of shape (count, rows, ...) into several whole matrices, or rows of one.
 
     Args:
         count: Number of matrices.
         rows: Of each.
         columns: Of each.
-        width: Elements of a piece.
+        width: Elements of a tile.
     """
 
     def __init__(self, count: int, rows: int, columns: int, width: int) -> None:
@@ -172,20 +172,20 @@ class _Cut:
         self._repeats = 1 if self._whole else -(-rows // self._step)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The pieces."""
+        """The tiles."""
         if self._whole:
             return list(x.split(self._step))
         return [part for matrix in x.split(1) for part in matrix.split(self._step, 1)]
 
     def shared(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The pieces of what all rows of a matrix share, of shape (count, ...)."""
+        """The tiles of what all rows of a matrix share, of shape (count, ...)."""
         parts = x.split(self._step if self._whole else 1)
         return [part for part in parts for _ in range(self._repeats)]
 
 
 # ---- one operation for PyTorch -------------------------------------------------------------------
 
-_NUMBERS: Numbered[_Numbers] = Numbered()
+_HYPERPARAMETERS: NumberedObjects[_Hyperparameters] = NumberedObjects()
 
 
 def _run(
@@ -197,9 +197,9 @@ def _run(
     weight_decay: float,
     rule: int,
 ) -> None:
-    numbers = _NUMBERS[rule]
+    numbers = _HYPERPARAMETERS[rule]
     largest = max(p.numel() for p in parameters)
-    width = piece_width(_PIECE, largest, step.device)
+    width = tile_width(_TILE, largest, step.device)
     longest = max((p.shape[-1] for p in parameters if p.dim() > 1), default=0)
     buffer = torch.empty(max(width, longest), device=step.device)
     share = torch.exp(numbers.beta_2_decay * torch.log(step))
@@ -241,8 +241,10 @@ def run_adafactor(
         learning_rate: float32 scalar.
         weight_decay: A Python number.
     """
-    number = _NUMBERS.number(
-        rule, None, lambda: _Numbers(*(getattr(rule, name) for name in _Numbers._fields))
+    number = _HYPERPARAMETERS.number(
+        rule,
+        None,
+        lambda: _Hyperparameters(*(getattr(rule, name) for name in _Hyperparameters._fields)),
     )
     left = {name: iter(tensors) for name, tensors in slots.items()}
     flat = []

@@ -1,4 +1,4 @@
-"""From the operations of a recorded rule to the PyTorch calls that execute it on pieces.
+"""From the operations of a recorded rule to the PyTorch calls that execute it on tiles.
 
 PyTorch has operations that do the work of several: a step towards a value (``lerp``), an addition
 that multiplies on the way, and its fused Adam kernel, which is one pass over memory for the chain
@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 SAME = ("detach", "alias", "lift_fresh_copy", "clone", "view")
-"""Operations that leave the values of a piece as they are."""
+"""Operations that leave the values of a tile as they are."""
 
 SUMS = ("sum", "mean")
 """Operations that make a scalar of a whole tensor."""
@@ -33,7 +33,7 @@ _SMALLEST_SHARE = 5e-4
 
 @dataclass
 class Call:
-    """One operation on whole pieces: ``function(*args, **numbers)``."""
+    """One operation on whole tiles: ``function(*args, **numbers)``."""
 
     name: str
     args: list[Any]
@@ -46,7 +46,7 @@ def name_of(node: Node) -> str:
     return getattr(node.target, "__name__", "").partition(".")[0]
 
 
-class Joining:
+class CallFusion:
     """Operations to calls, several operations to one call where PyTorch has it.
 
     Args:

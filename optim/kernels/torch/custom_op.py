@@ -32,7 +32,7 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
     LIBRARY.impl(name, lambda *args: None, "Meta")
 
 
-def piece_width(each: int, largest: int, device: torch.device) -> int:
+def tile_width(each: int, largest: int, device: torch.device) -> int:
     """How many elements to work on at a time: some for each thread on a CPU, else all.
 
     Args:
@@ -43,7 +43,7 @@ def piece_width(each: int, largest: int, device: torch.device) -> int:
     return min(each * torch.get_num_threads(), largest) if device.type == "cpu" else largest
 
 
-class Numbered(Generic[T]):
+class NumberedObjects(Generic[T]):
     """Objects by number, which an operation can take in their place."""
 
     def __init__(self) -> None:

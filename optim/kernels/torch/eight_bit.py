@@ -1,8 +1,8 @@
-"""8-bit state on PyTorch: restored, used and quantized piece by piece, in the cache.
+"""8-bit state on PyTorch: restored, used and quantized tile by tile, in the cache.
 
 As it is written, such a rule makes some forty passes over main memory and reads its tables through
-Keras. Here a piece of every slot is restored into a buffer, the kernel of the full-precision rule
-updates the piece in place, and the buffers become codes again. Two codes are restored by one
+Keras. Here a tile of every slot is restored into a buffer, the kernel of the full-precision rule
+updates the tile in place, and the buffers become codes again. Two codes are restored by one
 look-up. Of a mean of squares the root is stored, but none is taken: the tables are of squares.
 
 The whole of it is one operation to PyTorch, ``optim::run_eight_bit``, so that it can be recorded as
@@ -28,16 +28,16 @@ from optim.kernels.eight_bit_codes import (
     nearest_to_root,
     not_larger,
 )
-from optim.kernels.torch.custom_op import Numbered, define_in_place, piece_width
+from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
 
-# Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
-_PIECE = 131072
+# Elements of a tile for each thread: many enough to hide the calls, few enough for the caches.
+_TILE = 131072
 # Rows that threads can share. Half of a block is a multiple of it.
 _ROWS = 64
 
 
-class Stored(NamedTuple):
-    """Codes and scales of a slot, or of a piece of it, each seen in two ways.
+class StoredSlot(NamedTuple):
+    """Codes and scales of a slot, or of a tile of it, each seen in two ways.
 
     Attributes:
         codes: uint8, flat.
@@ -51,15 +51,15 @@ class Stored(NamedTuple):
     scales: torch.Tensor
     column: torch.Tensor
 
-    def pieces(self, width: int) -> list[Stored]:
-        """Cut into pieces of at most ``width`` elements, a multiple of `BLOCK`."""
+    def tiles(self, width: int) -> list[StoredSlot]:
+        """Cut into tiles of at most ``width`` elements, a multiple of `BLOCK`."""
         blocks = width // BLOCK
         sizes = width, width // 2, blocks, blocks
         parts = (whole.split(size) for whole, size in zip(self, sizes, strict=True))
-        return [Stored(*piece) for piece in zip(*parts, strict=True)]
+        return [StoredSlot(*tile) for tile in zip(*parts, strict=True)]
 
 
-class Buffer:
+class SlotBuffer:
     """Memory for restored numbers, seen in the ways in which it is used: a view costs a call.
 
     Args:
@@ -89,7 +89,7 @@ class Codec:
         self._absolute = found.view(torch.float32)
         self._absolute_blocks = self._absolute.view(-1, BLOCK)
 
-    def restore(self, stored: Stored, square: bool, out: Buffer) -> None:
+    def restore(self, stored: StoredSlot, square: bool, out: SlotBuffer) -> None:
         """`optim.core.eight_bit.restored`, or its square, into a buffer.
 
         Args:
@@ -104,7 +104,9 @@ class Codec:
             torch.index_select(pairs, 0, self._half.copy_(stored.pairs), out=out.pairs)
         out.blocks.mul_(stored.column.square() if square else stored.column)
 
-    def quantize(self, x: Buffer, square: bool, step: torch.Tensor | None, out: Stored) -> None:
+    def quantize(
+        self, x: SlotBuffer, square: bool, step: torch.Tensor | None, out: StoredSlot
+    ) -> None:
         """`optim.core.eight_bit.quantized`, of the numbers or their roots, into codes and scales.
 
         Args:
@@ -142,7 +144,7 @@ class Codec:
         for part, result in zip(indices.chunk(2), out.chunk(2), strict=True):
             _gather(table, self._wide.copy_(part), result)
 
-    def _choose(self, x: Buffer, step: torch.Tensor) -> None:
+    def _choose(self, x: SlotBuffer, step: torch.Tensor) -> None:
         """Add 1 to the codes below, at random, as often as the next one is near."""
         below, shifted, bits = self._found, self._indices, x.bits
         gaps = torch.empty(below.shape, dtype=torch.float64, device=below.device)
@@ -193,7 +195,7 @@ def _table(kind: str, device: torch.device) -> torch.Tensor:
 
 
 @dataclass
-class _Work:
+class _FullPrecision:
     """What the operation needs besides tensors.
 
     Attributes:
@@ -208,26 +210,30 @@ class _Work:
 
 
 def _update(
-    work: _Work,
+    full_precision: _FullPrecision,
     codec: Codec,
-    tensors: tuple[torch.Tensor, torch.Tensor, tuple[Stored, ...]],
-    buffers: list[Buffer],
+    tensors: tuple[torch.Tensor, torch.Tensor, tuple[StoredSlot, ...]],
+    buffers: list[SlotBuffer],
     scalars: tuple[torch.Tensor, torch.Tensor, float],
 ) -> None:
-    """One piece of one tensor."""
+    """One tile of one tensor."""
     parameter, gradient, stored = tensors
     size, wide = parameter.numel(), {}
-    for (name, (square, _)), codes, buffer in zip(work.slots.items(), stored, buffers, strict=True):
+    for (name, (square, _)), codes, buffer in zip(
+        full_precision.slots.items(), stored, buffers, strict=True
+    ):
         codec.restore(codes, square, buffer)
         wide[name] = [buffer.values if size == buffer.values.numel() else buffer.values[:size]]
-    work.kernel(work.rule, [parameter], [gradient], wide, *scalars)
-    for (square, dithered), codes, buffer in zip(work.slots.values(), stored, buffers, strict=True):
+    full_precision.kernel(full_precision.rule, [parameter], [gradient], wide, *scalars)
+    for (square, dithered), codes, buffer in zip(
+        full_precision.slots.values(), stored, buffers, strict=True
+    ):
         codec.quantize(buffer, square, scalars[0] if dithered else None, codes)
 
 
 # ---- one operation for PyTorch -------------------------------------------------------------------
 
-_WORK: Numbered[_Work] = Numbered()
+_FULL_PRECISION: NumberedObjects[_FullPrecision] = NumberedObjects()
 
 
 def _run(
@@ -237,34 +243,32 @@ def _run(
     step: torch.Tensor,
     learning_rate: torch.Tensor,
     weight_decay: float,
-    work: int,
+    full_precision: int,
 ) -> None:
-    what = _WORK[work]
+    what = _FULL_PRECISION[full_precision]
     largest = max(math.ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
-    width = piece_width(_PIECE, largest, step.device)
+    width = tile_width(_TILE, largest, step.device)
     integers = torch.empty(2, width, dtype=torch.int32, device=step.device)
     floats = torch.empty(len(what.slots), width, device=step.device)
-    tools: dict[int, tuple[Codec, list[Buffer]]] = {}
+    tools: dict[int, tuple[Codec, list[SlotBuffer]]] = {}
     count = len(parameters)
     for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         flat = parameter.view(-1).split(width), gradient.view(-1).split(width)
         stored = [
-            Stored(c.view(-1), c.view(-1).view(torch.uint16), s, s.unsqueeze(1)).pieces(width)
+            StoredSlot(c.view(-1), c.view(-1).view(torch.uint16), s, s.unsqueeze(1)).tiles(width)
             for c, s in zip(slots[i :: 2 * count], slots[i + count :: 2 * count], strict=True)
         ]
-        for piece in zip(*flat, zip(*stored, strict=True), strict=True):
-            size = piece[2][0].codes.numel()
+        for tile in zip(*flat, zip(*stored, strict=True), strict=True):
+            size = tile[2][0].codes.numel()
             if size not in tools:
                 codec = Codec(*(memory[:size] for memory in integers))
-                tools[size] = codec, [Buffer(memory[:size]) for memory in floats]
-            _update(
-                what, tools[size][0], piece, tools[size][1], (step, learning_rate, weight_decay)
-            )
+                tools[size] = codec, [SlotBuffer(memory[:size]) for memory in floats]
+            _update(what, tools[size][0], tile, tools[size][1], (step, learning_rate, weight_decay))
 
 
 define_in_place(
     "run_eight_bit(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] slots, Tensor step, "
-    "Tensor learning_rate, float weight_decay, int work) -> ()",
+    "Tensor learning_rate, float weight_decay, int full_precision) -> ()",
     _run,
 )
 
@@ -293,11 +297,11 @@ def run_eight_bit(
     """
     names = [name.removesuffix("_codes") for name in slots if name.endswith("_codes")]
 
-    def make() -> _Work:
+    def make() -> _FullPrecision:
         kinds = {name: (name in rule.squares, name in rule.dithered) for name in names}
-        return _Work(rule.full, kernel, kinds)
+        return _FullPrecision(rule.full, kernel, kinds)
 
-    number = _WORK.number(rule, None, make)
+    number = _FULL_PRECISION.number(rule, None, make)
     stored = [slot for n in names for part in ("codes", "scales") for slot in slots[f"{n}_{part}"]]
     torch.ops.optim.run_eight_bit(
         parameters, gradients, stored, step, learning_rate, weight_decay, number

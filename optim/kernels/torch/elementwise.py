@@ -1,10 +1,10 @@
-"""Elementwise rules on PyTorch: recorded once, then run over pieces that stay in the cache.
+"""Elementwise rules on PyTorch: recorded once, then run over tiles that stay in the cache.
 
 Executed as it is written, a rule makes a pass over main memory for each of its operations, and
 every one of them pays for Keras' Python. Here the rule is run once on a few elements, which records
 its ATen operations. What depends on scalars only (the step, the learning rate) is computed once per
 update. The rest becomes a straight line of PyTorch calls (`optim.kernels.torch.codegen`,
-`optim.kernels.torch.tiles`), which is run over pieces of the tensors small enough for its buffers
+`optim.kernels.torch.tiles`), which is run over tiles of the tensors small enough for its buffers
 to stay in the cache.
 
 A rule may sum over its tensor (a norm, a mean). It then has two such functions: one for what the
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from optim.kernels.torch.codegen import SAME, SUMS, Joining, name_of
-from optim.kernels.torch.custom_op import Numbered, define_in_place, piece_width
-from optim.kernels.torch.tiles import Piece, Writer
+from optim.kernels.torch.codegen import SAME, SUMS, CallFusion, name_of
+from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
+from optim.kernels.torch.tiles import TileFunction, TileWriter
 
-# Elements of a piece for each thread: many enough to hide the calls, few enough for the caches.
-_PIECE = 65536
+# Elements of a tile for each thread: many enough to hide the calls, few enough for the caches.
+_TILE = 65536
 # Any size will do to record a rule that is elementwise.
 _EXAMPLE = 3
 
@@ -35,7 +35,7 @@ class NotElementwise(TypeError):
     """A rule is marked as elementwise and is not."""
 
 
-class Program:
+class ElementwiseProgram:
     """A rule with its hyperparameters and a weight decay, recorded for one device.
 
     Args:
@@ -119,19 +119,19 @@ class Program:
         names: dict[Any, str] = {n: f"t{i}" for i, n in enumerate([*inputs[:2], *slots])}
         places = list(zip([*outputs[: len(self._wide)], outputs[-1]], [*slots, inputs[0]],
                           strict=True))  # fmt: skip
-        writer = Writer(Joining(self._is_wide, self._on_cpu), self._on_cpu)
+        writer = TileWriter(CallFusion(self._is_wide, self._on_cpu), self._on_cpu)
         first = [n for n in wide if n in needed]
         second = [n for n in wide if n not in needed]
-        self._first, self._scratch = Piece(), 0
+        self._first, self._scratch = TileFunction(), 0
         if self._sums:
             passed = self._passed(first, second, places)
             names |= {place: place for _, place in passed if isinstance(place, str)}
             self._scratch = len(names) - 2 - len(slots)
             nodes_and_sums = [n for n in computed if n in first or n in self._sums]
-            self._first = writer.piece(nodes_and_sums, names, passed)
+            self._first = writer.tile(nodes_and_sums, names, passed)
             places = [pair for pair in places if pair not in passed]
             names |= {node: names[place] for node, place in passed}
-        self._second = writer.piece(second, names, places)
+        self._second = writer.tile(second, names, places)
 
     def _is_sum(self, node: Node) -> bool:
         wide = any(self._is_wide[n] for n in node.all_input_nodes)
@@ -194,7 +194,7 @@ class Program:
         count = len(parameters)
         by_name = {name: slots[i * count : (i + 1) * count] for i, name in enumerate(self.slots)}
         largest = max((p.numel() for p in parameters), default=0)
-        width = piece_width(_PIECE, largest, step.device)
+        width = tile_width(_TILE, largest, step.device)
         buffers = max(self._first.buffers, self._second.buffers)
         if not buffers:
             width = largest  # nothing has to stay in the cache
@@ -213,17 +213,17 @@ class Program:
             tensors = [parameter, gradients[i], *(by_name[name][i] for name in self._wide)]
             size = parameter.numel()
             flat = [t.view(-1) for t in tensors] + [x[:size] for x in scratch]
-            pieces = list(zip(*(t.split(max(width, 1)) for t in flat), strict=True)) if size else []
+            tiles = list(zip(*(t.split(max(width, 1)) for t in flat), strict=True)) if size else []
             if self._sums:
-                parts = _over_pieces(self._first, pieces, values, memory)
+                parts = _over_tiles(self._first, tiles, values, memory)
                 values = values | self._totals(parts, size, step)
                 values = self._evaluated(self._late, values)
-            _over_pieces(self._second, pieces, values, memory)
+            _over_tiles(self._second, tiles, values, memory)
             for slot, node in zip(narrow, self._narrow_outputs, strict=True):
                 slot.copy_(values[node])
 
     def _totals(self, parts: list[Any], size: int, like: torch.Tensor) -> dict[Any, Any]:
-        """The sums, or means, over all pieces of a tensor."""
+        """The sums, or means, over all tiles of a tensor."""
         totals = {}
         for i, node in enumerate(self._first.sums):
             total = torch.stack([p[i] for p in parts]).sum() if parts else torch.zeros_like(like)
@@ -240,19 +240,19 @@ class Program:
         return known
 
 
-def _over_pieces(
-    piece: Piece, pieces: list[Any], values: dict[Any, Any], memory: list[torch.Tensor]
+def _over_tiles(
+    tile: TileFunction, tiles: list[Any], values: dict[Any, Any], memory: list[torch.Tensor]
 ) -> list[Any]:
-    """Calls the function on every piece; returns the parts of its sums."""
-    scalars = [*(values[n].item() for n in piece.numbers), *(values[n] for n in piece.tensors)]
-    buffers = memory[: piece.buffers]
+    """Calls the function on every tile; returns the parts of its sums."""
+    scalars = [*(values[n].item() for n in tile.numbers), *(values[n] for n in tile.tensors)]
+    buffers = memory[: tile.buffers]
     parts = []
-    for tensors in pieces:
+    for tensors in tiles:
         length = tensors[0].numel()
         if buffers and length != buffers[0].numel():
-            parts.append(piece.function(*tensors, *scalars, *(b[:length] for b in buffers)))
+            parts.append(tile.function(*tensors, *scalars, *(b[:length] for b in buffers)))
         else:
-            parts.append(piece.function(*tensors, *scalars, *buffers))
+            parts.append(tile.function(*tensors, *scalars, *buffers))
     return parts
 
 
@@ -276,7 +276,7 @@ def _ancestors(nodes: list[Node], roots: list[Node]) -> set[Node]:
 
 # ---- one operation for PyTorch -------------------------------------------------------------------
 
-_PROGRAMS: Numbered[Program] = Numbered()
+_PROGRAMS: NumberedObjects[ElementwiseProgram] = NumberedObjects()
 
 
 def _run(
@@ -304,7 +304,7 @@ def record_program(rule: Any, weight_decay: float, device: torch.device) -> int:
         NotElementwise: If the rule is not elementwise.
     """
     return _PROGRAMS.number(
-        rule, (weight_decay, device), lambda: Program(rule, weight_decay, device)
+        rule, (weight_decay, device), lambda: ElementwiseProgram(rule, weight_decay, device)
     )
 
 

@@ -1,4 +1,4 @@
-"""A straight line of PyTorch calls on one piece of every tensor, without allocations.
+"""A straight line of PyTorch calls on one tile of every tensor, without allocations.
 
 Results go to the variables where nothing needs the old value any more, else to a few buffers.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from optim.kernels.torch.codegen import Call, Joining, adam_
+from optim.kernels.torch.codegen import Call, CallFusion, adam_
 
 _WITH_OUT = {
     name: getattr(torch, name)
@@ -26,39 +26,39 @@ _NUMBERS_ALLOWED = ("add", "sub", "mul", "div", "lerp", "pow")
 
 
 @dataclass
-class Piece:
-    """A function of pieces, scalars and buffers, and what it is to be given.
+class TileFunction:
+    """A function of tiles, scalars and buffers, and what it is to be given.
 
     Attributes:
-        function: Called with the pieces, the scalars and the buffers; returns the sums.
+        function: Called with the tiles, the scalars and the buffers; returns the sums.
         numbers: Scalars that it takes as Python numbers.
         tensors: Scalars that it takes as tensors.
         buffers: Number of buffers.
         sums: The nodes whose parts it returns.
     """
 
-    function: Callable[..., Sequence[torch.Tensor]] = lambda *pieces: ()
+    function: Callable[..., Sequence[torch.Tensor]] = lambda *tiles: ()
     numbers: list[Node] = field(default_factory=list)
     tensors: list[Node] = field(default_factory=list)
     buffers: int = 0
     sums: list[Node] = field(default_factory=list)
 
 
-class Writer:
-    """Writes the source of a `Piece`.
+class TileWriter:
+    """Writes the source of a `TileFunction`.
 
     Args:
         joining: Makes the calls.
         on_cpu: Whether scalars are known to Python.
     """
 
-    def __init__(self, joining: Joining, on_cpu: bool) -> None:
-        self._joining = joining
+    def __init__(self, fusion: CallFusion, on_cpu: bool) -> None:
+        self._fusion = fusion
         self._on_cpu = on_cpu
 
-    def piece(
+    def tile(
         self, nodes: list[Node], inputs: dict[Any, str], places: list[tuple[Node, Any]]
-    ) -> Piece:
+    ) -> TileFunction:
         """The function that computes some nodes.
 
         Args:
@@ -69,11 +69,11 @@ class Writer:
         Returns:
             The function and what it needs.
         """
-        self._piece = Piece()
+        self._tile = TileFunction()
         self._scope: dict[str, Any] = {}
         self._lines: list[str] = []
         self._inputs, self._names = inputs, dict(inputs)
-        calls = self._joining.calls(nodes, places)
+        calls = self._fusion.calls(nodes, places)
         self._origin = {node: node for node in (*inputs, *nodes)}
         order = []
         for node, call in calls.items():
@@ -88,14 +88,14 @@ class Writer:
             self._write(index, node, calls[node])
         late = self._late(places)
         arguments = list(dict.fromkeys(inputs.values()))
-        arguments += [f"n{i}" for i in range(len(self._piece.numbers))]
-        arguments += [f"s{i}" for i in range(len(self._piece.tensors))]
-        arguments += [f"b{i}" for i in range(self._piece.buffers)]
-        result = "".join(f"{self._names[n]}, " for n in self._piece.sums)
+        arguments += [f"n{i}" for i in range(len(self._tile.numbers))]
+        arguments += [f"s{i}" for i in range(len(self._tile.tensors))]
+        arguments += [f"b{i}" for i in range(self._tile.buffers)]
+        result = "".join(f"{self._names[n]}, " for n in self._tile.sums)
         body = "\n    ".join([*self._lines, *late, f"return ({result})"])
-        exec(f"def piece({', '.join(arguments)}):\n    {body}", self._scope)
-        self._piece.function = self._scope["piece"]
-        return self._piece
+        exec(f"def tile({', '.join(arguments)}):\n    {body}", self._scope)
+        self._tile.function = self._scope["tile"]
+        return self._tile
 
     def _last_uses(
         self, order: list[Node], calls: dict[Node, Call], places: list[tuple[Node, Any]]
@@ -106,7 +106,7 @@ class Writer:
         used = [self._origin[a] for call in calls.values() for a in call.args if a in self._origin]
         for index, node in enumerate(order):
             for argument in calls[node].args:
-                if self._joining.wide(argument):
+                if self._fusion.wide(argument):
                     last[self._origin[argument]] = index
             if calls[node].name == "adam" and len(calls[node].args) == 4:
                 base = self._origin[calls[node].args[3]]
@@ -120,8 +120,8 @@ class Writer:
     def _write(self, index: int, node: Node, call: Call) -> None:
         if call.name in ("sum", "dot"):
             names = [self._names[self._origin[a]] for a in call.args]
-            self._names[node] = f"r{len(self._piece.sums)}"
-            self._piece.sums.append(node)
+            self._names[node] = f"r{len(self._tile.sums)}"
+            self._tile.sums.append(node)
             self._scope[call.name] = getattr(torch, call.name)
             self._lines.append(f"{self._names[node]} = {call.name}({', '.join(names)})")
             self._release(index, call)
@@ -152,11 +152,11 @@ class Writer:
     def _buffer(self) -> str:
         if self._free:
             return self._free.pop()
-        self._piece.buffers += 1
-        return f"b{self._piece.buffers - 1}"
+        self._tile.buffers += 1
+        return f"b{self._tile.buffers - 1}"
 
     def _release(self, index: int, call: Call) -> None:
-        for argument in {self._origin[a] for a in call.args if self._joining.wide(a)}:
+        for argument in {self._origin[a] for a in call.args if self._fusion.wide(a)}:
             if self._last[argument] == index and self._names[argument].startswith("b"):
                 self._free.append(self._names[argument])
 
@@ -190,8 +190,8 @@ class Writer:
             if value is None or value == self._names[place]:  # None: changed by the fused step
                 continue
             if origin in overwritten:  # two variables may even change places
-                value = f"b{self._piece.buffers}"
-                self._piece.buffers += 1
+                value = f"b{self._tile.buffers}"
+                self._tile.buffers += 1
                 self._lines.append(f"{value}.copy_({self._names[origin]})")
             late.append(f"{self._names[place]}.copy_({value})")
         return late
@@ -199,7 +199,7 @@ class Writer:
     def _arguments(self, call: Call) -> list[str]:
         parts = []
         for position, value in enumerate(call.args):
-            if self._joining.wide(value):
+            if self._fusion.wide(value):
                 parts.append(self._names[self._origin[value]])
             elif position and call.name in _NUMBERS_ALLOWED:
                 parts.append(self._as_number(value))
@@ -215,12 +215,12 @@ class Writer:
             return repr(value)
         if not self._on_cpu:
             return self._as_tensor(value)
-        return f"n{_position(self._piece.numbers, value)}"
+        return f"n{_position(self._tile.numbers, value)}"
 
     def _as_tensor(self, value: Any) -> str:
         if not isinstance(value, Node):
             return repr(value)
-        return f"s{_position(self._piece.tensors, value)}"
+        return f"s{_position(self._tile.tensors, value)}"
 
     def _line(self, call: Call, index: int, out: str, arguments: list[str]) -> str:
         if call.name in _WITH_OUT:

@@ -117,10 +117,10 @@ def test_shapes(tools, rng):
         ("own rate, momentum, decay", [(5, 3, 4), (2, 50), (40,)]),
     ],
 )
-def test_pieces_of_matrices(tools, rng, monkeypatch, mode, shapes):
-    """Several matrices at a time, some rows of one, rows longer than a piece; rows of zeros."""
+def test_tiles_of_matrices(tools, rng, monkeypatch, mode, shapes):
+    """Several matrices at a time, some rows of one, rows longer than a tile; rows of zeros."""
     if hasattr(kernels, "run_adafactor"):
-        monkeypatch.setattr("optim.kernels.torch.adafactor._PIECE", 30)
+        monkeypatch.setattr("optim.kernels.torch.adafactor._TILE", 30)
         monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     starts = [rng.standard_normal(s).astype("float32") for s in shapes]
     gradients = [[rng.standard_normal(s).astype("float32") for s in shapes] for _ in range(2)]

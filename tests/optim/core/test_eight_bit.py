@@ -13,7 +13,7 @@ from kbtrain.checkpoint import (
     restore,
     write_arrays,
 )
-from optim.core.eight_bit import SMALLEST, quantized, restored
+from optim.core.eight_bit import SMALLEST_QUANTIZED, quantized, restored
 from optim.kernels import backend as kernels
 from optim.kernels.eight_bit_codes import BLOCK, code_values, nearest, nearest_to_root, not_larger
 
@@ -104,12 +104,12 @@ def test_one_look_up_counts_the_borders(rng, kind):
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in CLASSES), ("adamw", "bfloat16")]
 )
-def test_pieces_of_a_large_tensor(tools, rng, monkeypatch, name, dtype):
-    """What a kernel does in pieces is what the rule does, but for roundings at borders."""
+def test_tiles_of_a_large_tensor(tools, rng, monkeypatch, name, dtype):
+    """What a kernel does in tiles is what the rule does, but for roundings at borders."""
     if hasattr(kernels, "run_eight_bit"):
-        monkeypatch.setattr("optim.kernels.torch.eight_bit._PIECE", 1024)
+        monkeypatch.setattr("optim.kernels.torch.eight_bit._TILE", 1024)
     cls, _, arguments = CLASSES[name]
-    shapes = [(31, 257), (64, 64), (20,)]  # several pieces, the last block of one not full
+    shapes = [(31, 257), (64, 64), (20,)]  # several tiles, the last block of one not full
     start = [rng.standard_normal(shape).astype("float32") for shape in shapes]
     gradients = [[rng.standard_normal(s).astype("float32") for s in shapes] for _ in range(2)]
     gradients[1][0][:3] = 0.0
@@ -162,8 +162,8 @@ def test_the_number_of_threads_changes_no_code(tools, rng, monkeypatch, name):
 def test_what_is_not_finite_is_seen(tools, name, kernel, value):
     """In its own block, and nothing breaks on the way."""
     cls, _, arguments = CLASSES[name]
-    variable = keras.Variable(np.ones(SMALLEST, "float32"), name="v")
-    gradient = np.ones(SMALLEST, "float32")
+    variable = keras.Variable(np.ones(SMALLEST_QUANTIZED, "float32"), name="v")
+    gradient = np.ones(SMALLEST_QUANTIZED, "float32")
     gradient[5] = value
     tools.run(cls(**arguments, kernel=kernel), [variable], [[gradient]] * 3)
     finite = np.isfinite(tools.to_numpy(variable))
@@ -173,8 +173,8 @@ def test_what_is_not_finite_is_seen(tools, name, kernel, value):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-30, 0.0])
 def test_gradients_whose_squares_vanish(tools, scale):
-    variable = keras.Variable(np.ones(SMALLEST, "float32"), name="v")
-    gradient = np.full(SMALLEST, scale, "float32")
+    variable = keras.Variable(np.ones(SMALLEST_QUANTIZED, "float32"), name="v")
+    gradient = np.full(SMALLEST_QUANTIZED, scale, "float32")
     tools.run(optim.AdamW8bit(1e-2, weight_decay=0.0), [variable], [[gradient]] * 4)
     result = tools.to_numpy(variable)
     assert np.isfinite(result).all()
@@ -205,12 +205,12 @@ def test_random_rounding_is_right_in_the_mean(tools, rng):
 
 def test_lion_follows_movements_below_the_gaps(tools):
     """One code in ten of its momentum moves per update, if it is rounded to the nearest."""
-    gradients = np.linspace(0.15, 1.0, SMALLEST).astype("float32")
-    variable = keras.Variable(np.zeros(SMALLEST, "float32"), name="v")
+    gradients = np.linspace(0.15, 1.0, SMALLEST_QUANTIZED).astype("float32")
+    variable = keras.Variable(np.zeros(SMALLEST_QUANTIZED, "float32"), name="v")
     optimizer = optim.Lion8bit(1e-3)
     tools.run(optimizer, [variable], [[gradients]] * 150)
     slots = optimizer.slots_of(variable)
-    found = restored(slots["momentum_codes"], slots["momentum_scales"], (SMALLEST,), True)
+    found = restored(slots["momentum_codes"], slots["momentum_scales"], (SMALLEST_QUANTIZED,), True)
     expected = gradients * (1 - 0.99**150)
     mean = (tools.to_numpy(found) / expected).reshape(-1, 256).mean(axis=1)
     np.testing.assert_allclose(mean, 1.0, atol=0.01)
@@ -255,7 +255,7 @@ def test_bytes_of_state_per_parameter(name, limit):
 def test_who_keeps_float32():
     variables = [
         keras.Variable(np.zeros((64, 64), "float32"), name="kernel"),
-        keras.Variable(np.zeros(SMALLEST - 1, "float32"), name="bias"),
+        keras.Variable(np.zeros(SMALLEST_QUANTIZED - 1, "float32"), name="bias"),
         keras.Variable(np.zeros((100, 64), "float32"), name="embeddings"),
         keras.Variable(np.float32(0), name="scalar"),
     ]

@@ -72,8 +72,8 @@ def test_two_slots_change_places(tools, kernel):
     assert path == [-1.0, -1.0, -2.0, -2.0]
 
 
-def test_a_large_tensor_in_pieces_equals_the_rule(tools, rng):
-    # Longer than a piece, and no multiple of one.
+def test_a_large_tensor_in_tiles_equals_the_rule(tools, rng):
+    # Longer than a tile, and no multiple of one.
     start = rng.standard_normal(150_001).astype("float32")
     gradient = rng.standard_normal(150_001).astype("float32")
     results = []
@@ -262,7 +262,7 @@ class ByFormula(optim.Optimizer):
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_a_formula(tools, rng, formula):
     rule = type("Formula", (ByFormula,), {"formula": staticmethod(formula)})
-    sizes = (6, 70_001)  # the second one is longer than a piece
+    sizes = (6, 70_001)  # the second one is longer than a tile
     starts = [rng.standard_normal(size).astype("float32") for size in sizes]
     gradients = [[rng.standard_normal(size).astype("float32") for size in sizes] for _ in range(3)]
     gradients = [[g if g.size < 9 else g * 1e-2 for g in given] for given in gradients]
