@@ -116,7 +116,7 @@ def _export_weights(path: Path, target: Path) -> None:
                     _readable(path, name),
                     open_for_reading(file) as old,
                 ):
-                    copied += _merge(old, new)
+                    copied += _merge_trees(old, new)
         written.sync()
     if not copied:
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _readable(path: Path, name: str) -> Iterator[None]:
         ) from None
 
 
-def _merge(old: Any, new: Any, top: bool = True) -> int:
+def _merge_trees(old: Any, new: Any, top: bool = True) -> int:
     """Copy the tree of ``old`` into ``new``, which may already hold part of it.
 
     Raises:
@@ -153,7 +153,7 @@ def _merge(old: Any, new: Any, top: bool = True) -> int:
         if not isinstance(old.get(name, getlink=True), h5py.HardLink):
             raise ValueError(f"{name!r} is a link to somewhere else")
         if isinstance(old[name], h5py.Group):
-            copied += _merge(old[name], new.require_group(name), top=False)
+            copied += _merge_trees(old[name], new.require_group(name), top=False)
         else:
             old.copy(name, new)
             copied += 1

@@ -28,7 +28,7 @@ def check_processing_class(processing: Any) -> None:
     )
 
 
-def save(processing: Any, folder: Path) -> None:
+def save_processing_class(processing: Any, folder: Path) -> None:
     """Write it into ``folder`` with its own method; None writes nothing."""
     if processing is not None:
         name = next(name for name in _SAVE if hasattr(processing, name))
@@ -57,7 +57,7 @@ def files_of(
     """
     try:
         with store.temporary_folder(step) as folder:
-            save(processing, folder)
+            save_processing_class(processing, folder)
             found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
         check_other_files(files, documents)

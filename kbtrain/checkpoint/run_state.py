@@ -181,7 +181,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointMismatchError: The checkpoint has a different architecture; nothing was changed.
     """
-    arrays = {**_group(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
+    arrays = {**_arrays_of(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
     refresh_derived_values(model)
 
@@ -255,13 +255,15 @@ def restore_run(
         )
     variables = model_variables(model)
     aside = [] if (known := trained_in(checkpoint)) is None else known[1]
-    model_plan = plan_restore(name_variables(variables), _group(checkpoint, "model"), what="model")
+    model_plan = plan_restore(
+        name_variables(variables), _arrays_of(checkpoint, "model"), what="model"
+    )
     optimizer_plans = [
         plan_restore(
             name_optimizer_variables(each.variables, variables),
             {
                 k: v
-                for k, v in _group(checkpoint, group).items()
+                for k, v in _arrays_of(checkpoint, group).items()
                 if group != "optimizer" or k not in aside
             },
             what=group,
@@ -270,7 +272,7 @@ def restore_run(
         for group, each in _optimizer_groups(optimizer, others).items()
     ]
     progress = progress_of(checkpoint)
-    random_state = dict(_group(checkpoint, "rng")), validated_json.mapping(checkpoint, "rng")
+    random_state = dict(_arrays_of(checkpoint, "rng")), validated_json.mapping(checkpoint, "rng")
     validated_json.attempt(
         checkpoint, "rng", lambda: rng.restore_random_state(backend, *random_state)
     )
@@ -363,7 +365,7 @@ def restore_values(variables: Sequence[keras.Variable], values: Sequence[np.ndar
         variable.assign(value)
 
 
-def _group(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
+def _arrays_of(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     try:
         return checkpoint.arrays[name]
     except KeyError:

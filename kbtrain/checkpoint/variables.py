@@ -70,7 +70,8 @@ def capture(
     """
     buffers = HostBuffers() if buffers is None else buffers
     return {
-        name: _to_host(variable, buffers, f"{group}:{name}") for name, variable in named.items()
+        name: _copy_to_host(variable, buffers, f"{group}:{name}")
+        for name, variable in named.items()
     }
 
 
@@ -165,7 +166,7 @@ def restore_model_arrays(
     restore(name_variables(model.variables), values)
 
 
-def _to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.ndarray:
+def _copy_to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.ndarray:
     try:
         value = backends.load().host_view(variable.value)
     except TypeError:
@@ -181,7 +182,7 @@ def _assign(variable: keras.Variable, value: np.ndarray) -> None:
     try:
         # A copy, because JAX may keep using the array's memory, which others can still write to.
         variable.assign(np.array(value))
-    except TypeError:  # as in _to_host
+    except TypeError:  # as in _copy_to_host
         variable.assign(keras.ops.view(np.array(value).view("uint8"), value.dtype.name))
 
 

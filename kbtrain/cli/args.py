@@ -27,11 +27,11 @@ def run(words: Sequence[str]) -> int:
             raise ConfigurationError(explain_unknown(name, None, list(fields)))
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     for name in names or fields:
-        print(describe(fields[name], width))
+        print(describe_field(fields[name], width))
     return 0
 
 
-def describe(field: dataclasses.Field[object], width: int) -> str:
+def describe_field(field: dataclasses.Field[object], width: int) -> str:
     """Describe a field in a few lines.
 
     Args:

@@ -20,12 +20,12 @@ def run(words: Sequence[str]) -> int:
     argparse.ArgumentParser(
         "python -m kbtrain env", description="Print versions, backend and devices."
     ).parse_args(words)
-    for name, value in describe().items():
+    for name, value in describe_environment().items():
         print(f"{name}: {value}")
     return 0
 
 
-def describe() -> dict[str, str]:
+def describe_environment() -> dict[str, str]:
     """System, versions, backend and device; a backend that fails is reported, not raised."""
     found = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -372,11 +372,12 @@ def _check_alike(verb: str, batches: Sequence[Any], first_axis: int) -> None:
         if _outline(batch, first_axis) != expected:
             raise DataError(
                 f"Batches to {verb} must agree in structure, shapes and dtypes. Batch {position} "
-                f"differs from batch 0. Received: {_describe(batches[0])} and {_describe(batch)}"
+                f"differs from batch 0. Received: {_describe_leaves(batches[0])} and "
+                f"{_describe_leaves(batch)}"
             )
 
 
-def _describe(batch: Any) -> str:
+def _describe_leaves(batch: Any) -> str:
     leaves = [
         f"{path or 'x'}: {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_with_paths(batch)
     ]

@@ -120,7 +120,7 @@ class Batches:
             updates = max(0, loader.full_batches - start) // accumulation
             slabs = self._slabs(loader, epoch, start, accumulation, updates)
             with contextlib.closing(Prefetched(slabs)) as slabs:
-                yield from _cut(slabs, limit)
+                yield from _cut_to_limit(slabs, limit)
             start += updates * accumulation
         with contextlib.closing(self._from(epoch, start)) as rest:
             yield from self._collected(rest, accumulation, limit)
@@ -194,7 +194,12 @@ class Batches:
                 count_samples(batch, self._label_names) for batch in groups[0]
             )
             yield Block(
-                _chunks(groups, capacity), capacity, len(groups), len(groups[0]), samples, outline
+                _stacked_chunks(groups, capacity),
+                capacity,
+                len(groups),
+                len(groups[0]),
+                samples,
+                outline,
             )
 
     def _from(self, epoch: int, start: int) -> Generator[Any, None, None]:
@@ -203,7 +208,7 @@ class Batches:
         ahead = getattr(self._loader, "read_ahead", None)
         if ahead is None:
             return batches
-        return _in_a_thread(batches, ahead)
+        return _prefetched(batches, ahead)
 
     def _read(self, epoch: int, start: int) -> Generator[Any, None, None]:
         first, self._first = self._first, None
@@ -222,12 +227,12 @@ class Batches:
                 close()
 
 
-def _in_a_thread(batches: Iterator[Any], ahead: int) -> Generator[Any, None, None]:
+def _prefetched(batches: Iterator[Any], ahead: int) -> Generator[Any, None, None]:
     with contextlib.closing(Prefetched(batches, ahead, patience=0.0)) as items:
         yield from items
 
 
-def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
+def _cut_to_limit(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
     """Split and join ``slabs`` into blocks of the lengths that ``limit`` allows."""
     slab, done = next(slabs, None), 0
     while slab is not None:
@@ -240,12 +245,12 @@ def _cut(slabs: Iterator[Block], limit: Callable[[], int]) -> Iterator[Block]:
             count, done = count + stop - done, stop
             if count < wanted:
                 slab, done = next(slabs, None), 0
-        yield _joined(parts, count)
+        yield _join_parts(parts, count)
         if slab is not None and done == slab.updates:
             slab, done = next(slabs, None), 0
 
 
-def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
+def _join_parts(parts: list[tuple[Block, slice]], count: int) -> Block:
     """Join parts of several blocks; a single part at the start of its block is not copied."""
     first, rows = parts[0]
     chunks = first.chunks
@@ -255,7 +260,7 @@ def _joined(parts: list[tuple[Block, slice]], count: int) -> Block:
             result = np.empty((first.capacity, *arrays[0].shape[1:]), arrays[0].dtype)
             cuts = [array[rows] for array, (_, rows) in zip(arrays, parts, strict=True)]
             np.concatenate(cuts, out=result[:count])
-            result[count:] = _nothing(result)
+            result[count:] = _padding_value(result)
             return result
 
         of_all = zip(*[block.chunks for block, _ in parts], strict=True)
@@ -276,7 +281,7 @@ def _capacity(*batches: Any) -> int:
     return result
 
 
-def _nothing(x: np.ndarray) -> Any:
+def _padding_value(x: np.ndarray) -> Any:
     """The padding of an array: zeros, or empty strings."""
     return "" if x.dtype.kind == "O" else 0
 
@@ -286,11 +291,11 @@ def _with_capacity(x: np.ndarray, capacity: int) -> np.ndarray:
         return x
     result = np.empty((capacity, *x.shape[1:]), x.dtype)
     result[: len(x)] = x
-    result[len(x) :] = _nothing(x)  # instead of uninitialized memory
+    result[len(x) :] = _padding_value(x)  # instead of uninitialized memory
     return result
 
 
-def _chunks(groups: list[list[Any]], capacity: int) -> list[dict[str, Any]]:
+def _stacked_chunks(groups: list[list[Any]], capacity: int) -> list[dict[str, Any]]:
     """The updates' micro-batches; those of equal shape are stacked for a loop on the device."""
     chunks = []
     position = 0

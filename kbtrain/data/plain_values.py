@@ -30,18 +30,18 @@ def plain_values(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
             f"{source} something other than a dict from names to numbers. "
             f"Received: {type(values).__name__}."
         )
-    return {str(name): _plain(name, value, source) for name, value in values.items()}
+    return {str(name): _plain_value(name, value, source) for name, value in values.items()}
 
 
-def _plain(name: Any, value: Any, source: str) -> Any:
+def _plain_value(name: Any, value: Any, source: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _plain(f"{name}[{k!r}]", v, source) for k, v in value.items()}
+        return {str(k): _plain_value(f"{name}[{k!r}]", v, source) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(f"{name}[{i}]", v, source) for i, v in enumerate(value)]
+        return [_plain_value(f"{name}[{i}]", v, source) for i, v in enumerate(value)]
     if hasattr(type(value), "__array__"):
         array = as_array(value, str(name))  # in its own precision: metrics are often float64
         if array.dtype.kind in "biuf":

@@ -134,14 +134,14 @@ class StreamLoader:
         if any(is_ragged(leaf) for _, leaf in leaves_with_paths(item)):
             return True  # ragged samples could not be collated
         parts = _shapes(item, self._inputs.label_keys)
-        if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
+        if parts is None or () in [*_leaf_shapes(parts.y), *_leaf_shapes(parts.sample_weight)]:
             return False
         batched = _by_model(parts.x, self._inputs.shapes)
         if batched is None and _may_be_batch(parts) and not _is_of_samples(self._source.data):
             raise DataError(
                 f"An item of {self.name} may be one sample or a whole batch: its arrays are "
-                f"{_describe(parts)}, and the model's inputs are unknown. Specify which it is: "
-                "kbtrain.data.as_loader(data) for batches (as Keras reads a generator), "
+                f"{_describe_shapes(parts)}, and the model's inputs are unknown. Specify which it "
+                "is: kbtrain.data.as_loader(data) for batches (as Keras reads a generator), "
                 "data_collator=kbtrain.data.default_collate for samples, or build the model first."
                 + nesting_hint(tuple(parts))
             )
@@ -150,7 +150,7 @@ class StreamLoader:
                 "%s yields batches (%s): they are used unchanged, and the batch sizes in the "
                 "arguments are ignored.",
                 self.name,
-                _describe(parts),
+                _describe_shapes(parts),
             )
         return bool(batched)
 
@@ -162,13 +162,13 @@ def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
         DataError: It has as many axes as the model's inputs, including the batch axis.
     """
     parts = _shapes(item, inputs.label_keys)
-    if parts is None or () in [*_leaves(parts.y), *_leaves(parts.sample_weight)]:
+    if parts is None or () in [*_leaf_shapes(parts.y), *_leaf_shapes(parts.sample_weight)]:
         return
     batched = _by_model(parts.x, inputs.shapes)
     if batched:
         raise DataError(
             f"The items of {name} are read as samples, but this one is a whole batch for the model "
-            f"({_describe(parts)}). Pass kbtrain.data.as_loader(data), which uses batches "
+            f"({_describe_shapes(parts)}). Pass kbtrain.data.as_loader(data), which uses batches "
             "unchanged."
         )
     if batched is None and _may_be_batch(parts):
@@ -176,7 +176,7 @@ def check_sample(item: Any, inputs: ModelInputs, name: str) -> None:
             "Each item of %s is read as one sample (%s). If the items are batches, pass "
             "kbtrain.data.as_loader(data).",
             name,
-            _describe(parts),
+            _describe_shapes(parts),
         )
 
 
@@ -197,7 +197,7 @@ def _shapes(item: Any, keys: LabelKeys) -> Batch | None:
         return None  # reading the item raises the error
 
 
-def _leaves(part: Any) -> list[tuple[int, ...]]:
+def _leaf_shapes(part: Any) -> list[tuple[int, ...]]:
     return [leaf.shape for _, leaf in leaves_with_paths(part)]
 
 
@@ -206,7 +206,7 @@ def _by_model(x: Any, specs: Sequence[tuple[str, Shape]]) -> bool | None:
     by_name = dict(specs)
     if isinstance(x, Mapping) and by_name.keys() <= x.keys():
         x = {name: x[name] for name in by_name}
-    shapes = _leaves(x)
+    shapes = _leaf_shapes(x)
     if not specs or not shapes:
         return None
     if len(shapes) != len(specs):  # an error in either case
@@ -231,7 +231,7 @@ def _fits(shape: Shape, spec: Shape, exact: bool) -> bool:
 
 def _may_be_batch(parts: Batch) -> bool:
     """Whether several arrays share the length of the first axis, as in a batch."""
-    shapes = [shape for part in parts for shape in _leaves(part)]
+    shapes = [shape for part in parts for shape in _leaf_shapes(part)]
     if len(shapes) < 2 or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
         return False
     return shapes[0] != (1,) or any(len(shape) > 1 for shape in shapes)
@@ -243,7 +243,7 @@ def _is_of_samples(data: Any) -> bool:
     return is_grain(data) or any(streams)
 
 
-def _describe(parts: Batch) -> str:
+def _describe_shapes(parts: Batch) -> str:
     names = zip(("x", "y", "sample_weight"), parts, strict=True)
     leaves = [leaf for name, part in names for leaf in leaves_with_paths(part, name)]
     return ", ".join(f"{path}: {leaf.shape}" for path, leaf in leaves)

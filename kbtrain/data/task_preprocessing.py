@@ -58,7 +58,7 @@ class _Columns:
 
     def __init__(self, columns: Any) -> None:
         self._columns = columns
-        lengths = {len(column) for column in _leaves(columns)}
+        lengths = {len(column) for column in _columns_of(columns)}
         if len(lengths) != 1:
             raise DataError(
                 "All columns of the data must have the same length. "
@@ -82,7 +82,7 @@ def _map(function: Callable[[Any], Any], columns: Any) -> Any:
     return function(columns)
 
 
-def _leaves(columns: Any) -> list[Any]:
+def _columns_of(columns: Any) -> list[Any]:
     leaves: list[Any] = []
     _map(leaves.append, columns)
     return leaves
@@ -90,19 +90,19 @@ def _leaves(columns: Any) -> list[Any]:
 
 def _batch(model: Any, samples: Sequence[Any]) -> Any:
     """Join samples, and let the model preprocess them."""
-    joined = _joined(samples)
+    joined = _join_samples(samples)
     x, y, weight = (joined, None, None) if isinstance(joined, list) else unpack(joined)
     if isinstance(x, Mapping) and len(x) == 1:  # a data set with a single text column
         (x,) = x.values()
     return map_structure(np.asarray, model.preprocess_samples(x, y, weight))
 
 
-def _joined(samples: Sequence[Any]) -> Any:
+def _join_samples(samples: Sequence[Any]) -> Any:
     first = samples[0]
     if isinstance(first, Mapping):
-        return {name: _joined([sample[name] for sample in samples]) for name in first}
+        return {name: _join_samples([sample[name] for sample in samples]) for name in first}
     if isinstance(first, tuple):
-        return tuple(_joined(part) for part in zip(*samples, strict=True))
+        return tuple(_join_samples(part) for part in zip(*samples, strict=True))
     if isinstance(first, str | bytes):
         return [s.decode("utf-8") if isinstance(s, bytes) else str(s) for s in samples]
     return np.asarray(samples)

@@ -173,7 +173,7 @@ def as_array(value: Any, name: str, strings: bool = False) -> np.ndarray:
         return np.array(value, object)
     array = value if type(value) is np.ndarray else _convert(value, name)
     is_object = array.dtype.kind == "O"
-    if array.dtype.kind in _STRING_KINDS or (is_object and _is_text(array)):
+    if array.dtype.kind in _STRING_KINDS or (is_object and _holds_strings(array)):
         if not strings:
             raise _no_strings(array.dtype, name)
         return array if is_object else array.astype(object)
@@ -198,7 +198,7 @@ def _numbers_of(array: np.ndarray) -> np.ndarray:
     return found if exact and found.shape == array.shape else array
 
 
-def _is_text(array: np.ndarray) -> bool:
+def _holds_strings(array: np.ndarray) -> bool:
     """Whether the first element of an object array is a string."""
     return array.size > 0 and isinstance(array.flat[0], str | bytes)
 
@@ -308,7 +308,7 @@ def _convert(value: Any, name: str) -> np.ndarray:
             f"list of numbers. Received: a value of type {type(value).__name__}"
         )
     try:
-        array = np.asarray(_to_host(value))
+        array = np.asarray(_to_cpu(value))
         return _of_pandas(value) if array.dtype.kind == "O" and _is_pandas(value) else array
     except MemoryError:
         raise
@@ -343,7 +343,7 @@ def _integer(value: int, name: str) -> np.ndarray:
         raise DataError(f"{name} does not fit into int64. Received: {value}") from error
 
 
-def _to_host(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     """Detach a tensor and move it to the CPU, because ``__array__`` requires both."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         return value.detach().cpu()

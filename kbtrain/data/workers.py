@@ -81,7 +81,7 @@ class WorkerLoader:
 
     def peek(self) -> Any:
         """The first batch, produced in this process, so that no worker is started for it."""
-        with _seeded(self.loader.seed, 0, 0):
+        with _seeded_generators(self.loader.seed, 0, 0):
             return next(self.loader.epoch(0), None)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Generator[Any, None, None]:
@@ -177,7 +177,7 @@ def make_batch(loader: DataLoader, epoch: int, number: int) -> Any:
     (The cause of an exception and its frames cannot be sent to another process.)
     """
     try:
-        with _seeded(loader.seed, epoch, number):
+        with _seeded_generators(loader.seed, epoch, number):
             return next(loader.epoch(epoch, number))
     except DataError as error:
         if error.__cause__ is not None:
@@ -186,7 +186,7 @@ def make_batch(loader: DataLoader, epoch: int, number: int) -> Any:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
+def _seeded_generators(seed: int, epoch: int, number: int) -> Iterator[None]:
     """Seed Python's and NumPy's global generators for a batch, and restore them afterwards."""
     before = random.getstate(), np.random.get_state()
     words = np.random.SeedSequence(seed, spawn_key=(epoch, number)).generate_state(8)

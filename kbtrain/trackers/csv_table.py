@@ -58,17 +58,17 @@ class CsvCallback(LogFile):
         """Append the rows, or rewrite the file if there is a new column."""
         fit = all(set(row) <= set(self._columns) for row in waiting)
         if begin is None and path.exists() and fit:
-            self._tail.append(path, _text(self._columns, waiting))
+            self._tail.append(path, _csv_bytes(self._columns, waiting))
             return
         self._tail.settle(path)
         rows = [*(self.read(path) if begin is None else begin), *waiting]
         columns = list(dict.fromkeys(["step", "epoch", *(name for row in rows for name in row)]))
         header = dict(zip(columns, columns, strict=True))
-        replace_whole(path, _text(columns, [header, *rows]))
+        replace_whole(path, _csv_bytes(columns, [header, *rows]))
         self._columns = columns
 
 
-def _text(columns: list[str], rows: Sequence[Row]) -> bytes:
+def _csv_bytes(columns: list[str], rows: Sequence[Row]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns).writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")

@@ -52,10 +52,10 @@ class JsonLinesCallback(LogFile):
     def put(self, path: Path, begin: Sequence[str] | None, waiting: Sequence[str]) -> None:
         """Append the lines, or rewrite the file."""
         if begin is not None:
-            replace_whole(path, _bytes([*begin, *waiting]))
+            replace_whole(path, _json_bytes([*begin, *waiting]))
         elif waiting:
-            self._tail.append(path, _bytes(waiting))
+            self._tail.append(path, _json_bytes(waiting))
 
 
-def _bytes(lines: Sequence[str]) -> bytes:
+def _json_bytes(lines: Sequence[str]) -> bytes:
     return "".join(lines).encode("utf-8", "surrogateescape")

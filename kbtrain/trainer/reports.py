@@ -89,7 +89,7 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
     if target.suffix != ".keras":
         save_text(target / "training_args.json", trainer.args.to_json_string() + "\n")
         with explained(target):
-            processing.save(trainer.processing_class, target)
+            processing.save_processing_class(trainer.processing_class, target)
         target = target / "model.keras"
     optimizer = trainer.optimizer if trainer.training_weights else None
     with swapped_in(optimizer, trainer.model.variables):

@@ -122,7 +122,7 @@ def _layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers())
 
 
-def _walk(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+def _walk_attributes(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     found: dict[int, keras.layers.Layer] = {}
 
     def visit(value: Any) -> None:
@@ -144,7 +144,7 @@ def _walk(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 flatten_layers = _private(
     "Walking over the layers of a model",
     _layers,
-    _walk,
+    _walk_attributes,
     "Layers are found by the attributes of layers.",
 )
 """The layer and everything below it, each once, in a stable order."""
@@ -172,21 +172,21 @@ read_values = _private(
 """The tensors that variables hold, outside of scopes or where the scope does not replace them."""
 
 
-def _put(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+def _set_values(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
     held_values(variables[:1])  # raises if `_value` is gone: assigning would create it unnoticed
     for variable, value in zip(variables, values, strict=True):
         variable._value = value
 
 
-def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+def _assign_one_by_one(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
 write_values = _private(
     "Setting the values of variables",
-    _put,
-    _assign,
+    _set_values,
+    _assign_one_by_one,
     "They are assigned one by one, which takes longer.",
 )
 """``write_values(variables, values)``: replace the variables' tensors by ones of equal shape."""

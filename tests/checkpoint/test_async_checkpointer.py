@@ -1,4 +1,4 @@
-"""Background writes: one at a time, errors that come out, checkpoints that are whole."""
+"""Background saves: one at a time, deferred errors, complete checkpoints."""
 
 import os
 import threading

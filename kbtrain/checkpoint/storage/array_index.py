@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def find_arrays(file: io.FileIO, name: str) -> list[ArrayLocation] | None:
         _damaged(name, "its index is not a list")
     places, remaining = {}, end
     for entry in entries:
-        place = _place(entry, end, name)
+        place = _parse_location(entry, end, name)
         # The arrays together must fit into the file, or a few bytes could be read a million times.
         remaining -= place.outline.size
         if remaining < 0 or place.outline.name in places:
@@ -116,7 +116,7 @@ def has_trailer(file: io.FileIO) -> bool:
     return _TRAILER.fullmatch(file.read()) is not None
 
 
-def _place(entry: Any, end: int, name: str) -> ArrayLocation:
+def _parse_location(entry: Any, end: int, name: str) -> ArrayLocation:
     """Check one entry of an index; ``end`` is the offset at which the file's data ends."""
     if not isinstance(entry, dict):
         _damaged(name, "an entry of its index is not a mapping")
@@ -125,7 +125,7 @@ def _place(entry: Any, end: int, name: str) -> ArrayLocation:
     if not isinstance(array, str) or not isinstance(dtype, str) or dtype not in DTYPES:
         _damaged(name, f"its index names {array!r} of dtype {dtype!r}")
     plain = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
-    if not plain or not all(_is_count(n) for n in shape) or not _is_count(offset):
+    if not plain or not all(is_count(n) for n in shape) or not is_count(offset):
         _damaged(name, f"{array!r} cannot have the shape {shape!r} at {offset!r}")
     outline = ArrayOutline(array, dtype, tuple(shape))
     # The second condition is for empty arrays: NumPy multiplies the dimensions that are not 0.
@@ -135,7 +135,8 @@ def _place(entry: Any, end: int, name: str) -> ArrayLocation:
     return ArrayLocation(outline, offset)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is an integer from 0 to 2**63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 

@@ -180,7 +180,7 @@ def _fill(file: DeferredErrorFile, regions: list[Region]) -> Any:
     for offset, array in sorted(regions, key=lambda region: region[0]):
         _hash_file(file, digest, position, offset)
         position = offset
-        for chunk in _chunks(array):
+        for chunk in _byte_chunks(array):
             digest.update(chunk)
             file.seek(position)
             file.write(chunk)
@@ -191,7 +191,7 @@ def _fill(file: DeferredErrorFile, regions: list[Region]) -> Any:
     return digest
 
 
-def _chunks(array: np.ndarray) -> Iterator[memoryview]:
+def _byte_chunks(array: np.ndarray) -> Iterator[memoryview]:
     data = memoryview(array.reshape(-1).view(np.uint8).data)
     for start in range(0, len(data), CHUNK_BYTES):
         yield data[start : start + CHUNK_BYTES]

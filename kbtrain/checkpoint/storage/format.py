@@ -69,12 +69,12 @@ def read_verified_arrays(file: io.FileIO, name: str) -> dict[str, np.ndarray]:
     """
     if (places := find_arrays(file, name)) is not None:
         return {place.outline.name: read_array(file, place, name) for place in places}
-    with _opened(file, name) as (h5, size):  # written by an earlier version
+    with _open_arrays(file, name) as (h5, size):  # written by an earlier version
         return _read_h5(h5, size, name)
 
 
 @contextmanager
-def _opened(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
+def _open_arrays(file: io.FileIO, name: str) -> Iterator[tuple[h5py.File, int]]:
     """Open verified HDF5 data; errors of libhdf5 become a ``CheckpointDamagedError``."""
     size = file.seek(0, 2)
     try:
@@ -105,7 +105,7 @@ def read_verified_outline(file: io.FileIO, name: str) -> list[ArrayOutline]:
     """
     if (places := find_arrays(file, name)) is not None:
         return [place.outline for place in places]
-    with _opened(file, name) as (h5, size):
+    with _open_arrays(file, name) as (h5, size):
         return [outline for outline, _ in _read_index(h5, [size], name)]
 
 
@@ -123,11 +123,15 @@ def dump_json(name: str, value: Any) -> bytes:
         CheckpointError: If the value holds anything else.
     """
     try:
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain)
+        text = json.dumps(
+            value, indent=2, sort_keys=True, ensure_ascii=False, default=_json_default
+        )
         try:
             return text.encode() + b"\n"
         except UnicodeEncodeError:  # file names not in UTF-8 reach Python as lone surrogates
-            return json.dumps(value, indent=2, sort_keys=True, default=_plain).encode() + b"\n"
+            return (
+                json.dumps(value, indent=2, sort_keys=True, default=_json_default).encode() + b"\n"
+            )
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The document {name!r} cannot be written as JSON: {error}. Expected mappings with "
@@ -171,7 +175,7 @@ def _check_trailer(file: io.FileIO, name: str) -> None:
         _damaged(name, "its bytes and the checksum at its end do not agree")
 
 
-def _plain(value: Any) -> Any:
+def _json_default(value: Any) -> Any:
     if isinstance(value, np.generic) and isinstance(value.item(), bool | int | float | str):
         return value.item()
     raise TypeError(f"an object of type {type(value).__name__} is not JSON serializable")

@@ -38,7 +38,7 @@ def open_for_reading(file: IO[bytes] | io.RawIOBase) -> Iterator[h5py.File]:
     """
     reader = DeferredErrorReader(file)
     try:
-        with _opened(reader, "r") as h5:
+        with _open_hdf5(reader, "r") as h5:
             yield h5
     finally:
         reader.raise_deferred()
@@ -47,11 +47,11 @@ def open_for_reading(file: IO[bytes] | io.RawIOBase) -> Iterator[h5py.File]:
 @contextmanager
 def open_for_writing(file: DeferredErrorFile) -> Iterator[h5py.File]:
     """Create an HDF5 file; call ``file.raise_deferred()`` after it is closed."""
-    with _opened(file, "w") as h5:
+    with _open_hdf5(file, "w") as h5:
         yield h5
 
 
-def _opened(file: io.RawIOBase, mode: Literal["r", "w"]) -> h5py.File:
+def _open_hdf5(file: io.RawIOBase, mode: Literal["r", "w"]) -> h5py.File:
     try:
         return h5py.File(file, mode)
     except BaseException as error:

@@ -44,7 +44,7 @@ class RunLock:
 
     The operating system releases it when the process ends, however it ends; a file that a killed
     process left behind does not block. A clean exit removes the file. Where the system has no such
-    locks (Windows, some network disks), a debug message or a warning says so, and the user has to
+    locks (Windows, some network disks), a debug message or warning is logged, and the user has to
     avoid two runs in one folder.
 
     Args:

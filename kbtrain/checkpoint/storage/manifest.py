@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from kbtrain.checkpoint.storage.array_index import is_count
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.format import dump_json, parse_json
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
@@ -192,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
     match = _OWN_CHECKSUM.search(data)
     value = parse_json(MANIFEST_NAME, data)
     if not isinstance(value, dict):
-        raise _damaged(f"it is a {type(value).__name__}, not a mapping")
+        raise _damaged_manifest(f"it is a {type(value).__name__}, not a mapping")
     if "checksum" not in value and value.get("format") != FORMAT:
         raise CheckpointFormatError(
             f"{MANIFEST_NAME} in {folder} was not written by kbtrain: expected a field 'format' "
@@ -201,7 +202,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     blank = data[: match.start()] + _NO_CHECKSUM + data[match.end() :] if match else b""
     if match is None or hashlib.sha256(blank).hexdigest().encode() != match[1]:
-        raise _damaged("its bytes are not those that were written (checksum)")
+        raise _damaged_manifest("its bytes are not those that were written (checksum)")
     return _parse_manifest(value)
 
 
@@ -216,7 +217,7 @@ def open_verified(folder: Path, name: str, entry: FileEntry) -> Iterator[io.File
         CheckpointDamagedError: If it is missing or not what the manifest says.
         CheckpointUnreadableError: If it cannot be read now.
     """
-    with _opened(folder, name) as file:
+    with _open_file(folder, name) as file:
         with reading(folder / name, name):
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
@@ -235,14 +236,14 @@ def check_size(folder: Path, name: str, entry: FileEntry) -> None:
         CheckpointDamagedError: If it is missing, not a regular file, or has a different size.
         CheckpointUnreadableError: If it cannot be opened now.
     """
-    with _opened(folder, name) as file:
+    with _open_file(folder, name) as file:
         with reading(folder / name, name):
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:
             raise CheckpointDamagedError(f"{name}: {size} bytes instead of {entry.size}")
 
 
-def _opened(folder: Path, name: str) -> io.FileIO:
+def _open_file(folder: Path, name: str) -> io.FileIO:
     with reading(folder / name, name):
         for parent in Path(name).parents[:-1]:  # a link there would lead out of the folder
             if stat.S_ISLNK(os.lstat(folder / parent).st_mode):
@@ -255,7 +256,7 @@ def _read_manifest_bytes(path: Path) -> bytes:
         try:
             with open_regular(path) as file:
                 if (size := os.fstat(file.fileno()).st_size) > _MAX_MANIFEST_BYTES:
-                    raise _damaged(f"{size} bytes are more than it can have")
+                    raise _damaged_manifest(f"{size} bytes are more than it can have")
                 return file.read()
         except FileNotFoundError as error:
             raise CheckpointDamagedError(
@@ -267,8 +268,8 @@ def _read_manifest_bytes(path: Path) -> bytes:
 def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
     """Convert an intact manifest; strict, because any program may have written it."""
     version = value.get("format_version")
-    if value.get("format") != FORMAT or not _is_count(version) or version == 0:
-        raise _damaged(f"format={value.get('format')!r}, format_version={version!r}")
+    if value.get("format") != FORMAT or not is_count(version) or version == 0:
+        raise _damaged_manifest(f"format={value.get('format')!r}, format_version={version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointFormatError(
             f"The checkpoint has format version {version}; this kbtrain reads version "
@@ -278,20 +279,20 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
     files, info, step = value.get("files"), value.get("info"), value.get("step")
     others, run = value.get("other_files", {}), value.get("run")
     if run is not None and not (isinstance(run, str) and _RUN.fullmatch(run)):
-        raise _damaged(f"'run' is {run!r}")
-    if not _is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
-        raise _damaged("'step', 'files' or 'info' is missing or has a wrong type")
+        raise _damaged_manifest(f"'run' is {run!r}")
+    if not is_count(step) or not isinstance(files, dict) or not isinstance(info, dict):
+        raise _damaged_manifest("'step', 'files' or 'info' is missing or has a wrong type")
     if not isinstance(others, dict):
-        raise _damaged("'other_files' has a wrong type")
+        raise _damaged_manifest("'other_files' has a wrong type")
     entries: dict[str, FileEntry] = {}
     for name, entry in files.items():
         if not is_file_name(name):
-            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+            raise _damaged_manifest(f"{name!r} cannot be a file of a checkpoint")
         noted = _parse_entry(name, entry)
-        entries[name] = noted._replace(group=_group(name, entry, version))
+        entries[name] = noted._replace(group=_group_of(name, entry, version))
     for name in others:
         if not is_other_path(name):
-            raise _damaged(f"{name!r} cannot be a file of a checkpoint")
+            raise _damaged_manifest(f"{name!r} cannot be a file of a checkpoint")
     noted_others = {name: _parse_entry(name, entry) for name, entry in others.items()}
     return Manifest(step, entries, info, version, noted_others, run)
 
@@ -299,24 +300,20 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
 def _parse_entry(name: str, entry: Any) -> FileEntry:
     size = entry.get("size") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None
-    if not _is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise _damaged(f"the size or checksum of {name!r} is not valid")
+    if not is_count(size) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise _damaged_manifest(f"the size or checksum of {name!r} is not valid")
     return FileEntry(size, digest)
 
 
-def _group(name: str, entry: Mapping[str, Any], version: int) -> str | None:
+def _group_of(name: str, entry: Mapping[str, Any], version: int) -> str | None:
     """The array group a file belongs to; None for a document."""
     if not name.endswith(ARRAYS_SUFFIX):
         return None
     group = name.removesuffix(ARRAYS_SUFFIX) if version == 1 else entry.get("group")
     if not isinstance(group, str) or not _STEM.fullmatch(group):
-        raise _damaged(f"the group of {name!r} is not valid")
+        raise _damaged_manifest(f"the group of {name!r} is not valid")
     return group
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _damaged(problem: str) -> CheckpointDamagedError:
+def _damaged_manifest(problem: str) -> CheckpointDamagedError:
     return CheckpointDamagedError(f"{MANIFEST_NAME}: {problem}")

@@ -89,7 +89,7 @@ def lengths(columns: Mapping[str, Sequence[np.ndarray]]) -> list[int]:
     return [len(ids) for ids in columns["input_ids"]]
 
 
-def stack(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+def stack_field(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Stack arrays of equal shapes.
 
     Raises:

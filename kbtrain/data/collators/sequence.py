@@ -21,7 +21,7 @@ from kbtrain.data.collators.padding import (
     lengths,
     pad,
     round_up,
-    stack,
+    stack_field,
     token_id,
 )
 from kbtrain.errors import ConfigurationError, DataError
@@ -122,7 +122,7 @@ class DataCollatorWithPadding:
         batch = {}
         for name, arrays in columns.items():
             if name not in fill or not self.padding or self.padding == "do_not_pad":
-                batch[name] = stack(name, arrays)
+                batch[name] = stack_field(name, arrays)
                 continue
             if [a.shape[:1] for a in arrays] != [(n,) for n in counts]:
                 raise DataError(
@@ -177,12 +177,12 @@ class DataCollatorForTokenClassification(DataCollatorWithPadding):
 
 @dataclass(frozen=True)
 class DataCollatorForSeq2Seq(DataCollatorWithPadding):
-    """Pads inputs and labels, each to a length of its own.
+    """Pads inputs and labels separately.
 
     Args:
-        label_pad_token_id: What fills up the labels; -100 is left out of the loss.
-        decoder_start_token_id: If given, the batch gets ``decoder_input_ids``: the labels moved one
-            to the right after this token, with ``pad_token_id`` for -100.
+        label_pad_token_id: Padding value of the labels; the loss ignores -100.
+        decoder_start_token_id: If given, the batch gets ``decoder_input_ids``: the labels shifted
+            to the right by one after this token, with ``pad_token_id`` in place of -100.
 
     Example:
         >>> collate = DataCollatorForSeq2Seq(pad_token_id=0, decoder_start_token_id=9)
@@ -202,7 +202,7 @@ class DataCollatorForSeq2Seq(DataCollatorWithPadding):
         if labels is None:
             return batch
         if any(array.ndim == 0 for array in labels):
-            raise DataError("The labels of each sample must be a list of token numbers.")
+            raise DataError("The labels of each sample must be a list of token ids.")
         width = self.length(max(len(array) for array in labels))
         side = str(self.padding_side)
         batch["labels"] = pad(labels, self.label_pad_token_id, width, side)

@@ -67,13 +67,13 @@ def rebalance(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
     each = lengths[longest_first].astype(np.float64)
     each += QUADRATIC * each**2
     low, high = 0.0, float(each[0]) * len(each)
-    best = _cut(each, groups, high)
+    best = _split_by_cost(each, groups, high)
     # The maximum cost is one of finitely many numbers, which bisection finds well within 60 steps.
     for _ in range(60):
         if high - low <= 1e-9 * high:
             break
         middle = (low + high) / 2
-        cuts = _cut(each, groups, middle)
+        cuts = _split_by_cost(each, groups, middle)
         if cuts is None:
             low = middle
         else:
@@ -84,7 +84,7 @@ def rebalance(lengths: np.ndarray, groups: int) -> list[np.ndarray]:
     return [part for _, part in parts]
 
 
-def _cut(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] | None:
+def _split_by_cost(each: np.ndarray, groups: int, limit: float) -> list[tuple[int, int]] | None:
     """Split into exactly ``groups`` runs of costs up to ``limit``; None if that is impossible."""
     cuts, start = [], 0
     for left in range(groups, 0, -1):

@@ -54,7 +54,7 @@ class FeistelPermutation:
         sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
         words = np.random.Philox(sequence)
         self._tables = [
-            _table(words, *((self._a, self._b) if i % 2 == 0 else (self._b, self._a)))
+            _random_table(words, *((self._a, self._b) if i % 2 == 0 else (self._b, self._a)))
             for i in range(ROUNDS)
         ]
 
@@ -84,7 +84,7 @@ class FeistelPermutation:
         return left
 
 
-def _table(words: np.random.Philox, modulus: int, size: int) -> np.ndarray:
+def _random_table(words: np.random.Philox, modulus: int, size: int) -> np.ndarray:
     """Random numbers below ``modulus`` (uneven by less than modulus / 2^32)."""
     high = words.random_raw(size) >> np.uint64(32)
     return ((high * np.uint64(modulus)) >> np.uint64(32)).astype(np.int64)

@@ -69,7 +69,7 @@ def epoch_order(
         )
     if strategy == "sequential":
         return range(length)
-    order = _random(length, seed, epoch)
+    order = _random_order(length, seed, epoch)
     if strategy == "group_by_length":
         assert lengths is not None
         return group_by_length(np.asarray(order[:]), lengths, batch_size)
@@ -85,7 +85,7 @@ def check_strategy(strategy: str) -> None:
         )
 
 
-def _random(length: int, seed: int, epoch: int) -> Order:
+def _random_order(length: int, seed: int, epoch: int) -> Order:
     """A new permutation for each epoch."""
     if length > MAX_STORED:
         return FeistelPermutation(length, seed, epoch)

@@ -28,7 +28,7 @@ from kbtrain.data.collators.default import default_collate
 from kbtrain.data.ragged import Ragged, as_ragged, is_ragged
 from kbtrain.data.sampling.by_length import checked_lengths, no_lengths
 from kbtrain.data.sources.column_filter import ColumnFilter
-from kbtrain.data.sources.columns import Column, as_column, cut, rows, take
+from kbtrain.data.sources.columns import Column, as_column, cut, rows, take_rows
 from kbtrain.data.sources.interop import is_endless, resume_caveat
 from kbtrain.data.tree import map_raw, map_structure
 from kbtrain.errors import DataError
@@ -145,7 +145,7 @@ class ArraySource(Source):
 
     def gather(self, indices: Indices) -> Any:
         """Return the batch of the samples at ``indices``: one read per array."""
-        return map_structure(lambda column: take(column, indices), self._columns)
+        return map_structure(lambda column: take_rows(column, indices), self._columns)
 
     def keeping(self, columns: ColumnFilter) -> ArraySource:
         """The same rows without unused columns."""

@@ -73,14 +73,14 @@ def without_texts(sample: Any, name: str) -> Any:
     """A sample without its text columns, which no model accepts."""
     if not isinstance(sample, Mapping):
         return sample
-    texts = [key for key, value in sample.items() if _is_text(value)]
+    texts = [key for key, value in sample.items() if _holds_text(value)]
     if not texts:
         return sample
     logger.info("%s: the columns %s hold text and are removed.", name, ", ".join(map(str, texts)))
     return {key: value for key, value in sample.items() if key not in texts}
 
 
-def _is_text(value: Any) -> bool:
+def _holds_text(value: Any) -> bool:
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, str | bytes)

@@ -92,7 +92,7 @@ def as_column(value: Any, name: str, strings: bool = False) -> Column:
     return as_array(value, name, strings)
 
 
-def take(column: Column, indices: np.ndarray | range) -> np.ndarray:
+def take_rows(column: Column, indices: np.ndarray | range) -> np.ndarray:
     """Return the rows at ``indices``, with float64 converted to float32.
 
     A ``range`` returns a view if possible. The result is always contiguous and writeable, because

@@ -1,4 +1,4 @@
-"""Documents whose checksums are right and whose contents are anything: taken over or refused."""
+"""Documents with correct checksums and arbitrary contents: restored or rejected with an error."""
 
 import contextlib
 import copy
