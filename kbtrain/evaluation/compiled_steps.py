@@ -14,7 +14,7 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import unpack, with_none, without_none
 from kbtrain.data.block_length import BlockLength
 from kbtrain.errors import ConfigurationError
-from kbtrain.evaluation.custom_eval_step import make_own_eval_step
+from kbtrain.evaluation.custom_eval_step import make_custom_eval_step
 from kbtrain.evaluation.eval_step import make_eval_step
 from kbtrain.model import build as building
 from kbtrain.model import custom_steps
@@ -122,7 +122,7 @@ class EvalSteps:
         """Discard the compiled evaluation steps if captured values have changed.
 
         Args:
-            generation: See ``kbtrain.tracing.captured.Captured``.
+            generation: See ``kbtrain.tracing.captured.CapturedValues``.
         """
         if generation != self._generation:
             self._steps.clear()
@@ -154,7 +154,7 @@ class EvalSteps:
         """The evaluation step with the model's custom ``test_step`` or ``predict_step``."""
         bound = self._bound
         assert bound.forward is not None
-        return make_own_eval_step(
+        return make_custom_eval_step(
             self._backend,
             bound.model,
             bound.overridden,

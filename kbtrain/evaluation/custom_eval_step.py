@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 from kbtrain.model.custom_steps import ModelMetrics, logged
 
 
-def make_own_eval_step(
+def make_custom_eval_step(
     backend: Backend,
     model: keras.Model,
     own: MethodOverrides,

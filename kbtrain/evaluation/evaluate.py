@@ -59,7 +59,7 @@ def evaluate(
     check_ignore_keys(ignore_keys)
     bound, backend = trainer.bound, trainer.backend
     trainer.captured.due |= not trainer.is_in_train
-    steps.renew(trainer.captured.look())
+    steps.renew(trainer.captured.check())
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
     with (
         placement.settings(backend, trainer.args, bound.model),

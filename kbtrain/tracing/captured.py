@@ -5,8 +5,8 @@ model, a layer's ``trainable``, a global of the loss's module. Attribute reads o
 classes are recorded during the trace; for Keras layers, losses, regularizers and optimizers the
 public settings are compared; the code of functions tells which globals and closures they read.
 
-``Captured.look`` compares all of them if user code may have run since the last comparison. It
-returns a generation number: a step of an earlier generation must be rebuilt.
+``CapturedValues.check`` compares all of them if user code may have run since the last comparison,
+and returns a generation number: a step of an earlier generation must be rebuilt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import keras
 from kbtrain.errors import ConfigurationError, place_of
 from kbtrain.tracing import objects
 from kbtrain.tracing.frozen_values import frozen, is_changeable
-from kbtrain.tracing.names import Place, names_read_by
+from kbtrain.tracing.names import ValueSource, names_read_by
 from kbtrain.tracing.objects import Subject
 from kbtrain.utils.layers import walk_layers
 
@@ -40,7 +40,7 @@ _MISSING = object()
 class _Watched:
     """One value that a step has captured, frozen at that time."""
 
-    place: Place
+    place: ValueSource
     raw: Any
     frozen: Any
     changeable: bool
@@ -53,14 +53,14 @@ class _Watched:
         return bool(frozen(now) != self.frozen)
 
 
-class Captured:
+class CapturedValues:
     """The Python values that the steps of a Trainer have captured.
 
     Args:
         trainer: The Trainer.
 
     Attributes:
-        generation: Counts the changes; see ``look``.
+        generation: Counts the changes; see ``check``.
         due: Whether user code may have changed a value since the last comparison.
     """
 
@@ -68,7 +68,7 @@ class Captured:
         self._trainer = trainer
         self.generation = 0
         self.due = True
-        self._read: dict[tuple[int, str], Place] = {}
+        self._read: dict[tuple[int, str], ValueSource] = {}
         self._watched: list[_Watched] = []
         self._model: list[tuple[Any, Any]] = []
         self._recording = self._traced = False
@@ -107,7 +107,7 @@ class Captured:
             namespace = _Attribute(owner)
         where = place_of(sys._getframe(2))
         label = f"{type(owner).__name__}.{name}"
-        self._read[key] = Place(namespace, name, label, where, owner)
+        self._read[key] = ValueSource(namespace, name, label, where, owner)
 
     # --- afterwards -----------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Captured:
             raw = place.namespace.get(place.name, _MISSING)
             self._watched.append(_Watched(place, raw, frozen(raw), is_changeable(raw)))
 
-    def look(self) -> int:
+    def check(self) -> int:
         """Compare with the current values, if user code may have run since.
 
         Returns:
@@ -143,10 +143,10 @@ class Captured:
                 "two calls. (Attributes of the three may be set at any time.)"
             )
         changed = [w for w in self._watched if w.differs()]
-        before, self._model = self._model, _shape_of(self._trainer.model)
+        before, self._model = self._model, _trainable_structure(self._trainer.model)
         model_changed = bool(before) and not _equal(before, self._model)
         if changed or model_changed:
-            self._tell(changed, before if model_changed else self._model)
+            self._log_changes(changed, before if model_changed else self._model)
             self.generation += 1
             self._read.clear()
             self._watched.clear()
@@ -156,7 +156,7 @@ class Captured:
         """Start a fit: compare everything, and reset the counts of changes."""
         self._counts.clear()
         self.due = True
-        self.look()
+        self.check()
 
     def after_event(self, event: str) -> None:
         """Note that an event fires, as its listeners may change captured values.
@@ -175,7 +175,7 @@ class Captured:
                 )
             )
 
-    def _tell(self, changed: list[_Watched], before: list[tuple[Any, Any]]) -> None:
+    def _log_changes(self, changed: list[_Watched], before: list[tuple[Any, Any]]) -> None:
         for watched in changed:
             place = watched.place
             self._counts[place.key] += 1
@@ -204,7 +204,7 @@ class Captured:
             )
 
 
-def _shape_of(model: keras.Model) -> list[tuple[Any, Any]]:
+def _trainable_structure(model: keras.Model) -> list[tuple[Any, Any]]:
     """The layers and variables of a model with the flags that determine how they are trained."""
     layers = list(walk_layers(model))
     found: list[tuple[Any, Any]] = [(x, (x.trainable, x.dtype_policy.name)) for x in layers]

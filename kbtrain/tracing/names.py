@@ -14,7 +14,7 @@ from kbtrain.tracing.frozen_values import PLAIN, is_changeable
 
 
 @dataclass(frozen=True)
-class Place:
+class ValueSource:
     """A name in a namespace, through which code reads a value.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Cells(Mapping[str, Any]):
         return len(self._cells)
 
 
-def names_read_by(functions: Iterable[Any]) -> Iterator[Place]:
+def names_read_by(functions: Iterable[Any]) -> Iterator[ValueSource]:
     """The places that functions, and the functions they call, read values from.
 
     Args:
@@ -98,12 +98,12 @@ def _keys(namespace: Mapping[str, Any]) -> set[str]:
 
 def _place(
     namespace: Mapping[str, Any], name: str, function: types.FunctionType, cells: _Cells
-) -> Place:
+) -> ValueSource:
     code = function.__code__
     where = f" in {function.__qualname__} ({Path(code.co_filename).name}:{code.co_firstlineno})"
     # A closure's variables belong to the function, globals to their module.
     owner = function if namespace is cells else namespace
-    return Place(namespace, name, name, where, owner)
+    return ValueSource(namespace, name, name, where, owner)
 
 
 def _is_watched(value: Any) -> bool:

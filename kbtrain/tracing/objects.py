@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import keras
 
 from kbtrain.tracing.frozen_values import PLAIN, is_changeable
-from kbtrain.tracing.names import Place
+from kbtrain.tracing.names import ValueSource
 from kbtrain.utils.layers import walk_layers
 
 _OURS = ("keras", "kbtrain", "optim")
@@ -154,10 +154,10 @@ def _ignored() -> set[str]:
     return _IGNORED
 
 
-def settings(trainer: Subject) -> Iterator[Place]:
+def settings(trainer: Subject) -> Iterator[ValueSource]:
     """The settings that are compared whether or not a step was seen reading them."""
     for name in ("args", "optimizer", "compute_loss_func", "preprocess_logits_for_metrics"):
-        yield Place(vars(trainer), name, f"Trainer.{name}", "", trainer)
+        yield ValueSource(vars(trainer), name, f"Trainer.{name}", "", trainer)
     trained_by = optimizers(trainer.optimizer)
     for owner in owners(trainer):
         if owner is trainer or isinstance(owner, types.FunctionType):
@@ -170,22 +170,22 @@ def settings(trainer: Subject) -> Iterator[Place]:
             is_optimizer
         ):  # a number is assigned to the optimizer's variable, a schedule is part of the trace
             label = f"{type(owner).__name__}.learning_rate"
-            yield Place(vars(owner), "_learning_rate", label, "", owner)
+            yield ValueSource(vars(owner), "_learning_rate", label, "", owner)
 
 
-def _public(owner: Any) -> Iterator[Place]:
+def _public(owner: Any) -> Iterator[ValueSource]:
     """The public numbers, flags and functions of an object of Keras or of our packages."""
     kind = getattr(owner, "path", None) or type(owner).__name__
     for name, value in vars(owner).items():
         if name.startswith("_") or name in _BOOKKEEPING:
             continue
         if isinstance(value, (*PLAIN, types.FunctionType)):
-            yield Place(vars(owner), name, f"{kind}.{name}", "", owner)
+            yield ValueSource(vars(owner), name, f"{kind}.{name}", "", owner)
         elif isinstance(value, keras.regularizers.Regularizer):
             for inner, number in vars(value).items():
                 if isinstance(number, PLAIN):
                     label = f"{kind}.{name}.{inner}"
-                    yield Place(vars(value), inner, label, "", value)
+                    yield ValueSource(vars(value), inner, label, "", value)
 
 
 def functions(trainer: Subject) -> list[Any]:

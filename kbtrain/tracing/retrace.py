@@ -17,7 +17,7 @@ import keras
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.data import Block
-from kbtrain.tracing.captured import Captured
+from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.moment import Moment
 from kbtrain.tracing.position import Decisions, Position
 
@@ -44,7 +44,7 @@ class Traces:
         self,
         backend: Backend,
         position: Position,
-        captured: Captured,
+        captured: CapturedValues,
         state: Callable[[], Any],
     ) -> None:
         self.backend, self.position, self.captured = backend, position, captured
@@ -162,7 +162,7 @@ class LiveStep:
         self,
         build: Callable[[Decisions], Callable[[Any, int], dict[str, Any]]],
         position: Position,
-        captured: Captured,
+        captured: CapturedValues,
         moment: Callable[[int], Moment],
     ) -> None:
         self._build, self._position, self._captured = build, position, captured
@@ -186,7 +186,7 @@ class LiveStep:
             tensors: The chunks of the block, on the device.
             block: The block.
         """
-        if self._captured.look() != self._generation:
+        if self._captured.check() != self._generation:
             self._renew()
         moment = self._moment(block.micro_batches)
         version = self._versions.at(moment)

@@ -28,7 +28,7 @@ from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
-from kbtrain.tracing.captured import Captured
+from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
@@ -137,7 +137,7 @@ class Trainer(KnownNames, TrainerBase):
         self.given_optimizers = optimizers
         self.other_optimizers = {}
         self.position = Position(self.backend)
-        self.captured = Captured(self)
+        self.captured = CapturedValues(self)
         self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)

@@ -48,7 +48,7 @@ class StopSignals:
         self._signals = signals
         self._max_time = max_time
         self._start = time.monotonic()
-        self._last_look = self._start
+        self._last_poll = self._start
         self._longest_step = 0.0
         self._former: dict[signal.Signals, Any] = {}
         self._interrupts = 0
@@ -56,7 +56,7 @@ class StopSignals:
         self._over = False
 
     def __enter__(self) -> Self:
-        self._start = self._last_look = time.monotonic()
+        self._start = self._last_poll = time.monotonic()
         if not self._signals:
             return self
         if threading.current_thread() is not threading.main_thread():
@@ -104,8 +104,8 @@ class StopSignals:
         if self._max_time is None:
             return None
         now = time.monotonic()
-        self._longest_step = max(self._longest_step, now - self._last_look)
-        self._last_look = now
+        self._longest_step = max(self._longest_step, now - self._last_poll)
+        self._last_poll = now
         # Time to reserve, assuming the longest durations so far: one more block and two
         # checkpoints (one may be in flight). Before the first one a tenth of the limit, or 30 s.
         spare = min(0.1 * self._max_time, 30.0) if saving is None else 2 * saving

@@ -31,7 +31,7 @@ from kbtrain.model.forward import default_loss
 from kbtrain.model.losses.pairs import as_extra
 from kbtrain.optimization import factory, weight_decay
 from kbtrain.optimization.factory import learning_rates
-from kbtrain.tracing.captured import Captured
+from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.training.dataloaders import evaluation_set, make_loader, padding_collator
@@ -74,7 +74,7 @@ class TrainerBase(ABC):
     args: TrainingArguments
     backend: Backend
     bound: BoundModel
-    captured: Captured
+    captured: CapturedValues
     traces: Traces
     position: Position
     store: CheckpointStore

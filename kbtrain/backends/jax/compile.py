@@ -159,7 +159,7 @@ def _or_eagerly(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Call
         try:
             return use(*args)
         except Exception as error:
-            if use is eager or not _looks_at_values(error):
+            if use is eager or not _needs_values(error):
                 raise
             logger.warning(EAGER, user_line(error))
         use = eager
@@ -175,7 +175,7 @@ def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return eager(*args)
         except Exception as error:
-            if not _looks_at_values(error):
+            if not _needs_values(error):
                 raise
             raise ConfigurationError(
                 f"The step's Python takes a tensor that depends on the weights{user_line(error)} "
@@ -187,7 +187,7 @@ def _explaining(eager: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _looks_at_values(error: BaseException) -> bool:
+def _needs_values(error: BaseException) -> bool:
     return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
 
 

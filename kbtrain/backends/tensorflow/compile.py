@@ -85,7 +85,7 @@ def compile_step(
             graphs[key] = compile_for(inputs)
             return graphs[key](inputs)
         except Exception as error:
-            if not _looks_at_values(error):
+            if not _needs_values(error):
                 raise
             logger.warning(EAGER, user_line(error))
             graphs[key] = traced
@@ -98,7 +98,7 @@ def _has_strings(inputs: Any) -> bool:
     return any(getattr(x, "dtype", None) == tf.string for x in tf.nest.flatten(inputs))
 
 
-def _looks_at_values(error: BaseException) -> bool:
+def _needs_values(error: BaseException) -> bool:
     """Whether Python needed the value of a symbolic tensor while the graph was traced."""
     return any(
         isinstance(cause, ConcreteValueNeeded) or "symbolic" in str(cause).lower()

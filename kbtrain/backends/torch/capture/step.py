@@ -116,7 +116,7 @@ def _record(
         raise
     except Exception as error:
         line = user_line(error)
-        if _looks_at_values(error):
+        if _needs_values(error):
             raise NotCapturable(f"its Python reads values of tensors{line}") from error
         reason = NotCapturable(f"{type(error).__name__}: {first_lines(error, 1)}{line}")
         # If the error arose in user code, the reason is most likely there.
@@ -142,7 +142,7 @@ def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
         logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
         failure = error
     recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    if not (isinstance(failure, Unrecorded) or _looks_at_values(failure)):
+    if not (isinstance(failure, Unrecorded) or _needs_values(failure)):
         report(
             "Recording a step's operations",
             "torch",
@@ -152,7 +152,7 @@ def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
     return recorded
 
 
-def _looks_at_values(error: BaseException) -> bool:
+def _needs_values(error: BaseException) -> bool:
     return any(isinstance(cause, _LOOKS_AT_VALUES) for cause in causes(error))
 
 
