@@ -23,10 +23,12 @@ class Backend(Protocol):
     Attributes:
         name: Its name in Keras: "jax", "tensorflow" or "torch".
         TAKES_STRINGS: Whether tensors can hold strings and be ragged.
+        HAS_MESHES: Whether one process can train on several devices.
     """
 
     name: str
     TAKES_STRINGS: bool
+    HAS_MESHES: bool
 
     # --- compiled steps -------------------------------------------------------------------------
 

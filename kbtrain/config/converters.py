@@ -343,20 +343,36 @@ def average(value: Any) -> FrozenDict | None:
     return options(value)
 
 
-def one_device(value: Any) -> str | None:
-    """The name of one device: "cpu", "gpu" or "gpu:1"; an int is the index of a GPU."""
+def device_names(value: Any) -> str | None:
+    """Names of devices: "cpu", "gpu" or "gpu:1"; several as a list or separated by commas.
+
+    An int is the index of a GPU.
+    """
     value = plain(value)
-    if isinstance(value, list | tuple) and value:
-        if len(value) > 1:
-            raise InvalidValue("one device: training on several is not supported yet")
-        value = plain(value[0])
+    items = value.split(",") if isinstance(value, str) else value
     if value is None:
         return None
+    if not isinstance(items, list | tuple):
+        items = [items]
+    names = [_device_name(plain(item)) for item in items]
+    if len(names) > 1:  # "gpu" and "gpu:0" are the same device
+        names = [name if ":" in name else f"{name}:0" for name in names]
+    kinds = {name.partition(":")[0] for name in names}
+    if not names or len(set(names)) < len(names) or len(kinds) > 1:
+        raise InvalidValue("one device, or several different ones of one kind")
+    return ",".join(names)
+
+
+def _device_name(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"gpu:{value}"
-    if isinstance(value, str) and re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", value, re.ASCII):
-        return value.replace("cuda", "gpu")
-    raise InvalidValue("'cpu', 'gpu', 'gpu:1', 'tpu:0', the index of a GPU, or None")
+    if isinstance(value, str):
+        name = value.strip()
+        if re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", name, re.ASCII):
+            return name.replace("cuda", "gpu")
+    raise InvalidValue(
+        "'cpu', 'gpu', 'gpu:1', 'tpu:0', the index of a GPU, several of these, or None"
+    )
 
 
 def nothing(value: Any) -> None:

@@ -14,19 +14,25 @@ from kbtrain.utils import float64
 
 
 def check(backend: Backend, args: TrainingArguments) -> None:
-    """Check that the device named in the arguments exists.
+    """Check that the devices named in the arguments exist.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: One does not, or the backend cannot train on several in one process.
     """
     device = args.chosen_device
     if device is None:
         return
-    name = device if ":" in device else f"{device}:0"
-    if name not in (there := backend.devices()):
+    names = [name if ":" in name else f"{name}:0" for name in device.split(",")]
+    there = backend.devices()
+    if missing := [name for name in names if name not in there]:
         raise ConfigurationError(
-            f"There is no such device on the backend {backend.name}. Received: "
-            f"devices={args.devices!r}. Available devices: {', '.join(there)}."
+            f"There is no such device on the backend {backend.name}: {', '.join(missing)}. "
+            f"Received: devices={args.devices!r}. Available devices: {', '.join(there)}."
+        )
+    if len(names) > 1 and not backend.HAS_MESHES:
+        raise ConfigurationError(
+            f"One process trains on one device with the backend {backend.name}; with jax it can "
+            f"train on several. Received: devices={args.devices!r}."
         )
 
 

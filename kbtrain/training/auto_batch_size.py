@@ -76,7 +76,9 @@ def _go_on_with(trainer: TrainerBase, saved: dict[str, Any]) -> None:
     args = trainer.args
     if not isinstance(batch_size, int) or not isinstance(accumulation, int):
         return
-    if batch_size * accumulation == args.train_batch_size * args.gradient_accumulation_steps:
+    if batch_size * accumulation == (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps
+    ):
         trainer.args = args.replace(**found)
 
 
@@ -88,7 +90,7 @@ def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
             f"({getattr(loader, 'name', 'train_dataset')}) as they are. Make them smaller there, "
             f"or pass samples in place of batches. {error}"
         ) from error
-    found = smaller(args.train_batch_size, args.gradient_accumulation_steps)
+    found = smaller(args.per_device_train_batch_size, args.gradient_accumulation_steps)
     if found is None:
         raise error
     size, accumulation = found
@@ -99,7 +101,7 @@ def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
         args.train_batch_size,
         size,
         accumulation,
-        size * accumulation,
+        size * accumulation * args.device_count,
     )
     trainer.args = args.replace(
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation

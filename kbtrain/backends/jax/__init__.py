@@ -52,6 +52,9 @@ from kbtrain.utils.keras_private import read_values, stateless_scope
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""
 
+HAS_MESHES = True
+"""Whether one process can train on several devices."""
+
 name = "jax"
 
 

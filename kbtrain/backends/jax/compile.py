@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from kbtrain.backends.jax.device import compiler_options, free_memory
+from kbtrain.backends.jax.device import compiler_options, free_memory, replicated
 from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
@@ -53,7 +53,13 @@ def compile_step(
             outputs, changed = run_stateless(lambda: fn(inputs), values)
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
-    jitted = jax.jit(pure, donate_argnums=0, compiler_options=compiler_options())
+    layout = replicated()
+    jitted = jax.jit(
+        pure,
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+        **({} if layout is None else {"in_shardings": (layout, None), "out_shardings": layout}),
+    )
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
@@ -246,7 +252,14 @@ def compile_eval_steps(
         with context.tracing([*fixed, *changing]):
             return _loop(fn, constant, values, block, start, count, output_bytes)
 
-    jitted = jax.jit(pure, donate_argnums=1, compiler_options=compiler_options())
+    layout = replicated()
+    whole = (layout, layout, None, layout, layout)
+    jitted = jax.jit(
+        pure,
+        donate_argnums=1,
+        compiler_options=compiler_options(),
+        **({} if layout is None else {"in_shardings": whole, "out_shardings": layout}),
+    )
     complete = _completing(fixed, jitted)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:

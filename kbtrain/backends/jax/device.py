@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kbtrain.errors import DataError
+
+
+_mesh: Mesh | None = None
+"""The devices of the run, where it has several."""
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
@@ -35,7 +40,35 @@ def to_device(tree: Any, pin: bool = False) -> Any:
         for leaf in jax.tree.leaves(tree):
             if leaf.dtype.kind in "iu" and leaf.dtype.itemsize > 4:
                 _check_range(leaf)
-    return jax.device_put(tree)
+    return jax.device_put(tree) if _mesh is None else _spread(tree, _mesh)
+
+
+def _spread(tree: Any, mesh: Mesh) -> Any:
+    """Give each device its rows of the batches; all of them where the rows cannot be divided.
+
+    XLA sees one program over whole batches either way, so the numbers are those of one device.
+
+    Args:
+        tree: The chunks of a block, or the batches of an evaluation, along a leading axis.
+        mesh: The devices.
+    """
+
+    def put(tree: Any, axis: int) -> Any:
+        def one(x: np.ndarray) -> jax.Array:
+            divides = x.ndim > axis and x.shape[axis] % mesh.size == 0
+            names = [*[None] * axis, "data"] if divides else []
+            return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+        return jax.tree.map(one, tree)
+
+    if isinstance(tree, list):  # the rows of stacked micro-batches are along the axis after them
+        return [{kind: put(x, 1 + (kind == "stacked")) for kind, x in c.items()} for c in tree]
+    return put(tree, 1)
+
+
+def replicated() -> NamedSharding | None:
+    """The layout of state over several devices: whole on each of them. None with one device."""
+    return None if _mesh is None else NamedSharding(_mesh, PartitionSpec())
 
 
 def _check_range(array: np.ndarray) -> None:
@@ -96,12 +129,23 @@ def _find(device: str) -> Any:
 
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
-    """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default."""
+    """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default.
+
+    With several devices ("gpu:0,gpu:1") batches are divided among them, and each device holds the
+    whole state.
+    """
+    global _mesh
     if device is None:
         yield
         return
-    with jax.default_device(_find(device)):
-        yield
+    found = [_find(name) for name in device.split(",")]
+    before = _mesh
+    _mesh = Mesh(np.array(found), ("data",)) if len(found) > 1 else None
+    try:
+        with jax.default_device(found[0]):
+            yield
+    finally:
+        _mesh = before
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
@@ -111,6 +155,14 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     again for uncommitted ones assigned later, such as those of a metric after a reset.
     """
     if device is None:
+        return
+    if "," in device:
+        layout = NamedSharding(
+            Mesh(np.array([_find(name) for name in device.split(",")]), ("data",)), PartitionSpec()
+        )
+        for variable in variables:
+            if variable.value.sharding != layout:
+                variable.assign(jax.device_put(variable.value, layout))
         return
     target = _find(device)
     with jax.default_device(target):
@@ -150,9 +202,10 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
 
 
 def device_info(device: str | None = None) -> str:
-    """A readable name of the device in use."""
-    found = jax.devices()[0] if device is None else _find(device)
-    return f"{found.platform}:{found.id} ({found.device_kind})"
+    """A readable name of the device or devices in use."""
+    found = [jax.devices()[0]] if device is None else [_find(x) for x in device.split(",")]
+    names = ", ".join(f"{x.platform}:{x.id}" for x in found)
+    return f"{names} ({found[0].device_kind})"
 
 
 def memory_stats() -> dict[str, int]:

@@ -55,6 +55,9 @@ from kbtrain.utils.keras_private import read_values, stateless_scope
 TAKES_STRINGS = True
 """Whether tensors can hold strings and be ragged."""
 
+HAS_MESHES = False
+"""Whether one process can train on several devices."""
+
 name = "tensorflow"
 
 

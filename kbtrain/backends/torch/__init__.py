@@ -49,6 +49,9 @@ from kbtrain.utils.keras_private import read_values, stateless_scope
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""
 
+HAS_MESHES = False
+"""Whether one process can train on several devices."""
+
 name = "torch"
 
 
