@@ -23,16 +23,16 @@ def check(backend: Backend, args: TrainingArguments) -> None:
     if device is None:
         return
     names = [name if ":" in name else f"{name}:0" for name in device.split(",")]
+    if len(names) > 1 and not backend.HAS_MESHES:
+        raise ConfigurationError(
+            f"On the backend {backend.name} a process trains on one device; on jax it can use "
+            f"several. Received: devices={args.devices!r}. Name one of them."
+        )
     there = backend.devices()
     if missing := [name for name in names if name not in there]:
         raise ConfigurationError(
             f"There is no such device on the backend {backend.name}: {', '.join(missing)}. "
             f"Received: devices={args.devices!r}. Available devices: {', '.join(there)}."
-        )
-    if len(names) > 1 and not backend.HAS_MESHES:
-        raise ConfigurationError(
-            f"One process trains on one device with the backend {backend.name}; with jax it can "
-            f"train on several. Received: devices={args.devices!r}."
         )
 
 

@@ -46,8 +46,7 @@ def test_each_folder_of_the_source_has_tests():
     tops = {relative(folder).split("/")[1] for folder in FOLDERS if relative(folder).count("/")}
     tested = {path.relative_to(TESTS).parts[0] for path in TEST_FILES}
     inside_optim = {path.parent.name for path in TEST_FILES if path.is_relative_to(TESTS / "optim")}
-    # What `distributed` places a run on is tested with the devices, tests/backends/test_device.py.
-    assert tops - tested - inside_optim == {"distributed"}
+    assert tops - tested - inside_optim == set()
 
 
 def test_helpers_are_in_support_and_all_else_is_a_test():

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kbtrain.errors import DataError
 
-
 _mesh: Mesh | None = None
 """The devices of the run, where it has several."""
 

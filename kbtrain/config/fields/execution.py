@@ -293,8 +293,8 @@ class ExecutionFields(Immutable):
     )
     devices: str | None = option(
         None,
-        converters.one_device,
+        converters.device_names,
         "The device to use: 'cpu', 'gpu', 'gpu:1', 'tpu:0' or the index of a GPU. None means the "
-        "backend's default. Several devices are not supported yet.",
+        "backend's default. Several, as in 'gpu:0,gpu:1', divide each batch among them (JAX).",
         on_resume=ROUNDING,
     )
