@@ -357,8 +357,7 @@ def device_names(value: Any) -> str | None:
     names = [_device_name(plain(item)) for item in items]
     if len(names) > 1:  # "gpu" and "gpu:0" are the same device
         names = [name if ":" in name else f"{name}:0" for name in names]
-    kinds = {name.partition(":")[0] for name in names}
-    if not names or len(set(names)) < len(names) or len(kinds) > 1:
+    if len({name.partition(":")[0] for name in names}) != 1 or len(set(names)) < len(names):
         raise InvalidValue("one device, or several different ones of one kind")
     return ",".join(names)
 
@@ -366,10 +365,9 @@ def device_names(value: Any) -> str | None:
 def _device_name(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"gpu:{value}"
-    if isinstance(value, str):
-        name = value.strip()
-        if re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", name, re.ASCII):
-            return name.replace("cuda", "gpu")
+    name = value.strip() if isinstance(value, str) else ""
+    if re.fullmatch(r"(cpu|gpu|cuda|tpu)(:\d+)?", name, re.ASCII):
+        return name.replace("cuda", "gpu")
     raise InvalidValue(
         "'cpu', 'gpu', 'gpu:1', 'tpu:0', the index of a GPU, several of these, or None"
     )

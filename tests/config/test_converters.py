@@ -21,7 +21,7 @@ REFUSED = [
     ("activation_checkpointing_kwargs", [1]),
     *(("ema", value) for value in (1.0, -0.1, "0.9", [0.9])),
     ("neftune_noise_alpha", 0),
-    *(("devices", value) for value in ([0, 1], "", "gpu:", -1, True, [], "gpu:1,2")),
+    *(("devices", value) for value in ([0, 0], "", "gpu:", -1, True, [], "gpu:1,2")),
     *(("fsdp", value) for value in (True, "full_shard", ["full_shard"], 0)),
     ("parallelism_config", {"tp_size": 2}),
     ("log_level_replica", "loud"),

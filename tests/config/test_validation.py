@@ -79,7 +79,7 @@ def test_two_names_of_one_setting():
 def test_do_eval_follows_the_strategy_and_two_devices_contradict():
     assert TrainingArguments(eval_strategy="epoch").do_eval is True
     assert TrainingArguments(do_eval=True).do_eval is True
-    assert TrainingArguments(use_cpu=True, devices="cpu:0").chosen_device == "cpu"
+    assert TrainingArguments(use_cpu=True, devices="cpu:0").chosen_device == "cpu:0"
     assert TrainingArguments(devices="gpu:1").chosen_device == "gpu:1"
     assert "two different devices" in refusal(use_cpu=True, devices="gpu")
 
