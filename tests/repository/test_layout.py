@@ -70,7 +70,7 @@ def test_no_file_of_the_source_is_too_long():
 
 def test_folders_have_three_to_sixteen_files_but_those_with_a_reason():
     sizes = {relative(folder): len(list(folder.glob("*.py"))) for folder in FOLDERS}
-    assert {name for name, size in sizes.items() if size not in SIZES} == set(OTHER_SIZES)
+    assert {name for name, size in sizes.items() if size not in SIZES} <= set(OTHER_SIZES)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=relative)
