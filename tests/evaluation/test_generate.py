@@ -195,7 +195,7 @@ def test_nothing_is_generated_for_the_loss_alone(tmp_path):
         ({"generation_max_length": 3, "predict_with_generate": False}, "Nothing is generated"),
         (
             {"generation_max_length": 3, "generation_kwargs": {"max_length": 4}},
-            "longest length is given twice",
+            "maximum length is set twice",
         ),
         ({"generation_num_beams": 4}, "Write generation_kwargs={'num_beams': 4}"),
         ({"generation_config": {}}, "Write generation_kwargs"),

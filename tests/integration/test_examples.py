@@ -313,7 +313,7 @@ SAID = {
     "overwrite_output_dir": "never empties output_dir",
     "evaluation_strategy": "Write eval_strategy='epoch'",
     "warmup_ratio": "Write warmup_steps=0.1",
-    "logging_dir": "output_dir chooses where a run is written",
+    "logging_dir": "a run is written to output_dir",
     "torch_compile": "Write jit_compile=True",
 }
 RELATED = {"load_best_model_at_end": {"eval_strategy": "epoch", "save_strategy": "epoch"}}

@@ -112,7 +112,7 @@ def test_a_group_that_cannot_be_is_refused(tmp_path, group, message):
 
 
 def test_a_type_of_layer_is_given_by_its_name(tmp_path):
-    with pytest.raises(ConfigurationError, match="in place of the class, the text 'Dense'"):
+    with pytest.raises(ConfigurationError, match="instead of the class, the string 'Dense'"):
         make_trainer(tmp_path, [{"match": keras.layers.Dense, "lr_multiplier": 0.5}])
 
 
