@@ -61,7 +61,7 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def full(store, template):
-    """Five checkpoints of a run, which the store goes on with."""
+    """Five checkpoints of a run, to which the store adds."""
     shutil.copytree(template, store.directory)
     store.resolve(True)
     return store

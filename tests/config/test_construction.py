@@ -22,7 +22,7 @@ NAMES = ROOT / "docs" / "reference" / "names.json"
 DEFAULTS_THERE = json.loads(NAMES.read_text(encoding="utf-8"))["sections"]["arguments"]
 
 
-class HubStrategy(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference uses
+class HubStrategy(str, enum.Enum):  # noqa: UP042 - the kind of enum Transformers uses
     EVERY_SAVE = "every_save"
 
 

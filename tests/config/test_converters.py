@@ -205,7 +205,7 @@ def test_messages_say_what_to_do(arguments, remedy):
     assert remedy in refusal(**arguments)
 
 
-class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum the reference uses
+class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum Transformers uses
     EPOCH = "epoch"
 
 

@@ -1,4 +1,4 @@
-"""Adafactor against NumPy float64 and the reference's recorded numbers."""
+"""Adafactor against NumPy float64 and recorded numbers of Transformers."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from optim.kernels import backend as kernels
 
 def reference(start, gradients, rate=None, warmup_init=False, momentum=None, weight_decay=0.0,
               scale=None, decay=-0.8, clip=1.0, epsilon=(1e-30, 1e-3)):  # fmt: skip
-    """Adafactor as section 4.2 of the facts about the reference writes it, in float64."""
+    """The algorithm of the paper with the defaults of Transformers, in float64."""
     p = np.asarray(start, "float64")
     scale = (rate is None) if scale is None else scale
     rows = columns = full = mean = 0.0
@@ -144,7 +144,7 @@ def test_tiles_of_matrices(tools, rng, monkeypatch, mode, shapes):
         assert error < 2e-5, shapes[i]
 
 
-# Recorded from the reference: mean squared error to the target, from (.1, -.2, -.1).
+# Recorded from Transformers: mean squared error to the target, from (.1, -.2, -.1).
 START, TARGET = np.array([0.1, -0.2, -0.1], "float32"), np.array([0.4, 0.2, -0.5])
 TRACES = [
     (

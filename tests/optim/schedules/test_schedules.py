@@ -1,4 +1,4 @@
-"""Schedules against NumPy float64 and the numbers of the reference implementation."""
+"""Schedules against NumPy float64 and the numbers of Transformers."""
 
 import importlib.util
 import math
@@ -35,7 +35,7 @@ def progress(s, w, total):
 
 
 def polynomial(s, w, total):
-    if s > total or w == total:  # where w = T the reference divides by 0
+    if s > total or w == total:  # where w = T Transformers divides by 0
         return 0.01
     return 0.99 * (1 - (s - w) / (total - w)) ** 1.5 + 0.01
 
