@@ -48,7 +48,7 @@ def test_the_suite_finds_the_optimizers():
     assert set(SPECIAL) <= set(NAMES), "an entry for an optimizer that is not there"
 
 
-# ---- one compiled update, checked in many ways ----------------------------------------------------
+# ---- one compiled update, checked in many ways ------------------------------------------------
 
 
 def given_gradients(seed, shapes):
