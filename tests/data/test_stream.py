@@ -231,7 +231,7 @@ class Endless(keras.utils.PyDataset):
 )
 def test_an_evaluation_of_endless_data_is_refused(tmp_path, data):
     trainer = Trainer(linear_model(), arguments(tmp_path), loss="mse", eval_dataset=data)
-    with pytest.raises(ConfigurationError, match="without end.*eval_max_steps"):
+    with pytest.raises(ConfigurationError, match="repeats endlessly.*eval_max_steps"):
         trainer.evaluate()
     with pytest.raises(ConfigurationError, match=r"without end.*repeat\(\)`\)\."):
         trainer.predict(data)

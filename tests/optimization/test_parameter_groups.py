@@ -192,7 +192,7 @@ def test_target_modules_are_for_some_optimizers_only(tmp_path):
 
 
 def test_target_modules_are_given_once(tmp_path):
-    with pytest.raises(ConfigurationError, match="Leave one out"):
+    with pytest.raises(ConfigurationError, match="Remove one of them"):
         arguments(
             tmp_path,
             optim="galore_adamw",

@@ -81,8 +81,8 @@ def test_arguments_of_transformers_can_be_converted():
     ("given", "said"),
     [
         ({"verbose": 2}, "Write disable_tqdm"),
-        ({"loss": "mse"}, "It belongs to the Trainer"),
-        ({"model": 1}, "It belongs to the Trainer"),
+        ({"loss": "mse"}, "It is an argument of the Trainer"),
+        ({"model": 1}, "It is an argument of the Trainer"),
         ({"validation_data": (1, 2)}, "eval_dataset"),
         ({"clipnorm": 0.5}, "optim_args={'clipnorm': 0.5}"),
         ({"max_epochs": 3}, "num_train_epochs=3"),
