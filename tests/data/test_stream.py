@@ -233,7 +233,7 @@ def test_an_evaluation_of_endless_data_is_refused(tmp_path, data):
     trainer = Trainer(linear_model(), arguments(tmp_path), loss="mse", eval_dataset=data)
     with pytest.raises(ConfigurationError, match="repeats endlessly.*eval_max_steps"):
         trainer.evaluate()
-    with pytest.raises(ConfigurationError, match=r"without end.*repeat\(\)`\)\."):
+    with pytest.raises(ConfigurationError, match=r"repeats endlessly.*repeat\(\)`\)\."):
         trainer.predict(data)
     trainer.args = arguments(tmp_path, eval_max_steps=2)
     assert trainer.evaluate()["eval_loss"] > 0
