@@ -108,6 +108,9 @@ class TrainingInterrupted(SystemExit):
         self.step = step
         self.checkpoint = checkpoint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.signal, self.step, self.checkpoint)
+
     def __str__(self) -> str:
         return f"{self.signal.name} at step {self.step}; newest checkpoint: {self.checkpoint}."
 

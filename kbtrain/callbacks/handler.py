@@ -129,11 +129,30 @@ class CallbackHandler:
         callback: Any
         for callback in self.callbacks:
             if _has_state(callback) and remaining.get(type(callback).__name__):
-                callback.load_state(remaining[type(callback).__name__].pop(0))
+                _restore(callback, remaining[type(callback).__name__].pop(0))
         for name in (name for name, values in remaining.items() if values):
             logger.warning(
                 "The checkpoint has a state for the callback %s, which this run does not use.", name
             )
+
+
+def _restore(callback: Any, state: Any) -> None:
+    """Give a callback its state back.
+
+    Raises:
+        ConfigurationError: A user's ``load_state`` failed. (What a callback of kbtrain cannot read
+            is the fault of the file.)
+    """
+    try:
+        callback.load_state(state)
+    except Exception as error:
+        if isinstance(error, KbtrainError) or type(callback).__module__.startswith("kbtrain."):
+            raise
+        raise ConfigurationError(
+            f"The callback {type(callback).__name__} could not restore its state from the "
+            f"checkpoint: its load_state raised {type(error).__name__}: {error}. Correct it, or "
+            "set restore_callback_states_from_checkpoint=False."
+        ) from error
 
 
 def _check_kind(callback: Any) -> None:

@@ -29,6 +29,7 @@ from kbtrain.errors import (
     concise,
     first_lines,
 )
+from kbtrain.model.build import check_model
 from kbtrain.model.variables import refresh_derived_values
 from kbtrain.utils.local_path import check_local
 
@@ -91,6 +92,7 @@ def load_weights(
         >>> report.missing  # doctest: +SKIP
         ('sequential/head/kernel', 'sequential/head/bias')
     """
+    check_model(model)
     if not model.built:
         raise ConfigurationError(
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "

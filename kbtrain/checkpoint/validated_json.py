@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from kbtrain.checkpoint import Checkpoint
-from kbtrain.errors import CheckpointDamagedError
+from kbtrain.errors import CheckpointDamagedError, KbtrainError
 from kbtrain.utils.json_types import matches_type
 
 T = TypeVar("T")
@@ -60,6 +60,8 @@ def attempt(checkpoint: Checkpoint, name: str, action: Callable[[], T]) -> T:
     """
     try:
         return action()
+    except KbtrainError:
+        raise
     except Exception as error:  # malformed values can make anything fail
         damaged(checkpoint, name, f"it cannot be restored ({type(error).__name__}: {error})")
 

@@ -376,7 +376,7 @@ def _device_name(value: Any) -> str:
 def nothing(value: Any) -> None:
     """None, or another value that means "off": False, an empty string or list."""
     if value is not None and value is not False and value not in ("", [], (), {}):
-        raise InvalidValue("None: more than one process or device is not supported yet")
+        raise InvalidValue("None: it is not supported yet")
 
 
 def debug_options(value: Any) -> tuple[str, ...]:

@@ -177,6 +177,12 @@ class EvalSteps:
                 )
         if self._preprocess is not None:
             outputs = self._preprocess(outputs, unpack(with_none(batch), self._bound.label_names).y)
+            if not any(leaf is not None for leaf in keras.tree.flatten(outputs)):
+                raise ConfigurationError(
+                    "preprocess_logits_for_metrics must return the outputs that compute_metrics "
+                    f"and predict get. Received: {outputs!r}. To keep no outputs, set "
+                    "prediction_loss_only=True."
+                )
         return _movable(outputs)
 
 

@@ -125,8 +125,16 @@ def _adds_no_loss(model: keras.Model) -> bool:
     return not (isinstance(outputs, Mapping) and "loss" in outputs)
 
 
-def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tuple[Any, Any]:
+def datasets(
+    train_dataset: Any, eval_dataset: Any, validation_split: Any, strings: bool
+) -> tuple[Any, Any]:
     """The training and the evaluation data, after ``validation_split``.
+
+    Args:
+        train_dataset: The argument of the Trainer.
+        eval_dataset: The argument of the Trainer.
+        validation_split: The argument of the Trainer.
+        strings: Whether models may take strings and ragged tensors.
 
     Raises:
         ConfigurationError: There already is an evaluation set, or the data cannot be split.
@@ -138,7 +146,7 @@ def datasets(train_dataset: Any, eval_dataset: Any, validation_split: Any) -> tu
             "Pass either eval_dataset or validation_split, not both. "
             f"Received: validation_split={validation_split!r}."
         )
-    return split_for_validation(train_dataset, validation_split)
+    return split_for_validation(train_dataset, validation_split, strings)
 
 
 def check_fit(trainer: TrainerBase, checkpoint: Any) -> None:

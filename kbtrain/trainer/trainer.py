@@ -118,7 +118,7 @@ class Trainer(KnownNames, TrainerBase):
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
         self.train_dataset, self.eval_dataset = argument_checks.datasets(
-            train_dataset, eval_dataset, validation_split
+            train_dataset, eval_dataset, validation_split, self.backend.TAKES_STRINGS
         )
         self.class_weight = class_weight
         self.data_collator = data_collator

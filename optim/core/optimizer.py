@@ -257,7 +257,13 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         return self if rule is self else rule._resolve_rule(variable)
 
     def _new_slots(self, variable: Any, rule: Optimizer) -> dict[str, Any]:
-        slots = dict(rule.slot_shapes(tuple(variable.shape)))
+        declared = rule.slot_shapes(tuple(variable.shape))
+        if not isinstance(declared, Mapping):
+            raise TypeError(
+                f"{type(rule).__name__}.slot_shapes must return a dict from the name of a slot to "
+                f"its shape. Received: {declared!r}."
+            )
+        slots = dict(declared)
         if precision.needs_residual(keras.utils.standardize_dtype(variable.dtype)):
             slots["residual"] = tuple(variable.shape)
         return {

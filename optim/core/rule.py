@@ -125,13 +125,31 @@ def advance(
     dtype = keras.utils.standardize_dtype(value.dtype)
     scalars = (step, learning_rate, weight_decay)
     if dtype in ("float32", "float64"):
-        result: tuple[Tensor, dict[str, Tensor]] = rule.update(value, gradient, slots, *scalars)
-        return result
+        return _checked(rule, rule.update(value, gradient, slots, *scalars), slots)
     rule_slots = {name: slot for name, slot in slots.items() if name != "residual"}
     total = precision.join(value, slots["residual"], dtype)
-    total, rule_slots = rule.update(total, gradient, rule_slots, *scalars)
+    result = rule.update(total, gradient, rule_slots, *scalars)
+    total, rule_slots = _checked(rule, result, rule_slots)
     value, residual = precision.split(total, dtype)
     return value, {**rule_slots, "residual": residual}
+
+
+def _checked(rule: Any, result: Any, slots: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result of ``update``, if it has the form that it must have.
+
+    Raises:
+        TypeError: It has not.
+    """
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    if not is_pair or not isinstance(result[1], dict) or not slots.keys() <= result[1].keys():
+        received = type(result).__name__
+        if is_pair and isinstance(result[1], dict):
+            received = f"slots {sorted(result[1])}"
+        raise TypeError(
+            f"{type(rule).__name__}.update must return (new value, new slots), the slots a dict "
+            f"with the keys {sorted(slots)}. Received: {received}."
+        )
+    return result[0], result[1]
 
 
 def initializer_of(slot: Slot, variable: Any) -> Any:

@@ -64,8 +64,16 @@ def run_test_step(model: keras.Model, data: Any) -> Any:
 def run_predict_step(model: keras.Model, data: Any) -> Any:
     """Compute the outputs for one batch."""
     state = model.trainable_variables, model.non_trainable_variables
-    outputs, _ = model.predict_step(tuple(_values(part) for part in state), data)
-    return outputs
+    result = model.predict_step(tuple(_values(part) for part in state), data)
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    # Outputs alone may be a pair, too, of tensors.
+    if not is_pair or not isinstance(result[1], list | tuple) or len(result[1]) != len(state[1]):
+        raise ConfigurationError(
+            f"{type(model).__name__}.predict_step must return (outputs, non_trainable_variables) "
+            f"on JAX, the latter as a list of {len(state[1])} values, as it received them. "
+            f"Received: {type(result).__name__}."
+        )
+    return result[0]
 
 
 def _run(

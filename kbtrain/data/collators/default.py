@@ -43,7 +43,7 @@ def default_collate(samples: Sequence[Any], label_names: LabelNames = None) -> A
     if isinstance(first, Mapping):
         return _rename_labels(_collate(samples, "sample", keys.strings), keys)
     if isinstance(first, tuple):  # including (1.0, 2): the parts of a sample, not one array
-        return _collate_parts(samples, "sample", keys.strings)
+        return _collate_parts(samples, "sample", keys.strings, only_first=True)
     return _collate(samples, "sample", keys.strings)
 
 
@@ -82,7 +82,10 @@ def _collate_dicts(values: Sequence[Any], path: str, strings: bool) -> dict[Any,
     }
 
 
-def _collate_parts(values: Sequence[Any], path: str, strings: bool) -> Any:
+def _collate_parts(
+    values: Sequence[Any], path: str, strings: bool, only_first: bool = False
+) -> Any:
+    """Stack the parts of a sequence; with ``only_first`` no other part may hold strings."""
     first = values[0]
     for position, value in enumerate(values):
         is_sequence = isinstance(value, (tuple, list))
@@ -94,7 +97,11 @@ def _collate_parts(values: Sequence[Any], path: str, strings: bool) -> Any:
             )
     columns = enumerate(zip(*values, strict=True))
     return rebuild_sequence(
-        first, [_collate(column, f"{path}[{i}]", strings) for i, column in columns]
+        first,
+        [
+            _collate(column, f"{path}[{i}]", strings and not (only_first and i))
+            for i, column in columns
+        ],
     )
 
 

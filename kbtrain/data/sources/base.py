@@ -350,6 +350,9 @@ def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
             return as_ragged(value)
         return as_column(value, path, strings)
 
+    def target(value: Any, path: str) -> Column | Ragged:
+        return column(value, path) if is_ragged(value) else as_column(value, path, False)
+
     if isinstance(data, tuple):
         if not 1 <= len(data) <= 3:
             raise DataError(
@@ -358,7 +361,10 @@ def _columns(data: Any, name: str, label_names: LabelNames) -> Any:
                 f"Received: a tuple of {len(data)}"
             )
         parts = zip(("x", "y", "sample_weight"), data, strict=False)
-        columns = tuple(map_raw(column, part, f"{name}: {part_name}") for part_name, part in parts)
+        columns = tuple(
+            map_raw(column if part_name == "x" else target, part, f"{name}: {part_name}")
+            for part_name, part in parts
+        )
         return with_ragged_inputs(columns, name, label_names)
     columns = with_ragged_inputs(map_raw(column, data, name), name, label_names)
     # Raises an error for a dict with labels only, or with several label keys.

@@ -6,18 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kbtrain.data.batch import LabelKeys
 from kbtrain.data.sources.base import ArraySource
 from kbtrain.data.tree import has_array, is_sparse_matrix
 from kbtrain.errors import ConfigurationError
 
 
-def split_for_validation(data: Any, fraction: Any) -> tuple[ArraySource, ArraySource]:
+def split_for_validation(
+    data: Any, fraction: Any, strings: bool = False
+) -> tuple[ArraySource, ArraySource]:
     """Split arrays into a first and a last part, like Keras' ``fit(validation_split=...)``.
 
     Args:
         data: ``(x, y)``, ``(x, y, sample_weight)``, a dict of arrays, or one array. Nothing is
             copied, and files on disk are not read.
         fraction: Fraction of the last part, above 0 and below 1.
+        strings: Whether models may take strings and ragged tensors.
 
     Returns:
         The part to train on and the part to evaluate.
@@ -39,7 +43,11 @@ def split_for_validation(data: Any, fraction: Any) -> tuple[ArraySource, ArraySo
             "(data sets of Hugging Face have train_test_split(), a tf.data.Dataset has take(n) and "
             f"skip(n)). Received: train_dataset of type {type(data).__name__}."
         )
-    source = data if isinstance(data, ArraySource) else ArraySource(data, label_names=())
+    source = (
+        data
+        if isinstance(data, ArraySource)
+        else ArraySource(data, label_names=LabelKeys((), strings=strings))
+    )
     size = len(source)
     cut = math.floor(size * (1.0 - fraction))
     if cut in (0, size):
