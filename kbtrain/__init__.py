@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kbtrain import moved
+
 if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from kbtrain.trainer.trainer import Trainer as Trainer
     from kbtrain.training.fit import TrainOutput as TrainOutput
     from kbtrain.utils.rng import set_seed as set_seed
+
+moved.install()
 
 _HOMES = {
     "callbacks.base": ("EarlyStoppingCallback", "TrainerCallback"),

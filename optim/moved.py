@@ -46,6 +46,14 @@ MOVED = {
     "refusals": "unsupported",
     "rules": "core.rule",
     "warmup_stable_decay": "schedules.warmup_stable_decay",
+    "kernels.jax_order": "kernels.jax.inplace_order",
+    "kernels.tensorflow_order": "kernels.tensorflow.inplace_order",
+    "kernels.torch_adafactor": "kernels.torch.adafactor",
+    "kernels.torch_calls": "kernels.torch.codegen",
+    "kernels.torch_eight_bit": "kernels.torch.eight_bit",
+    "kernels.torch_elementwise": "kernels.torch.elementwise",
+    "kernels.torch_operation": "kernels.torch.custom_op",
+    "kernels.torch_pieces": "kernels.torch.tiles",
 }
 """Old module -> where its contents are now, both without the ``optim.`` in front.
 
@@ -85,4 +93,5 @@ def register_moved() -> None:
     for old, new in MOVED.items():
         module = MovedModule(f"optim.{old}", f"optim.{new}")
         sys.modules[module.__name__] = module
-        setattr(package, old, module)
+        if "." not in old:  # otherwise the import system finds it in `sys.modules`
+            setattr(package, old, module)
