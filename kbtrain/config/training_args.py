@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import textwrap
 from dataclasses import dataclass
 from typing import Any, Self
@@ -149,10 +150,11 @@ def _described_fields() -> str:
     for field in dataclasses.fields(Fields):
         described = f"{field.name} (default {field.default!r}): {field.metadata['help']}"
         lines.append(textwrap.fill(described, 96, subsequent_indent="    "))
-    return textwrap.indent("Args:\n" + textwrap.indent("\n".join(lines), "    "), "    ")
+    return "Args:\n" + textwrap.indent("\n".join(lines), "    ")
 
 
 if TrainingArguments.__doc__ is not None:  # there is none under `python -OO`
-    TrainingArguments.__doc__ = TrainingArguments.__doc__.replace(
-        "    Raises:", f"{_described_fields()}\n\n    Raises:", 1
+    # Python 3.13 strips the indentation of docstrings, earlier versions do not.
+    TrainingArguments.__doc__ = inspect.cleandoc(TrainingArguments.__doc__).replace(
+        "\nRaises:", f"\n{_described_fields()}\n\nRaises:", 1
     )
