@@ -53,13 +53,7 @@ def compile_step(
             outputs, changed = run_stateless(lambda: fn(inputs), values)
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
-    layout = replicated()
-    jitted = jax.jit(
-        pure,
-        donate_argnums=0,
-        compiler_options=compiler_options(),
-        **({} if layout is None else {"in_shardings": (layout, None), "out_shardings": layout}),
-    )
+    jitted = _jit(pure, donated=0, inputs=1, arguments=2)
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
@@ -75,6 +69,24 @@ def compile_step(
         return outputs
 
     return call
+
+
+def _jit(pure: Callable[..., Any], donated: int, inputs: int, arguments: int) -> Any:
+    """Jit a step; on several devices all is whole on each but its inputs, which come as they are.
+
+    Args:
+        pure: The step.
+        donated: Position of the state that the call uses up.
+        inputs: Position of the batches.
+        arguments: Number of its arguments.
+    """
+    layouts: dict[str, Any] = {}
+    if (layout := replicated()) is not None:
+        layouts["in_shardings"] = tuple(
+            None if position == inputs else layout for position in range(arguments)
+        )
+        layouts["out_shardings"] = layout
+    return jax.jit(pure, donate_argnums=donated, compiler_options=compiler_options(), **layouts)
 
 
 def _completing(
@@ -252,14 +264,7 @@ def compile_eval_steps(
         with context.tracing([*fixed, *changing]):
             return _loop(fn, constant, values, block, start, count, output_bytes)
 
-    layout = replicated()
-    whole = (layout, layout, None, layout, layout)
-    jitted = jax.jit(
-        pure,
-        donate_argnums=1,
-        compiler_options=compiler_options(),
-        **({} if layout is None else {"in_shardings": whole, "out_shardings": layout}),
-    )
+    jitted = _jit(pure, donated=1, inputs=2, arguments=5)
     complete = _completing(fixed, jitted)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:

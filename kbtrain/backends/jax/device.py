@@ -67,7 +67,11 @@ def _spread(tree: Any, mesh: Mesh) -> Any:
 
 def replicated() -> NamedSharding | None:
     """The layout of state over several devices: whole on each of them. None with one device."""
-    return None if _mesh is None else NamedSharding(_mesh, PartitionSpec())
+    return None if _mesh is None else _whole_on(_mesh)
+
+
+def _whole_on(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _check_range(array: np.ndarray) -> None:
@@ -126,6 +130,15 @@ def _find(device: str) -> Any:
     return jax.local_devices(backend=platform)[int(index or 0)]
 
 
+def _find_all(devices: str) -> list[Any]:
+    return [_find(name) for name in devices.split(",")]
+
+
+def _mesh_of(found: list[Any]) -> Mesh | None:
+    """The mesh of several devices; None for one."""
+    return Mesh(np.array(found), ("data",)) if len(found) > 1 else None
+
+
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
     """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default.
@@ -137,9 +150,9 @@ def device_scope(device: str | None) -> Iterator[None]:
     if device is None:
         yield
         return
-    found = [_find(name) for name in device.split(",")]
+    found = _find_all(device)
     before = _mesh
-    _mesh = Mesh(np.array(found), ("data",)) if len(found) > 1 else None
+    _mesh = _mesh_of(found)
     try:
         with jax.default_device(found[0]):
             yield
@@ -155,15 +168,14 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     """
     if device is None:
         return
-    if "," in device:
-        layout = NamedSharding(
-            Mesh(np.array([_find(name) for name in device.split(",")]), ("data",)), PartitionSpec()
-        )
+    found = _find_all(device)
+    if (mesh := _mesh_of(found)) is not None:
+        layout = _whole_on(mesh)
         for variable in variables:
             if variable.value.sharding != layout:
                 variable.assign(jax.device_put(variable.value, layout))
         return
-    target = _find(device)
+    target = found[0]
     with jax.default_device(target):
         for variable in variables:
             if variable.value.devices() != {target}:
@@ -202,7 +214,7 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
 
 def device_info(device: str | None = None) -> str:
     """A readable name of the device or devices in use."""
-    found = [jax.devices()[0]] if device is None else [_find(x) for x in device.split(",")]
+    found = [jax.devices()[0]] if device is None else _find_all(device)
     names = ", ".join(f"{x.platform}:{x.id}" for x in found)
     return f"{names} ({found[0].device_kind})"
 
