@@ -85,6 +85,10 @@ class OutOfMemoryError(KbtrainError, MemoryError):
         self.in_training = in_training
 
 
+class DistributedError(KbtrainError, RuntimeError):
+    """One of several processes failed, hangs, or does something else than the others."""
+
+
 class NonFiniteError(KbtrainError, FloatingPointError):
     """The loss or the gradient became NaN or infinite; the weights were not updated."""
 

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
+from kbtrain.backends.rows import LocalRows
+from kbtrain.utils.processes import ProcessGroup
+
 Updates = Sequence[tuple[keras.Variable, Any]]
 """Variables with the values to assign to them."""
 
@@ -193,13 +196,68 @@ class Backend(Protocol):
                 earlier.
         """
 
+    # --- several processes ----------------------------------------------------------------------
+
+    def joined_processes(self) -> tuple[int, int] | None:
+        """``(rank, size)`` if the framework's processes have been joined by another program."""
+
+    def start_processes(self, group: ProcessGroup, timeout: float) -> None:
+        """Join the processes of ``group`` through the framework's own runtime.
+
+        Args:
+            group: The processes and the place of this one; ``size`` is at least 2.
+            timeout: Seconds that a collective operation may take.
+
+        Raises:
+            ConfigurationError: Tensors exist already and the framework does not allow it then.
+            DistributedError: A process cannot be reached, or the port is taken.
+        """
+
+    def stop_processes(self) -> None:
+        """Leave the processes; do nothing if none were joined."""
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """The ``data`` of every process, in order of rank. All processes call it alike.
+
+        It is called on the host, between steps, for small messages.
+        """
+
+    def shards(self) -> int:
+        """The number of processes or devices whose rows of a batch a step sees separately.
+
+        It is 1 where a step sees whole batches: with one process, and where the framework itself
+        divides the step (JAX, over a mesh). Otherwise ``all_sum`` adds up that many.
+        """
+
+    def all_sum(self, tensors: Sequence[Any]) -> list[Any]:
+        """The sums over all shards of each tensor, inside a step.
+
+        Tensors of one dtype travel together, in buckets. The result is the same on all processes,
+        bit for bit. It is differentiable: the gradient of a sum is the sum of the gradients.
+        """
+
+    def all_gather(self, tensors: Sequence[Any]) -> list[Any]:
+        """Each tensor of all shards along a new first axis, in their order, inside a step.
+
+        The shapes are the same on all shards. Not differentiable.
+        """
+
+    def local_rows(self, batch: Any) -> contextlib.AbstractContextManager[LocalRows]:
+        """Context in which a step runs on its rows of a batch from ``to_device``.
+
+        Random numbers drawn inside for a tensor of as many rows as the batch has here are those
+        of the whole batch, and of them those of these rows.
+        """
+
     # --- host and device ------------------------------------------------------------------------
 
     def to_device(self, tree: Any, pin: bool = False) -> Any:
         """Copy a structure of NumPy arrays to the device.
 
+        With several processes or devices each takes its rows of the batches (see ``local_rows``).
+
         Args:
-            tree: The arrays.
+            tree: The chunks of a block, or the batches of an evaluation along a leading axis.
             pin: Whether to use page-locked memory, where that makes the copy faster.
         """
 

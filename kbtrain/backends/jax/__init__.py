@@ -44,6 +44,16 @@ from kbtrain.backends.jax.model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
+from kbtrain.backends.jax.processes import (  # noqa: F401
+    all_gather,
+    all_sum,
+    exchange,
+    joined_processes,
+    local_rows,
+    shards,
+    start_processes,
+    stop_processes,
+)
 from kbtrain.backends.jax.scope import Scope, context, run_stateless
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten

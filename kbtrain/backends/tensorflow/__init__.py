@@ -49,6 +49,16 @@ from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
     try_train_step,
 )
 from kbtrain.backends.tensorflow.optimizer import apply_optimizer, global_norm  # noqa: F401
+from kbtrain.backends.tensorflow.processes import (  # noqa: F401
+    all_gather,
+    all_sum,
+    exchange,
+    joined_processes,
+    local_rows,
+    shards,
+    start_processes,
+    stop_processes,
+)
 from kbtrain.backends.tensorflow.scope import context
 from kbtrain.utils.keras_private import read_values, stateless_scope
 

@@ -42,6 +42,16 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
     run_train_step,
     try_train_step,
 )
+from kbtrain.backends.torch.processes import (  # noqa: F401
+    all_gather,
+    all_sum,
+    exchange,
+    joined_processes,
+    local_rows,
+    shards,
+    start_processes,
+    stop_processes,
+)
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope

@@ -1,0 +1,109 @@
+"""The rows of a batch that one process computes, of several that train together.
+
+A batch is that of all processes; each takes consecutive rows of it when the batch is copied to its
+device. The number of rows of the whole batch travels with them as the shape of an empty array, so
+that a step that was compiled for another position in a batch is not used for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kbtrain.data.tree import map_structure
+
+_BATCH, _ROWS = "kbtrain_batch", "kbtrain_rows"
+
+
+class LocalRows(NamedTuple):
+    """The rows of a batch that this process computes.
+
+    Attributes:
+        batch: The rows.
+        total: The number of rows of the whole batch.
+        start: Index of the first of these rows.
+        stop: Index after the last of them. If it equals ``start``, there is none for this process:
+            ``batch`` then has a row of another one, which must not count.
+    """
+
+    batch: Any
+    total: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """The number of rows that count; 0 if they are another's."""
+        return self.stop - self.start
+
+
+def span(total: int, index: int, parts: int) -> tuple[int, int]:
+    """The rows ``start`` to ``stop`` of one of several parts: sizes differ by one at most.
+
+    Example:
+        >>> [span(5, i, 2) for i in range(2)]
+        [(0, 2), (2, 5)]
+    """
+    return total * index // parts, total * (index + 1) // parts
+
+
+def share(tree: Any, index: int, parts: int) -> Any:
+    """Take the rows of one of several parts.
+
+    Args:
+        tree: The chunks of a block, or the batches of an evaluation along a leading axis.
+        index: The part to take.
+        parts: The number of parts.
+
+    Returns:
+        A structure of the same form; each batch is replaced by one that ``taken`` reads.
+    """
+    if not isinstance(tree, list):
+        return _share(tree, 1, index, parts)
+    # The rows of stacked micro-batches are along the axis after them.
+    return [
+        {
+            kind: _share(batch, 1 + (kind == "stacked"), index, parts)
+            for kind, batch in chunk.items()
+        }
+        for chunk in tree
+    ]
+
+
+def _share(batch: Any, axis: int, index: int, parts: int) -> Any:
+    leaves: list[np.ndarray] = []
+    map_structure(leaves.append, batch)
+    with_rows = [leaf for leaf in leaves if leaf.ndim > axis]
+    lead = leaves[0].shape[:axis]
+    total = with_rows[0].shape[axis] if with_rows else 0
+    start, stop = span(total, index, parts)
+    if start == stop:
+        start, stop = 0, min(1, total)
+    cut = (slice(None),) * axis + (slice(start, stop),)
+
+    def take(leaf: np.ndarray) -> np.ndarray:
+        has_rows = leaf.ndim > axis and leaf.shape[axis] == total
+        return np.ascontiguousarray(leaf[cut]) if has_rows else leaf
+
+    return {_BATCH: map_structure(take, batch), _ROWS: np.zeros((*lead, total, 0), bool)}
+
+
+def taken(batch: Any, index: int, parts: int) -> LocalRows | None:
+    """The rows in a batch from ``share``; None for another batch.
+
+    Args:
+        batch: The batch, as tensors.
+        index: The part that was taken.
+        parts: The number of parts.
+    """
+    if not isinstance(batch, Mapping) or _ROWS not in batch:
+        return None
+    total = batch[_ROWS].shape[-2]
+    return LocalRows(batch[_BATCH], total, *span(total, index, parts))
+
+
+def whole(batch: Any, rows: int) -> LocalRows:
+    """A batch that this process computes alone."""
+    return LocalRows(batch, rows, 0, rows)
