@@ -34,7 +34,7 @@ class LocalRows(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """The number of rows that count; 0 if they are another's."""
         return self.stop - self.start
 
