@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from kbtrain.backends.rows import LocalRows
+from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
 from kbtrain.utils.processes import ProcessGroup
 
 Updates = Sequence[tuple[keras.Variable, Any]]
@@ -247,6 +248,21 @@ class Backend(Protocol):
 
         Random numbers drawn inside for a tensor of as many rows as the batch has here are those
         of the whole batch, and of them those of these rows.
+        """
+
+    def owned_blocks(self, variable: keras.Variable) -> OwnedBlocks | None:
+        """The blocks of a variable that this process saves; None if its value is whole here.
+
+        The blocks of all processes make up the variable, without overlap. Their values are views
+        without a copy if possible.
+        """
+
+    def assign_blocks(self, variable: keras.Variable, read: ReadBlock) -> None:
+        """Assign a variable of which this process holds blocks, all others included.
+
+        Args:
+            variable: A variable for which ``owned_blocks`` is not None.
+            read: Returns the values of any block, with the variable's dtype.
         """
 
     # --- host and device ------------------------------------------------------------------------

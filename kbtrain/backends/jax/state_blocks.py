@@ -1,0 +1,38 @@
+"""JAX: variables whose values are divided among the devices of several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from kbtrain.utils.array_blocks import Block, OwnedBlocks, ReadBlock
+
+
+def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
+    """The blocks of a variable that this process saves; None if its value is whole here."""
+    value = variable.value
+    if value.is_fully_addressable or value.is_fully_replicated:
+        return None
+    # Of the devices that hold a copy of a block, in whatever process, one has the replica 0.
+    blocks = [
+        Block(tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
+        for shard in value.addressable_shards
+        if shard.replica_id == 0
+    ]
+    return OwnedBlocks(tuple(value.shape), np.dtype(value.dtype), blocks)
+
+
+def assign_blocks(variable: keras.Variable, read: ReadBlock) -> None:
+    """Assign a variable of which this process holds blocks, all others included."""
+    value = variable.value
+
+    def block(index: tuple[slice, ...]) -> Any:
+        parts = [part.indices(size) for part, size in zip(index, value.shape, strict=True)]
+        return read(
+            tuple(start for start, _, _ in parts), tuple(stop - start for start, stop, _ in parts)
+        )
+
+    variable.assign(jax.make_array_from_callback(value.shape, value.sharding, block))
