@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from kbtrain.backends.jax.device import compiler_options, free_memory, replicated
+from kbtrain.backends.jax.device import compiler_options, free_memory
+from kbtrain.backends.jax.mesh import gathered, replicated, to_mesh, to_process
 from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
@@ -43,7 +44,7 @@ def compile_step(
 
     def eager(inputs: Any) -> Any:
         with context.tracing(variables):
-            return fn(inputs)
+            return fn(gathered(inputs))
 
     if jit_compile is False:
         return eager
@@ -57,16 +58,16 @@ def compile_step(
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
-        new = complete(inputs, lambda: (read_values(variables), inputs))
-        values = read_values(variables)
+        new = complete(inputs, lambda: (to_mesh(read_values(variables)), inputs))
+        values = to_mesh(read_values(variables))
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         if new:
             _compile(jitted, values, inputs)
         outputs, values = jitted(values, inputs)
         # `assign` would convert and check each value, at ten times the cost of the whole call.
-        write_values(variables, values)
-        return outputs
+        write_values(variables, to_process(values))
+        return to_process(outputs)
 
     return call
 
@@ -219,6 +220,7 @@ _LOOKS_AT_VALUES = (
 
 def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
     def call(block: Any, count: int) -> Any:
+        block = gathered(block)
         rows = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(count)]
         return jax.tree.map(lambda *outputs: jnp.stack(outputs), *[step(row) for row in rows])
 
@@ -253,7 +255,7 @@ def compile_eval_steps(
     one_by_one = _step_by_step(compile_step(fn, [*fixed, *changing], False))
 
     def eager(block: Any, start: int, count: int) -> tuple[Any, int]:
-        return one_by_one(jax.tree.map(lambda x: x[start:], block), 1), 1
+        return one_by_one(jax.tree.map(lambda x: x[start:], gathered(block)), 1), 1
 
     if jit_compile is False:
         return eager
@@ -270,15 +272,18 @@ def compile_eval_steps(
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
         numbers = np.int32(start), np.int32(count)
         state = [fixed, changing]
-        new = complete(block, lambda: (*(read_values(part) for part in state), block, *numbers))
-        values = read_values(changing)
+        new = complete(
+            block, lambda: (*(to_mesh(read_values(part)) for part in state), block, *numbers)
+        )
+        values = to_mesh(read_values(changing))
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
-        constant = read_values(fixed)
+        constant = to_mesh(read_values(fixed))
         if new:
             _compile(jitted, constant, values, block, *numbers)
         outputs, values = jitted(constant, values, block, *numbers)
-        write_values(changing, values)
+        write_values(changing, to_process(values))
+        outputs = to_process(outputs)
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
 
     return _or_eagerly(call, eager)

@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kbtrain.backends.jax import mesh
 from kbtrain.errors import DataError
-
-_mesh: Mesh | None = None
-"""The devices of the run, where it has several."""
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
@@ -39,39 +36,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
         for leaf in jax.tree.leaves(tree):
             if leaf.dtype.kind in "iu" and leaf.dtype.itemsize > 4:
                 _check_range(leaf)
-    return jax.device_put(tree) if _mesh is None else _spread(tree, _mesh)
-
-
-def _spread(tree: Any, mesh: Mesh) -> Any:
-    """Give each device its rows of the batches; all of them where the rows cannot be divided.
-
-    XLA sees one program over whole batches either way, so the numbers are those of one device.
-
-    Args:
-        tree: The chunks of a block, or the batches of an evaluation, along a leading axis.
-        mesh: The devices.
-    """
-
-    def put(tree: Any, axis: int) -> Any:
-        def one(x: np.ndarray) -> jax.Array:
-            divides = x.ndim > axis and x.shape[axis] % mesh.size == 0
-            names = [*[None] * axis, "data"] if divides else []
-            return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
-
-        return jax.tree.map(one, tree)
-
-    if isinstance(tree, list):  # the rows of stacked micro-batches are along the axis after them
-        return [{kind: put(x, 1 + (kind == "stacked")) for kind, x in c.items()} for c in tree]
-    return put(tree, 1)
-
-
-def replicated() -> NamedSharding | None:
-    """The layout of state over several devices: whole on each of them. None with one device."""
-    return None if _mesh is None else _whole_on(_mesh)
-
-
-def _whole_on(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return mesh.put(tree)
 
 
 def _check_range(array: np.ndarray) -> None:
@@ -121,43 +86,21 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
 
 def devices() -> list[str]:
     """The devices of this process, by the names that ``device_scope`` takes."""
-    platforms = dict.fromkeys([jax.devices()[0].platform, "cpu"])
-    return [f"{p}:{d.id}" for p in platforms for d in jax.local_devices(backend=p)]
-
-
-def _find(device: str) -> Any:
-    platform, _, index = device.partition(":")
-    return jax.local_devices(backend=platform)[int(index or 0)]
-
-
-def _find_all(devices: str) -> list[Any]:
-    return [_find(name) for name in devices.split(",")]
-
-
-def _mesh_of(found: list[Any]) -> Mesh | None:
-    """The mesh of several devices; None for one."""
-    return Mesh(np.array(found), ("data",)) if len(found) > 1 else None
+    platforms = dict.fromkeys([jax.local_devices()[0].platform, "cpu"])
+    return [f"{p}:{i}" for p in platforms for i in range(jax.local_device_count(p))]
 
 
 @contextlib.contextmanager
 def device_scope(device: str | None) -> Iterator[None]:
     """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default.
 
-    With several devices ("gpu:0,gpu:1") batches are divided among them, and each device holds the
-    whole state.
+    With several devices ("gpu:0,gpu:1"), or several processes with a device each, batches are
+    divided among them, and each device holds the whole state.
     """
-    global _mesh
-    if device is None:
+    with mesh.on_mesh_of(device), contextlib.ExitStack() as stack:
+        if device is not None:
+            stack.enter_context(jax.default_device(mesh.local_devices(device)[0]))
         yield
-        return
-    found = _find_all(device)
-    before = _mesh
-    _mesh = _mesh_of(found)
-    try:
-        with jax.default_device(found[0]):
-            yield
-    finally:
-        _mesh = before
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
@@ -168,14 +111,13 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     """
     if device is None:
         return
-    found = _find_all(device)
-    if (mesh := _mesh_of(found)) is not None:
-        layout = _whole_on(mesh)
+    if (local := mesh.local_mesh_of(device)) is not None:
+        layout = mesh.whole_on(local)
         for variable in variables:
             if variable.value.sharding != layout:
                 variable.assign(jax.device_put(variable.value, layout))
         return
-    target = found[0]
+    target = mesh.local_devices(device)[0]
     with jax.default_device(target):
         for variable in variables:
             if variable.value.devices() != {target}:
@@ -214,14 +156,14 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
 
 def device_info(device: str | None = None) -> str:
     """A readable name of the device or devices in use."""
-    found = [jax.devices()[0]] if device is None else _find_all(device)
+    found = mesh.local_devices(device)
     names = ", ".join(f"{x.platform}:{x.id}" for x in found)
     return f"{names} ({found[0].device_kind})"
 
 
 def memory_stats() -> dict[str, int]:
     """Bytes in use and at the peak on the default device; empty if it has no counters."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     keys = {"bytes_in_use": "in_use", "peak_bytes_in_use": "peak"}
     return {new: int(stats[old]) for old, new in keys.items() if old in stats}
 

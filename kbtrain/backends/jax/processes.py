@@ -1,34 +1,196 @@
-"""JAX: several processes that train together."""
+"""JAX: several processes that train together, joined by ``jax.distributed``."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import keras
+import numpy as np
+from jax.experimental import multihost_utils
 
 from kbtrain.backends.rows import LocalRows, whole
+from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
+
+logger = logging.getLogger("kbtrain")
+
+HEARTBEAT_SECONDS = 20
+"""JAX ends all processes this long after the last sign of life of one of them."""
+
+UNREACHABLE_SECONDS = 10
+"""How long to try a host that has no address or no route. One that refuses may just be starting."""
+
+REMINDER_SECONDS = 10
+"""Time between two messages that a process is still waiting for others."""
 
 
 def joined_processes() -> tuple[int, int] | None:
     """``(rank, size)`` if the framework's processes have been joined by another program."""
-    return None
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    return jax.process_index(), jax.process_count()
 
 
 def start_processes(group: ProcessGroup, timeout: float) -> None:
-    """Join the processes of ``group``."""
-    raise NotImplementedError
+    """Join the processes of ``group`` by ``jax.distributed.initialize``.
+
+    Args:
+        group: The processes.
+        timeout: Seconds to wait until all have joined, and for each other at the end.
+
+    Raises:
+        ConfigurationError: JAX has been used already.
+        DistributedError: The port is taken, or not all processes joined in time.
+    """
+    where = f"{group.address}:{group.port}"
+    deadline = time.monotonic() + timeout
+    if group.rank == 0:
+        _check_port(group)
+    else:
+        _reach(group, deadline)
+    # The pre-emption service takes SIGTERM for itself, which stops a run after a saved step.
+    jax.config.update("jax_enable_preemption_service", False)
+    if jax.config.jax_cpu_collectives_implementation is None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    local = _is_local(group.address)
+    # JAX ends the process when its own time is over; here an error says what happened.
+    settings: dict[str, Any] = {
+        "coordinator_address": where,
+        "num_processes": group.size,
+        "process_id": group.rank,
+        "local_device_ids": _own_device(group),
+        "cluster_detection_method": "deactivate",
+        "initialization_timeout": int(timeout) + 60,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": max(1, int(timeout)),
+        "coordinator_bind_address": where if local and group.rank == 0 else None,
+    }
+    errors: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(**settings)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=join, name="kbtrain-join", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DistributedError(
+                f"Process {group.rank} of {group.size} waited {timeout:.0f} s at {where} and not "
+                "all others have joined. One of them may have failed before, or not have been "
+                "started: see the output of each, and check that all got the same address, port "
+                "and number of processes."
+            )
+        thread.join(min(left, REMINDER_SECONDS))
+        if thread.is_alive():
+            logger.warning(
+                "Process %d of %d is waiting at %s for the others to join.",
+                group.rank, group.size, where,
+            )  # fmt: skip
+    if errors:
+        _explain(errors[0], where)
+
+
+def _explain(error: BaseException, where: str) -> None:
+    """Raise the error of ``jax.distributed.initialize`` in words."""
+    if isinstance(error, RuntimeError) and "must be called before" in str(error):
+        raise ConfigurationError(
+            "JAX has been used before the processes were joined, and then they cannot be. Import "
+            "kbtrain (which joins them) before the first tensor, model or call of jax.devices()."
+        ) from None
+    raise DistributedError(
+        f"JAX could not join the processes at {where}: {first_lines(error)}."
+    ) from error
+
+
+def _check_port(group: ProcessGroup) -> None:
+    """Check that this process can listen: JAX's server may share a port with another one.
+
+    Raises:
+        DistributedError: It cannot.
+    """
+    local = _is_local(group.address)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((group.address if local else "", group.port))
+            probe.listen(1)
+        except OSError as error:
+            raise DistributedError(
+                f"Process 0 cannot listen on port {group.port} of {group.address}: "
+                f"{error.strerror or error}. Another program has it, such as a run that has not "
+                f"ended. Give {group.launcher} another port."
+            ) from None
+
+
+def _reach(group: ProcessGroup, deadline: float) -> None:
+    """Wait until process 0 listens.
+
+    Raises:
+        DistributedError: Its host cannot be reached, or it did not listen in time.
+    """
+    start = reminded = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((group.address, group.port), timeout=2):
+                return
+        except OSError as error:
+            refused, reason = isinstance(error, ConnectionRefusedError), error.strerror or error
+        now = time.monotonic()
+        if now > (deadline if refused else min(deadline, start + UNREACHABLE_SECONDS)):
+            raise DistributedError(
+                f"Process {group.rank} cannot reach process 0 at {group.address}:{group.port} "
+                f"after {now - start:.0f} s: {reason}. Check that process 0 was started with this "
+                "address and port, and that no firewall is between the hosts."
+            )
+        if now - reminded > REMINDER_SECONDS:
+            reminded = now
+            logger.warning(
+                "Process %d is waiting for process 0 at %s:%d: %s.",
+                group.rank, group.address, group.port, reason,
+            )  # fmt: skip
+        time.sleep(0.1)
+
+
+def _is_local(address: str) -> bool:
+    return address == "localhost" or address.startswith("127.")
+
+
+def _own_device(group: ProcessGroup) -> int | None:
+    """The GPU of this process where a machine has several processes; None for all of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    already_one = visible is not None and len(visible.split(",")) == 1
+    return group.local_rank if group.local_size > 1 and not already_one else None
 
 
 def stop_processes() -> None:
     """Leave the processes; do nothing if none were joined."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def exchange(data: bytes) -> list[bytes]:
     """The ``data`` of every process, in order of rank."""
-    return [data]
+    if jax.process_count() == 1:
+        return [data]
+    gather = multihost_utils.process_allgather
+    lengths = gather(np.array([len(data)], np.int32)).ravel().tolist()
+    # Lengths that are powers of two: the collective is compiled once for each.
+    padded = np.zeros(1 << max(lengths).bit_length(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(gather(padded))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def shards() -> int:
