@@ -109,6 +109,8 @@ def __getattr__(name: str) -> Any:
             # `from kbtrain import name` would replace the message of an AttributeError.
             raise ImportError(f"kbtrain has no {name!r}. {reason}")
         raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
+    # Under a launcher: JAX and TensorFlow must join the other processes before the first tensor.
+    importlib.import_module("kbtrain.distributed").initialize()
     value = getattr(importlib.import_module(f"kbtrain.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value

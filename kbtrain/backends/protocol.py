@@ -243,6 +243,9 @@ class Backend(Protocol):
         The shapes are the same on all shards. Not differentiable.
         """
 
+    def copy_from_first(self, variables: Sequence[keras.Variable]) -> None:
+        """Give variables the values that they have in process 0; all processes call it alike."""
+
     def local_rows(self, batch: Any) -> contextlib.AbstractContextManager[LocalRows]:
         """Context in which a step runs on its rows of a batch from ``to_device``.
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
+from keras import ops
 
 from kbtrain.data.tree import map_structure
 
@@ -26,12 +28,14 @@ class LocalRows(NamedTuple):
         start: Index of the first of these rows.
         stop: Index after the last of them. If it equals ``start``, there is none for this process:
             ``batch`` then has a row of another one, which must not count.
+        rows: The number of rows in ``batch``.
     """
 
     batch: Any
     total: int
     start: int
     stop: int
+    rows: int
 
     @property
     def size(self) -> int:
@@ -101,9 +105,39 @@ def taken(batch: Any, index: int, parts: int) -> LocalRows | None:
     if not isinstance(batch, Mapping) or _ROWS not in batch:
         return None
     total = batch[_ROWS].shape[-2]
-    return LocalRows(batch[_BATCH], total, *span(total, index, parts))
+    start, stop = span(total, index, parts)
+    return LocalRows(batch[_BATCH], total, start, stop, max(stop - start, 1))
 
 
 def whole(batch: Any, rows: int) -> LocalRows:
     """A batch that this process computes alone."""
-    return LocalRows(batch, rows, 0, rows)
+    return LocalRows(batch, rows, 0, rows, rows)
+
+
+def gather_rows(shards: int, all_gather: Any, tree: Any, rows: LocalRows) -> Any:
+    """The rows of all processes, in order, of tensors with this process's rows along axis 0.
+
+    Args:
+        shards: The number of processes.
+        all_gather: See ``Backend.all_gather``.
+        tree: A structure of tensors. What has another first axis, or is no tensor, stays as it is.
+        rows: The rows of this process.
+    """
+    leaves = keras.tree.flatten(tree)
+    found = [i for i, leaf in enumerate(leaves) if has_rows(leaf, rows)]
+    longest = -(-rows.total // shards)
+
+    def padded(x: Any) -> Any:
+        missing = longest - rows.rows
+        return ops.pad(x, [(0, missing)] + [(0, 0)] * (len(x.shape) - 1)) if missing else x
+
+    gathered = all_gather([padded(leaves[i]) for i in found])
+    sizes = [stop - start for start, stop in (span(rows.total, i, shards) for i in range(shards))]
+    for i, parts in zip(found, gathered, strict=True):
+        leaves[i] = ops.concatenate([parts[j, :size] for j, size in enumerate(sizes) if size])
+    return keras.tree.pack_sequence_as(tree, leaves)
+
+
+def has_rows(leaf: Any, rows: LocalRows) -> bool:
+    """Whether a leaf is a tensor with this process's rows along axis 0."""
+    return ops.is_tensor(leaf) and len(leaf.shape) > 0 and leaf.shape[0] == rows.rows

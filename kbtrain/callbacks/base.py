@@ -74,6 +74,9 @@ class TrainerCallback:
         every_step: Whether the callback needs the events of every update, or of every batch of an
             evaluation. If False, many updates may run in one call to the device, and the callback
             gets only the events of the last one.
+        decides_alike: Whether what the callback requests (to stop, to save) follows from what it
+            gets from the Trainer, so that with several processes it is the same on all of them. If
+            False, the processes ask each other after its events.
 
     Example:
         >>> class StopAtThree(TrainerCallback):
@@ -82,6 +85,7 @@ class TrainerCallback:
     """
 
     every_step: bool = True
+    decides_alike: bool = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,6 +185,8 @@ class EarlyStoppingCallback(TrainerCallback):
         ConfigurationError: The patience is below 1 or the threshold is negative; at the start of
             training: ``metric_for_best_model`` or the evaluation strategy is missing.
     """
+
+    decides_alike = True
 
     def __init__(
         self,

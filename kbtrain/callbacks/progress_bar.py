@@ -21,6 +21,8 @@ logger = logging.getLogger("kbtrain")
 class PrinterCallback(TrainerCallback):
     """Prints every log as a line to stderr."""
 
+    decides_alike = True
+
     @best_effort
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,6 +65,7 @@ class ProgressCallback(TrainerCallback):
     """
 
     every_step = False
+    decides_alike = True
 
     def __init__(self, disable: bool | None = None) -> None:
         self._disable = not _can_draw() if disable is None else disable

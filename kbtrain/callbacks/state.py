@@ -17,6 +17,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.tracing.position import Position
 from kbtrain.utils.json_types import matches_type
 from kbtrain.utils.output_files import save_json
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -130,8 +131,8 @@ class TrainerState:
     best_global_step: int | None = None
     best_model_checkpoint: str | None = None
     best_saved_metric: float | None = None
-    is_local_process_zero: bool = True
-    is_world_process_zero: bool = True
+    is_local_process_zero: bool = field(default_factory=lambda: current().local_rank == 0)
+    is_world_process_zero: bool = field(default_factory=lambda: current().rank == 0)
     is_hyper_param_search: bool = False
     trial_name: str | None = None
     trial_params: dict[str, Any] | None = None

@@ -156,7 +156,6 @@ DROPPED: dict[str, str] = {
     "push_to_hub_token": _HUB,
     "ray_scope": "It belongs to hyperparameter search with Ray. Remove it.",
     "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Remove it.",
-    "split_batches": _ACCELERATE + "per_device_train_batch_size is always per device.",
     "tpu_metrics_debug": "It belongs to PyTorch/XLA. Remove it.",
     "tpu_num_cores": "The backend finds its devices. Remove it.",
     "use_ipex": "It belongs to an extension of PyTorch. Remove it.",

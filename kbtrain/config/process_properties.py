@@ -1,4 +1,4 @@
-"""The properties of ``TrainingArguments`` about processes: there is one process."""
+"""The properties of ``TrainingArguments`` about the processes that train together."""
 
 from __future__ import annotations
 
@@ -7,48 +7,56 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
+from kbtrain.utils.processes import current
+
 
 class ProcessProperties:
-    """The properties that Transformers has for distributed runs, for one process on one device."""
+    """The properties that Transformers has for distributed runs."""
 
     log_level: Literal["passive", "debug", "info", "warning", "error", "critical"]
+    log_level_replica: Literal["passive", "debug", "info", "warning", "error", "critical"]
+    log_on_each_node: bool
+    save_on_each_node: bool
 
     @property
     def world_size(self) -> int:
         """Number of processes that train together."""
-        return 1
+        return current().size
 
     @property
     def process_index(self) -> int:
         """Index of this process among all."""
-        return 0
+        return current().rank
 
     @property
     def local_process_index(self) -> int:
         """Index of this process among those on its machine."""
-        return 0
+        return current().local_rank
 
     @property
     def should_log(self) -> bool:
-        """Whether this process logs."""
-        return self.process_index == 0
+        """Whether this process logs: the first one, or the first one of each machine."""
+        return (self.local_process_index if self.log_on_each_node else self.process_index) == 0
 
     @property
     def should_save(self) -> bool:
-        """Whether this process writes checkpoints."""
-        return self.process_index == 0
+        """Whether this process writes files: the first one, or the first one of each machine."""
+        return (self.local_process_index if self.save_on_each_node else self.process_index) == 0
 
     def get_process_log_level(self) -> int:
         """The log level of this process, as a number of ``logging``.
+
+        It is that of ``log_level`` for a process that logs, else that of ``log_level_replica``.
 
         Example:
             >>> from kbtrain import TrainingArguments
             >>> TrainingArguments(log_level="info").get_process_log_level()
             20
         """
-        if self.log_level == "passive":
+        level = self.log_level if self.should_log else self.log_level_replica
+        if level == "passive":
             return logging.getLogger("kbtrain").getEffectiveLevel()
-        return logging.getLevelNamesMapping()[self.log_level.upper()]
+        return logging.getLevelNamesMapping()[level.upper()]
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:

@@ -72,12 +72,29 @@ class TrainingArguments(ProcessProperties, Serializable, Fields):
     @property
     def train_batch_size(self) -> int:
         """Training examples per micro-batch on all devices of this process."""
-        return self.per_device_train_batch_size * self.device_count
+        return self._of_this_process(self.total_train_batch_size)
 
     @property
     def eval_batch_size(self) -> int:
         """Evaluation examples per batch on all devices of this process."""
-        return self.per_device_eval_batch_size * self.device_count
+        return self._of_this_process(self.total_eval_batch_size)
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Training examples per micro-batch on all devices of all processes."""
+        return self._total(self.per_device_train_batch_size)
+
+    @property
+    def total_eval_batch_size(self) -> int:
+        """Evaluation examples per batch on all devices of all processes."""
+        return self._total(self.per_device_eval_batch_size)
+
+    def _total(self, size: int) -> int:
+        return size if self.split_batches else size * self.device_count * self.world_size
+
+    def _of_this_process(self, total: int) -> int:
+        rank, size = self.process_index, self.world_size
+        return total * (rank + 1) // size - total * rank // size
 
     @property
     def device_count(self) -> int:

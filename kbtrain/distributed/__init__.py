@@ -1,1 +1,65 @@
-"""Placement of a run: devices and their precision."""
+"""Several processes that train together: start, agreement, failure, placement.
+
+``initialize`` joins the processes that a launcher started. ``from kbtrain import Trainer`` calls
+it, as JAX and TensorFlow must know all processes before the first tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kbtrain.utils import processes
+from kbtrain.utils.processes import ProcessGroup
+
+TIMEOUT = 1800.0
+"""Seconds that a collective operation may take, as in Transformers."""
+
+_JOINED = "KBTRAIN_JOINED_PID"
+
+
+def initialize() -> ProcessGroup:
+    """Join the processes that a launcher started, once. A program may be alone: a group of one.
+
+    Returns:
+        The processes, and the place of this one among them.
+
+    Raises:
+        ConfigurationError: The launcher's variables contradict each other, or tensors exist already
+            and the backend does not allow that.
+        DistributedError: A process cannot be reached, or the port is taken.
+    """
+    if processes.current() is not processes.ALONE or _is_child():
+        return processes.current()
+    from kbtrain.distributed.environment import detect
+
+    group = detect(os.environ)
+    if group is None and "keras" not in sys.modules:
+        return processes.ALONE
+    from kbtrain import backends
+
+    backend = backends.load()
+    joined = backend.joined_processes()
+    if joined is not None:
+        group = _joined(*joined, group)
+    elif group is not None:
+        backend.start_processes(group, TIMEOUT)
+    if group is None:
+        return processes.ALONE
+    processes.set_current(group)
+    os.environ[_JOINED] = str(os.getpid())
+    return group
+
+
+def _is_child() -> bool:
+    """Whether this is a worker of a process that has joined, which inherited its environment."""
+    return os.environ.get(_JOINED, str(os.getpid())) != str(os.getpid())
+
+
+def _joined(rank: int, size: int, found: ProcessGroup | None) -> ProcessGroup:
+    """The group that another program has joined; the variables of a launcher may say more."""
+    if found is not None and (found.rank, found.size) == (rank, size):
+        return found
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return ProcessGroup(rank, size, local, local_size, launcher="this program")

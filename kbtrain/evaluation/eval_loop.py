@@ -23,6 +23,7 @@ from kbtrain.data import (
     with_none,
     without_none,
 )
+from kbtrain.distributed import host
 from kbtrain.evaluation.compiled_steps import CompiledEvalStep
 from kbtrain.evaluation.gather import (
     BatchwiseMetrics,
@@ -238,9 +239,8 @@ class Evaluation:
         self._batches += block.updates
         if measure:
             self._read(keep=0)
-            self._step.block_length.measured(
-                block.updates, block.capacity, time.perf_counter() - begin
-            )
+            seconds = max(host.gather(self._backend, time.perf_counter() - begin))
+            self._step.block_length.measured(block.updates, block.capacity, seconds)
 
     def _generated(self, x: Any, batch: int) -> Any:
         """Generate outputs for the single batch in ``x``."""

@@ -11,6 +11,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
 from kbtrain.model.forward import Forward
 from kbtrain.model.metrics import MetricSet
+from kbtrain.training.over_shards import OverShards
 
 
 def make_eval_step(
@@ -36,15 +37,24 @@ def make_eval_step(
         ``step(batch) -> {"loss", "outputs"}``, tensors on the device; the loss is a ``LossPair``
         or ``LossTerms``. Without labels there are only the outputs.
     """
+    shards = OverShards(backend, metrics, ())
 
     def eval_step(batch: Any) -> dict[str, Any]:
-        with backend.dropping() as scope:
-            loss, outputs, metric_inputs = forward(batch, None, training=False)
-            kept = None if select_outputs is None else select_outputs(outputs, batch)
+        metrics_before = shards.begin_metrics()
+        with backend.dropping() as scope, backend.local_rows(batch) as rows:
+            loss, outputs, metric_inputs = forward(rows.batch, None, training=False)
+            kept = None if select_outputs is None else select_outputs(outputs, rows.batch)
+            kept = shards.gathered(kept, rows)
+            if loss is not None:
+                loss, metric_inputs = shards.forwarded(loss, metric_inputs, rows)
         # Includes metrics that a layer updates.
         carry_over(scope, [*advancing, *([] if metrics is None else metrics.variables)])
         if metrics is not None and metric_inputs is not None:
             metrics.update(*metric_inputs)
+        if loss is not None:
+            loss, _, states = shards.sum_all(loss, [], metrics_before)
+            for variable, value in states:
+                variable.assign(value)
         result: dict[str, Any] = {}
         if loss is not None:
             result["loss"] = loss

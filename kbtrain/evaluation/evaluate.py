@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint import run_state
 from kbtrain.data import Batches, Loader, as_loader, unpack
-from kbtrain.distributed import placement
+from kbtrain.distributed import host, placement
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation.compiled_steps import EvalSteps
 from kbtrain.evaluation.eval_loop import EvalSpec, Evaluation
@@ -107,7 +107,9 @@ def evaluate(
             steps.get(with_loss, spec.gather_from_model, policy, ignore_keys or ()),
             spec,
             on_batches=lambda count: _between_batches(trainer, count),
-            every_batch=trainer.callback_handler.need_every_batch(),
+            every_batch=host.any_of(
+                backend, {"batch": trainer.callback_handler.need_every_batch()}
+            )["batch"],
             label_check=bound.label_check if with_loss else None,
             pin=args.dataloader_pin_memory,
         )

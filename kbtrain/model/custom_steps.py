@@ -94,6 +94,8 @@ class ModelMetrics:
         """Reset them with ``model.reset_metrics``."""
         self._model.reset_metrics()
 
+    adds_up = False
+
     @property
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""

@@ -47,6 +47,10 @@ class MetricSet(Protocol):
     def variables(self) -> list[keras.Variable]:
         """The state, on the device."""
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the state of a batch is the sum of the states of its parts."""
+
 
 class CompiledMetrics:
     """The metrics a model was compiled with, and those owned by it and its layers.
@@ -182,6 +186,12 @@ class CompiledMetrics:
         self._reset_values = [_values(metric) for metric in self._kept()]
 
     @property
+    def adds_up(self) -> bool:
+        """Whether all metrics are Keras' own, which add up sums and counts of samples."""
+        metrics = [*(m for each in self._sets() for m in each.metrics), *self._kept()]
+        return not self._returned and all(map(_adds_up, metrics))
+
+    @property
     def variables(self) -> list[keras.Variable]:
         """State of all metrics."""
         kept = [v for metric in [*self._sets(), *self._kept()] for v in metric.variables]
@@ -308,6 +318,14 @@ def _update_of(metric: keras.metrics.Metric, masks: Mapping[int, Any]) -> Callab
             ) from None
 
     return update_state
+
+
+def _adds_up(metric: keras.metrics.Metric) -> bool:
+    """Whether Keras adds up a metric over samples; a user's function may be a mean of a batch."""
+    parts = [type(metric).update_state, getattr(metric, "_fn", None)]
+    return all(
+        f is None or (getattr(f, "__module__", "") or "").startswith("keras.") for f in parts
+    )
 
 
 def _is_mean_of_function(metric: keras.metrics.Metric) -> bool:

@@ -35,6 +35,8 @@ class Tracker(TrainerCallback):
             after each log, for trackers whose data would not be safe otherwise.
     """
 
+    decides_alike = True
+
     stays_open: bool = True
 
     def __init__(self) -> None:

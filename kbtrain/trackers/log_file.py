@@ -37,6 +37,8 @@ class LogFile(TrainerCallback):
         unit: Its records, in the plural, for the warning: "lines", "rows".
     """
 
+    decides_alike = True
+
     file_name: str
     unit: str
 

@@ -17,7 +17,7 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter
-from kbtrain.distributed import placement
+from kbtrain.distributed import initialize, placement
 from kbtrain.errors import concise
 from kbtrain.evaluation import evaluate as evaluation
 from kbtrain.evaluation.compiled_steps import EvalSteps
@@ -39,6 +39,7 @@ from kbtrain.training import actions
 from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput, fit
+from kbtrain.training.resuming import resolve_together
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
@@ -117,6 +118,7 @@ class Trainer(KnownNames, TrainerBase):
     ) -> None:
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
+        initialize()
         self.train_dataset, self.eval_dataset = argument_checks.datasets(
             train_dataset, eval_dataset, validation_split, self.backend.TAKES_STRINGS
         )
@@ -130,7 +132,7 @@ class Trainer(KnownNames, TrainerBase):
         argument_checks.check(self, model, loss, callbacks, optimizers)
         check_loss_weights(loss_weights, loss, compute_loss_func)
         rng.set_seed(self.args.seed)
-        set_log_level(self.args.log_level)
+        set_log_level(self.args.log_level if self.args.should_log else self.args.log_level_replica)
         self._tracked: dict[str, Any] = {}
         self.given_loss, self.given_metrics = resolve_loss(loss), (metrics, weighted_metrics)
         self.given_loss_weights = loss_weights
@@ -141,7 +143,7 @@ class Trainer(KnownNames, TrainerBase):
         self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
-        self.saver = AsyncCheckpointer(self.store)
+        self.saver = AsyncCheckpointer(self.store, writes=self.args.should_save)
         self.stop_signals = StopSignals(False, None)
         self.state = TrainerState()
         self.control = TrainerControl()
@@ -150,7 +152,7 @@ class Trainer(KnownNames, TrainerBase):
                 *make_trackers(tuple(self.args.report_to)),
                 *time_triggers.callbacks(self.args),
                 *(callbacks or []),
-                *display(self.args),
+                *(display(self.args) if self.args.should_log else []),
             ],
             self._callback_context,
         )
@@ -221,14 +223,14 @@ class Trainer(KnownNames, TrainerBase):
         signals = self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
         try:
             with signals, self.saver.running(saves, args.on_save_error):
-                checkpoint = self.store.resolve(resume)
-                if checkpoint is None and saves:
+                checkpoint = resolve_together(self.store, self.backend, resume)
+                if checkpoint is None and saves and args.should_save:
                     actions.warn_of_former_run(self)
                 with placement.settings(self.backend, args, self.model):
                     train = find_and_fit if args.auto_find_batch_size else fit
                     output = train(self, checkpoint)
-            newest = actions.last_checkpoint(self) if signals.received else None
-            signals.raise_received(self.state.global_step, newest)
+            newest = actions.last_checkpoint(self) if self.interruption else None
+            signals.raise_received(self.state.global_step, newest, self.interruption)
             return output
         finally:
             self.is_in_train, self.current_run = False, None

@@ -16,6 +16,7 @@ from kbtrain.optimization import metric_driven
 from kbtrain.training import best_model
 from kbtrain.training.stop_signals import EvaluationAbandoned
 from kbtrain.utils import rng
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
@@ -58,7 +59,7 @@ def evaluate_at_start(trainer: TrainerBase) -> bool:
     """
     metrics = _evaluate_or_stop(trainer)
     if metrics is None:
-        trainer.interruption = trainer.stop_signals.reason(trainer.saver.longest)
+        trainer.interruption = trainer.agreement.stop_reason(now=True)
         logger.warning("%s: stopping before the first step.", trainer.interruption)
         return False
     best_model.note(trainer, metrics)
@@ -75,8 +76,11 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
         The results; None if the evaluation was abandoned. The log, the states of callbacks and the
         random states are then restored.
     """
-    if trainer.stop_signals.reason(trainer.saver.longest) is not None:
+    if trainer.agreement.stop_reason(now=True) is not None:
         return None
+    if current().size > 1:  # one process cannot leave an evaluation of all
+        keys = trainer.ignore_keys_for_eval
+        return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
     logged, handler = list(trainer.state.log_history), trainer.callback_handler
     states = copy.deepcopy(handler.state())
     random_state = rng.capture_random_state(trainer.backend)
@@ -99,10 +103,10 @@ def check_stop_requests(trainer: TrainerBase) -> bool:
         Whether the run must stop here, before its end.
     """
     trainer.saver.poll()
-    reason = trainer.stop_signals.reason(trainer.saver.longest)
+    reason = trainer.agreement.stop_reason()
     if reason is None or trainer.control.should_training_stop:
         return False
-    _stop(trainer, saving=trainer.args.save_strategy != "no")
+    _stop(trainer, reason, saving=trainer.args.save_strategy != "no")
     return True
 
 
@@ -118,7 +122,8 @@ def leave_unfinished(trainer: TrainerBase, run: Run, after: str) -> None:
     logger.warning(
         "The evaluation of step %d is postponed to the resumed run.", trainer.state.global_step
     )
-    _stop(trainer, saving=trainer.args.save_strategy != "no")
+    reason = trainer.agreement.stop_reason(now=True)
+    _stop(trainer, reason, saving=trainer.args.save_strategy != "no")
 
 
 def position(state: TrainerState) -> str:
@@ -128,10 +133,10 @@ def position(state: TrainerState) -> str:
     )
 
 
-def _stop(trainer: TrainerBase, saving: bool) -> None:
+def _stop(trainer: TrainerBase, reason: str | None, saving: bool) -> None:
     """Make the loop save, if enabled, and end."""
     if trainer.interruption is None:
-        trainer.interruption = trainer.stop_signals.reason(trainer.saver.longest)
+        trainer.interruption = reason
         logger.warning(
             "%s: %s at step %s, then stopping.",
             trainer.interruption,

@@ -84,7 +84,7 @@ def _go_on_with(trainer: TrainerBase, saved: dict[str, Any]) -> None:
 
 def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
     args, loader = trainer.args, trainer.train_dataloader
-    if loader is None or loader.batch_size != args.train_batch_size:
+    if loader is None or loader.batch_size != args.total_train_batch_size:
         raise ConfigurationError(
             "auto_find_batch_size=True cannot make these batches smaller: they come from the data "
             f"({getattr(loader, 'name', 'train_dataset')}) as they are. Make them smaller there, "
@@ -98,7 +98,7 @@ def _choose_smaller(trainer: TrainerBase, error: OutOfMemoryError) -> None:
         "auto_find_batch_size: %d samples at a time do not fit into memory. Starting again with "
         "per_device_train_batch_size=%d, gradient_accumulation_steps=%d: the same %d samples in "
         "an update.",
-        args.train_batch_size,
+        args.total_train_batch_size,
         size,
         accumulation,
         size * accumulation * args.device_count,

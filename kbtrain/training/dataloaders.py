@@ -70,12 +70,15 @@ def make_loader(
     }
     if not train:
         loader = DataLoader(
-            source, args.eval_batch_size, drop_last=args.dataloader_drop_last, **shared
+            source,
+            args.total_eval_batch_size,
+            drop_last=args.dataloader_drop_last,
+            **shared,
         )
     else:
         loader = DataLoader(
             source,
-            args.train_batch_size,
+            args.total_train_batch_size,
             strategy=args.train_sampling_strategy,
             seed=args.seed if args.data_seed is None else args.data_seed,
             drop_last=args.dataloader_drop_last,

@@ -22,10 +22,12 @@ from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
 from kbtrain.model.trainable_flags import TrainableFlags
+from kbtrain.model.variables import unique
 from kbtrain.model.wrappers import gradient_checkpointing, neftune
 from kbtrain.model.wrappers.debug_overflow import Diagnosis
 from kbtrain.optimization import changing_variables, evaluation_weights, metric_driven
 from kbtrain.training import actions, best_model, custom_step_arguments
+from kbtrain.training.agreement import Agreement
 from kbtrain.training.build_step import live_train_step, trained_variables
 from kbtrain.training.dataloaders import in_epochs, warn_of_inexact_resume
 from kbtrain.training.loop import train_loop
@@ -34,6 +36,7 @@ from kbtrain.training.run import Run
 from kbtrain.utils import rng
 from kbtrain.utils.filesystem import parse_checkpoint_name
 from kbtrain.utils.memory import measured
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
@@ -149,6 +152,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         custom_steps.build_by_step(trainer.backend, bound.model, first)
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
+    trainer.agreement = Agreement(trainer)
     optimizer = build_optimizer(trainer, plan.max_steps)
     if (
         not bound.overridden.train_step
@@ -161,6 +165,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     if checkpoint is not None:
         progress = _restore(trainer, checkpoint, optimizer, loader.num_examples)
         progress.move_to(loader.batch_size)
+    start_alike(trainer, optimizer)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
     step = live_train_step(trainer, forward, halted, plan, progress)
@@ -193,8 +198,19 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         count_tokens=_token_counter(trainer),
         # As in Keras: a custom step may count its calls in Python.
         block_length=BlockLength.of(1 if bound.overridden.train_step else args.steps_per_execution),
+        slowest=trainer.agreement.slowest,
         pin=args.dataloader_pin_memory,
     )
+
+
+def start_alike(trainer: TrainerBase, optimizer: keras.optimizers.Optimizer) -> None:
+    """Start every process with the values of process 0: each has initialised its own model."""
+    if current().size == 1:
+        return
+    variables = [*run_state.model_variables(trainer.model), *trainer.bound.metric_variables]
+    for each in (optimizer, *trainer.other_optimizers.values()):
+        variables += each.variables
+    trainer.backend.copy_from_first(unique([*variables, rng.global_seed_variable()]))
 
 
 def _token_counter(trainer: TrainerBase) -> Callable[[Block], int] | None:
@@ -256,7 +272,7 @@ def _restore_schedule(trainer: TrainerBase, checkpoint: Checkpoint) -> None:
 
 
 def _updates_until_action(trainer: TrainerBase) -> int:
-    if trainer.callback_handler.need_every_step():
+    if trainer.agreement.every_step:
         return 1
     return steps_until_due(trainer.args, trainer.state)
 

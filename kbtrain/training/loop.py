@@ -67,6 +67,7 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
                 trainer.fire("on_optimizer_step")
                 decide_after_step(args, state, trainer.control)
                 trainer.fire("on_step_end")
+                trainer.agreement.control("step")
                 actions.check_stop_requests(trainer)
                 log_evaluate_save(trainer, run, "step")
                 if trainer.interruption:
@@ -85,6 +86,7 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
             state.max_steps = state.global_step
         decide_after_epoch(args, state, trainer.control, ends)
         trainer.fire("on_epoch_end")
+        trainer.agreement.control("epoch")
         log_evaluate_save(trainer, run, "epoch")
         if trainer.control.should_training_stop:
             break
@@ -123,6 +125,7 @@ def log_evaluate_save(trainer: TrainerBase, run: Run, after: str) -> None:
     An evaluation interrupted by a signal is left to the resumed run.
     """
     control = trainer.control
+    acts = control.should_log or control.should_evaluate or control.should_save
     if control.should_log:
         control.should_log = False
         actions.log_window(trainer, run)
@@ -138,3 +141,5 @@ def log_evaluate_save(trainer: TrainerBase, run: Run, after: str) -> None:
         run.read()
         with run.times.of("other"):
             actions.save(trainer, run)
+    if acts:
+        trainer.agreement.control("action")

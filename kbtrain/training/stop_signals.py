@@ -134,19 +134,23 @@ class StopSignals:
         if self._may_abandon and self.reason(saving) is not None:
             raise EvaluationAbandoned
 
-    def raise_received(self, step: int, checkpoint: Path | None) -> None:
+    def raise_received(self, step: int, checkpoint: Path | None, reason: str | None) -> None:
         """Raise an exception that ends the program after a signal, so that the script stops too.
 
         Args:
             step: The current step.
             checkpoint: The newest checkpoint.
+            reason: Why the run stopped: the name of a signal, which another process may have got.
 
         Raises:
             TrainingInterrupted: After SIGTERM and SIGUSR1; exit codes 143 and 138.
             KeyboardInterrupt: After SIGINT; exit code 130 (as a shell reports it).
         """
-        if self.received is None:
+        received = self.received
+        if received is None and reason is not None and reason.startswith("SIG"):
+            received = signal.Signals[reason]
+        if received is None:
             return
-        if self.received == signal.SIGINT:
+        if received == signal.SIGINT:
             raise KeyboardInterrupt(f"Stopped at step {step}; newest checkpoint: {checkpoint}.")
-        raise TrainingInterrupted(self.received, step, checkpoint)
+        raise TrainingInterrupted(received, step, checkpoint)

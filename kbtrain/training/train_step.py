@@ -1,7 +1,9 @@
 """The train step, written once for all backends in terms of Keras variables.
 
-``loss -> gradients -> accumulate -> clip -> finite check -> optimizer -> metrics``. Nothing here
-waits for the device: results are returned as tensors and fetched when they are logged.
+``loss -> gradients -> accumulate -> sum over processes -> clip -> finite check -> optimizer ->
+metrics``. Nothing here waits for the device: results are returned as tensors and fetched when they
+are logged. With several processes each computes its rows of a batch; everything after the sum is
+the same on all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from kbtrain.model.forward import Forward
 from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, means_of, value_of
 from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
 from kbtrain.model.metrics import MetricSet
+from kbtrain.training.over_shards import OverShards
 from kbtrain.utils.float64 import float_dtype
 
 
@@ -75,15 +78,23 @@ def make_train_step(
     of_mean = scales_itself or any(replaced)
     state = [*trainable, *optimizer.variables]
     trained = {id(v) for v in trainable}
+    shards = OverShards(backend, metrics, trainable)
 
     def differentiate(
         batch: Any, num_items: Any, counts: Mapping[str, Any] | None = None
     ) -> tuple[LossPair | LossTerms, Any, list[Any], list[Any]]:
+        has_rows = True
+
         def objective(batch: Any) -> tuple[Any, Any]:
-            loss, _, metric_inputs = forward(batch, num_items, training=True)
-            assert loss is not None
+            nonlocal has_rows
+            with backend.local_rows(batch) as rows:
+                loss, _, metric_inputs = forward(rows.batch, num_items, training=True)
+                assert loss is not None
+                loss, metric_inputs = shards.forwarded(loss, metric_inputs, rows)
+                has_rows = rows.size > 0
             if isinstance(loss, LossTerms):
-                value = value_of(loss, counts_of(loss) if counts is None else counts)
+                own = shards.sum_each(counts_of(loss)) if counts is None else counts
+                value = value_of(loss, own)
             else:
                 value = loss.sum
                 if of_mean:
@@ -99,7 +110,7 @@ def make_train_step(
                 g if whole else _times(as_float(g), count)
                 for g, whole in zip(gradients, replaced, strict=True)
             ]
-        return result, metric_inputs, gradients, updates
+        return result, metric_inputs, gradients, shards.averaged(updates, has_rows)
 
     def is_running() -> Any:
         return ops.equal(halted, 0)
@@ -115,7 +126,9 @@ def make_train_step(
             batch, carry.get("num_items"), carry.get("counts")
         )
         total = result.sum if isinstance(result, LossPair) else value_of(result, counts_of(result))
-        usable = ops.logical_and(ops.isfinite(total), is_running())
+        # Over several processes all take one decision, at the end: the update is rolled back.
+        finite = ops.ones_like(total, "bool") if shards.several else ops.isfinite(total)
+        usable = ops.logical_and(finite, is_running())
         if on_nonfinite == "ignore":
             usable = ops.ones_like(usable)
         backend.commit_if(usable, updates)
@@ -141,9 +154,10 @@ def make_train_step(
 
     def count(carry: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         # The compiler removes whatever the counts do not depend on, usually the whole model.
-        with backend.dropping():
-            loss, _, _ = forward(batch, None, training=True)
-        assert loss is not None
+        with backend.dropping(), backend.local_rows(batch) as rows:
+            loss, _, _ = forward(rows.batch, None, training=True)
+            assert loss is not None
+            loss, _ = shards.forwarded(loss, None, rows)
         return carry, counts_of(loss)
 
     def run_chunks(
@@ -153,7 +167,8 @@ def make_train_step(
         if has_terms:
             _, counts = over_chunks(count, {}, chunks)
             if counts:
-                carry["counts"] = {name: ops.sum(each) for name, each in counts.items()}
+                sums = {name: ops.sum(each) for name, each in counts.items()}
+                carry["counts"] = shards.sum_each(sums)
         carry["gradients"] = [ops.zeros(v.shape, float_dtype(v.value)) for v in trainable]
         if num_items is not None:
             carry["num_items"] = num_items
@@ -170,11 +185,8 @@ def make_train_step(
     def train_step(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         num_items = None
         if count_items is not None:
-            num_items = sum(
-                count_items(batch, 1 if kind == "single" else 2)
-                for chunk in chunks
-                for kind, batch in chunk.items()
-            )
+            num_items = shards.sum(sum(shards.counted(count_items, chunk) for chunk in chunks))
+        metrics_before = shards.begin_metrics()
         metric_inputs: Any = None
         undo_if: Callable[[Any], None] | None = None
         updates: list[Any] = []
@@ -186,6 +198,12 @@ def make_train_step(
             (result, gradients), undo_if = backend.with_rollback(
                 lambda: run_chunks(chunks, num_items)
             )
+        if metrics_before is not None:
+            updates = shards.assign_metrics(updates)
+            if metrics is not None and metric_inputs is not None:
+                metrics.update(*metric_inputs)
+                metric_inputs = None
+        result, gradients, metric_states = shards.sum_all(result, gradients, metrics_before)
 
         proper = [g for g, whole in zip(gradients, replaced, strict=True) if not whole]
         norm = backend.global_norm(proper)
@@ -227,6 +245,7 @@ def make_train_step(
             if undo_if is not None:
                 undo_if(ops.logical_not(good))
         backend.commit_if(good, updates)
+        backend.commit_if(good, metric_states)
         if metric_inputs is not None:
             update_metrics(good, metric_inputs)
         if on_nonfinite == "raise":

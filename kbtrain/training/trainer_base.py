@@ -34,6 +34,7 @@ from kbtrain.optimization.factory import learning_rates
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
+from kbtrain.training.agreement import Agreement
 from kbtrain.training.dataloaders import evaluation_set, make_loader, padding_collator
 from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import StopSignals
@@ -52,6 +53,7 @@ class TrainerBase(ABC):
         store: The checkpoints of ``args.output_dir``.
         saver: Writes checkpoints.
         stop_signals: Requests to stop, from signals and ``max_time``.
+        agreement: What several processes decide together in the running ``fit``.
         interruption: The reason why the run ended early, or None.
         state: The progress of the run, as callbacks see it; saved in every checkpoint.
         control: Requests of callbacks to the loop.
@@ -80,6 +82,7 @@ class TrainerBase(ABC):
     store: CheckpointStore
     saver: AsyncCheckpointer
     stop_signals: StopSignals
+    agreement: Agreement
     interruption: str | None = None
     state: TrainerState
     control: TrainerControl
@@ -304,7 +307,7 @@ class TrainerBase(ABC):
             args: Arguments to use in place of the Trainer's.
         """
         args = self.args if args is None else args
-        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.total_train_batch_size * args.gradient_accumulation_steps
 
     def get_learning_rates(self) -> list[float]:
         """The distinct learning rates of the variables in the next update.

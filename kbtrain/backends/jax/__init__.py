@@ -47,6 +47,7 @@ from kbtrain.backends.jax.model_steps import (  # noqa: F401
 from kbtrain.backends.jax.processes import (  # noqa: F401
     all_gather,
     all_sum,
+    copy_from_first,
     exchange,
     joined_processes,
     local_rows,

@@ -52,6 +52,7 @@ from kbtrain.backends.tensorflow.optimizer import apply_optimizer, global_norm  
 from kbtrain.backends.tensorflow.processes import (  # noqa: F401
     all_gather,
     all_sum,
+    copy_from_first,
     exchange,
     joined_processes,
     local_rows,

@@ -46,6 +46,10 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
     return [keras.ops.expand_dims(tensor, 0) for tensor in tensors]
 
 
+def copy_from_first(variables: Sequence[keras.Variable]) -> None:
+    """Give variables the values that they have in process 0."""
+
+
 @contextlib.contextmanager
 def local_rows(batch: Any) -> Iterator[LocalRows]:
     """Context in which a step runs on its rows of a batch."""

@@ -45,6 +45,7 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
 from kbtrain.backends.torch.processes import (  # noqa: F401
     all_gather,
     all_sum,
+    copy_from_first,
     exchange,
     joined_processes,
     local_rows,

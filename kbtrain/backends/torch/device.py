@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import torch
 
+from kbtrain.backends.torch.processes import take_rows
+
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
     """Not available: data with ragged tensors is rejected earlier."""
@@ -21,7 +23,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     """Copy a structure of NumPy arrays to the device.
 
     Args:
-        tree: The arrays.
+        tree: The arrays; of batches with rows for several processes this one takes its own.
         pin: Whether to copy to a GPU from page-locked memory, so that the host does not wait.
     """
     device = _device()
@@ -34,7 +36,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
         tensor = torch.from_numpy(array)
         return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
-    return keras.tree.map_structure(to_tensor, tree)
+    return keras.tree.map_structure(to_tensor, take_rows(tree))
 
 
 def _device() -> torch.device:

@@ -38,6 +38,14 @@ class ExecutionFields(Immutable):
         "Divide the loss by the labels of all devices; no effect with one device.",
         on_resume=HARMLESS,
     )
+    split_batches: bool = option(
+        False,
+        converters.flag,
+        "per_device_train_batch_size and per_device_eval_batch_size are those of all devices "
+        "together, which share each batch, so that a run has the same batches on any number of "
+        "them.",
+        on_resume="the position in the data is converted by samples",
+    )
     log_on_each_node: bool = option(
         True,
         converters.flag,

@@ -45,6 +45,11 @@ def _shared(operation: Any) -> tuple[list[tuple[int, str]], list[tuple[int, str]
     return views, written
 
 
+def is_collective(node: Node) -> bool:
+    """Whether all processes meet in an operation: it must run, once, in the recorded order."""
+    return getattr(node.target, "namespace", "").startswith("_c10d")
+
+
 class AliasAnalysis:
     """The owners of the memory that each node of a graph uses, and when it is written.
 

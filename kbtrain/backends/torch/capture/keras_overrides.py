@@ -29,6 +29,7 @@ from keras.src.backend.torch import random as keras_random
 from torch.overrides import TorchFunctionMode
 
 from kbtrain.backends.torch.capture.random import Seeds, draw
+from kbtrain.backends.whole_batch import is_active
 
 aten = torch.ops.aten
 
@@ -90,7 +91,7 @@ def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         axis = self.axis % x.dim()
         values = x.numel() // x.shape[axis]
-        special = self.synchronized or getattr(self, "renorm", False) or values < 2
+        special = self.synchronized or getattr(self, "renorm", False) or values < 2 or is_active()
         if mask is not None or special or axis not in (1, x.dim() - 1):
             return original(self, inputs, training=training, mask=mask)
         view, restore = _channels_second(x, axis)

@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, aliases, nodes_in
+from kbtrain.backends.torch.capture.aliasing import (
+    AliasAnalysis,
+    aliases,
+    is_collective,
+    nodes_in,
+)
 from kbtrain.backends.torch.capture.codegen import FunctionSource
 from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
 from kbtrain.backends.torch.capture.large_gradients import KeptMemory, keep_gradients
@@ -243,7 +248,7 @@ def _erase_unused(graph: Graph, nodes: list[Node], results: list[Node]) -> list[
     needed = set(results)
     used = []
     for node in reversed(nodes):
-        if node in needed or node.is_impure():
+        if node in needed or node.is_impure() or is_collective(node):
             used.append(node)
             needed.update(node.all_input_nodes)
         else:

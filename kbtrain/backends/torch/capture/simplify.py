@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, aliases, nodes_in
+from kbtrain.backends.torch.capture.aliasing import (
+    AliasAnalysis,
+    aliases,
+    is_collective,
+    nodes_in,
+)
 
 aten = torch.ops.aten
 
@@ -166,6 +171,8 @@ def _constant(node: Node, constants: dict[Node, torch.Tensor]) -> torch.Tensor |
             return None
         if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
             return None
+        if is_collective(node):
+            return None  # all processes meet in it, whatever this one gives
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
         args = torch.fx.map_arg(node.args, lambda n: constants[n])

@@ -1,0 +1,98 @@
+"""Decisions of the loop that several processes take together.
+
+What a run does next follows from the arguments and from results that are the same on all processes,
+so they agree without asking each other. They ask where a decision may depend on one of them: a
+signal, the clock, a callback of the user. All of them ask at the same updates.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from kbtrain.callbacks.base import STEP_EVENTS
+from kbtrain.callbacks.state import TrainerControl
+from kbtrain.distributed import host
+from kbtrain.utils.processes import current
+
+if TYPE_CHECKING:
+    from kbtrain.training.trainer_base import TrainerBase
+
+ACTION_EVENTS = ("on_log", "on_evaluate", "on_save", "on_prediction_step")
+FLAGS = (
+    *("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate"),
+    "should_log",
+)
+
+SECONDS = 0.5
+"""Time between two questions whether a process was asked to stop."""
+
+
+class Agreement:
+    """Asks all processes; with one process every answer is its own.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: TrainerBase) -> None:
+        self._trainer = trainer
+        self._several = current().size > 1
+        self._wait = 1  # blocks until the next question, and between two questions
+        self._every = 1
+        self._asked = time.monotonic()
+        handler = trainer.callback_handler
+        mine = {
+            "step": any(not c.decides_alike for e in STEP_EVENTS for c in handler.listeners(e)),
+            "action": any(not c.decides_alike for e in ACTION_EVENTS for c in handler.listeners(e)),
+            "every_step": handler.need_every_step(),
+        }
+        self._on = host.any_of(trainer.backend, mine)
+
+    @property
+    def every_step(self) -> bool:
+        """Whether a callback of any process needs the events of every update."""
+        own = self._trainer.callback_handler.need_every_step()
+        return self._on["every_step"] if self._several else own
+
+    def stop_reason(self, now: bool = False) -> str | None:
+        """The reason to stop here, of the first process that has one.
+
+        Args:
+            now: Whether to ask at once; else the processes ask twice a second.
+        """
+        trainer = self._trainer
+        mine = trainer.stop_signals.reason(trainer.saver.longest)
+        if not self._several:
+            return mine
+        self._wait -= 1
+        if self._wait > 0 and not now:
+            return None
+        passed = time.monotonic() - self._asked
+        reasons = host.gather(trainer.backend, [mine, passed])
+        self._asked = time.monotonic()
+        slowest = max(seconds for _, seconds in reasons)
+        if not now:
+            factor = SECONDS / max(slowest, 1e-3)
+            self._every = max(1, min(2 * self._every, int(self._every * factor)))
+        self._wait = self._every
+        return next((reason for reason, _ in reasons if reason is not None), None)
+
+    def control(self, after: str) -> None:
+        """Combine the requests of the callbacks of all processes.
+
+        Args:
+            after: What may have set them: the events of a "step", an "action", or an "epoch".
+        """
+        if not self._several or not self._on.get(after, True):
+            return
+        control: TrainerControl = self._trainer.control
+        flags = {name: bool(getattr(control, name)) for name in FLAGS}
+        for name, value in host.any_of(self._trainer.backend, flags).items():
+            setattr(control, name, value)
+
+    def slowest(self, seconds: float) -> float:
+        """The longest of the times that the processes measured."""
+        if not self._several:
+            return seconds
+        return max(host.gather(self._trainer.backend, seconds))

@@ -1,0 +1,40 @@
+"""Finds the checkpoint that a run resumes from, the same on all processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kbtrain.backends.protocol import Backend
+from kbtrain.checkpoint import Checkpoint, CheckpointStore
+from kbtrain.distributed import host
+from kbtrain.errors import CheckpointNotFoundError
+from kbtrain.utils.processes import current
+
+
+def resolve_together(store: CheckpointStore, backend: Backend, resume: Any) -> Checkpoint | None:
+    """Find the checkpoint for ``resume_from_checkpoint``: process 0 chooses, and the others follow.
+
+    Args:
+        store: The checkpoints of the run.
+        backend: The backend in use.
+        resume: See ``CheckpointStore.resolve``.
+
+    Raises:
+        CheckpointError: As for ``CheckpointStore.resolve``; or another process cannot see the
+            checkpoint that process 0 has chosen.
+    """
+    if current().size == 1:
+        return store.resolve(resume)
+    checkpoint = store.resolve(resume) if current().rank == 0 else None
+    chosen = host.broadcast(backend, None if checkpoint is None else str(checkpoint.path))
+    if checkpoint is not None or chosen is None:
+        return checkpoint
+    try:
+        return store.resolve(chosen)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"Process {current().rank} cannot find {chosen}, from which process 0 resumes. All "
+            "processes read the checkpoint: put output_dir on storage that every machine sees, or "
+            f"copy {Path(chosen).name} to each."
+        ) from error
