@@ -69,10 +69,13 @@ class AsyncCheckpointer:
 
     Args:
         store: Where the checkpoints go.
+        writes: Whether this process writes. Of several processes with the same state one does;
+            for the others every save succeeds without doing anything.
     """
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: CheckpointStore, writes: bool = True) -> None:
         self.store = store
+        self._writes = writes
         self.longest: float | None = None
         """Seconds that the slowest write so far took; None before the first."""
         self.buffers = HostBuffers()
@@ -96,6 +99,9 @@ class AsyncCheckpointer:
             CheckpointError: The folder cannot be written to, or the last save failed, and
                 ``on_error`` is ``"raise"``.
         """
+        if not self._writes:
+            yield
+            return
         self._join()
         self._abandoned = False
         if will_save:
@@ -147,6 +153,8 @@ class AsyncCheckpointer:
             CheckpointError: This save, or the one before it, failed.
         """
         self.wait()
+        if not self._writes:
+            return True
         job = _Job(snapshot, on_error, failed)
         self._job = job
         if background:

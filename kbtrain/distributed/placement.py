@@ -1,9 +1,9 @@
-"""Device, precision and determinism of a call of ``fit`` or ``evaluate``."""
+"""Devices, processes, precision and determinism of a call of ``fit`` or ``evaluate``."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import keras
 
@@ -11,6 +11,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
+from kbtrain.utils.processes import current
 
 
 def check(backend: Backend, args: TrainingArguments) -> None:
@@ -48,3 +49,50 @@ def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> I
         backend.numerics(args.tf32, args.full_determinism),
     ):
         yield
+
+
+def check_processes(backend: Backend, args: TrainingArguments) -> None:
+    """Check that several processes can do what the arguments ask for.
+
+    Raises:
+        ConfigurationError: They cannot.
+    """
+    size = current().size
+    if size == 1:
+        return
+    if args.auto_find_batch_size:
+        raise ConfigurationError(
+            "auto_find_batch_size=True starts again where memory ends, which one of several "
+            f"processes cannot do alone. Received: {size} processes. Find the size with one "
+            "process, and set per_device_train_batch_size."
+        )
+    if not args.average_tokens_across_devices:
+        raise ConfigurationError(
+            "With several processes the loss is always divided by the labels of all of them, so "
+            "that it is that of one process. Received: average_tokens_across_devices=False. "
+            "Remove it."
+        )
+    if args.total_train_batch_size < size and args.split_batches:
+        raise ConfigurationError(
+            f"A batch of {args.total_train_batch_size} samples cannot be shared by {size} "
+            "processes: some would never have one. Increase per_device_train_batch_size, or start "
+            "fewer processes."
+        )
+
+
+def check_steps(backend: Backend, names: Iterable[str]) -> None:
+    """Check that a model does not bring its own steps where each process sees its rows only.
+
+    Args:
+        backend: The backend in use.
+        names: The steps that the model overrides.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    if backend.shards() > 1 and (found := list(names)):
+        raise ConfigurationError(
+            f"The model's own {' and '.join(found)} would train each of the "
+            f"{backend.shards()} processes by itself: gradients and metrics are not added up in "
+            "it. Override compute_loss of the Trainer instead, use one process, or the backend jax."
+        )

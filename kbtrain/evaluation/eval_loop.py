@@ -35,6 +35,7 @@ from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
 from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.metrics import MetricSet
+from kbtrain.utils.processes import current
 from kbtrain.utils.timing import speed
 
 logger = logging.getLogger("kbtrain")
@@ -133,11 +134,15 @@ class Evaluation:
         self._logs: dict[str, Any] | None = None  # the result of the last custom test_step
         self._samples = self._batches = 0
         compute = spec.compute_metrics
+        self._calls_metrics = current().rank == 0
         self._batchwise = (
-            BatchwiseMetrics(compute) if compute is not None and spec.batchwise else None
+            BatchwiseMetrics(compute)
+            if compute is not None and spec.batchwise and self._calls_metrics
+            else None
         )
         self._gathered: ConcatenatedOutputs | ListedOutputs | None = None
-        if spec.keep_outputs or (compute is not None and not spec.batchwise):
+        called = compute is not None and self._calls_metrics and not spec.batchwise
+        if spec.keep_outputs or called:
             # With max_batches the number of rows is not known in advance: the memory grows.
             expected = spec.expected if spec.max_batches is None else None
             self._gathered = ConcatenatedOutputs(expected) if spec.concatenate else ListedOutputs()
@@ -172,11 +177,7 @@ class Evaluation:
         if metrics is not None:
             values |= metrics.result()
         gathered = {} if self._gathered is None else self._gathered.take()
-        if self._batchwise is not None:
-            values |= self._without_loss(self._batchwise.result())
-        elif self._spec.compute_metrics is not None and "labels" in gathered:
-            computed = compute_on_host(self._spec.compute_metrics, gathered)
-            values |= self._without_loss(computed)
+        values |= self._without_loss(self._computed(gathered))
         seconds = time.perf_counter() - start
         prefix, keep = self._spec.prefix, self._spec.keep_outputs
         prefixed = {_with_prefix(name, prefix): value for name, value in values.items()}
@@ -187,6 +188,16 @@ class Evaluation:
             prefixed,
             self._samples,
         )
+
+    def _computed(self, gathered: dict[str, Any]) -> dict[str, Any]:
+        """The results of ``compute_metrics``, which process 0 calls for all."""
+        computed: dict[str, Any] = {}
+        if self._batchwise is not None:
+            computed = self._batchwise.result()
+        elif self._calls_metrics and self._spec.compute_metrics and "labels" in gathered:
+            computed = compute_on_host(self._spec.compute_metrics, gathered)
+        result: dict[str, Any] = host.broadcast(self._backend, computed)
+        return result
 
     def _without_loss(self, computed: dict[str, Any]) -> dict[str, Any]:
         """The results of ``compute_metrics``, without an entry that would overwrite the loss."""

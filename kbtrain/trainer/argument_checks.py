@@ -65,6 +65,7 @@ def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizer
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
     placement.check(trainer.backend, args)
+    placement.check_processes(trainer.backend, args)
     if optimizers[0] is None:
         registry.find(registry.OPTIMIZERS, args.optim, "optim")
     schedule = registry.find(registry.SCHEDULES, args.lr_scheduler_type, "lr_scheduler_type")

@@ -19,6 +19,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils.local_path import check_local
 from kbtrain.utils.output_files import explained, read_json, save_json, save_text, writing
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
@@ -64,6 +65,8 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
     """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
     path = folder / f"{split}_results.json"
     metrics = plain_values(metrics, "save_metrics got")
+    if current().rank:
+        return path
     save_json(path, metrics)
     if combined:
         everything = folder / "all_results.json"
@@ -74,7 +77,8 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
 def save_state(trainer: TrainerBase) -> Path:
     """Write ``trainer_state.json`` into the output directory."""
     path = Path(trainer.args.output_dir) / "trainer_state.json"
-    save_json(path, trainer.state.to_dict())
+    if trainer.args.should_save:
+        save_json(path, trainer.state.to_dict())
     return path
 
 
@@ -86,6 +90,8 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
         )
     check_local("output_dir", output_dir)
     target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
+    if not trainer.args.should_save:
+        return target if target.suffix == ".keras" else target / "model.keras"
     if target.suffix != ".keras":
         save_text(target / "training_args.json", trainer.args.to_json_string() + "\n")
         with explained(target):
@@ -150,6 +156,8 @@ def create_model_card(trainer: TrainerBase, facts: CardFacts) -> Path:
         The path of the card.
     """
     folder = Path(trainer.args.output_dir)
+    if not trainer.args.should_save:
+        return folder / "README.md"
     name = facts.model_name or trainer.args.run_name or folder.name or "model"
     plot = _plot(trainer.state, folder / "loss.png")
     versions = run_state.environment(trainer.backend.name)["versions"]

@@ -176,6 +176,9 @@ class Trainer(KnownNames, TrainerBase):
         self.eval_steps = EvalSteps(
             self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
+        own = ("train_step", "test_step", "predict_step")
+        steps = [name for name in own if getattr(self.bound.overridden, name)]
+        placement.check_steps(self.backend, steps)
         warn_about_unused(self, self.bound.overridden, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)

@@ -153,6 +153,10 @@ def save(trainer: TrainerBase, run: Run) -> None:
     ``on_save`` fires when the checkpoint is complete, so a listener makes the run wait for it.
     """
     args, step = trainer.args, trainer.state.global_step
+    if not args.should_save:
+        best_model.begin_saving(trainer, run)
+        trainer.fire("on_save")
+        return
     # First: the outcome of the previous save determines which checkpoint is the best and must be
     # kept, and its host buffers are reused for the next snapshot.
     trainer.saver.wait()

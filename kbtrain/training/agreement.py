@@ -95,4 +95,5 @@ class Agreement:
         """The longest of the times that the processes measured."""
         if not self._several:
             return seconds
-        return max(host.gather(self._trainer.backend, seconds))
+        longest: float = max(host.gather(self._trainer.backend, seconds))
+        return longest

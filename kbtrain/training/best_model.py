@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks.base import metric_value
 from kbtrain.checkpoint import Checkpoint, run_state
 from kbtrain.checkpoint.storage.faults import is_folder
+from kbtrain.distributed import host
 from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
 from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
@@ -45,7 +47,8 @@ def note(trainer: TrainerBase, metrics: dict[str, Any]) -> None:
     if run is not None:
         run.score = state.global_step, value
     if args.save_strategy == "best":
-        trainer.control.should_save = _better(args, value, state.best_saved_metric)
+        better = _better(args, value, state.best_saved_metric)
+        trainer.control.should_save = host.broadcast(trainer.backend, better)
 
 
 def _better(args: TrainingArguments, value: float, best: float | None) -> bool:
@@ -61,8 +64,9 @@ def begin_saving(trainer: TrainerBase, run: Run) -> Saved:
         The previous best one, for ``take_back`` if the write fails.
     """
     state = trainer.state
-    with contextlib.suppress(CheckpointUnreadableError):  # out of reach for now
-        _forget_lost(trainer)
+    if trainer.args.should_save:
+        with contextlib.suppress(CheckpointUnreadableError):  # out of reach for now
+            _forget_lost(trainer)
     before = state.best_model_checkpoint, state.best_saved_metric
     if (value := _value_to_save(trainer, run)) is not None:
         state.best_model_checkpoint = str(trainer.store.path(state.global_step))
@@ -142,6 +146,20 @@ def recall(state: TrainerState, metric: str | None) -> None:
 
 def load(trainer: TrainerBase) -> None:
     """Load the weights of the best checkpoint into the model, unless it already has them.
+
+    Process 0 loads them, and the others get them from it.
+
+    Raises:
+        CheckpointUnreadableError: The weights cannot be read at this time.
+    """
+    if current().rank == 0:
+        _load(trainer)
+    if current().size > 1:
+        trainer.backend.copy_from_first(run_state.model_variables(trainer.model))
+
+
+def _load(trainer: TrainerBase) -> None:
+    """Load the weights of the best checkpoint.
 
     Raises:
         CheckpointUnreadableError: The weights cannot be read at this time.

@@ -18,6 +18,7 @@ from kbtrain.config.validation import check_saves_follow_evaluations, resolve_st
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
+from kbtrain.distributed import host
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
@@ -88,6 +89,7 @@ def fit(
                 run.read()
         with run.times.of("other"):
             trainer.saver.wait()
+            host.barrier(trainer.backend)  # the checkpoints are complete for all processes
     return _finish(trainer, run, memory)
 
 
