@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 
 import keras
@@ -12,6 +13,9 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
 from kbtrain.utils.processes import current
+
+
+logger = logging.getLogger("kbtrain")
 
 
 def check(backend: Backend, args: TrainingArguments) -> None:
@@ -72,11 +76,19 @@ def check_processes(backend: Backend, args: TrainingArguments) -> None:
             "that it is that of one process. Received: average_tokens_across_devices=False. "
             "Remove it."
         )
-    if args.total_train_batch_size < size and args.split_batches:
+    batch = args.total_train_batch_size
+    if batch * args.gradient_accumulation_steps < size:
         raise ConfigurationError(
-            f"A batch of {args.total_train_batch_size} samples cannot be shared by {size} "
-            "processes: some would never have one. Increase per_device_train_batch_size, or start "
-            "fewer processes."
+            f"The {batch * args.gradient_accumulation_steps} samples of an update cannot be shared "
+            f"by {size} processes. Increase per_device_train_batch_size, or start fewer processes."
+        )
+    if batch < size:
+        logger.warning(
+            "Batches of %d samples leave %d of %d processes without any. Increase "
+            "per_device_train_batch_size and lower gradient_accumulation_steps.",
+            batch,
+            size - batch,
+            size,
         )
 
 

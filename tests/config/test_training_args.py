@@ -116,6 +116,7 @@ FROZEN = {
     "full_determinism": (False, False),
     "dataloader_pin_memory": (True, True),
     "average_tokens_across_devices": (True, True),
+    "split_batches": (False, False),
     "log_on_each_node": (True, True),
     "log_level_replica": ("warning", "warning"),
     "save_on_each_node": (False, False),
