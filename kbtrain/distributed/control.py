@@ -1,0 +1,361 @@
+"""A control channel between the processes of a run, beside the collective operations.
+
+If one process fails, the others wait for it inside a collective operation, where no Python code
+runs any more: some frameworks for half an hour, and none says why. So a thread in each process
+tells process 0 once a second what its process does, and learns from the answer whether another one
+has failed. It then prints which one, where and why, and ends its process.
+
+    channel = Channel.start(group, backend.exchange, timeout=1800)
+    install_excepthook(channel)
+    channel.at("update 17")
+
+Messages are XML-RPC, plain numbers and text. A random token in the URL keeps strangers out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+import urllib.parse
+import weakref
+import xmlrpc.client
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from xml.parsers.expat import ExpatError
+
+from kbtrain.distributed.control_server import ControlServer, keep_alive
+from kbtrain.distributed.ending import end_process, main_stack
+from kbtrain.distributed.members import (
+    LOST,
+    STALLED,
+    Failure,
+    Members,
+    Report,
+    machine,
+    process_state,
+)
+from kbtrain.errors import DistributedError, first_lines
+from kbtrain.utils.processes import ProcessGroup
+
+ATTEMPT = 2.5
+"""Seconds for a connection or an answer, which the server gives within ``HEARTBEAT``."""
+RETRY = 0.3
+"""Seconds between two attempts to reach process 0."""
+PRINTING = 3.0
+"""Seconds that the main thread has to print its own exception when another process has failed."""
+
+_PROBLEMS = (OSError, http.client.HTTPException, xmlrpc.client.Error, ExpatError)
+"""What a call raises if it did not reach the server."""
+
+
+class Channel:
+    """This process's end of the control channel; see ``start``."""
+
+    def __init__(
+        self, report: Report, url: str, host: Report, server: ControlServer | None, timeout: float
+    ) -> None:
+        self._report = report
+        self._url = url
+        self._host = host
+        self._server = server
+        self._timeout = timeout
+        self._closed = threading.Event()
+        self._failing: float | None = None
+        self._connection = _Connection(url)
+        self._thread = threading.Thread(
+            target=self._beat if server is None else self._watch,
+            name="kbtrain control",
+            daemon=True,
+        )
+        _after_fork(self)
+
+    @classmethod
+    def start(
+        cls, group: ProcessGroup, exchange: Callable[[bytes], list[bytes]], timeout: float
+    ) -> Channel:
+        """Connect the processes of ``group``. All of them call it.
+
+        Args:
+            group: The processes, at least 2.
+            exchange: Gives the messages of all processes in order of rank; all call it alike.
+            timeout: Seconds that processes may wait for one that stays at the same place.
+
+        Raises:
+            DistributedError: A process cannot reach process 0; it is raised in all processes.
+        """
+        report = Report(group.rank, socket.gethostname(), os.getpid(), machine())
+        server = None
+        first: dict[str, Any] = {"report": report.to_wire()}
+        if group.rank == 0:
+            server = ControlServer(group, secrets.token_urlsafe(24))
+            first["url"] = server.url
+        messages = [json.loads(data) for data in exchange(json.dumps(first).encode())]
+        reports = [Report.from_wire(message["report"]) for message in messages]
+        if server is not None:
+            server.serve(Members(reports, timeout, time.monotonic()))
+        channel = cls(report, messages[0]["url"], reports[0], server, timeout)
+        problem = channel._greet() if server is None else ""
+        problems = [data.decode() for data in exchange(problem.encode())]
+        if any(problems):
+            channel.close()
+            raise DistributedError(" ".join(problem for problem in problems if problem))
+        channel._thread.start()
+        return channel
+
+    def at(self, place: str) -> None:
+        """Record what this process does now. It costs next to nothing and sends nothing.
+
+        All processes pass through the same places in the same order: who has fallen behind is
+        known from their number.
+
+        Args:
+            place: For example "update 17", "batch 3 of an evaluation", "saving checkpoint-20".
+        """
+        self._report = replace(self._report, place=place, count=self._report.count + 1)
+
+    def done(self, error: BaseException | None = None) -> None:
+        """Record that this process is outside ``fit``, ``evaluate`` and so on.
+
+        Args:
+            error: The exception that ended it, if any, which the user's program may catch.
+        """
+        ended_by = "" if error is None else f"{_cause(error)} ({self._report.where})"
+        self._report = replace(
+            self._report, place="", count=self._report.count + 1, ended_by=ended_by
+        )
+
+    def fail(self, error: BaseException) -> str | None:
+        """Tell the other processes that this one fails; they end at once.
+
+        Returns:
+            The failure of another process that came first and may explain ``error``, as text.
+        """
+        report = self._report
+        if report.pid != os.getpid():
+            return None  # a child process
+        self.failing()
+        if self._server is not None:
+            failure = self._server.fail(report, _cause(error))
+            self._server.wait_until_told()
+        else:
+            try:
+                with contextlib.closing(_Connection(self._url)) as connection:
+                    answer = connection.call("fail", report.to_wire(), _cause(error))
+                failure = Failure(**answer["failure"])
+            except _PROBLEMS as problem:
+                if isinstance(problem, TimeoutError) or self._host.left:
+                    return None
+                failure = Members.gone(self._host)
+        return None if failure.rank == report.rank else self._text(failure)
+
+    def failing(self) -> None:
+        """Record that the main thread reports an exception itself and ends this process."""
+        if self._failing is None:
+            self._failing = time.monotonic()
+
+    def leave(self) -> None:
+        """Tell the other processes that the program of this one ends.
+
+        The channel works on until the process has ended: a framework's functions at exit may wait
+        for the others.
+        """
+        if self._report.pid != os.getpid():
+            return  # a child process
+        self._report = replace(self._report, left=True)
+        if self._server is not None:
+            self._server.update(self._report)
+            self._server.wait_until_told(of_failure=False)
+        else:
+            connection = contextlib.closing(_Connection(self._url))
+            with contextlib.suppress(*_PROBLEMS), connection as server:  # the thread tries, too
+                server.call("update", self._report.to_wire())
+
+    def close(self) -> None:
+        """Stop the threads and close the connections of this process."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * ATTEMPT)
+        self._connection.close()
+        if self._server is not None:
+            self._server.stop()
+
+    def file_numbers(self) -> list[int]:
+        """The numbers of the open files that belong to this channel."""
+        numbers = [self._connection.fileno]
+        if self._server is not None:
+            numbers += self._server.file_numbers()
+        return [number for number in numbers if number >= 0]
+
+    # --- the thread of process 0 ----------------------------------------------------------------
+
+    def _watch(self) -> None:
+        assert self._server is not None
+        while not self._closed.wait(0.25):
+            failure = self._server.check(self._report)
+            if failure is not None:
+                self._server.wait_until_told()
+                self._end(failure)
+
+    # --- the thread of the others ---------------------------------------------------------------
+
+    def _greet(self) -> str:
+        """Reach process 0 for the first time; the result says why that failed, if it did."""
+        try:
+            self._connection.call("hello", self._report.to_wire())
+        except _PROBLEMS as error:
+            address = urllib.parse.urlsplit(self._url).netloc  # without the token
+            return (
+                f"{self._report.name} cannot reach {self._host.name} at {address}: {error}. The "
+                "processes of a run connect to ports of each other: see to the address that the "
+                "launcher gives, and to firewalls."
+            )
+        return ""
+
+    def _beat(self) -> None:
+        answered = reached = time.monotonic()
+        refused = 0
+        while not self._closed.is_set():
+            started = time.monotonic()
+            try:
+                answer = self._connection.call("beat", self._report.to_wire())
+            except _PROBLEMS as error:
+                self._connection.close()
+                now = time.monotonic()
+                if now - started > 2 * ATTEMPT + 1:  # this process itself stood still
+                    answered = reached = now
+                if self._connection.opened > started:
+                    reached = now
+                refused = refused + 1 if isinstance(error, ConnectionRefusedError) else 0
+                if self._host.left:
+                    return self._stay()
+                failure = self._lost(now - answered, now - reached, refused)
+                if failure is not None:
+                    return self._end(failure)
+                self._closed.wait(RETRY)
+                continue
+            answered = reached = time.monotonic()
+            refused = 0
+            self._host = Report.from_wire(answer["host"])
+            if answer["failure"]:
+                return self._end(Failure(**answer["failure"]))
+
+    def _lost(self, silent: float, unreachable: float, refused: int) -> Failure | None:
+        """Why process 0 does not answer, once that is clear."""
+        state = process_state(self._host.pid) if self._host.machine == machine() != "" else "?"
+        if refused >= 3 or state in ("", "Z", "X"):
+            return Members.gone(self._host)
+        if state in ("T", "t") and silent > LOST:
+            return Members.suspended(self._host)
+        if unreachable > LOST:
+            return Members.cut_off(self._host)
+        return Members.stalled(self._host) if silent > STALLED else None
+
+    def _stay(self) -> None:
+        """Process 0 has ended normally: see that this process does not wait for it."""
+        now = time.monotonic()
+        members = Members([self._host, self._report], self._timeout, now)
+        members.update(self._host, now)
+        members.connected(self._report.rank)
+        while not self._closed.wait(0.25):
+            members.update(self._report, time.monotonic())
+            failure = members.check(time.monotonic())
+            if failure is not None:
+                self._end(failure)
+
+    def _end(self, failure: Failure) -> None:
+        if self._failing is not None:
+            time.sleep(max(0.0, self._failing + PRINTING - time.monotonic()))
+        end_process(self._text(failure))
+
+    def _text(self, failure: Failure) -> str:
+        report = self._report
+        if failure.rank == report.rank:
+            stack = f"Its main thread:\n{main_stack()}" if self._failing is None else ""
+            return f"kbtrain: {failure.text} This process ends. {stack}".rstrip()
+        return (
+            f"kbtrain: {failure.text}\nkbtrain: process {report.rank} (host {report.host}, pid "
+            f"{report.pid}), {report.where}, cannot go on without it and ends."
+        )
+
+
+class _Connection:
+    """A client of the server, whose connection stays open between calls; not thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self._transport = _Transport()
+        self._proxy = xmlrpc.client.ServerProxy(url, transport=self._transport)
+
+    @property
+    def opened(self) -> float:
+        """When the connection was last made; 0 if never."""
+        return self._transport.opened
+
+    @property
+    def fileno(self) -> int:
+        """The number of its open file; -1 if there is none."""
+        return self._transport.fileno
+
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method of ``ControlServer``."""
+        answer = getattr(self._proxy, method)(*arguments)
+        if not isinstance(answer, dict):
+            raise xmlrpc.client.ResponseError
+        return answer
+
+    def close(self) -> None:
+        """Close the connection; the next call makes a new one."""
+        self._transport.close()
+
+
+class _Transport(xmlrpc.client.Transport):
+    """XML-RPC's transport with time limits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = 0.0
+        self.fileno = -1
+
+    def send_request(
+        self, host: Any, handler: str, request_body: Any, debug: bool
+    ) -> http.client.HTTPConnection:
+        connection = self.make_connection(host)
+        fresh = connection.sock is None
+        if fresh:
+            connection.timeout = ATTEMPT
+            connection.connect()
+            keep_alive(connection.sock)
+            self.opened, self.fileno = time.monotonic(), connection.sock.fileno()
+        return super().send_request(host, handler, request_body, debug)
+
+    def close(self) -> None:
+        self.fileno = -1
+        super().close()
+
+
+def _cause(error: BaseException) -> str:
+    """The type and the first lines of an exception, as text that XML can carry."""
+    text = f"{type(error).__name__}: {first_lines(error)}".removesuffix(": ")[:2000]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _after_fork(channel: Channel) -> None:
+    """Let go of the connections in child processes, or they stay open after this process ends."""
+    if not hasattr(os, "register_at_fork"):
+        return
+    reference = weakref.ref(channel)
+
+    def let_go() -> None:
+        if (parent := reference()) is not None:
+            null = os.open(os.devnull, os.O_RDWR)
+            for number in parent.file_numbers():
+                os.dup2(null, number)  # not close: the objects of the sockets live on
+            os.close(null)
+
+    os.register_at_fork(after_in_child=let_go)

@@ -1,0 +1,363 @@
+"""What process 0 knows about the processes of a run, and the rules that find a failure in it.
+
+Nothing here touches the network or reads a clock, so the rules can be tested without waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HEARTBEAT = 1.0
+"""Seconds between two heartbeats of a process."""
+GRACE = 1.5
+"""Seconds in which a process whose connection has ended can connect again."""
+LOST = 5.0
+"""Seconds without a sign of life of a process after which it counts as failed."""
+STALLED = 60.0
+"""The same for a process that is still connected: C code may hold its interpreter lock so long."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process tells about itself in a heartbeat.
+
+    Attributes:
+        rank: Index of the process.
+        host: Name of its machine.
+        pid: Its process id there.
+        machine: Identifies its machine and pid namespace; empty if unknown.
+        place: What it is doing, such as "update 17"; empty outside ``fit``, ``evaluate``, ...
+        count: Number of places so far. The processes of a run go through the same places.
+        ended_by: The exception that ended its last ``fit`` (or ``evaluate``, ...), and where;
+            empty if that ended normally.
+        left: Whether its program has ended.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    machine: str = ""
+    place: str = ""
+    count: int = 0
+    ended_by: str = ""
+    left: bool = False
+
+    @property
+    def name(self) -> str:
+        """The process, as messages name it."""
+        return f"process {self.rank} (host {self.host}, pid {self.pid})"
+
+    @property
+    def where(self) -> str:
+        """The place with its preposition, as messages name it."""
+        if self.place:
+            return f"at {self.place}"
+        return "outside fit and evaluate" if self.count else "before fit and evaluate"
+
+    def to_wire(self) -> dict[str, Any]:
+        """A dictionary that XML-RPC can send."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, values: Mapping[str, Any]) -> Report:
+        """The inverse of ``to_wire``."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends.
+
+    Attributes:
+        rank: The process that failed.
+        text: A sentence that names the process, its host, its place and the cause.
+    """
+
+    rank: int
+    text: str
+
+
+@dataclass
+class Member:
+    """A process as process 0 sees it; all times are those of process 0.
+
+    Attributes:
+        report: Its last report.
+        seen: When that came.
+        moved: When the count of places last changed.
+        overtaken: Since when another process is at a later place.
+        connections: Open connections that bring its heartbeats.
+        disconnected: When the last of them ended.
+        cut_off: Whether it ended because nothing came through any more.
+        failing: Whether it has reported an exception.
+        left: When its program ended.
+        told: Whether it knows of the failure.
+        left_told: Whether it knows that process 0 has left.
+    """
+
+    report: Report
+    seen: float
+    moved: float
+    overtaken: float | None = None
+    connections: int = 0
+    disconnected: float | None = None
+    cut_off: bool = False
+    failing: bool = False
+    left: float | None = None
+    told: bool = False
+    left_told: bool = False
+
+
+def process_state(pid: int) -> str:
+    """The state letter of a process on this machine as Linux gives it; "" if it does not exist.
+
+    Returns:
+        "T" (suspended), "Z" (ended), "R", "S" and so on; "?" where the system cannot tell.
+    """
+    if not Path("/proc/self/stat").exists():
+        return "?"
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return ""
+    except OSError:
+        return "?"
+    return stat.rpartition(")")[2].split()[0]
+
+
+@functools.cache
+def machine() -> str:
+    """Identifies this machine and the namespace of its process ids; empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def needs(waiting: Report, gone: Report) -> bool:
+    """Whether a process is at a place that another never reached before its program ended."""
+    if not waiting.place:
+        return False
+    unfinished = bool(gone.place or gone.ended_by)
+    return waiting.count > gone.count or (
+        unfinished and waiting.count >= gone.count - bool(gone.ended_by)
+    )
+
+
+class Members:
+    """The processes of a run and the first failure among them.
+
+    Args:
+        reports: The first report of each process.
+        timeout: Seconds that the others wait for a process that stays at one place.
+        now: The present time.
+        state: Gives the state of a process on this machine.
+        here: Identifies this machine.
+    """
+
+    def __init__(
+        self,
+        reports: Iterable[Report],
+        timeout: float,
+        now: float,
+        state: Callable[[int], str] = process_state,
+        here: str | None = None,
+    ) -> None:
+        self._members = {r.rank: Member(r, now, now) for r in reports}
+        self._timeout = timeout
+        self._state = state
+        self._here = machine() if here is None else here
+        self._checked = now
+        self.failure: Failure | None = None
+
+    def __getitem__(self, rank: int) -> Member:
+        return self._members[rank]
+
+    def others(self, rank: int) -> list[Member]:
+        """All processes but one."""
+        return [m for m in self._members.values() if m.report.rank != rank]
+
+    def update(self, report: Report, now: float) -> None:
+        """Take in a report. An older one may arrive late, over another connection."""
+        member = self._members[report.rank]
+        member.seen = now
+        if (report.count, report.left) < (member.report.count, member.report.left):
+            return
+        if report.count != member.report.count:
+            member.moved, member.overtaken = now, None
+        if report.left and member.left is None:
+            member.left = now
+        member.report = report
+
+    def connected(self, rank: int) -> None:
+        """A connection has brought its first heartbeat of a process."""
+        self._members[rank].connections += 1
+
+    def disconnected(self, rank: int, cut_off: bool, now: float) -> None:
+        """Such a connection has ended."""
+        member = self._members[rank]
+        member.connections -= 1
+        member.disconnected, member.cut_off = now, cut_off
+
+    def check(self, now: float) -> Failure | None:
+        """Apply the rules; the first failure found is kept.
+
+        It is called a few times a second. If that was not possible for a while, this process itself
+        stood still, and no other is blamed for the silence of that time.
+        """
+        pause = now - self._checked
+        self._checked = now
+        if pause > HEARTBEAT:
+            self._forgive(pause)
+        active = [m for m in self._members.values() if m.left is None and not m.failing]
+        top = max((m.report.count for m in active), default=0)
+        for member in active:
+            if member.report.count < top and member.overtaken is None:
+                member.overtaken = now
+        if self.failure is None:
+            self.failure = (
+                self._lost(active, now)
+                or self._left(active, now, LOST)
+                or self._hanging(active, now, self._timeout)
+            )
+        return self.failure
+
+    def _forgive(self, pause: float) -> None:
+        for member in self._members.values():
+            member.seen += pause
+            member.moved += pause
+            for name in ("disconnected", "overtaken", "left"):
+                if (time := getattr(member, name)) is not None:
+                    setattr(member, name, time + pause)
+
+    def fail(self, rank: int, cause: str) -> None:
+        """A process has reported an exception, and no earlier failure explains it."""
+        if self.failure is None:
+            report = self._members[rank].report
+            self.failure = Failure(rank, f"{report.name} failed {report.where}: {cause}")
+
+    def blame_other(self, rank: int, now: float) -> bool:
+        """Whether the failure of another process explains an exception of process ``rank``.
+
+        A collective operation fails in all processes when one of them is gone, often before the
+        rules would find that one.
+        """
+        if self.failure is None:
+            active = [m for m in self.others(rank) if m.left is None and not m.failing]
+            self.failure = (
+                self._lost(active, now, early=True)
+                or self._left([self._members[rank]], now, 0.0)
+                or self._hanging(active, now, 0.9 * self._timeout)
+            )
+        return self.failure is not None
+
+    def may_be_lost(self, rank: int, now: float) -> bool:
+        """Whether a process other than ``rank`` is silent, but not yet for long enough."""
+        return any(
+            now - m.seen > 2 * HEARTBEAT
+            for m in self.others(rank)
+            if m.left is None and not m.failing and m.report.rank != 0
+        )
+
+    def _lost(self, active: list[Member], now: float, early: bool = False) -> Failure | None:
+        for member in active:
+            report = member.report
+            if report.rank == 0:
+                continue  # it is the one that checks
+            local = bool(self._here) and report.machine == self._here
+            silent = now - member.seen
+            if member.connections == 0 and member.disconnected is not None:
+                without = now - member.disconnected
+                if member.cut_off and without > (0 if early else HEARTBEAT):
+                    return self.cut_off(report)
+                gone = self._state(report.pid) in ("", "Z", "X") if local else without > GRACE
+                if gone or without > LOST or (early and without > HEARTBEAT / 4):
+                    return self.gone(report)
+            elif local and silent > LOST / 2:
+                state = self._state(report.pid)
+                if state in ("", "Z", "X"):  # a child process has inherited its connection
+                    return self.gone(report)
+                if state in ("T", "t") and silent > LOST:
+                    return self.suspended(report)
+            if silent > STALLED:
+                return self.stalled(report)
+        return None
+
+    def _left(self, active: list[Member], now: float, patience: float) -> Failure | None:
+        for gone in self._members.values():
+            if gone.left is None:
+                continue
+            for member in active:
+                waits = now - max(member.moved, gone.left)
+                if waits >= patience and needs(member.report, gone.report):
+                    return self.ended(gone.report, member.report)
+        return None
+
+    def _hanging(self, active: list[Member], now: float, timeout: float) -> Failure | None:
+        behind = [m for m in active if m.overtaken is not None and now - m.seen < 2 * HEARTBEAT]
+        for member in sorted(behind, key=lambda m: m.report.count):
+            since = max(member.moved, member.overtaken or 0.0)
+            if now - since > timeout:
+                later = max((m.report for m in active), key=lambda report: report.count)
+                return Failure(
+                    member.report.rank,
+                    f"{member.report.name} hangs {member.report.where}: it has been there for "
+                    f"{now - member.moved:.0f} s, and the others wait for it for more than "
+                    f"{timeout:g} s (process {later.rank} is {later.where}). The limit is "
+                    "TrainingArguments(ddp_timeout=...).",
+                )
+        return None
+
+    @staticmethod
+    def gone(report: Report) -> Failure:
+        """The failure of a process that ended without a word."""
+        return Failure(
+            report.rank,
+            f"{report.name} failed: it was killed, or crashed (memory used up, a signal, a fault "
+            f"in native code). It was last seen {report.where}. See its own output and the logs "
+            "of its host.",
+        )
+
+    @staticmethod
+    def cut_off(report: Report) -> Failure:
+        """The failure of a process whose host does not answer."""
+        return Failure(
+            report.rank,
+            f"{report.name} failed: it has not been reachable for {LOST:g} s, so its host is down "
+            f"or cut off from the network. It was last seen {report.where}.",
+        )
+
+    @staticmethod
+    def suspended(report: Report) -> Failure:
+        """The failure of a process that was stopped by a signal."""
+        return Failure(
+            report.rank,
+            f"{report.name} failed: it has been suspended for {LOST:g} s, by SIGSTOP or in a "
+            f"debugger. It was last seen {report.where}.",
+        )
+
+    @staticmethod
+    def stalled(report: Report) -> Failure:
+        """The failure of a process that is connected and does not answer."""
+        return Failure(
+            report.rank,
+            f"{report.name} failed: it has not answered for {STALLED:g} s, so it is suspended, or "
+            f"native code holds Python's interpreter lock. It was last seen {report.where}.",
+        )
+
+    @staticmethod
+    def ended(gone: Report, waiting: Report) -> Failure:
+        """The failure of a process whose program ended while another one needs it."""
+        when = f"after {gone.ended_by}" if gone.ended_by else gone.where
+        return Failure(
+            gone.rank,
+            f"{gone.name} ended its program {when}, while process {waiting.rank} "
+            f"waits for it {waiting.where}. All processes have to make the same calls.",
+        )

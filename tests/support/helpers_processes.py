@@ -1,0 +1,113 @@
+"""Several processes without a framework, which obey commands; see tests/distributed."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+EXCHANGE = """
+import json, os, sys, time
+from pathlib import Path
+from kbtrain.utils.processes import ProcessGroup
+
+folder, rank, size, timeout, address, local = sys.argv[1:]
+folder, rank, size = Path(folder), int(rank), int(size)
+group = ProcessGroup(rank=rank, size=size, address=address, local_size=int(local))
+rounds = 0
+
+def exchange(data):
+    global rounds
+    rounds += 1
+    own = folder / f"{rounds}-{rank}"
+    own.with_suffix(".tmp").write_bytes(data)
+    own.with_suffix(".tmp").rename(own)
+    paths = [folder / f"{rounds}-{r}" for r in range(size)]
+    while not all(path.exists() for path in paths):
+        time.sleep(0.01)
+    return [path.read_bytes() for path in paths]
+"""
+
+CHANNEL = (
+    EXCHANGE
+    + """
+from kbtrain.distributed.control import Channel
+from kbtrain.distributed.ending import install_excepthook
+
+channel = Channel.start(group, exchange, float(timeout))
+install_excepthook(channel)
+assert not {"keras", "torch", "tensorflow", "jax", "numpy"} & set(sys.modules)
+channel.at("update 17")
+print("ready", flush=True)
+# Between two commands the main thread waits in a system call, as in a collective operation.
+for line in iter(sys.stdin.readline, ""):
+    exec(line)
+    print("done", flush=True)
+"""
+)
+
+
+class Processes:
+    """Processes of ``program``, each with standard input as the source of its commands."""
+
+    def __init__(
+        self, folder, size=3, program=CHANNEL, timeout=1800.0, address="127.0.0.1", local=None
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, folder, *map(str, (rank, size, timeout, address))]
+                + [str(size if local is None else local)],
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(size)
+        ]
+        self.started = 0.0
+
+    def __enter__(self):
+        for process in self._processes:
+            process.stdout.readline()  # "ready"
+        return self
+
+    def __exit__(self, *error):
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+    def __getitem__(self, rank):
+        return self._processes[rank]
+
+    def tell(self, rank, command):
+        """Have a process execute a line of Python."""
+        self.started = time.monotonic()
+        self._processes[rank].stdin.write(f"{command}\n")
+        self._processes[rank].stdin.flush()
+
+    def signal(self, rank, number):
+        self.started = time.monotonic()
+        self._processes[rank].send_signal(number)
+
+    def ends(self, ranks=None, limit=20.0):
+        """Wait for the end of the processes.
+
+        Returns:
+            Seconds since the last command or signal, exit codes (None: it did not end within
+            ``limit``), and what each printed as errors.
+        """
+        end = time.monotonic() + limit
+        waiting = self._processes if ranks is None else [self._processes[r] for r in ranks]
+        for process in waiting:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+        codes = [process.returncode for process in waiting]
+        seconds = time.monotonic() - self.started
+        for process in waiting:
+            process.kill()  # or its output would not end
+        return seconds, codes, [process.stderr.read() for process in waiting]
