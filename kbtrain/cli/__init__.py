@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from kbtrain.errors import KbtrainError
 
 COMMANDS = {
+    "launch": "start a script as several processes that train together",
     "checkpoint": "list, verify, show and export checkpoints",
     "args": "list the fields of TrainingArguments: type, default, meaning",
     "env": "print versions, backend and devices, for bug reports",
