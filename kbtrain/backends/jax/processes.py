@@ -31,6 +31,9 @@ UNREACHABLE_SECONDS = 10
 REMINDER_SECONDS = 10
 """Time between two messages that a process is still waiting for others."""
 
+PIECE_BYTES = 1 << 26
+"""Bytes that ``copy_from_first`` sends at a time."""
+
 
 def joined_processes() -> tuple[int, int] | None:
     """``(rank, size)`` if the framework's processes have been joined by another program."""
@@ -209,7 +212,29 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
 
 
 def copy_from_first(variables: Sequence[keras.Variable]) -> None:
-    """Give variables the values that they have in process 0."""
+    """Give variables the values that they have in process 0.
+
+    Bytes are sent, so that each value is the same bit for bit, in pieces of one length, so that
+    few collectives are compiled. Values that are divided among the processes stay as they are.
+    """
+    if jax.process_count() == 1:
+        return
+    own = [v for v in variables if v.value.is_fully_addressable]
+    if not own:
+        return
+    values = [np.asarray(v.value, order="C") for v in own]
+    sent = np.concatenate([value.reshape(-1).view(np.uint8) for value in values])
+    pieces = [
+        multihost_utils.broadcast_one_to_all(sent[start : start + PIECE_BYTES])
+        for start in range(0, len(sent), PIECE_BYTES)
+    ]
+    if jax.process_index() == 0:
+        return
+    received, start = np.concatenate(pieces), 0
+    for variable, value in zip(own, values, strict=True):
+        part = received[start : start + value.nbytes]
+        variable.assign(part.view(value.dtype).reshape(value.shape))
+        start += value.nbytes
 
 
 @contextlib.contextmanager
