@@ -95,17 +95,19 @@ def make_train_step(
             if isinstance(loss, LossTerms):
                 own = shards.sum_each(counts_of(loss)) if counts is None else counts
                 value = value_of(loss, own)
+                count = None
             else:
-                value = loss.sum
+                value, count = loss.sum, loss.count
                 if of_mean:
-                    value = mean(value, ops.stop_gradient(loss.count))
-            return optimizer.scale_loss(value), (loss, metric_inputs)
+                    count = ops.stop_gradient(shards.sum(count))
+                    value = mean(value, count)
+            return optimizer.scale_loss(value), (loss, metric_inputs, count)
 
-        _, (result, metric_inputs), gradients, updates = backend.value_and_grad(
+        _, (result, metric_inputs, count), gradients, updates = backend.value_and_grad(
             objective, trainable, batch
         )
         if of_mean and isinstance(result, LossPair):
-            count = divisor(result.count)
+            count = divisor(count)
             gradients = [
                 g if whole else _times(as_float(g), count)
                 for g, whole in zip(gradients, replaced, strict=True)
