@@ -6,9 +6,13 @@ it, as JAX and TensorFlow must know all processes before the first tensor.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
+from kbtrain.distributed.control import Channel
+from kbtrain.distributed.ending import install_excepthook
 from kbtrain.utils import processes
 from kbtrain.utils.processes import ProcessGroup
 
@@ -16,6 +20,8 @@ TIMEOUT = 1800.0
 """Seconds that a collective operation may take, as in Transformers."""
 
 _JOINED = "KBTRAIN_JOINED_PID"
+
+_channel: Channel | None = None
 
 
 def initialize() -> ProcessGroup:
@@ -46,9 +52,37 @@ def initialize() -> ProcessGroup:
         backend.start_processes(group, TIMEOUT)
     if group is None:
         return processes.ALONE
-    processes.set_current(group)
+    global _channel
     os.environ[_JOINED] = str(os.getpid())
+    processes.set_current(group)
+    _channel = Channel.start(group, backend.exchange, TIMEOUT)
+    install_excepthook(_channel)
     return group
+
+
+def at(place: str) -> None:
+    """Record what this process does now, for the message if one of several fails.
+
+    Args:
+        place: For example "update 17". All processes pass the same places in the same order.
+    """
+    if _channel is not None:
+        _channel.at(place)
+
+
+@contextlib.contextmanager
+def working(place: str) -> Iterator[None]:
+    """Context of a call that all processes make, such as ``fit``; see ``at``."""
+    if _channel is None:
+        yield
+        return
+    _channel.at(place)
+    try:
+        yield
+    except BaseException as error:
+        _channel.done(error)
+        raise
+    _channel.done()
 
 
 def _is_child() -> bool:

@@ -14,7 +14,6 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
 from kbtrain.utils.processes import current
 
-
 logger = logging.getLogger("kbtrain")
 
 

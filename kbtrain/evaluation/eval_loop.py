@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
 from kbtrain.data import (
     Batches,
@@ -225,6 +226,7 @@ class Evaluation:
     def _run_block(self, block: Block) -> None:
         """Launch the batches of a block, in as many calls as the size of their outputs requires."""
         begin = time.perf_counter()
+        distributed.at(f"batch {self._batches} of an evaluation")
         ((_, rows),) = block.chunks[0].items()
         if self._label_check is not None:
             self._label_check(rows, block.updates, ("batch",), self._batches)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from kbtrain import backends
+from kbtrain import backends, distributed
 from kbtrain.callbacks import time_triggers
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.progress_bar import display
@@ -17,7 +18,7 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter
-from kbtrain.distributed import initialize, placement
+from kbtrain.distributed import placement
 from kbtrain.errors import concise
 from kbtrain.evaluation import evaluate as evaluation
 from kbtrain.evaluation.compiled_steps import EvalSteps
@@ -118,7 +119,7 @@ class Trainer(KnownNames, TrainerBase):
     ) -> None:
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
-        initialize()
+        distributed.initialize()
         self.train_dataset, self.eval_dataset = argument_checks.datasets(
             train_dataset, eval_dataset, validation_split, self.backend.TAKES_STRINGS
         )
@@ -225,7 +226,11 @@ class Trainer(KnownNames, TrainerBase):
         saves = args.save_strategy != "no"
         signals = self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
         try:
-            with signals, self.saver.running(saves, args.on_save_error):
+            with (
+                distributed.working("the start of fit"),
+                signals,
+                self.saver.running(saves, args.on_save_error),
+            ):
                 checkpoint = resolve_together(self.store, self.backend, resume)
                 if checkpoint is None and saves and args.should_save:
                     actions.warn_of_former_run(self)
@@ -330,9 +335,11 @@ class Trainer(KnownNames, TrainerBase):
         """Evaluate a data set with the current steps of the model."""
         if self.bound.is_outdated and not self.is_in_train:
             self.adopt(self.model)
-        return evaluation.evaluate(
-            self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
-        )
+        within = contextlib.nullcontext() if self.is_in_train else distributed.working("evaluation")
+        with within:
+            return evaluation.evaluate(
+                self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
+            )
 
     # --- saving and reports ---------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbtrain import distributed
 from kbtrain.callbacks.state import to_json_value
 from kbtrain.checkpoint import processing_class, run_state
 from kbtrain.checkpoint.async_checkpointer import Snapshot
@@ -153,6 +154,7 @@ def save(trainer: TrainerBase, run: Run) -> None:
     ``on_save`` fires when the checkpoint is complete, so a listener makes the run wait for it.
     """
     args, step = trainer.args, trainer.state.global_step
+    distributed.at(f"saving checkpoint-{step}")
     if not args.should_save:
         best_model.begin_saving(trainer, run)
         trainer.fire("on_save")

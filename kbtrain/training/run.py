@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
 from kbtrain.callbacks.state import TrainerState, TrainingPlan
@@ -140,6 +141,7 @@ class Run:
     def update(self, block: Block) -> None:
         """Launch the updates of a block without waiting for them."""
         start = time.perf_counter()
+        distributed.at(f"update {self.state.global_step + 1}")
         if self.label_check is not None:
             self._check_labels(self.label_check, block)
         try:

@@ -85,9 +85,7 @@ def dense(inputs: int = 4, outputs: int = 3, **options: Any) -> keras.Model:
 
 def line(samples: int) -> dict[str, Any]:
     x = np.linspace(-1, 1, samples, dtype="float32")[:, None]
-    model = keras.Sequential(
-        [keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")]
-    )
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
     trainer = Trainer(
         model,
         arguments("line", num_train_epochs=3, learning_rate=0.1, max_grad_norm=0.0),
