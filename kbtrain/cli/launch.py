@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kbtrain.distributed.environment import PORTS_OF_GROUP, endpoint
+from kbtrain.distributed.environment import endpoint
 from kbtrain.distributed.local_processes import run_together
 from kbtrain.distributed.rendezvous import Node, Rendezvous
 from kbtrain.errors import ConfigurationError
@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> int:
     try:
         for attempt in range(options.max_restarts + 1):
             if rendezvous is None:
-                nodes, base = [Node(_LOCALHOST, options.n)], free_ports(PORTS_OF_GROUP + options.n)
+                nodes, base = [Node(_LOCALHOST, options.n)], free_ports(1 + options.n)
             else:
                 nodes = rendezvous.meet(attempt, options.n, options.max_restarts)
                 base = port + 1
@@ -82,10 +82,10 @@ def environments(
         environ: Those of the launcher.
         nodes: All machines.
         node_rank: Index of this one.
-        port: The first of the consecutive ports that the processes use.
+        port: A port for process 0; those above it are for ``KBTRAIN_ADDRESSES``.
     """
     places = [(node, local) for node, each in enumerate(nodes) for local in range(each.processes)]
-    first = port + PORTS_OF_GROUP
+    first = port + 1
     addresses = [endpoint(nodes[node].host, first + r) for r, (node, _) in enumerate(places)]
     local_size = nodes[node_rank].processes
     inherited = {
@@ -153,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="machine 0 and the first of 3 + N (over all machines) free ports there",
+        help="machine 0 and a free port there; as many ports above it as there are processes, and "
+        "one more, are used as well",
     )
     parser.add_argument(
         "--max-restarts",

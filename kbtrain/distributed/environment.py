@@ -9,10 +9,9 @@ names of its own. The first of these that is present decides:
 4. ``SLURM_STEP_NUM_TASKS``: a step that srun started. A batch script that runs ``python`` itself is
    one process, whatever ``--ntasks`` says.
 
-On the machine of process 0 ``port`` is for the framework and the port above it for the control
-channel; ``addresses`` begin two above. Where a launcher names no port that is free for this, one is
-derived from the identity of the job, below the range of ports that Linux gives to outgoing
-connections.
+``port`` is one at which the launcher says that process 0 may listen. Where it names none, or has
+taken that itself, one is derived from what identifies the job, below the ports that Linux gives to
+outgoing connections. On one machine the ports above it make up ``addresses``.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from collections.abc import Mapping, Sequence
 from kbtrain.distributed.slurm import hosts_of_tasks
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.processes import ProcessGroup
-
-PORTS_OF_GROUP = 2
-"""Ports of process 0 below those of ``addresses``: the framework's and the control channel's."""
 
 _LOCALHOST = "127.0.0.1"
 
@@ -213,8 +209,7 @@ def _slurm(environ: Mapping[str, str]) -> ProcessGroup | None:
     addresses = _addresses(variables, port, size, local_size)
     if not addresses and places[rank] == (node, local_rank):
         # Otherwise the tasks are distributed in a way that the variables do not describe.
-        first = port + PORTS_OF_GROUP
-        addresses = tuple(endpoint(hosts[host], first + local) for host, local in places)
+        addresses = tuple(endpoint(hosts[host], port + 1 + local) for host, local in places)
     return ProcessGroup(rank, size, local_rank, local_size, address, port, addresses, "SLURM")
 
 
@@ -248,13 +243,13 @@ class _Variables:
         )
 
     def port(self) -> int:
-        """``MASTER_PORT``, which leaves room for the ports above it."""
+        """``MASTER_PORT``."""
         text = self.text("MASTER_PORT")
-        if text.isdecimal() and 0 < int(text) < 65536 - PORTS_OF_GROUP:
+        if text.isdecimal() and 0 < int(text) < 65536:
             return int(text)
         raise ConfigurationError(
             "The environment variable MASTER_PORT must be the number of a free port on the machine "
-            f"of process 0, such as 29400, whose next one is free, too. Received: {text!r}"
+            f"of process 0, such as 29400. Received: {text!r}"
         )
 
 
@@ -276,7 +271,7 @@ def _addresses(variables: _Variables, port: int, size: int, local_size: int) -> 
         return addresses
     if local_size < size:
         return ()
-    return tuple(endpoint(_LOCALHOST, port + PORTS_OF_GROUP + rank) for rank in range(size))
+    return tuple(endpoint(_LOCALHOST, port + 1 + rank) for rank in range(size))
 
 
 def _port_of_job(variables: _Variables, identity: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ def test_each_process_gets_its_rank_and_the_same_addresses(tmp_path):
     }
     assert len({(group.address, group.port, group.addresses) for group in groups}) == 1
     ports = [groups[0].port, *(int(a.rpartition(":")[2]) for a in groups[0].addresses)]
-    assert ports == [ports[0], *range(ports[0] + 2, ports[0] + 5)]
+    assert ports == [ports[0], *range(ports[0] + 1, ports[0] + 4)]
 
 
 def test_variables_of_two_machines():
@@ -42,7 +42,7 @@ def test_variables_of_two_machines():
     assert second == {
         **{"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"},
         **{"MASTER_ADDR": "a", "MASTER_PORT": "100", "OMP_NUM_THREADS": "5", "HOME": "/h"},
-        "KBTRAIN_ADDRESSES": "a:102,a:103,[fd00::2]:104",
+        "KBTRAIN_ADDRESSES": "a:101,a:102,[fd00::2]:103",
         "KBTRAIN_LAUNCHER_PID": str(os.getpid()),
     }
     first = environments({}, nodes, 0, 100)
@@ -271,7 +271,7 @@ def test_two_machines_meet_and_restart_together(tmp_path):
         assert {group.address for group in groups} == {"127.0.0.1"}
         assert len({group.addresses for group in groups}) == 1
         ports = [address.rpartition(":")[2] for address in groups[0].addresses]
-        assert ports == [str(groups[0].port + 2 + rank) for rank in range(3)]
+        assert ports == [str(groups[0].port + 1 + rank) for rank in range(3)]
 
 
 @pytest.mark.parametrize(
