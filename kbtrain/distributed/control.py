@@ -18,7 +18,6 @@ import contextlib
 import http.client
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -39,6 +38,7 @@ from kbtrain.distributed.members import (
     Members,
     Report,
     machine,
+    network,
     process_state,
 )
 from kbtrain.errors import DistributedError, first_lines
@@ -91,21 +91,25 @@ class Channel:
             DistributedError: A process cannot reach process 0; it is raised in all processes.
         """
         report = Report(group.rank, socket.gethostname(), os.getpid(), machine())
-        server = None
-        first: dict[str, Any] = {"report": report.to_wire()}
-        if group.rank == 0:
-            server = ControlServer(group, secrets.token_urlsafe(24))
-            first["url"] = server.url
-        messages = [json.loads(data) for data in exchange(json.dumps(first).encode())]
+
+        def gather(message: Any) -> list[Any]:
+            return [json.loads(data) for data in exchange(json.dumps(message).encode())]
+
+        messages = gather({"report": report.to_wire(), "network": network()})
         reports = [Report.from_wire(message["report"]) for message in messages]
-        if server is not None:
-            server.serve(Members(reports, timeout, time.monotonic()))
-        channel = cls(report, messages[0]["url"], reports[0], server, timeout)
-        problem = channel._greet() if server is None else ""
-        problems = [data.decode() for data in exchange(problem.encode())]
+        local = len({message["network"] for message in messages}) == 1
+        server = None
+        if group.rank == 0:
+            server = ControlServer(group, Members(reports, timeout, time.monotonic()), local)
+        urls = gather(server.urls if server is not None else [])[0]
+        channel = cls(report, urls[0], reports[0], server, timeout)
+        problems = gather(channel._greet(urls) if server is None else "")
         if any(problems):
             channel.close()
-            raise DistributedError(" ".join(problem for problem in problems if problem))
+            raise DistributedError(
+                f"{' '.join(filter(None, problems))[:2000]} The processes of a run connect to "
+                "ports of each other: see to the address that the launcher gives, and to firewalls."
+            )
         channel._thread.start()
         return channel
 
@@ -184,7 +188,7 @@ class Channel:
             self._thread.join(2 * ATTEMPT)
         self._connection.close()
         if self._server is not None:
-            self._server.stop()
+            self._server.close()
 
     def file_numbers(self) -> list[int]:
         """The numbers of the open files that belong to this channel."""
@@ -205,18 +209,18 @@ class Channel:
 
     # --- the thread of the others ---------------------------------------------------------------
 
-    def _greet(self) -> str:
+    def _greet(self, urls: list[str]) -> str:
         """Reach process 0 for the first time; the result says why that failed, if it did."""
-        try:
-            self._connection.call("hello", self._report.to_wire())
-        except _PROBLEMS as error:
-            address = urllib.parse.urlsplit(self._url).netloc  # without the token
-            return (
-                f"{self._report.name} cannot reach {self._host.name} at {address}: {error}. The "
-                "processes of a run connect to ports of each other: see to the address that the "
-                "launcher gives, and to firewalls."
-            )
-        return ""
+        problems = []
+        for url in urls:
+            self._url, self._connection = url, _Connection(url)
+            try:
+                self._connection.call("hello", self._report.to_wire())
+                return ""
+            except _PROBLEMS as error:
+                # Not the whole URL: it has the token.
+                problems.append(f"{urllib.parse.urlsplit(url).netloc} ({error})")
+        return f"{self._report.name} cannot reach {self._host.name} at {', '.join(problems)}."
 
     def _beat(self) -> None:
         answered = reached = time.monotonic()

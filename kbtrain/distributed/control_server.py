@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
+import secrets
 import selectors
 import socket
 import socketserver
@@ -18,6 +20,8 @@ from kbtrain.utils.processes import ProcessGroup
 
 TELLING = 1.5
 """Seconds that a failing process 0 waits for the others to hear the reason."""
+BACKLOG = 1024
+"""Connections that may wait while this process does something else."""
 WEIGHING = 1.5
 """Seconds in which the failure of another process may still explain a reported exception."""
 
@@ -45,6 +49,7 @@ class _Handler(SimpleXMLRPCRequestHandler):
     server: _Server
     _rank: int | None = None
     _cut_off = False
+    _news: tuple[bool, bool] | None = None
 
     def setup(self) -> None:
         super().setup()
@@ -75,8 +80,18 @@ class _Handler(SimpleXMLRPCRequestHandler):
                 0
             )  # it sends nothing meanwhile: there is only an end to read
 
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        if self._news is not None and self._rank is not None:  # it has been sent
+            self.server.control.told(self._rank, *self._news)
+            self._news = None
+
     def is_rpc_path_valid(self) -> bool:
         return hmac.compare_digest(self.path.encode(), self.server.path.encode())
+
+    def report_404(self) -> None:
+        super().report_404()
+        self.close_connection = True  # what else it sent is not read
 
     def _dispatch(self, method: str, parameters: tuple[Any, ...]) -> dict[str, Any]:
         control = self.server.control
@@ -85,7 +100,9 @@ class _Handler(SimpleXMLRPCRequestHandler):
             self._rank = report.rank
             control.connected(report.rank)
         if method == "beat":
-            return control.beat(report, self._open)
+            answer = control.beat(report, self._open)
+            self._news = bool(answer.get("failure")), bool(answer.get("left"))
+            return answer
         if method == "fail":
             failure = control.fail(report, str(parameters[1]))
             return {"failure": vars(failure)}
@@ -122,15 +139,21 @@ class ControlServer:
 
     Args:
         group: The processes; this one has rank 0.
-        token: What only they know.
+        members: Their first reports.
+        local: Whether all of them see the loopback of this process.
+
+    Attributes:
+        members: What is known of them.
+        urls: Where the others may find it. A token in them keeps strangers out.
     """
 
-    def __init__(self, group: ProcessGroup, token: str) -> None:
+    def __init__(self, group: ProcessGroup, members: Members, local: bool) -> None:
         self._news = threading.Condition()
-        self._members: Members | None = None
-        listening = _listen(group)
-        host = "127.0.0.1" if group.local_size == group.size else group.address
+        self.members = members
+        listening, addresses = _listen(group.address, local)
         port = listening.getsockname()[1]
+        token = secrets.token_urlsafe(24)
+        self.urls = [f"http://{address}:{port}/{token}" for address in addresses]
         self._http = _Server(
             ("", 0), _Handler, logRequests=False, allow_none=False, bind_and_activate=False
         )
@@ -139,32 +162,18 @@ class ControlServer:
         self._http.server_address = listening.getsockname()[:2]
         self._http.path = f"/{token}"
         self._http.control = self
-        host = f"[{host}]" if ":" in host else host
-        self.url = f"http://{host}:{port}/{token}"
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._http.serve_forever, name="kbtrain control server", daemon=True
-        )
+        ).start()
 
-    def serve(self, members: Members) -> None:
-        """Begin to answer."""
-        self._members = members
-        self._thread.start()
-
-    def stop(self) -> None:
+    def close(self) -> None:
         """Stop answering; open connections end with the process."""
-        if self._thread.is_alive():
-            self._http.shutdown()
+        self._http.shutdown()
         self._http.server_close()
 
     def file_numbers(self) -> list[int]:
         """The numbers of the sockets that are open."""
         return [self._http.socket.fileno(), *list(self._http.numbers)]
-
-    @property
-    def members(self) -> Members:
-        """The processes; call it with the lock held."""
-        assert self._members is not None
-        return self._members
 
     def connected(self, rank: int) -> None:
         """See ``Members.connected``."""
@@ -210,15 +219,20 @@ class ControlServer:
                     break
                 self._news.wait(HEARTBEAT / 4)
                 if not waits():
-                    return {}
-            told, left = members.failure is not None, members[0].left is not None
-            if (told, left) != (member.told, member.left_told):
-                member.told, member.left_told = told, left
-                self._news.notify_all()
+                    break
             return {
                 "host": members[0].report.to_wire(),
+                "left": members[0].left is not None,
                 "failure": vars(members.failure) if members.failure is not None else {},
             }
+
+    def told(self, rank: int, failure: bool, left: bool) -> None:
+        """A process has been told whether there is a failure, and whether process 0 has left."""
+        with self._news:
+            member = self.members[rank]
+            if (failure, left) != (member.told, member.left_told):
+                member.told, member.left_told = failure, left
+                self._news.notify_all()
 
     def fail(self, report: Report, cause: str) -> Failure:
         """Take in an exception of a process; the result is the failure that came first.
@@ -255,18 +269,45 @@ class ControlServer:
             )
 
 
-def _listen(group: ProcessGroup) -> socket.socket:
-    """A listening socket at a free port, on the narrowest interface that all processes reach."""
-    if group.local_size == group.size:
-        return socket.create_server(("127.0.0.1", 0), backlog=1024)
+def _listen(address: str, local: bool) -> tuple[socket.socket, list[str]]:
+    """A listening socket at a free port, and the addresses at which others may reach it.
+
+    Args:
+        address: What the launcher gives for this host.
+        local: Whether the loopback will do.
+    """
+    if local:
+        return socket.create_server(("127.0.0.1", 0), backlog=BACKLOG), ["127.0.0.1"]
     try:
-        # A name may stand for another address here than elsewhere, such as that of the loopback.
-        address = ipaddress.ip_address(group.address)
-        family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-        return socket.create_server((str(address), 0), family=family, backlog=1024)
+        # Not a name: it may stand for another address here than elsewhere, such as a loopback.
+        numeric = ipaddress.ip_address(address)
+        if not numeric.is_loopback:
+            return _server(str(numeric), numeric.version), [_in_url(address)]
     except (ValueError, OSError):
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-            )
-        return socket.create_server(("", 0), backlog=1024)
+        pass  # a name, or the address of a gateway
+    version = 6 if socket.has_dualstack_ipv6() else 4
+    found = dict.fromkeys([address, *_own_addresses()])
+    return _server("", version), [_in_url(each) for each in list(found)[:3]]
+
+
+def _server(address: str, version: int) -> socket.socket:
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    return socket.create_server(
+        (address, 0), family=family, backlog=BACKLOG, dualstack_ipv6=version == 6 and not address
+    )
+
+
+def _own_addresses() -> list[str]:
+    """Addresses of this host, the one towards other networks first."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # reserved for documentation; nothing is sent
+        found.append(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        for *_, place in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET):
+            found.append(str(place[0]))
+    return [address for address in found if not ipaddress.ip_address(address).is_loopback]
+
+
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,14 @@ def machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def network() -> str:
+    """Identifies the network interfaces that this process sees, its loopback included."""
+    try:
+        return f"{machine()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def needs(waiting: Report, gone: Report) -> bool:
@@ -279,16 +288,20 @@ class Members:
                     return self.cut_off(report)
                 gone = self._state(report.pid) in ("", "Z", "X") if local else without > GRACE
                 if gone or without > LOST or (early and without > HEARTBEAT / 4):
-                    return self.gone(report)
+                    return self._vanished(report, silent)
             elif local and silent > LOST / 2:
                 state = self._state(report.pid)
-                if state in ("", "Z", "X"):  # a child process has inherited its connection
-                    return self.gone(report)
+                if state in ("", "Z", "X"):  # something else keeps its connection open
+                    return self._vanished(report, silent)
                 if state in ("T", "t") and silent > LOST:
                     return self.suspended(report)
             if silent > STALLED:
                 return self.stalled(report)
         return None
+
+    def _vanished(self, report: Report, silent: float) -> Failure:
+        # A process that is cut off notices it as soon as this one does, and ends.
+        return self.cut_off(report) if silent > LOST - HEARTBEAT else self.gone(report)
 
     def _left(self, active: list[Member], now: float, patience: float) -> Failure | None:
         for gone in self._members.values():

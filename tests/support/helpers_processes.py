@@ -14,9 +14,9 @@ import json, os, sys, time
 from pathlib import Path
 from kbtrain.utils.processes import ProcessGroup
 
-folder, rank, size, timeout, address, local = sys.argv[1:]
+folder, rank, size, timeout, address = sys.argv[1:]
 folder, rank, size = Path(folder), int(rank), int(size)
-group = ProcessGroup(rank=rank, size=size, address=address, local_size=int(local))
+group = ProcessGroup(rank=rank, size=size, address=address)
 rounds = 0
 
 def exchange(data):
@@ -51,23 +51,33 @@ for line in iter(sys.stdin.readline, ""):
 
 
 class Processes:
-    """Processes of ``program``, each with standard input as the source of its commands."""
+    """Processes of ``program``, each with standard input as the source of its commands.
+
+    ``prefixes`` are put before the command of each, such as one that enters a namespace.
+    """
 
     def __init__(
-        self, folder, size=3, program=CHANNEL, timeout=1800.0, address="127.0.0.1", local=None
+        self,
+        folder,
+        size=3,
+        program=CHANNEL,
+        timeout=1800.0,
+        address="127.0.0.1",
+        prefixes=None,
     ):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+        prefixes = prefixes or [[]] * size
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-c", program, folder, *map(str, (rank, size, timeout, address))]
-                + [str(size if local is None else local)],
+                [*prefix, sys.executable, "-c", program, folder, str(rank), str(size)]
+                + [str(timeout), address],
                 env=environment,
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-            for rank in range(size)
+            for rank, prefix in enumerate(prefixes)
         ]
         self.started = 0.0
 
@@ -80,6 +90,9 @@ class Processes:
         for process in self._processes:
             process.kill()
             process.communicate()
+
+    def __len__(self):
+        return len(self._processes)
 
     def __getitem__(self, rank):
         return self._processes[rank]
