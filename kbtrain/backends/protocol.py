@@ -256,8 +256,8 @@ class Backend(Protocol):
     def owned_blocks(self, variable: keras.Variable) -> OwnedBlocks | None:
         """The blocks of a variable that this process saves; None if its value is whole here.
 
-        The blocks of all processes make up the variable, without overlap. Their values are views
-        without a copy if possible.
+        The blocks of all processes make up the variable, without overlap. Their values are on the
+        device; ``host_view`` takes them.
         """
 
     def assign_blocks(self, variable: keras.Variable, read: ReadBlock) -> None:

@@ -1,7 +1,13 @@
-"""Saves checkpoints during a run: in the background, one at a time, with a lock on the folder."""
+"""Saves checkpoints during a run: in the background, one at a time, with a lock on the folder.
+
+In a run of several processes each has an ``AsyncCheckpointer`` and calls its methods alike. State
+that is whole on every process is written by one of them; of state that is divided each writes its
+blocks. They learn of each other's failures, so that all raise an error or none does.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -13,10 +19,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.storage.folder_writer import ExternalLayout
+from kbtrain.checkpoint import CheckpointStore, distributed
+from kbtrain.checkpoint.storage.folder_writer import Contents, ExternalLayout
 from kbtrain.checkpoint.storage.lock import RunLock
+from kbtrain.distributed.peers import Peers
 from kbtrain.errors import CheckpointError, is_storage_error
+from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
 
 logger = logging.getLogger("kbtrain")
@@ -30,7 +38,8 @@ class Snapshot:
 
     Attributes:
         step: Optimizer updates done.
-        arrays: Group -> name -> array.
+        arrays: Group -> name -> array, or the ``OwnedBlocks`` of an array that is divided among
+            processes.
         documents: Name -> JSON value.
         info: Entries for the manifest.
         places: Group -> where Keras looks for its arrays.
@@ -40,7 +49,7 @@ class Snapshot:
     """
 
     step: int
-    arrays: Mapping[str, Mapping[str, np.ndarray]]
+    arrays: Mapping[str, Mapping[str, np.ndarray | OwnedBlocks]]
     documents: Mapping[str, Any]
     info: Mapping[str, Any]
     places: Mapping[str, ExternalLayout] = field(default_factory=dict)
@@ -53,11 +62,24 @@ class Snapshot:
 class _Job:
     """A pending save whose outcome is unchecked."""
 
+    key: str
     snapshot: Snapshot
     on_error: OnError
     failed: Callable[[], None]
     error: BaseException | None = None
     thread: threading.Thread | None = field(default=None)
+
+
+def _is_raised(job: _Job, error: BaseException) -> bool:
+    return job.on_error == "raise" or not is_storage_error(error)
+
+
+_keys = itertools.count()
+
+
+def _new_key() -> str:
+    """A key for messages between processes; asked for in the order of the calls, alike on all."""
+    return f"checkpoint {next(_keys)}"
 
 
 class AsyncCheckpointer:
@@ -69,13 +91,20 @@ class AsyncCheckpointer:
 
     Args:
         store: Where the checkpoints go.
-        writes: Whether this process writes. Of several processes with the same state one does;
-            for the others every save succeeds without doing anything.
+        writes: Whether this process writes what is whole on every process. Of the processes with
+            one folder one does; without ``peers``, every save of the others succeeds without doing
+            anything.
+        peers: The processes of the run, if they tell each other what became of a save, as they must
+            where state is divided among them. Then ``wait`` returns when all have written, so that
+            any of them can read the checkpoint.
     """
 
-    def __init__(self, store: CheckpointStore, writes: bool = True) -> None:
+    def __init__(
+        self, store: CheckpointStore, writes: bool = True, peers: Peers | None = None
+    ) -> None:
         self.store = store
-        self._writes = writes
+        self.writes = writes
+        self.peers = peers
         self.longest: float | None = None
         """Seconds that the slowest write so far took; None before the first."""
         self.buffers = HostBuffers()
@@ -84,6 +113,10 @@ class AsyncCheckpointer:
         self._job: _Job | None = None
         self._guard = threading.Lock()
         self._abandoned = False
+
+    @property
+    def _takes_part(self) -> bool:
+        return self.writes or self.peers is not None
 
     @contextmanager
     def running(self, will_save: bool, on_error: OnError) -> Iterator[None]:
@@ -99,7 +132,7 @@ class AsyncCheckpointer:
             CheckpointError: The folder cannot be written to, or the last save failed, and
                 ``on_error`` is ``"raise"``.
         """
-        if not self._writes:
+        if not self._takes_part:
             yield
             return
         self._join()
@@ -126,6 +159,8 @@ class AsyncCheckpointer:
                     self._lock.release()
 
     def _clean(self) -> None:
+        if not self.writes:
+            return
         try:
             self.store.clean_leftovers(alone=self._lock.is_held)
         except CheckpointError as error:  # a resume reports it again
@@ -153,9 +188,9 @@ class AsyncCheckpointer:
             CheckpointError: This save, or the one before it, failed.
         """
         self.wait()
-        if not self._writes:
+        if not self._takes_part:
             return True
-        job = _Job(snapshot, on_error, failed)
+        job = _Job(_new_key(), snapshot, on_error, failed)
         self._job = job
         if background:
             # A daemon thread: a process that must stop at once does not wait for it, and the next
@@ -167,8 +202,15 @@ class AsyncCheckpointer:
         return self._collect()
 
     def poll(self) -> None:
-        """Raise the error of a background save if it has finished; never waits."""
-        if self._job is not None and (self._job.thread is None or not self._job.thread.is_alive()):
+        """Raise the error of a background save if it has finished; never waits.
+
+        With several processes, one that is only a warning is left to ``wait`` and ``save``: until
+        then a save counts as written on all of them, wherever they are.
+        """
+        job = self._job
+        if job is None or (job.thread is not None and job.thread.is_alive()):
+            return
+        if self.peers is None or (job.error is not None and _is_raised(job, job.error)):
             self._collect()
 
     def wait(self) -> None:
@@ -190,7 +232,7 @@ class AsyncCheckpointer:
         if job is None or job.error is None:
             return True
         job.failed()
-        if job.on_error == "raise" or not is_storage_error(job.error):
+        if _is_raised(job, job.error):
             raise job.error
         logger.warning(
             "%s Training continues (on_save_error='warn'); the next checkpoint is tried when it is "
@@ -201,12 +243,9 @@ class AsyncCheckpointer:
 
     def _write(self, job: _Job) -> None:
         """Write, verify, rotate; runs in the thread of a background save."""
-        start, one = time.perf_counter(), job.snapshot
+        start = time.perf_counter()
         try:
-            self._lock_folder()
-            contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
-            self.store.save(one.step, *contents)
-            self._rotate(one)
+            self._save(job.snapshot, job.key)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
         except BaseException as error:
             if job.thread is None and not isinstance(error, Exception):
@@ -219,6 +258,38 @@ class AsyncCheckpointer:
                     if self._abandoned:
                         self._lock.release()
 
+    def _save(self, one: Snapshot, key: str) -> None:
+        contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
+        if self.peers is not None and distributed.is_divided(one.arrays):
+            lock, whole = self._lock_folder, Contents(*contents)
+            distributed.save(self.store, one.step, whole, self.peers, key, lock)
+            rotates = self.peers.rank == 0
+        else:
+
+            def write() -> None:
+                self._lock_folder()
+                self.store.save(one.step, *contents)
+
+            self._on_writers(key, write)
+            rotates = self.writes
+            if not rotates:
+                self.store.written(self.store.path(one.step))
+        if rotates:
+            self._rotate(one)
+
+    def _on_writers(self, key: str, action: Callable[[], None]) -> None:
+        """Call a function on the processes that write, and raise its error on all."""
+        problem: Exception | None = None
+        try:
+            if self.writes:
+                action()
+        except Exception as error:
+            if self.peers is None:
+                raise
+            problem = error
+        if self.peers is not None:
+            distributed.agree(self.peers, key, problem)
+
     def _rotate(self, snapshot: Snapshot) -> None:
         """Delete old checkpoints; the new one counts as saved even if that fails."""
         try:
@@ -228,7 +299,7 @@ class AsyncCheckpointer:
 
     def _take_folder(self, on_error: OnError) -> None:
         try:
-            self._lock_folder()
+            self._on_writers(_new_key(), self._lock_folder)
         except CheckpointError as error:
             if on_error == "raise" or not is_storage_error(error):
                 raise

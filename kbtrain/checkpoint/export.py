@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
+import numpy as np
 
+from kbtrain.checkpoint import validated_json
+from kbtrain.checkpoint.distributed import KERAS_LAYOUT
+from kbtrain.checkpoint.storage.block_index import files_with_blocks
+from kbtrain.checkpoint.storage.dtypes import NATIVE
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.folder_reader import read_checkpoint
 from kbtrain.checkpoint.storage.hdf5_files import (
@@ -104,11 +109,12 @@ def rebuild_model(path: Path) -> keras.Model:
 
 def _export_weights(path: Path, target: Path) -> None:
     """Copy only the entries that Keras reads, from all files of the model."""
-    copied = 0
+    copied, manifest = 0, read_manifest(path)
+    in_blocks = files_with_blocks(manifest.arrays)
     with DeferredErrorFile(target) as written:
         with open_for_writing(written) as new:
-            for name, entry in read_manifest(path).files.items():
-                if entry.group != "model":
+            for name, entry in manifest.files.items():
+                if entry.group != "model" or name in in_blocks:
                     continue
                 with (
                     open_verified(path, name, entry) as file,
@@ -117,6 +123,8 @@ def _export_weights(path: Path, target: Path) -> None:
                     open_for_reading(file) as old,
                 ):
                     copied += _merge_trees(old, new)
+            if "model" in manifest.arrays:
+                copied += _add_divided(path, new)
         written.sync()
     if not copied:
         raise CheckpointError(
@@ -124,6 +132,23 @@ def _export_weights(path: Path, target: Path) -> None:
             "saved. Export it as .keras, or load it with kbtrain.load_weights(model, path) and "
             "save the model's weights."
         )
+
+
+def _add_divided(path: Path, new: h5py.File) -> int:
+    """Add the arrays that are stored in blocks, one at a time, where Keras looks for them."""
+    checkpoint = read_checkpoint(path, lazy=True)
+    if KERAS_LAYOUT not in checkpoint.documents:
+        return 0
+
+    def add() -> int:
+        places = checkpoint.documents[KERAS_LAYOUT].get("model", {})
+        for place, name in places.items():
+            array = np.asarray(checkpoint.arrays["model"][name])
+            native = array if array.dtype in NATIVE else array.astype("float32")
+            new.create_dataset(place, data=native)
+        return len(places)
+
+    return validated_json.attempt(checkpoint, KERAS_LAYOUT, add)
 
 
 @contextmanager

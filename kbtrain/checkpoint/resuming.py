@@ -28,7 +28,7 @@ Log = Callable[[str], None]
 
 
 def newest_intact(
-    directory: Path, damaged: set[Path], log: Log | None
+    directory: Path, damaged: set[Path], log: Log | None, lazy: bool = False
 ) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest checkpoint of a folder that is intact.
 
@@ -36,6 +36,7 @@ def newest_intact(
         directory: The folder of a run.
         damaged: The checkpoints found damaged so far; updated in place.
         log: Called with a message for each one that is skipped; a warning by default.
+        lazy: Whether to leave the arrays on the disk.
 
     Returns:
         The checkpoint, or None if there is none, and the messages about the damaged ones.
@@ -48,7 +49,7 @@ def newest_intact(
     reports = []
     for _, path in reversed(list_checkpoints(directory)):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, lazy)
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             reports.append(str(error))
             damaged.add(path)
@@ -64,14 +65,15 @@ def find_checkpoint(
     resume: bool | str | os.PathLike[str] | None,
     damaged: set[Path],
     log: Log | None,
+    lazy: bool = False,
 ) -> Checkpoint | None:
     """Find the checkpoint for ``resume_from_checkpoint``; see ``CheckpointStore.resolve``."""
     if resume is None or resume is False:
         return None
     if resume is True:
-        return _newest_or_raise(directory, damaged, log)
+        return _newest_or_raise(directory, damaged, log, lazy)
     if resume == "auto":
-        checkpoint, reports = newest_intact(directory, damaged, log)
+        checkpoint, reports = newest_intact(directory, damaged, log, lazy)
         if checkpoint is None and reports:
             _log(
                 log,
@@ -85,11 +87,13 @@ def find_checkpoint(
             f"checkpoint. Received: resume_from_checkpoint={resume!r}"
         )
     check_local("resume_from_checkpoint", resume)
-    return _checkpoint_at(Path(resume), directory, damaged, log)
+    return _checkpoint_at(Path(resume), directory, damaged, log, lazy)
 
 
-def _newest_or_raise(directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
-    checkpoint, reports = newest_intact(directory, damaged, log)
+def _newest_or_raise(
+    directory: Path, damaged: set[Path], log: Log | None, lazy: bool
+) -> Checkpoint:
+    checkpoint, reports = newest_intact(directory, damaged, log, lazy)
     if checkpoint is not None:
         return checkpoint
     if reports:
@@ -105,18 +109,20 @@ def _newest_or_raise(directory: Path, damaged: set[Path], log: Log | None) -> Ch
     )
 
 
-def _checkpoint_at(path: Path, directory: Path, damaged: set[Path], log: Log | None) -> Checkpoint:
+def _checkpoint_at(
+    path: Path, directory: Path, damaged: set[Path], log: Log | None, lazy: bool
+) -> Checkpoint:
     """The checkpoint at a path, or the newest intact one if the path is a run's folder."""
     if not exists(path):
         here = ", ".join(found.name for _, found in list_checkpoints(directory)) or "none"
         raise CheckpointNotFoundError(f"There is no {path}. Checkpoints in {directory}: {here}.")
     names = names_in(path)
     if MANIFEST_NAME not in names and list_checkpoints(path):
-        return _newest_or_raise(path.absolute(), damaged, log)
+        return _newest_or_raise(path.absolute(), damaged, log, lazy)
     if MANIFEST_NAME in names or filesystem.parse_checkpoint_name(path.name) is not None:
-        return read_checkpoint(path)
+        return read_checkpoint(path, lazy)
     if is_folder(path) and not names:
-        return _newest_or_raise(path.absolute(), damaged, log)
+        return _newest_or_raise(path.absolute(), damaged, log, lazy)
     found = f"a folder with {', '.join(names[:8])}" if is_folder(path) else "a file"
     raise CheckpointError(
         f"{path} is not a checkpoint. Expected a checkpoint folder (with a {MANIFEST_NAME}) or "

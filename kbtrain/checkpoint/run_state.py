@@ -34,6 +34,7 @@ from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils import rng, tensorflow_import
+from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
 from kbtrain.utils.output_files import writing
 
@@ -121,9 +122,17 @@ def model_variables(model: keras.Model) -> list[keras.Variable]:
     return [v for v in state_variables(model) if id(v) not in others]
 
 
-def gather_model(model: keras.Model, buffers: HostBuffers | None = None) -> dict[str, np.ndarray]:
-    """Host copies of the model's variables, by path; in ``buffers`` if given."""
-    return capture(name_variables(model_variables(model)), buffers, "model")
+def gather_model(
+    model: keras.Model, buffers: HostBuffers | None = None, divided_only: bool = False
+) -> dict[str, Any]:
+    """Host copies of the model's variables, by path.
+
+    Args:
+        model: The model.
+        buffers: Host memory to copy into; new memory by default.
+        divided_only: Whether to leave out variables that are whole on every process.
+    """
+    return capture(name_variables(model_variables(model)), buffers, "model", divided_only)
 
 
 _layouts: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
@@ -167,12 +176,13 @@ def model_config(model: keras.Model) -> dict[str, Any] | None:
 def gather_evaluation(
     model: keras.Model,
     optimizer: Any,
-    trained: dict[str, np.ndarray],
+    trained: dict[str, Any],
     buffers: HostBuffers | None = None,
-) -> dict[str, np.ndarray]:
+    divided_only: bool = False,
+) -> dict[str, Any]:
     """Host copies of the evaluation weights that differ from the trained ones, by path."""
     named = name_variables(model_variables(model))
-    return differing(optimizer, named, trained, buffers)
+    return differing(optimizer, named, trained, buffers, divided_only)
 
 
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
@@ -194,7 +204,8 @@ def gather_training(
     progress: Progress,
     others: Mapping[str, keras.optimizers.Optimizer] | None = None,
     buffers: HostBuffers | None = None,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    divided_only: bool = False,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Everything besides the model that an exact resume needs: ``(arrays, documents)``.
 
     Args:
@@ -205,6 +216,7 @@ def gather_training(
         progress: The position of the run.
         others: Further optimizers that the model's own train step uses, by name.
         buffers: Host memory to copy into; new memory by default.
+        divided_only: Whether to leave out optimizer state that is whole on every process.
     """
     rng_arrays, rng_document = rng.capture_random_state(backend)
     variables = model_variables(model)
@@ -215,6 +227,7 @@ def gather_training(
                 | changing_variables.set_aside(each),
                 buffers,
                 group,
+                divided_only,
             )
             for group, each in _optimizer_groups(optimizer, others).items()
         },
@@ -272,18 +285,19 @@ def restore_run(
         for group, each in _optimizer_groups(optimizer, others).items()
     ]
     progress = progress_of(checkpoint)
-    random_state = dict(_arrays_of(checkpoint, "rng")), validated_json.mapping(checkpoint, "rng")
+    rng_arrays = {key: np.asarray(value) for key, value in _arrays_of(checkpoint, "rng").items()}
+    random_state = rng_arrays, validated_json.mapping(checkpoint, "rng")
     validated_json.attempt(
         checkpoint, "rng", lambda: rng.restore_random_state(backend, *random_state)
     )
     model_plan.apply()
     for plan in optimizer_plans:
         plan.apply()
-    arrays = {key: checkpoint.arrays["optimizer"][key] for key in aside}
+    arrays = {key: np.asarray(checkpoint.arrays["optimizer"][key]) for key in aside}
     changing_variables.restore_aside(optimizer, arrays, model_plan.names)
     refresh_derived_values(model)
     saved = checkpoint.arrays.get("metrics", {})
-    values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
+    values = [np.asarray(saved[str(i)]) for i in range(len(saved)) if str(i) in saved]
     if [v.shape for v in values] == [tuple(v.shape) for v in metric_variables]:
         restore_values(metric_variables, values)
     else:
@@ -384,17 +398,25 @@ def save_keras_file(model: keras.Model, path: Path) -> None:
 def differing(
     optimizer: Any,
     named: dict[str, keras.Variable],
-    trained: dict[str, np.ndarray],
+    trained: dict[str, Any],
     buffers: HostBuffers | None = None,
-) -> dict[str, np.ndarray]:
+    divided_only: bool = False,
+) -> dict[str, Any]:
     """Host copies of the evaluation weights that differ from the trained ones.
+
+    Those that are divided among processes are kept in any case: they may differ on one only.
 
     Args:
         optimizer: The optimizer that trains the model.
         named: The model's variables by the names they are saved under.
         trained: Host copies of all trained values.
         buffers: Host memory to copy into; new memory by default.
+        divided_only: Whether to leave out variables that are whole on every process.
     """
     with swapped_in(optimizer, list(named.values())) as there:
-        values = capture(named, buffers, "evaluation") if there else {}
-    return {k: v for k, v in values.items() if not np.array_equal(v, trained[k])}
+        values = capture(named, buffers, "evaluation", divided_only) if there else {}
+    return {
+        k: v
+        for k, v in values.items()
+        if isinstance(v, OwnedBlocks) or not np.array_equal(v, trained[k])
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,15 @@ from kbtrain.checkpoint.storage.folder_reader import (
     Checkpoint,
     find_problems,
     manifest_of,
+    read_back,
     read_checkpoint,
 )
-from kbtrain.checkpoint.storage.folder_writer import SHARD_BYTES, ExternalLayout, write_contents
-from kbtrain.checkpoint.storage.manifest import check_other_files, check_stems
+from kbtrain.checkpoint.storage.folder_writer import (
+    SHARD_BYTES,
+    Contents,
+    ExternalLayout,
+    write_contents,
+)
 from kbtrain.checkpoint.storage.run_folder import Listing
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -82,7 +87,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        arrays: Mapping[str, Mapping[str, np.ndarray]],
+        arrays: Mapping[str, Mapping[str, Any]],
         documents: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
         places: Mapping[str, ExternalLayout] | None = None,
@@ -118,23 +123,45 @@ class CheckpointStore:
                 f"`step` must be a whole number from 0 to {filesystem.MAX_STEP}. "
                 f"Received: step={step!r}"
             )
-        step, documents, others = int(step), documents or {}, other_files or {}
-        check_stems(arrays, documents)
-        check_other_files(others, documents)
-        final = self.directory / filesystem.checkpoint_name(step)
+        contents = Contents(arrays, documents or {}, info or {}, places or {}, other_files or {})
+        contents.check_names()
+
+        def write(temporary: Path, run: str) -> None:
+            write_contents(temporary, int(step), contents, self.shard_bytes, run)
+            read_back(temporary, self.path(int(step)))
+
+        return self.save_with(int(step), write)
+
+    def save_with(self, step: int, write: Callable[[Path, str], None]) -> Path:
+        """Make ``checkpoint-{step}`` of what a function writes; see ``save``.
+
+        Args:
+            step: Optimizer updates done.
+            write: ``write(folder, run)`` fills an empty folder and flushes it to the disk; ``run``
+                is the identity of the run, for the manifest.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: As for ``save``.
+        """
+        final = self.path(step)
         self._check_place(final)
         try:
             with self.temporary_folder(step) as temporary:
-                contents = (arrays, documents, info or {}, places or {}, self.shard_bytes, others)
-                write_contents(temporary, step, *contents, self._own.run)
-                _read_back(temporary, final)
+                write(temporary, self._own.run)
                 folder.publish(temporary, final, step)
         except OSError as error:
             raise self.explain_failure(final, error) from error
-        self._last_saved = final
-        self._own.wrote(final)
-        self._damaged.discard(final)
+        self.written(final)
         return final
+
+    def written(self, path: Path) -> None:
+        """Record that this run has written a checkpoint, in this process or another one."""
+        self._last_saved = path
+        self._own.wrote(path)
+        self._damaged.discard(path)
 
     def _check_place(self, final: Path) -> None:
         """Check that writing the checkpoint would not overwrite anything else."""
@@ -189,8 +216,13 @@ class CheckpointStore:
         """The path of the checkpoint of ``step``, whether or not it exists."""
         return self.directory / filesystem.checkpoint_name(step)
 
-    def load(self, path: str | os.PathLike[str]) -> Checkpoint:
+    def load(self, path: str | os.PathLike[str], lazy: bool = False) -> Checkpoint:
         """Read a checkpoint, verifying sizes and checksums of all its files on the way.
+
+        Args:
+            path: The checkpoint's folder.
+            lazy: Whether to leave the arrays on the disk. They are then ``StoredArray`` objects,
+                of which ``read_block`` reads a part.
 
         Raises:
             CheckpointNotFoundError: If there is no such folder.
@@ -198,7 +230,7 @@ class CheckpointStore:
             CheckpointFormatError: If it has a newer format, or is another program's.
             CheckpointUnreadableError: If it cannot be read now.
         """
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), lazy)
 
     def verify(self, path: str | os.PathLike[str]) -> Problems:
         """Return descriptions of what is wrong with a checkpoint; an empty list if it is intact.
@@ -229,7 +261,10 @@ class CheckpointStore:
         return self._continue_from(resuming.newest_intact(self.directory, self._damaged, log)[0])
 
     def resolve(
-        self, resume: bool | str | os.PathLike[str] | None, log: Log | None = None
+        self,
+        resume: bool | str | os.PathLike[str] | None,
+        log: Log | None = None,
+        lazy: bool = False,
     ) -> Checkpoint | None:
         """Find the checkpoint for ``resume_from_checkpoint``, and continue its run.
 
@@ -241,6 +276,7 @@ class CheckpointStore:
                 one, or none. A path: that checkpoint, or the newest intact one of that run folder.
             log: Called with a message for each damaged checkpoint; by default a warning of the
                 logger ``"kbtrain"``.
+            lazy: As in ``load``.
 
         Returns:
             The checkpoint; None for a fresh start.
@@ -257,8 +293,23 @@ class CheckpointStore:
         """
         self._begin()
         return self._continue_from(
-            resuming.find_checkpoint(self.directory, resume, self._damaged, log)
+            resuming.find_checkpoint(self.directory, resume, self._damaged, log, lazy)
         )
+
+    def follow(self, name: str | None, lazy: bool = False) -> Checkpoint | None:
+        """Continue from the checkpoint that process 0 has found and verified; see ``resolve``.
+
+        Args:
+            name: Its path, relative to the run's folder or absolute; None for a fresh start.
+            lazy: As in ``load``; then only the blocks that are read are verified.
+
+        Raises:
+            CheckpointError: As for ``load``.
+        """
+        self._begin()
+        if name is None:
+            return None
+        return self._continue_from(read_checkpoint(self.directory / name, lazy, trusted=lazy))
 
     def _continue_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         if checkpoint is not None:
@@ -369,16 +420,6 @@ class CheckpointStore:
                 folder.
         """
         return folder.temporary_folder(self.directory, step)
-
-
-def _read_back(folder: Path, final: Path) -> None:
-    """Verify the files on the disk before the folder becomes a checkpoint."""
-    if problems := find_problems(folder):
-        raise CheckpointDamagedError(
-            f"{final} was written and reads back differently: {'; '.join(problems)}. It was "
-            "removed; earlier checkpoints are untouched. The disk or the memory of this machine "
-            "may be failing: choose another output_dir."
-        )
 
 
 def _protected_step(item: int | str | Path) -> int:

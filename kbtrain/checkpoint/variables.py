@@ -20,8 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from kbtrain import backends
+from kbtrain.checkpoint.storage.blocks import StoredArray
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.variable_names import name_variables
+from kbtrain.utils.array_blocks import Block, OwnedBlocks, ReadBlock
 from kbtrain.utils.host_buffers import HostBuffers
 
 _AUTO_SUFFIX = re.compile(r"(.+?)_(\d+)(#\d+)?", re.ASCII)
@@ -35,7 +37,8 @@ class RestorePlan:
     Attributes:
         names: Variable's key in this process -> key in the checkpoint, for variables with a value.
             The optimizer's plan follows the model's.
-        values: Pairs of a variable and its array, cast to the variable's dtype.
+        values: Pairs of a variable and its array, cast to the variable's dtype. A ``StoredArray``
+            is read when the plan is applied.
         missing: Keys of variables without a value. In a strict plan this and the next two are
             empty.
         unexpected: Keys of the checkpoint that are not used.
@@ -43,7 +46,7 @@ class RestorePlan:
     """
 
     names: dict[str, str]
-    values: list[tuple[keras.Variable, np.ndarray]]
+    values: list[tuple[keras.Variable, Any]]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
@@ -55,24 +58,32 @@ class RestorePlan:
 
 
 def capture(
-    named: Mapping[str, keras.Variable], buffers: HostBuffers | None = None, group: str = ""
-) -> dict[str, np.ndarray]:
+    named: Mapping[str, keras.Variable],
+    buffers: HostBuffers | None = None,
+    group: str = "",
+    divided_only: bool = False,
+) -> dict[str, Any]:
     """Copy the values of variables to the host.
 
     Args:
         named: Key -> variable, from ``name_variables`` or ``name_optimizer_variables``.
         buffers: Host memory to copy into; new memory by default.
         group: Prefix that keeps these keys apart from others in the buffers.
+        divided_only: Whether to leave out variables that are whole on every process.
 
     Returns:
         Key -> array with the variable's dtype (bfloat16 and float8 as in ``ml_dtypes``), sharing no
-        memory with the variable.
+        memory with the variable; ``OwnedBlocks`` of a variable that is divided among processes.
     """
     buffers = HostBuffers() if buffers is None else buffers
-    return {
-        name: _copy_to_host(variable, buffers, f"{group}:{name}")
-        for name, variable in named.items()
-    }
+    backend, found = backends.load(), dict[str, Any]()
+    for name, variable in named.items():
+        owned = backend.owned_blocks(variable)
+        if owned is not None:
+            found[name] = _copy_blocks(owned, buffers, f"{group}:{name}")
+        elif not divided_only:
+            found[name] = _copy_to_host(variable, buffers, f"{group}:{name}")
+    return found
 
 
 def restore(
@@ -134,8 +145,12 @@ def plan_restore(
         if tuple(variable.shape) != shape:  # checked first: the array may not have been read yet
             different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
             continue
+        dtype = _dtype_of(variable)
+        if isinstance(saved[saved_key], StoredArray) and saved[saved_key].dtype == dtype:
+            values.append((variable, saved[saved_key]))
+            continue
         array = np.asarray(saved[saved_key])
-        if (value := _cast(array, _dtype_of(variable))) is None:
+        if (value := _cast(array, dtype)) is None:
             different.append(f"{label}: {array.dtype} values that {variable.dtype} cannot hold")
         else:
             values.append((variable, value))
@@ -166,6 +181,16 @@ def restore_model_arrays(
     restore(name_variables(model.variables), values)
 
 
+def _copy_blocks(owned: OwnedBlocks, buffers: HostBuffers, name: str) -> OwnedBlocks:
+    blocks = []
+    for start, values in owned.blocks:
+        value = backends.load().host_view(values)
+        copy = buffers.take(f"{name}@{start}", value.shape, value.dtype)
+        np.copyto(copy, value)
+        blocks.append(Block(start, copy))
+    return OwnedBlocks(owned.shape, owned.dtype, blocks)
+
+
 def _copy_to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> np.ndarray:
     try:
         value = backends.load().host_view(variable.value)
@@ -178,12 +203,28 @@ def _copy_to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> 
     return copy
 
 
-def _assign(variable: keras.Variable, value: np.ndarray) -> None:
+def _assign(variable: keras.Variable, value: Any) -> None:
+    backend = backends.load()
+    if backend.owned_blocks(variable) is not None:
+        backend.assign_blocks(variable, _reader(value))
+        return
+    value = np.asarray(value)
     try:
         # A copy, because JAX may keep using the array's memory, which others can still write to.
         variable.assign(np.array(value))
     except TypeError:  # as in _copy_to_host
         variable.assign(keras.ops.view(np.array(value).view("uint8"), value.dtype.name))
+
+
+def _reader(value: Any) -> ReadBlock:
+    if isinstance(value, StoredArray):
+        return value.read_block
+
+    def read(start: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        ends = zip(start, shape, strict=True)
+        return np.array(value[tuple(slice(first, first + size) for first, size in ends)])
+
+    return read
 
 
 def _dtype_of(variable: keras.Variable) -> np.dtype[Any]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from kbtrain.checkpoint.export import export
 from kbtrain.checkpoint.storage.faults import exists, reading
-from kbtrain.checkpoint.storage.folder_reader import CheckpointOutline, find_problems, read_outline
+from kbtrain.checkpoint.storage.folder_reader import find_problems
 from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
+from kbtrain.checkpoint.storage.outline import CheckpointOutline, read_outline
 from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.errors import (
     CheckpointError,
@@ -120,10 +121,13 @@ def show(arguments: argparse.Namespace) -> int:
         print(f"{name + ':':<18}{value}")
     for group, arrays in outline.arrays.items():
         total = sum(array.size for array in arrays)
-        print(f"\n{group}: {len(arrays)} arrays, {total:,} bytes")
+        blocks = outline.blocks.get(group, {})
+        divided = f", {len(blocks)} of them in blocks of several processes" if blocks else ""
+        print(f"\n{group}: {len(arrays)} arrays, {total:,} bytes{divided}")
         width = max((len(array.name) for array in arrays), default=0)
         for array in arrays:
-            print(f"  {array.name:<{width}}  {array.dtype:<10} {array.shape}")
+            count = f"  blocks: {blocks[array.name]}" if array.name in blocks else ""
+            print(f"  {array.name:<{width}}  {array.dtype:<10} {array.shape}{count}")
     if outline.other_files:
         total = sum(outline.other_files.values())
         print(f"\nother files: {len(outline.other_files)}, {total:,} bytes")

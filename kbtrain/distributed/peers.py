@@ -13,7 +13,8 @@ from typing import Protocol
 class Peers(Protocol):
     """The processes of a run, as one of them sees them.
 
-    The same keys are used on all processes, each once.
+    The same keys are used on all processes, each once. Waiting has no limit while the others are
+    alive: a checkpoint may take long to write.
 
     Attributes:
         rank: Index of this process.
@@ -40,7 +41,7 @@ class Peers(Protocol):
             without waiting.
 
         Raises:
-            DistributedError: A process has failed, or does not answer in time.
+            DistributedError: A process has failed or no longer answers.
         """
 
     def announce(self, key: str, data: bytes = b"") -> bytes:
@@ -54,5 +55,5 @@ class Peers(Protocol):
             The message of process 0, for which the other processes wait.
 
         Raises:
-            DistributedError: A process has failed, or does not answer in time.
+            DistributedError: A process has failed or no longer answers.
         """

@@ -155,7 +155,7 @@ def save(trainer: TrainerBase, run: Run) -> None:
     """
     args, step = trainer.args, trainer.state.global_step
     distributed.at(f"saving checkpoint-{step}")
-    if not args.should_save:
+    if not args.should_save and trainer.saver.peers is None:
         best_model.begin_saving(trainer, run)
         trainer.fire("on_save")
         return
@@ -174,12 +174,18 @@ def save(trainer: TrainerBase, run: Run) -> None:
 
 
 def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
-    """Copy the contents of a checkpoint to the host; training waits only for this."""
+    """Copy the contents of a checkpoint to the host; training waits only for this.
+
+    A process that does not write what is whole on every process copies its blocks of the rest.
+    """
     state, args = trainer.state, trainer.args
+    blocks_only = not trainer.saver.writes
     state.stateful_callbacks = _callback_states(trainer)
     buffers = trainer.saver.buffers
-    trained = run_state.gather_model(trainer.model, buffers)
-    evaluated = run_state.gather_evaluation(trainer.model, trainer.optimizer, trained, buffers)
+    trained = run_state.gather_model(trainer.model, buffers, blocks_only)
+    evaluated = run_state.gather_evaluation(
+        trainer.model, trainer.optimizer, trained, buffers, blocks_only
+    )
     arrays = {"model": trained | (evaluated if args.save_only_model else {})}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
     if (config := run_state.model_config(trainer.model)) is not None:
@@ -193,6 +199,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
             run.progress,
             trainer.other_optimizers,
             buffers,
+            blocks_only,
         )
         arrays |= more_arrays
         if evaluated:
@@ -252,7 +259,7 @@ def _processing_files(
         CheckpointError: It cannot be saved, and ``on_save_error`` is ``"raise"``; otherwise a
             warning is logged and the checkpoint is written without it.
     """
-    if trainer.processing_class is None:
+    if trainer.processing_class is None or not trainer.saver.writes:
         return {}
     if run.processing_files is None:
         step = trainer.state.global_step

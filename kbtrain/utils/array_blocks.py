@@ -17,11 +17,11 @@ class Block(NamedTuple):
 
     Attributes:
         start: Index of its first element in the whole array.
-        values: Its values.
+        values: Its values, in NumPy or on a device.
     """
 
     start: tuple[int, ...]
-    values: np.ndarray
+    values: Any
 
 
 @dataclass(frozen=True)

@@ -340,14 +340,14 @@ def test_an_absurdly_large_manifest_is_not_read(store):
 
 def test_a_newer_format_is_no_damage_and_asks_for_an_update(store):
     path = store.directory / "checkpoint-30"
-    seal(path, format_version=3, files="of another kind", more={})
+    seal(path, format_version=4, files="of another kind", more={})
     said = []
     for attempt in (
         lambda: store.load(path),
         lambda: store.latest_intact(said.append),
         lambda: store.resolve("auto", said.append),
     ):
-        with pytest.raises(CheckpointFormatError, match=r"checkpoint-30.*version 3.*Update"):
+        with pytest.raises(CheckpointFormatError, match=r"checkpoint-30.*version 4.*Update"):
             attempt()
     assert said == []
 

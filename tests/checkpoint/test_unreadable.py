@@ -182,7 +182,7 @@ def test_a_lock_is_kept_and_taken_once_while_the_disk_does_not_answer(tmp_path, 
 def newer(path):
     """Make a checkpoint one of a later kbtrain."""
     file = path / "manifest.json"
-    value = json.loads(file.read_text()) | {"format_version": 3, "checksum": "0" * 64}
+    value = json.loads(file.read_text()) | {"format_version": 4, "checksum": "0" * 64}
     data = json.dumps(value, indent=2, sort_keys=True).encode()
     own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode()
     file.write_bytes(data.replace(b'"checksum": "' + b"0" * 64, own, 1))

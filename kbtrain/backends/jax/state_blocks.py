@@ -18,7 +18,7 @@ def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
         return None
     # Of the devices that hold a copy of a block, in whatever process, one has the replica 0.
     blocks = [
-        Block(tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
+        Block(tuple(part.start or 0 for part in shard.index), shard.data)
         for shard in value.addressable_shards
         if shard.replica_id == 0
     ]

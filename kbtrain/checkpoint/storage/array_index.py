@@ -28,7 +28,7 @@ TRAILER_SIZE = len(TRAILER % (b"0" * 64))
 _INDEX_LINE_SIZE = len(INDEX_LINE % (0, 0))
 _INDEX = re.compile(rb"\nkbtrain-arrays index ([0-9]{19}) ([0-9]{19})")
 _TRAILER = re.compile(rb"\nkbtrain-arrays sha256 [0-9a-f]{64}\n")
-_MAX_DIMENSIONS = 32  # as in HDF5
+MAX_DIMENSIONS = 32  # as in HDF5
 
 
 class ArrayOutline(NamedTuple):
@@ -124,7 +124,7 @@ def _parse_location(entry: Any, end: int, name: str) -> ArrayLocation:
     array, dtype, shape, offset = values
     if not isinstance(array, str) or not isinstance(dtype, str) or dtype not in DTYPES:
         _damaged(name, f"its index names {array!r} of dtype {dtype!r}")
-    plain = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+    plain = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     if not plain or not all(is_count(n) for n in shape) or not is_count(offset):
         _damaged(name, f"{array!r} cannot have the shape {shape!r} at {offset!r}")
     outline = ArrayOutline(array, dtype, tuple(shape))

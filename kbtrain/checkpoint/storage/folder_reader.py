@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.checkpoint.storage.array_index import ArrayOutline, has_trailer
-from kbtrain.checkpoint.storage.faults import exists, is_folder, names_in, reading
-from kbtrain.checkpoint.storage.format import (
-    parse_json,
-    read_verified_arrays,
-    read_verified_outline,
+from kbtrain.checkpoint.storage.array_index import (
+    ArrayLocation,
+    ArrayOutline,
+    find_arrays,
+    has_trailer,
+    read_array,
 )
+from kbtrain.checkpoint.storage.block_index import ArrayEntry, StoredBlock, files_with_blocks
+from kbtrain.checkpoint.storage.blocks import StoredArray, damaged_blocks
+from kbtrain.checkpoint.storage.dtypes import DTYPES
+from kbtrain.checkpoint.storage.faults import exists, is_folder, names_in, reading
+from kbtrain.checkpoint.storage.format import parse_json, read_verified_arrays
 from kbtrain.checkpoint.storage.manifest import (
     ARRAYS_SUFFIX,
     DOCUMENT_SUFFIX,
@@ -39,25 +44,33 @@ from kbtrain.utils import filesystem
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory, verified.
+    """A checkpoint, verified, in memory or with its arrays on the disk.
 
     Attributes:
         path: The folder it came from.
         step: Optimizer updates done when it was saved.
-        arrays: Group (``"model"``, ``"optimizer"``, ...) -> variable name -> array.
+        arrays: Group (``"model"``, ``"optimizer"``, ...) -> variable name -> array; a
+            ``StoredArray`` if it was opened with ``lazy``.
         documents: Document (``"trainer_state"``, ...) -> its JSON value.
         manifest: Format version, file sizes and checksums, and the writer's ``info``.
     """
 
     path: Path
     step: int
-    arrays: dict[str, dict[str, np.ndarray]]
+    arrays: dict[str, dict[str, Any]]
     documents: dict[str, Any]
     manifest: Manifest
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, lazy: bool = False, trusted: bool = False) -> Checkpoint:
     """Read a checkpoint and verify sizes and checksums of all its files.
+
+    Args:
+        path: The checkpoint's folder.
+        lazy: Whether to leave the arrays on the disk, as ``StoredArray``. Blocks that several
+            processes wrote are then verified again when they are read.
+        trusted: With ``lazy``: whether another process has just verified the files of blocks, so
+            that this one only compares their sizes.
 
     Raises:
         CheckpointNotFoundError: If there is no such folder.
@@ -66,23 +79,100 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointUnreadableError: If it cannot be read now.
     """
     manifest = manifest_of(path)
-    arrays: dict[str, dict[str, np.ndarray]] = {}
+    arrays: dict[str, dict[str, Any]] = {}
     documents: dict[str, Any] = {}
-    with _naming(path):
+    in_blocks = files_with_blocks(manifest.arrays)
+    divided = _Divided(path, manifest, lazy)
+    with naming(path):
         for name, entry in manifest.files.items():
-            with reading(path / name, name), open_verified(path, name, entry) as file:
-                if entry.group is not None:
-                    _add_shard(arrays.setdefault(entry.group, {}), file, name)
+            if name in in_blocks and lazy and trusted:
+                check_size(path, name, entry)
+                continue
+            with (
+                naming_blocks(path, name, in_blocks),
+                reading(path / name, name),
+                open_verified(path, name, entry) as file,
+            ):
+                if entry.group is None:
+                    documents[stem(name)] = parse_json(name, file.read())
+                elif name in in_blocks:
+                    divided.add(name, file, in_blocks[name])
                 else:
-                    documents[_stem(name)] = parse_json(name, file.read())
+                    group = arrays.setdefault(entry.group, {})
+                    _add_shard(group, _arrays_in(path, name, file, lazy), name)
         for name, entry in manifest.other_files.items():
             with open_verified(path, name, entry):
                 pass
+        divided.complete(arrays)
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
 
 
+def _arrays_in(path: Path, name: str, file: io.FileIO, lazy: bool) -> Mapping[str, Any]:
+    """The arrays of a verified file."""
+    places = find_arrays(file, name) if lazy else None
+    if places is None:
+        return read_verified_arrays(file, name)
+    return {
+        outline.name: StoredArray(
+            path,
+            outline,
+            [StoredBlock(name, (0,) * len(outline.shape), outline.shape, offset, 0)],
+            verify=False,
+        )
+        for outline, offset in places
+    }
+
+
+class _Divided:
+    """Puts arrays together from blocks in several files."""
+
+    def __init__(self, path: Path, manifest: Manifest, lazy: bool) -> None:
+        self._path, self._manifest, self._lazy = path, manifest, lazy
+        self._arrays: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(
+        self, name: str, file: io.FileIO, blocks: Iterable[tuple[ArrayEntry, StoredBlock]]
+    ) -> None:
+        """Copy the blocks of a verified file to their places."""
+        if self._lazy:
+            return
+        group = str(self._manifest.files[name].group)
+        for (array, dtype, shape), block in ((entry.outline, block) for entry, block in blocks):
+            place = ArrayLocation(ArrayOutline(array, dtype, block.shape), block.offset)
+            values = read_array(file, place, name)
+            # Blocks make up their array and fit into their files, so it is no larger than those.
+            if (group, array) not in self._arrays:
+                self._arrays[group, array] = np.empty(shape, DTYPES[dtype])
+            ends = zip(block.start, block.shape, strict=True)
+            where = tuple(slice(start, start + size) for start, size in ends)
+            self._arrays[group, array][where] = values
+
+    def complete(self, arrays: dict[str, dict[str, Any]]) -> None:
+        """Add the arrays to those in the files of the groups, in the order of the manifest."""
+        for group, entries in self._manifest.arrays.items():
+            whole, arrays[group] = arrays.get(group, {}), {}
+            for outline, blocks in entries:
+                if blocks is None:
+                    found = whole.pop(outline.name, None)
+                    if found is None or tuple(found.shape) != outline.shape:
+                        raise CheckpointDamagedError(
+                            f"{MANIFEST_NAME}: no file of {group!r} holds {outline.name!r} of "
+                            f"shape {outline.shape}"
+                        )
+                elif self._lazy:
+                    found = StoredArray(self._path, outline, blocks)
+                else:
+                    empty = np.empty(outline.shape, DTYPES[outline.dtype])
+                    found = self._arrays.pop((group, outline.name), empty)
+                arrays[group][outline.name] = found
+            if whole:
+                raise CheckpointDamagedError(
+                    f"{MANIFEST_NAME}: {next(iter(whole))!r} of {group!r} is not listed"
+                )
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Add the checkpoint's path to errors about damaged files."""
     try:
         yield
@@ -90,98 +180,43 @@ def _naming(path: Path) -> Iterator[None]:
         raise _damaged_checkpoint(path, str(error)) from error
 
 
-def _add_shard(arrays: dict[str, np.ndarray], file: io.FileIO, name: str) -> None:
-    for array_name, array in read_verified_arrays(file, name).items():
+@contextmanager
+def naming_blocks(
+    path: Path, name: str, blocks: Mapping[str, Collection[tuple[ArrayEntry, StoredBlock]]]
+) -> Iterator[None]:
+    """Add the blocks that are damaged to an error about a damaged file.
+
+    Args:
+        path: The checkpoint's folder.
+        name: The file.
+        blocks: File -> its blocks.
+    """
+    try:
+        yield
+    except CheckpointDamagedError as error:
+        if found := damaged_blocks(path, blocks.get(name, ())):
+            raise CheckpointDamagedError(f"{error}; damaged: {', '.join(found)}") from error
+        raise
+
+
+def _add_shard(arrays: dict[str, Any], found: Mapping[str, Any], name: str) -> None:
+    for array_name, array in found.items():
         if array_name in arrays:
             raise CheckpointDamagedError(f"{name}: {array_name!r} is in another file as well")
         arrays[array_name] = array
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """The name of a document, of which the file is ``{name}.json``."""
     return name.removesuffix(DOCUMENT_SUFFIX)
 
 
-@dataclass(frozen=True)
-class CheckpointOutline:
-    """The contents of a checkpoint, without the values of its arrays.
-
-    Attributes:
-        path: The folder.
-        step: Optimizer updates done when it was saved.
-        format_version: Version of its format.
-        info: Recorded by its writer: backend, package versions, ...
-        size: Total bytes of the files listed in the manifest.
-        state: ``trainer_state.json``, empty if there is none.
-        progress: ``progress.json``, empty if there is none.
-        arrays: Group -> its arrays; empty if they were not requested.
-        other_files: Path -> size of each file that is neither arrays nor a document.
-    """
-
-    path: Path
-    step: int
-    format_version: int
-    info: Mapping[str, Any]
-    size: int
-    state: Mapping[str, Any]
-    progress: Mapping[str, Any]
-    arrays: Mapping[str, list[ArrayOutline]]
-    other_files: Mapping[str, int]
-
-
-def read_outline(path: Path, arrays: bool = True) -> CheckpointOutline:
-    """Read the outline of a checkpoint; every file that is opened is verified first.
+def find_problems(path: Path, files: Collection[str] | None = None) -> list[str]:
+    """Return descriptions of what is wrong with a checkpoint; an empty list if it is intact.
 
     Args:
         path: The checkpoint's folder.
-        arrays: Whether to list the arrays, which reads all files once. If False, only the manifest
-            and two small documents are read, and the sizes of the other files are compared.
-
-    Raises:
-        CheckpointNotFoundError: If there is no such folder.
-        CheckpointDamagedError: If a file that was checked is missing, truncated or altered.
-        CheckpointFormatError: If it has a newer format, or belongs to another program.
-        CheckpointUnreadableError: If it cannot be read now.
-    """
-    manifest = manifest_of(path)
-    documents: dict[str, Any] = {"trainer_state": {}, "progress": {}}
-    found: dict[str, list[ArrayOutline]] = {}
-    with _naming(path):
-        for name, entry in manifest.files.items():
-            document = entry.group is None and _stem(name) in documents
-            if not document and not (arrays and entry.group is not None):
-                check_size(path, name, entry)
-                continue
-            with reading(path / name, name), open_verified(path, name, entry) as file:
-                if document:
-                    documents[_stem(name)] = parse_json(name, file.read())
-                else:
-                    outlines = read_verified_outline(file, name)
-                    found.setdefault(str(entry.group), []).extend(outlines)
-        for name, entry in manifest.other_files.items():
-            check_size(path, name, entry)
-    state, progress = (_mapping(documents[name]) for name in ("trainer_state", "progress"))
-    size = sum(entry.size for _, entry in manifest.all_files)
-    others = {name: entry.size for name, entry in manifest.other_files.items()}
-    return CheckpointOutline(
-        path=path,
-        step=manifest.step,
-        format_version=manifest.format_version,
-        info=manifest.info,
-        size=size,
-        state=state,
-        progress=progress,
-        arrays=found,
-        other_files=others,
-    )
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """The document if it is a mapping, else an empty one: an outline must not fail here."""
-    return value if isinstance(value, dict) else {}
-
-
-def find_problems(path: Path) -> list[str]:
-    """Return descriptions of what is wrong with a checkpoint; an empty list if it is intact.
+        files: The files to read; of others the sizes are compared. All by default.
 
     Raises:
         CheckpointFormatError: If it has a newer format, or belongs to another program.
@@ -193,14 +228,36 @@ def find_problems(path: Path) -> list[str]:
         raise
     except CheckpointError as error:
         return [str(error)]
-    problems = []
+    problems, in_blocks = [], files_with_blocks(manifest.arrays)
     for name, entry in manifest.all_files:
         try:
-            with open_verified(path, name, entry):
+            if files is not None and name not in files:
+                check_size(path, name, entry)
+                continue
+            with naming_blocks(path, name, in_blocks), open_verified(path, name, entry):
                 pass
         except CheckpointDamagedError as error:
             problems.append(str(error))
     return problems
+
+
+def read_back(folder: Path, final: Path, files: Collection[str] | None = None) -> None:
+    """Verify the files on the disk before the folder becomes a checkpoint.
+
+    Args:
+        folder: Where they are.
+        final: The checkpoint that it becomes, for the message.
+        files: The files to read; of others the sizes are compared. All by default.
+
+    Raises:
+        CheckpointDamagedError: A file is not what was written.
+    """
+    if problems := find_problems(folder, files):
+        raise CheckpointDamagedError(
+            f"{final} was written and reads back differently: {'; '.join(problems)}. It was "
+            "removed; earlier checkpoints are untouched. The disk or the memory of this machine "
+            "may be failing: choose another output_dir."
+        )
 
 
 def manifest_of(path: Path) -> Manifest:

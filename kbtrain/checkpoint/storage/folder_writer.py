@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,11 +14,15 @@ from kbtrain.checkpoint.storage.manifest import (
     DOCUMENT_SUFFIX,
     Manifest,
     arrays_file,
+    check_other_files,
+    check_stems,
     write_manifest,
 )
 from kbtrain.utils import filesystem
 
 SHARD_BYTES = 4 * 2**30
+
+Files = dict[str, filesystem.FileEntry]
 
 
 class ExternalLayout(Protocol):
@@ -33,58 +37,93 @@ class ExternalLayout(Protocol):
         """HDF5 path -> further data stored there."""
 
 
+class Contents(NamedTuple):
+    """What a checkpoint holds besides blocks of arrays.
+
+    Attributes:
+        arrays: Group -> name -> array.
+        documents: Name -> JSON value.
+        info: Recorded in the manifest.
+        places: Group -> where Keras looks for its arrays.
+        other_files: Path in the folder -> content.
+    """
+
+    arrays: Mapping[str, Mapping[str, Any]]
+    documents: Mapping[str, Any]
+    info: Mapping[str, Any]
+    places: Mapping[str, ExternalLayout]
+    other_files: Mapping[str, bytes]
+
+    def check_names(self) -> None:
+        """Check the names of array groups, documents and other files.
+
+        Raises:
+            CheckpointError: One is not allowed in a checkpoint, or used twice.
+        """
+        check_stems(self.arrays, self.documents)
+        check_other_files(self.other_files, self.documents)
+
+
 def write_contents(
-    folder: Path,
-    step: int,
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    documents: Mapping[str, Any],
-    info: Mapping[str, Any],
-    places: Mapping[str, ExternalLayout],
-    shard_bytes: int,
-    other_files: Mapping[str, bytes],
-    run: str | None = None,
+    folder: Path, step: int, contents: Contents, shard_bytes: int, run: str | None = None
 ) -> None:
     """Fill an empty folder and flush all files to the disk; the manifest is written last.
 
     Args:
         folder: The folder, which must exist.
         step: Optimizer updates done.
-        arrays: Group -> name -> array.
-        documents: Name -> JSON value.
-        info: Recorded in the manifest.
-        places: Group -> where Keras looks for its arrays.
+        contents: What to write.
         shard_bytes: A larger group is split over several files.
-        other_files: Path in the folder -> content.
         run: Identity of the run that writes.
 
     Raises:
         CheckpointError: A value cannot be stored.
         OSError: Writing failed.
     """
+    files, others = write_files(folder, contents, shard_bytes)
+    write_manifest(folder, Manifest(step, files, contents.info, other_files=others, run=run))
+    filesystem.fsync_directory(folder)
+
+
+def write_files(
+    folder: Path, contents: Contents, shard_bytes: int, divided: Collection[str] = ()
+) -> tuple[Files, Files]:
+    """Write all files but the manifest.
+
+    Args:
+        folder: As in ``write_contents``.
+        contents: As in ``write_contents``.
+        shard_bytes: As in ``write_contents``.
+        divided: Groups of which some arrays are written as blocks, in other files.
+
+    Returns:
+        The files, and those that are neither arrays nor documents.
+
+    Raises:
+        CheckpointError: A value cannot be stored.
+        OSError: Writing failed.
+    """
     files = {}
-    for group, values in arrays.items():
+    for group, values in contents.arrays.items():
+        whole, layout = group not in divided, contents.places.get(group)
         parts = _shards(values, shard_bytes)
-        shards = {arrays_file(group, n, len(parts)): part for n, part in enumerate(parts, 1)}
-        layout, first = places.get(group), next(iter(shards))
+        shards = {arrays_file(group, n, len(parts), whole): p for n, p in enumerate(parts, 1)}
+        first = next(iter(shards))
         for name, shard in shards.items():
             links = layout.links if layout else {}
             extra = layout.values if layout and name == first else {}
             entry = write_arrays(folder / name, shard, links, extra)
             files[name] = entry._replace(group=group)
-        if layout and len(shards) > 1:
+        if layout and whole and len(shards) > 1:
             name = f"{group}.weights{DOCUMENT_SUFFIX}"
             files[name] = write_json(folder / name, _weight_map(shards, layout))
-    for stem, value in documents.items():
+    for stem, value in contents.documents.items():
         name = stem + DOCUMENT_SUFFIX
         files[name] = write_json(folder / name, value)
-    others = _write_others(folder, other_files)
-    write_manifest(folder, Manifest(step, files, info, other_files=others, run=run))
-    filesystem.fsync_directory(folder)
+    return files, _write_others(folder, contents.other_files)
 
 
-def _write_others(
-    folder: Path, other_files: Mapping[str, bytes]
-) -> dict[str, filesystem.FileEntry]:
+def _write_others(folder: Path, other_files: Mapping[str, bytes]) -> Files:
     entries = {}
     for path, data in other_files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

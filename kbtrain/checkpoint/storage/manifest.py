@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.checkpoint.storage.array_index import is_count
+from kbtrain.checkpoint.storage.block_index import Arrays, dump_arrays, parse_arrays
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.format import dump_json, parse_json
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
@@ -26,13 +27,16 @@ from kbtrain.utils.filesystem import FileEntry, open_regular, write_bytes
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kbtrain-checkpoint"
 FORMAT_VERSION = 2
+SHARDED_FORMAT_VERSION = 3
+"""Version of checkpoints with arrays in blocks, which earlier versions of kbtrain cannot read."""
 ARRAYS_SUFFIX = ".h5"
 DOCUMENT_SUFFIX = ".json"
 
-_MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_MANIFEST_BYTES = 2**28
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
 _SHARD = re.compile(
-    r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5|model_[0-9]+\.weights\.h5|model\.weights\.json",
+    r".*-[0-9]{5}-of-[0-9]{5}(\.weights)?\.h5|model_[0-9]+\.weights\.h5|model\.weights\.json"
+    r"|.*-p[0-9]{5,}\.h5",
     re.ASCII | re.IGNORECASE,
 )
 _PART = re.compile(r"[^/\\:\x00-\x1f]+")
@@ -54,6 +58,8 @@ class Manifest:
         other_files: Path in the folder, with ``/`` -> size and checksum of a file that is neither
             arrays nor a document.
         run: Identity of the run that wrote it, inherited on resume; None if it has none.
+        arrays: Group -> its arrays, for groups with arrays in blocks; the files of other groups
+            have their own lists.
     """
 
     step: int
@@ -62,6 +68,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     other_files: Mapping[str, FileEntry] = field(default_factory=dict)
     run: str | None = None
+    arrays: Arrays = field(default_factory=dict)
 
     @property
     def all_files(self) -> list[tuple[str, FileEntry]]:
@@ -69,17 +76,33 @@ class Manifest:
         return [*self.files.items(), *self.other_files.items()]
 
 
-def arrays_file(group: str, shard: int = 1, shards: int = 1) -> str:
+def arrays_file(group: str, shard: int = 1, shards: int = 1, for_keras: bool = True) -> str:
     """Return the name of the file, or of one of several, that holds a group of arrays.
+
+    Args:
+        group: The group.
+        shard: Number of the file, from 1.
+        shards: Number of files.
+        for_keras: Whether they hold all that Keras looks for in them.
 
     Example:
         >>> arrays_file("model"), arrays_file("model", 1, 3), arrays_file("optimizer", 2, 3)
         ('model.weights.h5', 'model_00000.weights.h5', 'optimizer-00002-of-00003.h5')
     """
-    if group == "model":  # the names that Keras' load_weights expects
+    if group == "model" and for_keras:  # the names that Keras' load_weights expects
         return f"model_{shard - 1:05d}.weights.h5" if shards > 1 else "model.weights.h5"
     part = f"-{shard:05d}-of-{shards:05d}" if shards > 1 else ""
     return group + part + ARRAYS_SUFFIX
+
+
+def block_file(group: str, rank: int) -> str:
+    """Return the name of the file with the blocks of a group that one process owns.
+
+    Example:
+        >>> block_file("optimizer", 1)
+        'optimizer-p00001.h5'
+    """
+    return f"{group}-p{rank:05d}{ARRAYS_SUFFIX}"
 
 
 def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
@@ -97,7 +120,7 @@ def check_stems(arrays: Iterable[str], documents: Iterable[str]) -> None:
             raise CheckpointError(
                 "The name of an array group or document must consist of letters, digits, '_', '-' "
                 "and '.', not begin with '.' or '-', have 100 characters at most, not be "
-                "'manifest' or 'model.weights' and not end like '-00001-of-00002'. "
+                "'manifest' or 'model.weights' and not end like '-00001-of-00002' or '-p00001'. "
                 f"Received: {name.rpartition('.')[0]!r}"
             )
     folded = [name.casefold() for name in names]
@@ -165,7 +188,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         value["other_files"] = _as_json(manifest.other_files)
     if manifest.run is not None:
         value["run"] = manifest.run
+    if manifest.arrays:
+        value["arrays"] = {}
     data = dump_json("manifest", value)
+    if manifest.arrays:  # the first key
+        data = data.replace(b'"arrays": {}', b'"arrays": ' + dump_arrays(manifest.arrays), 1)
     # Keys are sorted, so the first occurrence is the manifest's own field, whatever is in `info`.
     own = b'"checksum": "' + hashlib.sha256(data).hexdigest().encode() + b'"'
     write_bytes(folder / MANIFEST_NAME, data.replace(_NO_CHECKSUM, own, 1))
@@ -270,11 +297,11 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
     version = value.get("format_version")
     if value.get("format") != FORMAT or not is_count(version) or version == 0:
         raise _damaged_manifest(f"format={value.get('format')!r}, format_version={version!r}")
-    if version > FORMAT_VERSION:
+    if version > SHARDED_FORMAT_VERSION:
         raise CheckpointFormatError(
             f"The checkpoint has format version {version}; this kbtrain reads version "
-            f"{FORMAT_VERSION} and older. Update kbtrain to use it. It is left unchanged; to start "
-            "over without it, choose another output_dir."
+            f"{SHARDED_FORMAT_VERSION} and older. Update kbtrain to use it. It is left unchanged; "
+            "to start over without it, choose another output_dir."
         )
     files, info, step = value.get("files"), value.get("info"), value.get("step")
     others, run = value.get("other_files", {}), value.get("run")
@@ -294,7 +321,11 @@ def _parse_manifest(value: Mapping[str, Any]) -> Manifest:
         if not is_other_path(name):
             raise _damaged_manifest(f"{name!r} cannot be a file of a checkpoint")
     noted_others = {name: _parse_entry(name, entry) for name, entry in others.items()}
-    return Manifest(step, entries, info, version, noted_others, run)
+    try:
+        arrays = parse_arrays(value.get("arrays", {}), entries) if version > FORMAT_VERSION else {}
+    except ValueError as error:
+        raise _damaged_manifest(str(error)) from error
+    return Manifest(step, entries, info, version, noted_others, run, arrays)
 
 
 def _parse_entry(name: str, entry: Any) -> FileEntry:
