@@ -10,11 +10,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from kbtrain.distributed.control import Channel
-from kbtrain.distributed.ending import install_excepthook
 from kbtrain.utils import processes
 from kbtrain.utils.processes import ProcessGroup
+
+if TYPE_CHECKING:
+    from kbtrain.distributed.control import Channel
 
 TIMEOUT = 1800.0
 """Seconds that a collective operation may take, as in Transformers."""
@@ -52,6 +54,10 @@ def initialize() -> ProcessGroup:
         backend.start_processes(group, TIMEOUT)
     if group is None:
         return processes.ALONE
+    # Not above: a program that runs alone need not import XML-RPC.
+    from kbtrain.distributed.control import Channel
+    from kbtrain.distributed.ending import install_excepthook
+
     global _channel
     os.environ[_JOINED] = str(os.getpid())
     processes.set_current(group)

@@ -15,7 +15,6 @@ Messages are XML-RPC, plain numbers and text. A random token in the URL keeps st
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import socket
@@ -23,14 +22,14 @@ import threading
 import time
 import urllib.parse
 import weakref
-import xmlrpc.client
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from xml.parsers.expat import ExpatError
 
-from kbtrain.distributed.control_server import ControlServer, keep_alive
+from kbtrain.distributed.control_client import ATTEMPT, PROBLEMS, RETRY, Connection
+from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.ending import end_process, main_stack
+from kbtrain.distributed.mailbox import ChannelPeers, FirstProcess, OtherProcess
 from kbtrain.distributed.members import (
     LOST,
     STALLED,
@@ -44,31 +43,31 @@ from kbtrain.distributed.members import (
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
 
-ATTEMPT = 2.5
-"""Seconds for a connection or an answer, which the server gives within ``HEARTBEAT``."""
-RETRY = 0.3
-"""Seconds between two attempts to reach process 0."""
 PRINTING = 3.0
 """Seconds that the main thread has to print its own exception when another process has failed."""
-
-_PROBLEMS = (OSError, http.client.HTTPException, xmlrpc.client.Error, ExpatError)
-"""What a call raises if it did not reach the server."""
 
 
 class Channel:
     """This process's end of the control channel; see ``start``."""
 
     def __init__(
-        self, report: Report, url: str, host: Report, server: ControlServer | None, timeout: float
+        self,
+        report: Report,
+        size: int,
+        url: str,
+        host: Report,
+        server: ControlServer | None,
+        timeout: float,
     ) -> None:
         self._report = report
+        self._size = size
         self._url = url
         self._host = host
         self._server = server
         self._timeout = timeout
         self._closed = threading.Event()
         self._failing: float | None = None
-        self._connection = _Connection(url)
+        self._connection = Connection(url)
         self._thread = threading.Thread(
             target=self._beat if server is None else self._watch,
             name="kbtrain control",
@@ -102,7 +101,7 @@ class Channel:
         if group.rank == 0:
             server = ControlServer(group, Members(reports, timeout, time.monotonic()), local)
         urls = gather(server.urls if server is not None else [])[0]
-        channel = cls(report, urls[0], reports[0], server, timeout)
+        channel = cls(report, group.size, urls[0], reports[0], server, timeout)
         problems = gather(channel._greet(urls) if server is None else "")
         if any(problems):
             channel.close()
@@ -135,6 +134,12 @@ class Channel:
             self._report, place="", count=self._report.count + 1, ended_by=ended_by
         )
 
+    def set_timeout(self, seconds: float) -> None:
+        """Change the ``timeout`` of ``start``; what process 0 says counts."""
+        self._timeout = seconds
+        if self._server is not None:
+            self._server.members.timeout = seconds
+
     def fail(self, error: BaseException) -> str | None:
         """Tell the other processes that this one fails; they end at once.
 
@@ -150,10 +155,10 @@ class Channel:
             self._server.wait_until_told()
         else:
             try:
-                with contextlib.closing(_Connection(self._url)) as connection:
+                with contextlib.closing(Connection(self._url)) as connection:
                     answer = connection.call("fail", report.to_wire(), _cause(error))
                 failure = Failure(**answer["failure"])
-            except _PROBLEMS as problem:
+            except PROBLEMS as problem:
                 if isinstance(problem, TimeoutError) or self._host.left:
                     return None
                 failure = Members.gone(self._host)
@@ -177,9 +182,20 @@ class Channel:
             self._server.update(self._report)
             self._server.wait_until_told(of_failure=False)
         else:
-            connection = contextlib.closing(_Connection(self._url))
-            with contextlib.suppress(*_PROBLEMS), connection as server:  # the thread tries, too
+            connection = contextlib.closing(Connection(self._url))
+            with contextlib.suppress(*PROBLEMS), connection as server:  # the thread tries, too
                 server.call("update", self._report.to_wire())
+
+    def peers(self) -> ChannelPeers:
+        """Messages between the processes from any thread, beside the collective operations."""
+        if self._server is not None:
+            return FirstProcess(self._size, self._server.mailbox)
+        return OtherProcess(self._report.rank, self._size, self._url, self._obstacle)
+
+    def _obstacle(self) -> str | None:
+        if self._host.left or self._closed.is_set():
+            return f"{self._host.name} has ended its program, and this process waits for it."
+        return None
 
     def close(self) -> None:
         """Stop the threads and close the connections of this process."""
@@ -213,11 +229,11 @@ class Channel:
         """Reach process 0 for the first time; the result says why that failed, if it did."""
         problems = []
         for url in urls:
-            self._url, self._connection = url, _Connection(url)
+            self._url, self._connection = url, Connection(url)
             try:
                 self._connection.call("hello", self._report.to_wire())
                 return ""
-            except _PROBLEMS as error:
+            except PROBLEMS as error:
                 # Not the whole URL: it has the token.
                 problems.append(f"{urllib.parse.urlsplit(url).netloc} ({error})")
         return f"{self._report.name} cannot reach {self._host.name} at {', '.join(problems)}."
@@ -229,7 +245,7 @@ class Channel:
             started = time.monotonic()
             try:
                 answer = self._connection.call("beat", self._report.to_wire())
-            except _PROBLEMS as error:
+            except PROBLEMS as error:
                 self._connection.close()
                 now = time.monotonic()
                 if now - started > 2 * ATTEMPT + 1:  # this process itself stood still
@@ -287,60 +303,6 @@ class Channel:
             f"kbtrain: {failure.text}\nkbtrain: process {report.rank} (host {report.host}, pid "
             f"{report.pid}), {report.where}, cannot go on without it and ends."
         )
-
-
-class _Connection:
-    """A client of the server, whose connection stays open between calls; not thread-safe."""
-
-    def __init__(self, url: str) -> None:
-        self._transport = _Transport()
-        self._proxy = xmlrpc.client.ServerProxy(url, transport=self._transport)
-
-    @property
-    def opened(self) -> float:
-        """When the connection was last made; 0 if never."""
-        return self._transport.opened
-
-    @property
-    def fileno(self) -> int:
-        """The number of its open file; -1 if there is none."""
-        return self._transport.fileno
-
-    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
-        """Call a method of ``ControlServer``."""
-        answer = getattr(self._proxy, method)(*arguments)
-        if not isinstance(answer, dict):
-            raise xmlrpc.client.ResponseError
-        return answer
-
-    def close(self) -> None:
-        """Close the connection; the next call makes a new one."""
-        self._transport.close()
-
-
-class _Transport(xmlrpc.client.Transport):
-    """XML-RPC's transport with time limits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opened = 0.0
-        self.fileno = -1
-
-    def send_request(
-        self, host: Any, handler: str, request_body: Any, debug: bool
-    ) -> http.client.HTTPConnection:
-        connection = self.make_connection(host)
-        fresh = connection.sock is None
-        if fresh:
-            connection.timeout = ATTEMPT
-            connection.connect()
-            keep_alive(connection.sock)
-            self.opened, self.fileno = time.monotonic(), connection.sock.fileno()
-        return super().send_request(host, handler, request_body, debug)
-
-    def close(self) -> None:
-        self.fileno = -1
-        super().close()
 
 
 def _cause(error: BaseException) -> str:

@@ -11,10 +11,12 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
+from kbtrain.distributed.control_client import keep_alive
+from kbtrain.distributed.mailbox import Mailbox
 from kbtrain.distributed.members import HEARTBEAT, LOST, Failure, Members, Report
 from kbtrain.utils.processes import ProcessGroup
 
@@ -24,21 +26,6 @@ BACKLOG = 1024
 """Connections that may wait while this process does something else."""
 WEIGHING = 1.5
 """Seconds in which the failure of another process may still explain a reported exception."""
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Let the system end a connection when the other host has not been reachable for ``LOST``."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {
-        "TCP_KEEPIDLE": 1,
-        "TCP_KEEPALIVE": 1,  # the same on macOS
-        "TCP_KEEPINTVL": 1,
-        "TCP_KEEPCNT": int(LOST) - 1,
-        "TCP_USER_TIMEOUT": int(LOST * 1000),  # for data that is not acknowledged
-    }
-    for name, value in options.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class _Handler(SimpleXMLRPCRequestHandler):
@@ -76,9 +63,7 @@ class _Handler(SimpleXMLRPCRequestHandler):
         """Whether the client, which waits for an answer, is still there."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
-            return not selector.select(
-                0
-            )  # it sends nothing meanwhile: there is only an end to read
+            return not selector.select(0)  # it sends nothing meanwhile; an end can be read
 
     def handle_one_request(self) -> None:
         super().handle_one_request()
@@ -95,6 +80,8 @@ class _Handler(SimpleXMLRPCRequestHandler):
 
     def _dispatch(self, method: str, parameters: tuple[Any, ...]) -> dict[str, Any]:
         control = self.server.control
+        if method in ("put", "take"):
+            return control.deliver(method, *parameters)
         report = Report.from_wire(parameters[0])
         if method in ("hello", "beat") and self._rank is None:
             self._rank = report.rank
@@ -144,12 +131,14 @@ class ControlServer:
 
     Attributes:
         members: What is known of them.
+        mailbox: Messages between them.
         urls: Where the others may find it. A token in them keeps strangers out.
     """
 
     def __init__(self, group: ProcessGroup, members: Members, local: bool) -> None:
         self._news = threading.Condition()
         self.members = members
+        self.mailbox = Mailbox(group.size, self._obstacle)
         listening, addresses = _listen(group.address, local)
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(24)
@@ -254,6 +243,28 @@ class ControlServer:
             self._news.notify_all()
             assert members.failure is not None
             return members.failure
+
+    def deliver(
+        self, method: str, rank: int, received: list[str], key: str, data: Any = None
+    ) -> dict[str, Any]:
+        """Take in a message to process 0 ("put"), or hand out one of it ("take")."""
+        self.mailbox.received(rank, received)
+        if method == "put":
+            self.mailbox.put(rank, key, data.data)
+            return {}
+        found = self.mailbox.take(key)
+        return {} if found is None else {"data": found}
+
+    def _obstacle(self, ranks: Iterable[int]) -> str | None:
+        """Why no message will come from these processes, if so."""
+        with self._news:
+            if self.members.failure is not None:
+                return self.members.failure.text
+            for rank in ranks:
+                if self.members[rank].left is not None:
+                    name = self.members[rank].report.name
+                    return f"{name} has ended its program, and this process waits for it."
+        return None
 
     def wait_until_told(self, of_failure: bool = True) -> None:
         """Wait until the processes that listen know of the failure, or that process 0 has left."""

@@ -169,6 +169,10 @@ class Members:
         now: The present time.
         state: Gives the state of a process on this machine.
         here: Identifies this machine.
+
+    Attributes:
+        timeout: The argument.
+        failure: The first failure.
     """
 
     def __init__(
@@ -180,7 +184,7 @@ class Members:
         here: str | None = None,
     ) -> None:
         self._members = {r.rank: Member(r, now, now) for r in reports}
-        self._timeout = timeout
+        self.timeout = timeout
         self._state = state
         self._here = machine() if here is None else here
         self._checked = now
@@ -234,7 +238,7 @@ class Members:
             self.failure = (
                 self._lost(active, now)
                 or self._left(active, now, LOST)
-                or self._hanging(active, now, self._timeout)
+                or self._hanging(active, now, self.timeout)
             )
         return self.failure
 
@@ -263,7 +267,7 @@ class Members:
             self.failure = (
                 self._lost(active, now, early=True)
                 or self._left([self._members[rank]], now, 0.0)
-                or self._hanging(active, now, 0.9 * self._timeout)
+                or self._hanging(active, now, 0.9 * self.timeout)
             )
         return self.failure is not None
 

@@ -11,7 +11,7 @@ import time
 import xmlrpc.client
 
 import pytest
-from helpers_processes import Processes
+from helpers_channel import Processes
 
 from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.members import Members, Report, process_state
