@@ -189,10 +189,11 @@ def _slurm(environ: Mapping[str, str]) -> ProcessGroup | None:
     rank = variables.number("SLURM_PROCID", 0, size, "SLURM_STEP_NUM_TASKS")
     local_rank = variables.number("SLURM_LOCALID", 0, size, "SLURM_STEP_NUM_TASKS")
     node = variables.number("SLURM_NODEID", 0)
+    distribution = environ.get("SLURM_DISTRIBUTION", "")
     hosts, places = hosts_of_tasks(
         variables.text("SLURM_STEP_NODELIST"),
         variables.text("SLURM_STEP_TASKS_PER_NODE"),
-        environ.get("SLURM_DISTRIBUTION", ""),
+        distribution,
     )
     local_size = sum(host == node for host, _ in places)
     if len(places) != size or local_rank >= local_size:
@@ -207,8 +208,8 @@ def _slurm(environ: Mapping[str, str]) -> ProcessGroup | None:
     step = environ.get("SLURM_STEP_ID", "")
     port = _port_of_job(variables, [variables.text("SLURM_JOB_ID"), step])
     addresses = _addresses(variables, port, size, local_size)
-    if not addresses and places[rank] == (node, local_rank):
-        # Otherwise the tasks are distributed in a way that the variables do not describe.
+    described = not distribution.startswith(("plane", "arbitrary"))
+    if not addresses and described and places[rank] == (node, local_rank):
         addresses = tuple(endpoint(hosts[host], port + 1 + local) for host, local in places)
     return ProcessGroup(rank, size, local_rank, local_size, address, port, addresses, "SLURM")
 

@@ -201,8 +201,9 @@ def test_port_is_free_of_the_launcher_and_other_jobs():
             srun(1, 4, 1, 0, SLURM_DISTRIBUTION="cyclic", MASTER_PORT="10"),
             ("n1:11", "n2:11", "n1:12", "n2:12"),
         ),
-        # Neither block nor cyclic, as of `srun --distribution=arbitrary`.
-        (srun(1, 4, 1, 0, MASTER_PORT="10"), ()),
+        (srun(0, 4, 0, 0, SLURM_DISTRIBUTION="plane", MASTER_PORT="10"), ()),
+        (srun(0, 4, 0, 0, SLURM_DISTRIBUTION="arbitrary", MASTER_PORT="10"), ()),
+        (srun(1, 4, 1, 0, MASTER_PORT="10"), ()),  # not where the variables would have it
     ],
 )
 def test_an_address_for_each_process_where_they_are_known(environ, addresses):
