@@ -14,6 +14,7 @@ import tensorflow as tf
 from kbtrain.backends.tensorflow.loop import loop
 from kbtrain.backends.tensorflow.model_steps import one_by_one
 from kbtrain.backends.tensorflow.optimizer import LARGE_BYTES, size_of
+from kbtrain.backends.tensorflow.processes import named, shards
 from kbtrain.backends.tensorflow.scope import context
 from kbtrain.data import signature
 from kbtrain.data.ragged import has_ragged
@@ -65,7 +66,9 @@ def compile_step(
             refuse("strings are none of its types")  # XLA would end the process
         if not refused and jit_compile is not False and has_ragged(inputs):
             refuse("the sizes of ragged tensors depend on values")
-        plain: Callable[[Any], Any] = graph
+        plain: Callable[[Any], Any] = named(graph)
+        if shards() > 1:  # XLA around a collective operation computes nonsense on a CPU
+            return plain
         if refused:  # failed for another shape: trying again takes seconds, with the same result
             return plain
         if jit_compile is True:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kbtrain.backends.tensorflow.processes import take_rows
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import held_values
 
@@ -18,10 +19,10 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     """Copy a structure of NumPy arrays to the device.
 
     Args:
-        tree: The arrays.
+        tree: The arrays; of batches with rows for several processes this one takes its own.
         pin: Unused here.
     """
-    return tf.nest.map_structure(tf.convert_to_tensor, tree)
+    return tf.nest.map_structure(tf.convert_to_tensor, take_rows(tree))
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
@@ -84,8 +85,10 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
 
 def devices() -> list[str]:
     """The devices of this process, by the names that ``device_scope`` takes."""
-    listed = [*tf.config.list_logical_devices("GPU"), *tf.config.list_logical_devices("CPU")]
-    return [d.name.removeprefix("/device:").lower() for d in listed]
+    listed = [d.name.rpartition("/device:") for d in tf.config.list_logical_devices()]
+    here = listed[0][0]  # those of other processes follow
+    own = [name.lower() for host, _, name in listed if host == here]
+    return [name for kind in ("gpu", "cpu") for name in own if name.startswith(kind)]
 
 
 def _named(device: str) -> str:
