@@ -17,6 +17,7 @@ norm and product of a list       backends/torch                   one tensor aft
 a user's ``tf.function``         backends/tensorflow/autograph    ``tf.autograph.to_graph``
 whether XLA compiles             backends/tensorflow/optimizer    treated as not compiled
 switching determinism off        backends/tensorflow/device       it stays on
+the cluster of a program         backends/tensorflow/processes    it is not noticed
 metric values as tensors         model/metrics                    Keras' own mean over samples
 averages of ``use_ema``          optimization/evaluation_weights  Keras swaps them in and out
 moving variables                 backends/tensorflow/device       they stay on their device

@@ -166,7 +166,7 @@ def _named(error: tf.errors.OpError, members: Members) -> DistributedError | Non
 # --- lists of tensors -----------------------------------------------------------------------------
 
 
-def all_sum(members: Members, tensors: Sequence[Any]) -> list[Any]:
+def sum_over(members: Members, tensors: Sequence[Any]) -> list[Any]:
     """The sums over all processes of each tensor, one operation for each dtype."""
     tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
     results = list(tensors)
@@ -182,7 +182,7 @@ def _differentiable_sum(members: Members, tensors: list[Any]) -> list[Any]:
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def add(*inputs: Any) -> tuple[Any, Callable[..., Any]]:
         # Every process has the sum, so each input's gradient is the sum over their gradients.
-        return tuple(_sum(members, inputs)), lambda *outer: tuple(all_sum(members, outer))
+        return tuple(_sum(members, inputs)), lambda *outer: tuple(sum_over(members, outer))
 
     return list(add(*tensors))
 
@@ -216,7 +216,7 @@ def _integer(dtype: Any) -> Any:
     )
 
 
-def all_gather(members: Members, tensors: Sequence[Any]) -> list[Any]:
+def gather_from(members: Members, tensors: Sequence[Any]) -> list[Any]:
     """Each tensor of all processes along a new first axis, one operation for each dtype."""
     tensors = [tf.stop_gradient(tf.convert_to_tensor(tensor)) for tensor in tensors]
     results: list[Any] = list(tensors)
@@ -258,7 +258,7 @@ def _split(flat: Any, like: Sequence[Any]) -> list[Any]:
     return [tf.reshape(part, tf.shape(t)) for part, t in zip(parts, like, strict=True)]
 
 
-def copy_from_first(members: Members, variables: Sequence[keras.Variable]) -> None:
+def broadcast(members: Members, variables: Sequence[keras.Variable]) -> None:
     """Give variables the values that they have in process 0."""
     for variable in variables:
         value = np.asarray(tf.convert_to_tensor(variable.value).numpy())

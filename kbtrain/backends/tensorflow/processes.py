@@ -164,7 +164,7 @@ def shards() -> int:
 def all_sum(tensors: Sequence[Any]) -> list[Any]:
     """The sums over all processes of each tensor, one operation for each dtype."""
     members = _joined()
-    return list(tensors) if members is None else collectives.all_sum(members, tensors)
+    return list(tensors) if members is None else collectives.sum_over(members, tensors)
 
 
 def all_gather(tensors: Sequence[Any]) -> list[Any]:
@@ -172,14 +172,14 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
     members = _joined()
     if members is None:
         return [tf.expand_dims(tensor, 0) for tensor in tensors]
-    return collectives.all_gather(members, tensors)
+    return collectives.gather_from(members, tensors)
 
 
 def copy_from_first(variables: Sequence[keras.Variable]) -> None:
     """Give variables the values that they have in process 0."""
     members = _joined()
     if members is not None:
-        collectives.copy_from_first(members, variables)
+        collectives.broadcast(members, variables)
 
 
 @contextlib.contextmanager
