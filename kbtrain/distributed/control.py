@@ -121,7 +121,10 @@ class Channel:
         Args:
             place: For example "update 17", "batch 3 of an evaluation", "saving checkpoint-20".
         """
-        self._report = replace(self._report, place=place, count=self._report.count + 1)
+        report = self._report
+        self._report = replace(
+            report, place=place, count=report.count + 1, ended_by="", ended_at=""
+        )
 
     def done(self, error: BaseException | None = None) -> None:
         """Record that this process is outside ``fit``, ``evaluate`` and so on.
@@ -129,9 +132,13 @@ class Channel:
         Args:
             error: The exception that ended it, if any, which the user's program may catch.
         """
-        ended_by = "" if error is None else f"{_cause(error)} ({self._report.where})"
+        report = self._report
         self._report = replace(
-            self._report, place="", count=self._report.count + 1, ended_by=ended_by
+            report,
+            place="",
+            count=report.count + 1,
+            ended_by="" if error is None else _cause(error),
+            ended_at="" if error is None else report.place,
         )
 
     def set_timeout(self, seconds: float) -> None:

@@ -35,8 +35,9 @@ class Report:
         machine: Identifies its machine and pid namespace; empty if unknown.
         place: What it is doing, such as "update 17"; empty outside ``fit``, ``evaluate``, ...
         count: Number of places so far. The processes of a run go through the same places.
-        ended_by: The exception that ended its last ``fit`` (or ``evaluate``, ...), and where;
-            empty if that ended normally.
+        ended_by: The exception that ended its last ``fit`` (or ``evaluate``, ...); empty if that
+            ended normally.
+        ended_at: The place at which it did.
         left: Whether its program has ended.
     """
 
@@ -47,6 +48,7 @@ class Report:
     place: str = ""
     count: int = 0
     ended_by: str = ""
+    ended_at: str = ""
     left: bool = False
 
     @property
@@ -57,9 +59,19 @@ class Report:
     @property
     def where(self) -> str:
         """The place with its preposition, as messages name it."""
-        if self.place:
-            return f"at {self.place}"
+        if self.place or self.ended_at:
+            return f"at {self.place or self.ended_at}"
         return "outside fit and evaluate" if self.count else "before fit and evaluate"
+
+    @property
+    def reached(self) -> int:
+        """The number of the last place; leaving them all counts as one, too."""
+        return self.count - bool(self.ended_by)
+
+    @property
+    def completed(self) -> int:
+        """The number of places that it has behind it."""
+        return self.reached - bool(self.place or self.ended_by)
 
     def to_wire(self) -> dict[str, Any]:
         """A dictionary that XML-RPC can send."""
@@ -150,14 +162,16 @@ def network() -> str:
         return socket.gethostname()
 
 
-def needs(waiting: Report, gone: Report) -> bool:
-    """Whether a process is at a place that another never reached before its program ended."""
-    if not waiting.place:
-        return False
-    unfinished = bool(gone.place or gone.ended_by)
-    return waiting.count > gone.count or (
-        unfinished and waiting.count >= gone.count - bool(gone.ended_by)
-    )
+def needs(waiting: Report, gone: Report, failing: bool = False) -> bool:
+    """Whether a process is at a place that another never passed before its program ended.
+
+    Args:
+        waiting: The process.
+        gone: The other one.
+        failing: Whether an exception ends the process.
+    """
+    inside = waiting.place or (failing and waiting.ended_at)
+    return bool(inside) and waiting.reached > gone.completed
 
 
 class Members:
@@ -313,7 +327,7 @@ class Members:
                 continue
             for member in active:
                 waits = now - max(member.moved, gone.left)
-                if waits >= patience and needs(member.report, gone.report):
+                if waits >= patience and needs(member.report, gone.report, member.failing):
                     return self.ended(gone.report, member.report)
         return None
 
@@ -372,9 +386,9 @@ class Members:
     @staticmethod
     def ended(gone: Report, waiting: Report) -> Failure:
         """The failure of a process whose program ended while another one needs it."""
-        when = f"after {gone.ended_by}" if gone.ended_by else gone.where
+        after = f" after {gone.ended_by}" if gone.ended_by else ""
         return Failure(
             gone.rank,
-            f"{gone.name} ended its program {when}, while process {waiting.rank} "
+            f"{gone.name} ended its program {gone.where}{after}, while process {waiting.rank} "
             f"waits for it {waiting.where}. All processes have to make the same calls.",
         )

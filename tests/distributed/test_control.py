@@ -17,6 +17,7 @@ from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.members import Members, Report, process_state
 from kbtrain.utils.processes import ProcessGroup
 
+RAISE = "channel.done(error); raise error"  # as fit does
 RESTORED_HOOK = "sys.excepthook = sys.__excepthook__; raise ValueError('bad sample')"
 
 
@@ -37,6 +38,12 @@ def fall_out(processes):
     processes.signal(1, signal.SIGKILL)
     # As the framework's collective operation does, where it notices first.
     processes.tell(0, "raise RuntimeError('connection closed by peer')")
+
+
+def leave_and_notice(processes):
+    processes.tell(1, "sys.exit()")
+    processes[1].wait(10)
+    processes.tell(0, "error = RuntimeError('connection closed by peer'); " + RAISE)
 
 
 def leave_all(processes):
@@ -71,7 +78,7 @@ INTERRUPTED = "channel.done(SystemExit(3)); sys.exit(3)"
 CASES = {
     # name: what happens, the exit code of each process, the message of those that did not fail
     "raises": (
-        tell(1, "channel.at('update 18'); raise ValueError('bad\\x1b sample')"),
+        tell(1, "channel.at('update 18'); error = ValueError('bad\\x1b sample'); " + RAISE),
         [1, 1, 1],
         WHO.format(1) + r"failed at update 18: ValueError: bad\? sample",
     ),
@@ -97,8 +104,9 @@ CASES = {
     "leaves after an exception": (
         tell(1, INTERRUPTED),
         [1, 3],
-        ENDED.format(1, r"after SystemExit: 3 \(at update 17\)"),
+        ENDED.format(1, "at update 17 after SystemExit: 3"),
     ),
+    "leaves and is noticed": (leave_and_notice, [1, 0], ENDED.format(1, "at update 17")),
     "hangs": (
         stay_behind,
         [1, 1, 1],

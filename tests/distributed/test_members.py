@@ -135,7 +135,7 @@ def test_the_time_of_a_process_that_stays_behind_counts_from_when_it_was_overtak
         ({"place": "", "count": 2}, 2, False),
         ({"place": "", "count": 2}, 3, True),
         ({}, 1, True),  # in the middle of an update
-        ({"place": "", "count": 2, "ended_by": "SystemExit: 3"}, 1, True),
+        ({"place": "", "count": 2, "ended_by": "SystemExit: 3", "ended_at": "update 1"}, 1, True),
         ({"place": "", "count": 0}, 1, True),
     ],
 )
@@ -150,6 +150,19 @@ def test_a_program_that_ended_is_a_failure_where_another_process_needs_it(change
     text = run.after(1) or ""
     assert ("process 1 (host host1, pid 101) ended its program" in text) is found
     assert ("while process 0 waits for it at update 1" in text) is found
+
+
+def test_processes_that_an_exception_ended_at_the_same_place_do_not_need_each_other():
+    run = Run()
+    broken = {"place": "", "count": 2, "ended_by": "KeyboardInterrupt", "ended_at": "update 1"}
+    for rank in range(3):
+        run.at(rank, **broken)
+    run.at(1, left=True)  # the others have caught it, and save
+    assert run.after(60) is None
+    assert not run.members.blame_other(2, run.now)
+    run.members[2].failing = True
+    assert run.members.blame_other(2, run.now)
+    assert "ended its program at update 1 after KeyboardInterrupt" in run.members.failure.text
 
 
 def test_an_exception_is_explained_by_a_process_that_is_gone():
