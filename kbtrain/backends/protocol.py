@@ -7,7 +7,7 @@ documented here, and details of one framework in its module.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -19,6 +19,17 @@ from kbtrain.utils.processes import ProcessGroup
 
 Updates = Sequence[tuple[keras.Variable, Any]]
 """Variables with the values to assign to them."""
+
+
+class StateLayout(Protocol):
+    """How state is divided among devices, see ``kbtrain.distributed.layouts``."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The axes of the mesh of devices, outermost first, and their sizes."""
+
+    def axes_of(self, variables: Sequence[keras.Variable]) -> list[tuple[str | None, ...]]:
+        """The axis along which each dimension of each variable is divided; None: it is whole."""
 
 
 class Backend(Protocol):
@@ -295,8 +306,18 @@ class Backend(Protocol):
     def place(self, variables: Sequence[keras.Variable], device: str | None) -> None:
         """Move the values of ``variables`` to ``device``; do nothing if it is None."""
 
-    def device_scope(self, device: str | None) -> contextlib.AbstractContextManager[None]:
-        """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default."""
+    def device_scope(
+        self, device: str | None, layout: StateLayout | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default.
+
+        Args:
+            device: The device, or several with commas.
+            layout: How ``place`` divides state among them, where the backend has meshes.
+        """
+
+    def initializing(self) -> contextlib.AbstractContextManager[None]:
+        """Context inside ``device_scope`` in which new variables are divided from the start."""
 
     def devices(self) -> list[str]:
         """The devices of this process, by the names that ``device_scope`` takes."""

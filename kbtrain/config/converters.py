@@ -373,12 +373,6 @@ def _device_name(value: Any) -> str:
     )
 
 
-def nothing(value: Any) -> None:
-    """None, or another value that means "off": False, an empty string or list."""
-    if value is not None and value is not False and value not in ("", [], (), {}):
-        raise InvalidValue("None: it is not supported yet")
-
-
 def debug_options(value: Any) -> tuple[str, ...]:
     """Names of checks: a list, or a string with spaces between them."""
     items = value.split() if isinstance(value, str) else value

@@ -9,7 +9,7 @@ value is checked and converted by the field's converter in any case.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from kbtrain.config.converters import read_scalar
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     FlagOrNone = bool | None
     CountOrAuto = int | Literal["auto"]
     PathOrTrue = str | Literal[True]
-    Nothing: TypeAlias = None
 else:
-    Options = ListOfOptions = PathOrTrue = Nothing = str
+    Options = ListOfOptions = PathOrTrue = str
     Names = list[str]
     FlagOrNone = bool  # so that the option needs no value
     FlagOrAuto = CountOrAuto = read_scalar

@@ -28,8 +28,6 @@ _ALSO: dict[str, tuple[Any, ...]] = {
     "dataloader_in_order": (True,),
     "ddp_timeout": (1800,),
     "eval_use_gather_object": (0,),
-    "fsdp_config": ({"min_num_params": 0, "xla": False, "xla_fsdp_v2": False,
-                     "xla_fsdp_grad_ckpt": False},),
     "fsdp_min_num_params": (0,),
     "hub_strategy": ("every_save",),
     "hub_token": ("<HUB_TOKEN>",),

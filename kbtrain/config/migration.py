@@ -104,7 +104,6 @@ _COMPILER = "It is a setting of torch.compile. Use jit_compile, which works on e
 _LAUNCHER = "It belongs to a PyTorch launcher. Remove it; there is one process."
 _LIGER = "It patches PyTorch classes of transformers models. Remove it."
 _TRACKIO = "It belongs to Hugging Face Spaces. Remove it; report_to selects the trackers."
-_FSDP = "It belongs to torch's FSDP, which kbtrain does not use. Remove it."
 _ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Remove it; "
 
 # Fields of Transformers (5.x, then 4.x) that do not exist here -> why, and what to use.
@@ -122,7 +121,6 @@ DROPPED: dict[str, str] = {
     "deepspeed": "DeepSpeed supports PyTorch models only. Remove it; to save memory, use "
     "bf16=True and gradient_accumulation_steps.",
     "eval_use_gather_object": "Predictions are arrays (or nested structures of arrays). Remove it.",
-    "fsdp_config": _FSDP,
     "hub_always_push": _HUB,
     "hub_model_id": _HUB,
     "hub_private_repo": _HUB,
@@ -143,8 +141,9 @@ DROPPED: dict[str, str] = {
     "use_liger_kernel": _LIGER,
     # removed since 4.x
     "dispatch_batches": _ACCELERATE + "every process reads its own shard of the data.",
-    "fsdp_min_num_params": _FSDP,
-    "fsdp_transformer_layer_cls_to_wrap": _FSDP,
+    "fsdp_min_num_params": "Write fsdp_config={'min_num_params': {value}}.",
+    "fsdp_transformer_layer_cls_to_wrap": "Variables are divided by their shape, not by layer. "
+    "Remove it; fsdp_config={'layouts': ...} names variables.",
     "logging_dir": "There is no separate directory for logs. Remove it; a run is written to "
     "output_dir, and report_to selects the trackers.",
     "mp_parameters": "It belongs to SageMaker. Remove it.",

@@ -90,7 +90,11 @@ class TrainingArguments(ProcessProperties, Serializable, Fields):
         return self._total(self.per_device_eval_batch_size)
 
     def _total(self, size: int) -> int:
-        return size if self.split_batches else size * self.device_count * self.world_size
+        if self.split_batches:
+            return size
+        # Devices along the axis "tensor" compute the same rows.
+        together: int = (self.parallelism_config or {}).get("tensor", 1)
+        return size * max(1, self.device_count * self.world_size // together)
 
     def _of_this_process(self, total: int) -> int:
         rank, size = self.process_index, self.world_size

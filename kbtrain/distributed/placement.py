@@ -10,6 +10,7 @@ import keras
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.distributed.layouts import StateLayout, state_layout
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
 from kbtrain.utils.processes import current
@@ -23,6 +24,7 @@ def check(backend: Backend, args: TrainingArguments) -> None:
     Raises:
         ConfigurationError: One does not, or the backend cannot train on several in one process.
     """
+    _check_division(backend, args)
     device = args.chosen_device
     if device is None:
         return
@@ -40,6 +42,48 @@ def check(backend: Backend, args: TrainingArguments) -> None:
         )
 
 
+def _check_division(backend: Backend, args: TrainingArguments) -> None:
+    """Check that the backend can divide state as the arguments say."""
+    if backend.HAS_MESHES:
+        state_layout(args)
+        return
+    values = {name: getattr(args, name) for name in ("fsdp", "parallelism_config")}
+    if asked := [f"{name}={value!r}" for name, value in values.items() if value is not None]:
+        raise ConfigurationError(
+            f"On the backend {backend.name} every device holds the whole state (torch's "
+            "fully_shard would divide nothing of a Keras layer); the backend jax divides it. "
+            f"Received: {', '.join(asked)}."
+        )
+
+
+def _layout(backend: Backend, args: TrainingArguments) -> StateLayout | None:
+    return state_layout(args) if backend.HAS_MESHES else None
+
+
+@contextlib.contextmanager
+def initializing(backend: Backend, args: TrainingArguments) -> Iterator[None]:
+    """Context in which ``model_init`` makes a model whose state is divided from the start."""
+    if (layout := _layout(backend, args)) is None:
+        yield
+        return
+    with backend.device_scope(args.chosen_device, layout), backend.initializing():
+        yield
+
+
+def divide(backend: Backend, args: TrainingArguments, model: keras.Model) -> None:
+    """Divide the variables of a model among the devices, before anything is made after them.
+
+    Slots of an optimizer follow the layout of their variable and are never whole on one device.
+
+    Raises:
+        ConfigurationError: A layout does not fit.
+    """
+    if (layout := _layout(backend, args)) is not None:
+        layout.check(model.variables)
+        backend.copy_from_first(model.variables)
+        backend.place(model.variables, args.chosen_device)
+
+
 @contextlib.contextmanager
 def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
     """Context that applies ``devices``, ``tf32`` and ``full_determinism``, then restores them.
@@ -48,7 +92,7 @@ def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> I
     """
     with (
         float64.kept(model),
-        backend.device_scope(args.chosen_device),
+        backend.device_scope(args.chosen_device, _layout(backend, args)),
         backend.numerics(args.tf32, args.full_determinism),
     ):
         yield

@@ -18,7 +18,7 @@ from kbtrain.config.validation import check_saves_follow_evaluations, resolve_st
 from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
-from kbtrain.distributed import host
+from kbtrain.distributed import host, placement
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
@@ -155,6 +155,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     trainable_at_start = TrainableFlags.of(bound.model)
     trainer.captured.new_fit()
     trainer.agreement = Agreement(trainer)
+    placement.divide(trainer.backend, args, bound.model)
     optimizer = build_optimizer(trainer, plan.max_steps)
     if (
         not bound.overridden.train_step

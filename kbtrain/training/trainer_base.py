@@ -24,6 +24,7 @@ from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter, Loader, as_loader, task_preprocessing
 from kbtrain.data.plain_values import plain_values
+from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
@@ -269,9 +270,10 @@ class TrainerBase(ABC):
     def call_model_init(self) -> keras.Model:
         """Create a model with ``model_init``, passing the trial if it takes one."""
         assert self.model_init is not None
-        if takes_trial(self.model_init):
-            return self.model_init(self.trial)
-        return self.model_init()
+        with placement.initializing(self.backend, self.args):
+            if takes_trial(self.model_init):
+                return self.model_init(self.trial)
+            return self.model_init()
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback object or class."""

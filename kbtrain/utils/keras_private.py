@@ -247,3 +247,20 @@ narrowing_table = _private(
     "Where Keras turns float64 into float32, models in float64 compute in float32.",
 )
 """Keras' table that narrows 64-bit dtypes at the end of promotion; changes apply immediately."""
+
+
+# --- layouts --------------------------------------------------------------------------------------
+# On JAX a variable may have a layout: its value is divided among devices when it is assigned, and
+# slots of optimizers follow it. Keras sets it from ``keras.distribution`` only.
+
+
+def get_layout(variable: keras.Variable) -> Any:
+    """The layout of a variable, of Keras or of JAX; None if it has none."""
+    layout = getattr(variable, "_layout", None)
+    return getattr(layout, "backend_layout", layout)
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Give a variable a layout; its value is not moved."""
+    if getattr(variable, "_layout", None) is not layout:
+        variable._layout = layout

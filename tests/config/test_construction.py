@@ -306,7 +306,7 @@ def test_a_script_may_look_at_such_a_setting():
     assert {name: getattr(args, name) for name in NEUTRAL} == NEUTRAL
     assert all(is_inactive(name, value) for name, value in NEUTRAL.items())
     there = {n: v for n, v in DEFAULTS_THERE.items() if n in NEUTRAL}
-    assert len(there) == 28
+    assert len(there) == 27
     assert there == {name: NEUTRAL[name] for name in there}
     with pytest.raises(AttributeError, match="Write train_sampling_strategy"):
         _ = args.group_by_length

@@ -36,6 +36,11 @@ from kbtrain.backends.jax.device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.jax.mesh import (  # noqa: F401
+    divided_gradient,
+    gathered_weight,
+    initializing,
+)
 from kbtrain.backends.jax.model_steps import (  # noqa: F401
     check_signature,
     reversible,
@@ -87,7 +92,7 @@ def value_and_grad(
     def pure(values: list[Any]) -> tuple[Any, Any]:
         inside = list(outside)
         for index, value in zip(indices, values, strict=True):
-            inside[index] = value
+            inside[index] = gathered_weight(context.state[index], value)
         (value, aux), changed = run_stateless(lambda: fn(*args), inside, of_loss=True)
         changed_indices[:] = changed
         return value, (aux, list(changed.values()))
@@ -95,6 +100,7 @@ def value_and_grad(
     (value, (aux, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
         [outside[i] for i in indices]
     )
+    gradients = [divided_gradient(v, g) for v, g in zip(variables, gradients, strict=True)]
     updates = [(context.state[i], v) for i, v in zip(changed_indices, new, strict=True)]
     return value, aux, gradients, updates
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from kbtrain.backends.jax.device import compiler_options, free_memory
-from kbtrain.backends.jax.mesh import gathered, replicated, to_mesh, to_process
+from kbtrain.backends.jax.mesh import current, gathered, layouts_of, to_mesh, to_process
 from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
@@ -54,7 +54,7 @@ def compile_step(
             outputs, changed = run_stateless(lambda: fn(inputs), values)
         return outputs, [changed.get(i, value) for i, value in enumerate(values)]
 
-    jitted = _jit(pure, donated=0, inputs=1, arguments=2)
+    jitted = _jit(pure, donated=0, state=[variables], others=1)
     complete = _completing(variables, jitted)
 
     def call(inputs: Any) -> Any:
@@ -63,8 +63,8 @@ def compile_step(
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         if new:
-            _compile(jitted, values, inputs)
-        outputs, values = jitted(values, inputs)
+            _compile(jitted(), values, inputs)
+        outputs, values = jitted()(values, inputs)
         # `assign` would convert and check each value, at ten times the cost of the whole call.
         write_values(variables, to_process(values))
         return to_process(outputs)
@@ -72,26 +72,43 @@ def compile_step(
     return call
 
 
-def _jit(pure: Callable[..., Any], donated: int, inputs: int, arguments: int) -> Any:
-    """Jit a step; on several devices all is whole on each but its inputs, which come as they are.
+def _jit(
+    pure: Callable[..., tuple[Any, list[Any]]],
+    donated: int,
+    state: Sequence[list[keras.Variable]],
+    others: int,
+) -> Callable[[], Any]:
+    """Jit a step; on several devices its state has its layouts, and its outputs are whole on each.
 
     Args:
-        pure: The step.
+        pure: The step. It returns its outputs, and the new values of the last part of its state.
         donated: Position of the state that the call uses up.
-        inputs: Position of the batches.
-        arguments: Number of its arguments.
+        state: The variables of its first arguments.
+        others: Number of its other arguments, which come as they are.
+
+    Returns:
+        A function that returns the jitted step for the variables that there are now.
     """
-    layouts: dict[str, Any] = {}
-    if (layout := replicated()) is not None:
-        layouts["in_shardings"] = tuple(
-            None if position == inputs else layout for position in range(arguments)
-        )
-        layouts["out_shardings"] = layout
-    return jax.jit(pure, donate_argnums=donated, compiler_options=compiler_options(), **layouts)
+    made: dict[tuple[int, ...], Any] = {}
+
+    def jitted() -> Any:
+        key = tuple(len(part) for part in state)
+        if key not in made:
+            layouts: dict[str, Any] = {}
+            if (run := current()) is not None:
+                parts = [layouts_of(part) for part in state]
+                layouts["in_shardings"] = (*parts, *[None] * others)
+                layouts["out_shardings"] = (run.whole, parts[-1])
+            made[key] = jax.jit(
+                pure, donate_argnums=donated, compiler_options=compiler_options(), **layouts
+            )
+        return made[key]
+
+    return jitted
 
 
 def _completing(
-    variables: list[keras.Variable], jitted: Any
+    variables: list[keras.Variable], jitted: Callable[[], Any]
 ) -> Callable[[Any, Callable[[], tuple[Any, ...]]], bool]:
     """Add undeclared variables that a step reads to its state; else they would be constants.
 
@@ -106,7 +123,7 @@ def _completing(
         if (key := signature(inputs)) in known:
             return False
         context.undeclared.clear()
-        jitted.trace(*arguments())
+        jitted().trace(*arguments())
         variables.extend(context.undeclared)
         known.add(key)
         return True
@@ -266,7 +283,7 @@ def compile_eval_steps(
         with context.tracing([*fixed, *changing]):
             return _loop(fn, constant, values, block, start, count, output_bytes)
 
-    jitted = _jit(pure, donated=1, inputs=2, arguments=5)
+    jitted = _jit(pure, donated=1, state=[fixed, changing], others=3)
     complete = _completing(fixed, jitted)
 
     def call(block: Any, start: int, count: int) -> tuple[Any, int]:
@@ -280,8 +297,8 @@ def compile_eval_steps(
             values = _without_aliases(values)
         constant = to_mesh(read_values(fixed))
         if new:
-            _compile(jitted, constant, values, block, *numbers)
-        outputs, values = jitted(constant, values, block, *numbers)
+            _compile(jitted(), constant, values, block, *numbers)
+        outputs, values = jitted()(constant, values, block, *numbers)
         write_values(changing, to_process(values))
         outputs = to_process(outputs)
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])

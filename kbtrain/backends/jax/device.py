@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kbtrain.backends.jax import mesh
+from kbtrain.backends.protocol import StateLayout
 from kbtrain.errors import DataError
 
 
@@ -91,13 +93,13 @@ def devices() -> list[str]:
 
 
 @contextlib.contextmanager
-def device_scope(device: str | None) -> Iterator[None]:
+def device_scope(device: str | None, layout: StateLayout | None = None) -> Iterator[None]:
     """Context in which new arrays are placed on ``device`` ("cpu", "gpu:1") or the default.
 
     With several devices ("gpu:0,gpu:1"), or several processes with a device each, batches are
-    divided among them, and each device holds the whole state.
+    divided among them, and each device holds the whole state, or its part of it by ``layout``.
     """
-    with mesh.on_mesh_of(device), contextlib.ExitStack() as stack:
+    with mesh.on_mesh_of(device, layout), contextlib.ExitStack() as stack:
         if device is not None:
             stack.enter_context(jax.default_device(mesh.local_devices(device)[0]))
         yield
@@ -106,13 +108,15 @@ def device_scope(device: str | None) -> Iterator[None]:
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     """Move the values of ``variables`` to ``device``; do nothing if it is None.
 
-    The values are not committed to the device: JAX would compile once for committed values and
-    again for uncommitted ones assigned later, such as those of a metric after a reset.
+    Those that the run divides are divided among its devices. The others are not committed to the
+    device: JAX would compile once for committed values and again for uncommitted ones assigned
+    later, such as those of a metric after a reset.
     """
+    variables = mesh.divide(variables)
     if device is None:
         return
     if (local := mesh.local_mesh_of(device)) is not None:
-        layout = mesh.whole_on(local)
+        layout = NamedSharding(local, PartitionSpec())
         for variable in variables:
             if variable.value.sharding != layout:
                 variable.assign(jax.device_put(variable.value, layout))

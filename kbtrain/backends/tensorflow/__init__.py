@@ -30,6 +30,7 @@ from kbtrain.backends.tensorflow.device import (  # noqa: F401
     devices,
     free_memory,
     host_view,
+    initializing,
     is_oom,
     memory_stats,
     numerics,

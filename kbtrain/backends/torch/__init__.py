@@ -25,6 +25,7 @@ from kbtrain.backends.torch.device import (  # noqa: F401
     devices,
     free_memory,
     host_view,
+    initializing,
     is_oom,
     memory_stats,
     numerics,

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import torch
 
+from kbtrain.backends.protocol import StateLayout
 from kbtrain.backends.torch.processes import take_rows
 
 
@@ -107,13 +108,18 @@ def _named(device: str) -> str:
 
 
 @contextlib.contextmanager
-def device_scope(device: str | None) -> Iterator[None]:
+def device_scope(device: str | None, layout: StateLayout | None = None) -> Iterator[None]:
     """Context in which new tensors are placed on ``device`` ("cpu", "gpu:1") or the default."""
     if device is None:
         yield
         return
     with keras.device(_named(device)):
         yield
+
+
+def initializing() -> contextlib.AbstractContextManager[None]:
+    """Context in which variables are created: they are whole on this backend."""
+    return contextlib.nullcontext()
 
 
 def place(variables: Sequence[keras.Variable], device: str | None) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kbtrain.config import converters
+from kbtrain.config import converters, sharding
 from kbtrain.config.construction import Immutable
 from kbtrain.config.field_types import (
     CountOrAuto,
     FlagOrAuto,
     FlagOrNone,
     Names,
-    Nothing,
     Options,
 )
 from kbtrain.config.fields.option import (
@@ -64,19 +63,30 @@ class ExecutionFields(Immutable):
         "Save once on each machine; no effect with one machine.",
         on_resume=HARMLESS,
     )
-    parallelism_config: Nothing = option(
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = option(
         None,
-        converters.nothing,
-        "Dimensions of a device mesh; not supported yet.",
-        command_line=type(None),
-        on_resume=HARMLESS,
+        sharding.fsdp,
+        "Divide the state among the devices: weights, gradients and the optimizer's state (True or "
+        "'full_shard', JAX), or all but the weights ('shard_grad_op'). None: each has all of it.",
+        command_line=bool | str | None,
+        on_resume=ROUNDING,
     )
-    fsdp: Nothing = option(
+    fsdp_config: Options | None = option(
         None,
-        converters.nothing,
-        "Weights that are sharded over devices; not supported yet.",
-        command_line=type(None),
-        on_resume=HARMLESS,
+        converters.optional(sharding.fsdp_config),
+        "Which variables are divided: 'min_num_params', elements from which one is (1024), and "
+        "'layouts', from a pattern of paths to the axis of the mesh for each dimension, as in "
+        "{'mlp/kernel': [None, 'tensor']}.",
+        command_line=Mapping[str, Any] | None,
+        on_resume=ROUNDING,
+    )
+    parallelism_config: Options | None = option(
+        None,
+        sharding.parallelism_config,
+        "The mesh of all devices, as in {'data': 2, 'fsdp': 2, 'tensor': 2} (JAX): batches are "
+        "divided along data and fsdp, state along fsdp and tensor.",
+        command_line=Mapping[str, Any] | None,
+        on_resume=ROUNDING,
     )
 
     # Flags for scripts, which the Trainer ignores
