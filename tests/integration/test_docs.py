@@ -83,6 +83,14 @@ def test_command_line(monkeypatch):
     assert (names["model_args"].width, names["args"].learning_rate) == (8, 1e-3)
 
 
+def test_distributed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = execute("distributed.md")["trainer"]
+    assert trainer.state.global_step == 189
+    assert trainer.state.log_history[-1]["train_loss"] < 0.5
+    assert (tmp_path / "runs" / "sums" / "checkpoint-150").is_dir()
+
+
 def test_checkpoint_format(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = trained(tmp_path).model
