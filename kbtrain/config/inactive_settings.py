@@ -11,6 +11,7 @@ from typing import Any
 
 from kbtrain.config.converters import plain
 from kbtrain.config.migration import DROPPED, RENAMED
+from kbtrain.utils.processes import current
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], (), {})
 _SPLITTING = {
@@ -31,7 +32,7 @@ _ALSO: dict[str, tuple[Any, ...]] = {
     "fsdp_min_num_params": (0,),
     "hub_strategy": ("every_save",),
     "hub_token": ("<HUB_TOKEN>",),
-    "local_rank": (-1, 0),  # 0 is the first process, and there is one
+    "local_rank": (-1, 0),
     "past_index": (-1,),
     "push_to_hub_token": ("<PUSH_TO_HUB_TOKEN>",),
     "ray_scope": ("last",),
@@ -65,7 +66,6 @@ _BY_DEFAULT = {
     "dataloader_in_order": True,
     "ddp_timeout": 1800,
     "hub_strategy": "every_save",
-    "local_rank": -1,
     "past_index": -1,
     "ray_scope": "last",
     **dict.fromkeys(
@@ -97,5 +97,7 @@ def is_inactive(name: str, value: Any) -> bool:
     else:
         return False
     value = plain(value)
+    if name == "local_rank" and value == current().local_rank:
+        return True  # as some launchers pass it to a script
     # By type as well: 1 is not True, and comparing an array does not give a bool.
     return any(type(value) is type(one) and value == one for one in accepted)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from kbtrain.utils.processes import current
+from kbtrain.utils.processes import current, one_after_the_other
 
 
 class ProcessProperties:
@@ -27,6 +27,11 @@ class ProcessProperties:
     def process_index(self) -> int:
         """Index of this process among all."""
         return current().rank
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process among those on its machine; -1 without a launcher."""
+        return current().local_rank if self.world_size > 1 else -1
 
     @property
     def local_process_index(self) -> int:
@@ -60,11 +65,13 @@ class ProcessProperties:
 
     @contextlib.contextmanager
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """Run a block in the main process first; with one process there is no waiting.
+        """Run a block in the main process first, while the others wait; all must reach it.
 
         Args:
             local: The first process of each machine goes first, not the first of all.
             desc: What is done, for the log.
         """
         logging.getLogger("kbtrain").debug("%s, by the main process (local=%s)", desc, local)
-        yield
+        index = self.local_process_index if local else self.process_index
+        with one_after_the_other(index == 0):
+            yield

@@ -7,6 +7,7 @@ it, as JAX and TensorFlow must know all processes before the first tensor.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -55,15 +56,27 @@ def initialize() -> ProcessGroup:
     if group is None:
         return processes.ALONE
     # Not above: a program that runs alone need not import XML-RPC.
+    from kbtrain.distributed import host
+    from kbtrain.distributed.agreement import agree
     from kbtrain.distributed.control import Channel
     from kbtrain.distributed.ending import install_excepthook
 
     global _channel
     os.environ[_JOINED] = str(os.getpid())
-    processes.set_current(group)
+    processes.set_current(group, lambda: host.barrier(backend))
     _channel = Channel.start(group, backend.exchange, TIMEOUT)
     install_excepthook(_channel)
+    agree(group, backend.exchange, _versions(backend.name))
     return group
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """What must be the same on all processes, whatever the program does."""
+    import kbtrain
+
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    packages = {name: importlib.metadata.version(name) for name in ("keras", "numpy", backend)}
+    return {"backend": backend, "python": python, "kbtrain": kbtrain.__version__, **packages}
 
 
 def at(place: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.utils.processes import current
@@ -39,18 +41,11 @@ def any_of(backend: Backend, flags: Mapping[str, bool]) -> dict[str, bool]:
     return {name: any(each[name] for each in found) for name in flags}
 
 
-@contextmanager
-def first(backend: Backend, leads: bool) -> Iterator[None]:
-    """Context that some processes run before the others.
-
-    Args:
-        backend: The backend in use.
-        leads: Whether this process is one of the first.
-    """
-    if not leads:
-        barrier(backend)
-    try:
-        yield
-    finally:
-        if leads:
-            barrier(backend)
+def gather_arrays(backend: Backend, array: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all processes, in order of rank; their shapes may differ."""
+    if current().size == 1:
+        return [array]
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=False)
+    parts = backend.exchange(data.getvalue())
+    return [np.load(io.BytesIO(part), allow_pickle=False) for part in parts]

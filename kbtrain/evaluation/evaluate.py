@@ -17,6 +17,7 @@ from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model import precision
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.tracing.moment import Moment
+from kbtrain.utils.processes import current
 
 logger = logging.getLogger("kbtrain")
 
@@ -77,6 +78,9 @@ def evaluate(
                 "dataloader_drop_last, at least one full batch."
             )
         bound.build(first)
+        if current().size > 1 and not trainer.alike:  # each process initialised its own model
+            backend.copy_from_first(run_state.model_variables(trainer.model))
+            trainer.alike = True
         with_loss = not keep_outputs or unpack(first, names).y is not None
         spec = EvalSpec(
             prefix=prefix,

@@ -11,11 +11,15 @@ import keras
 import numpy as np
 
 from kbtrain.backends.protocol import Backend
+from kbtrain.backends.rows import span
 from kbtrain.checkpoint import run_state
 from kbtrain.config.converters import thaw
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.data import map_structure
+from kbtrain.distributed import host
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.evaluation.gather import PADDING
+from kbtrain.evaluation.gather import PADDING, Rows
+from kbtrain.utils.processes import current
 
 
 def check_generates(model: keras.Model, args: TrainingArguments) -> None:
@@ -59,7 +63,8 @@ def make_generator(
 ) -> Callable[[Any], Any]:
     """``generate(x) -> outputs`` for the inputs of a batch, both structures of NumPy arrays.
 
-    Sequences of different lengths in one batch are padded with ``PADDING``. The state of the
+    Sequences of different lengths in one batch are padded with ``PADDING``. Several processes share
+    the rows of a batch, so sampled (not greedy) outputs depend on their number. The state of the
     model's seed generators is restored afterwards, so that evaluations do not affect training.
 
     Raises:
@@ -68,7 +73,7 @@ def make_generator(
     given = options(args)
     seeds = [v for v in model.non_trainable_variables if v.name == "seed_generator_state"]
 
-    def generate(x: Any) -> Any:
+    def generate_rows(x: Any) -> Any:
         with backend.inference(), _put_back(seeds):
             generated = model.generate(x, **given)
             rows = _rows(generated, backend)
@@ -81,7 +86,27 @@ def make_generator(
                 )
         return rows
 
-    return generate
+    return generate_rows if current().size == 1 else _shared(generate_rows, backend)
+
+
+def _shared(generate: Callable[[Any], Any], backend: Backend) -> Callable[[Any], Any]:
+    """Each process generates for its rows of a batch, and gets the others' from them."""
+    group = current()
+
+    def of_all(x: Any) -> Any:
+        total = len(keras.tree.flatten(x)[0])
+        start, stop = span(total, group.rank, group.size)
+        mine = generate(map_structure(lambda a: a[start : max(stop, start + 1)], x))
+        leaves = []
+        for array in keras.tree.flatten(mine):
+            rows = Rows(total)
+            for part in host.gather_arrays(backend, array[: stop - start]):
+                if len(part):
+                    rows.add(part)
+            leaves.append(rows.result())
+        return keras.tree.pack_sequence_as(mine, leaves)
+
+    return of_all
 
 
 @contextlib.contextmanager

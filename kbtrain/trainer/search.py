@@ -20,6 +20,7 @@ from kbtrain.optimization import registry
 from kbtrain.training.dataloaders import is_named_datasets
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
 from kbtrain.utils.optional_imports import require
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -209,6 +210,12 @@ def _as_run(trial: Any, objective: Any) -> BestRun:
 
 
 def _check(trainer: TrainerBase, settings: Settings) -> None:
+    if current().size > 1:
+        raise ConfigurationError(
+            "hyperparameter_search runs its trials in one process or in n_jobs of its own. "
+            f"Received: {current().size} processes of {current().launcher}. Start it without a "
+            "launcher."
+        )
     if trainer.model_init is None:
         raise ConfigurationError(
             "hyperparameter_search needs a new model for each trial: pass model_init=... (a "

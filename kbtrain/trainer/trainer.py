@@ -161,6 +161,7 @@ class Trainer(KnownNames, TrainerBase):
 
     def adopt(self, model: Any) -> None:
         """Bind a model; its compiled loss and metrics are used unless others were passed."""
+        self.alike = False
         overridden = getattr(self.compute_loss, "__func__", None) is not TrainerBase.compute_loss
         self.bound = BoundModel(
             model,

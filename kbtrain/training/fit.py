@@ -214,6 +214,7 @@ def start_alike(trainer: TrainerBase, optimizer: keras.optimizers.Optimizer) -> 
     for each in (optimizer, *trainer.other_optimizers.values()):
         variables += each.variables
     trainer.backend.copy_from_first(unique([*variables, rng.global_seed_variable()]))
+    trainer.alike = True
 
 
 def _token_counter(trainer: TrainerBase) -> Callable[[Block], int] | None:

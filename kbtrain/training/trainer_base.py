@@ -62,6 +62,7 @@ class TrainerBase(ABC):
         is_in_train: Whether ``fit`` is running.
         training_weights: Whether the model holds the weights in training, which may differ from
             the evaluation weights.
+        alike: Whether the model has the same values on all processes.
         optimizer: The optimizer of the last ``fit``; None before.
         other_optimizers: Further optimizers of a model with a custom ``train_step``, by name.
         lr_scheduler: The schedule, or None.
@@ -91,6 +92,7 @@ class TrainerBase(ABC):
     current_run: Run | None = None
     is_in_train: bool = False
     training_weights: bool = False
+    alike: bool = False
     optimizer: keras.optimizers.Optimizer | None = None
     other_optimizers: dict[str, keras.optimizers.Optimizer]
     lr_scheduler: Any = None

@@ -6,6 +6,8 @@ read it. A program that runs alone is a group of one process.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -37,6 +39,7 @@ class ProcessGroup:
 ALONE = ProcessGroup()
 
 _current = ALONE
+_barrier: Callable[[], None] | None = None
 
 
 def current() -> ProcessGroup:
@@ -44,7 +47,29 @@ def current() -> ProcessGroup:
     return _current
 
 
-def set_current(group: ProcessGroup) -> None:
-    """Record the group of this process."""
-    global _current
-    _current = group
+def set_current(group: ProcessGroup, barrier: Callable[[], None]) -> None:
+    """Record the group of this process.
+
+    Args:
+        group: The group.
+        barrier: Waits for all processes.
+    """
+    global _current, _barrier
+    _current, _barrier = group, barrier
+
+
+@contextlib.contextmanager
+def one_after_the_other(first: bool) -> Iterator[None]:
+    """Context that some processes run before the others; with one there is no waiting.
+
+    Args:
+        first: Whether this process is one of the first.
+    """
+    wait = _barrier
+    if wait is not None and not first:
+        wait()
+    try:
+        yield
+    finally:
+        if wait is not None and first:
+            wait()

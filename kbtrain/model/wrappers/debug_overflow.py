@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from kbtrain.backends.protocol import Backend
-from kbtrain.data import micro_batches, without_none
+from kbtrain.data import map_structure, micro_batches, without_none
 from kbtrain.model.forward import ForwardPass
 from kbtrain.model.losses.output_losses import counts_of, value_of
 from kbtrain.model.losses.pairs import LossPair, as_float
@@ -62,7 +62,8 @@ class Diagnosis:
                 return f"{where}the data itself is not finite ({bad})."
             with gradient_checkpointing.switched_off(), replaced_calls(layers, self._watched):
                 probe = self._backend.compile_step(self._probe, self._variables)
-                found = self._backend.to_host(probe(self._backend.to_device(without_none(batch))))
+                rows = map_structure(lambda x: x[None], without_none(batch))
+                found = self._backend.to_host(probe(self._backend.to_device(rows)))
             if (text := self._judge(found)) is not None:
                 return where + text
         return "On rerunning batch by batch, every layer, the loss and all gradients are finite."
@@ -80,13 +81,20 @@ class Diagnosis:
 
         return watched
 
-    def _probe(self, batch: Any) -> dict[str, Any]:
-        """The largest magnitudes of each layer's outputs, of the loss and of the gradients."""
-        items = None if self._count_items is None else self._count_items(batch, 1)
+    def _probe(self, batches: Any) -> dict[str, Any]:
+        """The largest magnitudes of each layer's outputs, of the loss and of the gradients.
+
+        Args:
+            batches: One batch along a leading axis. With several processes these are its rows.
+        """
+        batch = keras.tree.map_structure(lambda x: x[0], batches)
 
         def objective(batch: Any) -> tuple[Any, Any]:
             self._seen.clear()
-            loss, _, _ = self._forward(batch, items, training=True)
+            with self._backend.local_rows(batch) as rows:
+                count = self._count_items
+                items = None if count is None else count(rows.batch, 1)
+                loss, _, _ = self._forward(rows.batch, items, training=True)
             total = loss.sum if isinstance(loss, LossPair) else value_of(loss, counts_of(loss))
             return total, [value for _, value in self._seen]
 
