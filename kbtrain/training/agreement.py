@@ -7,12 +7,18 @@ signal, the clock, a callback of the user. All of them ask at the same updates.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kbtrain.callbacks.base import STEP_EVENTS
 from kbtrain.callbacks.state import TrainerControl
+from kbtrain.data import Loader
+from kbtrain.data.batch import named_leaves
 from kbtrain.distributed import host
+from kbtrain.distributed.agreement import agree
 from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
@@ -97,3 +103,41 @@ class Agreement:
             return seconds
         longest: float = max(host.gather(self._trainer.backend, seconds))
         return longest
+
+
+def check_alike(trainer: TrainerBase, loader: Loader, first: Any, updates: int) -> None:
+    """Check that all processes are about to train the same model on the same data.
+
+    Args:
+        trainer: The Trainer, with a built model.
+        loader: The training data.
+        first: Its first batch.
+        updates: The number of updates; 0 if unknown.
+
+    Raises:
+        DistributedError: They are not; it names the processes and what differs.
+    """
+    if current().size == 1:
+        return
+    facts: dict[str, Any] = {
+        f"TrainingArguments.{name}": value for name, value in trainer.args.to_dict().items()
+    }
+    facts |= {
+        "the number of samples": loader.num_examples,
+        "the batch size": loader.batch_size,
+        "the number of updates": updates,
+        "the first batch": {str(name): _digest(leaf) for name, leaf in named_leaves(first)},
+        "the variables of the model": {
+            f"{i} {v.path}": f"{v.dtype}{list(v.shape)}"
+            for i, v in enumerate(trainer.model.variables)
+        },
+    }
+    agree(current(), trainer.backend.exchange, facts)
+
+
+def _digest(leaf: Any) -> str:
+    """What an array of a batch is, and a checksum of what it holds."""
+    array = np.ascontiguousarray(leaf)
+    data = repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
+    checksum = hashlib.sha256(data).hexdigest()[:12]
+    return f"{array.dtype}{list(array.shape)}, SHA-256 {checksum}"

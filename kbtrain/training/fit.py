@@ -28,7 +28,7 @@ from kbtrain.model.wrappers import gradient_checkpointing, neftune
 from kbtrain.model.wrappers.debug_overflow import Diagnosis
 from kbtrain.optimization import changing_variables, evaluation_weights, metric_driven
 from kbtrain.training import actions, best_model, custom_step_arguments
-from kbtrain.training.agreement import Agreement
+from kbtrain.training.agreement import Agreement, check_alike
 from kbtrain.training.build_step import live_train_step, trained_variables
 from kbtrain.training.dataloaders import in_epochs, warn_of_inexact_resume
 from kbtrain.training.loop import train_loop
@@ -153,6 +153,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         custom_step_arguments.check_arguments(trainer)
         custom_steps.build_by_step(trainer.backend, bound.model, first)
     trainable_at_start = TrainableFlags.of(bound.model)
+    check_alike(trainer, loader, first, plan.max_steps)
     trainer.captured.new_fit()
     trainer.agreement = Agreement(trainer)
     placement.divide(trainer.backend, args, bound.model)
