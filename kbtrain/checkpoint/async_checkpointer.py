@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,12 +75,14 @@ def _is_raised(job: _Job, error: BaseException) -> bool:
     return job.on_error == "raise" or not is_storage_error(error)
 
 
-_keys = itertools.count()
+_asked: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
-def _new_key() -> str:
-    """A key for messages between processes; asked for in the order of the calls, alike on all."""
-    return f"checkpoint {next(_keys)}"
+def _new_key(peers: Peers | None) -> str:
+    """A key for messages, alike on all processes as they ask for keys in one order."""
+    return (
+        "" if peers is None else f"checkpoint {next(_asked.setdefault(peers, itertools.count()))}"
+    )
 
 
 class AsyncCheckpointer:
@@ -190,7 +193,7 @@ class AsyncCheckpointer:
         self.wait()
         if not self._takes_part:
             return True
-        job = _Job(_new_key(), snapshot, on_error, failed)
+        job = _Job(_new_key(self.peers), snapshot, on_error, failed)
         self._job = job
         if background:
             # A daemon thread: a process that must stop at once does not wait for it, and the next
@@ -299,7 +302,7 @@ class AsyncCheckpointer:
 
     def _take_folder(self, on_error: OnError) -> None:
         try:
-            self._on_writers(_new_key(), self._lock_folder)
+            self._on_writers(_new_key(self.peers), self._lock_folder)
         except CheckpointError as error:
             if on_error == "raise" or not is_storage_error(error):
                 raise

@@ -20,9 +20,9 @@ from pathlib import Path
 import keras
 import numpy as np
 from helpers import arguments, make_data, weights, with_weights
+from helpers_deaths import count_calls
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.checkpoint.storage import hdf5_files
 
 STEPS = 96
 
@@ -39,37 +39,6 @@ class Tell(TrainerCallback):
             self.left -= 1
             if self.left == 0:
                 time.sleep(600)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(call):
-    """Kill this process at one of its calls to the disk: just before it, or half-way in a write."""
-    left = [call]
-
-    def watch(owner, name, half=None):
-        original = getattr(owner, name)
-
-        def deadly(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                if half is not None:
-                    half(original, *arguments)
-                die()
-            return original(*arguments, **options)
-
-        setattr(owner, name, deadly)
-
-    for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
-        watch(os, name)
-
-    def half(write, file, data):
-        view = memoryview(data).cast("B")
-        write(file, view[: len(view) // 2])
-
-    watch(hdf5_files.DeferredErrorFile, "write", half)
 
 
 class Noisy:
@@ -125,7 +94,7 @@ def live(folder, modules, disk=0, step=None, seconds=0.0):
     if pid == 0:
         os.close(reading)
         if disk:
-            die_at(disk)
+            count_calls(disk)
         code = 1
         try:
             train(folder, writing, None if step is None else step + 3)
