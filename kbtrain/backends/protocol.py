@@ -271,11 +271,14 @@ class Backend(Protocol):
         device; ``host_view`` takes them.
         """
 
+    def spans_devices(self, variable: keras.Variable) -> bool:
+        """Whether a variable's value is laid out over several devices, here or elsewhere."""
+
     def assign_blocks(self, variable: keras.Variable, read: ReadBlock) -> None:
-        """Assign a variable of which this process holds blocks, all others included.
+        """Assign a variable and keep its layout; each process reads what its devices hold.
 
         Args:
-            variable: A variable for which ``owned_blocks`` is not None.
+            variable: The variable.
             read: Returns the values of any block, with the variable's dtype.
         """
 

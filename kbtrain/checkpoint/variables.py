@@ -205,7 +205,7 @@ def _copy_to_host(variable: keras.Variable, buffers: HostBuffers, name: str) -> 
 
 def _assign(variable: keras.Variable, value: Any) -> None:
     backend = backends.load()
-    if backend.owned_blocks(variable) is not None:
+    if backend.spans_devices(variable):
         backend.assign_blocks(variable, _reader(value))
         return
     value = np.asarray(value)

@@ -61,7 +61,11 @@ from kbtrain.backends.jax.processes import (  # noqa: F401
     stop_processes,
 )
 from kbtrain.backends.jax.scope import Scope, context, run_stateless
-from kbtrain.backends.jax.state_blocks import assign_blocks, owned_blocks  # noqa: F401
+from kbtrain.backends.jax.state_blocks import (  # noqa: F401
+    assign_blocks,
+    owned_blocks,
+    spans_devices,
+)
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten
 from kbtrain.utils.keras_private import read_values, stateless_scope

@@ -25,8 +25,13 @@ def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
     return OwnedBlocks(tuple(value.shape), np.dtype(value.dtype), blocks)
 
 
+def spans_devices(variable: keras.Variable) -> bool:
+    """Whether a variable's value is laid out over several devices, here or elsewhere."""
+    return len(variable.value.sharding.device_set) > 1
+
+
 def assign_blocks(variable: keras.Variable, read: ReadBlock) -> None:
-    """Assign a variable of which this process holds blocks, all others included."""
+    """Assign a variable and keep its layout; each process reads what its devices hold."""
     value = variable.value
 
     def block(index: tuple[slice, ...]) -> Any:

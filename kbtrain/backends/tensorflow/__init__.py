@@ -62,7 +62,11 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
     stop_processes,
 )
 from kbtrain.backends.tensorflow.scope import context
-from kbtrain.backends.tensorflow.state_blocks import assign_blocks, owned_blocks  # noqa: F401
+from kbtrain.backends.tensorflow.state_blocks import (  # noqa: F401
+    assign_blocks,
+    owned_blocks,
+    spans_devices,
+)
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True

@@ -55,7 +55,11 @@ from kbtrain.backends.torch.processes import (  # noqa: F401
     stop_processes,
 )
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
-from kbtrain.backends.torch.state_blocks import assign_blocks, owned_blocks  # noqa: F401
+from kbtrain.backends.torch.state_blocks import (  # noqa: F401
+    assign_blocks,
+    owned_blocks,
+    spans_devices,
+)
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope
 

@@ -12,7 +12,12 @@ def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
     return None
 
 
+def spans_devices(variable: keras.Variable) -> bool:
+    """Whether a variable's value is laid out over several devices; never on this backend."""
+    return False
+
+
 def assign_blocks(variable: keras.Variable, read: ReadBlock) -> None:
-    """Assign a variable of which this process holds blocks, which is all of it."""
+    """Assign a variable, of which this process reads all."""
     shape = tuple(variable.shape)
     variable.assign(read((0,) * len(shape), shape))
