@@ -247,7 +247,7 @@ class Channel:
 
     def _beat(self) -> None:
         answered = reached = time.monotonic()
-        refused = 0
+        refused = attempts = 0
         while not self._closed.is_set():
             started = time.monotonic()
             try:
@@ -257,18 +257,21 @@ class Channel:
                 now = time.monotonic()
                 if now - started > 2 * ATTEMPT + 1:  # this process itself stood still
                     answered = reached = now
+                attempts += 1
                 if self._connection.opened > started:
-                    reached = now
+                    reached, attempts = now, 0
                 refused = refused + 1 if isinstance(error, ConnectionRefusedError) else 0
                 if self._host.left:
                     return self._stay()
-                failure = self._lost(now - answered, now - reached, refused)
+                # The first time-out is that of an open connection, which says nothing of the host.
+                unreachable = now - reached if attempts > 1 else 0.0
+                failure = self._lost(now - answered, unreachable, refused)
                 if failure is not None:
                     return self._end(failure)
                 self._closed.wait(RETRY)
                 continue
             answered = reached = time.monotonic()
-            refused = 0
+            refused = attempts = 0
             self._host = Report.from_wire(answer["host"])
             if answer["failure"]:
                 return self._end(Failure(**answer["failure"]))

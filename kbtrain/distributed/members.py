@@ -304,8 +304,10 @@ class Members:
                 without = now - member.disconnected
                 if member.cut_off and without > (0 if early else HEARTBEAT):
                     return self.cut_off(report)
+                # A process that runs here will connect again: it may be importing a framework,
+                # which holds its interpreter lock for long on a busy machine.
                 gone = self._state(report.pid) in ("", "Z", "X") if local else without > GRACE
-                if gone or without > LOST or (early and without > HEARTBEAT / 4):
+                if gone or (early and without > HEARTBEAT / 4):
                     return self._vanished(report, silent)
             elif local and silent > LOST / 2:
                 state = self._state(report.pid)

@@ -73,6 +73,14 @@ def test_a_process_elsewhere_has_time_to_connect_again():
     assert "process 2 (host host2, pid 102) failed: it was killed" in run.after(2)
 
 
+def test_a_process_here_that_runs_has_a_minute_to_connect_again():
+    """Its interpreter lock is held for long while it imports a framework on a busy machine."""
+    run = Run()
+    run.lose(1)
+    assert run.after(50) is None
+    assert "has not answered for 60 s" in run.after(11)
+
+
 def test_a_connection_over_which_nothing_comes_is_a_host_cut_off():
     run = Run()
     run.lose(2, cut_off=True)
