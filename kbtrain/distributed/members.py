@@ -21,7 +21,9 @@ GRACE = 1.5
 LOST = 5.0
 """Seconds without a sign of life of a process after which it counts as failed."""
 STALLED = 60.0
-"""The same for a process that is still connected: C code may hold its interpreter lock so long."""
+"""The same for one that is still connected: native code may hold its interpreter lock so long."""
+LEFT = 3.0
+"""Seconds that a process may be at a place that another one never passed before it left."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Members:
         if self.failure is None:
             self.failure = (
                 self._lost(active, now)
-                or self._left(active, now, LOST)
+                or self._left(active, now, LEFT)
                 or self._hanging(active, now, self.timeout)
             )
         return self.failure

@@ -154,7 +154,7 @@ def test_a_program_that_ended_is_a_failure_where_another_process_needs_it(change
     run.at(1, left=True, **changes)
     # The report that comes first has the count 1, so that it cannot go back to 0.
     run.members[1].report = run.reports[1]
-    assert run.after(5) is None
+    assert run.after(3) is None
     text = run.after(1) or ""
     assert ("process 1 (host host1, pid 101) ended its program" in text) is found
     assert ("while process 0 waits for it at update 1" in text) is found
