@@ -30,16 +30,8 @@ from kbtrain.distributed.control_client import ATTEMPT, PROBLEMS, RETRY, Connect
 from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.ending import end_process, main_stack
 from kbtrain.distributed.mailbox import ChannelPeers, FirstProcess, OtherProcess
-from kbtrain.distributed.members import (
-    LOST,
-    STALLED,
-    Failure,
-    Members,
-    Report,
-    machine,
-    network,
-    process_state,
-)
+from kbtrain.distributed.members import LOST, STALLED, Failure, Members
+from kbtrain.distributed.reports import Report, machine, network, process_state
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
 
@@ -121,10 +113,7 @@ class Channel:
         Args:
             place: For example "update 17", "batch 3 of an evaluation", "saving checkpoint-20".
         """
-        report = self._report
-        self._report = replace(
-            report, place=place, count=report.count + 1, ended_by="", ended_at=""
-        )
+        self._report = self._report.at(place)
 
     def done(self, error: BaseException | None = None) -> None:
         """Record that this process is outside ``fit``, ``evaluate`` and so on.
@@ -132,14 +121,7 @@ class Channel:
         Args:
             error: The exception that ended it, if any, which the user's program may catch.
         """
-        report = self._report
-        self._report = replace(
-            report,
-            place="",
-            count=report.count + 1,
-            ended_by="" if error is None else _cause(error),
-            ended_at="" if error is None else report.place,
-        )
+        self._report = self._report.done("" if error is None else _cause(error))
 
     def set_timeout(self, seconds: float) -> None:
         """Change the ``timeout`` of ``start``; what process 0 says counts."""

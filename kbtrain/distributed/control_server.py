@@ -17,7 +17,8 @@ from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
 from kbtrain.distributed.control_client import keep_alive
 from kbtrain.distributed.mailbox import Mailbox
-from kbtrain.distributed.members import HEARTBEAT, LOST, Failure, Members, Report
+from kbtrain.distributed.members import HEARTBEAT, LOST, Failure, Members
+from kbtrain.distributed.reports import Report
 from kbtrain.utils.processes import ProcessGroup
 
 TELLING = 1.5

@@ -5,14 +5,10 @@ Nothing here touches the network or reads a clock, so the rules can be tested wi
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import os
-import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+
+from kbtrain.distributed.reports import Report, machine, needs, process_state, waits_for
 
 HEARTBEAT = 1.0
 """Seconds between two heartbeats of a process."""
@@ -24,65 +20,6 @@ STALLED = 60.0
 """The same for one that is still connected: native code may hold its interpreter lock so long."""
 LEFT = 3.0
 """Seconds that a process may be at a place that another one never passed before it left."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a process tells about itself in a heartbeat.
-
-    Attributes:
-        rank: Index of the process.
-        host: Name of its machine.
-        pid: Its process id there.
-        machine: Identifies its machine and pid namespace; empty if unknown.
-        place: What it is doing, such as "update 17"; empty outside ``fit``, ``evaluate``, ...
-        count: Number of places so far. The processes of a run go through the same places.
-        ended_by: The exception that ended its last ``fit`` (or ``evaluate``, ...); empty if that
-            ended normally.
-        ended_at: The place at which it did.
-        left: Whether its program has ended.
-    """
-
-    rank: int
-    host: str
-    pid: int
-    machine: str = ""
-    place: str = ""
-    count: int = 0
-    ended_by: str = ""
-    ended_at: str = ""
-    left: bool = False
-
-    @property
-    def name(self) -> str:
-        """The process, as messages name it."""
-        return f"process {self.rank} (host {self.host}, pid {self.pid})"
-
-    @property
-    def where(self) -> str:
-        """The place with its preposition, as messages name it."""
-        if self.place or self.ended_at:
-            return f"at {self.place or self.ended_at}"
-        return "outside fit and evaluate" if self.count else "before fit and evaluate"
-
-    @property
-    def reached(self) -> int:
-        """The number of the last place; leaving them all counts as one, too."""
-        return self.count - bool(self.ended_by)
-
-    @property
-    def completed(self) -> int:
-        """The number of places that it has behind it."""
-        return self.reached - bool(self.place or self.ended_by)
-
-    def to_wire(self) -> dict[str, Any]:
-        """A dictionary that XML-RPC can send."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_wire(cls, values: Mapping[str, Any]) -> Report:
-        """The inverse of ``to_wire``."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -105,8 +42,8 @@ class Member:
     Attributes:
         report: Its last report.
         seen: When that came.
-        moved: When the count of places last changed.
-        overtaken: Since when another process is at a later place.
+        moved: When it last came to another place.
+        overtaken: Since when another process may wait for it.
         connections: Open connections that bring its heartbeats.
         disconnected: When the last of them ended.
         cut_off: Whether it ended because nothing came through any more.
@@ -127,53 +64,6 @@ class Member:
     left: float | None = None
     told: bool = False
     left_told: bool = False
-
-
-def process_state(pid: int) -> str:
-    """The state letter of a process on this machine as Linux gives it; "" if it does not exist.
-
-    Returns:
-        "T" (suspended), "Z" (ended), "R", "S" and so on; "?" where the system cannot tell.
-    """
-    if not Path("/proc/self/stat").exists():
-        return "?"
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return ""
-    except OSError:
-        return "?"
-    return stat.rpartition(")")[2].split()[0]
-
-
-@functools.cache
-def machine() -> str:
-    """Identifies this machine and the namespace of its process ids; empty if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def network() -> str:
-    """Identifies the network interfaces that this process sees, its loopback included."""
-    try:
-        return f"{machine()} {os.readlink('/proc/self/ns/net')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def needs(waiting: Report, gone: Report, failing: bool = False) -> bool:
-    """Whether a process is at a place that another never passed before its program ended.
-
-    Args:
-        waiting: The process.
-        gone: The other one.
-        failing: Whether an exception ends the process.
-    """
-    inside = waiting.place or (failing and waiting.ended_at)
-    return bool(inside) and waiting.reached > gone.completed
 
 
 class Members:
@@ -217,9 +107,9 @@ class Members:
         """Take in a report. An older one may arrive late, over another connection."""
         member = self._members[report.rank]
         member.seen = now
-        if (report.count, report.left) < (member.report.count, member.report.left):
+        if (report.progress, report.left) < (member.report.progress, member.report.left):
             return
-        if report.count != member.report.count:
+        if report.progress != member.report.progress:
             member.moved, member.overtaken = now, None
         if report.left and member.left is None:
             member.left = now
@@ -246,9 +136,8 @@ class Members:
         if pause > HEARTBEAT:
             self._forgive(pause)
         active = [m for m in self._members.values() if m.left is None and not m.failing]
-        top = max((m.report.count for m in active), default=0)
         for member in active:
-            if member.report.count < top and member.overtaken is None:
+            if member.overtaken is None and any(waits_for(m.report, member.report) for m in active):
                 member.overtaken = now
         if self.failure is None:
             self.failure = (
@@ -337,15 +226,16 @@ class Members:
 
     def _hanging(self, active: list[Member], now: float, timeout: float) -> Failure | None:
         behind = [m for m in active if m.overtaken is not None and now - m.seen < 2 * HEARTBEAT]
-        for member in sorted(behind, key=lambda m: m.report.count):
-            since = max(member.moved, member.overtaken or 0.0)
-            if now - since > timeout:
-                later = max((m.report for m in active), key=lambda report: report.count)
+        for member in sorted(behind, key=lambda m: m.report.reached):
+            report = member.report
+            others = [m.report for m in active if waits_for(m.report, report)]
+            if others and now - (member.overtaken or now) > timeout:
+                after = f" after {report.ended_by}" if report.ended_by else ""
                 return Failure(
-                    member.report.rank,
-                    f"{member.report.name} hangs {member.report.where}: it has been there for "
-                    f"{now - member.moved:.0f} s, and the others wait for it for more than "
-                    f"{timeout:g} s (process {later.rank} is {later.where}). The limit is "
+                    report.rank,
+                    f"{report.name} hangs {report.where}{after}: it has been there for "
+                    f"{now - member.moved:.0f} s, and process {others[0].rank} waits for it "
+                    f"{others[0].where} for more than {timeout:g} s. The limit is "
                     "TrainingArguments(ddp_timeout=...).",
                 )
         return None

@@ -15,7 +15,8 @@ import pytest
 from helpers_channel import Processes
 
 from kbtrain.distributed.control_server import ControlServer
-from kbtrain.distributed.members import Members, Report, process_state
+from kbtrain.distributed.members import Members
+from kbtrain.distributed.reports import Report, process_state
 from kbtrain.utils.processes import ProcessGroup
 
 RAISE = "channel.done(error); raise error"  # as fit does
@@ -111,7 +112,8 @@ CASES = {
     "hangs": (
         stay_behind,
         [1, 1, 1],
-        WHO.format(1) + r"hangs at update 17: .* more than 2 s \(process . is at update 18\)",
+        WHO.format(1)
+        + "hangs at update 17: .* process 0 waits for it at update 18 for more than 2 s",
     ),
     "busy": (hold_the_interpreter_lock, [0, 0], None),
     "all leave": (leave_all, [0, 0, 0], None),
@@ -198,7 +200,7 @@ def server():
 
 def test_a_stranger_is_refused(server):
     address, _, token = server.urls[0].removeprefix("http://").partition("/")
-    report = Report(1, "host", 101, place="update 2", count=2)
+    report = Report(1, "host", 101).at("update 2")
     request = xmlrpc.client.dumps((report.to_wire(),), "update")
     answers = []
     for path in ("/", f"/{token[:-1]}", f"/{token}x", "/RPC2", f"/{token}"):

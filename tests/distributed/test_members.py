@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kbtrain.distributed.members import Members, Report, process_state
+from kbtrain.distributed.members import Members
+from kbtrain.distributed.reports import Report, process_state
 
 pytestmark = pytest.mark.core
 
@@ -19,7 +20,7 @@ class Run:
 
     def __init__(self, machines=("here", "here", "there")):
         self.reports = [
-            Report(rank, f"host{rank}", 100 + rank, machine, "update 1", 1)
+            Report(rank, f"host{rank}", 100 + rank, machine).at("update 1")
             for rank, machine in enumerate(machines)
         ]
         self.states = {}
@@ -31,8 +32,14 @@ class Run:
         for rank in (1, 2):
             self.members.connected(rank)
 
-    def at(self, rank, **changes):
-        self.reports[rank] = replace(self.reports[rank], **changes)
+    def at(self, rank, place):
+        self.reports[rank] = self.reports[rank].at(place)
+
+    def done(self, rank, ended_by=""):
+        self.reports[rank] = self.reports[rank].done(ended_by)
+
+    def leave(self, rank):
+        self.reports[rank] = replace(self.reports[rank], left=True)
 
     def after(self, seconds):
         """The text of the failure found within so many seconds, and when; None if there is none."""
@@ -119,58 +126,100 @@ def test_nobody_is_blamed_for_a_pause_of_process_0():
 def test_a_process_that_stays_behind_for_too_long_hangs():
     run = Run()
     for rank in (0, 2):
-        run.at(rank, place="evaluation", count=2)
+        run.at(rank, "evaluation")
     assert run.after(TIMEOUT) is None
     text = run.after(1)
     assert "process 1 (host host1, pid 101) hangs at update 1" in text
-    assert "process 0 is at evaluation" in text
+    assert "process 0 waits for it at evaluation for more than 100 s" in text
 
 
 def test_the_time_of_a_process_that_stays_behind_counts_from_when_it_was_overtaken():
     run = Run()
     assert run.after(2 * TIMEOUT) is None  # a long update
-    run.at(0, place="update 2", count=2)
+    run.at(0, "update 2")
     assert run.after(TIMEOUT / 2) is None
-    run.at(1, place="update 2", count=2)
-    run.at(2, place="update 2", count=2)
+    run.at(1, "update 2")
+    run.at(2, "update 2")
     assert run.after(2 * TIMEOUT) is None
 
 
+def test_a_process_that_catches_its_exception_hangs_for_the_others():
+    run = Run()
+    run.done(1, "ValueError: bad sample")
+    assert run.after(TIMEOUT) is None
+    text = run.after(1)
+    assert "process 1 (host host1, pid 101) hangs at update 1 after ValueError: bad sample" in text
+
+
+def test_a_process_that_is_outside_waits_for_nobody():
+    run = Run()
+    run.done(0)
+    run.done(1)
+    assert run.after(2 * TIMEOUT) is None  # process 2 writes a checkpoint, for example
+    run.done(2)
+    for rank in (0, 2):
+        run.at(rank, "evaluation")
+    assert run.after(TIMEOUT) is None
+    assert "hangs outside fit and evaluate" in run.after(1)
+
+
+def test_places_are_counted_anew_in_each_call():
+    run = Run()
+    run.at(0, "update 2")
+    for rank in range(3):  # interrupted by the user, at different updates
+        run.done(rank, "KeyboardInterrupt")
+        run.at(rank, "evaluation")
+    assert run.after(2 * TIMEOUT) is None
+
+
+def at_update(run, rank):
+    pass
+
+
+def finished(run, rank):
+    run.done(rank)
+
+
+def broken_off(run, rank):
+    run.done(rank, "SystemExit: 3")
+
+
 @pytest.mark.parametrize(
-    ("changes", "waits_at", "found"),
+    ("gone", "waits", "found"),
     [
-        ({"place": "", "count": 2}, 1, False),  # it has done all that the others have
-        ({"place": "", "count": 2}, 2, False),
-        ({"place": "", "count": 2}, 3, True),
-        ({}, 1, True),  # in the middle of an update
-        ({"place": "", "count": 2, "ended_by": "SystemExit: 3", "ended_at": "update 1"}, 1, True),
-        ({"place": "", "count": 0}, 1, True),
+        (finished, at_update, False),  # it has done all that the others have
+        (finished, finished, False),
+        (finished, lambda run, rank: (run.done(rank), run.at(rank, "evaluation")), True),
+        (at_update, at_update, True),
+        (at_update, finished, False),
+        (broken_off, at_update, True),
+        (broken_off, lambda run, rank: run.at(rank, "update 2"), True),
+        (broken_off, broken_off, False),  # the others have caught the exception, and save
     ],
 )
-def test_a_program_that_ended_is_a_failure_where_another_process_needs_it(changes, waits_at, found):
+def test_a_program_that_ended_is_a_failure_where_another_process_needs_it(gone, waits, found):
     run = Run()
-    run.at(0, count=waits_at)
-    run.at(2, place="", count=waits_at)  # outside: it waits for nobody
-    run.at(1, left=True, **changes)
-    # The report that comes first has the count 1, so that it cannot go back to 0.
-    run.members[1].report = run.reports[1]
+    gone(run, 1)
+    run.leave(1)
+    waits(run, 0)
+    finished(run, 2)
     assert run.after(3) is None
     text = run.after(1) or ""
     assert ("process 1 (host host1, pid 101) ended its program" in text) is found
-    assert ("while process 0 waits for it at update 1" in text) is found
+    assert ("while process 0 waits for it" in text) is found
 
 
-def test_processes_that_an_exception_ended_at_the_same_place_do_not_need_each_other():
+def test_the_exception_of_a_collective_operation_is_explained_by_a_program_that_ended():
     run = Run()
-    broken = {"place": "", "count": 2, "ended_by": "KeyboardInterrupt", "ended_at": "update 1"}
-    for rank in range(3):
-        run.at(rank, **broken)
-    run.at(1, left=True)  # the others have caught it, and save
-    assert run.after(60) is None
+    run.leave(1)
+    run.done(2, "RuntimeError: connection closed by peer")
+    run.now += 0.25
+    for report in run.reports:
+        run.members.update(report, run.now)
     assert not run.members.blame_other(2, run.now)
     run.members[2].failing = True
     assert run.members.blame_other(2, run.now)
-    assert "ended its program at update 1 after KeyboardInterrupt" in run.members.failure.text
+    assert "ended its program at update 1, while process 2 waits" in run.members.failure.text
 
 
 def test_an_exception_is_explained_by_a_process_that_is_gone():
@@ -197,7 +246,7 @@ def test_the_first_failure_is_kept():
 
 def test_a_report_that_comes_late_is_not_taken_for_news():
     run = Run()
-    newer = replace(run.reports[1], place="update 2", count=2, left=True)
+    newer = replace(run.reports[1].at("update 2"), left=True)
     run.members.update(newer, run.now)
     run.members.update(run.reports[1], run.now)
     assert run.members[1].report == newer
