@@ -31,10 +31,12 @@ from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.ending import end_process, main_stack
 from kbtrain.distributed.mailbox import ChannelPeers, FirstProcess, OtherProcess
 from kbtrain.distributed.members import LOST, STALLED, Failure, Members
-from kbtrain.distributed.reports import Report, machine, network, process_state
+from kbtrain.distributed.reports import Report, machine, needs, network, process_state
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
 
+GREETING = 6.0
+"""Seconds for the first answer of process 0."""
 PRINTING = 3.0
 """Seconds that the main thread has to print its own exception when another process has failed."""
 
@@ -148,9 +150,14 @@ class Channel:
                     answer = connection.call("fail", report.to_wire(), _cause(error))
                 failure = Failure(**answer["failure"])
             except PROBLEMS as problem:
-                if isinstance(problem, TimeoutError) or self._host.left:
+                if self._host.left:
+                    if not needs(report, self._host, failing=True):
+                        return None
+                    failure = Members.ended(self._host, report)
+                elif isinstance(problem, TimeoutError):
                     return None
-                failure = Members.gone(self._host)
+                else:
+                    failure = Members.gone(self._host)
         return None if failure.rank == report.rank else self._text(failure)
 
     def failing(self) -> None:
@@ -216,16 +223,22 @@ class Channel:
 
     def _greet(self, urls: list[str]) -> str:
         """Reach process 0 for the first time; the result says why that failed, if it did."""
-        problems = []
-        for url in urls:
-            self._url, self._connection = url, Connection(url)
-            try:
-                self._connection.call("hello", self._report.to_wire())
-                return ""
-            except PROBLEMS as error:
-                # Not the whole URL: it has the token.
-                problems.append(f"{urllib.parse.urlsplit(url).netloc} ({error})")
-        return f"{self._report.name} cannot reach {self._host.name} at {', '.join(problems)}."
+        end = time.monotonic() + GREETING
+        while True:
+            problems, again = [], False
+            for url in urls:
+                self._url, self._connection = url, Connection(url)
+                try:
+                    self._connection.call("hello", self._report.to_wire())
+                    return ""
+                except PROBLEMS as error:
+                    # Not the whole URL: it has the token.
+                    problems.append(f"{urllib.parse.urlsplit(url).netloc} ({error})")
+                    again = again or isinstance(error, TimeoutError)  # its host may be busy
+            if not again or time.monotonic() > end:
+                return (
+                    f"{self._report.name} cannot reach {self._host.name} at {', '.join(problems)}."
+                )
 
     def _beat(self) -> None:
         answered = reached = time.monotonic()

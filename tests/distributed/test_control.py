@@ -42,10 +42,14 @@ def fall_out(processes):
     processes.tell(0, "raise RuntimeError('connection closed by peer')")
 
 
-def leave_and_notice(processes):
-    processes.tell(1, "sys.exit()")
-    processes[1].wait(10)
-    processes.tell(0, "error = RuntimeError('connection closed by peer'); " + RAISE)
+def leave_and_be_noticed(rank):
+    def happens(processes):
+        processes.tell(rank, "sys.exit()")
+        processes[rank].wait(10)
+        command = "error = RuntimeError('connection closed by peer'); " + RAISE
+        processes.tell(1 - rank, command)
+
+    return happens
 
 
 def leave_all(processes):
@@ -108,7 +112,12 @@ CASES = {
         [1, 3],
         ENDED.format(1, "at update 17 after SystemExit: 3"),
     ),
-    "leaves and is noticed": (leave_and_notice, [1, 0], ENDED.format(1, "at update 17")),
+    "leaves and is noticed": (leave_and_be_noticed(1), [1, 0], ENDED.format(1, "at update 17")),
+    "process 0 leaves and is noticed": (
+        leave_and_be_noticed(0),
+        [0, 1],
+        ENDED.format(0, "at update 17"),
+    ),
     "hangs": (
         stay_behind,
         [1, 1, 1],
