@@ -16,7 +16,7 @@ GRACE = 1.5
 """Seconds in which a process whose connection has ended can connect again."""
 LOST = 5.0
 """Seconds without a sign of life of a process after which it counts as failed."""
-STALLED = 60.0
+STALLED = 300.0
 """The same for one that is still connected: native code may hold its interpreter lock so long."""
 LEFT = 3.0
 """Seconds that a process may be at a place that another one never passed before it left."""
