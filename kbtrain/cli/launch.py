@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kbtrain.distributed.environment import endpoint
-from kbtrain.distributed.local_processes import run_together
-from kbtrain.distributed.rendezvous import Node, Rendezvous
+from kbtrain.distributed.launch.local_processes import run_together
+from kbtrain.distributed.launch.rendezvous import Node, Rendezvous
 from kbtrain.errors import ConfigurationError
 
 _LOCALHOST = "127.0.0.1"

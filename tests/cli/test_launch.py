@@ -11,11 +11,11 @@ from helpers_launch import is_running, launch, read_notes, started, wait_for, wr
 from kbtrain import cli
 from kbtrain.cli.launch import environments, free_ports
 from kbtrain.distributed.environment import detect
-from kbtrain.distributed.rendezvous import Node
+from kbtrain.distributed.launch.rendezvous import Node
 from kbtrain.errors import ConfigurationError
 
 QUICK = (
-    "from kbtrain.distributed import local_processes\n"
+    "from kbtrain.distributed.launch import local_processes\n"
     "local_processes.GRACE_SECONDS = local_processes.TERMINATION_SECONDS = 0.2\n"
 )
 NOTE_ENVIRONMENT = 'note(f"{rank}.json", json.dumps(dict(os.environ)))'
@@ -317,7 +317,7 @@ def test_two_machines_with_the_same_rank(tmp_path):
 )
 def test_a_machine_that_does_not_come_is_named(tmp_path, rank, said):
     script = write_script(tmp_path, "")
-    quick = "from kbtrain.distributed import rendezvous as r\nr.FIRST_SECONDS = 0.3"
+    quick = "from kbtrain.distributed.launch import rendezvous as r\nr.FIRST_SECONDS = 0.3"
     words = ("--nodes", 2, "--node-rank", rank, "--address", f"127.0.0.1:{free_ports(5)}")
     status, _, err = launch("-n", 1, *words, script, patch=quick)
     assert status == 2
