@@ -16,10 +16,10 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends import rows
+from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.tensorflow import collectives
 from kbtrain.backends.tensorflow.collectives import Members, naming_failures
-from kbtrain.backends.tensorflow.rendezvous import meet
 from kbtrain.backends.whole_batch import whole_batch
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi

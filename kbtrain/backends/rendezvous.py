@@ -1,4 +1,4 @@
-"""TensorFlow: the processes meet before TensorFlow connects them.
+"""The processes meet before a framework that does not wait well for missing ones connects them.
 
 TensorFlow's own start waits up to an hour for a missing process, inside one call that holds
 Python's lock, ignores SIGTERM and Ctrl-C, and does not say who is missing. So every process first
