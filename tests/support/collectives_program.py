@@ -1,4 +1,4 @@
-"""What two or three processes send each other; started by ``kbtrain launch`` on any backend.
+"""What two or three processes send each other; started on any backend.
 
 Each writes what it received to a file, for tests/distributed/test_collectives.py.
 """
@@ -7,16 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-import keras
-import numpy as np
-from keras import ops
-
-from kbtrain import backends
 from kbtrain.distributed import initialize
 
 group = initialize()
+
+import keras  # noqa: E402 - after the processes have joined
+import numpy as np  # noqa: E402
+from keras import ops  # noqa: E402
+
+from kbtrain import backends  # noqa: E402
+
 backend = backends.load()
 rank, size = group.rank, group.size
+SHAPES = [(), (3,), (0,), (2, 2)]
 
 
 def numbers(tensors):
@@ -36,37 +39,28 @@ def own(shape, dtype):
     return ops.convert_to_tensor(values.astype("float32"), dtype)
 
 
-SHAPES = [(), (3,), (0,), (2, 2)]
-
-
 def exchange():
     messages = [
         b"",
         bytes([rank]),
-        b"x" * (1019 + rank),  # the border between short and long messages
+        b"x" * (1019 + rank),  # the border between short and long messages on TensorFlow
+        b"x" * (1020 + rank),
         bytes(range(256)) * (8 * rank),
-        b"%d" % rank * (5000 + rank),
+        b"%d" % rank * (5000 + 2 * rank),
     ]
     return [[part.hex() for part in backend.exchange(message)] for message in messages]
 
 
-def sums(dtype):
-    step = backend.compile_step(backend.all_sum, [])
+def eagerly_and_in_a_step(function, dtype):
     tensors = [own(shape, dtype) for shape in SHAPES]
-    return [as_lists(backend.all_sum(tensors)), as_lists(step(tensors))]
+    step = backend.compile_step(function, [])
+    return [as_lists(function(tensors)), as_lists(step(tensors))]
 
 
 def mixed():
-    dtypes = ["float32", "int32", "float16", "float32", "int64"]
-    tensors = [own((2,), dtype) for dtype in dtypes]
+    tensors = [own((2,), d) for d in ("float32", "int32", "float16", "float32", "int64")]
     total = backend.all_sum(tensors)
     return [keras.backend.standardize_dtype(t.dtype) for t in total], as_lists(total)
-
-
-def gathers(dtype):
-    step = backend.compile_step(backend.all_gather, [])
-    tensors = [own(shape, dtype) for shape in SHAPES]
-    return [as_lists(backend.all_gather(tensors)), as_lists(step(tensors))]
 
 
 def truth():
@@ -105,57 +99,47 @@ def several():
         return ops.copy(state.value), whole
 
     run = backend.compile_steps(step, [state, counter])
-    found = []
-    for count in (3, 1, 2):
-        block = ops.convert_to_tensor(np.arange(6, dtype="float32").reshape(3, 2) + rank)
-        results, wholes = run(block, count)
-        found.append([x[:count].tolist() for x in numbers([results, wholes])])
-    return found
+    block = ops.convert_to_tensor(np.arange(6, dtype="float32").reshape(3, 2) + rank)
+    return [[x[:count].tolist() for x in numbers(run(block, count))] for count in (3, 1, 2)]
 
 
 def rows():
     found = []
     for total in (5, 2, 1):
-        batch = {
-            "x": np.arange(2 * total, dtype="float32").reshape(total, 2),
-            "y": np.arange(total),
-        }
-        block = backend.to_device(keras.tree.map_structure(lambda x: x[None], batch))
-        one = keras.tree.map_structure(lambda t: t[0], block)
-        with backend.local_rows(one) as taken:
-            found.append(
-                [taken.total, taken.start, taken.stop, taken.rows]
-                + as_lists([taken.batch["x"], taken.batch["y"]])
-            )
+        x = np.arange(2 * total, dtype="float32").reshape(total, 2)
+        block = backend.to_device({"x": x[None], "y": np.arange(total)[None]})
+        with backend.local_rows(keras.tree.map_structure(lambda t: t[0], block)) as taken:
+            place = [taken.total, taken.start, taken.stop, taken.rows]
+            found.append(place + as_lists([taken.batch["x"], taken.batch["y"]]))
     return found
 
 
 def copies():
-    dtypes = ["float32", "bfloat16", "int32", "uint32", "bool", "float64"]
-    values = [np.array([-0.0, 3.5, 7]) if rank == 0 else np.array([1, np.inf, 9]) for _ in dtypes]
+    signed, whole = ([-0.0, 3.5, 7.0], [0, 3, 7]) if rank == 0 else ([1.0, 2.0, 9.0], [1, 2, 9])
+    given = {"float32": signed, "bfloat16": signed, "int32": whole, "uint32": whole}
+    given |= {"bool": [not rank and v > 0 for v in whole], "float64": signed}
     variables = [
-        keras.Variable(
-            ops.cast(np.abs(v) if "int" in d else v, d) if np.isfinite(v).all() else ops.ones(3, d),
-            dtype=d,
-            trainable=False,
-        )
-        for d, v in zip(dtypes, values, strict=True)
+        keras.Variable(ops.convert_to_tensor(np.array(values), dtype), dtype=dtype, trainable=False)
+        for dtype, values in given.items()
     ]
     backend.copy_from_first(variables)
     return [repr(x.tolist()) for x in numbers([ops.cast(v, "float64") for v in variables])]
 
 
-if __name__ == "__main__":
-    found = {
-        "group": [rank, size],
-        "joined": backend.joined_processes(),
-        "shards": backend.shards(),
-        "devices": backend.devices(),
-        "exchange": exchange(),
+found = {
+    "group": [rank, size],
+    "joined": backend.joined_processes(),
+    "shards": backend.shards(),
+    "devices": backend.devices(),
+    "exchange": exchange(),
+}
+if backend.shards() > 1:
+    floats = ["float32", "float64", "float16", "bfloat16"]
+    found["sums"] = {
+        d: eagerly_and_in_a_step(backend.all_sum, d) for d in (*floats, "int32", "int64")
     }
-    if backend.shards() > 1:
-        floats = ["float32", "float64", "float16", "bfloat16"]
-        found["sums"] = {d: sums(d) for d in [*floats, "int32", "int64"]}
-        found["gathers"] = {d: gathers(d) for d in [*floats, "int32", "uint8"]}
-        found |= {f.__name__: f() for f in (mixed, truth, gradient, several, rows, copies)}
-    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+    found["gathers"] = {
+        d: eagerly_and_in_a_step(backend.all_gather, d) for d in (*floats, "int32", "uint8")
+    }
+    found |= {f.__name__: f() for f in (mixed, truth, gradient, several, rows, copies)}
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
