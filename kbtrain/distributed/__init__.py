@@ -18,6 +18,7 @@ from kbtrain.utils.processes import ProcessGroup
 
 if TYPE_CHECKING:
     from kbtrain.distributed.control import Channel
+    from kbtrain.distributed.peers import Peers
 
 TIMEOUT = 1800.0
 """Seconds that a collective operation may take, as in Transformers."""
@@ -25,6 +26,7 @@ TIMEOUT = 1800.0
 _JOINED = "KBTRAIN_JOINED_PID"
 
 _channel: Channel | None = None
+_peers: Peers | None = None
 
 
 def initialize() -> ProcessGroup:
@@ -77,6 +79,14 @@ def _versions(backend: str) -> dict[str, str]:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     packages = {name: importlib.metadata.version(name) for name in ("keras", "numpy", backend)}
     return {"backend": backend, "python": python, "kbtrain": kbtrain.__version__, **packages}
+
+
+def get_peers() -> Peers | None:
+    """Messages between the processes from any thread; None for a program that is alone."""
+    global _peers
+    if _peers is None and _channel is not None:
+        _peers = _channel.peers()
+    return _peers
 
 
 def at(place: str) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
 from kbtrain.training.dataloaders import is_named_datasets
+from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
 from kbtrain.utils.optional_imports import require
 from kbtrain.utils.processes import current
@@ -305,7 +305,7 @@ def _adjust(
     trainer.args = args.replace(**changes, output_dir=str(folder), run_name=name)
     registry.find(registry.OPTIMIZERS, trainer.args.optim, "optim")
     trainer.store = CheckpointStore(trainer.args.output_dir)
-    trainer.saver = AsyncCheckpointer(trainer.store)
+    trainer.saver = make_saver(trainer.store, trainer.args)
     trainer.trial = trial
     trainer.state, trainer.control = TrainerState(), TrainerControl()
 

@@ -15,7 +15,6 @@ from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter
 from kbtrain.distributed import placement
@@ -40,7 +39,7 @@ from kbtrain.training import actions
 from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
 from kbtrain.training.fit import TrainOutput, fit
-from kbtrain.training.resuming import resolve_together
+from kbtrain.training.resuming import make_saver, resolve_together
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
@@ -144,7 +143,7 @@ class Trainer(KnownNames, TrainerBase):
         self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
-        self.saver = AsyncCheckpointer(self.store, writes=self.args.should_save)
+        self.saver = make_saver(self.store, self.args)
         self.stop_signals = StopSignals(False, None)
         self.state = TrainerState()
         self.control = TrainerControl()

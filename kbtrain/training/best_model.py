@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks.base import metric_value
 from kbtrain.checkpoint import Checkpoint, run_state
 from kbtrain.checkpoint.storage.faults import is_folder
+from kbtrain.checkpoint.storage.folder_reader import read_checkpoint
 from kbtrain.distributed import host
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -152,14 +153,19 @@ def load(trainer: TrainerBase) -> None:
     Raises:
         CheckpointUnreadableError: The weights cannot be read at this time.
     """
-    if current().rank == 0:
-        _load(trainer)
-    if current().size > 1:
-        trainer.backend.copy_from_first(run_state.model_variables(trainer.model))
+    path = _load(trainer) if current().rank == 0 else None
+    if current().size == 1:
+        return
+    variables = run_state.model_variables(trainer.model)
+    chosen = host.broadcast(trainer.backend, None if path is None else str(path))
+    divided = any(trainer.backend.owned_blocks(v) is not None for v in variables)
+    if current().rank and chosen is not None and divided:  # process 0 has its own blocks only
+        run_state.restore_model(trainer.model, read_checkpoint(Path(chosen), True, trusted=True))
+    trainer.backend.copy_from_first(variables)
 
 
-def _load(trainer: TrainerBase) -> None:
-    """Load the weights of the best checkpoint.
+def _load(trainer: TrainerBase) -> Path | None:
+    """Load the weights of the best checkpoint, and return its path; None if there is none.
 
     Raises:
         CheckpointUnreadableError: The weights cannot be read at this time.
@@ -174,7 +180,7 @@ def _load(trainer: TrainerBase) -> None:
                 state.best_global_step,
                 state.global_step,
             )
-            return
+            return None
         checkpoint = _read(trainer)
     except CheckpointUnreadableError as error:
         raise CheckpointUnreadableError(
@@ -188,7 +194,7 @@ def _load(trainer: TrainerBase) -> None:
             "weights.",
             state.best_global_step,
         )
-        return
+        return None
     run_state.restore_model(trainer.model, checkpoint)
     path = checkpoint.path
     if path.name != store.path(state.best_global_step or 0).name:
@@ -198,7 +204,7 @@ def _load(trainer: TrainerBase) -> None:
             state.best_global_step,
             path,
         )
-        return
+        return path
     logger.info(
         "Loaded the best model: %s (%s = %s).",
         path,
@@ -207,6 +213,7 @@ def _load(trainer: TrainerBase) -> None:
     )
     if trainer.args.save_total_limit == 1:
         store.keep_only(path)
+    return path
 
 
 def _is_in_memory(trainer: TrainerBase) -> bool:
@@ -227,7 +234,7 @@ def _read(trainer: TrainerBase) -> Checkpoint | None:
     state, damaged = trainer.state, set[str]()
     while (path := state.best_model_checkpoint) is not None:
         try:
-            return trainer.store.load(path)
+            return trainer.store.load(path, lazy=current().size > 1)
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             logger.warning("load_best_model_at_end: %s", error)
             damaged.add(path)

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run resumes from, the same on all processes."""
+"""Finds the checkpoint that a run resumes from, the same on all processes; makes its saver."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import Checkpoint, CheckpointStore
-from kbtrain.distributed import host
+from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.distributed import get_peers, host
 from kbtrain.errors import CheckpointNotFoundError
 from kbtrain.utils.processes import current
 
@@ -26,15 +28,26 @@ def resolve_together(store: CheckpointStore, backend: Backend, resume: Any) -> C
     """
     if current().size == 1:
         return store.resolve(resume)
-    checkpoint = store.resolve(resume) if current().rank == 0 else None
+    # Lazy: of variables that are divided, each process reads its blocks.
+    checkpoint = store.resolve(resume, lazy=True) if current().rank == 0 else None
     chosen = host.broadcast(backend, None if checkpoint is None else str(checkpoint.path))
     if checkpoint is not None or chosen is None:
         return checkpoint
     try:
-        return store.resolve(chosen)
+        return store.follow(chosen, lazy=True)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"Process {current().rank} cannot find {chosen}, from which process 0 resumes. All "
             "processes read the checkpoint: put output_dir on storage that every machine sees, or "
             f"copy {Path(chosen).name} to each."
         ) from error
+
+
+def make_saver(store: CheckpointStore, args: TrainingArguments) -> AsyncCheckpointer:
+    """The saver of a run; with several processes they tell each other what became of a save.
+
+    Args:
+        store: The checkpoints of the run.
+        args: Its arguments, which say whether this process writes.
+    """
+    return AsyncCheckpointer(store, writes=args.should_save, peers=get_peers())
