@@ -1,0 +1,60 @@
+"""A training in which one process of several does something else than the others.
+
+``python distributed_failures.py FOLDER WHAT RANK``: process RANK does WHAT at update 5.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from kbtrain import Trainer, TrainerCallback, TrainingArguments
+
+import keras  # isort: skip: the processes are joined by the first name of kbtrain
+import numpy as np  # isort: skip
+
+from kbtrain.utils.processes import current
+
+folder, what, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+mine = current().rank == rank
+
+
+class Fails(TrainerCallback):
+    """Fails in one process; it listens to every update in all of them."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not mine or state.global_step != 5:
+            return
+        if what == "raises":
+            raise ValueError("no more")
+        if what == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "leaves":
+            sys.exit(0)
+        if what == "is asked to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+different = mine and what == "has other arguments"
+args = TrainingArguments(
+    output_dir=folder,
+    learning_rate=0.2 if different else 0.1,
+    num_train_epochs=500,
+    save_strategy="steps",
+    save_steps=10_000,
+    report_to=[],
+    disable_tqdm=True,
+    log_level="error",
+    log_level_replica="error",
+)
+x = np.random.default_rng(0).normal(size=(80, 4)).astype("float32")
+units = 3 if mine and what == "has another model" else 2
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+data = (x[1:], x[1:, :1]) if mine and what == "has other data" else (x, x[:, :1])
+trainer = Trainer(model, args, train_dataset=data, loss="mse", callbacks=[Fails()])
+try:
+    trainer.fit()
+finally:
+    print("update", trainer.state.global_step, flush=True)
