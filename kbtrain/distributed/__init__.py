@@ -61,13 +61,13 @@ def initialize() -> ProcessGroup:
     from kbtrain.distributed import host
     from kbtrain.distributed.agreement import agree
     from kbtrain.distributed.control import Channel
-    from kbtrain.distributed.ending import install_excepthook
+    from kbtrain.distributed.ending import ExitHooks
 
     global _channel
     os.environ[_JOINED] = str(os.getpid())
     processes.set_current(group, lambda: host.barrier(backend))
-    _channel = Channel.start(group, backend.exchange, TIMEOUT)
-    install_excepthook(_channel)
+    hooks = ExitHooks()  # before the first message, which may fail
+    hooks.channel = _channel = Channel.start(group, backend.exchange, TIMEOUT)
     agree(group, backend.exchange, _versions(backend.name))
     return group
 

@@ -5,8 +5,8 @@ runs any more: some frameworks for half an hour, and none says why. So a thread 
 tells process 0 once a second what its process does, and learns from the answer whether another one
 has failed. It then prints which one, where and why, and ends its process.
 
-    channel = Channel.start(group, backend.exchange, timeout=1800)
-    install_excepthook(channel)
+    hooks = ExitHooks()
+    hooks.channel = channel = Channel.start(group, backend.exchange, timeout=1800)
     channel.at("update 17")
 
 Messages are XML-RPC, plain numbers and text. A random token in the URL keeps strangers out.

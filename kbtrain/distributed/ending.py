@@ -80,36 +80,50 @@ def main_stack() -> str:
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
-def install_excepthook(channel: Fails) -> None:
-    """Let ``channel`` know how the program of this process ends.
+class ExitHooks:
+    """Let a channel know how the program of this process ends.
 
     An uncaught exception is printed by the hook that is there already, and reported; then the
-    process ends at once. At a normal exit the channel learns that this process leaves. Call this
+    process ends at once. At a normal exit the channel learns that this process leaves. Install this
     after the frameworks were started, so that it comes before their own functions at exit.
+
+    Attributes:
+        channel: The channel; None until there is one.
     """
-    previous = sys.excepthook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        interactive = sys.flags.interactive or hasattr(sys, "ps1")
-        if not interactive:
-            channel.failing()
-        previous(kind, error, trace)
-        if not interactive:
-            _end_with(channel, error)
+    def __init__(self) -> None:
+        self.channel: Fails | None = None
+        self._pid = os.getpid()
+        self._previous = sys.excepthook
+        sys.excepthook = self._hook
+        atexit.register(self._at_exit)
 
-    def at_exit() -> None:
+    def _hook(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        ends = self._ends_by_exception()
+        if ends and self.channel is not None:
+            self.channel.failing()
+        self._previous(kind, error, trace)
+        if ends:
+            self._end(error)
+
+    def _at_exit(self) -> None:
         # Python sets it for an uncaught exception; another program may have replaced the hook.
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        if error is not None and not (sys.flags.interactive or hasattr(sys, "ps1")):
-            _end_with(channel, error)
-        channel.leave()
+        if error is not None and self._ends_by_exception():
+            self._end(error)
+        if self.channel is not None:
+            self.channel.leave()
 
-    sys.excepthook = hook
-    atexit.register(at_exit)
+    def _ends_by_exception(self) -> bool:
+        interactive = sys.flags.interactive or hasattr(sys, "ps1")
+        return not interactive and os.getpid() == self._pid
 
-
-def _end_with(channel: Fails, error: BaseException) -> None:
-    channel.failing()
-    text = channel.fail(error)
-    interrupted = isinstance(error, KeyboardInterrupt)
-    end_process(text or "", 128 + signal.SIGINT if interrupted else 1)
+    def _end(self, error: BaseException) -> None:
+        text = None
+        if self.channel is not None:
+            self.channel.failing()
+            text = self.channel.fail(error)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        end_process(text or "", 128 + signal.SIGINT if interrupted else 1)

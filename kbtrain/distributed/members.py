@@ -246,8 +246,8 @@ class Members:
         return Failure(
             report.rank,
             f"{report.name} failed: it was killed, or crashed (memory used up, a signal, a fault "
-            f"in native code). It was last seen {report.where}. See its own output and the logs "
-            "of its host.",
+            f"in native code). It was last seen {report.where}, a second before or less. See its "
+            "own output and the logs of its host.",
         )
 
     @staticmethod

@@ -12,7 +12,7 @@ import time
 import xmlrpc.client
 
 import pytest
-from helpers_channel import Processes
+from helpers_channel import CHANNEL, Processes
 
 from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.members import Members
@@ -20,7 +20,7 @@ from kbtrain.distributed.reports import Report, process_state
 from kbtrain.utils.processes import ProcessGroup
 
 RAISE = "channel.done(error); raise error"  # as fit does
-RESTORED_HOOK = "sys.excepthook = sys.__excepthook__; raise ValueError('bad sample')"
+RESTORED_HOOK = "barrier = 60; sys.excepthook = sys.__excepthook__; raise ValueError('bad sample')"
 
 
 def tell(rank, command):
@@ -89,7 +89,7 @@ CASES = {
         WHO.format(1) + r"failed at update 18: ValueError: bad\? sample",
     ),
     "process 0 raises": (
-        tell(0, "raise ValueError('bad sample')"),
+        tell(0, "barrier = 60; raise ValueError('bad sample')"),
         [1, 1],
         WHO.format(0) + "failed at update 17: ValueError: bad sample",
     ),
@@ -106,6 +106,11 @@ CASES = {
     "suspended": (send(1, signal.SIGSTOP), [1, None], SUSPENDED.format(1)),
     "process 0 suspended": (send(0, signal.SIGSTOP), [None, 1], SUSPENDED.format(0)),
     "leaves": (tell(1, "sys.exit()"), [1, 0], ENDED.format(1, "at update 17")),
+    "leaves and waits at exit": (
+        tell(1, "barrier = 60; sys.exit()"),
+        [1, 1],
+        ENDED.format(1, "at update 17"),
+    ),
     "process 0 leaves": (tell(0, "sys.exit()"), [0, 1], ENDED.format(0, "at update 17")),
     "leaves after an exception": (
         tell(1, INTERRUPTED),
@@ -275,3 +280,15 @@ def test_a_host_that_is_cut_off_is_named(cut_off, hosts, tmp_path):
     assert codes == [1, 1, 1]
     for text, other in zip(errors, ("[12]", "0", "0"), strict=True):
         assert re.search(rf"process {other} \(.*\) failed: it has not been reachable for 5 s", text)
+
+
+def test_an_exception_before_the_channel_is_there_ends_the_process_at_once(tmp_path):
+    program = CHANNEL.replace("barrier = 0.0", "barrier = 60; exchange = None")
+    with Processes(tmp_path, 2, program) as processes:
+        processes.started = time.monotonic()
+        seconds, codes, errors = processes.ends()
+    assert seconds < 10
+    assert codes == [1, 1]
+    for text in errors:
+        assert text.startswith("Traceback")
+        assert text.endswith("TypeError: 'NoneType' object is not callable\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 EXCHANGE = """
-import json, os, sys, time
+import atexit, json, os, sys, time
 from pathlib import Path
 from kbtrain.utils.processes import ProcessGroup
 
@@ -35,10 +35,12 @@ CHANNEL = (
     EXCHANGE
     + """
 from kbtrain.distributed.control import Channel
-from kbtrain.distributed.ending import install_excepthook
+from kbtrain.distributed.ending import ExitHooks
 
-channel = Channel.start(group, exchange, float(timeout))
-install_excepthook(channel)
+barrier = 0.0
+atexit.register(lambda: time.sleep(barrier))  # as JAX waits for the other processes
+hooks = ExitHooks()
+hooks.channel = channel = Channel.start(group, exchange, float(timeout))
 assert not {"keras", "torch", "tensorflow", "jax", "numpy"} & set(sys.modules)
 channel.at("update 17")
 print("ready", flush=True)
