@@ -141,7 +141,7 @@ DROPPED: dict[str, str] = {
     "use_liger_kernel": _LIGER,
     # removed since 4.x
     "dispatch_batches": _ACCELERATE + "every process reads its own shard of the data.",
-    "fsdp_min_num_params": "Write fsdp_config={'min_num_params': {value}}.",
+    "fsdp_min_num_params": "Write fsdp_config={'min_num_params': n}.",
     "fsdp_transformer_layer_cls_to_wrap": "Variables are divided by their shape, not by layer. "
     "Remove it; fsdp_config={'layouts': ...} names variables.",
     "logging_dir": "There is no separate directory for logs. Remove it; a run is written to "

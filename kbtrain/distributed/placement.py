@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator
 
 import keras
@@ -16,6 +17,9 @@ from kbtrain.utils import float64
 from kbtrain.utils.processes import current
 
 logger = logging.getLogger("kbtrain")
+
+WHOLE_SHARE = 0.05
+"""Share of the weights that may stay whole under ``fsdp`` without a warning."""
 
 
 def check(backend: Backend, args: TrainingArguments) -> None:
@@ -80,8 +84,33 @@ def divide(backend: Backend, args: TrainingArguments, model: keras.Model) -> Non
     """
     if (layout := _layout(backend, args)) is not None:
         layout.check(model.variables)
+        _warn_of_whole(layout, model)
         backend.copy_from_first(model.variables)
         backend.place(model.variables, args.chosen_device)
+
+
+def _warn_of_whole(layout: StateLayout, model: keras.Model) -> None:
+    """Warn if much of a model cannot be divided along ``fsdp``."""
+    parts = layout.sizes["fsdp"]
+    if parts == 1 or not layout.weights:
+        return
+    weights = model.trainable_variables
+    sizes = {
+        v.path: math.prod(v.shape)
+        for v, axes in zip(weights, layout.axes_of(weights), strict=True)
+        if "fsdp" not in axes
+    }
+    total = sum(math.prod(v.shape) for v in weights)
+    if (whole := sum(sizes.values())) > WHOLE_SHARE * total:
+        largest = max(sizes, key=lambda path: sizes[path])
+        logger.warning(
+            "fsdp leaves %.0f %% of the weights whole on every device: no dimension of theirs is "
+            "a multiple of %d, or they are small. The largest is %s. A smaller 'fsdp' in "
+            "parallelism_config, beside a larger 'data', divides more of them.",
+            100 * whole / total,
+            parts,
+            largest,
+        )
 
 
 @contextlib.contextmanager
