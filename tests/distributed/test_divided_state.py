@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers_together import run_processes
 
 from kbtrain import backends
 
@@ -15,10 +16,11 @@ pytestmark = [
     pytest.mark.skipif(not backends.load().HAS_MESHES, reason="this backend has none"),
 ]
 
-PROGRAM = """
-import json, math, sys
-import keras, numpy as np
+HEAD = """
+import json, sys
 from kbtrain import Trainer, TrainingArguments
+from kbtrain.utils.processes import current
+import keras, numpy as np
 
 folder, layers = sys.argv[1], keras.layers
 x = np.random.default_rng(3).normal(size=(61, 8)).astype("float32")
@@ -46,7 +48,8 @@ def run(devices=None, init=False, resume=None, **changes):
     result, model = trainer.evaluate(), trainer.model
     state = [*model.variables, *trainer.optimizer.variables]
     return {
-        "weights": np.concatenate([np.ravel(w) for w in model.get_weights()]).tolist(),
+        "weights": [] if current().size > 1 and "fsdp" in changes else np.concatenate(
+            [np.ravel(w) for w in model.get_weights()]).tolist(),
         "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
         "evaluation": [result["eval_loss"], result["eval_mae"]],
         "predictions": np.ravel(trainer.predict(x[:21]).predictions).tolist(),
@@ -59,7 +62,13 @@ def run(devices=None, init=False, resume=None, **changes):
 def bytes_on_a_device(variables):
     return sum(v.value.addressable_shards[0].data.nbytes for v in variables)
 
-four, small = [f"cpu:{i}" for i in range(4)], {"min_num_params": 64}
+small = {"min_num_params": 64}
+"""
+
+PROGRAM = (
+    HEAD
+    + """
+four = [f"cpu:{i}" for i in range(4)]
 results = {"one": run()}
 results["fsdp"] = run(four, fsdp=True, fsdp_config=small)
 results["from the start"] = run(four, init=True, fsdp=True, fsdp_config=small)
@@ -78,6 +87,18 @@ with keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="rows")
     results["keras.distribution"] = run()
 print("RESULTS", json.dumps(results))
 """
+)
+
+PROCESSES = (
+    HEAD
+    + """
+two, own = ["cpu:0", "cpu:1"], f"{folder}/{current().rank}"
+results = {"replicated": run(two, folder=own)}
+saving = dict(folder=folder + "/saved", save_strategy="steps", save_steps=8)
+results["fsdp"] = run(two, fsdp=True, fsdp_config=small, **saving)
+print("RESULTS", json.dumps(results))
+"""
+)
 
 CASES = [
     "fsdp",
@@ -103,13 +124,20 @@ def results(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rematerialization" not in done.stderr
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULTS "))
+    return read(done.stdout)
+
+
+def read(output):
+    line = next(x for x in output.splitlines() if x.startswith("RESULTS "))
     return json.loads(line.removeprefix("RESULTS "))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_divided_state_gives_the_numbers_of_one_device(results, case):
-    one, found = results["one"], results[case]
+    assert_close(results[case], results["one"])
+
+
+def assert_close(found, one):
     for name in ("weights", "evaluation", "predictions", "losses"):
         expected = one[name][-len(found[name]) :]
         np.testing.assert_allclose(found[name], expected, 2e-6, 2e-6, err_msg=name)
@@ -134,3 +162,17 @@ def test_a_mesh_of_two_axes_divides_by_pattern_and_by_rule(results):
     assert layouts["up/kernel"] == ["fsdp", "tensor"]
     assert layouts["middle/kernel"] == ["tensor", "fsdp"]
     assert results["keras.distribution"]["layouts"]["middle/kernel"] == [None, "columns"]
+
+
+def test_two_processes_of_two_devices_give_the_numbers_of_one(results, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROCESSES)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    ended = run_processes(2, script, str(tmp_path), more=flags, timeout=600)
+    first, second = (read(each.output) for each in ended)
+    assert first == second
+    assert_close(first["replicated"], results["one"])
+    assert_close(first["fsdp"], results["one"])
+    assert first["fsdp"]["layouts"]["up/kernel"] == ["fsdp", None]
+    assert first["fsdp"]["share"] < 0.27
+    assert len(list((tmp_path / "saved").glob("checkpoint-16/model*.h5"))) == 2

@@ -12,7 +12,14 @@ import keras
 import numpy as np
 
 from kbtrain.backends.jax.device import compiler_options, free_memory
-from kbtrain.backends.jax.mesh import current, gathered, layouts_of, to_mesh, to_process
+from kbtrain.backends.jax.mesh import (
+    check_can_run_eagerly,
+    current,
+    gathered,
+    layouts_of,
+    to_mesh,
+    to_process,
+)
 from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import trace
 from kbtrain.data import signature
@@ -43,6 +50,7 @@ def compile_step(
     variables = list(variables)
 
     def eager(inputs: Any) -> Any:
+        check_can_run_eagerly(variables)
         with context.tracing(variables):
             return fn(gathered(inputs))
 

@@ -178,6 +178,20 @@ def gathered(tree: Any) -> Any:
     return to_process(jax.jit(lambda tree: tree, out_shardings=_run.whole)(tree))
 
 
+def check_can_run_eagerly(variables: Sequence[keras.Variable]) -> None:
+    """Check that a step can run without being compiled.
+
+    Raises:
+        ConfigurationError: Its state is divided among processes.
+    """
+    if any(not variable.value.is_fully_addressable for variable in variables):
+        raise ConfigurationError(
+            "A step whose state is divided among processes must be compiled. Remove "
+            "jit_compile=False and what reads values of tensors in Python, or fsdp and "
+            "parallelism_config."
+        )
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
