@@ -42,9 +42,9 @@ def initialize() -> ProcessGroup:
     """
     if processes.current() is not processes.ALONE or _is_child():
         return processes.current()
-    from kbtrain.distributed.environment import detect
+    from kbtrain.distributed import environment, ray
 
-    group = detect(os.environ)
+    group = ray.detect() or environment.detect(os.environ)
     if group is None and "keras" not in sys.modules:
         return processes.ALONE
     from kbtrain import backends
