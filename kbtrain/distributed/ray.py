@@ -1,9 +1,9 @@
 """Ray Train: the place of this process among the workers that Ray has started.
 
-Ray's trainers differ in what they prepare. ``TorchTrainer`` has joined the processes when the
-training function begins, ``TensorflowTrainer`` sets ``TF_CONFIG``, and ``JaxTrainer`` joins them on
-GPUs and TPUs only. So the workers ask Ray itself, and agree on a port through it: every trainer then
-suits every backend.
+Ray's trainers differ in what they prepare: ``TorchTrainer`` has joined the processes when the
+training function begins, ``TensorflowTrainer`` sets ``TF_CONFIG``, and ``JaxTrainer`` joins them
+only on GPUs and TPUs. So the workers ask Ray itself, and agree on a port through it. Then every
+trainer suits every backend.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         bound.metrics.reset()
     progress = run_state.Progress(batch_size=loader.batch_size, num_examples=loader.num_examples)
     if checkpoint is not None:
-        progress = _restore(trainer, checkpoint, optimizer, loader.num_examples)
+        progress = _restore(trainer, checkpoint, optimizer, loader)
         progress.move_to(loader.batch_size)
     start_alike(trainer, optimizer)
 
@@ -300,7 +300,7 @@ def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
 
 
 def _restore(
-    trainer: TrainerBase, checkpoint: Checkpoint, optimizer: Any, num_examples: int | None
+    trainer: TrainerBase, checkpoint: Checkpoint, optimizer: Any, loader: Loader
 ) -> run_state.Progress:
     """Restore the state saved in the checkpoint."""
     if (trained := run_state.trained_in(checkpoint)) is not None:
@@ -317,8 +317,11 @@ def _restore(
         checkpoint,
         trainer.other_optimizers,
     )
+    before, now = progress.batch_size, loader.batch_size
     for change in compare_arguments(
-        validated_json.mapping(checkpoint, "training_args"), trainer.args.to_dict()
+        validated_json.mapping(checkpoint, "training_args"),
+        trainer.args.to_dict(),
+        (before, now) if before and now else None,
     ):
         logger.warning("Resuming with a different setting: %s", change)
     trainer.state.continue_from(_saved_state(trainer, checkpoint))
@@ -330,6 +333,6 @@ def _restore(
         )
     if trainer.args.ignore_data_skip:
         progress.batch = 0
-    progress.check_length(num_examples, checkpoint.path)
+    progress.check_length(loader.num_examples, checkpoint.path)
     logger.info("Resuming from %s at step %d.", checkpoint.path, trainer.state.global_step)
     return progress

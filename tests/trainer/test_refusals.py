@@ -9,7 +9,7 @@ import pytest
 from helpers import arguments, linear_model, make_data
 
 import optim
-from kbtrain import Trainer, TrainerCallback, load_weights
+from kbtrain import Trainer, TrainerCallback, TrainingArguments, load_weights
 from kbtrain.config.diff import compare_arguments
 from kbtrain.errors import ConfigurationError, DataError, TrainingInterrupted
 
@@ -89,6 +89,27 @@ def test_the_resume_warning_speaks_of_samples_over_all_devices():
     assert "converted" not in message
     (message,) = compare_arguments(two, two | {"per_device_train_batch_size": 4})
     assert message.startswith("per_device_train_batch_size was 2")
+
+
+def test_the_resume_warning_tells_how_to_keep_the_updates_on_other_processes():
+    saved = TrainingArguments(per_device_train_batch_size=8).to_dict()
+    (message,) = compare_arguments(saved, saved, (24, 8))  # 3 processes, then 1
+    assert "An update had 24 samples and has 8 now" in message
+    assert "set per_device_train_batch_size=24, or gradient_accumulation_steps=3, or " in message
+    assert "split_batches=True with per_device_train_batch_size=24, on any number" in message
+    (message,) = compare_arguments(saved, saved, (24, 16))  # 3, then 2
+    assert "set per_device_train_batch_size=12, or split_batches=True" in message
+
+    # Each of these is told with nothing but its own change.
+    followed = saved | {"gradient_accumulation_steps": 3}
+    (message,) = compare_arguments(saved, followed, (24, 8))
+    assert message.startswith("gradient_accumulation_steps was 1 and is 3 now")
+    together = {"split_batches": True, "per_device_train_batch_size": 24}
+    assert compare_arguments(saved, saved | together, (24, 24)) == []
+    assert compare_arguments(saved | together, saved | together, (24, 24)) == []
+    # A loader of the user's has its own size.
+    assert compare_arguments(saved | together, saved | together, (24, 20)) == []
+    assert compare_arguments(saved, saved, (24, 20)) == []
 
 
 def test_validation_split_takes_what_the_model_takes(tmp_path):
