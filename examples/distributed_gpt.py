@@ -105,8 +105,8 @@ def main() -> None:
     result = trainer.fit(resume_from_checkpoint="auto")
     if args.process_index == 0:
         print(
-            f"{args.world_size} processes on {trainer.backend.name}: {result.global_step} updates, "
-            f"loss {result.training_loss:.6f}"
+            f"backend {trainer.backend.name}, processes: {args.world_size}, "
+            f"{result.global_step} updates, loss {result.training_loss:.6f}"
         )
 
 

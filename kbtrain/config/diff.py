@@ -66,9 +66,9 @@ def _other_processes(
     saved: Mapping[str, Any], current: Mapping[str, Any], before: int, now: int
 ) -> list[str]:
     """What another number of processes means; nothing if an update has as many samples still."""
-    size, steps = current.get(BATCH_SIZE), current.get(ACCUMULATION)
-    steps_before = saved.get(ACCUMULATION)
-    if not all(isinstance(n, int) and n > 0 for n in (size, steps, steps_before)):
+    numbers = [current.get(BATCH_SIZE), current.get(ACCUMULATION), saved.get(ACCUMULATION)]
+    size, steps, steps_before = [n if isinstance(n, int) else 0 for n in numbers]
+    if min(size, steps, steps_before) < 1:
         return []
     if current.get("split_batches") or before % size or now % size:
         return []  # the sizes are those of a loader of the user's
@@ -80,9 +80,10 @@ def _other_processes(
         choices.append(f"{BATCH_SIZE}={wanted // (devices * steps)}")
     if wanted % now == 0:
         choices.append(f"{ACCUMULATION}={wanted // now}")
-    choices.append(f"split_batches=True with {BATCH_SIZE}={before}, on any number of processes")
+    if wanted % steps == 0:
+        choices.append(f"split_batches=True with {BATCH_SIZE}={wanted // steps}")
     return [
         f"the number of processes has changed. An update had {wanted} samples and has "
         f"{now * steps} now, so an epoch has another number of steps. To go on with the updates of "
-        f"before set {', or '.join(choices)}."
+        f"before set {', or '.join(choices)} (which suits any number of processes)."
     ]

@@ -321,7 +321,7 @@ def _restore(
     for change in compare_arguments(
         validated_json.mapping(checkpoint, "training_args"),
         trainer.args.to_dict(),
-        (before, now) if before and now else None,
+        (before, now) if before and now == trainer.args.total_train_batch_size else None,
     ):
         logger.warning("Resuming with a different setting: %s", change)
     trainer.state.continue_from(_saved_state(trainer, checkpoint))

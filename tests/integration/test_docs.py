@@ -1,7 +1,7 @@
 """The programs in docs/ run as they are printed; every page and example is listed.
 
 Those of other pages run beside what they are about: test_plugins.py (write-your-own-optimizer.md),
-test_docs_page.py (optim.md) and test_examples.py (migrating.md).
+test_docs_page.py (optim.md), test_ray.py (clusters.md) and test_examples.py (migrating.md).
 """
 
 import ast

@@ -187,6 +187,29 @@ def test_char_gpt_goes_from_backend_to_backend(tmp_path):
     assert bits_per_byte(result) == pytest.approx(bits_per_byte(expected), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_distributed_gpt_in_two_processes_gives_the_loss_of_one(tmp_path):
+    options = [
+        *("--steps", 8, "--save-steps", 4, "--batch-size", 6, "--length", 16, "--width", 16),
+        *("--depth", 1, "--heads", 2),
+    ]
+    one = run("distributed_gpt.py", "--output-dir", tmp_path / "one", *options)
+    launcher = [sys.executable, "-m", "kbtrain", "launch", "-n", "2"]
+    _, *script = command("distributed_gpt.py", "--output-dir", tmp_path / "two", *options)
+    two = subprocess.run(
+        launcher + script, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert two.returncode == 0, two.stdout + two.stderr
+    losses = {}
+    for number, output in ((1, one.stdout), (2, two.stdout)):
+        (found,) = re.findall(rf"processes: {number}, .* 8 updates, loss (\S+)", output)
+        losses[number] = float(found)
+    assert losses[2] == pytest.approx(losses[1], abs=2e-6)  # as printed
+    assert losses[2] < math.log(256)
+    names = [path.name for path in sorted((tmp_path / "two").glob("checkpoint-*"))]
+    assert names == ["checkpoint-4", "checkpoint-8"]
+
+
 # --- around the trainer ---------------------------------------------------------------------------
 
 

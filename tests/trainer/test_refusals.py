@@ -96,7 +96,7 @@ def test_the_resume_warning_tells_how_to_keep_the_updates_on_other_processes():
     (message,) = compare_arguments(saved, saved, (24, 8))  # 3 processes, then 1
     assert "An update had 24 samples and has 8 now" in message
     assert "set per_device_train_batch_size=24, or gradient_accumulation_steps=3, or " in message
-    assert "split_batches=True with per_device_train_batch_size=24, on any number" in message
+    assert "split_batches=True with per_device_train_batch_size=24 (which suits any" in message
     (message,) = compare_arguments(saved, saved, (24, 16))  # 3, then 2
     assert "set per_device_train_batch_size=12, or split_batches=True" in message
 

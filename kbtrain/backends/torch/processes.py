@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,15 +66,27 @@ def exchange(data: bytes) -> list[bytes]:
     """The ``data`` of every process, in order of rank."""
     if shards() == 1:
         return [data]
+    group = _host_group()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(shards())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
+    dist.all_gather(sizes, torch.tensor([len(data)]), group)
     longest = max(1, *(int(size) for size in sizes))
     padded = torch.zeros(longest, dtype=torch.uint8)
     if data:
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     received = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group)
     return [bytes(part[: int(size)].numpy()) for part, size in zip(received, sizes, strict=True)]
+
+
+@functools.cache
+def _host_group() -> Any:
+    """The group for tensors of the host; None: the default one. All processes ask alike.
+
+    Another program, such as Ray Train, may have joined the processes by NCCL alone.
+    """
+    if "cpu" in dist.get_backend_config():
+        return None
+    return dist.new_group(backend="gloo")
 
 
 def shards() -> int:
