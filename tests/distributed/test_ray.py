@@ -20,24 +20,28 @@ def test_outside_of_ray_train_there_are_no_workers():
 
 
 def run_with_ray(backend, *words):
-    """Run ``helpers_ray.py``, whose output is returned."""
+    """Run ``helpers_ray.py`` to its end."""
     inherited = {name: value for name, value in os.environ.items() if name not in JOINED}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, SUPPORT / "helpers_ray.py", *words],
         env=inherited
         | {
             "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, sys.path)]),
             "OMP_NUM_THREADS": "1",
             "KERAS_BACKEND": backend,
+            "RAY_worker_niceness": "0",  # or the other tests leave the workers no time
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=540,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    try:
+        output, _ = process.communicate(timeout=540)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # it ends the cluster
+        output, _ = process.communicate(timeout=60)
+        raise AssertionError(f"It takes too long: {output}") from None
+    assert process.returncode == 0, output
 
 
 @pytest.fixture(scope="module")
