@@ -3,9 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
-import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +11,7 @@ import xmlrpc.client
 
 import pytest
 from helpers_channel import CHANNEL, Processes
+from helpers_hosts import ip, two_hosts
 
 from kbtrain.distributed.control_server import ControlServer
 from kbtrain.distributed.members import Members
@@ -248,24 +247,8 @@ def test_a_process_that_does_not_reach_the_others_is_named_by_all(tmp_path):
 @pytest.fixture
 def hosts():
     """The names of two network namespaces with a cable between them, whose ends have those, too."""
-    names = [f"kbtrain{os.getpid()}{letter}" for letter in "ab"]
-    if shutil.which("ip") is None or ip(f"netns add {names[0]}", check=False).returncode:
-        pytest.skip("no network namespaces here")
-    try:
-        ip(f"netns add {names[1]}")
-        ends = " peer ".join(f"name {name} netns {name}" for name in names)
-        ip(f"link add {ends.replace(' peer', ' type veth peer')}")
-        for number, name in enumerate(names, 1):
-            ip(f"-n {name} addr add 10.77.0.{number}/24 dev {name}")
-            ip(f"-n {name} link set {name} up")
+    with two_hosts() as names:
         yield names
-    finally:
-        for name in names:
-            ip(f"netns del {name}", check=False)
-
-
-def ip(command, check=True):
-    return subprocess.run(["ip", *command.split()], check=check, capture_output=True)
 
 
 @pytest.mark.slow

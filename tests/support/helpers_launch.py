@@ -41,12 +41,12 @@ def write_script(folder, text):
     return path
 
 
-def start(*words, patch="", environ=(), **options):
-    """Start ``kbtrain launch``, after the statements ``patch``."""
+def start(*words, patch="", environ=(), prefix=(), **options):
+    """Start ``kbtrain launch``, after the statements ``patch``, through the command ``prefix``."""
     program = f"import sys\n{patch}\nfrom kbtrain.cli import main\nsys.exit(main(sys.argv[1:]))"
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(
-        [sys.executable, "-c", program, "launch", *map(str, words)],
+        [*prefix, sys.executable, "-c", program, "launch", *map(str, words)],
         env=os.environ | dict(environ),
         text=True,
         **pipes | options,
@@ -64,10 +64,10 @@ def started(*words, **options):
         launcher.communicate(timeout=SECONDS)
 
 
-def launch(*words, stdin="", **options):
+def launch(*words, stdin="", timeout=SECONDS, **options):
     """Run ``kbtrain launch`` to its end: status, standard output, errors."""
     with started(*words, **options) as launcher:
-        out, err = launcher.communicate(stdin, timeout=SECONDS)
+        out, err = launcher.communicate(stdin, timeout=timeout)
     return launcher.returncode, out, err
 
 
