@@ -28,6 +28,10 @@ _STEP_GROUP, _HOST_GROUP = 27490, 27491
 _FIRST_STEP_KEY = 100
 """Instance keys below are those of ``gather_bytes``, which depend on the size of a message."""
 
+_NO_TIMEOUT = 0.0
+"""With one, TensorFlow has a thread sleep for that long for each operation, even after its end:
+thousands after a minute. The control channel ends a process that waits for one that hangs."""
+
 
 @dataclass
 class Members:
@@ -80,7 +84,7 @@ class Members:
                 group_key=_STEP_GROUP,
                 instance_key=next(self.keys),
                 ordering_token=[self._token.handle],
-                timeout_seconds=self.timeout,
+                timeout_seconds=_NO_TIMEOUT,
                 **options,
             )
 
@@ -101,7 +105,7 @@ class Members:
                 group_key=_HOST_GROUP,
                 instance_key=words,  # one for each size, used again and again
                 ordering_token=[],
-                timeout_seconds=self.timeout,
+                timeout_seconds=_NO_TIMEOUT,
             )
         return [part.tobytes() for part in np.split(result.numpy(), self.size)]
 
@@ -116,7 +120,7 @@ class Members:
             "group_size": self.size,
             "group_key": _HOST_GROUP,
             "instance_key": next(self.keys),
-            "timeout_seconds": self.timeout,
+            "timeout_seconds": _NO_TIMEOUT,
         }
         with naming_failures(self), tf.device("/CPU:0"):
             if self.rank == 0:

@@ -55,6 +55,11 @@ try:
     backend.all_gather([tf.constant(["text"])])
 except Exception as error:
     found["strings"] = f"{type(error).__name__}: {error}"
+backend.exchange(b"")
+threads = len(os.listdir("/proc/self/task"))
+for _ in range(100):
+    backend.exchange(b"")
+found["threads"] = len(os.listdir("/proc/self/task")) - threads
 with open(os.path.join(sys.argv[1], f"{rank}.json"), "w") as file:
     json.dump(found, file)
 add = backend.compile_step(lambda x: backend.all_sum([x])[0], [])
@@ -138,6 +143,10 @@ def test_other_types_and_unknown_shapes(lost):
         assert found["small"] == [201]
         assert found["unknown shapes"] == [[[3, 3]], [3, 3], [[[1, 1]], [[2, 2]]]]
         assert found["strings"].startswith("DataError: Tensors of dtype string cannot be sent")
+
+
+def test_operations_leave_no_threads_behind(lost):
+    assert all(found["threads"] < 20 for found in lost[1])  # 100 operations
 
 
 def test_a_lost_process_is_an_error_in_words(lost):
