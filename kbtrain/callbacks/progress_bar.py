@@ -39,8 +39,11 @@ class PrinterCallback(TrainerCallback):
 def display(args: TrainingArguments) -> list[TrainerCallback]:
     """The callback that shows progress: a bar where one can be drawn, else the logs as lines.
 
-    None if the logger "kbtrain" is set to errors only, unless ``disable_tqdm=False``.
+    None if the logger "kbtrain" is set to errors only, unless ``disable_tqdm=False``; and none in
+    a process that does not log.
     """
+    if not args.should_log:
+        return []
     disabled = not _can_draw() if args.disable_tqdm is None else args.disable_tqdm
     if args.disable_tqdm is not False and logger.getEffectiveLevel() > logging.WARNING:
         return []

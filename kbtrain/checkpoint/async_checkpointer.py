@@ -23,7 +23,7 @@ import numpy as np
 from kbtrain.checkpoint import CheckpointStore, distributed
 from kbtrain.checkpoint.storage.folder_writer import Contents, ExternalLayout
 from kbtrain.checkpoint.storage.lock import RunLock
-from kbtrain.distributed.peers import Peers
+from kbtrain.distributed.control.peers import Peers
 from kbtrain.errors import CheckpointError, is_storage_error
 from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers

@@ -28,7 +28,7 @@ from kbtrain.checkpoint.storage.manifest import (
     write_manifest,
 )
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.distributed.peers import Peers
+from kbtrain.distributed.control.peers import Peers
 from kbtrain.errors import CheckpointError, DistributedError
 from kbtrain.utils import filesystem
 from kbtrain.utils.array_blocks import OwnedBlocks

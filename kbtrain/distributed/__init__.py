@@ -7,7 +7,6 @@ it, as JAX and TensorFlow must know all processes before the first tensor.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from kbtrain.utils import processes
 from kbtrain.utils.processes import ProcessGroup
 
 if TYPE_CHECKING:
-    from kbtrain.distributed.control import Channel
-    from kbtrain.distributed.peers import Peers
+    from kbtrain.distributed.control.channel import Channel
+    from kbtrain.distributed.control.peers import Peers
 
 TIMEOUT = 1800.0
 """Seconds that a collective operation may take, as in Transformers."""
@@ -60,8 +59,8 @@ def initialize() -> ProcessGroup:
     # Not above: a program that runs alone need not import XML-RPC.
     from kbtrain.distributed import host
     from kbtrain.distributed.agreement import agree
-    from kbtrain.distributed.control import Channel
-    from kbtrain.distributed.ending import ExitHooks
+    from kbtrain.distributed.control.channel import Channel
+    from kbtrain.distributed.control.ending import ExitHooks
 
     global _channel
     os.environ[_JOINED] = str(os.getpid())
@@ -74,11 +73,10 @@ def initialize() -> ProcessGroup:
 
 def _versions(backend: str) -> dict[str, str]:
     """What must be the same on all processes, whatever the program does."""
-    import kbtrain
-
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    packages = {name: importlib.metadata.version(name) for name in ("keras", "numpy", backend)}
-    return {"backend": backend, "python": python, "kbtrain": kbtrain.__version__, **packages}
+    names = ("kbtrain", "keras", "numpy", backend)
+    versions = {name: str(sys.modules[name].__version__) for name in names}
+    return {"backend": backend, "python": python, **versions}
 
 
 def get_peers() -> Peers | None:

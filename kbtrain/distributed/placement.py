@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -164,17 +165,19 @@ def check_processes(backend: Backend, args: TrainingArguments) -> None:
         )
 
 
-def check_steps(backend: Backend, names: Iterable[str]) -> None:
+def check_steps(backend: Backend, overridden: Any) -> None:
     """Check that a model does not bring its own steps where each process sees its rows only.
 
     Args:
         backend: The backend in use.
-        names: The steps that the model overrides.
+        overridden: Whether the model overrides ``train_step``, ``test_step``, ``predict_step``.
 
     Raises:
         ConfigurationError: It does.
     """
-    if backend.shards() > 1 and (found := list(names)):
+    steps = ("train_step", "test_step", "predict_step")
+    found = [name for name in steps if getattr(overridden, name)]
+    if backend.shards() > 1 and found:
         raise ConfigurationError(
             f"The model's own {' and '.join(found)} would train each of the "
             f"{backend.shards()} processes by itself: gradients and metrics are not added up in "

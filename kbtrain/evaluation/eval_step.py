@@ -11,7 +11,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.backends.scopes import carry_over
 from kbtrain.model.forward import Forward
 from kbtrain.model.metrics import MetricSet
-from kbtrain.training.over_shards import OverShards
+from kbtrain.model.over_shards import OverShards
 
 
 def make_eval_step(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kbtrain import distributed
 from kbtrain.checkpoint import run_state
 from kbtrain.data import Batches, Loader, as_loader, unpack
 from kbtrain.distributed import host, placement
@@ -62,7 +64,9 @@ def evaluate(
     trainer.captured.due |= not trainer.is_in_train
     steps.renew(trainer.captured.check())
     policy = None if trainer.is_in_train else trainer.args.full_eval_policy
+    alone = distributed.working("evaluation")
     with (
+        contextlib.nullcontext() if trainer.is_in_train else alone,
         placement.settings(backend, trainer.args, bound.model),
         precision.computing_in(bound.model, policy),
     ):

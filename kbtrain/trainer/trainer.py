@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ class Trainer(KnownNames, TrainerBase):
                 *make_trackers(tuple(self.args.report_to)),
                 *time_triggers.callbacks(self.args),
                 *(callbacks or []),
-                *(display(self.args) if self.args.should_log else []),
+                *display(self.args),
             ],
             self._callback_context,
         )
@@ -177,9 +176,7 @@ class Trainer(KnownNames, TrainerBase):
         self.eval_steps = EvalSteps(
             self.bound, self.args, self.backend, self.preprocess_logits_for_metrics, self.traces
         )
-        own = ("train_step", "test_step", "predict_step")
-        steps = [name for name in own if getattr(self.bound.overridden, name)]
-        placement.check_steps(self.backend, steps)
+        placement.check_steps(self.backend, self.bound.overridden)
         warn_about_unused(self, self.bound.overridden, overridden)
         if self.args.predict_with_generate:
             check_generates(model, self.args)
@@ -231,9 +228,7 @@ class Trainer(KnownNames, TrainerBase):
                 signals,
                 self.saver.running(saves, args.on_save_error),
             ):
-                checkpoint = resolve_together(self.store, self.backend, resume)
-                if checkpoint is None and saves and args.should_save:
-                    actions.warn_of_former_run(self)
+                checkpoint = resolve_together(self, resume)
                 with placement.settings(self.backend, args, self.model):
                     train = find_and_fit if args.auto_find_batch_size else fit
                     output = train(self, checkpoint)
@@ -335,11 +330,9 @@ class Trainer(KnownNames, TrainerBase):
         """Evaluate a data set with the current steps of the model."""
         if self.bound.is_outdated and not self.is_in_train:
             self.adopt(self.model)
-        within = contextlib.nullcontext() if self.is_in_train else distributed.working("evaluation")
-        with within:
-            return evaluation.evaluate(
-                self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
-            )
+        return evaluation.evaluate(
+            self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
+        )
 
     # --- saving and reports ---------------------------------------------------------------------
 

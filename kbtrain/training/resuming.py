@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import Checkpoint, CheckpointStore
@@ -11,21 +11,32 @@ from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.distributed import get_peers, host
 from kbtrain.errors import CheckpointNotFoundError
+from kbtrain.training import actions
 from kbtrain.utils.processes import current
 
+if TYPE_CHECKING:
+    from kbtrain.training.trainer_base import TrainerBase
 
-def resolve_together(store: CheckpointStore, backend: Backend, resume: Any) -> Checkpoint | None:
-    """Find the checkpoint for ``resume_from_checkpoint``: process 0 chooses, and the others follow.
+
+def resolve_together(trainer: TrainerBase, resume: Any) -> Checkpoint | None:
+    """Find the checkpoint for ``resume_from_checkpoint``, or warn of those of a former run.
 
     Args:
-        store: The checkpoints of the run.
-        backend: The backend in use.
+        trainer: The Trainer.
         resume: See ``CheckpointStore.resolve``.
 
     Raises:
         CheckpointError: As for ``CheckpointStore.resolve``; or another process cannot see the
             checkpoint that process 0 has chosen.
     """
+    checkpoint = _resolve(trainer.store, trainer.backend, resume)
+    if checkpoint is None and trainer.args.save_strategy != "no" and trainer.args.should_save:
+        actions.warn_of_former_run(trainer)
+    return checkpoint
+
+
+def _resolve(store: CheckpointStore, backend: Backend, resume: Any) -> Checkpoint | None:
+    """Find the checkpoint: process 0 chooses, and the others follow."""
     if current().size == 1:
         return store.resolve(resume)
     # Lazy: of variables that are divided, each process reads its blocks.

@@ -20,7 +20,7 @@ from kbtrain.model.forward import Forward
 from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, means_of, value_of
 from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
 from kbtrain.model.metrics import MetricSet
-from kbtrain.training.over_shards import OverShards
+from kbtrain.model.over_shards import OverShards
 from kbtrain.utils.float64 import float_dtype
 
 

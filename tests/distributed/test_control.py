@@ -13,9 +13,9 @@ import pytest
 from helpers_channel import CHANNEL, Processes
 from helpers_hosts import ip, two_hosts
 
-from kbtrain.distributed.control_server import ControlServer
-from kbtrain.distributed.members import Members
-from kbtrain.distributed.reports import Report, process_state
+from kbtrain.distributed.control.server import ControlServer
+from kbtrain.distributed.control.members import Members
+from kbtrain.distributed.control.reports import Report, process_state
 from kbtrain.utils.processes import ProcessGroup
 
 RAISE = "channel.done(error); raise error"  # as fit does
@@ -229,7 +229,7 @@ def test_a_stranger_is_refused(server):
 def test_a_process_that_does_not_reach_the_others_is_named_by_all(tmp_path):
     # Its network namespace has another loopback, and no interface else.
     unshare = ["unshare", "-rn"]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if subprocess.run([*unshare, "true"], capture_output=True, timeout=30).returncode:
         pytest.skip("no network namespaces here")
     with Processes(tmp_path, prefixes=[[], [], unshare]) as processes:
         processes.started = time.monotonic()

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from kbtrain.distributed.control import Channel
-from kbtrain.distributed.mailbox import Mailbox
+from kbtrain.distributed.control.channel import Channel
+from kbtrain.distributed.control.mailbox import Mailbox
 from kbtrain.errors import DistributedError
 from kbtrain.utils.processes import ProcessGroup
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kbtrain.distributed.members import Members
-from kbtrain.distributed.reports import Report, process_state
+from kbtrain.distributed.control.members import Members
+from kbtrain.distributed.control.reports import Report, process_state
 
 pytestmark = pytest.mark.core
 
@@ -80,12 +80,12 @@ def test_a_process_elsewhere_has_time_to_connect_again():
     assert "process 2 (host host2, pid 102) failed: it was killed" in run.after(2)
 
 
-def test_a_process_here_that_runs_has_a_minute_to_connect_again():
+def test_a_process_here_that_runs_has_minutes_to_connect_again():
     """Its interpreter lock is held for long while it imports a framework on a busy machine."""
     run = Run()
     run.lose(1)
-    assert run.after(50) is None
-    assert "has not answered for 60 s" in run.after(11)
+    assert run.after(290) is None
+    assert "has not answered for 300 s" in run.after(11)
 
 
 def test_a_connection_over_which_nothing_comes_is_a_host_cut_off():
@@ -106,11 +106,11 @@ def test_silence_of_a_connected_process_is_judged_by_its_state():
     assert "killed" in run.after(3)
 
 
-def test_silence_elsewhere_cannot_be_judged_and_ends_after_a_minute():
+def test_silence_elsewhere_cannot_be_judged_and_ends_after_minutes():
     run = Run()
     run.silent.add(2)
-    assert run.after(59) is None
-    assert "process 2 (host host2, pid 102) failed: it has not answered for 60 s" in run.after(2)
+    assert run.after(299) is None
+    assert "process 2 (host host2, pid 102) failed: it has not answered for 300 s" in run.after(2)
 
 
 def test_nobody_is_blamed_for_a_pause_of_process_0():

@@ -136,6 +136,7 @@ WITH_A_PLAIN_WAY = {
     "kbtrain/utils/tensorflow_import.py",
     "kbtrain/checkpoint/keras_layout.py",
     "kbtrain/checkpoint/load_weights.py",
+    "kbtrain/backends/whole_batch.py",
     "kbtrain/backends/jax/conv_layout.py",
     "kbtrain/backends/tensorflow/device.py",
     "kbtrain/backends/tensorflow/optimizer.py",

@@ -34,8 +34,8 @@ def exchange(data):
 CHANNEL = (
     EXCHANGE
     + """
-from kbtrain.distributed.control import Channel
-from kbtrain.distributed.ending import ExitHooks
+from kbtrain.distributed.control.channel import Channel
+from kbtrain.distributed.control.ending import ExitHooks
 
 barrier = 0.0
 atexit.register(lambda: time.sleep(barrier))  # as JAX waits for the other processes

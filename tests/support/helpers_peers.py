@@ -17,7 +17,7 @@ LONG = 60  # seconds
 
 
 class SocketPeers:
-    """``kbtrain.distributed.peers.Peers``; both ends must come to the same key."""
+    """``kbtrain.distributed.control.peers.Peers``; both ends must come to the same key."""
 
     def __init__(self, rank, size, sockets):
         self.rank, self.size, self.sockets = rank, size, sockets

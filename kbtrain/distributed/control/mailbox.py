@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-from kbtrain.distributed.control_client import PROBLEMS, RETRY, Connection
-from kbtrain.distributed.peers import Peers
+from kbtrain.distributed.control.client import PROBLEMS, RETRY, Connection
+from kbtrain.distributed.control.peers import Peers
 from kbtrain.errors import DistributedError
 
 HOLD = 1.0

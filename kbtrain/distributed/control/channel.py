@@ -26,12 +26,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from kbtrain.distributed.control_client import ATTEMPT, PROBLEMS, RETRY, Connection
-from kbtrain.distributed.control_server import ControlServer
-from kbtrain.distributed.ending import end_process, main_stack
-from kbtrain.distributed.mailbox import ChannelPeers, FirstProcess, OtherProcess
-from kbtrain.distributed.members import LOST, STALLED, Failure, Members
-from kbtrain.distributed.reports import Report, machine, needs, network, process_state
+from kbtrain.distributed.control.client import ATTEMPT, PROBLEMS, RETRY, Connection
+from kbtrain.distributed.control.ending import end_process, main_stack
+from kbtrain.distributed.control.mailbox import ChannelPeers, FirstProcess, OtherProcess
+from kbtrain.distributed.control.members import LOST, STALLED, Failure, Members
+from kbtrain.distributed.control.reports import Report, machine, needs, network, process_state
+from kbtrain.distributed.control.server import ControlServer
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kbtrain.distributed.reports import Report, machine, needs, process_state, waits_for
+from kbtrain.distributed.control.reports import Report, machine, needs, process_state, waits_for
 
 HEARTBEAT = 1.0
 """Seconds between two heartbeats of a process."""

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
-from kbtrain.distributed.control_client import keep_alive
-from kbtrain.distributed.mailbox import Mailbox
-from kbtrain.distributed.members import HEARTBEAT, LOST, Failure, Members
-from kbtrain.distributed.reports import Report
+from kbtrain.distributed.control.client import keep_alive
+from kbtrain.distributed.control.mailbox import Mailbox
+from kbtrain.distributed.control.members import HEARTBEAT, LOST, Failure, Members
+from kbtrain.distributed.control.reports import Report
 from kbtrain.utils.processes import ProcessGroup
 
 TELLING = 1.5

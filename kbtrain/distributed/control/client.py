@@ -9,7 +9,7 @@ import xmlrpc.client
 from typing import Any
 from xml.parsers.expat import ExpatError
 
-from kbtrain.distributed.members import LOST
+from kbtrain.distributed.control.members import LOST
 
 ATTEMPT = 2.5
 """Seconds for a connection or an answer, which the server gives within ``HEARTBEAT``."""
