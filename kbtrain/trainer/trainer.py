@@ -220,14 +220,10 @@ class Trainer(KnownNames, TrainerBase):
             resume = args.resume_from_checkpoint
         self.is_in_train, self.interruption = True, None
         self.ignore_keys_for_eval = ignore_keys_for_eval
-        saves = args.save_strategy != "no"
         signals = self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
         try:
-            with (
-                distributed.working("the start of fit"),
-                signals,
-                self.saver.running(saves, args.on_save_error),
-            ):
+            saving = self.saver.running(args.save_strategy != "no", args.on_save_error)
+            with distributed.working("the start of fit"), signals, saving:
                 checkpoint = resolve_together(self, resume)
                 with placement.settings(self.backend, args, self.model):
                     train = find_and_fit if args.auto_find_batch_size else fit
@@ -330,9 +326,8 @@ class Trainer(KnownNames, TrainerBase):
         """Evaluate a data set with the current steps of the model."""
         if self.bound.is_outdated and not self.is_in_train:
             self.adopt(self.model)
-        return evaluation.evaluate(
-            self, self.eval_steps, dataloader, prefix, gather, keep_outputs, ignore_keys
-        )
+        options = (prefix, gather, keep_outputs, ignore_keys)
+        return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
 
     # --- saving and reports ---------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ import pytest
 from helpers_channel import CHANNEL, Processes
 from helpers_hosts import ip, two_hosts
 
-from kbtrain.distributed.control.server import ControlServer
 from kbtrain.distributed.control.members import Members
 from kbtrain.distributed.control.reports import Report, process_state
+from kbtrain.distributed.control.server import ControlServer
 from kbtrain.utils.processes import ProcessGroup
 
 RAISE = "channel.done(error); raise error"  # as fit does
