@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ _FIRST_STEP_KEY = 100
 _NO_TIMEOUT = 0.0
 """With one, TensorFlow has a thread sleep for that long for each operation, even after its end:
 thousands after a minute. The control channel ends a process that waits for one that hangs."""
+
+
+_OF_COLLECTIVES = re.compile("Collective|collective instance")
+"""In errors of these operations, whose names begin so."""
 
 
 @dataclass
@@ -146,10 +151,10 @@ def naming_failures(members: Members) -> Iterator[None]:
 
 def _named(error: tf.errors.OpError, members: Members) -> DistributedError | None:
     text = str(error)
-    if "ollective" not in text:
+    if not _OF_COLLECTIVES.search(text) or isinstance(error, tf.errors.ResourceExhaustedError):
         return None
     where = f"Process {members.rank} of {members.size}"
-    if "Shape mismatch" in text or "mismatch" in text.lower():
+    if "mismatch" in text.lower():
         return DistributedError(
             f"The processes run different steps: {where} adds up tensors of other shapes than "
             "another one. All processes must be started with the same program, arguments and data "

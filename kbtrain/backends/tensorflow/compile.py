@@ -51,11 +51,11 @@ def compile_step(
     graphs: dict[Any, Callable[[Any], Any]] = {}
     refused = False
 
-    def refuse(reason: str) -> None:
+    def refuse(reason: str, whose: str = ", which refuses it") -> None:
         nonlocal refused
         refused = True
         level = logging.WARNING if jit_compile is True else logging.INFO
-        logger.log(level, "The step runs without XLA, which refuses it: %s", reason)
+        logger.log(level, "The step runs without XLA%s: %s", whose, reason)
 
     def compile_for(inputs: Any) -> Callable[[Any], Any]:
         # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
@@ -66,9 +66,10 @@ def compile_step(
             refuse("strings are none of its types")  # XLA would end the process
         if not refused and jit_compile is not False and has_ragged(inputs):
             refuse("the sizes of ragged tensors depend on values")
+        if not refused and jit_compile is not False and shards() > 1:
+            # On a CPU it would compute nonsense, and then end the process.
+            refuse("sums over several processes would be wrong under it", "")
         plain: Callable[[Any], Any] = named(graph)
-        if shards() > 1:  # XLA around a collective operation computes nonsense on a CPU
-            return plain
         if refused:  # failed for another shape: trying again takes seconds, with the same result
             return plain
         if jit_compile is True:

@@ -9,7 +9,7 @@ from helpers_together import free_port, run_processes
 pytestmark = [pytest.mark.cross, pytest.mark.slow]
 
 RUN = """
-import json, os, signal, sys, time
+import json, logging, os, signal, sys, time
 import keras, tensorflow as tf
 from kbtrain.backends import tensorflow as backend
 from kbtrain.backends.tensorflow.collectives import Members, naming_failures
@@ -42,6 +42,9 @@ def step(x):
     return tf.while_loop(lambda i, _: i < 3, one, (tf.constant(0), tf.zeros(2)))[1]
 
 run = backend.compile_step(step, [], jit_compile=True)
+records = logging.Handler()
+records.emit = lambda record: found.update(warning=record.getMessage())
+logging.getLogger("kbtrain").addHandler(records)
 found["branches"] = run(tf.constant([1.0 + rank, 3.0])).numpy().tolist()
 flags = tf.constant([rank == 0, False, True])
 found["any"] = backend.all_sum([flags])[0].numpy().tolist()
@@ -71,6 +74,11 @@ try:
     add(tf.zeros(1))
 except DistributedError as error:
     found["lost"] = str(error)
+try:
+    with naming_failures(Members(1, 2, 100.0, "/CPU:0")):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM at node CollectiveReduceV2")
+except tf.errors.ResourceExhaustedError:
+    found["out of memory"] = True
 try:
     with naming_failures(Members(1, 2, 100.0, "/CPU:0")):
         raise tf.errors.DeadlineExceededError(None, None, "Collective has timed out.")
@@ -137,6 +145,13 @@ def test_operations_in_branches_loops_and_functions(lost):
         assert found["branches"] == expected
 
 
+def test_a_request_for_xla_is_answered_with_a_warning(lost):
+    for found in lost[1]:
+        assert found["warning"] == (
+            "The step runs without XLA: sums over several processes would be wrong under it"
+        )
+
+
 def test_other_types_and_unknown_shapes(lost):
     for found in lost[1]:
         assert found["any"] == [True, False, True]
@@ -154,6 +169,7 @@ def test_a_lost_process_is_an_error_in_words(lost):
     assert "Process 1 of 2 lost another one" in found["lost"]
     assert "Process 1 of 2 lost another one" in found["lost for good"]
     assert "Process 1 of 2 waited 100 s in vain" in found["timeout"]
+    assert found["out of memory"]
 
 
 def test_a_strategy_that_the_program_made_is_used(tmp_path):
