@@ -271,6 +271,12 @@ class Backend(Protocol):
         device; ``host_view`` takes them.
         """
 
+    def whole_value(self, variable: keras.Variable) -> np.ndarray:
+        """The value of a variable on the host, whole even if no process has all of it.
+
+        All processes call it alike, in the main thread.
+        """
+
     def spans_devices(self, variable: keras.Variable) -> bool:
         """Whether a variable's value is laid out over several devices, here or elsewhere."""
 

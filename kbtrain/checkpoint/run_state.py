@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -389,9 +390,27 @@ def _arrays_of(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
         ) from None
 
 
-def save_keras_file(model: keras.Model, path: Path) -> None:
-    """Write ``model`` as a ``.keras`` file, atomically."""
-    with writing(path) as temporary, tensorflow_import.not_imported():
+def divided_variables(backend: Backend, model: keras.Model) -> list[keras.Variable]:
+    """The variables, of which no process has all, that are saved with ``model``."""
+    optimizer = getattr(model, "optimizer", None)
+    saved = [*model.variables, *(optimizer.variables if optimizer else [])]
+    return [v for v in saved if backend.owned_blocks(v) is not None]
+
+
+def save_keras_file(
+    model: keras.Model,
+    path: Path,
+    values: Sequence[tuple[keras.Variable, np.ndarray]] = (),
+) -> None:
+    """Write ``model`` as a ``.keras`` file, atomically.
+
+    Args:
+        model: The model.
+        path: The file.
+        values: The values of variables that are divided among processes.
+    """
+    whole = keras.StatelessScope(list(values)) if values else contextlib.nullcontext()
+    with writing(path) as temporary, tensorflow_import.not_imported(), whole:
         model.save(temporary)
 
 

@@ -90,16 +90,20 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
         )
     check_local("output_dir", output_dir)
     target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
-    if not trainer.args.should_save:
-        return target if target.suffix == ".keras" else target / "model.keras"
-    if target.suffix != ".keras":
+    writes, folder = trainer.args.should_save, target.suffix != ".keras"
+    divided = run_state.divided_variables(trainer.backend, trainer.model)
+    if folder and writes:
         save_text(target / "training_args.json", trainer.args.to_json_string() + "\n")
         with explained(target):
             processing.save_processing_class(trainer.processing_class, target)
-        target = target / "model.keras"
+    target = target / "model.keras" if folder else target
+    if not writes and not divided:
+        return target
     optimizer = trainer.optimizer if trainer.training_weights else None
     with swapped_in(optimizer, trainer.model.variables):
-        run_state.save_keras_file(trainer.model, target)
+        values = [(v, trainer.backend.whole_value(v)) for v in divided]
+        if writes:
+            run_state.save_keras_file(trainer.model, target, values)
     return target
 
 

@@ -15,7 +15,12 @@ from helpers_saving import At
 from kbtrain import Trainer, backends, load_weights
 from kbtrain.checkpoint import CheckpointStore, distributed, plan_restore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
-from kbtrain.checkpoint.run_state import gather_model, model_variables, restore_model
+from kbtrain.checkpoint.run_state import (
+    gather_model,
+    model_variables,
+    restore_model,
+    save_keras_file,
+)
 from kbtrain.checkpoint.storage import blocks
 from kbtrain.checkpoint.storage.folder_writer import Contents
 from kbtrain.errors import CheckpointMismatchError
@@ -213,6 +218,19 @@ def test_any_variable_takes_its_values_from_blocks(source):
         backends.load().assign_blocks(variable, stored[variable.path].read_block)
         value = keras.ops.convert_to_numpy(variable.value)
         np.testing.assert_array_equal(value, stored[variable.path])
+
+
+def test_a_keras_file_has_the_values_that_no_process_has_whole(tmp_path):
+    model = build()
+    before = weights(model)
+    values = [(v, np.full(v.shape, 7, "float32")) for v in model.weights]
+    save_keras_file(model, tmp_path / "a.keras", values)
+    saved = keras.saving.load_model(tmp_path / "a.keras")
+    assert all((value == 7).all() for value in saved.get_weights())
+    assert same(weights(model), before)
+    for variable in model.weights:
+        value = keras.ops.convert_to_numpy(variable.value)
+        np.testing.assert_array_equal(backends.load().whole_value(variable), value)
 
 
 def test_values_are_cast_and_checked_before_any_is_assigned(source):

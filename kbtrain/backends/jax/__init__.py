@@ -65,6 +65,7 @@ from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,
     owned_blocks,
     spans_devices,
+    whole_value,
 )
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten

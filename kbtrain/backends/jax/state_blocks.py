@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kbtrain.utils.array_blocks import Block, OwnedBlocks, ReadBlock
 
@@ -23,6 +24,14 @@ def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
         if shard.replica_id == 0
     ]
     return OwnedBlocks(tuple(value.shape), np.dtype(value.dtype), blocks)
+
+
+def whole_value(variable: keras.Variable) -> np.ndarray:
+    """The value of a variable on the host, whole even if no process has all of it."""
+    value = variable.value
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
 
 
 def spans_devices(variable: keras.Variable) -> bool:

@@ -66,6 +66,7 @@ from kbtrain.backends.tensorflow.state_blocks import (  # noqa: F401
     assign_blocks,
     owned_blocks,
     spans_devices,
+    whole_value,
 )
 from kbtrain.utils.keras_private import read_values, stateless_scope
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 
+from kbtrain.backends.torch.device import host_view
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
 
 
 def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
     """The blocks of a variable that this process saves; None, as its value is whole here."""
     return None
+
+
+def whole_value(variable: keras.Variable) -> np.ndarray:
+    """The value of a variable on the host, where it is whole."""
+    return np.array(host_view(variable.value))
 
 
 def spans_devices(variable: keras.Variable) -> bool:
