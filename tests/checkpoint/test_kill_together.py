@@ -9,6 +9,8 @@ import sys
 import pytest
 from paths import ROOT, SUPPORT
 
+pytestmark = pytest.mark.neutral
+
 SAVED, ALONE, KILLED = 0, 3, -signal.SIGKILL
 OLD, NEW = [5, [5]], [10, [10]]
 

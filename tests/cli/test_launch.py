@@ -14,6 +14,8 @@ from kbtrain.distributed.environment import detect
 from kbtrain.distributed.launch.rendezvous import Node
 from kbtrain.errors import ConfigurationError
 
+pytestmark = pytest.mark.neutral
+
 QUICK = (
     "from kbtrain.distributed.launch import local_processes\n"
     "local_processes.GRACE_SECONDS = local_processes.TERMINATION_SECONDS = 0.2\n"

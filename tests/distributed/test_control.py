@@ -18,6 +18,8 @@ from kbtrain.distributed.control.reports import Report, process_state
 from kbtrain.distributed.control.server import ControlServer
 from kbtrain.utils.processes import ProcessGroup
 
+pytestmark = pytest.mark.neutral
+
 RAISE = "channel.done(error); raise error"  # as fit does
 RESTORED_HOOK = "barrier = 60; sys.excepthook = sys.__excepthook__; raise ValueError('bad sample')"
 

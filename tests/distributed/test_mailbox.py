@@ -10,7 +10,7 @@ from kbtrain.distributed.control.mailbox import Mailbox
 from kbtrain.errors import DistributedError
 from kbtrain.utils.processes import ProcessGroup
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.neutral]
 
 SIZE = 3
 
