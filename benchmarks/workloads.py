@@ -121,18 +121,18 @@ def _integers(high: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, high, shape).astype("int32")
 
 
-def _texts(size: GptSize) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+def texts(size: GptSize) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     shape = size.vocabulary, size.length
     return lambda n: (_integers(shape[0], n, shape[1]), _integers(shape[0], n, shape[1]))
 
 
 WORKLOADS = {
     "mlp": Workload(mlp, 32, 1000, lambda n: (_normal(n, 16), _integers(4, n))),
-    "gpt": Workload(gpt, 8, 8, _texts(SMALL), SMALL),
+    "gpt": Workload(gpt, 8, 8, texts(SMALL), SMALL),
     "convnet": Workload(convnet, 64, 12, lambda n: (_normal(n, 32, 32, 3), _integers(10, n))),
     "recommender": Workload(
         recommender, 256, 12, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
     ),
     # For a GPU: 124 million parameters.
-    "gpt124m": Workload(lambda: gpt(MILLIONS_124), 8, 8, _texts(MILLIONS_124), MILLIONS_124),
+    "gpt124m": Workload(lambda: gpt(MILLIONS_124), 8, 8, texts(MILLIONS_124), MILLIONS_124),
 }
