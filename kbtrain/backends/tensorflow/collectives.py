@@ -146,7 +146,7 @@ def naming_failures(members: Members) -> Iterator[None]:
         named = _named(error, members)
         if named is None:
             raise
-        raise named from error
+        raise named from None  # TensorFlow's own lines say no more
 
 
 def _named(error: tf.errors.OpError, members: Members) -> DistributedError | None:
@@ -154,11 +154,12 @@ def _named(error: tf.errors.OpError, members: Members) -> DistributedError | Non
     if not _OF_COLLECTIVES.search(text) or isinstance(error, tf.errors.ResourceExhaustedError):
         return None
     where = f"Process {members.rank} of {members.size}"
+    reason = re.sub(r"\{\{.*?\}\} *", "", first_lines(error, 1))  # the names of nodes
     if "mismatch" in text.lower():
         return DistributedError(
             f"The processes run different steps: {where} adds up tensors of other shapes than "
             "another one. All processes must be started with the same program, arguments and data "
-            f"({first_lines(error, 1)})."
+            f"({reason})."
         )
     if "timed out" in text:
         return DistributedError(
@@ -168,7 +169,7 @@ def _named(error: tf.errors.OpError, members: Members) -> DistributedError | Non
         )
     return DistributedError(
         f"{where} lost another one in a collective operation: that process ended, or the network "
-        f"between them failed ({first_lines(error, 1)}). The output of the others says more."
+        f"between them failed ({reason}). The output of the others says more."
     )
 
 
