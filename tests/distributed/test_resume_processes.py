@@ -116,8 +116,8 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path, whole, 
 @pytest.mark.cross
 def test_other_processes_on_other_backends(tmp_path):
     task = {"folder": tmp_path / "moved", "dropout": 0.0}
-    for size, backend, stop in [(2, "torch", 3), (1, "tensorflow", 5), (2, "jax", 8)]:
+    for size, backend, stop in [(2, "torch", 3), (1, "tensorflow", 6), (2, "jax", 9)]:
         in_processes(size, task | {"stop": stop}, backend=backend)
     (found,) = in_processes(2, task, backend="tensorflow")
-    assert moving.beginnings(task["folder"]) == [(0, 2), (3, 1), (5, 2), (8, 2)]
+    assert moving.beginnings(task["folder"]) == [(0, 2), (3, 1), (6, 2), (9, 2)]
     assert_close(found, moving.train(tmp_path / "whole", dropout=0.0), 1e-5)
