@@ -110,7 +110,7 @@ def __getattr__(name: str) -> Any:
             raise ImportError(f"kbtrain has no {name!r}. {reason}")
         raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
     # Under a launcher: JAX and TensorFlow must join the other processes before the first tensor.
-    importlib.import_module("kbtrain.distributed").initialize()
+    importlib.import_module("kbtrain.distributed").initialize(launched_only=True)
     value = getattr(importlib.import_module(f"kbtrain.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kbtrain.utils import processes
@@ -28,8 +29,12 @@ _channel: Channel | None = None
 _peers: Peers | None = None
 
 
-def initialize() -> ProcessGroup:
+def initialize(launched_only: bool = False) -> ProcessGroup:
     """Join the processes that a launcher started, once. A program may be alone: a group of one.
+
+    Args:
+        launched_only: Whether to leave aside processes that the program itself has joined by its
+            framework, which is then not imported.
 
     Returns:
         The processes, and the place of this one among them.
@@ -44,14 +49,14 @@ def initialize() -> ProcessGroup:
     from kbtrain.distributed import environment, ray
 
     group = ray.detect() or environment.detect(os.environ)
-    if group is None and "keras" not in sys.modules:
+    if group is None and launched_only:
         return processes.ALONE
     from kbtrain import backends
 
     backend = backends.load()
     joined = backend.joined_processes()
     if joined is not None:
-        group = _joined(*joined, group)
+        group = _joined(*joined, group, backend.exchange)
     elif group is not None:
         backend.start_processes(group, TIMEOUT)
     if group is None:
@@ -117,10 +122,15 @@ def _is_child() -> bool:
     return os.environ.get(_JOINED, str(os.getpid())) != str(os.getpid())
 
 
-def _joined(rank: int, size: int, found: ProcessGroup | None) -> ProcessGroup:
+def _joined(
+    rank: int,
+    size: int,
+    found: ProcessGroup | None,
+    exchange: Callable[[bytes], list[bytes]],
+) -> ProcessGroup:
     """The group that another program has joined; the variables of a launcher may say more."""
+    hosts = exchange(socket.gethostname().encode())
     if found is not None and (found.rank, found.size) == (rank, size):
         return found
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local, local_size = hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
     return ProcessGroup(rank, size, local, local_size, launcher="this program")
