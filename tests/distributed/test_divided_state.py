@@ -92,10 +92,8 @@ print("RESULTS", json.dumps(results))
 PROCESSES = (
     HEAD
     + """
-two, own = ["cpu:0", "cpu:1"], f"{folder}/{current().rank}"
-results = {"replicated": run(two, folder=own)}
-saving = dict(folder=folder + "/saved", save_strategy="steps", save_steps=8)
-results["fsdp"] = run(two, fsdp=True, fsdp_config=small, **saving)
+saving = dict(folder=folder + "/saved", save_strategy="steps", save_steps=4, max_steps=4)
+results = {"fsdp": run(["cpu:0", "cpu:1"], fsdp=True, fsdp_config=small, **saving)}
 print("RESULTS", json.dumps(results))
 """
 )
@@ -169,10 +167,9 @@ def test_two_processes_of_two_devices_give_the_numbers_of_one(results, tmp_path)
     script.write_text(PROCESSES)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     ended = run_processes(2, script, str(tmp_path), more=flags, timeout=600)
-    first, second = (read(each.output) for each in ended)
+    first, second = (read(each.output)["fsdp"] for each in ended)
     assert first == second
-    assert_close(first["replicated"], results["one"])
-    assert_close(first["fsdp"], results["one"])
-    assert first["fsdp"]["layouts"]["up/kernel"] == ["fsdp", None]
-    assert first["fsdp"]["share"] < 0.27
-    assert len(list((tmp_path / "saved").glob("checkpoint-16/model*.h5"))) == 2
+    np.testing.assert_allclose(first["losses"], results["one"]["losses"][:4], 2e-6, 2e-6)
+    assert first["layouts"]["up/kernel"] == ["fsdp", None]
+    assert first["share"] < 0.27
+    assert len(list((tmp_path / "saved/checkpoint-4").glob("model-p*.h5"))) == 2
