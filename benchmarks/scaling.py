@@ -127,6 +127,7 @@ def _environments(contender: Contender) -> list[dict[str, str]]:
     flags += f"--xla_force_host_platform_device_count={contender.devices}"
     common = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     common |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": flags}
+    common |= {"TF_NUM_INTRAOP_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     common |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     if contender.backend:
         common["KERAS_BACKEND"] = contender.backend

@@ -79,10 +79,6 @@ def kbtrain(rounds: Rounds, devices: int) -> None:
         _count_torch(rounds)
     elif backend == "jax":
         _count_jax(rounds, devices * processes())
-    else:
-        import tensorflow
-
-        tensorflow.config.threading.set_intra_op_parallelism_threads(1)
     model, x, y, loss = _keras_model()
     rounds.facts["parameters"] = model.count_params()
     names = ",".join(f"cpu:{i}" for i in range(devices))
