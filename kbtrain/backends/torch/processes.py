@@ -151,7 +151,7 @@ def _buckets(tensors: list[torch.Tensor]) -> list[list[int]]:
 def _start_sum(flat: torch.Tensor) -> torch.Tensor:
     if flat.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
         raise TypeError(f"A sum over processes needs a wider type than {flat.dtype}.")
-    result: torch.Tensor = torch.ops._c10d_functional.all_reduce(flat, "sum", _group_name())
+    result: torch.Tensor = torch.ops._c10d_functional.all_reduce_(flat, "sum", _group_name())
     return result
 
 

@@ -27,6 +27,7 @@ from kbtrain.backends.torch.capture.aliasing import (
 from kbtrain.backends.torch.capture.codegen import FunctionSource
 from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
 from kbtrain.backends.torch.capture.large_gradients import KeptMemory, keep_gradients
+from kbtrain.backends.torch.capture.overlap import start_early
 from kbtrain.backends.torch.capture.predication import drop_selections
 from kbtrain.backends.torch.capture.simplify import (
     delay_assignments,
@@ -135,9 +136,9 @@ def make_program(
     constants = {n: getattr(module, str(n.target)) for n in nodes if n.op == "get_attr" and n.users}
     needed = [*returned, *(n for node in late for n in node.all_input_nodes), *conditions]
     results = list(dict.fromkeys(n for n in needed if n in pure_set))
-    region = PureRegion(
-        placeholders, constants, _erase_unused(module.graph, pure, results), results
-    )
+    used = start_early(_erase_unused(module.graph, pure, results), analysis)
+    results += [n for n in used if is_collective(n) and not n.users]  # or inductor drops them
+    region = PureRegion(placeholders, constants, used, results)
     compiled = _inductor(region, examples) if inductor else None
 
     source = FunctionSource(
@@ -167,6 +168,8 @@ def _reason_to_wait(nodes: Sequence[Node], changed: set[Node]) -> str | None:
     if any(node.op == "get_attr" for node in changed):
         return "it changes a tensor that is no variable"
     for node in nodes:
+        if is_collective(node):
+            return "processes exchange tensors in it"
         if _reads_value(node):
             return "a number is read from a tensor"
         if _UNSAFE in getattr(node.target, "tags", ()):
@@ -189,7 +192,8 @@ def _sort(
 
     Each list keeps the recorded order. A node may move before the state changes if it neither reads
     memory they have written (the state, or a tensor that a fused optimizer updates in place) nor
-    overwrites memory they have read, and reads no value on the host.
+    overwrites memory they have read, and reads no value on the host. Collective operations stay in
+    their order among each other.
     """
     owners = analysis.owners
     changed: set[Node] = set()
@@ -209,6 +213,7 @@ def _sort(
         written = _written(node, analysis)
         read = {owner for source in node.all_input_nodes for owner in owners(source)}
         waits = read & changed or any(source in late for source in node.all_input_nodes)
+        waits = waits or (is_collective(node) and any(map(is_collective, late)))
         unmovable = any(map(_is_state, written)) or written & read_late
         if unmovable or waits or _reads_value(node):
             late[node] = None
