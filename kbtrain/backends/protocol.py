@@ -254,6 +254,40 @@ class Backend(Protocol):
         The shapes are the same on all shards. Not differentiable.
         """
 
+    def sum_to_owners(self, tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+        """Like ``all_sum``, where each sum is needed by one process; not differentiable.
+
+        Args:
+            tensors: Tensors of the same shapes on all processes.
+            owners: The rank of the process that needs the sum, for each.
+
+        Returns:
+            The sums for which this process is the owner, and None in place of the others.
+        """
+
+    def gather_from_owners(self, tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+        """Each tensor as its owner has it, inside or between steps.
+
+        Args:
+            tensors: This process's values; the others have the same shapes and dtypes.
+            owners: The rank of the process whose value counts, for each.
+        """
+
+    def exchange_settings(
+        self, library: str | None, timeout: float, bucket_megabytes: float | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Context that applies settings of how processes exchange tensors.
+
+        Args:
+            library: The library that must be in use, "gloo" or "nccl"; None takes any.
+            timeout: Seconds that an operation may take.
+            bucket_megabytes: What one operation of ``all_sum`` carries at most; None is the
+                default.
+
+        Raises:
+            ConfigurationError: Another library is in use, or there are no such buckets.
+        """
+
     def copy_from_first(self, variables: Sequence[keras.Variable]) -> None:
         """Give variables the values that they have in process 0; all processes call it alike."""
 

@@ -27,12 +27,14 @@ from kbtrain.checkpoint import (
     restore,
     validated_json,
 )
+from kbtrain.checkpoint.divided_state import capture_divided, without_others
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
+from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils import rng, tensorflow_import
 from kbtrain.utils.array_blocks import OwnedBlocks
@@ -223,13 +225,7 @@ def gather_training(
     variables = model_variables(model)
     arrays = {
         **{
-            group: capture(
-                name_optimizer_variables(each.variables, variables)
-                | changing_variables.set_aside(each),
-                buffers,
-                group,
-                divided_only,
-            )
+            group: _capture_optimizer(each, variables, buffers, group, divided_only)
             for group, each in _optimizer_groups(optimizer, others).items()
         },
         "metrics": {str(i): value for i, value in enumerate(host_copies(metric_variables))},
@@ -237,6 +233,21 @@ def gather_training(
     }
     # A copy, because it is written while training continues.
     return arrays, {"progress": dataclasses.asdict(progress), "rng": rng_document}
+
+
+def _capture_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    buffers: HostBuffers | None,
+    group: str,
+    divided_only: bool,
+) -> dict[str, Any]:
+    named = name_optimizer_variables(optimizer.variables, variables)
+    named |= changing_variables.set_aside(optimizer)
+    if (division := division_of(optimizer)) is None:
+        return capture(named, buffers, group, divided_only)
+    model = name_variables(variables)
+    return capture_divided(division, named, model, buffers, group, divided_only)
 
 
 def restore_run(
@@ -269,15 +280,20 @@ def restore_run(
         )
     variables = model_variables(model)
     aside = [] if (known := trained_in(checkpoint)) is None else known[1]
-    model_plan = plan_restore(
-        name_variables(variables), _arrays_of(checkpoint, "model"), what="model"
-    )
+    named = name_variables(variables)
+    model_plan = plan_restore(named, _arrays_of(checkpoint, "model"), what="model")
+    kept = {
+        group: without_others(
+            division_of(each), _arrays_of(checkpoint, group), named, model_plan.names
+        )
+        for group, each in _optimizer_groups(optimizer, others).items()
+    }
     optimizer_plans = [
         plan_restore(
             name_optimizer_variables(each.variables, variables),
             {
                 k: v
-                for k, v in _arrays_of(checkpoint, group).items()
+                for k, v in kept[group].items()
                 if group != "optimizer" or k not in aside
             },
             what=group,
@@ -294,7 +310,8 @@ def restore_run(
     model_plan.apply()
     for plan in optimizer_plans:
         plan.apply()
-    arrays = {key: np.asarray(checkpoint.arrays["optimizer"][key]) for key in aside}
+    own = kept["optimizer"]
+    arrays = {key: np.asarray(own[key]) for key in aside if key in own}
     changing_variables.restore_aside(optimizer, arrays, model_plan.names)
     refresh_derived_values(model)
     saved = checkpoint.arrays.get("metrics", {})
@@ -327,7 +344,9 @@ def trained_document(
         optimizer: Its optimizer.
         at_start: The trainable flags when the run began.
     """
-    flags, aside = TrainableFlags.of(model), changing_variables.set_aside(optimizer)
+    flags, aside = TrainableFlags.of(model), list(changing_variables.set_aside(optimizer))
+    if (division := division_of(optimizer)) is not None:
+        aside = [key for part in division.gather(aside) for key in part]
     if flags == at_start and not aside:
         return None
     return {**flags.to_document(), "aside": sorted(aside)}

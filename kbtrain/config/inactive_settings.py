@@ -27,7 +27,9 @@ _SPLITTING = {
 _ALSO: dict[str, tuple[Any, ...]] = {
     "accelerator_config": (_SPLITTING,),
     "dataloader_in_order": (True,),
-    "ddp_timeout": (1800,),
+    "ddp_broadcast_buffers": (True,),
+    "ddp_find_unused_parameters": (True,),
+    "ddp_static_graph": (True,),
     "eval_use_gather_object": (0,),
     "fsdp_min_num_params": (0,),
     "hub_strategy": ("every_save",),
@@ -64,7 +66,6 @@ _OF_RENAMED: dict[str, tuple[Any, ...]] = {
 
 _BY_DEFAULT = {
     "dataloader_in_order": True,
-    "ddp_timeout": 1800,
     "hub_strategy": "every_save",
     "past_index": -1,
     "ray_scope": "last",

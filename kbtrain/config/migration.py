@@ -112,12 +112,12 @@ DROPPED: dict[str, str] = {
     + "gradient_accumulation_steps and dataloader_drop_last are fields of their own.",
     "dataloader_in_order": "The order of the data always depends only on the seed and the epoch. "
     "Remove it; train_sampling_strategy selects the order.",
-    "ddp_backend": _DDP,
-    "ddp_broadcast_buffers": _DDP,
-    "ddp_bucket_cap_mb": _DDP,
-    "ddp_find_unused_parameters": _DDP,
-    "ddp_static_graph": _DDP,
-    "ddp_timeout": _DDP,
+    "ddp_broadcast_buffers": "The state of layers is the same in all processes, since statistics "
+    "are those of the whole batch. Remove it; True and False are accepted.",
+    "ddp_find_unused_parameters": "A variable that the loss does not depend on has a zero gradient "
+    "in all processes. Remove it; True and False are accepted.",
+    "ddp_static_graph": "A step is captured once for each shape. Remove it; True and False are "
+    "accepted.",
     "deepspeed": "DeepSpeed supports PyTorch models only. Remove it; to save memory, use "
     "bf16=True and gradient_accumulation_steps.",
     "eval_use_gather_object": "Predictions are arrays (or nested structures of arrays). Remove it.",

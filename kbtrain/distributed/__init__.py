@@ -92,6 +92,12 @@ def get_peers() -> Peers | None:
     return _peers
 
 
+def set_timeout(seconds: float) -> None:
+    """Set how long processes wait for one that does not get on."""
+    if _channel is not None:
+        _channel.set_timeout(seconds)
+
+
 def at(place: str) -> None:
     """Record what this process does now, for the message if one of several fails.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.distributed.layouts import StateLayout, state_layout
@@ -124,8 +125,18 @@ def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> I
         float64.kept(model),
         backend.device_scope(args.chosen_device, _layout(backend, args)),
         backend.numerics(args.tf32, args.full_determinism),
+        _exchange_settings(backend, args),
     ):
         yield
+
+
+def _exchange_settings(
+    backend: Backend, args: TrainingArguments
+) -> contextlib.AbstractContextManager[None]:
+    if current().size == 1:
+        return contextlib.nullcontext()
+    distributed.set_timeout(args.ddp_timeout)
+    return backend.exchange_settings(args.ddp_backend, args.ddp_timeout, args.ddp_bucket_cap_mb)
 
 
 def check_processes(backend: Backend, args: TrainingArguments) -> None:
@@ -137,6 +148,8 @@ def check_processes(backend: Backend, args: TrainingArguments) -> None:
     size = current().size
     if size == 1:
         return
+    with _exchange_settings(backend, args):
+        pass
     if args.auto_find_batch_size:
         raise ConfigurationError(
             "auto_find_batch_size=True starts again where memory ends, which one of several "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 from keras import ops
@@ -18,6 +18,20 @@ from kbtrain.model.losses.pairs import LossPair
 from kbtrain.model.metrics import MetricSet
 
 
+class Owners(Protocol):
+    """Which process updates which variable (see ``kbtrain.optimization.division``)."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+
+    def owners(self, variables: Sequence[keras.Variable]) -> list[int]:
+        """The rank of the owner of each variable."""
+
+    def distribute(self, variables: Sequence[keras.Variable]) -> None:
+        """Give each variable the value that its owner has."""
+
+
 class OverShards:
     """Adds up results, gradients and states over processes. With one it changes nothing.
 
@@ -25,10 +39,15 @@ class OverShards:
         backend: The backend in use.
         metrics: The metrics that the step updates, if any.
         trainable: The variables that it differentiates.
+        division: Which process needs the gradient of which variable; None if each needs all.
     """
 
     def __init__(
-        self, backend: Backend, metrics: MetricSet | None, trainable: Sequence[keras.Variable]
+        self,
+        backend: Backend,
+        metrics: MetricSet | None,
+        trainable: Sequence[keras.Variable],
+        division: Owners | None = None,
     ) -> None:
         self._backend, self._metrics = backend, metrics
         self._replaced = [is_overwritten(v) for v in trainable]
@@ -36,6 +55,10 @@ class OverShards:
         own = [] if metrics is None or not metrics.adds_up else metrics.variables
         self._added_up = {id(v) for v in own}
         self.several = backend.shards() > 1
+        self._trainable = list(trainable)
+        self._division = division
+        self._owners = None if division is None else division.owners(trainable)
+        self._rank = 0 if division is None else division.rank
 
     def counted(self, count: Callable[[Any, int], Any], chunk: Mapping[str, Any]) -> Any:
         """The number of labels in this process's rows of a chunk."""
@@ -148,7 +171,8 @@ class OverShards:
             metrics_before: The result of ``begin_metrics``.
 
         Returns:
-            The loss, the gradients, and the new states of the metrics, which are not assigned yet.
+            The loss, the gradients (of the variables that this process updates), and the new
+            states of the metrics, which are not assigned yet.
         """
         if not self.several:
             return result, list(gradients), []
@@ -160,7 +184,14 @@ class OverShards:
             variable.assign(value)
         own = summands(result)
         proper = [g for g, whole in zip(gradients, self._replaced, strict=True) if not whole]
-        sums = iter(self._backend.all_sum([*own, *gained, *proper]))
+        if self._owners is None:
+            sums = iter(self._backend.all_sum([*own, *gained, *proper]))
+        else:
+            owners = [
+                o for o, whole in zip(self._owners, self._replaced, strict=True) if not whole
+            ]
+            mine = self._backend.sum_to_owners(proper, owners)
+            sums = iter([*self._backend.all_sum([*own, *gained]), *mine])
         result = from_sums(result, sums)
         states = [
             (v, value + next(sums))
@@ -170,7 +201,33 @@ class OverShards:
             self._largest(g) if whole else next(sums)
             for g, whole in zip(gradients, self._replaced, strict=True)
         ]
-        return result, new, states
+        return result, self.owned(new), states
+
+    def owned(self, values: Sequence[Any]) -> list[Any]:
+        """Of values for all trained variables, those of the variables that this process updates."""
+        if self._owners is None:
+            return list(values)
+        return [x for x, owner in zip(values, self._owners, strict=True) if owner == self._rank]
+
+    def global_norm(self, gradients: Sequence[Any]) -> Any:
+        """The norm of all gradients, from those of this process."""
+        if self._owners is None:
+            return self._backend.global_norm(gradients)
+        wide = any(keras.backend.standardize_dtype(v.dtype) == "float64" for v in self._trainable)
+        dtype = "float64" if wide else "float32"
+        norm = self._backend.global_norm(gradients) if gradients else ops.zeros((), dtype)
+        return ops.sqrt(self.sum(ops.square(ops.cast(norm, dtype))))
+
+    def agreed(self, condition: Any) -> Any:
+        """Whether a condition holds on all processes that update different variables."""
+        if self._owners is None:
+            return condition
+        return ops.equal(self.sum(ops.cast(ops.logical_not(condition), "int32")), 0)
+
+    def distribute(self) -> None:
+        """Give each variable the value that its owner has computed."""
+        if self._division is not None:
+            self._division.distribute(self._trainable)
 
     def _largest(self, value: Any) -> Any:
         return ops.max(self._backend.all_gather([value])[0], axis=0)

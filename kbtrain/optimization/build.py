@@ -11,6 +11,7 @@ import keras
 from kbtrain.config.converters import thaw
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
+from kbtrain.optimization.division import division_of, own_variables
 
 logger = logging.getLogger("kbtrain")
 
@@ -83,14 +84,25 @@ def build_optimizer_state(
     if optimizer.built:
         _check_state_fits(optimizer, model)
         return
+    trained = model.trainable_variables
     try:
-        optimizer.build(model.trainable_variables)
+        if division_of(optimizer) is not None:
+            _check_names(optimizer, trained)
+        optimizer.build(own_variables(optimizer, trained))
     except ValueError as error:
         if has_groups:
             raise ConfigurationError(str(error)) from None
         raise ConfigurationError(f"{type(optimizer).__name__}: {error}") from error
     if has_groups and hasattr(optimizer, "parameter_groups_table"):
         logger.info("Parameter groups:\n%s", optimizer.parameter_groups_table())
+
+
+def _check_names(optimizer: Any, variables: Sequence[keras.Variable]) -> None:
+    """Let optimizers look for the variables that they name among all, not only in a part."""
+    while optimizer is not None:
+        if hasattr(optimizer, "check_variables"):
+            optimizer.check_variables(variables)
+        optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
 def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:

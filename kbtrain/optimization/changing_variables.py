@@ -17,6 +17,7 @@ import keras
 
 from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.model.variable_names import name_optimizer_variables, name_variables
+from kbtrain.optimization.division import own_variables
 
 logger = logging.getLogger("kbtrain")
 
@@ -64,7 +65,7 @@ def sync_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) ->
     Raises:
         ConfigurationError: The optimizer cannot be rebuilt.
     """
-    trained = list(model.trainable_variables)
+    trained = own_variables(optimizer, model.trainable_variables)
     known = _known(optimizer)
     if known is None or [id(v) for v in known] == [id(v) for v in trained]:
         return False
@@ -100,7 +101,7 @@ def sync_variables(optimizer: keras.optimizers.Optimizer, model: keras.Model) ->
 def has_all(optimizer: Any, model: keras.Model) -> bool:
     """Whether a built optimizer has all trainable variables of ``model``."""
     known = {id(v) for v in _known(optimizer) or ()}
-    return all(id(v) in known for v in model.trainable_variables)
+    return all(id(v) in known for v in own_variables(optimizer, model.trainable_variables))
 
 
 def _log_changes(before: list[keras.Variable], after: list[keras.Variable]) -> None:

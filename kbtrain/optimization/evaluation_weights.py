@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from kbtrain.optimization.division import division_of
 from kbtrain.utils.fallback import PrivateApi
 
 
@@ -28,10 +29,30 @@ def swapped_in(optimizer: Any, variables: Sequence[keras.Variable]) -> Iterator[
     Yields:
         Whether there are evaluation weights; if not, nothing is changed.
     """
-    source = _source(optimizer)
+    source, division = _source(optimizer), division_of(optimizer)
     if source is None:
         yield False
-    elif hasattr(source, "swap_in_evaluation_weights"):
+    elif division is not None:
+        others = division.others([v for v in variables if v.trainable])
+        before = [_copy(v) for v in others]
+        with _own_swapped_in(source, variables) as swapped:
+            swapped = any(division.gather(swapped))
+            if swapped:
+                division.distribute([v for v in variables if v.trainable])
+            try:
+                yield swapped
+            finally:
+                for variable, value in zip(others, before, strict=True):
+                    variable.assign(value)
+    else:
+        with _own_swapped_in(source, variables) as swapped:
+            yield swapped
+
+
+@contextlib.contextmanager
+def _own_swapped_in(source: Any, variables: Sequence[keras.Variable]) -> Iterator[bool]:
+    """``swapped_in`` for the variables that the optimizer updates in this process."""
+    if hasattr(source, "swap_in_evaluation_weights"):
         swapped = source.swap_in_evaluation_weights()
         try:
             yield swapped
@@ -52,6 +73,12 @@ def swapped_in(optimizer: Any, variables: Sequence[keras.Variable]) -> Iterator[
 
 def finalize(optimizer: Any, variables: list[keras.Variable]) -> None:
     """Assign the evaluation weights permanently, as Keras does at the end of ``fit``."""
+    _finalize_own(optimizer, variables)
+    if (division := division_of(optimizer)) is not None and _source(optimizer) is not None:
+        division.distribute(variables)
+
+
+def _finalize_own(optimizer: Any, variables: list[keras.Variable]) -> None:
     source = _source(optimizer)
     if source is not None and not hasattr(source, "swap_in_evaluation_weights"):
         # Keras' own method fails on TensorFlow for variables without an average.

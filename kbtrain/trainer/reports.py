@@ -16,6 +16,7 @@ from kbtrain.checkpoint import run_state
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data.plain_values import plain_values
 from kbtrain.errors import ConfigurationError
+from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils.local_path import check_local
 from kbtrain.utils.output_files import explained, read_json, save_json, save_text, writing
@@ -97,9 +98,9 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
         with explained(target):
             processing.save_processing_class(trainer.processing_class, target)
     target = target / "model.keras" if folder else target
-    if not writes and not divided:
-        return target
     optimizer = trainer.optimizer if trainer.training_weights else None
+    if not writes and not divided and division_of(optimizer) is None:
+        return target
     with swapped_in(optimizer, trainer.model.variables):
         values = [(v, trainer.backend.whole_value(v)) for v in divided]
         if writes:

@@ -27,6 +27,7 @@ from kbtrain.model.variables import unique
 from kbtrain.model.wrappers import gradient_checkpointing, neftune
 from kbtrain.model.wrappers.debug_overflow import Diagnosis
 from kbtrain.optimization import changing_variables, evaluation_weights, metric_driven
+from kbtrain.optimization.division import division_of
 from kbtrain.training import actions, best_model, custom_step_arguments
 from kbtrain.training.agreement import Agreement, check_alike
 from kbtrain.training.build_step import live_train_step, trained_variables
@@ -213,7 +214,8 @@ def start_alike(trainer: TrainerBase, optimizer: keras.optimizers.Optimizer) -> 
         return
     variables = [*run_state.model_variables(trainer.model), *trainer.bound.metric_variables]
     for each in (optimizer, *trainer.other_optimizers.values()):
-        variables += each.variables
+        if division_of(each) is None:
+            variables += each.variables
     trainer.backend.copy_from_first(unique([*variables, rng.global_seed_variable()]))
     trainer.alike = True
 

@@ -10,9 +10,12 @@ import keras
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import custom_steps, precision
+from kbtrain.model.variables import unique
 from kbtrain.optimization import build, metric_driven, registry
+from kbtrain.optimization.division import Division, division_of, set_division
 from kbtrain.optimization.factory import RATE, RULE, _innermost, make_schedule
 from kbtrain.training.trainer_base import TrainerBase
+from kbtrain.utils.processes import current
 
 logger = logging.getLogger("kbtrain")
 
@@ -48,8 +51,31 @@ def build_optimizer(trainer: TrainerBase, max_steps: int) -> keras.optimizers.Op
     trainer.other_optimizers = custom_steps.optimizers_of(trainer.model) if own_step else {}
     if own_step:  # it has built its own state
         return given
+    _divide_state(trainer, given)
     build.build_optimizer_state(given, trainer.model, bool(args.parameter_groups))
     return given
+
+
+def _divide_state(trainer: TrainerBase, optimizer: keras.optimizers.Optimizer) -> None:
+    """Decide which process keeps the optimizer's state of which variable, if they share it.
+
+    Raises:
+        ConfigurationError: The optimizer has all of its state already, or cannot be divided.
+    """
+    backend, model = trainer.backend, trainer.model
+    if trainer.args.fsdp != "shard_grad_op" or backend.HAS_MESHES or current().size == 1:
+        return
+    if optimizer.built:
+        if division_of(optimizer) is None:
+            raise ConfigurationError(
+                "fsdp='shard_grad_op' divides the state of the optimizer among the processes, and "
+                f"this one ({type(optimizer).__name__}) has been built with all of it. Pass an "
+                "optimizer that has not been used."
+            )
+        return
+    # Slots may start from the weights, of which each process has drawn its own.
+    backend.copy_from_first(unique(model.variables))
+    set_division(optimizer, Division(backend, model, current()))
 
 
 def why_total_is_needed(trainer: TrainerBase) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kbtrain.backends.protocol import Backend
@@ -21,6 +22,7 @@ from kbtrain.model.losses.output_losses import LossTerms, added_up, counts_of, m
 from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
 from kbtrain.model.metrics import MetricSet
 from kbtrain.model.over_shards import OverShards
+from kbtrain.optimization.division import division_of
 from kbtrain.utils.float64 import float_dtype
 
 
@@ -73,12 +75,15 @@ def make_train_step(
     # A loss-scaling optimizer handles overflowing gradients itself, so only the loss is checked.
     scales_itself = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     replaced = [is_overwritten(v) for v in trainable]
+    division = division_of(optimizer)
+    shards = OverShards(backend, metrics, trainable, division)
+    updated = shards.owned(trainable)
+    given_whole = shards.owned(replaced)
     # float8 layers calibrate to the gradients of Keras' loss, which is a mean. A loss scale also
     # assumes a mean: the gradient of a sum would overflow float16 needlessly.
     of_mean = scales_itself or any(replaced)
-    state = [*trainable, *optimizer.variables]
+    state = [*updated, *optimizer.variables]
     trained = {id(v) for v in trainable}
-    shards = OverShards(backend, metrics, trainable)
 
     def differentiate(
         batch: Any, num_items: Any, counts: Mapping[str, Any] | None = None
@@ -207,8 +212,8 @@ def make_train_step(
                 metric_inputs = None
         result, gradients, metric_states = shards.sum_all(result, gradients, metrics_before)
 
-        proper = [g for g, whole in zip(gradients, replaced, strict=True) if not whole]
-        norm = backend.global_norm(proper)
+        proper = [g for g, whole in zip(gradients, given_whole, strict=True) if not whole]
+        norm = shards.global_norm(proper)
         if isinstance(result, LossTerms):
             loss, extras = value_of(result, counts_of(result)), means_of(result)
             per_item = as_dtype_of(1.0, norm)
@@ -221,13 +226,18 @@ def make_train_step(
         factor = per_item
         if max_grad_norm > 0:
             factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        if scales_itself and division is not None:
+            # The optimizer looks for an overflow in the gradients that it gets.
+            factor = ops.where(ops.isfinite(norm), factor, np.nan)
         learning_rate = as_float(optimizer.learning_rate)
         finite = ops.isfinite(loss)
         if not scales_itself:
             finite = ops.logical_and(finite, ops.isfinite(norm))
-            for new_value, whole in zip(gradients, replaced, strict=True):
+            for new_value, whole in zip(gradients, given_whole, strict=True):
                 if whole:
                     finite = ops.logical_and(finite, ops.all(ops.isfinite(new_value)))
+            if any(replaced):
+                finite = shards.agreed(finite)
 
         # A layer may assign its own weights: the optimizer updates the new values.
         own = [(v, value) for v, value in updates if id(v) in trained]
@@ -236,7 +246,7 @@ def make_train_step(
         def apply() -> None:
             for variable, value in own:
                 variable.assign(value)
-            backend.apply_optimizer(optimizer, gradients, factor, trainable)
+            backend.apply_optimizer(optimizer, gradients, factor, updated)
 
         if on_nonfinite == "ignore":
             good = ops.ones_like(finite)
@@ -246,6 +256,7 @@ def make_train_step(
             backend.run_if(good, apply, state)
             if undo_if is not None:
                 undo_if(ops.logical_not(good))
+        shards.distribute()
         backend.commit_if(good, updates)
         backend.commit_if(good, metric_states)
         if metric_inputs is not None:

@@ -75,18 +75,24 @@ class LowRank(Optimizer):
         Raises:
             ValueError: If one of `target_modules` matches none of them.
         """
+        self._check_targets(variables)
+        super().build(variables)
+
+    def check_variables(self, variables: Sequence[Any]) -> None:
+        """See `Optimizer.check_variables`; this includes `target_modules`."""
+        self._check_targets(variables)
+        super().check_variables(variables)
+
+    def _check_targets(self, variables: Sequence[Any]) -> None:
+        if self._has_been_built:  # they were checked when all variables were trained
+            return
         paths = [path_of(variable) for variable in variables]
         for pattern in self._targets or ():
-            if (
-                self._has_been_built
-            ):  # after layers were frozen: the patterns were checked when all were trained
-                break
             if paths and not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
                     f"`target_modules`: {pattern!r} is found in no variable's path. Paths look "
                     f"like {paths[0]!r}. Received: target_modules={self.target_modules}"
                 )
-        super().build(variables)
 
     def rule_for(self, variable: Any) -> Optimizer:
         """This rule for the matrices it is meant for, AdamW's for the rest.

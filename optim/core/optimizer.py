@@ -252,6 +252,15 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
             self._check_decay_of_groups(variables)
         self._has_been_built = True
 
+    def check_variables(self, variables: Sequence[Any]) -> None:
+        """Check the names in the arguments, where `build` gets a part of the variables only.
+
+        Args:
+            variables: All of them, whose state several processes divide.
+        """
+        assign(self._parameter_groups, variables, strict=not self._has_been_built)
+        self._has_been_built = True
+
     def _resolve_rule(self, variable: Any) -> Optimizer:
         rule = self.rule_for(variable)
         return self if rule is self else rule._resolve_rule(variable)

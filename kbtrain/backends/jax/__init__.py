@@ -54,11 +54,14 @@ from kbtrain.backends.jax.processes import (  # noqa: F401
     all_sum,
     copy_from_first,
     exchange,
+    exchange_settings,
+    gather_from_owners,
     joined_processes,
     local_rows,
     shards,
     start_processes,
     stop_processes,
+    sum_to_owners,
 )
 from kbtrain.backends.jax.scope import Scope, context, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401

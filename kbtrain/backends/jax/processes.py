@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rows import LocalRows, whole
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
@@ -209,6 +210,27 @@ def all_sum(tensors: Sequence[Any]) -> list[Any]:
 def all_gather(tensors: Sequence[Any]) -> list[Any]:
     """Each tensor of all shards along a new first axis."""
     return [keras.ops.expand_dims(tensor, 0) for tensor in tensors]
+
+
+def sum_to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """The sums over all shards of the tensors, of which a step sees all."""
+    return list(tensors)
+
+
+def gather_from_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """Each tensor as its owner has it, which is the same everywhere."""
+    return list(tensors)
+
+
+@contextlib.contextmanager
+def exchange_settings(
+    library: str | None, timeout: float, bucket_megabytes: float | None
+) -> Iterator[None]:
+    """Context that checks the settings; JAX itself waits as long as it takes."""
+    refuse_bucket_size(bucket_megabytes, "jax")
+    platform = jax.default_backend()
+    check_library(library, {"cpu": "gloo", "gpu": "nccl"}.get(platform, platform), "jax")
+    yield
 
 
 def copy_from_first(variables: Sequence[keras.Variable]) -> None:

@@ -55,11 +55,14 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
     all_sum,
     copy_from_first,
     exchange,
+    exchange_settings,
+    gather_from_owners,
     joined_processes,
     local_rows,
     shards,
     start_processes,
     stop_processes,
+    sum_to_owners,
 )
 from kbtrain.backends.tensorflow.scope import context
 from kbtrain.backends.tensorflow.state_blocks import (  # noqa: F401

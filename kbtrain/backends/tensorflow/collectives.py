@@ -248,6 +248,26 @@ def gather_from(members: Members, tensors: Sequence[Any]) -> list[Any]:
     return results
 
 
+def from_owners(members: Members, tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """Each tensor as its owner has it, one operation for each dtype."""
+    tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
+    results: list[Any] = list(tensors)
+    for indices in _by_type(tensors):
+        parts = [[i for i in indices if owners[i] == rank] for rank in range(members.size)]
+        sizes = [sum(tensors[i].shape.num_elements() for i in part) for part in parts]
+        dtype, width = tensors[indices[0]].dtype, max(sizes)
+        missing = tf.zeros((width - sizes[members.rank],), dtype)
+        row = _flat([*(tensors[i] for i in parts[members.rank]), missing])
+        for rank, (part, sent) in enumerate(
+            zip(parts, tf.unstack(gather_from(members, [row])[0]), strict=True)
+        ):
+            if part and rank != members.rank:
+                values = _split(sent[: sizes[rank]], [tensors[i] for i in part])
+                for i, value in zip(part, values, strict=True):
+                    results[i] = value
+    return results
+
+
 def _by_type(tensors: Sequence[Any]) -> list[list[int]]:
     """The indices of the tensors of each dtype, in the order of the first of them."""
     groups: dict[Any, list[int]] = {}

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends import rows
+from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.tensorflow import collectives
@@ -173,6 +174,34 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
     if members is None:
         return [tf.expand_dims(tensor, 0) for tensor in tensors]
     return collectives.gather_from(members, tensors)
+
+
+def sum_to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """The sums over all processes of the tensors that this one owns; None for the others."""
+    # TensorFlow reduces to one process by NCCL only.
+    members, sums = _joined(), all_sum(tensors)
+    rank = 0 if members is None else members.rank
+    return [x if owner == rank else None for x, owner in zip(sums, owners, strict=True)]
+
+
+def gather_from_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """Each tensor as its owner has it."""
+    members = _joined()
+    return list(tensors) if members is None else collectives.from_owners(members, tensors, owners)
+
+
+@contextlib.contextmanager
+def exchange_settings(
+    library: str | None, timeout: float, bucket_megabytes: float | None
+) -> Iterator[None]:
+    """Context that checks the settings; operations traced in it have this limit of time."""
+    refuse_bucket_size(bucket_megabytes, "tensorflow")
+    gpu = _device().startswith("/GPU")
+    check_library(library, "nccl" if gpu else "TensorFlow's own library", "tensorflow")
+    members = _joined()
+    if members is not None:
+        members.timeout = timeout
+    yield
 
 
 def copy_from_first(variables: Sequence[keras.Variable]) -> None:

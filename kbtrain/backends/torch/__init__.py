@@ -19,6 +19,13 @@ from kbtrain.backends.stateful_model_steps import (  # noqa: F401
 from kbtrain.backends.torch.capture.guard import NotCapturable, guard
 
 # The rest of what a backend has, see kbtrain.backends.
+from kbtrain.backends.torch.collectives import (  # noqa: F401
+    all_gather,
+    all_sum,
+    gather_from_owners,
+    shards,
+    sum_to_owners,
+)
 from kbtrain.backends.torch.device import (  # noqa: F401
     device_info,
     device_scope,
@@ -44,13 +51,11 @@ from kbtrain.backends.torch.model_steps import (  # noqa: F401
     try_train_step,
 )
 from kbtrain.backends.torch.processes import (  # noqa: F401
-    all_gather,
-    all_sum,
     copy_from_first,
     exchange,
+    exchange_settings,
     joined_processes,
     local_rows,
-    shards,
     start_processes,
     stop_processes,
 )

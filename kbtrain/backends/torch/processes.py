@@ -1,8 +1,4 @@
-"""PyTorch: several processes, through ``torch.distributed``.
-
-Inside a step the functional collectives are used, which can be recorded. Gradients travel in
-buckets: each is one flat tensor, whose reduction starts as soon as it is complete.
-"""
+"""PyTorch: several processes, through ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from kbtrain.backends import rows
+from kbtrain.backends.exchange_settings import check_library
 from kbtrain.backends.rows import LocalRows
+from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
 from kbtrain.backends.whole_batch import whole_batch
 from kbtrain.errors import DistributedError, first_lines
+from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.processes import ProcessGroup
-
-BUCKET_BYTES = 25 << 20
-"""Size at which a bucket of gradients is sent."""
 
 
 def joined_processes() -> tuple[int, int] | None:
@@ -89,99 +85,29 @@ def _host_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
-def shards() -> int:
-    """The number of processes, each of which sees its rows of a batch."""
-    joined = joined_processes()
-    return 1 if joined is None else joined[1]
+@contextlib.contextmanager
+def exchange_settings(
+    library: str | None, timeout: float, bucket_megabytes: float | None
+) -> Iterator[None]:
+    """Context that applies the settings."""
+    check_library(library, "nccl" if torch.cuda.is_available() else "gloo", "torch")
+    if joined_processes() is not None:
+        _set_timeout(datetime.timedelta(seconds=timeout))
+    with bucket_size(bucket_megabytes):
+        yield
 
 
-def all_sum(tensors: Sequence[Any]) -> list[Any]:
-    """The sums over all processes of each tensor, in buckets of one dtype."""
-    tensors = list(tensors)
-    if shards() == 1 or not tensors:
-        return tensors
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(_Sum.apply(*tensors))
-    return _bucketed_sum(tensors)
+def _set_group_timeout(timeout: datetime.timedelta) -> None:
+    dist.distributed_c10d._set_pg_timeout(timeout)
 
 
-class _Sum(torch.autograd.Function):  # type: ignore[misc]
-    """A sum over processes; its gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(_bucketed_sum(list(tensors)))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(_bucketed_sum(list(gradients)))
-
-
-def _bucketed_sum(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    started: list[tuple[list[int], torch.Tensor]] = []
-    for indices in _buckets(tensors):
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-        started.append((indices, _start_sum(flat)))
-    results: list[Any] = [None] * len(tensors)
-    for indices, flat in started:
-        sizes = [tensors[i].numel() for i in indices]
-        for i, part in zip(indices, torch.split(_wait(flat), sizes), strict=True):
-            results[i] = part.view(tensors[i].shape)
-    return results
-
-
-def _buckets(tensors: list[torch.Tensor]) -> list[list[int]]:
-    """Indices of the tensors that travel together.
-
-    The last come first, as the backward pass computes the gradients of the last layers first.
-    """
-    buckets: list[list[int]] = []
-    open_ones: dict[torch.dtype, tuple[list[int], int]] = {}
-    for i in reversed(range(len(tensors))):
-        dtype, size = tensors[i].dtype, tensors[i].numel() * tensors[i].element_size()
-        indices, held = open_ones.get(dtype, ([], BUCKET_BYTES))
-        if held + size > BUCKET_BYTES:
-            indices, held = [], 0
-            buckets.append(indices)
-        indices.append(i)
-        open_ones[dtype] = indices, held + size
-    return buckets
-
-
-def _start_sum(flat: torch.Tensor) -> torch.Tensor:
-    if flat.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
-        raise TypeError(f"A sum over processes needs a wider type than {flat.dtype}.")
-    result: torch.Tensor = torch.ops._c10d_functional.all_reduce_(flat, "sum", _group_name())
-    return result
-
-
-def _wait(tensor: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(tensor)
-    return result
-
-
-def _group_name() -> str:
-    name: str = dist.group.WORLD.group_name
-    return name
-
-
-def all_gather(tensors: Sequence[Any]) -> list[Any]:
-    """Each tensor of all processes along a new first axis."""
-    if shards() == 1:
-        return [tensor.unsqueeze(0) for tensor in tensors]
-    gather = torch.ops._c10d_functional.all_gather_into_tensor
-    started = [
-        gather(_sendable(tensor.detach()).contiguous().reshape(-1), shards(), _group_name())
-        for tensor in tensors
-    ]
-    return [
-        _wait(flat).view(shards(), *tensor.shape).to(tensor.dtype)
-        for flat, tensor in zip(started, tensors, strict=True)
-    ]
-
-
-def _sendable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+_set_timeout = PrivateApi(
+    "Setting the time-out of a process group",
+    "torch",
+    _set_group_timeout,
+    lambda timeout: None,
+    "Collective operations fail after half an hour.",
+)
 
 
 def copy_from_first(variables: Sequence[keras.Variable]) -> None:
