@@ -291,11 +291,7 @@ def restore_run(
     optimizer_plans = [
         plan_restore(
             name_optimizer_variables(each.variables, variables),
-            {
-                k: v
-                for k, v in kept[group].items()
-                if group != "optimizer" or k not in aside
-            },
+            {k: v for k, v in kept[group].items() if group != "optimizer" or k not in aside},
             what=group,
             model_names=model_plan.names,
         )

@@ -187,9 +187,7 @@ class OverShards:
         if self._owners is None:
             sums = iter(self._backend.all_sum([*own, *gained, *proper]))
         else:
-            owners = [
-                o for o, whole in zip(self._owners, self._replaced, strict=True) if not whole
-            ]
+            owners = [o for o, whole in zip(self._owners, self._replaced, strict=True) if not whole]
             mine = self._backend.sum_to_owners(proper, owners)
             sums = iter([*self._backend.all_sum([*own, *gained]), *mine])
         result = from_sums(result, sums)

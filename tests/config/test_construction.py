@@ -231,6 +231,8 @@ def test_every_default_of_transformers_is_accepted():
         ("hub_model_id", ""),
         ("torch_compile", False),
         ("ddp_find_unused_parameters", False),
+        ("ddp_broadcast_buffers", True),
+        ("ddp_static_graph", True),
         ("deepspeed", None),
         ("deepspeed", ""),
         ("fsdp", ""),
@@ -270,7 +272,6 @@ def test_a_value_that_asks_for_something_is_refused(name):
     [
         ("push_to_hub", True),
         ("local_rank", 1),
-        ("ddp_timeout", 60),
         ("dataloader_in_order", False),
         ("hub_strategy", "end"),
         ("torch_compile", True),
@@ -287,7 +288,7 @@ def test_near_misses_are_refused(name, value):
 @pytest.mark.parametrize(
     "line",
     ["--push_to_hub false", "--local-rank=-1 ", "--local_rank 0", "--hub_model_id None",
-     "--ddp_timeout 1800", "--group_by_length=False --deepspeed="],
+     "--ddp_static_graph True", "--group_by_length=False --deepspeed="],
 )  # fmt: skip
 def test_the_command_line_accepts_an_inactive_value(line):
     (args,) = ArgumentParser(TrainingArguments).parse_args([*line.split(), "--seed", "1"])
@@ -306,7 +307,7 @@ def test_a_script_may_look_at_such_a_setting():
     assert {name: getattr(args, name) for name in NEUTRAL} == NEUTRAL
     assert all(is_inactive(name, value) for name, value in NEUTRAL.items())
     there = {n: v for n, v in DEFAULTS_THERE.items() if n in NEUTRAL}
-    assert len(there) == 27
+    assert len(there) == 24
     assert there == {name: NEUTRAL[name] for name in there}
     with pytest.raises(AttributeError, match="Write train_sampling_strategy"):
         _ = args.group_by_length

@@ -132,6 +132,7 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
 def _sendable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
 
+
 # --- variables with owners ------------------------------------------------------------------------
 
 

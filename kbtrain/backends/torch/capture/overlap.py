@@ -63,7 +63,7 @@ def start_early(nodes: Sequence[Node], analysis: AliasAnalysis) -> list[Node]:
     for i, node in enumerate(nodes):
         if where[node] == i:
             order.append(node)
-        order += moved[i] if i in moved else []
+        order += moved.get(i, [])
     return order
 
 

@@ -30,7 +30,9 @@ def scheduled(torch, modules):
         order = modules["overlap"].start_early(nodes, modules["aliasing"].AliasAnalysis(graph))
         assert sorted(node.name for node in order) == sorted(node.name for node in nodes)
         position = {node: i for i, node in enumerate(order)}
-        assert all(position[s] < position[n] for n in order for s in n.all_input_nodes if s in position)
+        assert all(
+            position[s] < position[n] for n in order for s in n.all_input_nodes if s in position
+        )
         return [node.name for node in nodes], [node.name for node in order]
 
     return schedule
