@@ -298,6 +298,13 @@ class Backend(Protocol):
         of the whole batch, and of them those of these rows.
         """
 
+    def check_model(self, model: keras.Model) -> None:
+        """Check that the variables of a model hold what it computes with.
+
+        Raises:
+            ConfigurationError: The framework has divided the model behind Keras' back.
+        """
+
     def owned_blocks(self, variable: keras.Variable) -> OwnedBlocks | None:
         """The blocks of a variable that this process saves; None if its value is whole here.
 

@@ -17,7 +17,7 @@ def owners_of(sizes: Sequence[int], processes: int) -> list[int]:
 
     Example:
         >>> owners_of([10, 70, 40, 30], 2)
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
     """
     loads = [0] * processes
     owners = [0] * len(sizes)

@@ -53,11 +53,16 @@ def _check_division(backend: Backend, args: TrainingArguments) -> None:
     if backend.HAS_MESHES:
         state_layout(args)
         return
-    values = {name: getattr(args, name) for name in ("fsdp", "parallelism_config")}
-    if asked := [f"{name}={value!r}" for name, value in values.items() if value is not None]:
+    asked = [
+        f"{name}={value!r}"
+        for name in ("fsdp", "fsdp_config", "parallelism_config")
+        if (value := getattr(args, name)) is not None and value != "shard_grad_op"
+    ]
+    if asked:
         raise ConfigurationError(
-            f"On the backend {backend.name} every device holds the whole state (torch's "
-            "fully_shard would divide nothing of a Keras layer); the backend jax divides it. "
+            f"On the backend {backend.name} every process has all weights (torch's fully_shard "
+            "would divide nothing of a Keras layer), and fsdp='shard_grad_op' divides gradients "
+            "and the optimizer's state by whole variables. The backend jax divides weights, too. "
             f"Received: {', '.join(asked)}."
         )
 

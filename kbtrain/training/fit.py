@@ -149,6 +149,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
     bound = trainer.bound
     forward = bound.build(first)
+    trainer.backend.check_model(bound.model)
     trainable = trained_variables(bound.model)
     if bound.overridden.train_step:
         custom_step_arguments.check_arguments(trainer)

@@ -66,6 +66,7 @@ from kbtrain.backends.jax.processes import (  # noqa: F401
 from kbtrain.backends.jax.scope import Scope, context, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,
+    check_model,
     owned_blocks,
     spans_devices,
     whole_value,

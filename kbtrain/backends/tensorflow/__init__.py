@@ -67,6 +67,7 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
 from kbtrain.backends.tensorflow.scope import context
 from kbtrain.backends.tensorflow.state_blocks import (  # noqa: F401
     assign_blocks,
+    check_model,
     owned_blocks,
     spans_devices,
     whole_value,

@@ -9,6 +9,10 @@ from kbtrain.backends.tensorflow.device import host_view
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
 
 
+def check_model(model: keras.Model) -> None:
+    """Check that the variables hold what the model computes with, which is so on this backend."""
+
+
 def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
     """The blocks of a variable that this process saves; None, as its value is whole here."""
     return None

@@ -62,6 +62,7 @@ from kbtrain.backends.torch.processes import (  # noqa: F401
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
 from kbtrain.backends.torch.state_blocks import (  # noqa: F401
     assign_blocks,
+    check_model,
     owned_blocks,
     spans_devices,
     whole_value,

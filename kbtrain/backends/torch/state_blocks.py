@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+
 import keras
 import numpy as np
 
 from kbtrain.backends.torch.device import host_view
+from kbtrain.errors import ConfigurationError
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
+
+
+def check_model(model: keras.Model) -> None:
+    """Check that the variables hold what the model computes with.
+
+    Raises:
+        ConfigurationError: ``fully_shard`` has replaced parameters, which changes nothing of the
+            variables that Keras' layers use.
+    """
+    if "torch.distributed.tensor" not in sys.modules:  # it takes a while to import
+        return
+    from torch.distributed.tensor import DTensor
+
+    divided = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if divided is not None:
+        raise ConfigurationError(
+            f"The parameter {divided!r} of the model is a DTensor, as torch's fully_shard makes "
+            "them. Keras' layers go on with their whole variables, so it would be neither divided "
+            "nor trained right. Pass the model as it was, and fsdp='shard_grad_op' to divide "
+            "gradients and the optimizer's state, or use the backend jax."
+        )
 
 
 def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
