@@ -78,7 +78,7 @@ def existing() -> dict[str, set[str]]:
     return {
         "arguments": fields,
         "arguments of Seq2SeqTrainingArguments": fields,
-        "arguments of version 4": set(),
+        "arguments of version 4": fields,
         "members of TrainingArguments": {n for n in dir(TrainingArguments) if n[0] != "_"},
         "parameters of Trainer": parameters(trainer, "Trainer"),
         "members of Trainer": members(Trainer),

@@ -53,6 +53,11 @@ class Division:
             owners = owners_of(sizes, group.size)
             self._owners.update(zip(map(id, variables), owners, strict=True))
 
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        return self.group.rank
+
     def owners(self, variables: Sequence[keras.Variable]) -> list[int]:
         """The rank of the owner of each variable."""
         return [self._owners[id(v)] for v in variables]

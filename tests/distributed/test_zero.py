@@ -49,6 +49,11 @@ def test_the_numbers_are_those_of_one_process(one, two, case):
 
 
 @pytest.mark.slow
+def test_an_overflow_is_found_by_all(one, two):
+    assert [found["half precision"]["updates"] for found in (one, *two)] == [[2], [2], [2]]
+
+
+@pytest.mark.slow
 def test_both_processes_have_the_same_weights_bit_for_bit(two):
     for case in two[0]:
         for name, numbers in two[0][case].items():

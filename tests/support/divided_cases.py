@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_cases as cases
+
 from kbtrain import Trainer, TrainerCallback
 
 import numpy as np  # isort: skip
@@ -65,18 +66,18 @@ def averaged(divided: bool, name: str, resume: Path | None = None) -> dict[str, 
 
 
 def half_precision(divided: bool) -> dict[str, Any]:
-    """An overflow in the gradients of one variable: no process updates its own."""
+    """The gradients overflow in the second of three updates: no process updates its part."""
     cases.keras.config.set_dtype_policy("mixed_float16")
     try:
         model = cases.dense(outputs=1)
     finally:
         cases.keras.config.set_dtype_policy("float32")
-    x = cases.random(24, 4)
-    x[9] = 6e4
+    y = cases.random(24, 1)
+    y[9] = 3e4
     trainer = Trainer(
         model,
         cases.arguments("half", fp16=True, num_train_epochs=1, **options(divided)),
-        train_dataset=(x, cases.random(24, 1)),
+        train_dataset=(cases.random(24, 4), y),
         loss="mse",
     )
     trainer.fit()
