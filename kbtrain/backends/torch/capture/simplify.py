@@ -189,6 +189,7 @@ def delay_assignments(graph: Graph) -> None:
     Args:
         graph: A recorded graph; changed in place.
     """
+    _assign_to_inputs(graph)
     analysis = AliasAnalysis(graph)
     fixed = _fixed_inputs(graph, analysis)
     values: dict[Node, Node] = {}
@@ -216,6 +217,17 @@ def delay_assignments(graph: Graph) -> None:
                 for target in [t for t in values if t in changed]:
                     graph.call_function(ASSIGN, (target, values.pop(target)))
                 read_values(node)
+
+
+def _assign_to_inputs(graph: Graph) -> None:
+    """Let a repeated assignment name its input, in place of the result of the one before it."""
+    for node in graph.nodes:
+        if node.target is ASSIGN:
+            target = node.args[0]
+            while target.target is ASSIGN:
+                target = target.args[0]
+            if target.op == "placeholder":
+                node.args = (target, *node.args[1:])
 
 
 def _is_assignment(node: Node) -> bool:

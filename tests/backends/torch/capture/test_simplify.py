@@ -91,3 +91,28 @@ def test_finite_is_what_pytorch_says(dtype, torch):
     assert found.tolist() == [True] * 5 + [False] * 3
     with native():
         assert torch.isfinite(torch.tensor([1, 2])).tolist() == [True, True]
+
+
+def test_an_input_that_is_assigned_twice_is_assigned_once_at_the_end(torch):
+    package = "kbtrain.backends.torch.capture"
+    trace, program = (importlib.import_module(f"{package}.{n}") for n in ("trace", "program"))
+
+    def fn(x, state):
+        before = state.clone()
+        state.copy_(torch.zeros(3))
+        state.copy_(state + x)
+        gained = state.clone()
+        state.copy_(before)
+        torch.ops.aten._assert_async.default(gained.sum() > 0)  # after two changes, so far
+        state.copy_(before + gained)
+        return [gained * 1.5]
+
+    x, state = torch.ones(3), torch.full((3,), 5.0)
+    with torch.no_grad():
+        made = program.make_program(trace.record(fn, (x, state)), (x, state), False, {})
+    assert made.run(x, state)[0].tolist() == [1.5] * 3
+    assert made.changes == [1]
+    assert state.tolist() == [6.0] * 3
+    with pytest.raises(importlib.import_module(f"{package}.guard").GuardFailed):
+        made.run(-x, state)
+    assert state.tolist() == [6.0] * 3
