@@ -117,5 +117,7 @@ def beginnings(folder, rank=0):
 
 if __name__ == "__main__":
     for task in json.loads(sys.argv[1]):
-        if not (Path(task["folder"]) / f"results.{current().rank}.npz").exists() or "stop" in task:
+        folder = Path(task["folder"])
+        last = folder / f"checkpoint-{STEPS}"
+        if not (last.exists() and (folder / f"results.{current().rank}.npz").exists()):
             train(**task)
