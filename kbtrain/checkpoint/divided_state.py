@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint.storage.dtypes import DTYPES
 from kbtrain.checkpoint.variables import capture
 from kbtrain.optimization.division import Division
@@ -66,3 +67,10 @@ def without_others(
     own = {id(v) for v in model.values()} - {id(v) for v in division.others(list(model.values()))}
     others = {names[key] for key, v in model.items() if key in names and id(v) not in own}
     return {key: array for key, array in saved.items() if key.partition("/")[2] not in others}
+
+
+def divided_variables(backend: Backend, model: keras.Model) -> list[keras.Variable]:
+    """The variables, of which no process has all, that are saved with ``model``."""
+    optimizer = getattr(model, "optimizer", None)
+    saved = [*model.variables, *(optimizer.variables if optimizer else [])]
+    return [v for v in saved if backend.owned_blocks(v) is not None]

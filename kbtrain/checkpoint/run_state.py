@@ -405,13 +405,6 @@ def _arrays_of(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
         ) from None
 
 
-def divided_variables(backend: Backend, model: keras.Model) -> list[keras.Variable]:
-    """The variables, of which no process has all, that are saved with ``model``."""
-    optimizer = getattr(model, "optimizer", None)
-    saved = [*model.variables, *(optimizer.variables if optimizer else [])]
-    return [v for v in saved if backend.owned_blocks(v) is not None]
-
-
 def save_keras_file(
     model: keras.Model,
     path: Path,

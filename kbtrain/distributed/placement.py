@@ -167,6 +167,12 @@ def check_processes(backend: Backend, args: TrainingArguments) -> None:
             "that it is that of one process. Received: average_tokens_across_devices=False. "
             "Remove it."
         )
+    if args.save_on_each_node and args.fsdp is not None:
+        raise ConfigurationError(
+            "With fsdp each process writes its part of a checkpoint into one folder, which every "
+            "machine must see. Received: save_on_each_node=True. Remove it, and put output_dir on "
+            "storage that all machines share."
+        )
     batch = args.total_train_batch_size
     if batch * args.gradient_accumulation_steps < size:
         raise ConfigurationError(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbtrain.checkpoint import divided_state, run_state
 from kbtrain.checkpoint import processing_class as processing
-from kbtrain.checkpoint import run_state
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data.plain_values import plain_values
 from kbtrain.errors import ConfigurationError
@@ -92,7 +92,7 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
     check_local("output_dir", output_dir)
     target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
     writes, folder = trainer.args.should_save, target.suffix != ".keras"
-    divided = run_state.divided_variables(trainer.backend, trainer.model)
+    divided = divided_state.divided_variables(trainer.backend, trainer.model)
     if folder and writes:
         save_text(target / "training_args.json", trainer.args.to_json_string() + "\n")
         with explained(target):
