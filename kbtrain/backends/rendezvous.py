@@ -122,6 +122,8 @@ def _receive_all(
                     connection.close()  # not one of these processes
                     continue
                 address = _text(connection.getpeername()[0], report["port"])
+                if report["rank"] in present:  # it was started again
+                    present.pop(report["rank"])[0].close()
                 present[report["rank"]] = connection, address
                 for rank in [r for r, (peer, _) in present.items() if _is_closed(peer)]:
                     present.pop(rank)[0].close()

@@ -30,7 +30,7 @@ def options(divided: bool, megabytes: float | None = None) -> dict[str, Any]:
 
 def elements(trainer: Trainer) -> int:
     """Elements of the optimizer's state in this process."""
-    return sum(int(np.prod(v.shape)) for v in trainer.optimizer.variables if v.shape)
+    return sum(int(np.prod(v.shape)) for v in trainer.optimizer.variables if len(v.shape))
 
 
 class Freezing(TrainerCallback):
