@@ -67,6 +67,7 @@ _OF_RENAMED: dict[str, tuple[Any, ...]] = {
 _BY_DEFAULT = {
     "dataloader_in_order": True,
     "hub_strategy": "every_save",
+    "local_rank": -1,
     "past_index": -1,
     "ray_scope": "last",
     **dict.fromkeys(
