@@ -41,9 +41,8 @@ def restore(run, **changes):
     """What ``fit`` does with a checkpoint that has other contents."""
     trainer, checkpoint = run
     trainer.control.new_training()
-    return fitting._restore(
-        trainer, dataclasses.replace(checkpoint, **changes), trainer.optimizer, None
-    )
+    changed = dataclasses.replace(checkpoint, **changes)
+    return fitting._restore(trainer, changed, trainer.optimizer, trainer.train_dataloader)
 
 
 def places(value, path=()):

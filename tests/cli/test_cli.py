@@ -9,9 +9,6 @@ import keras
 import pytest
 
 from kbtrain import TrainingArguments, cli
-from kbtrain.config.fields.execution import ExecutionFields
-from kbtrain.config.fields.output import OutputFields
-from kbtrain.config.fields.training import TrainingFields
 
 
 def test_args_lists_every_field_with_type_default_and_meaning(capsys):
@@ -19,8 +16,8 @@ def test_args_lists_every_field_with_type_default_and_meaning(capsys):
     printed = capsys.readouterr().out
     flowing = " ".join(printed.split())
     annotations = {}
-    for part in (TrainingFields, OutputFields, ExecutionFields):
-        annotations |= part.__annotations__
+    for part in TrainingArguments.__mro__:
+        annotations |= vars(part).get("__annotations__", {})
     for field in dataclasses.fields(TrainingArguments):
         written = annotations[field.name]
         assert f"{field.name}: {written} = {field.default!r}\n" in printed

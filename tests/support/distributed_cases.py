@@ -38,8 +38,7 @@ def arguments(name: str, **given: Any) -> TrainingArguments:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
+        log_level_replica="passive",
     )
     return TrainingArguments(**{**defaults, **given})
 
