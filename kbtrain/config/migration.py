@@ -101,7 +101,7 @@ RENAMED: dict[str, str] = {
 _HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
 _DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Remove it."
 _COMPILER = "It is a setting of torch.compile. Use jit_compile, which works on every backend."
-_LAUNCHER = "It belongs to a PyTorch launcher. Remove it; there is one process."
+_LAUNCHER = "The launcher says it, by variables of the environment. Remove it."
 _LIGER = "It patches PyTorch classes of transformers models. Remove it."
 _TRACKIO = "It belongs to Hugging Face Spaces. Remove it; report_to selects the trackers."
 _ACCELERATE = "It belongs to Accelerate, which kbtrain does not use. Remove it; "
@@ -140,7 +140,7 @@ DROPPED: dict[str, str] = {
     "use_cache": "It is a setting of transformers models. Remove it, or set it on the model.",
     "use_liger_kernel": _LIGER,
     # removed since 4.x
-    "dispatch_batches": _ACCELERATE + "every process reads its own shard of the data.",
+    "dispatch_batches": _ACCELERATE + "every process reads whole batches and takes its rows.",
     "fsdp_min_num_params": "Write fsdp_config={'min_num_params': n}.",
     "fsdp_transformer_layer_cls_to_wrap": "Variables are divided by their shape, not by layer. "
     "Remove it; fsdp_config={'layouts': ...} names variables.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -58,6 +59,13 @@ def fsdp_config(value: Any) -> FrozenDict | None:
             "'layouts' that map a regular expression to an axis ('fsdp', 'tensor') or None for "
             "each dimension, such as {'mlp/kernel': [None, 'tensor']}"
         )
+    for pattern in layouts:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidValue(
+                f"'layouts' with regular expressions as keys; {pattern!r} is none ({error})"
+            ) from None
     return FrozenDict(found) if found else None
 
 

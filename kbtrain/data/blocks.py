@@ -87,6 +87,11 @@ class Batches:
         self._reach = 1
         self._watch = ShapeMonitor(getattr(loader, "name", "the data"))
 
+    @property
+    def loader(self) -> Loader:
+        """The loader of the batches."""
+        return self._loader
+
     def peek(self) -> Any:
         """The first batch of epoch 0; None if the data is empty."""
         look = getattr(self._loader, "peek", None)

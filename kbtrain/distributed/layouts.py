@@ -7,6 +7,7 @@ it is divided where a pattern of paths says so.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from kbtrain.config.sharding import AXES
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.processes import current
+
+logger = logging.getLogger("kbtrain")
 
 SMALLEST = 1024
 """Elements below which a variable is not worth dividing, unless ``min_num_params`` says so."""
@@ -119,8 +122,18 @@ def state_layout(args: TrainingArguments) -> StateLayout | None:
         ConfigurationError: The mesh has another number of devices than there are.
     """
     if args.fsdp is None and args.parallelism_config is None:
+        if args.fsdp_config is not None:
+            raise ConfigurationError(
+                "fsdp_config says how state is divided, and nothing divides it: set fsdp=True, or "
+                f"parallelism_config. Received: fsdp_config={dict(args.fsdp_config)!r}."
+            )
         return None
     devices = args.device_count * current().size
+    if devices == 1:
+        logger.warning(
+            "There is one device, so nothing is divided: fsdp and parallelism_config have no "
+            "effect. Name several in devices, or start several processes."
+        )
     sizes = dict(args.parallelism_config or {})
     rest = "fsdp" if args.fsdp is not None else "data"
     if rest not in sizes:
@@ -130,6 +143,12 @@ def state_layout(args: TrainingArguments) -> StateLayout | None:
             f"parallelism_config is a mesh of {math.prod(sizes.values())} devices "
             f"({sizes}), and there are {devices}: name those of this process in devices "
             "('gpu:0,gpu:1'), or start as many processes."
+        )
+    if args.fsdp is not None and devices > 1 and sizes["fsdp"] == 1:
+        raise ConfigurationError(
+            f"fsdp={args.fsdp!r} divides state along the axis 'fsdp' of the mesh, which has one "
+            f"device: parallelism_config={dict(args.parallelism_config or {})!r}. Give the axis "
+            "'fsdp' more, or leave out fsdp."
         )
     config = args.fsdp_config or {}
     layouts = config.get("layouts", {})

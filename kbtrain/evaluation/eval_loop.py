@@ -14,6 +14,7 @@ import numpy as np
 
 from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
+from kbtrain.callbacks.state import to_json_value
 from kbtrain.data import (
     Batches,
     Block,
@@ -25,6 +26,8 @@ from kbtrain.data import (
     without_none,
 )
 from kbtrain.distributed import host
+from kbtrain.distributed.same_data import checked
+from kbtrain.errors import DistributedError, first_lines
 from kbtrain.evaluation.compiled_steps import CompiledEvalStep
 from kbtrain.evaluation.gather import (
     BatchwiseMetrics,
@@ -156,7 +159,8 @@ class Evaluation:
         calls.
         """
         start = time.perf_counter()
-        with contextlib.closing(batches.blocks(0, 0, 1, self._limit)) as blocks:
+        read = checked(self._backend, batches.loader, batches.blocks(0, 0, 1, self._limit))
+        with contextlib.closing(read) as blocks:
             for block in blocks:
                 self._run_block(block)
                 self._on_batches(block.updates)
@@ -193,12 +197,22 @@ class Evaluation:
     def _computed(self, gathered: dict[str, Any]) -> dict[str, Any]:
         """The results of ``compute_metrics``, which process 0 calls for all."""
         computed: dict[str, Any] = {}
-        if self._batchwise is not None:
-            computed = self._batchwise.result()
-        elif self._calls_metrics and self._spec.compute_metrics and "labels" in gathered:
-            computed = compute_on_host(self._spec.compute_metrics, gathered)
-        result: dict[str, Any] = host.broadcast(self._backend, computed)
-        return result
+        problem: Exception | None = None
+        try:
+            if self._batchwise is not None:
+                computed = self._batchwise.result()
+            elif self._calls_metrics and self._spec.compute_metrics and "labels" in gathered:
+                computed = compute_on_host(self._spec.compute_metrics, gathered)
+        except Exception as error:
+            problem = error
+        text = None if problem is None else f"{type(problem).__name__}: {first_lines(problem)}"
+        what = "what compute_metrics returned"
+        result, failed = host.broadcast(self._backend, [_sendable(computed), text], what)
+        if problem is not None:
+            raise problem
+        if failed is not None:
+            raise DistributedError(f"compute_metrics failed in process 0: {failed}")
+        return computed if self._calls_metrics else dict(result)
 
     def _without_loss(self, computed: dict[str, Any]) -> dict[str, Any]:
         """The results of ``compute_metrics``, without an entry that would overwrite the loss."""
@@ -297,6 +311,11 @@ class Evaluation:
                 self._gathered.add(part)
             if self._batchwise is not None:
                 self._batchwise.add(part)
+
+
+def _sendable(computed: dict[str, Any]) -> Any:
+    """The results of ``compute_metrics`` as JSON values, which travel to the other processes."""
+    return to_json_value(computed) if current().size > 1 else computed
 
 
 def as_plain(array: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from kbtrain import distributed
 from kbtrain.checkpoint import run_state
 from kbtrain.data import Batches, Loader, as_loader, unpack
 from kbtrain.distributed import host, placement
+from kbtrain.distributed.agreement import agree
+from kbtrain.distributed.same_data import described
 from kbtrain.errors import ConfigurationError, DataError, OutOfMemoryError, first_lines
 from kbtrain.evaluation.compiled_steps import EvalSteps
 from kbtrain.evaluation.eval_loop import EvalSpec, Evaluation
@@ -82,6 +84,9 @@ def evaluate(
                 "dataloader_drop_last, at least one full batch."
             )
         bound.build(first)
+        if current().size > 1:
+            facts = {"the first batch": described(first), "the samples": loader.num_examples}
+            agree(current(), backend.exchange, facts)
         if current().size > 1 and not trainer.alike:  # each process initialised its own model
             backend.copy_from_first(run_state.model_variables(trainer.model))
             trainer.alike = True

@@ -7,18 +7,16 @@ signal, the clock, a callback of the user. All of them ask at the same updates.
 
 from __future__ import annotations
 
-import hashlib
+import re
 import time
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from kbtrain.callbacks.base import STEP_EVENTS
 from kbtrain.callbacks.state import TrainerControl
 from kbtrain.data import Loader
-from kbtrain.data.batch import named_leaves
 from kbtrain.distributed import host
 from kbtrain.distributed.agreement import agree
+from kbtrain.distributed.same_data import described
 from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ class Agreement:
         if self._wait > 0 and not now:
             return None
         passed = time.monotonic() - self._asked
-        reasons = host.gather(trainer.backend, [mine, passed])
+        reasons = host.gather(trainer.backend, [mine, passed], "a reason to stop")
         self._asked = time.monotonic()
         slowest = max(seconds for _, seconds in reasons)
         if not now:
@@ -101,7 +99,7 @@ class Agreement:
         """The longest of the times that the processes measured."""
         if not self._several:
             return seconds
-        longest: float = max(host.gather(self._trainer.backend, seconds))
+        longest: float = max(host.gather(self._trainer.backend, seconds, "a time"))
         return longest
 
 
@@ -126,18 +124,11 @@ def check_alike(trainer: TrainerBase, loader: Loader, first: Any, updates: int) 
         "the number of samples": loader.num_examples,
         "the batch size": loader.batch_size,
         "the number of updates": updates,
-        "the first batch": {str(name): _digest(leaf) for name, leaf in named_leaves(first)},
+        "the first batch": described(first),
+        # Without the numbers that Keras counts in each process for itself.
         "the variables of the model": {
-            f"{i} {v.path}": f"{v.dtype}{list(v.shape)}"
+            f"{i} {re.sub(r'_[0-9]+', '', v.path)}": f"{v.dtype}{list(v.shape)}"
             for i, v in enumerate(trainer.model.variables)
         },
     }
     agree(current(), trainer.backend.exchange, facts)
-
-
-def _digest(leaf: Any) -> str:
-    """What an array of a batch is, and a checksum of what it holds."""
-    array = np.ascontiguousarray(leaf)
-    data = repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes()
-    checksum = hashlib.sha256(data).hexdigest()[:12]
-    return f"{array.dtype}{list(array.shape)}, SHA-256 {checksum}"

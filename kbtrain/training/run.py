@@ -17,6 +17,7 @@ from kbtrain.callbacks.state import TrainerState, TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.data import Batches, Block, without_none
 from kbtrain.data.block_length import BlockLength
+from kbtrain.distributed.same_data import checked
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.metrics import MetricSet
@@ -105,6 +106,7 @@ class Run:
         blocks = self.batches.blocks(
             progress.epoch, progress.batch, self.accumulation, self._block_limit
         )
+        blocks = checked(self.backend, self.batches.loader, blocks)
         with contextlib.closing(blocks):
             while True:
                 with self.times.of("data"):

@@ -152,5 +152,7 @@ class StopSignals:
         if received is None:
             return
         if received == signal.SIGINT:
-            raise KeyboardInterrupt(f"Stopped at step {step}; newest checkpoint: {checkpoint}.")
+            stopped = KeyboardInterrupt(f"Stopped at step {step}; newest checkpoint: {checkpoint}.")
+            stopped.of_all_processes = True  # type: ignore[attr-defined]
+            raise stopped
         raise TrainingInterrupted(received, step, checkpoint)

@@ -43,6 +43,12 @@ def test_processes_that_differ_end_before_the_first_update(tmp_path, what, words
         assert "update 0" in one.output
 
 
+def test_a_stream_that_ends_earlier_in_one_process_is_named_by_all(tmp_path):
+    for one in ended(tmp_path, "has a shorter stream"):
+        assert one.status == 1
+        assert "train_dataset is not the same on all processes" in one.output, one.output
+
+
 def test_a_signal_to_one_stops_all_at_the_same_update_with_one_checkpoint(tmp_path):
     both = ended(tmp_path, "is asked to stop")
     assert [one.status for one in both] == [128 + signal.SIGTERM] * 2, both[0].output

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
@@ -52,7 +53,15 @@ args = TrainingArguments(
 x = np.random.default_rng(0).normal(size=(80, 4)).astype("float32")
 units = 3 if mine and what == "has another model" else 2
 model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units), keras.layers.Dense(1)])
-data = (x[1:], x[1:, :1]) if mine and what == "has other data" else (x, x[:, :1])
+data: Any = (x[1:], x[1:, :1]) if mine and what == "has other data" else (x, x[:, :1])
+
+
+def stream() -> Iterator[Any]:
+    yield from zip(x, x[:, :1], strict=True) if not mine else zip(x[:30], x[:30, :1], strict=True)
+
+
+if what == "has a shorter stream":
+    data, args = stream, args.replace(max_steps=500)
 trainer = Trainer(model, args, train_dataset=data, loss="mse", callbacks=[Fails()])
 try:
     trainer.fit()

@@ -102,7 +102,8 @@ class ExitHooks:
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         ends = self._ends_by_exception()
-        if ends and self.channel is not None:
+        agreed = getattr(error, "of_all_processes", False)
+        if ends and self.channel is not None and not agreed:
             self.channel.failing()
         self._previous(kind, error, trace)
         if ends:
@@ -122,8 +123,10 @@ class ExitHooks:
 
     def _end(self, error: BaseException) -> None:
         text = None
-        if self.channel is not None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if self.channel is not None and getattr(error, "of_all_processes", False):
+            self.channel.leave()  # they have agreed to stop, and each ends in this way
+        elif self.channel is not None:
             self.channel.failing()
             text = self.channel.fail(error)
-        interrupted = isinstance(error, KeyboardInterrupt)
         end_process(text or "", 128 + signal.SIGINT if interrupted else 1)
