@@ -65,6 +65,8 @@ def _check_division(backend: Backend, args: TrainingArguments) -> None:
             "and the optimizer's state by whole variables. The backend jax divides weights, too. "
             f"Received: {', '.join(asked)}."
         )
+    if args.fsdp is not None and current().size == 1:
+        logger.warning("fsdp=%r has no effect: there is one process.", args.fsdp)
 
 
 def _layout(backend: Backend, args: TrainingArguments) -> StateLayout | None:
