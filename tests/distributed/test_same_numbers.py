@@ -17,7 +17,7 @@ LINES = {
     "line 57": (1.687749, 3.169387),
 }
 # By element and quantized, orthogonalised, averaged; all others were compared once, on PyTorch.
-OPTIMIZERS = "adamw_8bit muon schedule_free_adamw".split()
+OPTIMIZERS = ["adamw_8bit", "muon", "schedule_free_adamw"]
 TOLERANCE = 5e-6 if backends.load().name == "tensorflow" else 1e-6
 
 
