@@ -20,7 +20,7 @@ from unittest import mock
 import keras
 from keras import ops
 
-from kbtrain.backends.rows import LocalRows
+from kbtrain.backends.rows import LocalRows, taken, whole
 from kbtrain.utils.fallback import report
 
 AllSum = Callable[[Sequence[Any]], list[Any]]
@@ -58,6 +58,23 @@ def whole_batch(rows: LocalRows, all_sum: AllSum) -> Iterator[None]:
             yield
         finally:
             _active = before
+
+
+@contextlib.contextmanager
+def rows_of(batch: Any, joined: tuple[int, int] | None, all_sum: AllSum) -> Iterator[LocalRows]:
+    """Context in which a step runs on its rows of a batch: ``Backend.local_rows``.
+
+    Args:
+        batch: A batch from ``to_device``.
+        joined: Rank and number of the processes; None for one.
+        all_sum: Adds up tensors over the processes.
+    """
+    found = None if joined is None else taken(batch, *joined)
+    if found is None:
+        yield whole(batch, keras.tree.flatten(batch)[0].shape[0])
+        return
+    with whole_batch(found, all_sum):
+        yield found
 
 
 def _keras_random() -> Any:

@@ -68,6 +68,12 @@ def any_of(backend: Backend, flags: Mapping[str, bool]) -> dict[str, bool]:
     return {name: any(each[name] for each in found) for name in flags}
 
 
+def slowest(backend: Backend, seconds: float) -> float:
+    """The longest of the times that the processes measured, of which this is one."""
+    longest: float = max(gather(backend, seconds, "a time"))
+    return longest
+
+
 def gather_arrays(backend: Backend, array: np.ndarray) -> list[np.ndarray]:
     """The arrays of all processes, in order of rank; their shapes may differ."""
     if current().size == 1:

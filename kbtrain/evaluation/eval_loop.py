@@ -266,7 +266,7 @@ class Evaluation:
         self._batches += block.updates
         if measure:
             self._read(keep=0)
-            seconds = max(host.gather(self._backend, time.perf_counter() - begin))
+            seconds = host.slowest(self._backend, time.perf_counter() - begin)
             self._step.block_length.measured(block.updates, block.capacity, seconds)
 
     def _generated(self, x: Any, batch: int) -> Any:

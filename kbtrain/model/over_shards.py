@@ -51,7 +51,6 @@ class OverShards:
     ) -> None:
         self._backend, self._metrics = backend, metrics
         self._replaced = [is_overwritten(v) for v in trainable]
-        self._gathers = False
         own = [] if metrics is None or not metrics.adds_up else metrics.variables
         self._added_up = {id(v) for v in own}
         self.several = backend.shards() > 1
@@ -84,8 +83,8 @@ class OverShards:
         """
         if not self.several:
             return loss, metric_inputs
-        self._gathers = self._metrics is not None and not self._metrics.adds_up
-        if self._gathers and metric_inputs is not None:
+        gathers = self._metrics is not None and not self._metrics.adds_up
+        if gathers and metric_inputs is not None:
             metric_inputs = gather_rows(
                 self._backend.shards(), self._backend.all_gather, metric_inputs, rows
             )

@@ -95,13 +95,6 @@ class Agreement:
         for name, value in host.any_of(self._trainer.backend, flags).items():
             setattr(control, name, value)
 
-    def slowest(self, seconds: float) -> float:
-        """The longest of the times that the processes measured."""
-        if not self._several:
-            return seconds
-        longest: float = max(host.gather(self._trainer.backend, seconds, "a time"))
-        return longest
-
 
 def check_alike(trainer: TrainerBase, loader: Loader, first: Any, updates: int) -> None:
     """Check that all processes are about to train the same model on the same data.

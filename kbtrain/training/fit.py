@@ -204,7 +204,6 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         count_tokens=_token_counter(trainer),
         # As in Keras: a custom step may count its calls in Python.
         block_length=BlockLength.of(1 if bound.overridden.train_step else args.steps_per_execution),
-        slowest=trainer.agreement.slowest,
         pin=args.dataloader_pin_memory,
     )
 

@@ -17,6 +17,7 @@ from kbtrain.callbacks.state import TrainerState, TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.data import Batches, Block, without_none
 from kbtrain.data.block_length import BlockLength
+from kbtrain.distributed import host
 from kbtrain.distributed.same_data import checked
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
 from kbtrain.model.losses.label_check import LabelCheck
@@ -50,7 +51,6 @@ class Run:
         limit: Returns the number of updates until an action may be due.
         first_step: The step at which this call started.
         block_length: Determines how many updates one call of the compiled step runs.
-        slowest: The longest of the times that the processes measured, of which this is one.
         count_tokens: Counts the tokens of a block, or None.
         pin: Whether to copy batches to the device from page-locked memory.
         explain: Describes the first non-finite value of an update, given the chunks of its block
@@ -81,7 +81,6 @@ class Run:
     limit: Callable[[], int]
     first_step: int
     block_length: BlockLength = field(default_factory=BlockLength)
-    slowest: Callable[[float], float] = float
     count_tokens: Callable[[Block], int] | None = None
     pin: bool = False
     explain: Callable[[Any, int], str] | None = None
@@ -175,7 +174,7 @@ class Run:
             self.state.num_input_tokens_seen += tokens
         if self.block_length.is_worth_measuring(block.outline):
             self.read()
-            seconds = self.slowest(time.perf_counter() - start)
+            seconds = host.slowest(self.backend, time.perf_counter() - start)
             self.block_length.measured(block.updates, block.capacity, seconds)
         elif len(self._pending) >= MAX_PENDING:
             self.read(keep=RUN_AHEAD)

@@ -10,6 +10,11 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends.scopes import LossScope, NoticingScope
+from kbtrain.backends.state_blocks import (  # noqa: F401
+    assign_blocks,
+    owned_blocks,
+    spans_devices,
+)
 from kbtrain.backends.stateful_model_steps import (  # noqa: F401
     check_signature,
     run_predict_step,
@@ -65,13 +70,7 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
     sum_to_owners,
 )
 from kbtrain.backends.tensorflow.scope import context
-from kbtrain.backends.tensorflow.state_blocks import (  # noqa: F401
-    assign_blocks,
-    check_model,
-    owned_blocks,
-    spans_devices,
-    whole_value,
-)
+from kbtrain.backends.tensorflow.state_blocks import check_model, whole_value  # noqa: F401
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True

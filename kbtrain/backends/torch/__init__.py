@@ -11,6 +11,11 @@ import torch
 from torch.utils import checkpoint
 
 from kbtrain.backends.scopes import LossScope, NoticingScope, is_overwritten
+from kbtrain.backends.state_blocks import (  # noqa: F401
+    assign_blocks,
+    owned_blocks,
+    spans_devices,
+)
 from kbtrain.backends.stateful_model_steps import (  # noqa: F401
     check_signature,
     run_predict_step,
@@ -60,13 +65,7 @@ from kbtrain.backends.torch.processes import (  # noqa: F401
     stop_processes,
 )
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
-from kbtrain.backends.torch.state_blocks import (  # noqa: F401
-    assign_blocks,
-    check_model,
-    owned_blocks,
-    spans_devices,
-    whole_value,
-)
+from kbtrain.backends.torch.state_blocks import check_model, whole_value  # noqa: F401
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope
 

@@ -16,7 +16,7 @@ from kbtrain.backends import rows
 from kbtrain.backends.exchange_settings import check_library
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
-from kbtrain.backends.whole_batch import whole_batch
+from kbtrain.backends.whole_batch import rows_of
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.processes import ProcessGroup
@@ -121,13 +121,8 @@ def copy_from_first(variables: Sequence[keras.Variable]) -> None:
 @contextlib.contextmanager
 def local_rows(batch: Any) -> Iterator[LocalRows]:
     """Context in which a step runs on its rows of a batch."""
-    joined = joined_processes()
-    taken = None if joined is None else rows.taken(batch, *joined)
-    if taken is None:
-        yield rows.whole(batch, keras.tree.flatten(batch)[0].shape[0])
-        return
-    with whole_batch(taken, all_sum):
-        yield taken
+    with rows_of(batch, joined_processes(), all_sum) as found:
+        yield found
 
 
 def take_rows(tree: Any) -> Any:
