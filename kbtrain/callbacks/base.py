@@ -240,7 +240,12 @@ class EarlyStoppingCallback(TrainerCallback):
                 state.global_step,
                 self.early_stopping_patience_counter,
             )
+            counted = self.early_stopping_patience_counter
             control.should_training_stop = True
+            control.stop_reason = (
+                f"early stopping: no better {name} for {counted} "
+                f"evaluation{'s' if counted > 1 else ''}"
+            )
 
     def state(self) -> dict[str, Any]:
         """Best value, counter, patience and threshold."""

@@ -85,6 +85,7 @@ class CallbackHandler:
             return control
         kwargs = self._context() | kwargs
         for callback in listeners:
+            stopping = control.should_training_stop
             try:
                 result = getattr(callback, event)(args, state, control, **kwargs)
             except Exception as error:
@@ -103,7 +104,26 @@ class CallbackHandler:
                     f"Received: {result!r}."
                 )
             control = control if result is None else result
+            if control.should_training_stop and not stopping and control.stop_reason is None:
+                control.stop_reason = f"{type(callback).__name__} asked to stop"
         return control
+
+    def tell(self, method: str, *values: Any) -> None:
+        """Call an optional method of callbacks that show a run; it must not raise.
+
+        ``phase(text)`` says what ``fit`` is doing before its first event, and ``ended(ending)``,
+        with a ``kbtrain.report.ending.RunEnding``, how it ended, also with an error.
+
+        Args:
+            method: Its name.
+            *values: Its arguments.
+        """
+        for callback in self.callbacks:
+            if (call := getattr(callback, method, None)) is not None:
+                try:
+                    call(*values)
+                except Exception as error:
+                    warn_once(callback, method, error)
 
     def close(self) -> None:
         """Close all callbacks that have a ``close`` method; errors are logged."""

@@ -42,6 +42,8 @@ class TrainerControl:
         should_save: Save now; cleared at ``on_step_begin`` and after saving.
         should_evaluate: Evaluate now; cleared at ``on_step_begin`` and after the evaluation.
         should_log: Log now; cleared at ``on_step_begin`` and after logging.
+        stop_reason: Why ``should_training_stop`` was set, in words that fit after "ended: "; a
+            callback may set it too.
     """
 
     should_training_stop: bool = False
@@ -49,10 +51,12 @@ class TrainerControl:
     should_save: bool = False
     should_evaluate: bool = False
     should_log: bool = False
+    stop_reason: str | None = None
 
     def new_training(self) -> None:
         """Clear the flag that lasts for a whole run."""
         self.should_training_stop = False
+        self.stop_reason = None
 
     def new_epoch(self) -> None:
         """Clear the flag that lasts for an epoch."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import logging
-import platform
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from kbtrain.utils import rng, tensorflow_import
 from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
 from kbtrain.utils.output_files import writing
+from kbtrain.utils.versions import environment as environment
 
 logger = logging.getLogger("kbtrain")
 
@@ -106,17 +105,6 @@ class Progress:
 
 
 @functools.cache
-def environment(backend: str) -> dict[str, Any]:
-    """Backend and versions, for a checkpoint's manifest and for bug reports; do not change it."""
-    versions = {"python": platform.python_version()}
-    for name in ("kbtrain", "keras", "numpy", "h5py", backend):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "unknown"
-    return {"backend": backend, "versions": versions}
-
-
 def model_variables(model: keras.Model) -> list[keras.Variable]:
     """The model's own state: weights, statistics, seeds, RNN states; not the metrics."""
     metrics = {id(v) for metric in model.metrics for v in metric.variables}

@@ -31,14 +31,12 @@ from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
-from kbtrain.trainer import argument_checks, reports, search
+from kbtrain.trainer import argument_checks, reports, search, session
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import warn_about_unused
-from kbtrain.training import actions
-from kbtrain.training.auto_batch_size import find_and_fit
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
-from kbtrain.training.fit import TrainOutput, fit
-from kbtrain.training.resuming import make_saver, resolve_together
+from kbtrain.training.fit import TrainOutput
+from kbtrain.training.resuming import make_saver
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
@@ -213,27 +211,7 @@ class Trainer(KnownNames, TrainerBase):
                 After ``max_time`` the call returns, and ``interruption`` is ``"max_time"``.
             ConfigurationError, DataError: See the message.
         """
-        argument_checks.check_fit(self, resume_from_checkpoint)
-        evaluation.check_ignore_keys(ignore_keys_for_eval)
-        args, resume = self.args, resume_from_checkpoint
-        if resume is None:
-            resume = args.resume_from_checkpoint
-        self.is_in_train, self.interruption = True, None
-        self.ignore_keys_for_eval = ignore_keys_for_eval
-        signals = self.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
-        try:
-            saving = self.saver.running(args.save_strategy != "no", args.on_save_error)
-            with distributed.working("the start of fit"), signals, saving:
-                checkpoint = resolve_together(self, resume)
-                with placement.settings(self.backend, args, self.model):
-                    train = find_and_fit if args.auto_find_batch_size else fit
-                    output = train(self, checkpoint)
-            newest = actions.last_checkpoint(self) if self.interruption else None
-            signals.raise_received(self.state.global_step, newest, self.interruption)
-            return output
-        finally:
-            self.is_in_train, self.current_run = False, None
-            self.callback_handler.close()
+        return session.run_session(self, resume_from_checkpoint, ignore_keys_for_eval)
 
     train = fit
 

@@ -155,9 +155,11 @@ def load(trainer: TrainerBase) -> None:
     """
     path = _load(trainer) if current().rank == 0 else None
     if current().size == 1:
+        trainer.loaded_best = path
         return
     variables = run_state.model_variables(trainer.model)
     chosen = host.broadcast(trainer.backend, None if path is None else str(path))
+    trainer.loaded_best = None if chosen is None else Path(chosen)
     divided = any(trainer.backend.owned_blocks(v) is not None for v in variables)
     if current().rank and chosen is not None and divided:  # process 0 has its own blocks only
         run_state.restore_model(trainer.model, read_checkpoint(Path(chosen), True, trusted=True))

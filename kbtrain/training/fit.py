@@ -91,6 +91,7 @@ def fit(
         with run.times.of("other"):
             trainer.saver.wait()
             host.barrier(trainer.backend)  # the checkpoints are complete for all processes
+        run.seconds = run.times.total
     return _finish(trainer, run, memory)
 
 

@@ -63,6 +63,9 @@ class Run:
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: The time spent in each part of the loop.
+        compile_seconds: Duration of the first call of the steps, most of it compiling.
+        first_samples, first_tokens: Samples and tokens of that call.
+        seconds: Duration of the loop, once it is over.
         processing_files: Files that ``processing_class`` wrote for the first checkpoint: path ->
             content.
         score: Step and metric of the last evaluation that counts for the best model.
@@ -91,6 +94,10 @@ class Run:
     samples: int = 0
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
+    compile_seconds: float = 0.0
+    first_samples: int = 0
+    first_tokens: int = 0
+    seconds: float | None = None
     processing_files: Mapping[str, bytes] | None = None
     score: tuple[int, float] | None = None
     best_is_lost: bool = False
@@ -159,6 +166,8 @@ class Run:
                 f"structure and shapes {block.outline}."
             )
             raise
+        if first := self.compile_seconds == 0.0:
+            self.compile_seconds = time.perf_counter() - start
         self._result = result
         chunks = None if self.explain is None else block.chunks
         self._pending.append((self.state.global_step + 1, block.updates, chunks, wait))
@@ -172,6 +181,8 @@ class Run:
             tokens = self.count_tokens(block)
             self.tokens += tokens
             self.state.num_input_tokens_seen += tokens
+        if first:
+            self.first_samples, self.first_tokens = self.samples, self.tokens
         if self.block_length.is_worth_measuring(block.outline):
             self.read()
             seconds = host.slowest(self.backend, time.perf_counter() - start)

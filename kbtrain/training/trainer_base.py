@@ -36,7 +36,12 @@ from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.training.agreement import Agreement
-from kbtrain.training.dataloaders import evaluation_set, make_loader, padding_collator
+from kbtrain.training.dataloaders import (
+    evaluation_set,
+    is_named_datasets,
+    make_loader,
+    padding_collator,
+)
 from kbtrain.training.run import Run
 from kbtrain.training.stop_signals import StopSignals
 
@@ -56,6 +61,10 @@ class TrainerBase(ABC):
         stop_signals: Requests to stop, from signals and ``max_time``.
         agreement: What several processes decide together in the running ``fit``.
         interruption: The reason why the run ended early, or None.
+        resume_requested: ``resume_from_checkpoint`` of the last call of ``fit``.
+        resumed_from: The checkpoint that the run continues from, or None.
+        loaded_best: The best checkpoint, if its weights were loaded at the end of ``fit``.
+        fit_began: When the last call of ``fit`` began, by ``time.perf_counter``.
         state: The progress of the run, as callbacks see it; saved in every checkpoint.
         control: Requests of callbacks to the loop.
         current_run: The running ``fit``, or None.
@@ -86,6 +95,10 @@ class TrainerBase(ABC):
     stop_signals: StopSignals
     agreement: Agreement
     interruption: str | None = None
+    resume_requested: Any = None
+    resumed_from: Path | None = None
+    loaded_best: Path | None = None
+    fit_began: float = 0.0
     state: TrainerState
     control: TrainerControl
     callback_handler: CallbackHandler
@@ -146,6 +159,13 @@ class TrainerBase(ABC):
     @model.setter
     def model(self, model: keras.Model) -> None:
         self.adopt(model)
+
+    def evaluation_sets(self) -> dict[str, Any]:
+        """The evaluation sets by name, "eval" if there is one without; empty if there is none."""
+        data = self.eval_dataset
+        if is_named_datasets(data):
+            return dict(data)
+        return {} if data is None else {"eval": data}
 
     @property
     def loss(self) -> Any:

@@ -1,0 +1,154 @@
+"""How a run ended: the reason, the weights, the checkpoint to go on from."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from helpers import StopAt, arguments, linear_model, make_data
+
+from kbtrain import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback
+from kbtrain.report.ending import RunEnding
+
+
+class Ending(TrainerCallback):
+    """Keeps what it was told."""
+
+    every_step = False
+
+    def __init__(self):
+        self.phases = []
+
+    def phase(self, text):
+        self.phases.append(text)
+
+    def ended(self, ending):
+        self.ending = ending
+
+
+def run(folder, callbacks=(), data=None, raises=None, resume=None, **changes):
+    """Four updates; returns the ending."""
+    told = Ending()
+    data = make_data(16) if data is None else data
+    trainer = Trainer(
+        linear_model(),
+        arguments(folder, **({"per_device_train_batch_size": 4, "num_train_epochs": 1} | changes)),
+        train_dataset=data,
+        eval_dataset=make_data(16),
+        loss="mse",
+        callbacks=[told, *callbacks],
+    )
+    if raises is None:
+        trainer.fit(resume)
+    else:
+        with pytest.raises(raises):
+            trainer.fit(resume)
+    return told.ending
+
+
+SAVING = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "metric_for_best_model": "loss",
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.core
+def test_a_complete_run(tmp_path):
+    ending = run(tmp_path, learning_rate=0.1, **SAVING)
+    assert (ending.reason, ending.completed) == ("all updates are done", True)
+    assert (ending.step, ending.updates, ending.epoch) == (4, 4, 1.0)
+    assert ending.best_metric == "loss"
+    assert ending.best_loaded
+    assert ending.weights == f"the best, of checkpoint-{ending.best_step}"
+    assert ending.best_checkpoint == str(tmp_path / f"checkpoint-{ending.best_step}")
+    assert ending.checkpoint == str(tmp_path / "checkpoint-4")
+    assert ending.resume_change == 'fit(resume_from_checkpoint="auto")'
+    assert sum(ending.shares.values()) == pytest.approx(1, abs=1e-3)
+    assert 0 < ending.compile_seconds < ending.seconds
+    assert ending.samples_per_second > 0
+    assert ending.error is None
+    assert RunEnding.from_dict(json.loads(json.dumps(ending.to_dict())) | {"new": 1}) == ending
+
+
+def test_early_stopping_says_so(tmp_path):
+    still = make_data(16)
+    stop = EarlyStoppingCallback(2, early_stopping_threshold=100.0)
+    ending = run(tmp_path, [stop], still, num_train_epochs=3, **SAVING)
+    assert ending.reason == "early stopping: no better loss for 2 evaluations"
+    assert ending.completed
+    assert ending.step == 3
+
+
+def test_a_callback_that_stops_is_named(tmp_path):
+    ending = run(tmp_path, [StopAt(2)])
+    assert ending.reason == "StopAt asked to stop"
+    assert (ending.checkpoint, ending.resume_command) == (None, "")
+    assert ending.weights == "the newest, of update 2"
+
+
+def test_a_callback_may_give_its_reason(tmp_path):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop, control.stop_reason = True, "good enough"
+
+    assert run(tmp_path, [Enough()]).reason == "good enough"
+
+
+def test_ctrl_c(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ending = run(tmp_path, [Interrupt()], raises=KeyboardInterrupt, save_strategy="steps")
+    assert (ending.reason, ending.completed) == ("stopped by Ctrl-C (SIGINT)", False)
+    assert ending.checkpoint == str(tmp_path / "checkpoint-1")
+    assert ending.error is None
+
+
+def test_an_error(tmp_path):
+    x, y = make_data(16)
+    y[9] = np.nan
+    ending = run(tmp_path, data=(x, y), raises=NonFiniteError, save_strategy="steps", save_steps=1)
+    assert ending.reason == "the loss or the gradient of update 3 was not finite"
+    assert ending.error.startswith("NonFiniteError: Update 3 was not finite")
+    assert ending.weights == "the newest, of update 2"
+    assert not ending.completed
+
+
+def test_nothing_to_do(tmp_path):
+    run(tmp_path, **SAVING)
+    ending = run(tmp_path, resume=True, **SAVING)
+    assert ending.reason == "there was nothing to do"
+    assert (ending.step, ending.resume_change) == (4, "")
+    assert ending.samples_per_second is None
+
+
+def test_a_failure_before_the_first_update(tmp_path):
+    def broken(y_true, y_pred):
+        raise RuntimeError("no loss today")
+
+    told = Ending()
+    trainer = Trainer(
+        linear_model(), arguments(tmp_path), train_dataset=make_data(), loss=broken,
+        callbacks=[told],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="no loss today"):
+        trainer.fit()
+    assert told.ending.reason == "an error: RuntimeError"
+    assert told.phases[0] == "preparing"
+
+
+def test_what_only_talks_cannot_end_a_run(tmp_path):
+    class Broken(Ending):
+        def phase(self, text):
+            raise OSError("screen gone")
+
+        def ended(self, ending):
+            raise OSError("screen gone")
+
+    assert run(tmp_path, [Broken()]).completed

@@ -1,0 +1,135 @@
+"""What a run is, as the plain values that every screen and page shows."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from helpers import arguments, linear_model, make_data
+
+from kbtrain import Trainer, TrainerCallback, TrainingArguments
+from kbtrain.report.command import command_line, resume_command
+from kbtrain.report.facts import RunFacts, changed_arguments, facts_of
+
+
+class Note(TrainerCallback):
+    """Keeps the facts of a run."""
+
+    every_step = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.facts = facts_of(kwargs["trainer"])
+
+
+def facts(folder, model=None, trainer_options=(), eval_dataset=None, **changes):
+    note, data = Note(), make_data(16)
+    trainer = Trainer(
+        linear_model() if model is None else model,
+        arguments(folder, **({"per_device_train_batch_size": 4} | changes)),
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        callbacks=[note],
+        **({"loss": "mse"} | dict(trainer_options)),
+    )
+    trainer.fit()
+    return note.facts
+
+
+@pytest.mark.core
+def test_the_facts_of_a_run_are_plain_values(tmp_path):
+    found = facts(
+        tmp_path / "digits",
+        eval_dataset={"near": make_data(8), "far": make_data(6)},
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        lr_scheduler_type="cosine",
+    )
+    assert (found.parameters, found.trainable, found.model_bytes) == (4, 4, 16)
+    assert found.eval_examples == {"near": 8, "far": 6}
+    assert (found.examples, found.batch_size, found.accumulation) == (16, 8, 2)
+    assert (found.updates, found.epochs, found.start_step) == (4, 2.0, 0)
+    assert (found.optimizer, found.learning_rate, found.schedule) == ("AdamW", 0.01, "cosine")
+    assert (found.backend, found.precision) == (keras.config.backend(), "float32")
+    assert (found.run_name, found.output_dir) == ("digits", str(tmp_path / "digits"))
+    assert found.changed["lr_scheduler_type"] == "cosine"
+    assert found.resumed_from is None
+    assert RunFacts.from_dict(json.loads(json.dumps(found.to_dict())) | {"newer": 1}) == found
+
+
+def test_frozen_layers_count_as_parameters_only(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    model.layers[0].trainable = False
+    found = facts(tmp_path, model)
+    assert (found.parameters, found.trainable) == (8 + 3, 3)
+
+
+def test_a_resumed_run_says_from_where(tmp_path):
+    facts(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    found = facts(tmp_path, save_strategy="no", max_steps=4, resume_from_checkpoint=True)
+    assert found.start_step == 2
+    assert found.resumed_from == str(tmp_path / "checkpoint-2")
+
+
+def test_the_peak_of_a_given_schedule(tmp_path):
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, 6, warmup_target=0.5, warmup_steps=2)
+    given = {"optimizers": (keras.optimizers.SGD(schedule), None)}
+    found = facts(tmp_path, trainer_options=given, max_steps=8, learning_rate=None)
+    assert (found.optimizer, found.schedule) == ("SGD", "CosineDecay")
+    assert found.learning_rate == pytest.approx(0.5)
+    fixed = {"optimizers": (keras.optimizers.SGD(0.25), None)}
+    found = facts(tmp_path, trainer_options=fixed, max_steps=1, learning_rate=None)
+    assert (found.learning_rate, found.schedule) == (0.25, "constant")
+
+
+def test_data_and_models_that_say_less(tmp_path):
+    class Plain(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.layer(x)
+
+    def stream():
+        yield from zip(*make_data(16), strict=True)
+
+    def endless():
+        yield np.zeros(3, "float32"), np.zeros(1, "float32")
+
+    note = Note()
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=2)
+    trainer = Trainer(
+        Plain(), args, train_dataset=stream, eval_dataset=endless, loss="mse", callbacks=[note]
+    )
+    trainer.fit()
+    assert note.facts.examples is None
+    assert note.facts.eval_examples == {"eval": None}
+    assert (note.facts.parameters, note.facts.model_class) == (4, "Plain")
+
+
+@pytest.mark.neutral
+def test_arguments_that_differ_from_their_defaults(tmp_path):
+    assert changed_arguments(TrainingArguments()) == {}
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=5e-5, max_steps=3)
+    assert changed_arguments(args) == {"output_dir": str(tmp_path), "max_steps": 3}
+
+
+@pytest.mark.neutral
+def test_the_command_and_how_to_go_on(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--name", "two words"])
+    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "__main__": Main()})
+    assert command_line() == "python train.py --name 'two words'"
+    again = "KERAS_BACKEND=jax python train.py --name 'two words'"
+    assert resume_command("auto", "jax") == resume_command(True, "jax") == (again, "")
+    assert resume_command(None, "jax") == (again, 'fit(resume_from_checkpoint="auto")')
+
+
+@pytest.mark.neutral
+def test_a_notebook_has_no_command(monkeypatch):
+    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "ipykernel": object()})
+    assert command_line() == ""
+    assert resume_command(None, "jax") == ("", 'fit(resume_from_checkpoint="auto")')
+
+
+class Main:
+    __file__ = "train.py"
