@@ -25,12 +25,25 @@ from kbtrain.utils.fallback import report
 
 AllSum = Callable[[Sequence[Any]], list[Any]]
 
-_active = False
+_current: tuple[LocalRows, AllSum] | None = None
 
 
 def is_active() -> bool:
     """Whether the statistics of batches are being added up over processes."""
-    return _active
+    return _current is not None
+
+
+def rows_in_all(rows: int) -> int:
+    """The number of rows of the whole batch, of which this process sees ``rows``."""
+    return rows if _current is None else _current[0].total
+
+
+def sum_in_all(value: Any) -> Any:
+    """The sum over processes of what each has for its rows."""
+    if _current is None:
+        return value
+    rows, all_sum = _current
+    return all_sum([value if rows.size else ops.zeros_like(value)])[0]
 
 
 @contextlib.contextmanager
@@ -41,8 +54,8 @@ def whole_batch(rows: LocalRows, all_sum: AllSum) -> Iterator[None]:
         rows: The rows that this process computes.
         all_sum: Adds up tensors over the processes.
     """
-    global _active
-    before = _active
+    global _current
+    before = _current
     with contextlib.ExitStack() as replaced:
         for name, make in _drawn(rows).items():
             _replace(replaced, _keras_random, name, make, "Random numbers")
@@ -53,11 +66,11 @@ def whole_batch(rows: LocalRows, all_sum: AllSum) -> Iterator[None]:
             lambda _: _moments(rows, all_sum),
             "The statistics of BatchNormalization",
         )
-        _active = True
+        _current = rows, all_sum
         try:
             yield
         finally:
-            _active = before
+            _current = before
 
 
 @contextlib.contextmanager

@@ -378,7 +378,7 @@ def debug_options(value: Any) -> tuple[str, ...]:
     items = value.split() if isinstance(value, str) else value
     if isinstance(items, list | tuple) and "tpu_metrics_debug" in items:
         raise InvalidValue("without 'tpu_metrics_debug', which prints counters of PyTorch/XLA")
-    return tuple(names("underflow_overflow")(() if items is None else items))
+    return tuple(names("underflow_overflow", "collectives")(() if items is None else items))
 
 
 def options(value: Any) -> FrozenDict:

@@ -158,7 +158,7 @@ def check_consistency(args: Fields) -> None:
             "A model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
             "where the device supports bfloat16 (it needs no loss scale), otherwise fp16=True."
         )
-    if args.debug and args.on_nonfinite != "raise":
+    if "underflow_overflow" in args.debug and args.on_nonfinite != "raise":
         raise ConfigurationError(
             "debug='underflow_overflow' explains the error of on_nonfinite='raise'. Received: "
             f"on_nonfinite={args.on_nonfinite!r}. Remove one of them."

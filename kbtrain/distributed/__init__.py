@@ -18,7 +18,7 @@ from kbtrain.utils.processes import ProcessGroup
 
 if TYPE_CHECKING:
     from kbtrain.distributed.control.channel import Channel
-    from kbtrain.distributed.control.peers import Peers
+    from kbtrain.distributed.control.mailbox import ChannelPeers
 
 TIMEOUT = 1800.0
 """Seconds that a collective operation may take, as in Transformers."""
@@ -26,7 +26,7 @@ TIMEOUT = 1800.0
 _JOINED = "KBTRAIN_JOINED_PID"
 
 _channel: Channel | None = None
-_peers: Peers | None = None
+_peers: ChannelPeers | None = None
 
 
 def initialize(launched_only: bool = False) -> ProcessGroup:
@@ -84,7 +84,7 @@ def _versions(backend: str) -> dict[str, str]:
     return {"backend": backend, "python": python, **versions}
 
 
-def get_peers() -> Peers | None:
+def get_peers() -> ChannelPeers | None:
     """Messages between the processes from any thread; None for a program that is alone."""
     global _peers
     if _peers is None and _channel is not None:
@@ -106,6 +106,11 @@ def at(place: str) -> None:
     """
     if _channel is not None:
         _channel.at(place)
+
+
+def place() -> str:
+    """What this process does now; empty outside ``fit`` and ``evaluate``, or if it is alone."""
+    return "" if _channel is None else _channel.place
 
 
 @contextlib.contextmanager

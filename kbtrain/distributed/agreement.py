@@ -10,9 +10,10 @@ import hashlib
 import itertools
 import json
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kbtrain.backends.collective_check import Operation
 from kbtrain.errors import DistributedError
 from kbtrain.utils.processes import ProcessGroup
 
@@ -120,42 +121,35 @@ def _short(value: Any) -> str:
 
 
 class CollectiveSequence:
-    """The collective operations of this process in their order, for comparison with the others.
-
-    Processes that call different operations at a time compute wrong numbers or wait for each other.
-    To find that before it happens, ``check`` between ``note`` and the operation, with an
-    ``exchange`` that is not a collective operation itself.
+    """The collective operations of this process in their order, compared with those of the others.
 
     Args:
         group: The processes.
-        exchange: Carries the messages, such as ``Channel.peers().exchange``.
+        exchange: Carries the messages, and is no collective operation itself.
+        place: Says what this process does, such as "update 17".
     """
 
-    def __init__(self, group: ProcessGroup, exchange: Exchange) -> None:
+    def __init__(
+        self, group: ProcessGroup, exchange: Exchange, place: Callable[[], str] = lambda: ""
+    ) -> None:
         self._group = group
         self._exchange = exchange
-        self._checked = 0
-        self._notes: list[str] = []
+        self._place = place
+        self._compared = 0
 
-    def note(self, name: str, shape: Iterable[int], dtype: str) -> None:
-        """Add an operation.
+    def compare(self, operations: Sequence[Operation]) -> None:
+        """Compare the operations that are about to run. All processes call it.
 
         Args:
-            name: What it does, such as "all_sum".
-            shape: That of its operand.
-            dtype: Likewise.
-        """
-        self._notes.append(f"{name} of {dtype}[{','.join(map(str, shape))}]")
-
-    def check(self) -> None:
-        """Compare the operations since the last check. All processes call it.
+            operations: What they do, such as "all_sum of float32[8]", or the lines of a program.
 
         Raises:
             DistributedError: They differ; it is raised in all processes, and names the first
-                operation that does.
+                operation that does, or the first line.
         """
-        operations = enumerate(self._notes, self._checked + 1)
-        facts = {f"collective operation {number}": note for number, note in operations}
+        facts: dict[str, Any] = {"the place": self._place()}
+        for number, each in enumerate(operations, self._compared + 1):
+            name = "collective operation" if isinstance(each, str) else "program"
+            facts[f"{name} {number}"] = each
+        self._compared += len(operations)
         agree(self._group, self._exchange, facts)
-        self._checked += len(self._notes)
-        self._notes = []

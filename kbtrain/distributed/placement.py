@@ -11,8 +11,11 @@ from typing import Any
 import keras
 
 from kbtrain import distributed
+from kbtrain.backends import collective_check
 from kbtrain.backends.protocol import Backend
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.distributed import host
+from kbtrain.distributed.agreement import CollectiveSequence
 from kbtrain.distributed.layouts import StateLayout, state_layout
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
@@ -133,6 +136,7 @@ def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> I
         backend.device_scope(args.chosen_device, _layout(backend, args)),
         backend.numerics(args.tf32, args.full_determinism),
         _exchange_settings(backend, args),
+        _comparing_collectives(backend, args),
     ):
         yield
 
@@ -144,6 +148,24 @@ def _exchange_settings(
         return contextlib.nullcontext()
     distributed.set_timeout(args.ddp_timeout)
     return backend.exchange_settings(args.ddp_backend, args.ddp_timeout, args.ddp_bucket_cap_mb)
+
+
+def _comparing_collectives(
+    backend: Backend, args: TrainingArguments
+) -> contextlib.AbstractContextManager[None]:
+    """Context of ``debug="collectives"``. The arguments of the processes may still differ here."""
+    if collective_check.is_observed():  # an evaluation inside fit
+        return contextlib.nullcontext()
+    asked = "collectives" in args.debug
+    if asked and current().size == 1:
+        logger.warning("debug='collectives' has no effect: there is one process.")
+    if not host.any_of(backend, {"debug": asked})["debug"]:
+        return contextlib.nullcontext()
+    peers = distributed.get_peers()
+    if peers is None or current().size == 1:
+        return contextlib.nullcontext()
+    sequence = CollectiveSequence(current(), peers.exchange, distributed.place)
+    return collective_check.observed_by(sequence.compare)
 
 
 def check_processes(backend: Backend, args: TrainingArguments) -> None:

@@ -50,6 +50,8 @@ def check_arguments(trainer: TrainerBase) -> None:
         if getattr(args, name) and args.is_set(name):
             if name == "gradient_accumulation_steps" and args.gradient_accumulation_steps == 1:
                 continue
+            if name == "debug" and "underflow_overflow" not in args.debug:
+                continue
             raise ConfigurationError(
                 f"{name}={getattr(args, name)!r} has no effect on a model that trains with its "
                 f"custom {step}: {instead}. {how}"

@@ -232,6 +232,7 @@ class Interval(str, enum.Enum):  # noqa: UP042 - the kind of enum Transformers u
         ("debug", "", ()),
         ("debug", None, ()),
         ("debug", "underflow_overflow", ("underflow_overflow",)),
+        ("debug", "collectives underflow_overflow", ("underflow_overflow", "collectives")),
         ("ema", 0.99, {"decay": 0.99}),
         ("ema", True, {}),
         ("ema", False, None),

@@ -117,11 +117,11 @@ def test_one_process_agrees_with_itself():
 
 def test_the_first_collective_operation_that_differs_is_named():
     rounds = [
-        [[("all_sum", (8, 2), "float32"), ("all_gather", (), "int32")]] * 2,
+        [["all_sum of float32[8,2]", "all_gather of int32[]"]] * 2,
         [[], []],
         [
-            [("all_sum", (3,), "float32"), ("all_sum", (4,), "float32")],
-            [("all_sum", (3,), "float32"), ("all_sum", (4,), "bfloat16")],
+            ["all_sum of float32[3]", "all_sum of float32[4]"],
+            ["all_sum of float32[3]", "all_sum of bfloat16[4]"],
         ],
     ]
 
@@ -129,10 +129,8 @@ def test_the_first_collective_operation_that_differs_is_named():
         sequence = CollectiveSequence(group, exchange)
         passed = []
         for each in operations:
-            for operation in each:
-                sequence.note(*operation)
             try:
-                sequence.check()
+                sequence.compare(each)
                 passed.append(True)
             except DistributedError as error:
                 return passed, str(error)
@@ -149,12 +147,23 @@ def test_the_first_collective_operation_that_differs_is_named():
     ) in text
 
 
-def test_an_operation_that_a_process_does_not_call_is_named():
-    def run(group, exchange, operations):
-        sequence = CollectiveSequence(group, exchange)
-        for name in operations:
-            sequence.note(name, [2], "float32")
-        sequence.check()
+def compared(operations, places):
+    def run(group, exchange, given):
+        CollectiveSequence(group, exchange, lambda: given[1]).compare(given[0])
 
-    (text, _) = Together(2).run(run, [["all_sum", "all_sum"], ["all_sum"]])
+    return Together(2).run(run, list(zip(operations, places, strict=True)))[0]
+
+
+def test_an_operation_that_a_process_does_not_call_is_named():
+    text = compared([["all_sum", "all_sum"], ["all_sum"]], ["update 1"] * 2)
     assert "has collective operation 2=nothing" in text
+
+
+def test_the_first_line_of_a_program_that_differs_is_named():
+    programs = [[["module", "add", "return"]], [["module", "subtract", "return"]]]
+    assert "has program 1[1]='subtract', process 0" in compared(programs, ["update 1"] * 2)
+
+
+def test_processes_at_different_places_are_named():
+    text = compared([["all_sum"], ["all_sum"]], ["update 3", "batch 0 of an evaluation"])
+    assert "has the place='batch 0 of an evaluation', process 0" in text

@@ -43,6 +43,15 @@ def test_processes_that_differ_end_before_the_first_update(tmp_path, what, words
         assert "update 0" in one.output
 
 
+def test_collectives_that_differ_are_named_before_anything_is_computed_with_them(tmp_path):
+    for one in ended(tmp_path, "meets others elsewhere"):
+        assert one.status == 1
+        assert re.search(
+            r"process 1 .* has (collective operation|program) \d+.*process 0 .* has", one.output
+        ), one.output
+        assert "update 0" in one.output
+
+
 def test_a_stream_that_ends_earlier_in_one_process_is_named_by_all(tmp_path):
     for one in ended(tmp_path, "has a shorter stream"):
         assert one.status == 1

@@ -130,7 +130,8 @@ def accumulated() -> dict[str, Any]:
 
 
 def label_smoothing() -> dict[str, Any]:
-    return tokens(label_smoothing_factor=0.1)
+    # Compared before each exchange, which changes nothing.
+    return tokens(label_smoothing_factor=0.1, debug="collectives")
 
 
 def batch_statistics(accumulation: int = 1) -> dict[str, Any]:
@@ -248,6 +249,31 @@ def own_loss() -> dict[str, Any]:
     )
     trainer.fit()
     return result(trainer)
+
+
+class Adds(keras.layers.Layer):
+    """Adds a loss for each sample, which Keras sums."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(ops.sum(0.01 * ops.square(x), axis=-1))
+        return x
+
+
+def summed_loss(layer: Any = None) -> dict[str, Any]:
+    """A loss that is a sum over the samples of a batch, which need not be divided evenly."""
+    model = dense()
+    summed = layer is None
+    if layer is not None:
+        model.add(layer)
+    trainer = Trainer(
+        model,
+        arguments("summed", learning_rate=0.01),
+        train_dataset=(random(21, 4), random(21, 3)),
+        eval_dataset=(random(13, 4, seed=2), random(13, 3, seed=3)),
+        loss=keras.losses.MeanSquaredError(reduction="sum") if summed else "mse",
+    )
+    trainer.fit()
+    return result(trainer, eval=[trainer.evaluate()["eval_loss"]])
 
 
 def weighted() -> dict[str, Any]:
@@ -383,6 +409,8 @@ CASES: dict[str, Any] = {
     "one is not finite": one_is_not_finite,
     "metrics": metrics,
     "own loss": own_loss,
+    "summed loss": summed_loss,
+    "added losses": lambda: summed_loss(Adds()),
     "weighted": weighted,
     "half precision": half_precision,
     "evaluations": evaluations,

@@ -38,6 +38,13 @@ class Fails(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Norm(keras.layers.BatchNormalization):
+    """In one process it takes the moving statistics, where the others add up those of the batch."""
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        return super().call(inputs, training=training and not mine, mask=mask)
+
+
 different = mine and what == "has other arguments"
 args = TrainingArguments(
     output_dir=folder,
@@ -49,10 +56,13 @@ args = TrainingArguments(
     disable_tqdm=True,
     log_level="error",
     log_level_replica="error",
+    debug="collectives" if what == "meets others elsewhere" else "",
 )
 x = np.random.default_rng(0).normal(size=(80, 4)).astype("float32")
 units = 3 if mine and what == "has another model" else 2
-model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units), keras.layers.Dense(1)])
+middle = [Norm()] if what == "meets others elsewhere" else []
+layers = [keras.layers.Dense(units), *middle, keras.layers.Dense(1)]
+model = keras.Sequential([keras.Input((4,)), *layers])
 data: Any = (x[1:], x[1:, :1]) if mine and what == "has other data" else (x, x[:, :1])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from kbtrain.backends.collective_check import about_to_run, is_observed
 from kbtrain.backends.jax.device import compiler_options, free_memory
 from kbtrain.backends.jax.mesh import (
     check_can_run_eagerly,
@@ -72,6 +73,7 @@ def compile_step(
             values = _without_aliases(values)
         if new:
             _compile(jitted(), values, inputs)
+        _announce(jitted(), values, inputs)
         outputs, values = jitted()(values, inputs)
         # `assign` would convert and check each value, at ten times the cost of the whole call.
         write_values(variables, to_process(values))
@@ -147,6 +149,13 @@ def _compile(jitted: Any, *args: Any) -> None:
     """
     jitted.lower(*args).compile()
     free_memory()
+
+
+def _announce(jitted: Any, *args: Any) -> None:
+    """Show the program to who compares those of all processes, before XLA divides and runs it."""
+    run = current()
+    if is_observed() and run is not None and not run.is_local:
+        about_to_run([jitted.lower(*args).as_text().splitlines()])
 
 
 def compile_steps(
@@ -306,6 +315,7 @@ def compile_eval_steps(
         constant = to_mesh(read_values(fixed))
         if new:
             _compile(jitted(), constant, values, block, *numbers)
+        _announce(jitted(), constant, values, block, *numbers)
         outputs, values = jitted()(constant, values, block, *numbers)
         write_values(changing, to_process(values))
         outputs = to_process(outputs)

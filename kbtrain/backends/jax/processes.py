@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
+from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rows import LocalRows, whole
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
@@ -193,6 +194,7 @@ def exchange(data: bytes) -> list[bytes]:
     """The ``data`` of every process, in order of rank."""
     if jax.process_count() == 1:
         return [data]
+    about_to("exchange of messages")
     gather = multihost_utils.process_allgather
     lengths = gather(np.array([len(data)], np.int32)).ravel().tolist()
     # Lengths that are powers of two: the collective is compiled once for each.
@@ -251,6 +253,7 @@ def copy_from_first(variables: Sequence[keras.Variable]) -> None:
         return
     values = [np.asarray(v.value, order="C") for v in own]
     sent = np.concatenate([value.reshape(-1).view(np.uint8) for value in values])
+    about_to("broadcast from 0", sent.shape, sent.dtype)
     pieces = [
         multihost_utils.broadcast_one_to_all(sent[start : start + PIECE_BYTES])
         for start in range(0, len(sent), PIECE_BYTES)

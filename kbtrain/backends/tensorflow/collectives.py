@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from kbtrain.backends import collective_check
 from kbtrain.errors import DataError, DistributedError, first_lines
 
 _STEP_GROUP, _HOST_GROUP = 27490, 27491
@@ -69,7 +70,8 @@ class Members:
         if not tf.executing_eagerly():
             return self._traced(operation, flat, **options)
         # Traced once for a shape, so that it keeps its key: TensorFlow never forgets a key.
-        signature = operation.__name__, flat.dtype, tuple(flat.shape)
+        observed = collective_check.is_observed()
+        signature = operation.__name__, flat.dtype, tuple(flat.shape), observed
         if signature not in self._eager:
             # TensorFlow warns of many functions with the same code; a partial has none.
             self._eager[signature] = tf.function(
@@ -82,6 +84,8 @@ class Members:
         if self._token is None:
             with tf.init_scope(), tf.device(self.device):
                 self._token = tf.Variable(0.0, trainable=False, name="ordering_token")
+        if collective_check.is_observed():
+            flat = _announced("all_sum" if options else "all_gather", flat)
         with tf.device(self.device):
             return operation(
                 input=flat,
@@ -119,6 +123,7 @@ class Members:
         size = -(-value.nbytes // 4)
         if not size:
             return value
+        collective_check.about_to("broadcast from 0", value.shape, value.dtype)
         padded = np.zeros(4 * size, np.uint8)
         padded[: value.nbytes] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         common = {
@@ -137,13 +142,26 @@ class Members:
         return result
 
 
+def _announced(name: str, flat: Any) -> Any:
+    """The tensor, once the observer has been told that it is about to be sent."""
+
+    def announce(shape: Any) -> Any:
+        collective_check.about_to(name, shape.numpy().tolist(), flat.dtype.name)
+        return np.int32(0)
+
+    with tf.device("/CPU:0"):
+        told = tf.py_function(announce, [tf.shape(flat)], tf.int32)
+    with tf.control_dependencies([told]):
+        return tf.identity(flat)
+
+
 @contextlib.contextmanager
 def naming_failures(members: Members) -> Iterator[None]:
     """Raise an error in words where a collective operation in the context fails."""
     try:
         yield
     except tf.errors.OpError as error:
-        named = _named(error, members)
+        named = collective_check.take_error() or _named(error, members)
         if named is None:
             raise
         raise named from None  # TensorFlow's own lines say no more

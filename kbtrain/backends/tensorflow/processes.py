@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends import rows
+from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
@@ -147,6 +148,7 @@ def exchange(data: bytes) -> list[bytes]:
     members = _joined()
     if members is None:
         return [data]
+    about_to("exchange of messages")
     room = _HEAD - 4
     parts = members.gather_bytes(len(data).to_bytes(4, "little") + data[:room], _HEAD)
     sizes = [int.from_bytes(part[:4], "little") for part in parts]

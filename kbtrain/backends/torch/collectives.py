@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kbtrain.backends.collective_check import about_to
+
 BUCKET_BYTES = 25 << 20
 """Size of a bucket, as in DistributedDataParallel."""
 
@@ -100,8 +102,13 @@ def _buckets(tensors: list[torch.Tensor]) -> list[list[int]]:
 def _start_sum(flat: torch.Tensor) -> torch.Tensor:
     if flat.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
         raise TypeError(f"A sum over processes needs a wider type than {flat.dtype}.")
+    _announce("all_sum", flat)
     result: torch.Tensor = _c10d.all_reduce_(flat, "sum", _group_name())
     return result
+
+
+def _announce(name: str, tensor: torch.Tensor) -> None:
+    about_to(name, tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
 
 def _wait(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,15 +125,19 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
     """Each tensor of all processes along a new first axis."""
     if shards() == 1:
         return [tensor.unsqueeze(0) for tensor in tensors]
-    gather = _c10d.all_gather_into_tensor
     started = [
-        gather(_sendable(tensor.detach()).contiguous().reshape(-1), shards(), _group_name())
-        for tensor in tensors
+        _start_gather(_sendable(tensor.detach()).contiguous().reshape(-1)) for tensor in tensors
     ]
     return [
         _wait(flat).view(shards(), *tensor.shape).to(tensor.dtype)
         for flat, tensor in zip(started, tensors, strict=True)
     ]
+
+
+def _start_gather(flat: torch.Tensor) -> torch.Tensor:
+    _announce("all_gather", flat)
+    result: torch.Tensor = _c10d.all_gather_into_tensor(flat, shards(), _group_name())
+    return result
 
 
 def _sendable(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,6 +155,7 @@ def sum_to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
         parts, width = _parts(tensors, owners, indices)
         if width * len(parts) <= IMBALANCE * sum(tensors[i].numel() for i in indices):
             flat = torch.cat([_row(tensors, part, width, indices) for part in parts])
+            _announce("sum_to_owners", flat)
             result = _c10d.reduce_scatter_tensor(flat, "sum", len(parts), _group_name())
             started.append((parts[rank], result))
         else:
@@ -165,12 +177,12 @@ def gather_from_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[An
         parts, width = _parts(tensors, owners, indices)
         if width * len(parts) <= IMBALANCE * sum(tensors[i].numel() for i in indices):
             row = _row(tensors, parts[rank], width, indices)
-            flat = _c10d.all_gather_into_tensor(row, len(parts), _group_name())
-            started.append((parts, width, flat))
+            started.append((parts, width, _start_gather(row)))
             continue
         for owner, part in enumerate(parts):
             if part:
                 row = torch.cat([tensors[i].reshape(-1) for i in part])
+                _announce(f"broadcast from {owner}", row)
                 flat = _c10d.broadcast_(row, owner, _group_name())
                 started.append(([part], row.numel(), flat))
     results = list(tensors)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from kbtrain.backends import rows
+from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
@@ -62,6 +63,7 @@ def exchange(data: bytes) -> list[bytes]:
     """The ``data`` of every process, in order of rank."""
     if shards() == 1:
         return [data]
+    about_to("exchange of messages")
     group = _host_group()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(shards())]
     dist.all_gather(sizes, torch.tensor([len(data)]), group)
@@ -115,6 +117,7 @@ def copy_from_first(variables: Sequence[keras.Variable]) -> None:
     if shards() > 1:
         with torch.no_grad():
             for variable in variables:
+                about_to("broadcast from 0", variable.shape, variable.dtype)
                 dist.broadcast(variable.value.detach(), 0)
 
 

@@ -246,7 +246,9 @@ class ExecutionFields(Immutable):
         (),
         converters.debug_options,
         "['underflow_overflow'] reports the first layer, or else the gradients, with non-finite "
-        "values in the update at which on_nonfinite='raise' stops, by running that update again.",
+        "values in the update at which on_nonfinite='raise' stops, by running that update again. "
+        "['collectives'] compares what several processes are about to exchange, before each "
+        "exchange: slow, and an error names the first difference.",
         command_line=Sequence[str],
         on_resume=HARMLESS,
     )

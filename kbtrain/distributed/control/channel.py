@@ -117,6 +117,11 @@ class Channel:
         """
         self._report = self._report.at(place)
 
+    @property
+    def place(self) -> str:
+        """What this process does now; empty outside ``fit``, ``evaluate`` and so on."""
+        return self._report.place
+
     def done(self, error: BaseException | None = None) -> None:
         """Record that this process is outside ``fit``, ``evaluate`` and so on.
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from kbtrain.backends.whole_batch import rows_in_all, sum_in_all
 from kbtrain.model.losses.keras_losses import is_summed, keras_loss_pair
 from kbtrain.model.losses.pairing import OutputLoss
 from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor, mean
@@ -80,9 +81,13 @@ class OutputLosses:
     @property
     def sum(self) -> Any:
         """The weighted sum of the outputs' means, times the samples."""
-        means = [_weighted(mean(*_shown(p, s)), w) for _, p, w, s in self.pairs]
-        total = _sum(means)
-        return total * as_dtype_of(self.count, total)
+        # A sum over all rows of the batch is added up from those of the processes.
+        rows = rows_in_all(self.samples)
+        terms = [
+            _weighted(mean(*_shown(p, s)), w) * (rows if s else self.samples)
+            for _, p, w, s in self.pairs
+        ]
+        return _sum(terms)
 
     @property
     def count(self) -> Any:
@@ -131,7 +136,7 @@ def _term(pair: LossPair, weight: Any, summed: bool, samples: int, training: boo
     total, count = _shown(pair, summed)
     if summed and not training:
         count = as_dtype_of(samples, total)
-        total = total * count
+        total = total * as_dtype_of(rows_in_all(samples), total)
     return Term(total, count, as_dtype_of(1.0 if weight is None else weight, total))
 
 
@@ -162,22 +167,26 @@ def with_added(
         training: Whether losses that Keras sums are summed over the update, instead of averaged
             for a report.
     """
-    vectors = [v for v in added if training and is_per_sample(v, samples)]
+    vectors = [v for v in added if is_per_sample(v, samples)]
     means = [ops.sum(as_float(v)) for v in added if not any(v is vector for vector in vectors)]
+    # Of a sum over all rows of the batch a process has those of its rows.
+    sums = [] if training else [ops.sum(as_float(v)) for v in vectors]
     more: dict[str, Term] = {}
     if isinstance(loss, LossPair):
         if means:
             total = as_dtype_of(_sum(means), loss.sum)
             loss = loss._replace(sum=loss.sum + total * loss.count)
-        if not vectors:
+        if sums:
+            total = as_dtype_of(_sum(sums), loss.sum)
+            loss = loss._replace(sum=loss.sum + total * sum_in_all(loss.count))
+        if not training or not vectors:
             return loss
         more["loss"] = Term(loss.sum, loss.count, as_dtype_of(1.0, loss.sum))
         loss = LossTerms({}, {}, as_float(samples), loss.extras)
-    elif means:
-        total = _sum(means)
-        count = as_dtype_of(loss.samples, total)
-        more["added"] = Term(total * count, count, as_dtype_of(1.0, total))
-    if vectors:
+    elif means or sums:
+        total = _sum([x * samples for x in means] + [x * rows_in_all(samples) for x in sums])
+        more["added"] = Term(total, as_dtype_of(loss.samples, total), as_dtype_of(1.0, total))
+    if training and vectors:
         each = _sum([ops.sum(as_float(value)) for value in vectors])
         zero, one = (as_dtype_of(x, each) for x in (0.0, 1.0))
         more["added for each sample"] = Term(each, zero, one)

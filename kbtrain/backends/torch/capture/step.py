@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from kbtrain.backends.collective_check import Operation, about_to_run, noting
 from kbtrain.backends.torch.capture.cuda_graph import Graphs, with_graph
 from kbtrain.backends.torch.capture.guard import NotCapturable
 from kbtrain.backends.torch.capture.keras_overrides import native_operations
@@ -68,7 +69,7 @@ class CapturedStep:
         self._variables = list(variables)
         examples = [*keras.tree.flatten(inputs), *self._state()]
         with no_collection(), torch.no_grad():
-            recorded, self.outputs = _record(fn, self._variables, inputs)
+            recorded, self.outputs, self._collectives = _record(fn, self._variables, inputs)
             program = make_program(recorded, examples, inductor, kept)
         self._run = with_graph(program, examples, graphs)
 
@@ -81,17 +82,22 @@ class CapturedStep:
         Raises:
             GuardFailed: The condition was false; nothing was changed.
         """
+        about_to_run(self._collectives)
         return self._run(inputs, self._state())
 
 
 def _record(
     fn: Callable[[Any], Any], variables: list[keras.Variable], inputs: Any
-) -> tuple[Any, Any]:
-    """Record the step as one graph of ATen operations; also return the structure of its outputs.
+) -> tuple[Any, Any, list[Operation]]:
+    """Record the step as one graph of ATen operations.
 
     The values of the variables are inputs of the graph, after those of the step.
+
+    Returns:
+        The graph, the structure of the outputs, and the collective operations in their order.
     """
     outputs: list[Any] = []
+    collectives: list[Operation] = []
     real = held_values(variables)
     count = len(keras.tree.flatten(inputs))
     inside = False
@@ -101,7 +107,9 @@ def _record(
         for variable, value in zip(variables, flat[count:], strict=True):
             variable._value = value.requires_grad_(variable.trainable)
         inside = True
-        result = fn(keras.tree.pack_sequence_as(inputs, list(flat[:count])))
+        with noting() as noted:
+            result = fn(keras.tree.pack_sequence_as(inputs, list(flat[:count])))
+        collectives[:] = noted
         inside = False
         outputs[:] = [keras.tree.map_structure(lambda _: 0, result)]
         found: list[torch.Tensor] = keras.tree.flatten(result)
@@ -129,7 +137,7 @@ def _record(
         random.setstate(python)
         np.random.set_state(numpy)
         raise NotCapturable("the model draws Python or NumPy random numbers")
-    return recorded, outputs[0]
+    return recorded, outputs[0], collectives
 
 
 def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
