@@ -15,6 +15,7 @@ from kbtrain import moved
 if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
+    from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
     from kbtrain.callbacks.progress_bar import PrinterCallback as PrinterCallback
     from kbtrain.callbacks.progress_bar import ProgressCallback as ProgressCallback
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
@@ -87,6 +88,7 @@ _HOMES = {
     "evaluation.results": ("EvalLoopOutput", "PredictionOutput"),
     "training.fit": ("TrainOutput",),
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
+    "callbacks.library.profiler": ("ProfilerCallback",),
     "callbacks.progress_bar": ("PrinterCallback", "ProgressCallback"),
     "utils.rng": ("set_seed",),
     "callbacks.state": ("TrainerControl", "TrainerState"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import keras
@@ -15,6 +16,7 @@ import numpy as np
 
 from kbtrain.backends.rows import LocalRows
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
+from kbtrain.utils.chrome_trace import Span
 from kbtrain.utils.processes import ProcessGroup
 
 Updates = Sequence[tuple[keras.Variable, Any]]
@@ -383,6 +385,19 @@ class Backend(Protocol):
 
     def free_memory(self) -> None:
         """Release cached memory."""
+
+    # --- what a step costs ----------------------------------------------------------------------
+
+    def start_profile(self, folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
+        """Start the framework's profiler.
+
+        Args:
+            folder: An empty folder for what it writes.
+
+        Returns:
+            A function that stops it. It returns a trace in the Chrome format, and the operations
+            that ran: those of the accelerator, or of the CPU if there is none.
+        """
 
     # --- numbers --------------------------------------------------------------------------------
 

@@ -120,6 +120,11 @@ class Versions:
         self._versions = [version, *self._versions][:MAX_VERSIONS]
         return version
 
+    def have_traced(self, moment: Moment, outline: Hashable) -> bool:
+        """Whether the version valid at a moment exists and has been traced for these inputs."""
+        version = next((v for v in self._versions if v.decisions.hold(moment)), None)
+        return version is not None and outline in version.traced
+
     def horizon(self, moment: Moment, limit: int) -> int:
         """The number of updates, at most ``limit``, that one version covers; 1 before its trace."""
         version = next((v for v in self._versions if v.decisions.hold(moment)), None)
@@ -178,6 +183,12 @@ class LiveStep:
         if not self._position.used and self._versions.horizon(self._moment(accumulation), 2) > 1:
             return 1 << 30
         return self._versions.horizon(self._moment(accumulation), 1 << 10)
+
+    def has_traced(self, block: Block) -> bool:
+        """Whether the updates of a block run without being traced and compiled first."""
+        if self._captured.check() != self._generation:
+            return False
+        return self._versions.have_traced(self._moment(block.micro_batches), block.outline)
 
     def __call__(self, tensors: Any, block: Block) -> dict[str, Any]:
         """Run the updates of a block.

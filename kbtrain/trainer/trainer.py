@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from kbtrain import backends, distributed
-from kbtrain.callbacks import time_triggers
+from kbtrain.callbacks import by_argument
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
@@ -147,7 +147,7 @@ class Trainer(KnownNames, TrainerBase):
         self.callback_handler = CallbackHandler(
             [
                 *make_trackers(tuple(self.args.report_to)),
-                *time_triggers.callbacks(self.args),
+                *by_argument.callbacks(self.args),
                 *(callbacks or []),
                 *display(self.args),
             ],

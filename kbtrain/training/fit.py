@@ -184,6 +184,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         ).explain
     return Run(
         explain=explain,
+        is_compiled=step.has_traced,
         label_check=bound.label_check,
         trainable_at_start=trainable_at_start,
         backend=trainer.backend,

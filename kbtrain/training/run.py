@@ -53,6 +53,7 @@ class Run:
         block_length: Determines how many updates one call of the compiled step runs.
         count_tokens: Counts the tokens of a block, or None.
         pin: Whether to copy batches to the device from page-locked memory.
+        is_compiled: Whether a block runs without being compiled first.
         explain: Describes the first non-finite value of an update, given the chunks of its block
             and its index there; None for no description.
         label_check: Validates the labels of the first epoch, or None.
@@ -86,6 +87,7 @@ class Run:
     block_length: BlockLength = field(default_factory=BlockLength)
     count_tokens: Callable[[Block], int] | None = None
     pin: bool = False
+    is_compiled: Callable[[Block], bool] = lambda block: True
     explain: Callable[[Any, int], str] | None = None
     label_check: LabelCheck | None = None
     newest_only: bool = False
@@ -121,6 +123,11 @@ class Run:
                     return
                 self._block, self._result = block, None
                 yield block
+
+    @property
+    def next_is_compiled(self) -> bool:
+        """Whether the newest block runs, or ran, without being compiled first."""
+        return self._block is not None and self.is_compiled(self._block)
 
     def newest(self, metrics: MetricSet | None) -> dict[str, Any]:
         """Lazy ``batch``, ``loss`` and ``metrics`` of the newest update, for callbacks.

@@ -52,6 +52,7 @@ FROZEN = {
     "run_name": (None, None),
     "project": (None, None),
     "log_level": ("passive", "passive"),
+    "profile": (False, False),
     "include_num_input_tokens_seen": ("no", "no"),
     "skip_memory_metrics": (True, True),
     "eval_minutes": (None, None),

@@ -63,6 +63,7 @@ from kbtrain.backends.jax.processes import (  # noqa: F401
     stop_processes,
     sum_to_owners,
 )
+from kbtrain.backends.jax.profiler import start_profile  # noqa: F401
 from kbtrain.backends.jax.scope import Scope, context, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,

@@ -64,6 +64,7 @@ from kbtrain.backends.torch.processes import (  # noqa: F401
     start_processes,
     stop_processes,
 )
+from kbtrain.backends.torch.profiler import start_profile  # noqa: F401
 from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
 from kbtrain.backends.torch.state_blocks import check_model, whole_value  # noqa: F401
 from kbtrain.utils.fallback import PrivateApi

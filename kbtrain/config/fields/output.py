@@ -110,6 +110,15 @@ class OutputFields(Immutable):
         on_resume=HARMLESS,
     )
 
+    profile: bool = option(
+        False,
+        converters.flag,
+        "Record updates 11 to 20 of this call of fit with the framework's profiler: a trace in "
+        "output_dir/profile, and the ten slowest operations in the log. ProfilerCallback takes "
+        "other updates.",
+        on_resume=HARMLESS,
+    )
+
     # Evaluation
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no",

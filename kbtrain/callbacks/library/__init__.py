@@ -1,0 +1,1 @@
+"""Callbacks to choose from, by argument or in ``callbacks=[...]``."""
