@@ -123,8 +123,9 @@ class Group:
 
 def _environments(contender: Contender) -> list[dict[str, str]]:
     """The environment of each process: one thread, and the variables of torchrun."""
-    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
-    flags += f"--xla_force_host_platform_device_count={contender.devices}"
+    # The one without dashes comes last: XLA reads no flag after it.
+    flags = f"--xla_force_host_platform_device_count={contender.devices} "
+    flags += "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     common = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     common |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": flags}
     common |= {"TF_NUM_INTRAOP_THREADS": "1", "JAX_PLATFORMS": "cpu"}
