@@ -56,6 +56,13 @@ class Rounds:
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
 
+def _take_one_core(rank: int) -> None:
+    """Stay on one core: a pool of threads for several would burn time while it waits for work."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+
+
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -278,6 +285,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--folder", required=True)
     options = parser.parse_args()
+    if options.devices == 1:
+        _take_one_core(int(os.environ.get("LOCAL_RANK", "0")))
     with contextlib.suppress(KeyboardInterrupt):
         TRAINERS[options.trainer](Rounds(options.steps, options.folder), options.devices)
 
