@@ -4,9 +4,9 @@
 
 The global batch stays the same, so that two processes have half of the work each: without any cost
 of working together an update takes 0.5 of the processor time of one process, in each of two. All
-contenders train a GPT of the same shape, each process on one thread and one core (several devices of
-a process share all cores); all are started first and then take turns of some updates each. Wall-clock time is recorded, too, and says little where processes
-share cores.
+contenders train a GPT of the same shape, each process on one thread and one core (several devices
+of a process share all cores); all are started first and then take turns of some updates each.
+Wall-clock time is recorded, too, and says little where other work shares the cores.
 
 ``pip install ".[torch,jax,bench]"``: the Hugging Face Trainer and Lightning take part if they are
 installed, kbtrain on the frameworks that are.
