@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
     from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
+    from kbtrain.callbacks.library.throughput import ThroughputCallback as ThroughputCallback
     from kbtrain.callbacks.progress_bar import PrinterCallback as PrinterCallback
     from kbtrain.callbacks.progress_bar import ProgressCallback as ProgressCallback
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
@@ -89,6 +90,7 @@ _HOMES = {
     "training.fit": ("TrainOutput",),
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
     "callbacks.library.profiler": ("ProfilerCallback",),
+    "callbacks.library.throughput": ("ThroughputCallback",),
     "callbacks.progress_bar": ("PrinterCallback", "ProgressCallback"),
     "utils.rng": ("set_seed",),
     "callbacks.state": ("TrainerControl", "TrainerState"),

@@ -399,6 +399,24 @@ class Backend(Protocol):
             that ran: those of the accelerator, or of the CPU if there is none.
         """
 
+    def count_flops(
+        self, fn: Callable[[Any], Any], variables: Sequence[keras.Variable], inputs: Any
+    ) -> float:
+        """The floating-point operations of products and convolutions in ``fn(inputs)``.
+
+        It is traced, not run, if possible: nothing changes. Both the multiplication and the
+        addition count. What else a step does, and kernels that the framework knows nothing about,
+        counts nothing.
+
+        Args:
+            fn: A function of a structure of tensors.
+            variables: All variables that it reads or assigns.
+            inputs: NumPy arrays.
+        """
+
+    def tf32_is_on(self) -> bool:
+        """Whether products in float32 use TensorFloat-32 on a GPU that has it."""
+
     # --- numbers --------------------------------------------------------------------------------
 
     def numerics(

@@ -125,6 +125,17 @@ class CallbackHandler:
                 except Exception as error:
                     warn_once(callback, method, error)
 
+    def log_values(self, trainer: Any) -> dict[str, Any]:
+        """What callbacks add to a log of the training, by ``log_values(trainer)``."""
+        found: dict[str, Any] = {}
+        for callback in self.callbacks:
+            if values := getattr(callback, "log_values", None):
+                try:
+                    found |= values(trainer)
+                except Exception as error:
+                    warn_once(callback, "log_values", error)
+        return found
+
     def close(self) -> None:
         """Close all callbacks that have a ``close`` method; errors are logged."""
         for callback in self.callbacks:

@@ -35,7 +35,7 @@ def log_window(trainer: TrainerBase, run: Run) -> None:
     if (metrics := trainer.bound.metrics) is not None:
         logs |= metrics.result()
         metrics.reset()
-    trainer.log(logs)
+    trainer.log(logs | trainer.callback_handler.log_values(trainer))
 
 
 def evaluate(trainer: TrainerBase) -> bool:

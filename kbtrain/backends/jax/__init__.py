@@ -36,6 +36,7 @@ from kbtrain.backends.jax.device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.jax.flops import count_flops, tf32_is_on  # noqa: F401
 from kbtrain.backends.jax.mesh import (  # noqa: F401
     divided_gradient,
     gathered_weight,

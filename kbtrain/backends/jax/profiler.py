@@ -1,4 +1,4 @@
-"""JAX: the profiler, and the floating-point operations of a step."""
+"""JAX: the profiler, and the operations in its traces."""
 
 from __future__ import annotations
 

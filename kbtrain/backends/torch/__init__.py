@@ -50,6 +50,7 @@ from kbtrain.backends.torch.device import (  # noqa: F401
     to_device,
     to_host,
 )
+from kbtrain.backends.torch.flops import count_flops, tf32_is_on  # noqa: F401
 from kbtrain.backends.torch.model_steps import (  # noqa: F401
     reversible,
     run_train_step,

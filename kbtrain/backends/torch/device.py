@@ -29,15 +29,16 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     """
     device = _device()
     pin = pin and device.type == "cuda"
+    return keras.tree.map_structure(lambda x: on_device(x, device, pin), take_rows(tree))
 
-    def to_tensor(x: Any) -> Any:
-        array = np.asarray(x)
-        if not array.flags.writeable:  # torch shares the memory but has no read-only tensors
-            array = array.copy()
-        tensor = torch.from_numpy(array)
-        return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
-    return keras.tree.map_structure(to_tensor, take_rows(tree))
+def on_device(x: Any, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:
+    """A NumPy array as a tensor on a device, or on the default one."""
+    array = np.asarray(x)
+    if not array.flags.writeable:  # torch shares the memory but has no read-only tensors
+        array = array.copy()
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if pin else tensor).to(device or _device(), non_blocking=True)
 
 
 def _device() -> torch.device:

@@ -1,4 +1,4 @@
-"""PyTorch: the profiler, and the floating-point operations of a step."""
+"""PyTorch: the profiler, and the operations in its traces."""
 
 from __future__ import annotations
 

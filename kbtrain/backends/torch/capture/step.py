@@ -69,7 +69,7 @@ class CapturedStep:
         self._variables = list(variables)
         examples = [*keras.tree.flatten(inputs), *self._state()]
         with no_collection(), torch.no_grad():
-            recorded, self.outputs, self._collectives = _record(fn, self._variables, inputs)
+            recorded, self.outputs, self._collectives = record_step(fn, self._variables, inputs)
             program = make_program(recorded, examples, inductor, kept)
         self._run = with_graph(program, examples, graphs)
 
@@ -86,7 +86,7 @@ class CapturedStep:
         return self._run(inputs, self._state())
 
 
-def _record(
+def record_step(
     fn: Callable[[Any], Any], variables: list[keras.Variable], inputs: Any
 ) -> tuple[Any, Any, list[Operation]]:
     """Record the step as one graph of ATen operations.
