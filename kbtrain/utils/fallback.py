@@ -21,6 +21,8 @@ the cluster of a program         backends/tensorflow/processes    it is not noti
 metric values as tensors         model/metrics                    Keras' own mean over samples
 averages of ``use_ema``          optimization/evaluation_weights  Keras swaps them in and out
 moving variables                 backends/tensorflow/device       they stay on their device
+counting recorded operations     backends/torch/flops             the step runs once more
+functions of a graph             backends/tensorflow/flops        what they compute does not count
 Keras' masks, scopes, values     utils/keras_private              see there
 ===============================  ===============================  ==================================
 """

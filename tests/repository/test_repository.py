@@ -139,6 +139,7 @@ WITH_A_PLAIN_WAY = {
     "kbtrain/backends/whole_batch.py",
     "kbtrain/backends/jax/conv_layout.py",
     "kbtrain/backends/tensorflow/device.py",
+    "kbtrain/backends/tensorflow/flops.py",
     "kbtrain/backends/tensorflow/optimizer.py",
     "kbtrain/backends/tensorflow/processes.py",
     # The runner imports them when it records a step, and continues without them.

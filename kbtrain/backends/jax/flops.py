@@ -51,7 +51,7 @@ def _of_equation(equation: Any) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2.0 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+        return 2.0 * float(equation.outvars[0].aval.size * math.prod(left[i] for i in contracted))
     if name == "conv_general_dilated":
         return _of_convolution(equation)
     if name == "pallas_call":
@@ -67,7 +67,9 @@ def _of_convolution(equation: Any) -> float:
     numbers = equation.params["dimension_numbers"]
     left, right = (invar.aval.shape for invar in equation.invars)
     out = equation.outvars[0].aval.shape
-    count = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]]
+    count: float = (
+        2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]]
+    )
     places = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
     for i, j, k in places:
         # A gradient pads and dilates what it gets from above with zeros, which cost nothing.

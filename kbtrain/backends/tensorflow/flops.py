@@ -126,7 +126,7 @@ def _of_convolution(op: Any, filters: Any, result: Any) -> float:
     shape = _shape(result)
     last = op.get_attr("data_format").decode().endswith("C")
     places = shape[1:-1] if last else shape[2:]
-    return 2.0 * shape[0] * math.prod(places) * math.prod(filters)
+    return 2.0 * float(shape[0] * math.prod(places) * math.prod(filters))
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def _of_attention(node: Any) -> float:
     """
     backward = "backward" in str(node.target)
     query, key, value = (each.meta["val"].shape for each in node.args[backward : 3 + backward])
-    flops = 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    flops: float = 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     return 2 * flops if backward else flops
 
 

@@ -1,5 +1,6 @@
 """Floating-point operations of an update, against counts by hand, and the share of the peak."""
 
+import importlib
 import logging
 
 import keras
@@ -10,6 +11,8 @@ from helpers import arguments, same, weights
 from kbtrain import ConfigurationError, ThroughputCallback, Trainer, TrainerCallback
 from kbtrain.callbacks.library.device_peaks import peak_flops
 from kbtrain.callbacks.library.throughput import count_flops
+from kbtrain.utils import fallback
+from kbtrain.utils.fallback import PrivateApi
 
 layers = keras.layers
 
@@ -55,6 +58,22 @@ def test_a_multilayer_perceptron(tmp_path, changes):
     widths = (16, 32, 64, 8)
     trainer = trainer_of(tmp_path, mlp(widths), *data(8, 16, 8), **changes)
     assert counted(trainer) == of_mlp(widths, rows=8)
+
+
+def test_without_private_parts_the_count_is_the_same(tmp_path, monkeypatch, caplog):
+    def broken(*args):
+        raise AttributeError("moved to another place")
+
+    widths = (16, 32, 8)
+    trainer = trainer_of(tmp_path, mlp(widths), *data(8, 16, 8))
+    module = importlib.import_module(f"{trainer.backend.__name__}.flops")
+    for part in vars(module).values():
+        if isinstance(part, PrivateApi):
+            monkeypatch.setattr(part, "_fast", broken)
+            monkeypatch.setattr(part, "is_broken", False)
+    monkeypatch.setattr(fallback, "_reported", set())
+    assert counted(trainer) == of_mlp(widths, rows=8)
+    assert caplog.text.count("moved to another place") == (trainer.backend.name == "torch")
 
 
 class Block(layers.Layer):
