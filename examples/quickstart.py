@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import matplotlib
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from kbtrain import EarlyStoppingCallback, Trainer, TrainingArguments
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from kbtrain import EarlyStoppingCallback, Trainer, TrainingArguments, plot_history
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -81,53 +77,6 @@ def print_table(rows: list[dict[str, float]], best_step: int | None) -> None:
         )
 
 
-def save_plot(rows: list[dict[str, float]], best_step: int | None, path: Path, title: str) -> None:
-    """Draw loss and accuracy over the epochs, side by side.
-
-    The training values are means over an epoch during which the model changed and dropout was
-    active, so the validation values can be better.
-    """
-    epochs = [row["epoch"] for row in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for prefix, label, colour in (
-            ("", "training", "#7a8ca3"),
-            ("eval_", "validation", "#c8553d"),
-        ):
-            axis.plot(
-                epochs,
-                [row[prefix + name] for row in rows],
-                color=colour,
-                label=label,
-                linewidth=2,
-                marker="o",
-                markersize=3.5,
-            )
-        for row in rows:
-            if row["step"] == best_step:
-                axis.axvline(
-                    row["epoch"],
-                    color="#444444",
-                    linewidth=1,
-                    linestyle=":",
-                    label="best model",
-                    zorder=0,
-                )
-        axis.set_xlabel("epoch")
-        axis.set_title(name.capitalize(), loc="left", fontsize=11)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(axis="y", color="#e6e6e6")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log")
-    axes[1].yaxis.set_major_formatter("{x:.0%}")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=3)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="runs/quickstart", help="checkpoints and the plot")
@@ -179,7 +128,7 @@ def main() -> None:
 
     print_table(rows, best_step)
     plot = Path(options.output_dir) / "history.png"
-    save_plot(rows, best_step, plot, f"Digits, Keras on {backend}")
+    plot_history(trainer, plot, f"Digits, Keras on {backend}")
     model_file = trainer.save_model(Path(options.output_dir) / "digits.keras")
     print(
         f"\ntest accuracy {metrics['test_accuracy']:.4f}, test loss {metrics['test_loss']:.4f} "

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
     from kbtrain.evaluation.results import EvalLoopOutput as EvalLoopOutput
     from kbtrain.evaluation.results import PredictionOutput as PredictionOutput
+    from kbtrain.report.plots import plot_history as plot_history
     from kbtrain.trainer.trainer import Trainer as Trainer
     from kbtrain.training.fit import TrainOutput as TrainOutput
     from kbtrain.utils.rng import set_seed as set_seed
@@ -87,6 +88,7 @@ _HOMES = {
     ),
     "evaluation.gather": ("EvalPrediction",),
     "evaluation.results": ("EvalLoopOutput", "PredictionOutput"),
+    "report.plots": ("plot_history",),
     "training.fit": ("TrainOutput",),
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
     "callbacks.library.profiler": ("ProfilerCallback",),

@@ -16,6 +16,7 @@ from kbtrain.errors import KbtrainError
 COMMANDS = {
     "launch": "start a script as several processes that train together",
     "checkpoint": "list, verify, show and export checkpoints",
+    "report": "write the report of a run, or of several side by side, as one HTML page",
     "args": "list the fields of TrainingArguments: type, default, meaning",
     "env": "print versions, backend and devices, for bug reports",
 }

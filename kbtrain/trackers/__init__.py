@@ -20,6 +20,7 @@ GROUP = "kbtrain.trackers"
 
 TRACKERS: dict[str, tuple[str, str | None]] = {
     "csv": ("csv_table:CsvCallback", None),
+    "html": ("html:HtmlCallback", None),
     "json": ("json_lines:JsonLinesCallback", None),
     "mlflow": ("mlflow:MlflowCallback", "mlflow"),
     "tensorboard": ("tensorboard:TensorBoardCallback", "tensorboardX"),

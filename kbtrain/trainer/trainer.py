@@ -27,11 +27,14 @@ from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
+from kbtrain.report.record import RunRecord
+from kbtrain.report.recorder import RecordCallback
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
-from kbtrain.trainer import argument_checks, reports, search, session
+from kbtrain.trainer import argument_checks, search, session
+from kbtrain.trainer.artifacts import RunArtifacts
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import warn_about_unused
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
@@ -40,12 +43,11 @@ from kbtrain.training.resuming import make_saver
 from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
-from kbtrain.utils.best_effort import print_line
 from kbtrain.utils.logging import set_log_level
 from kbtrain.utils.memory import measured
 
 
-class Trainer(KnownNames, TrainerBase):
+class Trainer(KnownNames, RunArtifacts, TrainerBase):
     """Trains and evaluates a Keras model, the same on PyTorch, TensorFlow and JAX.
 
     Args:
@@ -144,8 +146,10 @@ class Trainer(KnownNames, TrainerBase):
         self.stop_signals = StopSignals(False, None)
         self.state = TrainerState()
         self.control = TrainerControl()
+        self.record = RunRecord()
         self.callback_handler = CallbackHandler(
             [
+                RecordCallback(),
                 *make_trackers(tuple(self.args.report_to)),
                 *by_argument.callbacks(self.args),
                 *(callbacks or []),
@@ -306,79 +310,6 @@ class Trainer(KnownNames, TrainerBase):
             self.adopt(self.model)
         options = (prefix, gather, keep_outputs, ignore_keys)
         return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
-
-    # --- saving and reports ---------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Save the model for use without kbtrain.
-
-        Args:
-            output_dir: A folder, which gets ``model.keras``, ``training_args.json`` and the files
-                of ``processing_class``, or a path that ends in ``.keras``. The default is
-                ``args.output_dir``.
-
-        Returns:
-            The path of the ``.keras`` file.
-
-        Raises:
-            ConfigurationError: ``output_dir`` is not a path.
-            OutputError: It cannot be written to.
-        """
-        return reports.save_model(self, output_dir)
-
-    def save_state(self) -> Path:
-        """Write ``trainer_state.json`` into the output directory."""
-        return reports.save_state(self)
-
-    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Format metrics for reading: MB, h:mm:ss, four decimals."""
-        return reports.metrics_format(metrics)
-
-    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
-        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
-        if self.state.is_world_process_zero:
-            print_line(reports.metrics_table(split, metrics), error_stream=False)
-
-    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
-        """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
-        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | Sequence[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | Sequence[str] | None = None,
-        dataset_tags: str | Sequence[str] | None = None,
-        dataset: str | Sequence[str] | None = None,
-        dataset_args: str | Sequence[str] | None = None,
-    ) -> Path:
-        """Write ``README.md`` about the run (results, loss plot, settings, versions).
-
-        Args:
-            language: Language of the model, if it has one.
-            license: License of the model.
-            tags: Additional tags for the card's header.
-            model_name: The title; the default is ``args.run_name`` or the folder's name.
-            finetuned_from: The base model.
-            tasks: Its tasks, as named by model hubs ("text-classification").
-            dataset_tags: Identifiers of the data sets, for the header.
-            dataset: Names of the data sets, for the text.
-            dataset_args: Configurations of the data sets.
-
-        Returns:
-            The path of the card.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        facts = reports.CardFacts(
-            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
-            dataset_args,
-        )  # fmt: skip
-        return reports.create_model_card(self, facts)
 
     # --- search ---------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from kbtrain.model.forward import default_loss
 from kbtrain.model.losses.pairs import as_extra
 from kbtrain.optimization import factory, weight_decay
 from kbtrain.optimization.factory import learning_rates
+from kbtrain.report.record import RunRecord
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
@@ -66,6 +67,7 @@ class TrainerBase(ABC):
         loaded_best: The best checkpoint, if its weights were loaded at the end of ``fit``.
         fit_began: When the last call of ``fit`` began, by ``time.perf_counter``.
         state: The progress of the run, as callbacks see it; saved in every checkpoint.
+        record: The record of the run, which its report is made of; callbacks may add sections.
         control: Requests of callbacks to the loop.
         current_run: The running ``fit``, or None.
         is_in_train: Whether ``fit`` is running.
@@ -101,6 +103,7 @@ class TrainerBase(ABC):
     fit_began: float = 0.0
     state: TrainerState
     control: TrainerControl
+    record: RunRecord
     callback_handler: CallbackHandler
     current_run: Run | None = None
     is_in_train: bool = False

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import keras
+import matplotlib.image
 import numpy as np
 import optuna
 import pytest
@@ -122,7 +123,7 @@ def test_quickstart(tmp_path):
     logits = keras.models.load_model(tmp_path / "digits.keras").predict(images, verbose=0)
     assert np.mean(logits.argmax(-1) == labels) == pytest.approx(printed, abs=5e-5)
 
-    picture = quickstart.plt.imread(tmp_path / "history.png")
+    picture = matplotlib.image.imread(tmp_path / "history.png")
     assert picture.shape[0] > 400
     assert picture.shape[1] > 1000
     assert picture[..., :3].std() > 0.05

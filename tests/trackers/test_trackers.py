@@ -19,6 +19,7 @@ from helpers import StopAt, arguments, linear_model, make_data
 from kbtrain import Trainer, TrainerCallback, trackers
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
+from kbtrain.report import sources
 from kbtrain.trackers import TRACKERS, base
 
 X, Y = make_data(16)
@@ -110,7 +111,13 @@ def read_fake(name):
     }
 
 
-READERS = {"json": read_json, "csv": read_csv, "tensorboard": read_tensorboard}
+def read_html(folder, packages):
+    """The logs that a report holds."""
+    return read_rows(sources.load_run(folder / "report.html").logs)
+
+
+READERS = {"html": read_html, "json": read_json, "csv": read_csv}
+READERS["tensorboard"] = read_tensorboard
 READERS |= {name: read_fake(name) for name in FAKES}
 
 
@@ -173,7 +180,7 @@ class Failing(TrainerCallback):
 class Interrupted(Scene):
     def play(self):
         trainer = make_trainer(self.folder, report_to=ALL, callbacks=[Failing()])
-        self.trackers = dict(zip(ALL, trainer.callback_handler.callbacks, strict=False))
+        self.trackers = dict(zip(ALL, trainer.callback_handler.callbacks[1:], strict=False))
         with pytest.raises(RuntimeError, match="in the middle"):
             trainer.fit()
 
@@ -244,7 +251,7 @@ def test_settings_and_names_reach_the_tracker(whole, name):
 
 def test_a_second_training_is_another_run_and_an_evaluation_is_not(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[Counting()])
-    tracker = trainer.callback_handler.callbacks[0]
+    tracker = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Counting))
     trainer.evaluate()
     trainer.fit()
     trainer.evaluate()
@@ -323,7 +330,9 @@ def test_an_evaluation_without_a_training_is_in_the_output_directory(
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(ConfigurationError, match="csv, json, mlflow, tensorboard, trackio, wandb"):
+    with pytest.raises(
+        ConfigurationError, match="csv, html, json, mlflow, tensorboard, trackio, wandb"
+    ):
         make_trainer(tmp_path, report_to="nowhere")
 
 
@@ -404,7 +413,8 @@ def test_all_means_those_whose_package_is_installed(monkeypatch):
     registered(monkeypatch, "theirs")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     made = trackers.make_trackers(["all"])
-    assert [type(m).__name__ for m in made] == ["CsvCallback", "JsonLinesCallback", "Collecting"]
+    own = ["CsvCallback", "HtmlCallback", "JsonLinesCallback"]
+    assert [type(m).__name__ for m in made] == [*own, "Collecting"]
 
 
 def test_a_tracker_that_cannot_be_closed_hides_no_error(tmp_path, caplog):

@@ -261,8 +261,9 @@ def test_data_that_fails_in_the_middle(tmp_path):
     )
     with pytest.raises(DataError, match="bad sector"):
         make(tmp_path, data=Failing(), args=args).fit()
-    # What was complete before stays, and nothing else is there.
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    # What was complete before stays, with the record of the run, and nothing else is there.
+    left = ["checkpoint-1", "checkpoint-2", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == left
 
 
 def test_bad_arguments_for_schedule_and_optimizer(tmp_path):

@@ -1,0 +1,90 @@
+"""The report of a run, kept up to date while it lives."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.state import TrainerControl, TrainerState
+from kbtrain.report.page import render
+from kbtrain.report.recorder import update
+from kbtrain.report.write import FILE_NAME
+from kbtrain.utils.best_effort import best_effort
+from kbtrain.utils.filesystem import replacing
+
+if TYPE_CHECKING:
+    from kbtrain.config.training_args import TrainingArguments
+
+logger = logging.getLogger("kbtrain")
+
+SHARE = 50
+"""Writing may take a 50th of the time of a run, except at its end."""
+
+
+class HtmlCallback(TrainerCallback):
+    """Keep ``report.html`` in the output directory up to date.
+
+    The page is replaced whole when training begins, after evaluations and logs (as often as takes
+    at most a 50th of the time), and at the end. It loads itself again while the run lives. If
+    writing fails (disk full, no permission), a warning is logged once, and it is tried again.
+    """
+
+    every_step = False
+    decides_alike = True
+
+    def __init__(self) -> None:
+        self._trainer: Any = None
+        self._not_before = 0.0
+        self._warned = False
+
+    @best_effort
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the first page."""
+        self._trainer, self._warned = kwargs["trainer"], False
+        self._write(state, now=True)
+
+    @best_effort
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring the page up to date, if it is time to."""
+        if self._trainer is not None:
+            self._write(state, now=not self._trainer.is_in_train)
+
+    @best_effort
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the results of a test set."""
+        if self._trainer is not None:
+            self._write(state, now=True)
+
+    def ended(self, ending: Any) -> None:
+        """Write the last page, which no longer loads itself again."""
+        if self._trainer is not None:
+            self._write(self._trainer.state, now=True)
+
+    def _write(self, state: TrainerState, now: bool) -> None:
+        start = time.monotonic()
+        if not state.is_world_process_zero or (not now and start < self._not_before):
+            return
+        record, folder = self._trainer.record, Path(self._trainer.store.directory).absolute()
+        update(record, self._trainer, state)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / FILE_NAME) as temporary:
+                temporary.write_text(render(record, refresh=True), encoding="utf-8")
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "The report could not be written: %s. Training continues; it is tried again.",
+                    error,
+                )
+            self._warned = True
+        took = time.monotonic() - start
+        self._not_before = start + took * (1 + SHARE)

@@ -1,0 +1,106 @@
+"""What a Trainer leaves behind: the saved model, result files, the report, the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kbtrain.report import write
+from kbtrain.trainer import reports
+from kbtrain.training.trainer_base import TrainerBase
+from kbtrain.utils.best_effort import print_line
+
+
+class RunArtifacts(TrainerBase):
+    """The methods of ``Trainer`` that write files for people and other programs."""
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Save the model for use without kbtrain.
+
+        Args:
+            output_dir: A folder, which gets ``model.keras``, ``training_args.json`` and the files
+                of ``processing_class``, or a path that ends in ``.keras``. The default is
+                ``args.output_dir``.
+
+        Returns:
+            The path of the ``.keras`` file.
+
+        Raises:
+            ConfigurationError: ``output_dir`` is not a path.
+            OutputError: It cannot be written to.
+        """
+        return reports.save_model(self, output_dir)
+
+    def save_state(self) -> Path:
+        """Write ``trainer_state.json`` into the output directory."""
+        return reports.save_state(self)
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Format metrics for reading: MB, h:mm:ss, four decimals."""
+        return reports.metrics_format(metrics)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print a table of metrics under the title ``split`` ("train", "eval", "test")."""
+        if self.state.is_world_process_zero:
+            print_line(reports.metrics_table(split, metrics), error_stream=False)
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
+        """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
+        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the report of the run: one HTML page with curves, settings and how to go on.
+
+        The page loads nothing, so it can be sent and opened anywhere. ``report_to="html"`` keeps it
+        up to date during the run, ``kbtrain report FOLDER`` writes it afterwards, also of several
+        runs side by side.
+
+        Args:
+            path: The page; by default ``report.html`` in ``args.output_dir``.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            ConfigurationError: ``fit`` was not called yet.
+            OutputError: It cannot be written.
+        """
+        return write.report_of_trainer(self, path)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: str | Sequence[str] | None = None,
+        dataset_args: str | Sequence[str] | None = None,
+    ) -> Path:
+        """Write ``README.md`` about the run (results, loss plot, settings, versions).
+
+        Args:
+            language: Language of the model, if it has one.
+            license: License of the model.
+            tags: Additional tags for the card's header.
+            model_name: The title; the default is ``args.run_name`` or the folder's name.
+            finetuned_from: The base model.
+            tasks: Its tasks, as named by model hubs ("text-classification").
+            dataset_tags: Identifiers of the data sets, for the header.
+            dataset: Names of the data sets, for the text.
+            dataset_args: Configurations of the data sets.
+
+        Returns:
+            The path of the card.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        facts = reports.CardFacts(
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
+            dataset_args,
+        )  # fmt: skip
+        return reports.create_model_card(self, facts)
