@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kbtrain")
 
-EVENTS = (
+EVENTS_OF_TRANSFORMERS = (
     "on_init_end",
     "on_train_begin",
     "on_train_end",
@@ -33,7 +33,16 @@ EVENTS = (
     "on_prediction_step",
     "on_push_begin",
 )
-"""All events, with the names of Transformers."""
+"""The events that Transformers has."""
+
+EVENTS = (
+    *EVENTS_OF_TRANSFORMERS,
+    "on_epoch_results",
+    "on_evaluate_begin",
+    "on_predict_begin",
+    "on_prediction_step_begin",
+)
+"""All events."""
 
 STEP_EVENTS = (
     "on_step_begin",
@@ -61,9 +70,9 @@ class TrainerCallback:
       set; a single one unless gradients are accumulated.
     - ``loss``: the loss of that update, once it has been dispatched; ``float(loss)`` waits for the
       device.
-    - ``metrics``: the training metrics since the last log, by name (in ``on_prediction_step`` those
-      of the evaluation so far); accessing them waits for the device. ``on_evaluate`` and
-      ``on_predict`` get a dict of their results under this name.
+    - ``metrics``: the training metrics since the last log, by name (in ``on_prediction_step`` the
+      loss and the metrics of the evaluation so far); accessing them waits for the device.
+      ``on_evaluate`` and ``on_predict`` get a dict of their results under this name.
 
     These are lazy: values are fetched on first access.
 
@@ -166,6 +175,28 @@ class TrainerCallback:
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
         """Reserved for uploads, as in Transformers; kbtrain itself never uploads."""
+
+    # Transformers has none of the following.
+
+    def on_epoch_results(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """The evaluation at the end of an epoch, if one was due, is done; its save comes next."""
+
+    def on_evaluate_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """An evaluation begins; the names of its results will begin with ``prefix``."""
+
+    def on_predict_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A prediction begins; the names of its results will begin with ``prefix``."""
+
+    def on_prediction_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl | None:
+        """A batch of an evaluation or prediction begins."""
 
 
 class EarlyStoppingCallback(TrainerCallback):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import interop
 from kbtrain.callbacks.base import EVENTS, STEP_EVENTS, TrainerCallback
+from kbtrain.callbacks.library.keras_callbacks import KerasCallbacks
+from kbtrain.callbacks.library.transformers_callback import TransformersCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError, KbtrainError
 from kbtrain.utils.best_effort import warn_once
@@ -35,21 +37,48 @@ class CallbackHandler:
             self.add(callback)
 
     def add(self, callback: Any) -> None:
-        """Add a callback object, or a class, which is instantiated."""
-        _check_kind(callback)
+        """Add a callback object, or a class, which is instantiated.
+
+        Raises:
+            ConfigurationError: It is no callback, or one that kbtrain does not call; the message
+                says what to use.
+        """
+        kind = _check_kind(callback)
         instance = _instantiate(callback) if isinstance(callback, type) else callback
+        if kind == "keras":
+            self._add_of_keras(instance)
+            return
+        if kind == "transformers":
+            instance = TransformersCallback(instance)
         _check_events(instance)
         _warn_about_uncalled_methods(instance)
-        if any(type(other) is type(instance) for other in self.callbacks):
-            logger.warning("A callback of class %s is already in use.", type(instance).__name__)
+        cls = _class_of(instance)
+        if any(_class_of(other) is cls for other in self.callbacks):
+            logger.warning("A callback of class %s is already in use.", cls.__name__)
         self.callbacks.append(instance)
 
-    def pop(self, callback: Any) -> TrainerCallback | None:
-        """Remove and return a callback (by object, or the first of a class); None if absent."""
+    def _add_of_keras(self, callback: Any) -> None:
+        """Add a callback of Keras to those of this run, which are called together."""
         for other in self.callbacks:
-            if other is callback or (isinstance(callback, type) and type(other) is callback):
+            if isinstance(other, KerasCallbacks):
+                other.add(callback)
+                return
+        self.callbacks.append(KerasCallbacks([callback]))
+
+    def pop(self, callback: Any) -> Any:
+        """Remove and return a callback (by object, or the first of a class); None if absent."""
+
+        def is_meant(other: Any) -> bool:
+            return other is callback or (isinstance(callback, type) and type(other) is callback)
+
+        for other in self.callbacks:
+            if is_meant(own := getattr(other, "wrapped", other)):
                 self.callbacks.remove(other)
-                return other
+                return own
+            for inner in getattr(other, "callbacks", ()):  # those of Keras
+                if is_meant(inner):
+                    other.remove(inner)  # type: ignore[attr-defined]
+                    return inner
         return None
 
     def listeners(self, event: str) -> list[TrainerCallback]:
@@ -69,7 +98,8 @@ class CallbackHandler:
 
     def need_every_batch(self) -> bool:
         """Whether a callback needs the event of every batch of an evaluation."""
-        return any(c.every_step for c in self.listeners("on_prediction_step"))
+        events = ("on_prediction_step_begin", "on_prediction_step")
+        return any(c.every_step for event in events for c in self.listeners(event))
 
     def fire(
         self,
@@ -95,7 +125,7 @@ class CallbackHandler:
                     warn_once(callback, event, error)
                     continue
                 error.add_note(
-                    f"Raised in {type(callback).__name__}.{event} at step {state.global_step}."
+                    f"Raised in {_class_of(callback).__name__}.{event} at step {state.global_step}."
                 )
                 raise
             if result is not None and not isinstance(result, TrainerControl):
@@ -151,7 +181,7 @@ class CallbackHandler:
         callback: Any
         for callback in self.callbacks:
             if _has_state(callback):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
+                states.setdefault(_class_of(callback).__name__, []).append(callback.state())
         return states
 
     def load_state(self, states: dict[str, list[Any]]) -> None:
@@ -159,8 +189,8 @@ class CallbackHandler:
         remaining = {name: list(values) for name, values in states.items()}
         callback: Any
         for callback in self.callbacks:
-            if _has_state(callback) and remaining.get(type(callback).__name__):
-                _restore(callback, remaining[type(callback).__name__].pop(0))
+            if _has_state(callback) and remaining.get(_class_of(callback).__name__):
+                _restore(callback, remaining[_class_of(callback).__name__].pop(0))
         for name in (name for name, values in remaining.items() if values):
             logger.warning(
                 "The checkpoint has a state for the callback %s, which this run does not use.", name
@@ -186,14 +216,27 @@ def _restore(callback: Any, state: Any) -> None:
         ) from error
 
 
-def _check_kind(callback: Any) -> None:
-    """Check that an object or class is a callback of kbtrain."""
+def _check_kind(callback: Any) -> str:
+    """Whose callback an object or class is: "kbtrain", "keras" or "transformers".
+
+    Raises:
+        ConfigurationError: It is none, or one that is not called here.
+    """
     cls = callback if isinstance(callback, type) else type(callback)
-    if not issubclass(cls, TrainerCallback):
-        raise ConfigurationError(
-            "A callback must be a TrainerCallback or a subclass of it. "
-            f"Received: {callback!r:.200}. {interop.advice(callback) or ''}".rstrip()
-        )
+    if issubclass(cls, TrainerCallback):
+        return "kbtrain"
+    if (kind := interop.usable(cls)) is not None:
+        return kind
+    raise ConfigurationError(
+        "A callback must be a TrainerCallback, of kbtrain or Transformers, or a "
+        "keras.callbacks.Callback. "
+        f"Received: {callback!r:.200}. {interop.advice(callback) or ''}".rstrip()
+    )
+
+
+def _class_of(callback: Any) -> type:
+    """The class of a callback, or of the one that it wraps."""
+    return type(getattr(callback, "wrapped", callback))
 
 
 def _overrides(callback: TrainerCallback, event: str) -> bool:

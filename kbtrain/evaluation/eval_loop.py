@@ -114,6 +114,7 @@ class Evaluation:
         backend: The backend in use.
         step: The compiled evaluation step.
         spec: What to compute and return.
+        before_batches: Called before each call to the device.
         on_batches: Called after each call to the device with the number of its batches.
         every_batch: Whether to run every batch in a separate call.
         label_check: Validates the labels, or None.
@@ -125,6 +126,7 @@ class Evaluation:
         backend: Backend,
         step: CompiledEvalStep,
         spec: EvalSpec,
+        before_batches: Callable[[], None],
         on_batches: Callable[[int], None],
         every_batch: bool,
         label_check: LabelCheck | None = None,
@@ -132,7 +134,8 @@ class Evaluation:
     ) -> None:
         self._label_check, self._pin = label_check, pin
         self._backend, self._step, self._spec = backend, step, spec
-        self._on_batches, self._every_batch = on_batches, every_batch
+        self._before_batches, self._on_batches = before_batches, on_batches
+        self._every_batch = every_batch
         self._started: collections.deque[_Started] = collections.deque()
         self._totals = Totals()
         self._logs: dict[str, Any] | None = None  # the result of the last custom test_step
@@ -162,6 +165,7 @@ class Evaluation:
         read = checked(self._backend, batches.loader, batches.blocks(0, 0, 1, self._limit))
         with contextlib.closing(read) as blocks:
             for block in blocks:
+                self._before_batches()
                 self._run_block(block)
                 self._on_batches(block.updates)
                 if self._batches == self._spec.max_batches:
@@ -193,6 +197,11 @@ class Evaluation:
             prefixed,
             self._samples,
         )
+
+    def loss_so_far(self) -> dict[str, float]:
+        """The loss of the batches so far; waits for the device."""
+        self._read(keep=0)
+        return self._totals.result() if self._spec.with_loss and self._batches else {}
 
     def _computed(self, gathered: dict[str, Any]) -> dict[str, Any]:
         """The results of ``compute_metrics``, which process 0 calls for all."""

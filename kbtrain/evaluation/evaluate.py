@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import distributed
+from kbtrain.callbacks.lazy_values import LazyMapping
 from kbtrain.checkpoint import run_state
 from kbtrain.data import Batches, Loader, as_loader, unpack
 from kbtrain.distributed import host, placement
@@ -115,11 +116,16 @@ def evaluate(
         if metrics is not None:
             metrics.reset()
         trainer.position.set(Moment.of(trainer.state.global_step, trainer.state.epoch))
+
+        def so_far() -> dict[str, Any]:
+            return evaluation.loss_so_far() | ({} if metrics is None else metrics.result())
+
         evaluation = Evaluation(
             backend,
             steps.get(with_loss, spec.gather_from_model, policy, ignore_keys or ()),
             spec,
-            on_batches=lambda count: _between_batches(trainer, count),
+            before_batches=lambda: trainer.fire("on_prediction_step_begin"),
+            on_batches=lambda count: _between_batches(trainer, count, so_far),
             every_batch=host.any_of(
                 backend, {"batch": trainer.callback_handler.need_every_batch()}
             )["batch"],
@@ -173,9 +179,11 @@ def _shortened(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"a {type(value).__name__}"
 
 
-def _between_batches(trainer: TrainerBase, count: int) -> None:
+def _between_batches(
+    trainer: TrainerBase, count: int, so_far: Callable[[], dict[str, Any]]
+) -> None:
     """After each call: fire ``on_prediction_step``, and abort if the run must stop."""
-    trainer.fire("on_prediction_step", batches=count)
+    trainer.fire("on_prediction_step", batches=count, metrics=LazyMapping(so_far))
     trainer.stop_signals.between_batches(trainer.saver.longest)
 
 

@@ -185,11 +185,14 @@ class CompiledMetrics:
             variable.assign(ops.zeros((), variable.dtype))
         self._reset_values = [_values(metric) for metric in self._kept()]
 
+    def objects(self) -> list[keras.metrics.Metric]:
+        """The metrics one by one."""
+        return [*(m for each in self._sets() for m in each.metrics), *self._kept()]
+
     @property
     def adds_up(self) -> bool:
         """Whether all metrics are Keras' own, which add up sums and counts of samples."""
-        metrics = [*(m for each in self._sets() for m in each.metrics), *self._kept()]
-        return not self._returned and all(map(_adds_up, metrics))
+        return not self._returned and all(map(_adds_up, self.objects()))
 
     @property
     def variables(self) -> list[keras.Variable]:

@@ -170,7 +170,7 @@ class CapturedValues:
                 event == "on_epoch_begin"
                 or objects.is_extended(trainer)
                 or any(
-                    not objects.is_own_class(type(c))
+                    not objects.is_own_class(type(c)) or getattr(c, "runs_user_code", False)
                     for c in trainer.callback_handler.listeners(event)
                 )
             )

@@ -248,6 +248,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
+        self.fire("on_evaluate_begin", prefix=metric_key_prefix)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
             output = self._evaluate(loader, metric_key_prefix, not loss_only, False, ignore_keys)
         output.metrics.update(memory, epoch=self.state.epoch)
@@ -270,6 +271,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
             metric_key_prefix: Put before every metric's name.
         """
         loader = self.get_test_dataloader(test_dataset)
+        self.fire("on_predict_begin", prefix=metric_key_prefix)
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
             output = self._evaluate(loader, metric_key_prefix, True, True, ignore_keys)
         output.metrics.update(memory)

@@ -34,6 +34,8 @@ def log_window(trainer: TrainerBase, run: Run) -> None:
         return
     if (metrics := trainer.bound.metrics) is not None:
         logs |= metrics.result()
+        if run.epoch_results is not None:
+            run.epoch_results.keep(metrics)
         metrics.reset()
     trainer.log(logs | trainer.callback_handler.log_values(trainer))
 

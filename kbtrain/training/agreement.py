@@ -22,7 +22,10 @@ from kbtrain.utils.processes import current
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
 
-ACTION_EVENTS = ("on_log", "on_evaluate", "on_save", "on_prediction_step")
+ACTION_EVENTS = (
+    *("on_log", "on_save", "on_evaluate_begin", "on_evaluate"),
+    *("on_prediction_step_begin", "on_prediction_step"),
+)
 FLAGS = (
     *("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate"),
     "should_log",
@@ -49,6 +52,7 @@ class Agreement:
         mine = {
             "step": any(not c.decides_alike for e in STEP_EVENTS for c in handler.listeners(e)),
             "action": any(not c.decides_alike for e in ACTION_EVENTS for c in handler.listeners(e)),
+            "results": any(not c.decides_alike for c in handler.listeners("on_epoch_results")),
             "every_step": handler.need_every_step(),
         }
         self._on = host.any_of(trainer.backend, mine)
@@ -86,7 +90,8 @@ class Agreement:
         """Combine the requests of the callbacks of all processes.
 
         Args:
-            after: What may have set them: the events of a "step", an "action", or an "epoch".
+            after: What may have set them: the events of a "step", an "action", an "epoch", or
+                its "results".
         """
         if not self._several or not self._on.get(after, True):
             return

@@ -19,7 +19,7 @@ from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
 from kbtrain.distributed import host, placement
-from kbtrain.errors import CheckpointMismatchError, ConfigurationError
+from kbtrain.errors import CheckpointMismatchError, ConfigurationError, NonFiniteError
 from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
 from kbtrain.model.trainable_flags import TrainableFlags
@@ -86,13 +86,26 @@ def fit(
         run.times.restart()
         with contextlib.closing(run.batches), _wrapped_calls(trainer):
             if begun:
-                train_loop(trainer, run)
-                run.read()
+                with _ending_at_nonfinite(trainer, run):
+                    train_loop(trainer, run)
+                    run.read()
         with run.times.of("other"):
             trainer.saver.wait()
             host.barrier(trainer.backend)  # the checkpoints are complete for all processes
         run.seconds = run.times.total
     return _finish(trainer, run, memory)
+
+
+@contextlib.contextmanager
+def _ending_at_nonfinite(trainer: TrainerBase, run: Run) -> Iterator[None]:
+    """Context that ends training normally at an update that is not finite, if that was asked."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if not run.ends_at_nonfinite:
+            raise
+        trainer.control.should_training_stop = True
+        logger.warning("Training ends here (TerminateOnNaN): %s", error)
 
 
 @contextlib.contextmanager

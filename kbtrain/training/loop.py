@@ -32,11 +32,12 @@ def train_loop(trainer: TrainerBase, run: Run) -> None:
                 decide what is due
                 <on_step_end>
                 log      -> <on_log>
-                evaluate -> <on_prediction_step>... <on_log> <on_evaluate>
+                evaluate -> <on_evaluate_begin> (<on_prediction_step_begin> <on_prediction_step>)...
+                            <on_log> <on_evaluate>
                 save     -> <on_save>
             decide what is due
             <on_epoch_end>
-            log, evaluate, save
+            log, evaluate, <on_epoch_results>, save
 
     A block is one call to the device and ends where an action is due; it has a single update if a
     callback listens to the events of each step. The events between micro-batches fire just before
@@ -136,6 +137,10 @@ def log_evaluate_save(trainer: TrainerBase, run: Run, after: str) -> None:
             finished = actions.evaluate(trainer)
         if not finished:
             actions.leave_unfinished(trainer, run, after)
+    if after == "epoch" and trainer.interruption is None:
+        trainer.fire("on_epoch_results")
+        trainer.agreement.control("results")
+        control = trainer.control
     if control.should_save:
         control.should_save = False
         run.read()

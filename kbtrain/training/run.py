@@ -8,11 +8,12 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
+from kbtrain.callbacks.library.epoch_results import EpochResults
 from kbtrain.callbacks.state import TrainerState, TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.data import Batches, Block, without_none
@@ -32,6 +33,15 @@ MAX_PENDING = 4
 
 RUN_AHEAD = 2
 """Calls left in flight when that limit is reached, so that the device does not idle."""
+
+
+class _Launched(NamedTuple):
+    """A call in flight: its first update, their number, the samples of each, and the data."""
+
+    first: int
+    updates: int
+    samples: float
+    chunks: Any
 
 
 @dataclass
@@ -71,6 +81,9 @@ class Run:
             content.
         score: Step and metric of the last evaluation that counts for the best model.
         best_is_lost: Whether the checkpoint of the best step could not be written.
+        epoch_results: Adds up loss and metrics over an epoch, for callbacks of Keras.
+        ends_at_nonfinite: Whether the first update that is not finite ends the run without an
+            error (``keras.callbacks.TerminateOnNaN``).
     """
 
     backend: Backend
@@ -103,9 +116,11 @@ class Run:
     processing_files: Mapping[str, bytes] | None = None
     score: tuple[int, float] | None = None
     best_is_lost: bool = False
+    epoch_results: EpochResults | None = None
+    ends_at_nonfinite: bool = False
     _block: Block | None = None
     _result: dict[str, Any] | None = None
-    _pending: list[tuple[int, int, Any, Callable[[], dict[str, Any]]]] = field(default_factory=list)
+    _pending: list[tuple[_Launched, Callable[[], dict[str, Any]]]] = field(default_factory=list)
     _newest: dict[str, Any] = field(default_factory=dict)
 
     def blocks(self) -> Generator[Block, None, None]:
@@ -177,7 +192,8 @@ class Run:
             self.compile_seconds = time.perf_counter() - start
         self._result = result
         chunks = None if self.explain is None else block.chunks
-        self._pending.append((self.state.global_step + 1, block.updates, chunks, wait))
+        first, samples = self.state.global_step + 1, block.samples / block.updates
+        self._pending.append((_Launched(first, block.updates, samples, chunks), wait))
         self.state.global_step += block.updates
         self.progress.batch += block.updates * block.micro_batches
         self.state.epoch = self.plan.epoch_at(
@@ -224,24 +240,24 @@ class Run:
         """
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
-        blocks = [(first, count, chunks) for first, count, chunks, _ in ready]
+        blocks = [launched for launched, _ in ready]
         try:
             with self.times.of("compute"):
-                results = [wait() for *_, wait in ready]
+                results = [wait() for _, wait in ready]
         except Exception as error:
             self._raise_if_memory(error, self.state.global_step)
             raise
-        for (first, count, chunks), block in zip(blocks, results, strict=True):
+        for launched, block in zip(blocks, results, strict=True):
             # Python numbers: element access of arrays is ten times slower.
             extras = {name: x.tolist() for name, x in block.pop("extras").items()}
             values = {name: x.tolist() for name, x in block.items()}
-            for i in range(count):
+            for i in range(launched.updates):
                 more = {name: x[i] for name, x in extras.items()}
                 result = {name: x[i] for name, x in values.items()}
                 if not result["finite"] and self.on_nonfinite != "ignore":
-                    self._nonfinite(first + i, result, chunks, i)
+                    self._nonfinite(launched.first + i, result, launched.chunks, i)
                 else:
-                    self._add(result, more)
+                    self._add(result, more, launched.samples)
 
     def _raise_if_memory(self, error: Exception, step: int, outline: Any = None) -> None:
         """Raise advice if an update did not fit into memory."""
@@ -254,12 +270,14 @@ class Run:
                 in_training=True,
             ) from error
 
-    def _add(self, result: dict[str, Any], extras: dict[str, float]) -> None:
+    def _add(self, result: dict[str, Any], extras: dict[str, float], samples: float) -> None:
         """Accumulate the results of one update."""
         loss, progress = result["loss"], self.progress
         progress.window_steps += 1
         if self.running_loss:  # the mean of the window so far
             loss = loss * progress.window_steps - progress.window_sum
+        if self.epoch_results is not None:
+            self.epoch_results.add(loss, extras, samples)
         progress.loss_sum += loss
         progress.window_sum += loss
         if self.newest_only:

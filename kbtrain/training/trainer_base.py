@@ -19,13 +19,14 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint import CheckpointStore, run_state
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
+from kbtrain.checkpoint.storage.faults import is_folder
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter, Loader, as_loader, task_preprocessing
 from kbtrain.data.plain_values import plain_values
 from kbtrain.distributed import placement
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import CheckpointError, ConfigurationError
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.forward import default_loss
@@ -299,6 +300,27 @@ class TrainerBase(ABC):
             if takes_trial(self.model_init):
                 return self.model_init(self.trial)
             return self.model_init()
+
+    def weights_of_checkpoint(self, step: int) -> list[Any] | None:
+        """The model's weights in a checkpoint of the run, as ``get_weights`` returns them.
+
+        Args:
+            step: The step of the checkpoint.
+
+        Returns:
+            The arrays; None if there is no intact checkpoint of this step.
+        """
+        path, model = self.store.path(step), self.model
+        if not is_folder(path):
+            return None
+        now = model.get_weights()
+        try:
+            run_state.restore_model(model, self.store.load(path))
+            return model.get_weights()
+        except CheckpointError:
+            return None
+        finally:
+            model.set_weights(now)
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback object or class."""

@@ -1,1 +1,1 @@
-"""Callbacks to choose from, by argument or in ``callbacks=[...]``."""
+"""Callbacks to choose from, by argument or in ``callbacks=[...]``; those of Keras and others."""
