@@ -101,6 +101,10 @@ class CallbackHandler:
         events = ("on_prediction_step_begin", "on_prediction_step")
         return any(c.every_step for event in events for c in self.listeners(event))
 
+    def may_set_learning_rate(self) -> bool:
+        """Whether a callback may assign the learning rate, as those of Keras do."""
+        return any(isinstance(callback, KerasCallbacks) for callback in self.callbacks)
+
     def fire(
         self,
         event: str,
@@ -130,12 +134,12 @@ class CallbackHandler:
                 raise
             if result is not None and not isinstance(result, TrainerControl):
                 raise ConfigurationError(
-                    f"{type(callback).__name__}.{event} must return a TrainerControl or None. "
+                    f"{_class_of(callback).__name__}.{event} must return a TrainerControl or None. "
                     f"Received: {result!r}."
                 )
             control = control if result is None else result
             if control.should_training_stop and not stopping and control.stop_reason is None:
-                control.stop_reason = f"{type(callback).__name__} asked to stop"
+                control.stop_reason = f"{_class_of(callback).__name__} asked to stop"
         return control
 
     def tell(self, method: str, *values: Any) -> None:

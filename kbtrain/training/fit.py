@@ -19,7 +19,12 @@ from kbtrain.data import Batches, Block, Loader, as_loader, weighted
 from kbtrain.data.block_length import BlockLength
 from kbtrain.data.token_count import count_tokens
 from kbtrain.distributed import host, placement
-from kbtrain.errors import CheckpointMismatchError, ConfigurationError, NonFiniteError
+from kbtrain.errors import (
+    CheckpointMismatchError,
+    ConfigurationError,
+    NonFiniteError,
+    first_lines,
+)
 from kbtrain.model import custom_steps
 from kbtrain.model.forward import items_counter
 from kbtrain.model.trainable_flags import TrainableFlags
@@ -105,6 +110,7 @@ def _ending_at_nonfinite(trainer: TrainerBase, run: Run) -> Iterator[None]:
         if not run.ends_at_nonfinite:
             raise
         trainer.control.should_training_stop = True
+        trainer.control.stop_reason = f"TerminateOnNaN: {first_lines(error).split('. ')[0]}"
         logger.warning("Training ends here (TerminateOnNaN): %s", error)
 
 

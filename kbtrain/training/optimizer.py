@@ -99,12 +99,23 @@ def why_total_is_needed(trainer: TrainerBase) -> str | None:
 
 
 def _made_from_arguments(trainer: TrainerBase, max_steps: int) -> keras.optimizers.Optimizer:
+    args = trainer.args
     if trainer.lr_scheduler is None:
         trainer.lr_scheduler = trainer.create_scheduler(max_steps)
-    made = trainer.create_optimizer()
+    schedule = trainer.lr_scheduler
+    if (
+        args.lr_scheduler_type == "constant"
+        and trainer.callback_handler.may_set_learning_rate()
+        and trainer.given_optimizers[1] is None
+    ):  # a number, which a callback of Keras can assign
+        trainer.lr_scheduler = args.learning_rate
+    try:
+        made = trainer.create_optimizer()
+    finally:
+        trainer.lr_scheduler = schedule
     build.check_optimizer(made, "create_optimizer")
-    build.set_parameter_groups(made, trainer.model, trainer.args.parameter_groups)
-    return build.with_average(made, trainer.args.ema)
+    build.set_parameter_groups(made, trainer.model, args.parameter_groups)
+    return build.with_average(made, args.ema)
 
 
 def _refuse_for_given(args: TrainingArguments, given: Any) -> None:

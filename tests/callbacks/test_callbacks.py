@@ -48,6 +48,8 @@ def test_every_event_but_the_upload_is_fired_with_everything(tmp_path):
         "on_evaluate": {"metrics"},
         "on_predict": {"metrics"},
         "on_prediction_step": {"batches"},
+        "on_evaluate_begin": {"prefix"},
+        "on_predict_begin": {"prefix"},
     }
     for event, kwargs in zip(recorder.events, recorder.kwargs, strict=True):
         assert kwargs.keys() == always | extra.get(event, set()), event
@@ -62,7 +64,8 @@ def test_predict_logs_nothing(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(tmp_path, [recorder], per_device_eval_batch_size=4)
     trainer.predict(make_data(10))
-    assert recorder.events == ["on_init_end", *["on_prediction_step"] * 3, "on_predict"]
+    batch = ["on_prediction_step_begin", "on_prediction_step"]
+    assert recorder.events == ["on_init_end", "on_predict_begin", *batch * 3, "on_predict"]
     assert trainer.state.log_history == []
 
 
@@ -70,7 +73,9 @@ def test_evaluate_alone_logs_and_fires(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(tmp_path, [recorder], per_device_eval_batch_size=8)
     metrics = trainer.evaluate()
-    assert recorder.events == ["on_init_end", *["on_prediction_step"] * 2, "on_log", "on_evaluate"]
+    batch = ["on_prediction_step_begin", "on_prediction_step"]
+    events = ["on_init_end", "on_evaluate_begin", *batch * 2, "on_log", "on_evaluate"]
+    assert recorder.events == events
     assert recorder.kwargs[-1]["metrics"] == metrics
     assert trainer.state.log_history == [metrics | {"epoch": 0.0, "step": 0}]
 
@@ -150,7 +155,7 @@ def test_should_training_stop_ends_the_run(tmp_path):
     recorder = ask("should_training_stop", [2])
     output = make_trainer(tmp_path, [recorder], num_train_epochs=3).fit()
     assert output.global_step == 2
-    assert recorder.events[-3:] == ["on_epoch_end", "on_log", "on_train_end"]
+    assert recorder.events[-4:] == ["on_epoch_end", "on_epoch_results", "on_log", "on_train_end"]
     assert recorder.events.count("on_epoch_begin") == 1
 
 
@@ -291,7 +296,7 @@ def test_callbacks_can_be_added_popped_and_removed(tmp_path, caplog):
     assert "PrinterCallback is already in use" in caplog.text
 
 
-@pytest.mark.parametrize("callback", [object(), print, keras.callbacks.Callback()])
+@pytest.mark.parametrize("callback", [object(), print, keras.callbacks.CallbackList()])
 def test_what_is_no_callback_is_refused(tmp_path, callback):
     with pytest.raises(ConfigurationError, match="must be a TrainerCallback"):
         make_trainer(tmp_path, [callback])
