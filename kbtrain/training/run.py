@@ -192,8 +192,8 @@ class Run:
             self.compile_seconds = time.perf_counter() - start
         self._result = result
         chunks = None if self.explain is None else block.chunks
-        first, samples = self.state.global_step + 1, block.samples / block.updates
-        self._pending.append((_Launched(first, block.updates, samples, chunks), wait))
+        samples, step = block.samples / block.updates, self.state.global_step + 1
+        self._pending.append((_Launched(step, block.updates, samples, chunks), wait))
         self.state.global_step += block.updates
         self.progress.batch += block.updates * block.micro_batches
         self.state.epoch = self.plan.epoch_at(

@@ -316,7 +316,7 @@ class TrainerBase(ABC):
         now = model.get_weights()
         try:
             run_state.restore_model(model, self.store.load(path))
-            return model.get_weights()
+            return list(model.get_weights())
         except CheckpointError:
             return None
         finally:
@@ -326,7 +326,7 @@ class TrainerBase(ABC):
         """Add a callback object or class."""
         self.callback_handler.add(callback)
 
-    def pop_callback(self, callback: Any) -> TrainerCallback | None:
+    def pop_callback(self, callback: Any) -> Any:
         """Remove a callback (object or class) and return it, or None if it was not found."""
         return self.callback_handler.pop(callback)
 

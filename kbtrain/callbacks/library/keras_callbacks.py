@@ -198,7 +198,7 @@ class KerasCallbacks(TrainerCallback):
         """Index of the newest update in its epoch."""
         trainer = kwargs["trainer"]
         run = trainer.current_run
-        return max(-(-run.progress.batch // run.accumulation), 0)
+        return -(-int(run.progress.batch) // int(run.accumulation))
 
     def _on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         needed = self._needed("train", False)
