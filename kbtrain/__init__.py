@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
     from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
     from kbtrain.callbacks.library.throughput import ThroughputCallback as ThroughputCallback
-    from kbtrain.callbacks.progress_bar import PrinterCallback as PrinterCallback
-    from kbtrain.callbacks.progress_bar import ProgressCallback as ProgressCallback
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
     from kbtrain.callbacks.state import TrainerState as TrainerState
     from kbtrain.checkpoint.load_weights import LoadReport as LoadReport
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
     from kbtrain.data import DataCollatorWithPadding as DataCollatorWithPadding
     from kbtrain.data import default_collate as default_collate
     from kbtrain.data import default_data_collator as default_data_collator
+    from kbtrain.display.callbacks import PrinterCallback as PrinterCallback
+    from kbtrain.display.callbacks import ProgressCallback as ProgressCallback
     from kbtrain.errors import CheckpointDamagedError as CheckpointDamagedError
     from kbtrain.errors import CheckpointError as CheckpointError
     from kbtrain.errors import CheckpointFormatError as CheckpointFormatError
@@ -93,7 +93,7 @@ _HOMES = {
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
     "callbacks.library.profiler": ("ProfilerCallback",),
     "callbacks.library.throughput": ("ThroughputCallback",),
-    "callbacks.progress_bar": ("PrinterCallback", "ProgressCallback"),
+    "display.callbacks": ("PrinterCallback", "ProgressCallback"),
     "utils.rng": ("set_seed",),
     "callbacks.state": ("TrainerControl", "TrainerState"),
     "trainer.trainer": ("Trainer",),

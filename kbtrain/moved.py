@@ -17,9 +17,10 @@ from types import ModuleType
 _BY_FOLDER = {
     # (old package, new package): names of modules, "old:new" where that has changed, too
     ("kbtrain", "kbtrain.callbacks"): (
-        "callback_handler:handler newest:lazy_values progress:progress_bar state "
-        "timed:time_triggers"
+        "callback_handler:handler newest:lazy_values state timed:time_triggers"
     ),
+    ("kbtrain", "kbtrain.display"): ("progress:callbacks"),
+    ("kbtrain.callbacks", "kbtrain.display"): ("progress_bar:callbacks"),
     ("kbtrain", "kbtrain.checkpoint"): (
         "documents:validated_json persistence:run_state processing:processing_class "
         "saving:async_checkpointer warm_start:load_weights"

@@ -145,8 +145,9 @@ class CallbackHandler:
     def tell(self, method: str, *values: Any) -> None:
         """Call an optional method of callbacks that show a run; it must not raise.
 
-        ``phase(text)`` says what ``fit`` is doing before its first event, and ``ended(ending)``,
-        with a ``kbtrain.report.ending.RunEnding``, how it ended, also with an error.
+        ``phase(text)`` says what takes time beside the updates, ``saving(name)`` that a checkpoint
+        is being written, and ``ended(ending)``, with a ``kbtrain.report.ending.RunEnding``, how
+        ``fit`` ended, also with an error. ``notice(text)`` comes from another thread.
 
         Args:
             method: Its name.

@@ -13,9 +13,9 @@ from kbtrain.errors import NonFiniteError, first_lines
 from kbtrain.report.command import resume_command
 
 REASONS = {
-    "SIGINT": "stopped by Ctrl-C (SIGINT)",
-    "SIGTERM": "stopped by SIGTERM",
-    "SIGUSR1": "stopped by SIGUSR1",
+    "SIGINT": "Ctrl-C (SIGINT)",
+    "SIGTERM": "SIGTERM",
+    "SIGUSR1": "SIGUSR1",
     "max_time": "max_time is over",
 }
 """Why a run ended, by ``Trainer.interruption``."""
@@ -35,6 +35,7 @@ class RunEnding:
         best_metric: Name of the metric for the best model; None if there is none.
         best_step: Updates at the best evaluation.
         best_value: The metric there.
+        evaluations_since_best: Evaluations after the best one; None if there is none.
         best_checkpoint: The best checkpoint that was saved.
         best_loaded: Whether the model holds the weights of that checkpoint.
         weights: Which weights the model holds, a phrase.
@@ -49,7 +50,8 @@ class RunEnding:
             or if the program was not started by a command.
         resume_change: What has to be changed for it in the program, a phrase; empty if nothing has
             to be.
-        error: The error that ended the run, its type and the first lines of its message.
+        error: The error that ended the run, its type and the first lines of its message; None
+            after a signal.
     """
 
     reason: str
@@ -60,6 +62,7 @@ class RunEnding:
     best_metric: str | None
     best_step: int | None
     best_value: float | None
+    evaluations_since_best: int | None
     best_checkpoint: str | None
     best_loaded: bool
     weights: str
@@ -102,8 +105,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
     )
     samples, tokens, shares = _speed(run)
     loaded = trainer.loaded_best
-    if trainer.interruption is not None and isinstance(error, KeyboardInterrupt | SystemExit):
-        error = None  # as which a signal ends the program
+    failure = None if isinstance(error, KeyboardInterrupt | SystemExit) else error
     return RunEnding(
         reason=_reason(trainer, error),
         completed=error is None and trainer.interruption is None,
@@ -113,6 +115,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         best_metric=args.metric_for_best_model if state.best_global_step is not None else None,
         best_step=state.best_global_step,
         best_value=state.best_metric,
+        evaluations_since_best=_since_best(state, args.metric_for_best_model),
         best_checkpoint=state.best_model_checkpoint,
         best_loaded=loaded is not None,
         weights=_weights(trainer, loaded),
@@ -124,7 +127,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         checkpoint=checkpoint,
         resume_command=command,
         resume_change=change,
-        error=None if error is None else _described(error),
+        error=None if failure is None else _described(failure),
     )
 
 
@@ -134,7 +137,7 @@ def _reason(trainer: Any, error: BaseException | None) -> str:
         if isinstance(error, NonFiniteError):
             return f"the loss or the gradient of update {state.global_step + 1} was not finite"
         if isinstance(error, KeyboardInterrupt):
-            return "stopped at once, nothing was saved"
+            return "Ctrl-C, at once: nothing more was saved"
         return f"an error: {type(error).__name__}"
     if trainer.interruption is not None:
         return REASONS.get(trainer.interruption, str(trainer.interruption))
@@ -146,6 +149,14 @@ def _reason(trainer: Any, error: BaseException | None) -> str:
     if control.stop_reason is not None:
         return str(control.stop_reason)
     return "the data has ended"
+
+
+def _since_best(state: Any, metric: str | None) -> int | None:
+    if state.best_global_step is None:
+        return None
+    name = metric if str(metric).startswith("eval_") else f"eval_{metric}"
+    steps = {entry["step"] for entry in state.log_history if name in entry}
+    return len([step for step in steps if step > state.best_global_step])
 
 
 def _described(error: BaseException) -> str:

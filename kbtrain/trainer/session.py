@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from kbtrain.training.resuming import resolve_together
 from kbtrain.training.stop_signals import StopSignals
 
 if TYPE_CHECKING:
+    from kbtrain.callbacks.handler import CallbackHandler
     from kbtrain.trainer.trainer import Trainer
 
 logger = logging.getLogger("kbtrain")
@@ -42,7 +44,12 @@ def run_session(
     trainer.resume_requested, trainer.resumed_from, trainer.loaded_best = resume, None, None
     trainer.fit_began = time.perf_counter()
     trainer.ignore_keys_for_eval = ignore_keys_for_eval
-    signals = trainer.stop_signals = StopSignals(args.enable_jit_checkpoint, args.max_time)
+    signals = trainer.stop_signals = StopSignals(
+        args.enable_jit_checkpoint,
+        args.max_time,
+        functools.partial(handler.tell, "notice") if _shows_notices(handler) else None,
+        saves=args.save_strategy != "no",
+    )
     failure: BaseException | None = None
     try:
         saving = trainer.saver.running(args.save_strategy != "no", args.on_save_error)
@@ -63,6 +70,10 @@ def run_session(
         _tell_ending(trainer, failure)
         trainer.is_in_train, trainer.current_run = False, None
         handler.close()
+
+
+def _shows_notices(handler: CallbackHandler) -> bool:
+    return any(hasattr(callback, "notice") for callback in handler.callbacks)
 
 
 def _tell_ending(trainer: Trainer, error: BaseException | None) -> None:

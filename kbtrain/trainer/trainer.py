@@ -11,11 +11,11 @@ import keras
 from kbtrain import backends, distributed
 from kbtrain.callbacks import by_argument
 from kbtrain.callbacks.handler import CallbackHandler
-from kbtrain.callbacks.progress_bar import display
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter
+from kbtrain.display import make_display
 from kbtrain.distributed import placement
 from kbtrain.errors import concise
 from kbtrain.evaluation import evaluate as evaluation
@@ -153,7 +153,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
                 *make_trackers(tuple(self.args.report_to)),
                 *by_argument.callbacks(self.args),
                 *(callbacks or []),
-                *display(self.args),
+                *make_display(self.args),
             ],
             self._callback_context,
         )
@@ -311,7 +311,13 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         if self.bound.is_outdated and not self.is_in_train:
             self.adopt(self.model)
         options = (prefix, gather, keep_outputs, ignore_keys)
-        return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
+        if self.is_in_train:
+            return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
+        self.callback_handler.tell("phase", "evaluating")
+        try:
+            return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
+        finally:
+            self.callback_handler.tell("idle")
 
     # --- search ---------------------------------------------------------------------------------
 

@@ -165,6 +165,7 @@ def save(trainer: TrainerBase, run: Run) -> None:
     # kept, and its host buffers are reused for the next snapshot.
     trainer.saver.wait()
     former_best = best_model.begin_saving(trainer, run)
+    trainer.callback_handler.tell("saving", f"checkpoint-{step}")
 
     def failed() -> None:
         best_model.take_back(trainer, run, step, former_best)

@@ -95,6 +95,7 @@ def fit(
                     train_loop(trainer, run)
                     run.read()
         with run.times.of("other"):
+            trainer.callback_handler.tell("phase", "finishing")
             trainer.saver.wait()
             host.barrier(trainer.backend)  # the checkpoints are complete for all processes
         run.seconds = run.times.total
@@ -138,6 +139,7 @@ def _finish(trainer: TrainerBase, run: Run, memory: dict[str, float]) -> TrainOu
     evaluation_weights.finalize(trainer.optimizer, trainer.model.trainable_variables)
     trainer.training_weights = False
     if trainer.args.load_best_model_at_end and trainer.interruption is None:
+        trainer.callback_handler.tell("phase", "loading the best model")
         best_model.load(trainer)
     trainer.fire("on_train_end")
     return TrainOutput(state.global_step, loss, metrics)
@@ -150,7 +152,8 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         ConfigurationError, DataError: Arguments, data and model do not fit together.
         CheckpointMismatchError: The checkpoint belongs to another model or optimizer.
     """
-    args = trainer.args
+    args, tell = trainer.args, trainer.callback_handler.tell
+    tell("phase", "reading the first batch")
     if trainer.model_init is not None:
         rng.set_seed(args.seed)
         trainer.adopt(trainer.call_model_init())
@@ -168,6 +171,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     if first is None:
         raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
     bound = trainer.bound
+    tell("phase", "building the model")
     forward = bound.build(first)
     trainer.backend.check_model(bound.model)
     trainable = trained_variables(bound.model)
@@ -189,6 +193,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         bound.metrics.reset()
     progress = run_state.Progress(batch_size=loader.batch_size, num_examples=loader.num_examples)
     if checkpoint is not None:
+        tell("phase", f"restoring {checkpoint.path.name}")
         progress = _restore(trainer, checkpoint, optimizer, loader)
         progress.move_to(loader.batch_size)
     start_alike(trainer, optimizer)

@@ -336,6 +336,11 @@ class Run:
         return logs
 
     @property
+    def newest_values(self) -> dict[str, float]:
+        """Loss, gradient norm and learning rate of the newest update that has been read."""
+        return self._newest
+
+    @property
     def has_loss(self) -> bool:
         """Whether the updates have a loss: a custom step may return other values instead."""
         return not self.newest_only or not math.isnan(self.progress.loss_sum)

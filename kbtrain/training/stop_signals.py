@@ -7,12 +7,14 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from kbtrain.errors import TrainingInterrupted
+from kbtrain.utils.quiet_interrupt import quiet
+from kbtrain.utils.signal_watch import SignalWatch
 
 logger = logging.getLogger("kbtrain")
 
@@ -41,9 +43,20 @@ class StopSignals:
     Args:
         signals: Whether to handle signals.
         max_time: Seconds from ``__enter__``; None for no limit.
+        notify: Called at once with what a signal does, in another thread.
+        saves: Whether the run saves a checkpoint when it stops.
     """
 
-    def __init__(self, signals: bool, max_time: float | None) -> None:
+    def __init__(
+        self,
+        signals: bool,
+        max_time: float | None,
+        notify: Callable[[str], None] | None = None,
+        saves: bool = True,
+    ) -> None:
+        self._notify, self._saves = notify, saves
+        self._watch: SignalWatch | None = None
+        self._seen = 0
         self.received: signal.Signals | None = None
         self._signals = signals
         self._max_time = max_time
@@ -73,6 +86,9 @@ class StopSignals:
                 signal.signal(number, self._note)
             else:
                 logger.info("%s is handled by the program: its handler is kept.", number.name)
+        if self._notify is not None and self._former:
+            watch = SignalWatch(self._say)
+            self._watch = watch if watch.start() else None
         return self
 
     def __exit__(
@@ -81,6 +97,9 @@ class StopSignals:
         error: BaseException | None,
         frames: TracebackType | None,
     ) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         for number, former in self._former.items():
             signal.signal(number, former)
         self._former.clear()
@@ -89,9 +108,27 @@ class StopSignals:
         # SIGINT is counted separately: on one Ctrl-C some launchers also send SIGTERM, in any
         # order, and that must not lose unsaved work.
         self._interrupts += number == signal.SIGINT
+        if self._watch is None and self._notify is not None:
+            # In a thread: this one may be in the middle of writing to the same stream.
+            threading.Thread(target=self._say, args=(number,), daemon=True).start()
         if self._interrupts > 1:
-            raise KeyboardInterrupt
+            raise quiet(KeyboardInterrupt())
         self.received = self.received or signal.Signals(number)
+
+    def _say(self, number: int) -> None:
+        """Say what a signal does."""
+        if self._notify is None or number not in self._former:
+            return
+        interrupt = number == signal.SIGINT
+        self._seen += interrupt
+        name = "Ctrl-C" if interrupt else signal.Signals(number).name
+        if self._seen > 1 and interrupt:
+            self._notify(f"{name}: stopping now, nothing more is saved.")
+            return
+        does = "saving" if self._saves else "nothing is saved (save_strategy='no')"
+        again = "stop now, nothing saved" if self._saves else "stop now"
+        text = f"{name}: stopping after this update, {does}."
+        self._notify(f"{text} Again = {again}." if interrupt else text)
 
     def reason(self, saving: float | None) -> str | None:
         """The reason to stop now, or None. Called between two steps.
@@ -152,7 +189,8 @@ class StopSignals:
         if received is None:
             return
         if received == signal.SIGINT:
-            stopped = KeyboardInterrupt(f"Stopped at step {step}; newest checkpoint: {checkpoint}.")
+            text = f"Stopped at step {step}; newest checkpoint: {checkpoint}."
+            stopped = quiet(KeyboardInterrupt(text), "" if self._notify is not None else text)
             stopped.of_all_processes = True  # type: ignore[attr-defined]
             raise stopped
         raise TrainingInterrupted(received, step, checkpoint)

@@ -82,6 +82,7 @@ def test_early_stopping_says_so(tmp_path):
     assert ending.reason == "early stopping: no better loss for 2 evaluations"
     assert ending.completed
     assert ending.step == 3
+    assert ending.evaluations_since_best == 3 - ending.best_step
 
 
 def test_a_callback_that_stops_is_named(tmp_path):
@@ -105,7 +106,7 @@ def test_ctrl_c(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     ending = run(tmp_path, [Interrupt()], raises=KeyboardInterrupt, save_strategy="steps")
-    assert (ending.reason, ending.completed) == ("stopped by Ctrl-C (SIGINT)", False)
+    assert (ending.reason, ending.completed) == ("Ctrl-C (SIGINT)", False)
     assert ending.checkpoint == str(tmp_path / "checkpoint-1")
     assert ending.error is None
 

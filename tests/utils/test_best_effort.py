@@ -133,7 +133,7 @@ def test_a_bar_that_fails_is_reported_once(tmp_path, caplog, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no widgets here")
 
-    monkeypatch.setattr("kbtrain.callbacks.progress_bar.tqdm", broken)
+    monkeypatch.setattr(ProgressCallback, "make_view", broken)
     trainer = train(tmp_path, [ProgressCallback(disable=False)])
     assert trainer.state.global_step == 3
     assert caplog.text.count("no widgets here") == 1

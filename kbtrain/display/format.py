@@ -1,0 +1,312 @@
+"""The texts of all screens: numbers, durations, the facts of a run, evaluations, the ending."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kbtrain.display.view import Evaluation
+from kbtrain.report.ending import RunEnding
+from kbtrain.report.facts import RunFacts
+
+Row = tuple[str, str]
+
+_DURATIONS = ("_runtime", "_per_second")
+
+
+def number(value: Any) -> str:
+    """A metric with four significant digits.
+
+    Example:
+        >>> number(0.123456), number(3), number(2.0e-7)
+        ('0.1235', '3', '2e-07')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+def count(value: float) -> str:
+    """A count or a speed, with thousands separated.
+
+    Example:
+        >>> count(1234567), count(8.26), count(0.123)
+        ('1,234,567', '8.3', '0.12')
+    """
+    if isinstance(value, int) or value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """A duration to read.
+
+    Example:
+        >>> duration(0.034), duration(8.26), duration(75), duration(3725)
+        ('0.03 s', '8.3 s', '1:15', '1:02:05')
+    """
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def clock(seconds: float) -> str:
+    """Time that runs, in whole seconds.
+
+    Example:
+        >>> clock(7.9), clock(3725)
+        ('0:07', '1:02:05')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def memory(size: int) -> str:
+    """A size in bytes to read.
+
+    Example:
+        >>> memory(512), memory(222_248), memory(3 * 2**30)
+        ('512 bytes', '217 KiB', '3.0 GiB')
+    """
+    if size < 1024:
+        return f"{size} bytes"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(size, 1024)), len(units))
+    amount, unit = size / 1024**power, units[power - 1]
+    return f"{amount:.0f} {unit}" if amount >= 100 else f"{amount:.1f} {unit}"
+
+
+def plural(value: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> plural(1, "update"), plural(2100, "update")
+        ('1 update', '2,100 updates')
+    """
+    return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
+def epochs(value: float) -> str:
+    """A number of epochs, without decimals where it is whole.
+
+    Example:
+        >>> epochs(3.0), epochs(2.4666)
+        ('3', '2.47')
+    """
+    return f"{value:.0f}" if value == int(value) else f"{value:.2f}"
+
+
+def short_path(path: str | os.PathLike[str]) -> str:
+    """A path relative to the working directory, where that is shorter."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # another drive
+        return str(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def aligned(rows: list[Row], columns: int | None = None) -> list[Row]:
+    """The rows as lines: what stands at their beginning, and their text.
+
+    Args:
+        rows: Names and texts.
+        columns: Width at which texts are wrapped; None for no limit. A command, which begins with
+            "$ ", never is.
+    """
+    indent = max(len(name) for name, _ in rows) + 4
+    lines = []
+    for name, value in rows:
+        parts = [value]
+        if columns is not None and not value.startswith("$ "):
+            room = max(20, columns - indent)
+            parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
+        lines += [(f"  {name}".ljust(indent), parts[0] if parts else "")]
+        lines += [(" " * indent, part) for part in parts[1:]]
+    return lines
+
+
+# --- the start ----------------------------------------------------------------------------------
+
+
+def facts_rows(facts: RunFacts) -> list[Row]:
+    """The start panel: names and texts."""
+    rows = [
+        ("model", _model(facts)),
+        ("data", _data(facts)),
+        ("training", _training(facts)),
+        ("optimizer", _optimizer(facts)),
+        ("computing", _computing(facts)),
+        ("output", short_path(facts.output_dir)),
+    ]
+    if facts.resumed_from is not None:
+        rows.append(
+            ("resumed", f"from {short_path(facts.resumed_from)}, after update {facts.start_step:,}")
+        )
+    return rows
+
+
+def _model(facts: RunFacts) -> str:
+    frozen = facts.parameters - facts.trainable
+    parts = f"{facts.trainable:,} trained, {frozen:,} not" if frozen else "all trained"
+    size = memory(facts.model_bytes)
+    name = facts.model if facts.model_class.lower() in facts.model.lower() else facts.model_class
+    return f"{name}: {plural(facts.parameters, 'parameter')} ({parts}), {size}"
+
+
+def _data(facts: RunFacts) -> str:
+    training = "a stream" if facts.examples is None else plural(facts.examples, "example")
+    sets = facts.eval_examples
+    if not sets:
+        return f"{training}, no evaluation set"
+    sizes = {n: "a stream" if s is None else f"{s:,}" for n, s in sets.items()}
+    if list(sizes) == ["eval"]:
+        return f"{training}, evaluated on {sizes['eval']}"
+    return f"{training}, evaluated on " + ", ".join(f"{n} ({size})" for n, size in sizes.items())
+
+
+def _training(facts: RunFacts) -> str:
+    length = plural(facts.updates, "update") if facts.updates else "updates as long as data comes"
+    if 0 < facts.epochs < 2**31 - 1 and facts.examples is not None:
+        length += f" in {epochs(facts.epochs)} epoch{'' if facts.epochs == 1 else 's'}"
+    if not facts.batch_size:
+        return f"{length}, batches as they come"
+    size = f"{facts.batch_size:,} examples each"
+    if facts.accumulation > 1:
+        micro = facts.batch_size // facts.accumulation
+        size += f" ({facts.accumulation} micro-batches of {micro:,})"
+    return f"{length}, {size}"
+
+
+def _optimizer(facts: RunFacts) -> str:
+    if facts.optimizer == "none":
+        return "none: the model's own step"
+    if facts.learning_rate is None:
+        return f"{facts.optimizer}, {facts.schedule}"
+    return f"{facts.optimizer}, learning rate {number(facts.learning_rate)}, {facts.schedule}"
+
+
+def _computing(facts: RunFacts) -> str:
+    text = f"{facts.precision} on {facts.backend}, {facts.device}"
+    return text if facts.processes == 1 else f"{text}, {facts.processes} processes"
+
+
+# --- logs and evaluations -------------------------------------------------------------------------
+
+
+def place(step: int, updates: int) -> str:
+    """Where a run is: "7/20", or "7" if its length is unknown."""
+    return f"{step}/{updates}" if updates else f"{step}"
+
+
+def log_line(logs: Mapping[str, Any], step: int, updates: int) -> str:
+    """A training log as one line."""
+    shown = ", ".join(f"{name} {number(value)}" for name, value in logs.items())
+    return f"step {place(step, updates)}: {shown}"
+
+
+def without_durations(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of an evaluation without what says how long it took."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name != "epoch" and not name.endswith(_DURATIONS) and "_mem_" not in name
+    }
+
+
+def runtime(metrics: Mapping[str, Any]) -> float:
+    """How long an evaluation took, in seconds."""
+    return float(sum(v for n, v in metrics.items() if n.endswith("_runtime")))
+
+
+def evaluation_parts(result: Evaluation) -> tuple[str, list[str], str]:
+    """An evaluation in three parts: where, the values, and what became of it."""
+    where = f"step {place(result.step, result.updates)}, epoch {epochs(result.epoch)}"
+    values = [f"{name} {number(value)}" for name, value in result.metrics.items()]
+    if "loss" in result.training:
+        values.insert(0, f"loss {number(result.training['loss'])}")
+    notes = (["best"] if result.best else []) + ([result.saved] if result.saved else [])
+    return where, values, ", ".join(notes)
+
+
+def evaluation_line(result: Evaluation) -> str:
+    """An evaluation during the training as one line."""
+    where, values, notes = evaluation_parts(result)
+    line = f"{where}: {', '.join(values)}"
+    return f"{line} ({notes})" if notes else line
+
+
+def lone_evaluation_line(result: Evaluation) -> str:
+    """An evaluation or prediction outside of ``fit`` as one line."""
+    values = ", ".join(f"{name} {number(value)}" for name, value in result.metrics.items())
+    return f"{values or 'done'} ({duration(result.seconds)})"
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def ending_title(ending: RunEnding) -> str:
+    """How the run ended, in a few words."""
+    if ending.completed:
+        return f"Finished: {ending.reason}."
+    return f"Stopped: {ending.reason}." if ending.error is None else f"Failed: {ending.reason}."
+
+
+def ending_rows(ending: RunEnding) -> list[Row]:
+    """The end of a run: names and texts."""
+    of = f" of {ending.updates:,}" if ending.updates > ending.step else ""
+    done = f"{ending.step:,}{of} updates, {epochs(ending.epoch)} epochs"
+    rows = [("trained", f"{done}, in {duration(ending.seconds)}{_compiling(ending)}")]
+    if ending.best_step is not None and ending.best_value is not None:
+        rows.append(("best", _best(ending)))
+    rows.append(("weights", f"the model holds {ending.weights}"))
+    if ending.samples_per_second is not None:
+        rows.append(("speed", _speed(ending)))
+    rows.append(("to go on", _going_on(ending)))
+    if ending.resume_command:
+        rows.append(("", f"$ {ending.resume_command}"))
+    return rows
+
+
+def _compiling(ending: RunEnding) -> str:
+    if ending.compile_seconds < 0.05:
+        return ""
+    return f" ({duration(ending.compile_seconds)} of it compiling)"
+
+
+def _best(ending: RunEnding) -> str:
+    name = str(ending.best_metric)
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    text = f"{name} {number(ending.best_value)} at update {ending.best_step:,}"
+    since = ending.evaluations_since_best
+    if since is None:
+        return text
+    if since == 0:
+        return f"{text}, the last evaluation: it was still improving"
+    last = "the last evaluation" if since == 1 else f"the last {since:,} evaluations"
+    return f"{text}, not better in {last}"
+
+
+def _speed(ending: RunEnding) -> str:
+    assert ending.samples_per_second is not None
+    text = f"{count(ending.samples_per_second)} samples/s"
+    if ending.tokens_per_second is not None:
+        text += f", {count(ending.tokens_per_second)} tokens/s"
+    names = {"compute": "computing", "data": "waiting for data", "host": "callbacks and loop"}
+    names["other"] = "evaluating and saving"
+    parts = [f"{round(100 * ending.shares[n])}% {names[n]}" for n in names if n in ending.shares]
+    return f"{text} ({', '.join(parts)})" if parts else text
+
+
+def _going_on(ending: RunEnding) -> str:
+    if ending.checkpoint is None:
+        return "there is no checkpoint: a new run begins from scratch"
+    text = f"from {Path(ending.checkpoint).name}"
+    change = ending.resume_change
+    if ending.completed and ending.step >= ending.updates:
+        change = "more epochs and " + (change or "the same call of fit()")
+    return f"{text}, with {change}" if change else text
