@@ -94,6 +94,20 @@ in_training = _private(
 """Whether the layer that is being called runs with ``training=True``."""
 
 
+def _autocast(variable: Any, value: Any) -> Any:
+    scope = get_global_attribute("autocast_scope")
+    return scope.maybe_cast(value) if variable._autocast and scope is not None else value
+
+
+autocast = _private(
+    "Finding the dtype that a layer computes in",
+    _autocast,
+    lambda variable, value: value,
+    "With fsdp, weights are gathered in their own dtype, which takes more memory and time.",
+)
+"""``autocast(variable, value)``: the value as ``variable.value`` would return it in a layer."""
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 

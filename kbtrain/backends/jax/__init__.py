@@ -39,7 +39,6 @@ from kbtrain.backends.jax.device import (  # noqa: F401
 from kbtrain.backends.jax.flops import count_flops, tf32_is_on  # noqa: F401
 from kbtrain.backends.jax.mesh import (  # noqa: F401
     divided_gradient,
-    gathered_weight,
     initializing,
 )
 from kbtrain.backends.jax.model_steps import (  # noqa: F401
@@ -65,7 +64,7 @@ from kbtrain.backends.jax.processes import (  # noqa: F401
     sum_to_owners,
 )
 from kbtrain.backends.jax.profiler import start_profile  # noqa: F401
-from kbtrain.backends.jax.scope import Scope, context, run_stateless
+from kbtrain.backends.jax.scope import Scope, context, held_value, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,
     check_model,
@@ -103,7 +102,7 @@ def value_and_grad(
     def pure(values: list[Any]) -> tuple[Any, Any]:
         inside = list(outside)
         for index, value in zip(indices, values, strict=True):
-            inside[index] = gathered_weight(context.state[index], value)
+            inside[index] = value
         (value, aux), changed = run_stateless(lambda: fn(*args), inside, of_loss=True)
         changed_indices[:] = changed
         return value, (aux, list(changed.values()))
@@ -136,7 +135,7 @@ def recompute(
     if not context.state:  # no gradients outside a step
         return fn(tensors)
     scope = stateless_scope()
-    held = [scope.get_current_value(v) for v in context.state]
+    held = [held_value(scope, v) for v in context.state]
     own = read_values(context.state)
     before = [v if x is None else x for v, x in zip(own, held, strict=True)]
     changed_indices: list[int] = []

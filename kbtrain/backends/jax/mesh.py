@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -211,14 +212,33 @@ def layout_of(variable: keras.Variable) -> NamedSharding | None:
 
 
 def gathered_weight(variable: keras.Variable, value: Any) -> Any:
-    """A weight as the forward pass uses it: whole along the axis that batches are divided along.
+    """A weight as a layer uses it: whole along the axis that batches are divided along.
 
-    Left to itself XLA may move activations instead, which are larger.
+    Left to itself XLA may move activations instead, which are larger. The gradient is divided as
+    soon as it is there: each device adds up its own part, in the dtype that the layer computes in.
     """
-    if (layout := layout_of(variable)) is None or _run is None or _run.layout is None:
+    layout = layout_of(variable)
+    if layout is None or _run is None or _run.layout is None or "fsdp" not in layout.spec:
         return value
+    return _gather(value, layout)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(value: jax.Array, layout: NamedSharding) -> jax.Array:
     axes = [None if axis == "fsdp" else axis for axis in layout.spec]
-    return jax.lax.with_sharding_constraint(value, NamedSharding(_run.mesh, PartitionSpec(*axes)))
+    whole = NamedSharding(layout.mesh, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(value, whole)
+
+
+def _gather_forward(value: jax.Array, layout: NamedSharding) -> tuple[jax.Array, None]:
+    return _gather(value, layout), None
+
+
+def _gather_backward(layout: NamedSharding, residuals: None, gradient: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradient, layout),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def divided_gradient(variable: keras.Variable, gradient: Any) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 import keras
 
+from kbtrain.backends.jax.mesh import gathered_weight, layout_of
 from kbtrain.backends.scopes import LossScope
-from kbtrain.utils.keras_private import has_value
+from kbtrain.utils.keras_private import autocast, has_value
 
 
 @dataclass
@@ -54,7 +55,29 @@ class Scope(keras.StatelessScope):  # type: ignore[misc]
 
 
 class _LossScope(Scope, LossScope):
-    pass
+    """Hands out weights as layers use them: those that are divided are gathered when asked for."""
+
+    def __init__(self, mapping: Sequence[Any], **options: Any) -> None:
+        super().__init__(mapping, **options)
+        self._gathered: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """The value in this scope; a layer that asks again gets the same one."""
+        value = super().get_current_value(variable)
+        if value is None or layout_of(variable) is None:
+            return value
+        cast = autocast(variable, value)
+        key = id(variable), str(cast.dtype)
+        known, gathered = self._gathered.get(key, (None, None))
+        if known is not value:
+            gathered = gathered_weight(variable, cast)
+            self._gathered[key] = value, gathered
+        return gathered
+
+
+def held_value(scope: keras.StatelessScope, variable: keras.Variable) -> Any:
+    """The value of a variable in a scope, divided if its state is; None if it is not there."""
+    return keras.StatelessScope.get_current_value(scope, variable)
 
 
 def run_stateless(
@@ -69,8 +92,8 @@ def run_stateless(
     mapping = list(zip(context.state, values, strict=True))
     scope_class = _LossScope if of_loss else Scope
     with scope_class(mapping, collect_losses=of_loss) as scope:
-        before = [scope.get_current_value(v) for v in context.state]
+        before = [held_value(scope, v) for v in context.state]
         result = fn()
-        after = [scope.get_current_value(v) for v in context.state]
+        after = [held_value(scope, v) for v in context.state]
     pairs = enumerate(zip(before, after, strict=True))
     return result, {i: new for i, (old, new) in pairs if new is not old}
