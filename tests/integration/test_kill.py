@@ -100,6 +100,6 @@ def test_killed_again_and_again_a_run_comes_to_the_same_end(tmp_path):
     assert logged == list(range(1, STEPS + 1))
     left = [path.name for path in killed.iterdir()]
     assert sorted(left) == [
-        f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}", "final.npz", "log.jsonl",
+        f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}", "final.npz", "log.jsonl", "run.json",
     ]  # fmt: skip
     assert LOCK_NAME not in left

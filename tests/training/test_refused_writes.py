@@ -28,7 +28,7 @@ def test_a_real_refusal_of_the_system_while_training(tmp_path, caplog):
     with file_size_limit(8192):
         trainer = train(tmp_path, max_steps=4)
     assert trainer.state.global_step == 4
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["run.json"]
     assert "File too large" in caplog.text
 
 
@@ -67,7 +67,8 @@ def test_a_disk_that_is_really_full(small_disk, caplog):
     )
     assert trainer.state.global_step == 8
     assert "No space left on device" in caplog.text
-    assert sorted(os.listdir(small_disk / "run")) == ["checkpoint-2", "checkpoint-8", "log.jsonl"]
+    left = ["checkpoint-2", "checkpoint-8", "log.jsonl", "run.json"]
+    assert sorted(os.listdir(small_disk / "run")) == left
     text = (small_disk / "run" / "log.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
@@ -91,7 +92,8 @@ def test_a_folder_that_becomes_read_only(small_disk, caplog):
     assert trainer.state.global_step == 8
     assert "Read-only file system" in caplog.text
     assert "that this process can write to" in caplog.text
-    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-8", "log.jsonl"]
+    left = ["checkpoint-2", "checkpoint-8", "log.jsonl", "run.json"]
+    assert sorted(os.listdir(folder)) == left
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 

@@ -84,14 +84,14 @@ def test_trouble_with_the_disk_does_not_end_a_run(tmp_path, monkeypatch, caplog,
     assert [step for step, _ in trainer.store.list()] == [8]
     told = [m for m in caplog.messages if m.startswith("Could not write")]
     assert [m.split()[3] for m in told] == ["checkpoint-4", "checkpoint-6"]
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-8"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-8", "run.json"]
 
 
 def test_a_full_disk_leaves_the_last_good_one_and_says_what_to_free(tmp_path, monkeypatch, caplog):
     full_disk(monkeypatch, (4, 6, 8))
     train(tmp_path, save_total_limit=1)
     assert CheckpointStore(tmp_path).latest_intact().step == 2
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "run.json"]
     assert "The checkpoints there (checkpoint-2 to checkpoint-2, 1 in all) take" in caplog.text
     assert "MB are free on that disk" in caplog.text
     monkeypatch.undo()
@@ -108,7 +108,7 @@ def test_a_full_disk_stops_a_run_that_wants_it(tmp_path, monkeypatch, background
     full_disk(monkeypatch, (4,))
     with pytest.raises(CheckpointError, match="checkpoint-4 .*No space left"):
         train(tmp_path, save_async=background, on_save_error="raise")
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "run.json"]
 
 
 def test_the_folder_may_be_deleted_under_the_run(tmp_path):
@@ -120,7 +120,7 @@ def test_the_folder_may_be_deleted_under_the_run(tmp_path):
 
     trainer = train(folder, [At(5, delete)])
     assert trainer.state.global_step == 8
-    assert sorted(os.listdir(folder)) == ["checkpoint-6", "checkpoint-8"]
+    assert sorted(os.listdir(folder)) == ["checkpoint-6", "checkpoint-8", "run.json"]
 
 
 @pytest.mark.parametrize("policy", ["warn", "raise"])
@@ -206,7 +206,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, name):
     train(folder, save_total_limit=1)
     again = train(folder, resume=True, max_steps=9, save_total_limit=1)
     assert again.state.global_step == 9
-    assert os.listdir(folder) == ["checkpoint-9"]
+    assert sorted(os.listdir(folder)) == ["checkpoint-9", "run.json"]
 
 
 def test_a_program_may_go_elsewhere_meanwhile(tmp_path, monkeypatch):
@@ -217,7 +217,8 @@ def test_a_program_may_go_elsewhere_meanwhile(tmp_path, monkeypatch):
     train("run", away, report_to="json", load_best_model_at_end=True, eval_strategy="steps",
           eval_steps=2, save_total_limit=1)  # fmt: skip
     assert os.listdir(tmp_path / "end") == []
-    assert sorted(os.listdir(tmp_path / "begin" / "run")) == ["checkpoint-8", "log.jsonl"]
+    left = ["checkpoint-8", "log.jsonl", "run.json"]
+    assert sorted(os.listdir(tmp_path / "begin" / "run")) == left
     text = (tmp_path / "begin" / "run" / "log.jsonl").read_text()
     assert [s for line in text.splitlines() if "loss" in (s := json.loads(line))][-1]["step"] == 8
 
@@ -230,7 +231,7 @@ def test_what_bears_a_checkpoints_name_and_is_none(tmp_path, caplog):
     assert [step for step, _ in trainer.store.list()] == [6, 8, 99]
     assert sorted(os.listdir(tmp_path)) == [
         "checkpoint-00002", "checkpoint-2 (copy)", "checkpoint-4", "checkpoint-6", "checkpoint-8",
-        "checkpoint-99", "checkpoint-abc",
+        "checkpoint-99", "checkpoint-abc", "run.json",
     ]  # fmt: skip
     assert (tmp_path / "checkpoint-4").read_text() == "a file where a checkpoint is to be"
     assert "Could not write checkpoint-4" in caplog.text

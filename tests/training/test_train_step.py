@@ -87,7 +87,8 @@ def test_raise_names_the_last_checkpoint(tmp_path):
         )
     for part in ("Update 3", "loss nan", "on_nonfinite"):
         assert part in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    left = ["checkpoint-1", "checkpoint-2", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_raise_also_for_a_gradient_that_is_not_finite_though_the_loss_is(tmp_path):
