@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
     from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
+    from kbtrain.callbacks.library.system_metrics import (
+        SystemMetricsCallback as SystemMetricsCallback,
+    )
     from kbtrain.callbacks.library.throughput import ThroughputCallback as ThroughputCallback
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
     from kbtrain.callbacks.state import TrainerState as TrainerState
@@ -92,6 +95,7 @@ _HOMES = {
     "training.fit": ("TrainOutput",),
     "config.argument_parser": ("ArgumentParser", "HfArgumentParser"),
     "callbacks.library.profiler": ("ProfilerCallback",),
+    "callbacks.library.system_metrics": ("SystemMetricsCallback",),
     "callbacks.library.throughput": ("ThroughputCallback",),
     "display.callbacks": ("PrinterCallback", "ProgressCallback"),
     "utils.rng": ("set_seed",),
