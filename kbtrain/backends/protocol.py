@@ -307,6 +307,13 @@ class Backend(Protocol):
             ConfigurationError: The framework has divided the model behind Keras' back.
         """
 
+    def checksums(self, variables: Sequence[keras.Variable]) -> list[int | None]:
+        """A number for each variable, the same for the same bits; None if it is divided.
+
+        Args:
+            variables: Variables of floating-point numbers.
+        """
+
     def owned_blocks(self, variable: keras.Variable) -> OwnedBlocks | None:
         """The blocks of a variable that this process saves; None if its value is whole here.
 

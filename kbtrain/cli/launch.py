@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kbtrain.distributed.environment import endpoint
-from kbtrain.distributed.launch.local_processes import run_together
+from kbtrain.distributed.launch.local_processes import STOPPING_SECONDS, run_together
 from kbtrain.distributed.launch.rendezvous import Node, Rendezvous
 from kbtrain.errors import ConfigurationError
 
@@ -55,7 +55,9 @@ def run(words: Sequence[str]) -> int:
                 nodes = rendezvous.meet(attempt, options.n, options.max_restarts)
                 base = port + 1
             outcome = run_together(
-                command, environments(os.environ, nodes, options.node_rank, base)
+                command,
+                environments(os.environ, nodes, options.node_rank, base),
+                grace=options.grace_period,
             )
             if not outcome.may_restart or attempt == options.max_restarts:
                 break
@@ -165,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
         'fit(resume_from_checkpoint="auto") then continues from the newest checkpoint',
     )
     parser.add_argument(
+        "--grace-period",
+        type=float,
+        default=STOPPING_SECONDS,
+        metavar="SECONDS",
+        help="how long the processes may take to save and end after SIGTERM, before they are "
+        f"killed (default: {STOPPING_SECONDS:g})",
+    )
+    parser.add_argument(
         "-m", dest="module", nargs=argparse.REMAINDER, help="a module in place of a script"
     )
     parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -181,6 +191,10 @@ def _command(options: argparse.Namespace) -> list[str]:
             raise ConfigurationError(
                 f"{shown} must be at least {low}. Received: {getattr(options, name)}"
             )
+    if not options.grace_period >= 0:
+        raise ConfigurationError(
+            f"--grace-period must not be negative. Received: {options.grace_period:g}"
+        )
     if options.module:
         return [sys.executable, "-m", *options.module]
     if not options.script:

@@ -22,6 +22,7 @@ from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model import precision
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.tracing.moment import Moment
+from kbtrain.training.agreement import check_weights
 from kbtrain.utils.processes import current
 
 logger = logging.getLogger("kbtrain")
@@ -91,6 +92,7 @@ def evaluate(
         if current().size > 1 and not trainer.alike:  # each process initialised its own model
             backend.copy_from_first(run_state.model_variables(trainer.model))
             trainer.alike = True
+        check_weights(trainer)
         with_loss = not keep_outputs or unpack(first, names).y is not None
         spec = EvalSpec(
             prefix=prefix,
@@ -184,7 +186,7 @@ def _between_batches(
 ) -> None:
     """After each call: fire ``on_prediction_step``, and abort if the run must stop."""
     trainer.fire("on_prediction_step", batches=count, metrics=LazyMapping(so_far))
-    trainer.stop_signals.between_batches(trainer.saver.longest)
+    trainer.stop_signals.between_batches(lambda: trainer.agreement.reason_to_abandon())
 
 
 def _generator(trainer: TrainerBase) -> Callable[[Any], Any]:

@@ -15,9 +15,9 @@ from kbtrain.checkpoint.async_checkpointer import Snapshot
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
 from kbtrain.optimization import metric_driven
 from kbtrain.training import best_model
+from kbtrain.training.agreement import check_weights
 from kbtrain.training.stop_signals import EvaluationAbandoned
 from kbtrain.utils import rng
-from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState
@@ -81,12 +81,10 @@ def _evaluate_or_stop(trainer: TrainerBase) -> dict[str, Any] | None:
     """
     if trainer.agreement.stop_reason(now=True) is not None:
         return None
-    if current().size > 1:  # one process cannot leave an evaluation of all
-        keys = trainer.ignore_keys_for_eval
-        return trainer.evaluate() if keys is None else trainer.evaluate(ignore_keys=keys)
     logged, handler = list(trainer.state.log_history), trainer.callback_handler
     states = copy.deepcopy(handler.state())
     random_state = rng.capture_random_state(trainer.backend)
+    trainer.agreement.begin_evaluation()
     try:
         with trainer.stop_signals.abandoning():
             keys = trainer.ignore_keys_for_eval
@@ -157,6 +155,7 @@ def save(trainer: TrainerBase, run: Run) -> None:
     """
     args, step = trainer.args, trainer.state.global_step
     distributed.at(f"saving checkpoint-{step}")
+    check_weights(trainer)
     if not args.should_save and trainer.saver.peers is None:
         best_model.begin_saving(trainer, run)
         trainer.fire("on_save")

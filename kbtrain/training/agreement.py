@@ -7,9 +7,13 @@ signal, the clock, a callback of the user. All of them ask at the same updates.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import socket
 import time
 from typing import TYPE_CHECKING, Any
+
+import keras
 
 from kbtrain.callbacks.base import STEP_EVENTS
 from kbtrain.callbacks.state import TrainerControl
@@ -17,6 +21,7 @@ from kbtrain.data import Loader
 from kbtrain.distributed import host
 from kbtrain.distributed.agreement import agree
 from kbtrain.distributed.same_data import described
+from kbtrain.errors import DistributedError
 from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
@@ -35,6 +40,36 @@ SECONDS = 0.5
 """Time between two questions whether a process was asked to stop."""
 
 
+class _Pace:
+    """How many blocks pass between two questions, so that there are two in a second."""
+
+    def __init__(self) -> None:
+        self._wait = self._every = 1
+        self._asked = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether to ask after this block; the same on all processes."""
+        self._wait -= 1
+        return self._wait <= 0
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the last question."""
+        return time.monotonic() - self._asked
+
+    def asked(self, seconds: float | None = None) -> None:
+        """A question was answered.
+
+        Args:
+            seconds: The longest time since the last one on any process; None to keep the pace.
+        """
+        if seconds is not None:
+            factor = SECONDS / max(seconds, 1e-3)
+            self._every = max(1, min(2 * self._every, int(self._every * factor)))
+        self._wait = self._every
+        self._asked = time.monotonic()
+
+
 class Agreement:
     """Asks all processes; with one process every answer is its own.
 
@@ -45,9 +80,8 @@ class Agreement:
     def __init__(self, trainer: TrainerBase) -> None:
         self._trainer = trainer
         self._several = current().size > 1
-        self._wait = 1  # blocks until the next question, and between two questions
-        self._every = 1
-        self._asked = time.monotonic()
+        self._pace = _Pace()
+        self._evaluation_pace = _Pace()
         handler = trainer.callback_handler
         mine = {
             "step": any(not c.decides_alike for e in STEP_EVENTS for c in handler.listeners(e)),
@@ -73,18 +107,33 @@ class Agreement:
         mine = trainer.stop_signals.reason(trainer.saver.longest)
         if not self._several:
             return mine
-        self._wait -= 1
-        if self._wait > 0 and not now:
+        if not self._pace.is_due() and not now:
             return None
-        passed = time.monotonic() - self._asked
-        reasons = host.gather(trainer.backend, [mine, passed], "a reason to stop")
-        self._asked = time.monotonic()
-        slowest = max(seconds for _, seconds in reasons)
-        if not now:
-            factor = SECONDS / max(slowest, 1e-3)
-            self._every = max(1, min(2 * self._every, int(self._every * factor)))
-        self._wait = self._every
-        return next((reason for reason, _ in reasons if reason is not None), None)
+        reason, slowest = self._asked_all(mine, self._pace.passed)
+        self._pace.asked(None if now else slowest)
+        return reason
+
+    def begin_evaluation(self) -> None:
+        """An evaluation begins that ``reason_to_abandon`` may end."""
+        self._evaluation_pace = _Pace()
+
+    def reason_to_abandon(self) -> str | None:
+        """The reason to leave an evaluation between two batches, as in ``stop_reason``."""
+        trainer, pace = self._trainer, self._evaluation_pace
+        mine = trainer.stop_signals.reason(trainer.saver.longest)
+        if not self._several:
+            return mine
+        if not pace.is_due():
+            return None
+        reason, slowest = self._asked_all(mine, pace.passed)
+        pace.asked(slowest)
+        return reason
+
+    def _asked_all(self, mine: str | None, passed: float) -> tuple[str | None, float]:
+        """The first reason to stop of any process, and the longest of the times."""
+        answers = host.gather(self._trainer.backend, [mine, passed], "a reason to stop")
+        reason = next((reason for reason, _ in answers if reason is not None), None)
+        return reason, max(seconds for _, seconds in answers)
 
     def control(self, after: str) -> None:
         """Combine the requests of the callbacks of all processes.
@@ -99,6 +148,36 @@ class Agreement:
         flags = {name: bool(getattr(control, name)) for name in FLAGS}
         for name, value in host.any_of(self._trainer.backend, flags).items():
             setattr(control, name, value)
+
+
+def check_weights(trainer: TrainerBase) -> None:
+    """Check that all processes have the same weights: something may have changed those of one.
+
+    Raises:
+        DistributedError: They do not; it is raised in all processes.
+    """
+    if current().size == 1:
+        return
+    weights = [v for v in trainer.model.weights if keras.backend.is_float_dtype(v.dtype)]
+    mine = trainer.backend.checksums(weights)
+    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+    what = "a checksum of the weights"
+    if len(set(host.gather(trainer.backend, digest, what))) == 1:
+        return
+    sums = host.gather(trainer.backend, [mine, socket.gethostname()], what)
+    (first, first_host), step = sums[0], trainer.state.global_step
+    rank, other_host, i = next(
+        (rank, name, i)
+        for rank, (other, name) in enumerate(sums)
+        for i, value in enumerate(other)
+        if value != first[i]
+    )
+    raise DistributedError(
+        f"The weights of the processes differ after update {step}: {weights[i].path} of process "
+        f"{rank} (host {other_host}) is not that of process 0 (host {first_host}). Something has "
+        "changed weights on one process only, such as a callback: make every change on all "
+        "processes, and alike."
+    )
 
 
 def check_alike(trainer: TrainerBase, loader: Loader, first: Any, updates: int) -> None:

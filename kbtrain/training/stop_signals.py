@@ -159,16 +159,16 @@ class StopSignals:
         finally:
             self._may_abandon = False
 
-    def between_batches(self, saving: float | None) -> None:
+    def between_batches(self, reason: Callable[[], str | None]) -> None:
         """Abort an evaluation started by the loop, if the run must stop now.
 
         Args:
-            saving: As for ``reason``.
+            reason: Gives the reason to stop, on which all processes agree; None if there is none.
 
         Raises:
             EvaluationAbandoned: Inside ``abandoning``, if there is a reason to stop.
         """
-        if self._may_abandon and self.reason(saving) is not None:
+        if self._may_abandon and reason() is not None:
             raise EvaluationAbandoned
 
     def raise_received(self, step: int, checkpoint: Path | None, reason: str | None) -> None:

@@ -173,6 +173,31 @@ def test_a_signal_reaches_each_process_once_and_is_no_failure(tmp_path, number, 
     assert read_notes(tmp_path, "0.json", "1.json") == [[number], [number]]
 
 
+@pytest.mark.parametrize("patch", ["", "import signal; del signal.sigtimedwait"])
+def test_processes_that_ignore_sigterm_are_killed_after_the_grace_period(tmp_path, patch):
+    script = write_script(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: note(f"{rank}.asked"))
+        note(f"{rank}.json", os.getpid())
+        while True:
+            signal.pause()
+        """,
+    )
+    words = ("-n", 2, "--grace-period", 1.5, "--max-restarts", 3, script)
+    with started(*words, patch=patch) as launcher:
+        pids = read_notes(tmp_path, "0.json", "1.json")
+        launcher.send_signal(signal.SIGTERM)
+        for rank in range(2):
+            wait_for((tmp_path / f"{rank}.asked").exists, "each process gets SIGTERM")
+        assert all(is_running(pid) for pid in pids)
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "SIGKILL for rank 0, 1, still running 1.5 s after SIGTERM" in err
+    assert "starting all processes again" not in err
+    assert not any(is_running(pid) for pid in pids)
+
+
 def test_ctrl_c_at_a_terminal_reaches_each_process_once(tmp_path):
     script = write_script(tmp_path, COUNT_SIGNALS)
     terminal = (
@@ -338,6 +363,7 @@ def is_listening(port):
         (["-n", "2"], "Name the script"),
         (["-n", "0", "train.py"], "-n must be at least 1"),
         (["-n", "2", "--max-restarts", "-1", "train.py"], "--max-restarts must be at least 0"),
+        (["-n", "2", "--grace-period", "-1", "train.py"], "--grace-period must not be negative"),
         (["-n", "2", "no_such_script.py"], "no_such_script.py"),
         (["-n", "2", __file__, "--nodes"], ""),
         (["-n", "2", "--address", "a:1", __file__], "give --nodes"),
@@ -351,7 +377,7 @@ def is_listening(port):
     ],
 )
 def test_mistakes_in_the_command(capsys, monkeypatch, words, said):
-    monkeypatch.setattr("kbtrain.cli.launch.run_together", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("kbtrain.cli.launch.run_together", lambda *_, **__: pytest.fail("started"))
     if not said:
         with pytest.raises(pytest.fail.Exception, match="started"):
             cli.main(["launch", *words])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from kbtrain.utils.processes import current
 
 folder, what, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mine = current().rank == rank
+evaluated = 0
 
 
 class Fails(TrainerCallback):
@@ -33,9 +35,20 @@ class Fails(TrainerCallback):
         if what == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "leaves":
+            print("left at", time.monotonic(), flush=True)
             sys.exit(0)
+        if what == "changes its weights before an evaluation":
+            kwargs["model"].weights[-1].assign([0.5])
         if what == "is asked to stop":
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        global evaluated
+        evaluated += 1
+        if what == "is asked to stop in an evaluation":
+            time.sleep(0.02)  # else it would be over before the processes agree
+            if mine and evaluated == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Norm(keras.layers.BatchNormalization):
@@ -72,8 +85,20 @@ def stream() -> Iterator[Any]:
 
 if what == "has a shorter stream":
     data, args = stream, args.replace(max_steps=500)
-trainer = Trainer(model, args, train_dataset=data, loss="mse", callbacks=[Fails()])
+if "evaluation" in what:
+    args = args.replace(
+        max_steps=8, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=1
+    )
+trainer = Trainer(
+    model,
+    args,
+    train_dataset=data,
+    eval_dataset=(np.tile(x, (10, 1)), np.tile(x[:, :1], (10, 1))),
+    loss="mse",
+    callbacks=[Fails()],
+)
 try:
-    trainer.fit()
+    trainer.fit(resume_from_checkpoint="auto" if what == "makes up for the evaluation" else None)
 finally:
-    print("update", trainer.state.global_step, flush=True)
+    print("update", trainer.state.global_step, "batches", evaluated, flush=True)
+    print("evaluated at", [e["step"] for e in trainer.state.log_history if "eval_loss" in e])

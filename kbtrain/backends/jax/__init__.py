@@ -68,6 +68,7 @@ from kbtrain.backends.jax.scope import Scope, context, held_value, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,
     check_model,
+    checksums,
     owned_blocks,
     spans_devices,
     whole_value,

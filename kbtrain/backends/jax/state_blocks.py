@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.experimental import multihost_utils
@@ -54,3 +56,23 @@ def assign_blocks(variable: keras.Variable, read: ReadBlock) -> None:
         )
 
     variable.assign(jax.make_array_from_callback(value.shape, value.sharding, block))
+
+
+def checksums(variables: Sequence[keras.Variable]) -> list[int | None]:
+    """A number for each variable, the sum of its bits as integers; None for a divided one."""
+    whole = [i for i, v in enumerate(variables) if v.value.is_fully_addressable]
+    found: list[int | None] = [None] * len(variables)
+    if whole:
+        sums = _sums_of_bits([variables[i].value for i in whole])
+        for i, value in zip(whole, np.asarray(sums).tolist(), strict=True):
+            found[i] = value
+    return found
+
+
+@jax.jit  # type: ignore[untyped-decorator]
+def _sums_of_bits(values: list[Any]) -> Any:
+    def one(value: Any) -> Any:
+        bits = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32))
+
+    return jnp.stack([one(value) for value in values])

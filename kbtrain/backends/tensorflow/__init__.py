@@ -72,7 +72,7 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
 )
 from kbtrain.backends.tensorflow.profiler import start_profile  # noqa: F401
 from kbtrain.backends.tensorflow.scope import context
-from kbtrain.backends.tensorflow.state_blocks import check_model, whole_value  # noqa: F401
+from kbtrain.backends.tensorflow.state_blocks import check_model, checksums, whole_value  # noqa: F401
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import keras
 import numpy as np
+import torch
 
 from kbtrain.backends.torch.device import host_view
 from kbtrain.errors import ConfigurationError
@@ -35,3 +37,16 @@ def check_model(model: keras.Model) -> None:
 def whole_value(variable: keras.Variable) -> np.ndarray:
     """The value of a variable on the host, where it is whole."""
     return np.array(host_view(variable.value))
+
+
+def checksums(variables: Sequence[keras.Variable]) -> list[int | None]:
+    """A number for each variable, the sum of its bits as integers."""
+    if not variables:
+        return []
+    found: list[int | None] = torch.stack([_sum_of_bits(v.value) for v in variables]).tolist()
+    return found
+
+
+def _sum_of_bits(value: torch.Tensor) -> torch.Tensor:
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return value.detach().contiguous().reshape(-1).view(bits).sum(dtype=torch.int64)

@@ -61,6 +61,7 @@ class Channel:
         self._timeout = timeout
         self._closed = threading.Event()
         self._failing: float | None = None
+        self._staying: threading.Thread | None = None
         self._connection = Connection(url)
         self._thread = threading.Thread(
             target=self._beat if server is None else self._watch,
@@ -262,7 +263,7 @@ class Channel:
                     reached, attempts = now, 0
                 refused = refused + 1 if isinstance(error, ConnectionRefusedError) else 0
                 if self._host.left:
-                    return self._stay()
+                    return None  # it has ended, which ``_stay`` knows
                 # The first time-out is that of an open connection, which says nothing of the host.
                 unreachable = now - reached if attempts > 1 else 0.0
                 failure = self._lost(now - answered, unreachable, refused)
@@ -275,6 +276,10 @@ class Channel:
             self._host = Report.from_wire(answer["host"])
             if answer["failure"]:
                 return self._end(Failure(**answer["failure"]))
+            if self._host.left and self._staying is None:
+                # Process 0 may take long to end, and its threads may not run any more.
+                self._staying = threading.Thread(target=self._stay, daemon=True)
+                self._staying.start()
 
     def _lost(self, silent: float, unreachable: float, refused: int) -> Failure | None:
         """Why process 0 does not answer, once that is clear."""

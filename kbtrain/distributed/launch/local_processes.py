@@ -24,6 +24,9 @@ GRACE_SECONDS = 10.0
 TERMINATION_SECONDS = 5.0
 """How long a process may take after SIGTERM before it gets SIGKILL."""
 
+STOPPING_SECONDS = 600.0
+"""How long the processes may take after a SIGTERM for the launcher: they save a checkpoint."""
+
 FORWARDED = tuple(
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
@@ -51,36 +54,47 @@ class Outcome:
 
 
 def run_together(
-    command: Sequence[str], environments: Sequence[Mapping[str, str]], log: IO[str] = sys.stderr
+    command: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    log: IO[str] = sys.stderr,
+    grace: float = STOPPING_SECONDS,
 ) -> Outcome:
     """Run a program once per environment, until all have ended.
 
     The first process has the terminal; the lines of the others are printed with their rank. When
     one fails, the others get ``GRACE_SECONDS`` to end by themselves, and are ended then.
-    Signals for this process go to all of them. It must be called in the main thread.
+    Signals for this process go to all of them; those that run on for ``grace`` after SIGTERM are
+    killed. It must be called in the main thread.
 
     Args:
         command: The program, by its path, and its arguments.
         environments: All variables of each process, with its ``RANK``.
         log: Where to report processes that failed.
+        grace: Seconds that they may take after a SIGTERM for this process.
     """
     with _blocked_signals():
-        return _Processes(command, environments, log).wait()
+        return _Processes(command, environments, log, grace).wait()
 
 
 class _Processes:
     """The running processes and what has happened to them."""
 
     def __init__(
-        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], log: IO[str]
+        self,
+        command: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        log: IO[str],
+        grace: float,
     ) -> None:
         self._log = log
+        self._grace = grace
         self._ranks = [environment["RANK"] for environment in environments]
         self._asked: set[int] = set()  # signals that this process got
         self._ended: set[signal.Signals] = set()  # signals sent to end the rest
         self._failures: list[int] = []  # statuses of failed processes, the first one first
         self._orderly: list[int] = []
         self._deadline: float | None = None
+        self._why_end = ""
         self._children: list[subprocess.Popen[bytes]] = []
         self._outputs: list[threading.Thread] = []
         try:
@@ -118,6 +132,9 @@ class _Processes:
                 self._asked.add(number)
                 if not by_terminal:  # a terminal has sent it to the processes, too
                     self._send(signal.Signals(number))
+                if number == signal.SIGTERM and signal.SIGTERM not in self._ended:
+                    self._ended.add(signal.SIGTERM)
+                    self._end_after(self._grace, f"{self._grace:g} s after SIGTERM")
             self._collect(sender)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._end_the_rest()
@@ -141,15 +158,21 @@ class _Processes:
                 continue
             self._report(rank, child.pid, code)
             self._failures.append(status)
-            if self._deadline is None and self._running:
-                self._deadline = time.monotonic() + GRACE_SECONDS
+            if len(self._failures) == 1 and self._running:
+                self._end_after(GRACE_SECONDS, "after another process failed")
                 self._say(f"waiting up to {GRACE_SECONDS:.0f} s for the others to end")
+
+    def _end_after(self, seconds: float, why: str) -> None:
+        """End the processes that run on then, or at an earlier time that was set before."""
+        deadline = time.monotonic() + seconds
+        if self._deadline is None or deadline < self._deadline:
+            self._deadline, self._why_end = deadline, why
 
     def _end_the_rest(self) -> None:
         """Send SIGTERM, or SIGKILL where that did not help."""
         number = signal.SIGKILL if signal.SIGTERM in self._ended else signal.SIGTERM
         ranks = ", ".join(self._running)
-        self._say(f"{number.name} for rank {ranks}, still running after another process failed")
+        self._say(f"{number.name} for rank {ranks}, still running {self._why_end}")
         self._ended.add(number)
         self._send(number)
         self._deadline = time.monotonic() + TERMINATION_SECONDS
