@@ -72,7 +72,6 @@ def main() -> None:
         lr_scheduler_type="cosine",
         eval_strategy="epoch",
         save_strategy="no",
-        disable_tqdm=True,
     )
 
     def make_trainer(args: TrainingArguments, init: Any) -> Trainer:

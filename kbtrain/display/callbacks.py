@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -62,7 +63,7 @@ class _Display(TrainerCallback):
         trainer = kwargs["trainer"]
         self._pending, self._training, self._state = None, {}, state
         self._trial, self._waiting = trainer.trial is not None, True
-        self.view().begin(trainer, facts_of(trainer))
+        self.view().begin(trainer, facts_of(trainer), self._trial)
 
     @best_effort
     def on_step_begin(
@@ -98,7 +99,8 @@ class _Display(TrainerCallback):
             return
         self._flush()
         self._training = {**own, "step": state.global_step}
-        self.view().training_log(own, state.global_step, state.max_steps)
+        if not self._trial:
+            self.view().training_log(own, state.global_step, state.max_steps)
 
     @best_effort
     def on_prediction_step(
@@ -118,7 +120,8 @@ class _Display(TrainerCallback):
         metrics, trainer = kwargs["metrics"], kwargs["trainer"]
         self._batches = 0
         if not trainer.is_in_train:
-            self._alone(metrics, state)
+            if trainer.trial is None:
+                self._alone(metrics, state)
             return
         self._state = state
         if self._pending is None or self._pending.step != state.global_step:
@@ -192,6 +195,8 @@ class _Display(TrainerCallback):
             return
         result, self._pending = self._pending, None
         result.best = self._state.best_global_step == result.step
+        if self._trial:
+            result = dataclasses.replace(result, metrics={})
         self.view().evaluation(result, in_training=True)
 
     def _alone(self, metrics: dict[str, Any], state: TrainerState) -> None:
@@ -221,6 +226,11 @@ class ProgressCallback(_Display):
     def __init__(self, disable: bool | None = None) -> None:
         super().__init__()
         self._disable = not can_draw() if disable is None else disable
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether it never shows anything."""
+        return self._disable
 
     def make_view(self) -> View:
         """A view for where the program runs."""

@@ -33,10 +33,11 @@ class PlainView(View):
             self._timer.cancel()
             self._timer = None
 
-    def begin(self, trainer: Any, facts: RunFacts) -> None:
+    def begin(self, trainer: Any, facts: RunFacts, trial: bool) -> None:
         """Print the facts, a line each."""
         self._quiet()
-        _table(f"Run {facts.run_name}", text.facts_rows(facts))
+        if not trial:
+            _table(f"Run {facts.run_name}", text.facts_rows(facts))
         self.phase("compiling")
 
     def first_update(self, progress: Progress, seconds: float) -> None:
@@ -52,6 +53,8 @@ class PlainView(View):
     def evaluation(self, result: Evaluation, in_training: bool) -> None:
         """Print the results."""
         self._quiet()
+        if in_training and not result.metrics:
+            return
         result.training = {}  # they have a line of their own
         line = text.evaluation_line(result) if in_training else text.lone_evaluation_line(result)
         print_line(line)

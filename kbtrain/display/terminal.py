@@ -41,7 +41,7 @@ class TerminalView(View):
         self._newest: Point | None = None
         self._evaluated: tuple[int, int | None, float] | None = None  # done, total, since
         self._pause = 0.0  # seconds of evaluations since the first update
-        self._notice = ""
+        self._notice, self._name = "", "training"
         self._logged: float = -1.0  # share of the run at the last log that left a line
         self._metrics: dict[str, Any] = {}
         self._table = EvaluationTable()
@@ -53,13 +53,14 @@ class TerminalView(View):
         self._phase, self._notice = (text, time.monotonic()), ""
         self.screen.open()
 
-    def begin(self, trainer: Any, facts: RunFacts) -> None:
+    def begin(self, trainer: Any, facts: RunFacts, trial: bool) -> None:
         """Print the panel."""
         self._trainer, self._facts = trainer, facts
         self._first = self._newest = self._evaluated = None
         self._pause, self._logged = 0.0, -1.0
         self._metrics, self._table = {}, EvaluationTable()
-        if trainer.trial is None:
+        self._name = facts.run_name if trial else "training"
+        if not trial:
             title = Text.assemble(("kbtrain ", "bold"), (facts.run_name, "bold cyan"))
             self.screen.print(
                 Text(), title, *_table(text.facts_rows(facts), self.screen.width()), Text()
@@ -84,8 +85,7 @@ class TerminalView(View):
             if name not in ("loss", "grad_norm", "learning_rate", "epoch")
             and not name.endswith(("_runtime", "_per_second"))
         }
-        trainer = self._trainer
-        if trainer is None or trainer.args.eval_strategy != "no" or trainer.trial is not None:
+        if self._trainer is None or self._trainer.args.eval_strategy != "no":
             return
         share = step / updates if updates else math.log1p(step)
         if share - self._logged >= LEAST_SHARE:
@@ -106,7 +106,7 @@ class TerminalView(View):
         if not in_training:
             self._phase = None
             self.screen.print(Text(text.lone_evaluation_line(result)))
-        elif self._trainer is None or self._trainer.trial is None:
+        elif result.metrics:
             row = self._table.row(result, self.screen.width())
             lines = [Text(row.header, style="dim")] if row.header else []
             line = Text(row.values)
@@ -172,7 +172,7 @@ class TerminalView(View):
             left = (newest.time - began) * (at.updates - at.step) / (at.step - start.step)
             parts.append(f"{text.clock(max(0.0, left - (now - newest.time)))} left")
         share = at.step / at.updates if at.updates else None
-        return _bar("training", share, " · ".join(parts), width)
+        return _bar(self._name, share, " · ".join(parts), width)
 
     def _values(self, first: Point, newest: Point, width: int) -> Text:
         at, start = newest.progress, first.progress

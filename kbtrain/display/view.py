@@ -83,8 +83,8 @@ class View:
     def phase(self, text: str) -> None:
         """Something that may take long begins: building, compiling, restoring, evaluating."""
 
-    def begin(self, trainer: Any, facts: RunFacts) -> None:
-        """Training begins: ``trainer.state`` and ``trainer.current_run`` show its progress."""
+    def begin(self, trainer: Any, facts: RunFacts, trial: bool) -> None:
+        """Training begins; a trial of a search is shown by its progress alone."""
 
     def first_update(self, progress: Progress, seconds: float) -> None:
         """The first update is done; it took so long, most of it compiling."""
@@ -99,7 +99,10 @@ class View:
         """An evaluation or prediction has done so many batches of ``total``; None if unknown."""
 
     def evaluation(self, result: Evaluation, in_training: bool) -> None:
-        """An evaluation, or outside of ``fit`` also a prediction, is complete."""
+        """An evaluation, or outside of ``fit`` also a prediction, is complete.
+
+        That of a trial has no metrics and leaves no line.
+        """
 
     def notice(self, text: str) -> None:
         """Something to be seen at once; called from another thread."""

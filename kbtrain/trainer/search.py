@@ -16,6 +16,7 @@ from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
+from kbtrain.trainer.search_display import SearchDisplay
 from kbtrain.training.dataloaders import is_named_datasets
 from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
@@ -184,6 +185,7 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"{len(failed)} of {len(workers)} processes of the search failed; their messages are "
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
+    SearchDisplay(optuna, trainer, settings.n_trials).results(study)
     return best(optuna, study)
 
 
@@ -266,6 +268,7 @@ def _optimize(
 ) -> None:
     """Run ``share`` trials in this process, and restore the Trainer's arguments afterwards."""
     args, store, saver = trainer.args, trainer.store, trainer.saver
+    display = SearchDisplay(optuna, trainer, settings.n_trials)
     report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
     trainer.add_callback(report)
 
@@ -273,11 +276,14 @@ def _optimize(
         report.trial = trial
         values = dict(settings.hp_space(trial))
         trial.set_user_attr("hyperparameters", values)
-        _adjust(trainer, args, values, trial, settings)
-        return _run(trainer, report)
+        with display.trial(study, trial) as result:
+            _adjust(trainer, args, values, trial, settings)
+            result.append(_run(trainer, report))
+        return result[0]
 
     try:
-        study.optimize(objective, n_trials=share, timeout=settings.timeout, gc_after_trial=True)
+        with display.instead_of_optuna():
+            study.optimize(objective, n_trials=share, timeout=settings.timeout, gc_after_trial=True)
     finally:
         trainer.remove_callback(report)
         trainer.args, trainer.store, trainer.saver = args, store, saver

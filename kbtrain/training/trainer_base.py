@@ -16,7 +16,6 @@ from typing import Any
 import keras
 
 from kbtrain.backends.protocol import Backend
-from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore, run_state
