@@ -262,6 +262,9 @@ def _handlers_of(stream: Any) -> list[Any]:
     found = []
     for each in loggers:
         for handler in getattr(each, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+            # Some look up sys.stderr each time, and have no stream of their own.
+            if isinstance(handler, logging.StreamHandler) and (
+                vars(handler).get("stream") is stream
+            ):
                 found.append(handler)
     return found

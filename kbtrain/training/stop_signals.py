@@ -125,7 +125,7 @@ class StopSignals:
         if self._seen > 1 and interrupt:
             self._notify(f"{name}: stopping now, nothing more is saved.")
             return
-        does = "saving" if self._saves else "nothing is saved (save_strategy='no')"
+        does = "saving" if self._saves else "without saving"
         again = "stop now, nothing saved" if self._saves else "stop now"
         text = f"{name}: stopping after this update, {does}."
         self._notify(f"{text} Again = {again}." if interrupt else text)

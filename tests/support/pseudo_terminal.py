@@ -1,4 +1,4 @@
-"""Runs a program in a pseudo-terminal and reads what its screen shows."""
+"""Terminals that are none: what a program or this process shows on one."""
 
 import fcntl
 import os
@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from dataclasses import dataclass
 
@@ -109,6 +110,62 @@ def record(command, columns=80, keys=(), env=None, cwd=None, timeout=120, lines=
     return Recording(
         _lines(display), moments, raw.decode(errors="replace"), status, silence, display
     )
+
+
+class Terminal:
+    """A terminal for this process: its stdout and stderr while it is open, and what it shows.
+
+    Args:
+        columns: Its width.
+        lines: Its height.
+    """
+
+    def __init__(self, columns=80, lines=LINES):
+        self._master, slave = pty.openpty()
+        self._slave = os.fdopen(slave, "w", encoding="utf-8")
+        self.display, self.raw = pyte.Screen(columns, lines), bytearray()
+        self.resize(columns, lines)
+        self._stream = pyte.ByteStream(self.display)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def resize(self, columns, lines=LINES):
+        """Change the size, as a user does."""
+        size = struct.pack("HHHH", lines, columns, 0, 0)
+        fcntl.ioctl(self._slave.fileno(), termios.TIOCSWINSZ, size)
+        self.display.resize(lines, columns)
+
+    def __enter__(self):
+        self._former = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = self._slave
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_):
+        sys.stdout, sys.stderr = self._former
+        self._slave.close()  # the reader gets what is left, and then an error
+        self._reader.join(timeout=10)
+        os.close(self._master)
+
+    def _read(self):
+        while True:
+            try:
+                output = os.read(self._master, 1 << 16)
+            except OSError:
+                return
+            if not output:
+                return
+            self.raw += output
+            self._stream.feed(output)
+
+    @property
+    def lines(self):
+        """The lines it shows."""
+        return _lines(self.display)
+
+    @property
+    def text(self):
+        """All it shows."""
+        return "\n".join(self.lines)
 
 
 def _own_terminal():
