@@ -17,6 +17,9 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
 from kbtrain.trainer.search_display import SearchDisplay
+from kbtrain.trainer.search_plot import save_plot
+from kbtrain.trainer.search_results import BestRun as BestRun
+from kbtrain.trainer.search_results import best
 from kbtrain.training.dataloaders import is_named_datasets
 from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
@@ -35,20 +38,6 @@ STUDY = "kbtrain"
 """Default name of a study."""
 
 _NOT_A_RESULT = ("_runtime", "_per_second")
-
-
-class BestRun(NamedTuple):
-    """The best trial of a search, or one of the Pareto front with several directions.
-
-    Attributes:
-        run_id: Number of the trial, as a string; its files are in ``{output_dir}/run-{run_id}``.
-        objective: Its value, or a list with one per direction.
-        hyperparameters: The hyperparameters of the trial.
-    """
-
-    run_id: str
-    objective: float | list[float]
-    hyperparameters: dict[str, Any]
 
 
 class Settings(NamedTuple):
@@ -186,29 +175,8 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
     SearchDisplay(optuna, trainer, settings.n_trials).results(study)
+    save_plot(optuna, study, Path(trainer.args.output_dir))
     return best(optuna, study)
-
-
-def best(optuna: Any, study: Any) -> BestRun | list[BestRun]:
-    """The best trial of a study, or the Pareto front of one in several directions.
-
-    Raises:
-        ConfigurationError: No trial was completed.
-    """
-    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    if not complete:
-        raise ConfigurationError(
-            f"No trial of the study {study.study_name!r} was completed: all were pruned. Use "
-            "another pruner, or one that waits longer (n_warmup_steps)."
-        )
-    if len(study.directions) > 1:
-        return [_as_run(trial, list(trial.values)) for trial in study.best_trials]
-    return _as_run(study.best_trial, study.best_trial.value)
-
-
-def _as_run(trial: Any, objective: Any) -> BestRun:
-    values = trial.user_attrs.get("hyperparameters", trial.params)
-    return BestRun(str(trial.number), objective, dict(values))
 
 
 def _check(trainer: TrainerBase, settings: Settings) -> None:
@@ -274,7 +242,7 @@ def _optimize(
 
     def objective(trial: Any) -> Any:
         report.trial = trial
-        values = dict(settings.hp_space(trial))
+        values = _hyperparameters(settings.hp_space(trial))
         trial.set_user_attr("hyperparameters", values)
         with display.trial(study, trial) as result:
             _adjust(trainer, args, values, trial, settings)
@@ -288,6 +256,17 @@ def _optimize(
         trainer.remove_callback(report)
         trainer.args, trainer.store, trainer.saver = args, store, saver
         trainer.trial = None
+
+
+def _hyperparameters(values: Any) -> dict[str, Any]:
+    """What ``hp_space`` has returned, checked."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ConfigurationError(
+            "hp_space must return a dict of hyperparameters, such as {'learning_rate': "
+            "trial.suggest_float('learning_rate', 1e-5, 1e-2, log=True)}. "
+            f"Received: {values!r:.200}{'; is there a return?' if values is None else ''}"
+        )
+    return dict(values)
 
 
 def _adjust(

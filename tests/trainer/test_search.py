@@ -17,7 +17,7 @@ from paths import SUPPORT
 
 from kbtrain import Trainer, TrainerCallback
 from kbtrain.errors import ConfigurationError
-from kbtrain.trainer import search
+from kbtrain.trainer import search, search_plot
 
 X, Y = regression_data(32)
 RATES = [0.001, 0.1, 0.03]
@@ -275,12 +275,72 @@ def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_all_trials_pruned_is_explained(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="epoch")
-    with pytest.raises(ConfigurationError, match="all were pruned"):
+    with pytest.raises(ConfigurationError, match="of 1, 1 were pruned, 0 failed.*another pruner"):
         trainer.hyperparameter_search(
             rates, n_trials=1, pruner=optuna.pruners.ThresholdPruner(upper=-1.0)
         )
     assert trainer.args.output_dir == str(tmp_path)
 
 
+def test_objectives_that_are_no_numbers_are_not_called_pruned(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        trainer.hyperparameter_search(
+            rates, n_trials=2, compute_objective=lambda metrics: float("nan")
+        )
+    assert "of 2, 0 were pruned, 2 failed" in str(caught.value)
+    assert "NaN" in str(caught.value)
+    assert "pruner" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, [("learning_rate", 0.1)], {1: 0.1}])
+def test_hp_space_must_return_a_dict(tmp_path, given):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigurationError, match="hp_space must return a dict") as caught:
+        trainer.hyperparameter_search(lambda trial: given, n_trials=1)
+    assert ("is there a return?" in str(caught.value)) == (given is None)
+    assert trainer.args.output_dir == str(tmp_path)
+
+
+def test_a_picture_of_the_trials_and_of_what_mattered(tmp_path):
+    def space(trial):
+        return rates(trial) | {"weight_decay": trial.suggest_float("weight_decay", 0.0, 1e-6)}
+
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    trainer = make_trainer(tmp_path)
+    study = optuna.create_study(sampler=sampler)
+    trainer.hyperparameter_search(space, n_trials=6, sampler=sampler)
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+    def objective(trial):
+        values = space(trial)
+        return expected_loss(values["learning_rate"]) + values["weight_decay"]
+
+    study.optimize(objective, n_trials=20)
+    share = search_plot.importances(optuna, study)
+    assert list(share) == ["learning_rate", "weight_decay"]
+    assert share["learning_rate"] > 0.8
+    assert sum(share.values()) == pytest.approx(1.0)
+
+
+def test_a_picture_of_two_directions(tmp_path):
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    study.optimize(lambda trial: (x := trial.suggest_float("x", 0, 1), x**2), n_trials=4)
+    path = search_plot.save_plot(optuna, study, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_without_matplotlib_or_room(tmp_path, monkeypatch, caplog):
+    study = optuna.create_study()
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    (tmp_path / "file").write_text("")
+    assert search_plot.save_plot(optuna, study, tmp_path / "file" / "below") is None
+    assert caplog.text.count("picture of the search could not be made") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert search_plot.save_plot(optuna, study, tmp_path) is None
+    assert not (tmp_path / "search.png").exists()
+
+
 def test_examples_in_docstrings():
+    assert doctest.testmod(search_plot).failed == 0
     assert doctest.testmod(search).failed == 0

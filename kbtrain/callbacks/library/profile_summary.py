@@ -73,6 +73,14 @@ class ProfileSummary:
             f"operation was running in {self.idle_share:.1%}."
         )
 
+    def title(self) -> str:
+        """The heading of the table in a report."""
+        last = self.first_step + self.updates - 1
+        return (
+            f"Profile of updates {self.first_step} to {last}: {1e3 * self.seconds:.1f} ms, "
+            f"{self.idle_share:.1%} idle"
+        )
+
     def text(self) -> str:
         """The caption and the table, for a log."""
         rows = [[str(cell) for cell in row] for row in self.rows()]

@@ -131,6 +131,7 @@ class ProfilerCallback(TrainerCallback):
         except Exception as error:
             self._failed("write its trace", error)
             return
+        trainer.record.add_section(self.summary.title(), self.summary.rows())
         _show(self.summary)
 
     def _failed(self, what: str, error: Exception) -> None:

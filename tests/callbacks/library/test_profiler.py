@@ -73,6 +73,12 @@ def test_the_trace_is_in_the_output_folder(profiled, tmp_path):
     document = json.loads(gzip.decompress(Path(summary.trace).read_bytes()))
     assert any(event.get("ph") == "X" for event in document["traceEvents"])
     json.dumps(summary.to_dict())
+    (section,) = trainer.record.sections
+    assert section["title"].startswith(f"Profile of updates {summary.first_step} to ")
+    assert [row[0] for row in section["table"]] == [
+        "operation",
+        *(each.name for each in summary.operations),
+    ]
 
 
 def test_products_and_convolutions_are_among_the_slowest(profiled):
