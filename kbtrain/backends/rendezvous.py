@@ -1,19 +1,20 @@
-"""The processes meet before a framework that does not wait well for missing ones connects them.
+"""The processes meet before their framework connects them.
 
-TensorFlow's own start waits up to an hour for a missing process, inside one call that holds
-Python's lock, ignores SIGTERM and Ctrl-C, and does not say who is missing. So every process first
-reports to process 0, which answers with the addresses of all when they are there. Nothing else goes
-this way.
+A framework waits for a missing process for half an hour or more, and does not say which one it is.
+TensorFlow does so inside one call that holds Python's lock, and ignores SIGTERM and Ctrl-C. So
+every process first reports to process 0, which answers with the addresses of all when they are
+there, and says every few seconds who is missing. Nothing else goes this way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import socket
 import time
-from typing import Any
+from typing import IO, Any
 
 from kbtrain.errors import DistributedError
 from kbtrain.utils.processes import ProcessGroup
@@ -23,10 +24,14 @@ logger = logging.getLogger("kbtrain")
 UNREACHABLE_SECONDS = 10.0
 """How long to try a host that has no address or no route. One that refuses may just be starting."""
 
-REMINDER_SECONDS = 10.0
+REMINDER_SECONDS = 8.0
 """Time between two messages that a process is still waiting for others."""
 
+SILENCE_SECONDS = 60.0
+"""How long process 0 may say nothing to a process that waits."""
+
 _RETRY = 0.1
+_WAITING = "Process %d is waiting for process %s to join."
 
 
 def meet(group: ProcessGroup, timeout: float) -> tuple[str, ...]:
@@ -81,6 +86,15 @@ def _listen(group: ProcessGroup, host: str, port: int) -> socket.socket:
         ) from None
 
 
+def check_port(group: ProcessGroup) -> None:
+    """Check that process 0 can listen at the port of the group: a framework may share a taken one.
+
+    Raises:
+        DistributedError: It cannot.
+    """
+    _free_port(group, group.address, group.port)
+
+
 def _free_port(group: ProcessGroup, host: str, port: int) -> int:
     """``port`` if it is free; any free port for 0."""
     with _listen(group, host, port) as server:
@@ -101,21 +115,23 @@ def _receive_all(
     present: dict[int, tuple[socket.socket, str]] = {}
     try:
         with _listen(group, *place) as server:
+            remind = time.monotonic() + REMINDER_SECONDS
             while len(present) < group.size - 1:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                now = time.monotonic()
+                if now >= deadline:
                     raise DistributedError(
                         f"Process 0 waited {timeout:g} s at {_text(*place)} in vain for process "
                         f"{_missing(group, present)} of {group.size} ({group.launcher}). Check "
                         "that every process was started and has not ended, and that no firewall "
                         "is between the hosts."
                     )
-                server.settimeout(min(left, REMINDER_SECONDS))
+                if now >= remind:
+                    remind = now + REMINDER_SECONDS
+                    _remind(group, present)
+                server.settimeout(max(min(deadline, remind) - now, 1e-3))
                 try:
                     connection = server.accept()[0]
                 except TimeoutError:
-                    waiting = _missing(group, present)
-                    logger.warning("Process 0 is waiting for process %s to join.", waiting)
                     continue
                 report = _read(connection, min(deadline, time.monotonic() + UNREACHABLE_SECONDS))
                 if not isinstance(report, dict) or report.get("size") != group.size:
@@ -132,10 +148,24 @@ def _receive_all(
         addresses = group.addresses or found
         for connection, _ in present.values():
             connection.sendall(json.dumps(addresses).encode() + b"\n")
+        for connection, _ in present.values():
+            # The other side closes first, so that the port can be used again at once.
+            connection.settimeout(1.0)
+            with contextlib.suppress(OSError):
+                connection.recv(1)
         return tuple(addresses)
     finally:
         for connection, _ in present.values():
             connection.close()
+
+
+def _remind(group: ProcessGroup, present: dict[int, tuple[socket.socket, str]]) -> None:
+    """Say on all processes that are there which ones are not."""
+    missing = _missing(group, present)
+    logger.warning(_WAITING, 0, missing)
+    for connection, _ in present.values():
+        with contextlib.suppress(OSError):  # it has ended, which the next report shows
+            connection.sendall(json.dumps({"missing": missing}).encode() + b"\n")
 
 
 def _missing(group: ProcessGroup, present: dict[int, Any]) -> str:
@@ -169,7 +199,14 @@ def _report(
         report = {"rank": group.rank, "size": group.size, "port": port}
         connection.sendall(json.dumps(report).encode() + b"\n")
         # Process 0 gives up at its own deadline, which may be later.
-        answer = _read(connection, deadline + timeout)
+        with connection.makefile("rb") as lines:
+            while True:
+                left = deadline + timeout - time.monotonic()
+                connection.settimeout(max(min(left, SILENCE_SECONDS), 1e-3))
+                answer = _line(lines)
+                if not isinstance(answer, dict) or "missing" not in answer:
+                    break
+                logger.warning(_WAITING, group.rank, answer["missing"])
     if isinstance(answer, list):
         return tuple(answer)
     raise DistributedError(
@@ -205,8 +242,12 @@ def _connect(group: ProcessGroup, first: tuple[str, int], deadline: float) -> so
 def _read(connection: socket.socket, deadline: float) -> Any:
     """The JSON value in the first line; None if there is none."""
     connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+    with connection.makefile("rb") as lines:
+        return _line(lines)
+
+
+def _line(lines: IO[bytes]) -> Any:
     try:
-        with connection.makefile("rb") as lines:
-            return json.loads(lines.readline(1 << 20))
+        return json.loads(lines.readline(1 << 20))
     except (OSError, ValueError):
         return None

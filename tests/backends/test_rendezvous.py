@@ -141,3 +141,13 @@ def test_waiting_is_said(caplog, monkeypatch):
     with caplog.at_level("WARNING", "kbtrain"), pytest.raises(DistributedError):
         meet(members[1], 0.5)
     assert "Process 1 is waiting for process 0 at 127.0.0.1" in caplog.text
+
+
+def test_a_process_that_is_there_learns_who_is_missing(caplog, monkeypatch):
+    monkeypatch.setattr(rendezvous, "REMINDER_SECONDS", 0.1)
+    members = groups(3)
+    with caplog.at_level("WARNING", "kbtrain"):
+        assert all(isinstance(each, DistributedError) for each in together(members[:2], 1.0))
+    address = members[0].addresses[2]
+    for rank in (0, 1):
+        assert f"Process {rank} is waiting for process 2 ({address}) to join." in caplog.text

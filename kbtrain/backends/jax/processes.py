@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
+from kbtrain.backends.rendezvous import REMINDER_SECONDS, check_port, meet
 from kbtrain.backends.rows import LocalRows, whole
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
@@ -27,12 +27,6 @@ logger = logging.getLogger("kbtrain")
 
 HEARTBEAT_SECONDS = 20
 """JAX ends all processes this long after the last sign of life of one of them."""
-
-UNREACHABLE_SECONDS = 10
-"""How long to try a host that has no address or no route. One that refuses may just be starting."""
-
-REMINDER_SECONDS = 10
-"""Time between two messages that a process is still waiting for others."""
 
 PIECE_BYTES = 1 << 26
 """Bytes that ``copy_from_first`` sends at a time."""
@@ -58,10 +52,9 @@ def start_processes(group: ProcessGroup, timeout: float) -> None:
     """
     where = f"{group.address}:{group.port}"
     deadline = time.monotonic() + timeout
+    meet(group, timeout)
     if group.rank == 0:
-        _check_port(group)
-    else:
-        _reach(group, deadline)
+        check_port(group)
     # The pre-emption service takes SIGTERM for itself, which stops a run after a saved step.
     if "jax_enable_preemption_service" in jax.config.values:  # JAX 0.6 has no such switch
         jax.config.update("jax_enable_preemption_service", False)
@@ -122,55 +115,6 @@ def _explain(error: BaseException, where: str) -> None:
     raise DistributedError(
         f"JAX could not join the processes at {where}: {first_lines(error)}."
     ) from error
-
-
-def _check_port(group: ProcessGroup) -> None:
-    """Check that this process can listen: JAX's server may share a port with another one.
-
-    Raises:
-        DistributedError: It cannot.
-    """
-    local = _is_local(group.address)
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((group.address if local else "", group.port))
-            probe.listen(1)
-        except OSError as error:
-            raise DistributedError(
-                f"Process 0 cannot listen on port {group.port} of {group.address}: "
-                f"{error.strerror or error}. Another program has it, such as a run that has not "
-                f"ended. Give {group.launcher} another port."
-            ) from None
-
-
-def _reach(group: ProcessGroup, deadline: float) -> None:
-    """Wait until process 0 listens.
-
-    Raises:
-        DistributedError: Its host cannot be reached, or it did not listen in time.
-    """
-    start = reminded = time.monotonic()
-    while True:
-        try:
-            with socket.create_connection((group.address, group.port), timeout=2):
-                return
-        except OSError as error:
-            refused, reason = isinstance(error, ConnectionRefusedError), error.strerror or error
-        now = time.monotonic()
-        if now > (deadline if refused else min(deadline, start + UNREACHABLE_SECONDS)):
-            raise DistributedError(
-                f"Process {group.rank} cannot reach process 0 at {group.address}:{group.port} "
-                f"after {now - start:.0f} s: {reason}. Check that process 0 was started with this "
-                "address and port, and that no firewall is between the hosts."
-            )
-        if now - reminded > REMINDER_SECONDS:
-            reminded = now
-            logger.warning(
-                "Process %d is waiting for process 0 at %s:%d: %s.",
-                group.rank, group.address, group.port, reason,
-            )  # fmt: skip
-        time.sleep(0.1)
 
 
 def _is_local(address: str) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from kbtrain.backends import rows
 from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library
+from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
 from kbtrain.backends.whole_batch import rows_of
@@ -37,6 +38,8 @@ def start_processes(group: ProcessGroup, timeout: float) -> None:
     devices = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # torchrun has opened a store at its own port, which the variables of the environment name.
     method = "env://" if group.launcher == "torchrun" else f"tcp://{group.address}:{group.port}"
+    if group.launcher != "torchrun":  # which waits for all of its processes itself
+        meet(group, timeout)
     try:
         dist.init_process_group(
             devices,

@@ -23,7 +23,8 @@ def port():
         return free.getsockname()[1]
 
 
-def test_a_port_that_another_program_has_is_named(joining):
+def test_a_port_that_another_program_has_is_named(joining, monkeypatch):
+    monkeypatch.setattr(joining, "meet", lambda *_: ())
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -36,11 +37,14 @@ def test_a_port_that_another_program_has_is_named(joining):
 @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
 def test_a_process_that_cannot_reach_the_first_one_says_so(joining, port, address):
     group = ProcessGroup(1, 2, address=address, port=port)
-    with pytest.raises(DistributedError, match=f"Process 1 cannot reach process 0 at {address}"):
+    with pytest.raises(
+        DistributedError, match=f"Process 1 of 2 cannot reach process 0 at {address}"
+    ):
         joining.start_processes(group, 0.2)
 
 
-def test_processes_must_be_joined_before_the_first_tensor(joining, port):
+def test_processes_must_be_joined_before_the_first_tensor(joining, port, monkeypatch):
+    monkeypatch.setattr(joining, "meet", lambda *_: ())
     importlib.import_module("jax").numpy.zeros(1)
     with pytest.raises(ConfigurationError, match="Import kbtrain .* before the first tensor"):
         joining.start_processes(ProcessGroup(0, 2, port=port), 5.0)
