@@ -40,7 +40,8 @@ class RunEnding:
         best_loaded: Whether the model holds the weights of that checkpoint.
         weights: Which weights the model holds, a phrase.
         seconds: Duration of the call.
-        compile_seconds: Duration of the first call of the compiled step, most of it compiling.
+        compile_seconds: Duration of the calls of the step that were compiled first, most of it
+            compiling.
         samples_per_second: Training speed without compiling, evaluating and saving.
         tokens_per_second: The same in tokens, where they are counted.
         shares: Shares of the time of the loop without compiling: "compute", "data" (waiting for
@@ -197,8 +198,10 @@ def _speed(run: Any) -> tuple[float | None, float | None, dict[str, float]]:
     if whole <= 0:
         return None, None, {}
     training = max(whole - times.other, 1e-9)
-    # The samples of the first call took their time within that of compiling.
-    samples = (run.samples - run.first_samples) / training
-    tokens = (run.tokens - run.first_tokens) / training if run.count_tokens is not None else None
+    # These samples took their time within that of compiling.
+    samples = (run.samples - run.compiling_samples) / training
+    tokens = (
+        (run.tokens - run.compiling_tokens) / training if run.count_tokens is not None else None
+    )
     shares = {name: round(seconds / whole, 4) for name, seconds in parts.items()}
     return samples or None, tokens or None, shares

@@ -74,8 +74,9 @@ class Run:
         samples: Samples of this call so far.
         tokens: Tokens of this call so far.
         times: The time spent in each part of the loop.
-        compile_seconds: Duration of the first call of the steps, most of it compiling.
-        first_samples, first_tokens: Samples and tokens of that call.
+        compile_seconds: Duration of the calls of the steps that were compiled first, most of it
+            compiling.
+        compiling_samples, compiling_tokens: Samples and tokens of these calls.
         seconds: Duration of the loop, once it is over.
         processing_files: Files that ``processing_class`` wrote for the first checkpoint: path ->
             content.
@@ -110,8 +111,8 @@ class Run:
     tokens: int = 0
     times: StepTimes = field(default_factory=StepTimes)
     compile_seconds: float = 0.0
-    first_samples: int = 0
-    first_tokens: int = 0
+    compiling_samples: int = 0
+    compiling_tokens: int = 0
     seconds: float | None = None
     processing_files: Mapping[str, bytes] | None = None
     score: tuple[int, float] | None = None
@@ -170,7 +171,7 @@ class Run:
 
     def update(self, block: Block) -> None:
         """Launch the updates of a block without waiting for them."""
-        start = time.perf_counter()
+        start, compiles = time.perf_counter(), not self.is_compiled(block)
         distributed.at(f"update {self.state.global_step + 1}")
         if self.label_check is not None:
             self._check_labels(self.label_check, block)
@@ -188,8 +189,9 @@ class Run:
                 f"structure and shapes {block.outline}."
             )
             raise
-        if first := self.compile_seconds == 0.0:
-            self.compile_seconds = time.perf_counter() - start
+        if compiles:
+            self.compile_seconds += time.perf_counter() - start
+            self.compiling_samples += block.samples
         self._result = result
         chunks = None if self.explain is None else block.chunks
         samples, step = block.samples / block.updates, self.state.global_step + 1
@@ -203,9 +205,8 @@ class Run:
         if self.count_tokens is not None:
             tokens = self.count_tokens(block)
             self.tokens += tokens
+            self.compiling_tokens += tokens * compiles
             self.state.num_input_tokens_seen += tokens
-        if first:
-            self.first_samples, self.first_tokens = self.samples, self.tokens
         if self.block_length.is_worth_measuring(block.outline):
             self.read()
             seconds = host.slowest(self.backend, time.perf_counter() - start)

@@ -153,3 +153,17 @@ def test_what_only_talks_cannot_end_a_run(tmp_path):
             raise OSError("screen gone")
 
     assert run(tmp_path, [Broken()]).completed
+
+
+def test_each_call_that_compiles_counts_as_compiling(tmp_path):
+    # Seven batches of 2 rows and one of 1: two shapes, so that two calls compile.
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found = kwargs["trainer"].current_run
+            self.seen = found.compiling_samples, found.samples
+
+    count = Count()
+    run(tmp_path, [count], make_data(15), num_train_epochs=2, per_device_train_batch_size=2)
+    compiled, samples = count.seen
+    assert samples == 30
+    assert 3 <= compiled <= 6
