@@ -15,11 +15,13 @@ from kbtrain import moved
 if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
+    from kbtrain.callbacks.library.finetuning import FinetuningCallback as FinetuningCallback
     from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
     from kbtrain.callbacks.library.system_metrics import (
         SystemMetricsCallback as SystemMetricsCallback,
     )
     from kbtrain.callbacks.library.throughput import ThroughputCallback as ThroughputCallback
+    from kbtrain.callbacks.library.weight_averaging import WeightAveraging as WeightAveraging
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
     from kbtrain.callbacks.state import TrainerState as TrainerState
     from kbtrain.checkpoint.load_weights import LoadReport as LoadReport
@@ -64,6 +66,8 @@ moved.install()
 
 _HOMES = {
     "callbacks.base": ("EarlyStoppingCallback", "TrainerCallback"),
+    "callbacks.library.finetuning": ("FinetuningCallback",),
+    "callbacks.library.weight_averaging": ("WeightAveraging",),
     "data": (
         "DataCollatorForLanguageModeling",
         "DataCollatorForPacking",

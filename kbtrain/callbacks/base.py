@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.config import converters
@@ -76,8 +80,9 @@ class TrainerCallback:
 
     These are lazy: values are fetched on first access.
 
-    A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values); the state
-    is saved in checkpoints and restored on resume.
+    A callback with a state defines ``state()`` and ``load_state(state)`` (JSON values), or
+    ``arrays()`` and ``load_arrays(arrays)``; the state is saved in checkpoints and restored on
+    resume.
 
     Attributes:
         every_step: Whether the callback needs the events of every update, or of every batch of an
@@ -95,6 +100,37 @@ class TrainerCallback:
 
     every_step: bool = True
     decides_alike: bool = False
+
+    def next_step(self, state: TrainerState) -> int | None:
+        """The next step after which the callback needs ``on_step_end``, if not after every one.
+
+        Args:
+            state: The progress of the run.
+        """
+
+    def evaluating(self, trainer: Any) -> contextlib.AbstractContextManager[bool]:
+        """Context in which the model holds the weights to evaluate, such as an average.
+
+        Evaluations run in it, and what it yields is saved for ``load_weights``.
+
+        Args:
+            trainer: The Trainer.
+
+        Returns:
+            A context that restores the weights; its value says whether they were changed.
+        """
+        return contextlib.nullcontext(False)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays to save in checkpoints, by name.
+
+        The name of an array that belongs to a variable of the model is its kind, a slash, and the
+        variable's path: a resumed process may have other paths, and gets its own.
+        """
+        return {}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Restore what ``arrays`` returned, before ``on_train_begin``."""
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks import interop
@@ -170,6 +171,47 @@ class CallbackHandler:
                 except Exception as error:
                     warn_once(callback, "log_values", error)
         return found
+
+    def steps_until_wanted(self, state: TrainerState) -> int:
+        """Updates until a callback wants to be called (see ``TrainerCallback.next_step``)."""
+        wanted = [step for c in self.callbacks if (step := c.next_step(state)) is not None]
+        return max(1, min(wanted, default=1 << 31) - state.global_step)
+
+    @contextlib.contextmanager
+    def evaluating(self, trainer: Any) -> Iterator[bool]:
+        """Context in which the model holds the weights that callbacks want to be evaluated.
+
+        Yields:
+            Whether there are such weights.
+        """
+        with contextlib.ExitStack() as stack:
+            yield any([stack.enter_context(c.evaluating(trainer)) for c in self.callbacks])
+
+    def arrays(self) -> dict[str, Any]:
+        """Arrays of the callbacks for a checkpoint, by class, position and name."""
+        return {
+            f"{_class_of(callback).__name__}/{index}/{name}": array
+            for index, callback in enumerate(self.callbacks)
+            for name, array in callback.arrays().items()
+        }
+
+    def load_arrays(self, arrays: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        """Inverse of ``arrays``; callbacks of the same class are told apart by their order.
+
+        Args:
+            arrays: The arrays in a checkpoint.
+            names: Names of the model's variables in this process -> in the checkpoint.
+        """
+        own = {saved: name for name, saved in names.items()}
+        saved: dict[str, dict[str, dict[str, Any]]] = {}
+        for key, array in arrays.items():
+            name, index, rest = key.split("/", 2)
+            slot, _, variable = rest.partition("/")
+            rest = f"{slot}/{own[variable]}" if variable in own else rest
+            saved.setdefault(name, {}).setdefault(index, {})[rest] = array
+        for callback in self.callbacks:
+            if of_class := saved.get(_class_of(callback).__name__):
+                callback.load_arrays(of_class.pop(min(of_class, key=int)))
 
     def close(self) -> None:
         """Close all callbacks that have a ``close`` method; errors are logged."""

@@ -176,6 +176,12 @@ def gather_evaluation(
     return differing(optimizer, named, trained, buffers, divided_only)
 
 
+def saved_names(model: keras.Model, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Names of the model's variables in this process -> in the checkpoint."""
+    named = name_variables(model_variables(model))
+    return plan_restore(named, _arrays_of(checkpoint, "model"), what="model").names
+
+
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     """Restore the model's variables, with the weights used for evaluation.
 

@@ -135,8 +135,11 @@ def evaluate(
             pin=args.dataloader_pin_memory,
         )
         try:
-            with swapped_in(
-                trainer.optimizer if trainer.training_weights else None, trainer.model.variables
+            with (
+                swapped_in(
+                    trainer.optimizer if trainer.training_weights else None, trainer.model.variables
+                ),
+                trainer.callback_handler.evaluating(trainer),
             ):
                 return evaluation.run(batches, metrics)
         except Exception as error:

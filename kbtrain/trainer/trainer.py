@@ -33,7 +33,7 @@ from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
-from kbtrain.trainer import argument_checks, search, session
+from kbtrain.trainer import argument_checks, lr_finder, search, session
 from kbtrain.trainer.artifacts import RunArtifacts
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import warn_about_unused
@@ -320,6 +320,39 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
             self.callback_handler.tell("idle")
 
     # --- search ---------------------------------------------------------------------------------
+
+    @concise
+    def find_learning_rate(
+        self,
+        min_lr: float = 1e-7,
+        max_lr: float = 1.0,
+        num_steps: int = 100,
+        *,
+        smoothing: float = 0.9,
+        divergence: float = 4.0,
+    ) -> lr_finder.LearningRateTest:
+        """Train some updates with exponentially rising learning rates, and undo them.
+
+        This is the range test of Smith (2017, "Cyclical Learning Rates for Training Neural
+        Networks"). The suggestion is the rate at which the smoothed loss falls most steeply over
+        the logarithm of the rate, before its minimum, as in fastai and Lightning. Afterwards the
+        model, the random state and the data are as before, bit for bit; a user's optimizer is
+        copied, not used. No callback is called.
+
+        Args:
+            min_lr: The first rate.
+            max_lr: The last rate.
+            num_steps: Updates from the first to the last.
+            smoothing: Factor of the exponential moving average of the losses.
+            divergence: The test ends when a loss is this many times the lowest one.
+
+        Returns:
+            Rates, losses and the suggestion; ``plot()`` draws them.
+
+        Raises:
+            ConfigurationError: An argument is invalid, or the run cannot be tested.
+        """
+        return lr_finder.find_learning_rate(self, min_lr, max_lr, num_steps, smoothing, divergence)
 
     @concise
     def hyperparameter_search(

@@ -13,7 +13,7 @@ from kbtrain.callbacks.state import to_json_value
 from kbtrain.checkpoint import processing_class, run_state
 from kbtrain.checkpoint.async_checkpointer import Snapshot
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
-from kbtrain.optimization import metric_driven
+from kbtrain.optimization import changing_variables, metric_driven
 from kbtrain.training import best_model
 from kbtrain.training.agreement import check_weights
 from kbtrain.training.stop_signals import EvaluationAbandoned
@@ -183,11 +183,17 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     state, args = trainer.state, trainer.args
     blocks_only = not trainer.saver.writes
     state.stateful_callbacks = _callback_states(trainer)
+    if not trainer.bound.overridden.train_step and trainer.optimizer is not None:
+        # A callback may have frozen or unfrozen layers after the newest update.
+        changing_variables.sync_variables(trainer.optimizer, trainer.model)
     buffers = trainer.saver.buffers
     trained = run_state.gather_model(trainer.model, buffers, blocks_only)
     evaluated = run_state.gather_evaluation(
         trainer.model, trainer.optimizer, trained, buffers, blocks_only
     )
+    with trainer.callback_handler.evaluating(trainer) as swapped:
+        if swapped:
+            evaluated |= run_state.gather_model(trainer.model, None, blocks_only)
     arrays = {"model": trained | (evaluated if args.save_only_model else {})}
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
     if (config := run_state.model_config(trainer.model)) is not None:
@@ -204,6 +210,8 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
             blocks_only,
         )
         arrays |= more_arrays
+        if of_callbacks := trainer.callback_handler.arrays():
+            arrays["callbacks"] = of_callbacks
         if evaluated:
             arrays["evaluation"] = evaluated
         documents |= more_documents

@@ -89,7 +89,7 @@ def fit(
         if args.eval_on_start and checkpoint is None:
             begun = actions.evaluate_at_start(trainer)
         run.times.restart()
-        with contextlib.closing(run.batches), _wrapped_calls(trainer):
+        with contextlib.closing(run.batches), wrapped_calls(trainer):
             if begun:
                 with _ending_at_nonfinite(trainer, run):
                     train_loop(trainer, run)
@@ -116,7 +116,7 @@ def _ending_at_nonfinite(trainer: TrainerBase, run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
+def wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
     """Context that applies NEFTune noise and gradient checkpointing, if they are enabled."""
     args, model = trainer.args, trainer.model
     noise = neftune.noise(model, args.neftune_noise_alpha)
@@ -307,7 +307,8 @@ def _restore_schedule(trainer: TrainerBase, checkpoint: Checkpoint) -> None:
 def _updates_until_action(trainer: TrainerBase) -> int:
     if trainer.agreement.every_step:
         return 1
-    return steps_until_due(trainer.args, trainer.state)
+    wanted = trainer.callback_handler.steps_until_wanted(trainer.state)
+    return min(steps_until_due(trainer.args, trainer.state), wanted)
 
 
 def _saved_state(trainer: TrainerBase, checkpoint: Checkpoint) -> TrainerState:
@@ -359,6 +360,9 @@ def _restore(
         validated_json.attempt(
             checkpoint, "trainer_state", lambda: trainer.callback_handler.load_state(states)
         )
+        if of_callbacks := checkpoint.arrays.get("callbacks"):
+            names = run_state.saved_names(trainer.model, checkpoint)
+            trainer.callback_handler.load_arrays(of_callbacks, names)
     if trainer.args.ignore_data_skip:
         progress.batch = 0
     progress.check_length(loader.num_examples, checkpoint.path)

@@ -1,0 +1,114 @@
+"""The learning-rate range test: its numbers, its suggestion, and that it leaves no trace."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import Recorder, arguments, batch_norm_model, linear_model, make_data, same, weights
+
+from kbtrain import ConfigurationError, Trainer
+
+
+def expected_losses(x, y, low, high, steps, batch):
+    """SGD on the mean squared error of a linear model, in NumPy."""
+    kernel, bias = (w.astype(np.float64) for w in weights(linear_model()))
+    losses = []
+    for step in range(steps):
+        rows = slice(step * batch % len(x), step * batch % len(x) + batch)
+        error = x[rows] @ kernel + bias - y[rows]
+        losses.append(float(np.mean(error**2)))
+        rate = low * (high / low) ** (step / (steps - 1))
+        kernel = kernel - rate * 2 * x[rows].T @ error / batch
+        bias = bias - rate * 2 * error.mean(0)
+    return losses
+
+
+def test_losses_and_suggestion_are_those_of_numpy(tmp_path):
+    x, y = make_data(32)
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path, per_device_train_batch_size=8, max_grad_norm=0.0),
+        train_dataset=(x, y),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(0.1), None),
+    )
+    low, high, steps = 1e-3, 0.3, 20
+    result = trainer.find_learning_rate(low, high, steps, smoothing=0.5)
+    expected = expected_losses(x.astype(np.float64), y.astype(np.float64), low, high, steps, 8)
+    assert result.losses == pytest.approx(expected, rel=1e-4)
+    assert result.learning_rates == pytest.approx(np.geomspace(low, high, steps))
+    # The suggestion again: the moving average corrected for its start, and differences by hand.
+    smooth = [
+        sum(0.5 ** (i - j) * expected[j] for j in range(i + 1))
+        / sum(0.5 ** (i - j) for j in range(i + 1))
+        for i in range(steps)
+    ]
+    assert result.smoothed == pytest.approx(smooth, rel=1e-4)
+    inner = [smooth[i + 1] - smooth[i - 1] for i in range(1, steps - 1)]
+    slopes = [2 * (smooth[1] - smooth[0]), *inner, 2 * (smooth[-1] - smooth[-2])]
+    lowest = int(np.argmin(smooth))
+    steepest = int(np.argmin(slopes[: lowest + 1]))
+    assert result.suggestion == pytest.approx(np.geomspace(low, high, steps)[steepest])
+    assert result.at_minimum == pytest.approx(np.geomspace(low, high, steps)[lowest])
+    assert not result.diverged
+    page = result._repr_html_()
+    assert f"{result.suggestion:.3g}" in page
+    assert "<polyline" in page
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_after_the_test_is_that_without_it(tmp_path, compiled):
+    def make():
+        model = batch_norm_model(dropout=0.3)
+        if compiled:
+            model.compile(keras.optimizers.Adam(0.01), "mse")
+        recorder = Recorder()
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=4, train_sampling_strategy="random"),
+            train_dataset=make_data(20),
+            loss=None if compiled else "mse",
+            callbacks=[recorder],
+        )
+        return trainer, recorder
+
+    plain, events = make()
+    plain.fit()
+    tested, more = make()
+    optimizer = tested.optimizer
+    before = weights(tested.model)
+    result = tested.find_learning_rate(1e-4, 1e3, 30)
+    assert len(result.losses) > 5
+    assert same(before, weights(tested.model))
+    assert tested.optimizer is optimizer
+    assert tested.state.global_step == 0
+    tested.fit()
+    assert same(weights(tested.model), weights(plain.model))
+    assert more.events == events.events
+    # Between two calls of fit, too.
+    again = weights(tested.model)
+    tested.find_learning_rate(1e-4, 0.1, 8)
+    assert same(again, weights(tested.model))
+    assert tested.state.global_step == 4
+
+
+def test_a_test_that_diverges_ends_early(tmp_path):
+    trainer = Trainer(
+        linear_model(),
+        arguments(tmp_path, max_grad_norm=0.0),
+        train_dataset=make_data(32),
+        loss="mse",
+        optimizers=(keras.optimizers.SGD(0.1), None),
+    )
+    result = trainer.find_learning_rate(1e-3, 1e6, 60)
+    assert result.diverged
+    assert len(result.losses) < 60
+    assert 1e-3 < result.suggestion < 3
+    assert "diverged" in str(result)
+
+
+def test_what_cannot_be_tested_is_said(tmp_path):
+    trainer = Trainer(linear_model(), arguments(tmp_path), train_dataset=make_data(8), loss="mse")
+    for wrong in ({"min_lr": 0.0}, {"min_lr": 2.0}, {"num_steps": 2}, {"divergence": 1}):
+        with pytest.raises(ConfigurationError, match="find_learning_rate needs"):
+            trainer.find_learning_rate(**wrong)
