@@ -81,11 +81,11 @@ def test_a_container_that_was_frozen_by_the_user_is_opened(tmp_path):
 @pytest.mark.core
 def test_a_resumed_run_is_exact(tmp_path):
     def make():
-        return FinetuningCallback("backbone", {2: "block_2$", 4: "backbone"}, "steps")
+        return FinetuningCallback("backbone", {2: "block_2$"}, "steps")
 
-    settings = {"save_strategy": "steps", "save_steps": 1}
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     whole = run(tmp_path / "a", [make()], **settings)
-    for stop in (1, 2, 3, 5):
+    for stop in (2, 3):  # before and after the first update of the layer
         folder = tmp_path / str(stop)
         run(folder, [make(), StopAt(stop)], **settings)
         resumed = run(folder, [make()], resume=True, **settings)
