@@ -15,6 +15,7 @@ import numpy as np
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.tracing.position import Position
+from kbtrain.utils.html import notebook_table, number
 from kbtrain.utils.json_types import matches_type
 from kbtrain.utils.output_files import save_json
 from kbtrain.utils.processes import current
@@ -27,6 +28,8 @@ logger = logging.getLogger("kbtrain")
 
 _warned: set[tuple[int, str]] = set()
 """Attributes, by the id of their state, that a warning has reported as not saved."""
+
+_SHOWN_LOGS = 8  # in a notebook
 
 HISTORY_LIMIT = 5000
 """Entries of ``log_history`` that are kept, because every checkpoint holds all of them."""
@@ -189,6 +192,24 @@ class TrainerState:
                     values[name] = getattr(type(self)(), name)
         return values
 
+    def _repr_html_(self) -> str:
+        """Where the run is, and its newest logs, for a notebook."""
+        planned = f" of {self.max_steps:,}" if self.max_steps else ""
+        values: dict[str, Any] = {
+            "global_step": f"{self.global_step:,}{planned}",
+            "epoch": number(self.epoch),
+        }
+        if self.best_global_step is not None:
+            values["best_metric"] = f"{number(self.best_metric)}, at step {self.best_global_step:,}"
+        if self.best_model_checkpoint is not None:
+            values["best_model_checkpoint"] = self.best_model_checkpoint
+        logs: dict[str, list[str]] = {}
+        for log in self.log_history[-_SHOWN_LOGS:]:
+            shown = [f"{n} {number(v)}" for n, v in log.items() if _tells_progress(n)]
+            logs.setdefault(f"log of step {log['step']:,}", []).extend(shown)
+        values |= {name: ", ".join(shown) for name, shown in logs.items() if shown}
+        return notebook_table("TrainerState", values)
+
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
         """Write the state in the format of ``trainer_state.json``.
 
@@ -223,6 +244,10 @@ class TrainerState:
                 f"Received: {received}"
             )
         return cls(**known)
+
+
+def _tells_progress(name: str) -> bool:
+    return name not in ("step", "epoch") and not name.endswith(("_runtime", "_per_second"))
 
 
 def to_json_value(value: Any) -> Any:

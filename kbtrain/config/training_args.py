@@ -18,6 +18,7 @@ from kbtrain.config.validation import (
     normalise,
     resolve_steps,
 )
+from kbtrain.utils.html import notebook_table, setting
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,19 @@ class TrainingArguments(ProcessProperties, Serializable, Fields):
         `transformers.TrainingArguments
         <https://huggingface.co/docs/transformers/main_classes/trainer>`_
     """
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON values."""
+        defaults = TrainingArguments().to_dict()
+        for each in dataclasses.fields(self):  # those that a user's subclass has added
+            defaults.setdefault(each.name, each.default)
+        missing = object()
+        return {n: v for n, v in self.to_dict().items() if v != defaults.get(n, missing)}
+
+    def _repr_html_(self) -> str:
+        changed = {name: setting(value) for name, value in self.changed().items()}
+        note = "Those that differ from the defaults." if changed else "All as by default."
+        return notebook_table(type(self).__name__, changed, note)
 
     def settle(self) -> None:
         """Store every field in its normal form, derive missing values, check consistency.

@@ -240,6 +240,10 @@ class ProgressCallback(_Display):
             from kbtrain.display.terminal import TerminalView
 
             return TerminalView()
+        if is_notebook():
+            from kbtrain.display.notebook import NotebookView
+
+            return NotebookView()
         return PlainView()
 
 
@@ -259,7 +263,14 @@ def make_display(args: TrainingArguments) -> list[TrainerCallback]:
 
 def can_draw() -> bool:
     """Whether a display can be redrawn: on a terminal or in a notebook."""
-    return is_terminal() or "ipykernel" in sys.modules
+    return is_terminal() or is_notebook()
+
+
+def is_notebook() -> bool:
+    """Whether the program runs in the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def is_terminal() -> bool:

@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from kbtrain.utils.html import notebook_table, number
+
+
+class Results(dict[str, Any]):
+    """The results of an evaluation: a dict, which a notebook shows as a table.
+
+    A copy and what is pickled are plain dicts.
+    """
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return notebook_table("Evaluation", {name: number(value) for name, value in self.items()})
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
 
 class PredictionOutput(NamedTuple):
     """Result of ``Trainer.predict``.
@@ -17,6 +36,12 @@ class PredictionOutput(NamedTuple):
     predictions: Any
     label_ids: Any
     metrics: dict[str, float]
+
+    def _repr_html_(self) -> str:
+        arrays = {"predictions": self.predictions, "label_ids": self.label_ids}
+        values = {name: _outlined(value) for name, value in arrays.items()}
+        values |= {name: number(value) for name, value in self.metrics.items()}
+        return notebook_table("PredictionOutput", values)
 
 
 class EvalLoopOutput(NamedTuple):
@@ -33,3 +58,14 @@ class EvalLoopOutput(NamedTuple):
     label_ids: Any
     metrics: dict[str, float]
     num_samples: int
+
+
+def _outlined(value: Any) -> str:
+    """Shape and dtype of an array, in the structure it is in."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_outlined(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return f"{len(value)} of {_outlined(value[0])}" if value else "none"
+    return type(value).__name__ if value is not None else "None"

@@ -7,13 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kbtrain.report.html import Html, element, escaped, number
+from kbtrain.utils.html import Html, element, escaped, number
+
+COLOURS = (
+    *("#3b6fb6", "#c8553d", "#2f8f6b", "#8a5fb5"),
+    *("#b58a1f", "#4a8fa8", "#b54a86", "#6b7280"),
+)
+"""Colours of the lines where there is no style sheet, as in a notebook; seen on light and dark."""
 
 MAX_POINTS = 600
 """Points drawn of a curve; more would lie in the same pixel."""
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 34
+
+# Attributes for where there is no style sheet; the one of a report goes before them.
+TEXT = 'fill="currentColor" font-size="12"'
+GRID = 'stroke="currentColor" stroke-opacity=".15"'
+AXIS = 'stroke="currentColor" stroke-opacity=".5"'
+MARK = 'stroke="currentColor" stroke-dasharray="4 3"'
 
 Point = tuple[float, float]
 
@@ -57,16 +69,25 @@ class Chart:
 def draw(chart: Chart) -> Html:
     """The chart as an SVG of the page's width, with title and description for screen readers."""
     curves = [c for c in chart.curves if c.points]
-    finite = [p for c in curves for p in c.points if math.isfinite(p[1])]
     heading = element("h3", chart.title, element("small", f" {chart.unit}") if chart.unit else "")
-    if not finite:
+    picture = draw_picture(chart)
+    if picture is None:
         text = "Nothing was logged." if not curves else "All values are NaN or infinite."
         return element("figure", heading, element("p", text, class_="note"), class_="chart")
+    return element("figure", heading, picture, _legend(chart, curves), class_="chart")
+
+
+def draw_picture(chart: Chart) -> Html | None:
+    """The SVG of a chart alone; None if it has no finite point."""
+    curves = [c for c in chart.curves if c.points]
+    finite = [p for c in curves for p in c.points if math.isfinite(p[1])]
+    if not finite:
+        return None
     axes = _Axes.around(finite, chart.log)
     shapes = [*_grid(axes), *_marks(axes, chart.marks)]
     for curve in curves:
         shapes += _line(axes, curve)
-    svg = element(
+    return element(
         "svg",
         element("title", chart.title),
         element("desc", describe(chart)),
@@ -75,7 +96,6 @@ def draw(chart: Chart) -> Html:
         role="img",
         aria_label=chart.title,
     )
-    return element("figure", heading, svg, _legend(chart, curves), class_="chart")
 
 
 def describe(chart: Chart) -> str:
@@ -193,15 +213,19 @@ def _grid(axes: _Axes) -> list[str]:
     shapes = []
     for value in axes.value_ticks():
         y = axes.y(value)
-        shapes.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shapes.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="y">{_tick(value)}</text>')
+        place = f'x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"'
+        shapes.append(f'<line class="grid" {GRID} {place}/>')
+        place = f'text-anchor="end" x="{LEFT - 8}" y="{y + 4:.1f}"'
+        shapes.append(f'<text {TEXT} {place} class="y">{_tick(value)}</text>')
     for step in ticks(*axes.steps, most=6):
         if step != int(step) or not axes.steps[0] <= step <= axes.steps[1]:
             continue
         x = axes.x(step)
         end = " end" if x > right - 20 else ""
-        shapes.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="x{end}">{_tick(step)}</text>')
-    shapes.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+        place = f'text-anchor="{"end" if end else "middle"}" x="{x:.1f}" y="{bottom + 18}"'
+        shapes.append(f'<text {TEXT} {place} class="x{end}">{_tick(step)}</text>')
+    place = f'x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"'
+    shapes.append(f'<line class="axis" {AXIS} {place}/>')
     return shapes
 
 
@@ -221,7 +245,7 @@ def _marks(axes: _Axes, marks: Sequence[tuple[float, str, str]]) -> list[str]:
         x = axes.x(step)
         title = element("title", f"{label}: step {number(step)}")
         shapes.append(
-            f'<line class="mark {escaped(kind)}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" '
+            f'<line class="mark {escaped(kind)}" {MARK} x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" '
             f'y2="{HEIGHT - BOTTOM}">{title}</line>'
         )
     return shapes
@@ -236,19 +260,21 @@ def _line(axes: _Axes, curve: Curve) -> list[str]:
         elif parts[-1]:
             parts.append([])
     kind = f"c{curve.style % 8}{' dashed' if curve.dashed else ''}"
+    colour = COLOURS[curve.style % 8]
     few = sum(map(len, parts)) <= 40
     shapes = []
     for part in (p for p in parts if p):
         places = [(f"{axes.x(step):.1f}", f"{axes.y(value):.1f}") for step, value in part]
         if len(part) > 1:
             line = " ".join(f"{x},{y}" for x, y in places)
-            shapes.append(f'<polyline class="line {kind}" points="{line}"/>')
+            shapes.append(
+                f'<polyline class="line {kind}" fill="none" stroke="{colour}" points="{line}"/>'
+            )
         if few or len(part) == 1:
             for (x, y), (step, value) in zip(places, part, strict=True):
                 tip = element("title", f"{curve.label}, step {number(step)}: {number(value)}")
-                shapes.append(
-                    f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="2.6">{tip}</circle>'
-                )
+                place = f'fill="{colour}" cx="{x}" cy="{y}" r="2.6"'
+                shapes.append(f'<circle class="dot {kind}" {place}>{tip}</circle>')
     return shapes
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import as_source
 from kbtrain.report.command import command_line
 from kbtrain.utils.processes import current
@@ -145,19 +144,10 @@ def facts_of(trainer: Any) -> RunFacts:
         processes=current().size,
         start_step=state.global_step,
         resumed_from=None if trainer.resumed_from is None else str(trainer.resumed_from),
-        changed=changed_arguments(args),
+        changed=args.changed(),
         versions=dict(environment(trainer.backend.name)["versions"]),
         host=platform.node(),
     )
-
-
-def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that differ from their defaults, as JSON values."""
-    defaults = TrainingArguments().to_dict()
-    for each in dataclasses.fields(args):  # those that a user's subclass has added
-        defaults.setdefault(each.name, each.default)
-    missing = object()
-    return {n: v for n, v in args.to_dict().items() if v != defaults.get(n, missing)}
 
 
 def _attempt(read: Callable[[], T], otherwise: T) -> T:

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kbtrain.report.curves import charts_of, draw
-from kbtrain.report.html import (
+from kbtrain.report.record import RunRecord, is_evaluation
+from kbtrain.report.style import DATA, SCRIPT, STYLE
+from kbtrain.report.summary import Command, Summary, commands, summarize
+from kbtrain.utils.html import (
     Html,
     copyable,
     duration,
@@ -22,9 +25,6 @@ from kbtrain.report.html import (
     size,
     table,
 )
-from kbtrain.report.record import RunRecord, is_evaluation
-from kbtrain.report.style import DATA, SCRIPT, STYLE
-from kbtrain.report.summary import Command, Summary, commands, summarize
 
 REFRESH = 15
 """Seconds after which the page of a living run loads itself again."""

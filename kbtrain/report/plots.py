@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +48,7 @@ def plot_history(
     if not names:
         raise ConfigurationError("plot_history found no loss in the log: nothing was logged yet.")
     # A figure without pyplot has no window and needs no display.
-    figure = require("matplotlib.figure", "examples", "plot_history").Figure(
+    figure = _figure_class()(
         figsize=(4.5 * min(1 + len(metric_names(logs)), 3), 3.6), layout="constrained"
     )
     require("matplotlib.backends.backend_agg", "examples", "plot_history").FigureCanvasAgg(figure)
@@ -62,6 +64,19 @@ def plot_history(
         with writing(Path(path)) as temporary:
             figure.savefig(temporary, dpi=150)
     return figure
+
+
+@functools.cache
+def _figure_class() -> type:
+    """A figure that a notebook shows by itself, also without pyplot."""
+    base: type = require("matplotlib.figure", "examples", "plot_history").Figure
+
+    def picture(self: Any) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png")
+        return stream.getvalue()
+
+    return type("Figure", (base,), {"_repr_png_": picture})
 
 
 def _logs_of(run: Any) -> tuple[list[Mapping[str, Any]], int | None]:

@@ -9,8 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from kbtrain.report.curves import series
-from kbtrain.report.html import duration, number
 from kbtrain.report.record import RunRecord
+from kbtrain.utils.html import duration, number
 
 Point = tuple[float, float]
 

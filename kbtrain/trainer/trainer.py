@@ -22,7 +22,7 @@ from kbtrain.evaluation import evaluate as evaluation
 from kbtrain.evaluation.compiled_steps import EvalSteps
 from kbtrain.evaluation.gather import EvalPrediction
 from kbtrain.evaluation.generate import check_generates
-from kbtrain.evaluation.results import EvalLoopOutput, PredictionOutput
+from kbtrain.evaluation.results import EvalLoopOutput, PredictionOutput, Results
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
@@ -239,7 +239,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         """
         data = evaluation_set(self.eval_dataset, eval_dataset)
         if is_named_datasets(data):
-            results: dict[str, Any] = {}
+            results = Results()
             # Passed only if set: a subclass may override `evaluate` without this argument.
             keys: dict[str, Any] = {} if ignore_keys is None else {"ignore_keys": ignore_keys}
             for name, one in data.items():
@@ -254,7 +254,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         output.metrics.update(memory, epoch=self.state.epoch)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
-        return output.metrics
+        return Results(output.metrics)
 
     @concise
     def predict(

@@ -42,6 +42,7 @@ from kbtrain.training.optimizer import build_optimizer, why_total_is_needed
 from kbtrain.training.run import Run
 from kbtrain.utils import rng
 from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.html import notebook_table, number
 from kbtrain.utils.memory import measured
 from kbtrain.utils.processes import current
 
@@ -64,6 +65,11 @@ class TrainOutput(NamedTuple):
     global_step: int
     training_loss: float
     metrics: dict[str, float]
+
+    def _repr_html_(self) -> str:
+        values = {"global_step": self.global_step, "training_loss": self.training_loss}
+        shown = {name: number(value) for name, value in {**values, **self.metrics}.items()}
+        return notebook_table("TrainOutput", shown)
 
 
 def fit(

@@ -105,7 +105,7 @@ def test_the_display_follows_the_level_the_terminal_and_notebooks(
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     if notebook:
-        monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
+        monkeypatch.setattr("kbtrain.display.callbacks.is_notebook", lambda: True)
     set_log_level(level)
     displayed = make_display(Arguments(disable_tqdm=disable, log_level=level))
     assert [type(callback).__name__ for callback in displayed] == shown

@@ -9,7 +9,7 @@ from helpers import arguments, linear_model, make_data
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
 from kbtrain.report.command import command_line, resume_command
-from kbtrain.report.facts import RunFacts, changed_arguments, facts_of
+from kbtrain.report.facts import RunFacts, facts_of
 
 
 class Note(TrainerCallback):
@@ -109,9 +109,9 @@ def test_data_and_models_that_say_less(tmp_path):
 
 @pytest.mark.neutral
 def test_arguments_that_differ_from_their_defaults(tmp_path):
-    assert changed_arguments(TrainingArguments()) == {}
+    assert TrainingArguments().changed() == {}
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=5e-5, max_steps=3)
-    assert changed_arguments(args) == {"output_dir": str(tmp_path), "max_steps": 3}
+    assert args.changed() == {"output_dir": str(tmp_path), "max_steps": 3}
 
 
 @pytest.mark.neutral

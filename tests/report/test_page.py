@@ -8,10 +8,10 @@ import re
 import pytest
 from helpers_report import Page, ending, facts, run_record
 
-from kbtrain.report import html
 from kbtrain.report.page import render
 from kbtrain.report.record import RunRecord
 from kbtrain.report.summary import summarize
+from kbtrain.utils import html
 
 pytestmark = pytest.mark.neutral
 

@@ -84,8 +84,8 @@ def number(value: Any, digits: int = 4) -> str:
     """A number with four significant digits; whole numbers in full, with commas.
 
     Example:
-        >>> number(1234567), number(0.000123456), number(12.0), number(float("nan"))
-        ('1,234,567', '0.0001235', '12', 'nan')
+        >>> number(1234567), number(56868.719), number(0.000123456), number(12.0)
+        ('1,234,567', '56,869', '0.0001235', '12')
     """
     if value is None:
         return "–"
@@ -94,6 +94,8 @@ def number(value: Any, digits: int = 4) -> str:
     found = float(value)
     if math.isfinite(found) and found == int(found) and abs(found) < 1e15:
         return f"{int(found):,}"
+    if 10**digits <= abs(found) < 1e15:
+        return f"{found:,.0f}"
     return f"{found:,.{digits}g}"
 
 
@@ -102,6 +104,21 @@ def setting(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)
+
+
+def notebook_table(title: str, values: Mapping[str, Any], note: str = "") -> str:
+    """Names and values as a small table, for ``_repr_html_`` in a notebook."""
+    cells = [
+        element(
+            "tr",
+            element("td", name, style="text-align:left"),
+            element("td", value, style="text-align:left"),
+        )
+        for name, value in values.items()
+    ]
+    heading = element("b", title)
+    more = element("p", note, style="opacity:.75;margin:4px 0") if note else ""
+    return element("div", heading, more, element("table", element("tbody", *cells)))
 
 
 def duration(seconds: Any) -> str:
