@@ -17,6 +17,7 @@ from kbtrain.display.view import Evaluation, Progress, View
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import facts_of
 from kbtrain.utils.best_effort import best_effort
+from kbtrain.utils.notebook import is_notebook
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -264,13 +265,6 @@ def make_display(args: TrainingArguments) -> list[TrainerCallback]:
 def can_draw() -> bool:
     """Whether a display can be redrawn: on a terminal or in a notebook."""
     return is_terminal() or is_notebook()
-
-
-def is_notebook() -> bool:
-    """Whether the program runs in the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def is_terminal() -> bool:

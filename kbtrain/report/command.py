@@ -6,13 +6,14 @@ import shlex
 import sys
 from typing import Any
 
+from kbtrain.utils.notebook import is_notebook
 from kbtrain.utils.processes import current
 
 
 def command_line() -> str:
     """The command that started this program; empty in a notebook or an interactive session."""
     main = sys.modules.get("__main__")
-    if getattr(main, "__file__", None) is None or "ipykernel" in sys.modules:
+    if getattr(main, "__file__", None) is None or is_notebook():
         return ""
     words = [word for word in _arguments(main) if word]
     if current().size > 1 and current().launcher == "kbtrain launch":

@@ -126,7 +126,7 @@ def test_the_command_and_how_to_go_on(monkeypatch):
 
 @pytest.mark.neutral
 def test_a_notebook_has_no_command(monkeypatch):
-    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "ipykernel": object()})
+    monkeypatch.setattr("kbtrain.report.command.is_notebook", lambda: True)
     assert command_line() == ""
     assert resume_command(None, "jax") == ("", 'fit(resume_from_checkpoint="auto")')
 
