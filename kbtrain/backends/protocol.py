@@ -431,6 +431,13 @@ class Backend(Protocol):
     ) -> contextlib.AbstractContextManager[None]:
         """Context that sets the precision of float32 products, and deterministic kernels."""
 
+    def cuda_graphs(self, wanted: bool | str) -> contextlib.AbstractContextManager[None]:
+        """Context in which captured steps become CUDA graphs or not: "auto", True or False.
+
+        Raises:
+            ConfigurationError: True, and the framework has no captured steps.
+        """
+
     def rng_state(self) -> dict[str, np.ndarray]:
         """The framework's random state, besides Keras' seed generators."""
 

@@ -158,6 +158,11 @@ def check_consistency(args: Fields) -> None:
             "A model computes in one precision. Received: bf16=True, fp16=True. Keep bf16=True "
             "where the device supports bfloat16 (it needs no loss scale), otherwise fp16=True."
         )
+    if args.cuda_graphs is True and args.jit_compile is False:
+        raise ConfigurationError(
+            "A CUDA graph is made of a captured step, and jit_compile=False captures none. "
+            "Received: cuda_graphs=True, jit_compile=False. Remove one of them."
+        )
     if "underflow_overflow" in args.debug and args.on_nonfinite != "raise":
         raise ConfigurationError(
             "debug='underflow_overflow' explains the error of on_nonfinite='raise'. Received: "

@@ -127,7 +127,7 @@ def _warn_of_whole(layout: StateLayout, model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> Iterator[None]:
-    """Context that applies ``devices``, ``tf32`` and ``full_determinism``, then restores them.
+    """Context that applies ``devices``, ``tf32``, ``cuda_graphs`` and such, then restores them.
 
     It also enables float64 for a model in that precision.
     """
@@ -135,6 +135,7 @@ def settings(backend: Backend, args: TrainingArguments, model: keras.Model) -> I
         float64.kept(model),
         backend.device_scope(args.chosen_device, _layout(backend, args)),
         backend.numerics(args.tf32, args.full_determinism),
+        backend.cuda_graphs(args.cuda_graphs),
         _exchange_settings(backend, args),
         _comparing_collectives(backend, args),
     ):

@@ -133,6 +133,18 @@ def test_batches_are_pinned_in_training_and_in_evaluations_if_that_is_asked(
     assert asked == [pin] * 3
 
 
+def test_cuda_graphs_are_refused_where_a_compiler_launches_and_missed_where_no_gpu_is(
+    tmp_path, caplog
+):
+    if BACKEND.name == "torch":
+        run(tmp_path, cuda_graphs=True)
+        assert "cuda_graphs=True has no effect: PyTorch finds no GPU" in caplog.text
+    else:
+        with pytest.raises(ConfigurationError, match=f"on {BACKEND.name} XLA decides"):
+            run(tmp_path, cuda_graphs=True)
+    run(tmp_path, cuda_graphs=False)
+
+
 # --- flags that stay on the device ----------------------------------------------------------------
 
 

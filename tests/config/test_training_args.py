@@ -101,6 +101,7 @@ FROZEN = {
     "label_smoothing_factor": (0.0, 0.0),
     "on_nonfinite": ("raise", "raise"),
     "jit_compile": ("auto", "auto"),
+    "cuda_graphs": ("auto", "auto"),
     "steps_per_execution": ("auto", "auto"),
     "use_cpu": (False, False),
     "devices": (None, None),

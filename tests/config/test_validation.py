@@ -108,3 +108,9 @@ def test_the_best_metric_and_its_direction_are_derived(arguments, metric, greate
     args = TrainingArguments(**arguments)
     assert args.metric_for_best_model == metric
     assert args.greater_is_better is greater
+
+
+def test_a_cuda_graph_needs_a_captured_step():
+    with pytest.raises(ConfigurationError, match="cuda_graphs=True, jit_compile=False"):
+        TrainingArguments(cuda_graphs=True, jit_compile=False)
+    assert TrainingArguments(cuda_graphs=False, jit_compile=False).cuda_graphs is False

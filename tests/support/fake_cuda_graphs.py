@@ -2,7 +2,9 @@
 
 It is as strict as the real ones are. A capture executes nothing, refuses to look at a value, and
 leaves the side stream in place when it fails. A replay works on the memory of the capture, whatever
-the variables use by now; what a graph has computed is lost when another one runs.
+the variables use by now; what a graph has computed is lost when another one runs. The debug mode
+for waits announces itself once, in words like those of its warnings. Memory is counted: a step
+takes ``Machine.step``, a graph as much, and there is only so much of it.
 """
 
 import contextlib
@@ -33,17 +35,26 @@ class Machine:
         self.capturing = False
         self.alive = weakref.WeakSet()
         self.watching = 0
+        self.was_announced = False
         self.wrong = 0.0
+        self.step, self.free = 1 << 20, 1 << 30
+        self.peak = 0
 
 
 machine = Machine()
 
 
-@contextlib.contextmanager
-def use_stream(stream):
-    before, machine.current = machine.current, stream
-    yield  # without "finally", as the real one is left by a capture that fails
-    machine.current = before
+class UseStream:
+    """Takes the place of `torch.cuda.stream`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before, machine.current = machine.current, self.stream
+
+    def __exit__(self, *error):
+        machine.current = self.before
 
 
 class CUDAGraph:
@@ -136,6 +147,13 @@ def looking(original):
 
 
 def watch(mode):
+    if not machine.was_announced:
+        machine.was_announced = True
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all "
+            "synchronizing operations",
+            stacklevel=2,
+        )
     machine.watching = {"default": 0, "warn": 1}.get(mode, mode)
 
 
@@ -143,17 +161,18 @@ class Capture:
     """Takes the place of `torch.cuda.graph`."""
 
     def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
-        assert pool is None or any(other._pool == pool for other in machine.alive)
+        # A pool is a new one, or that of a graph that is alive.
+        assert type(pool) is object or any(other._pool == pool for other in machine.alive)
         assert stream is not None
         assert stream is not machine.default
-        graph._pool = pool or object()
+        graph._pool = pool
         self.graph, self.stream = graph, stream
         self.recording = Recording(graph)
 
     def __enter__(self):
         machine.captures += 1
         machine.capturing = True
-        self.context = use_stream(self.stream)
+        self.context = UseStream(self.stream)
         self.context.__enter__()
         self.random = torch.get_rng_state()
         self.recording.__enter__()
@@ -174,7 +193,9 @@ class Capture:
 def install():
     """Let tensors of the CPU be captured as those of a GPU are."""
     from kbtrain.backends import torch as backend
+    from kbtrain.backends.torch import device as device_module
     from kbtrain.backends.torch.capture import cuda_graph
+    from kbtrain.backends.torch.capture import graph_checks as checks
     from kbtrain.backends.torch.capture import random as torch_random
 
     if not torch.cuda.is_available():
@@ -191,7 +212,16 @@ def install():
     torch.cuda.graph = Capture
     torch.cuda.is_current_stream_capturing = lambda: machine.capturing
     torch.cuda.Stream = Stream
-    torch.cuda.stream = use_stream
+    torch.cuda.stream = UseStream
     torch.cuda.current_stream = lambda: machine.current
     torch.cuda.set_stream = lambda stream: setattr(machine, "current", stream)
     torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.graph_pool_handle = object
+    torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device: 0
+    torch.cuda.mem_get_info = lambda device: (machine.free, 1 << 40)
+    device_module.peak_memory = lambda device: machine.peak
+    device_module.reset_peak_memory = lambda device: setattr(machine, "peak", machine.step)
+    checks.peak_memory, checks.reset_peak_memory = (
+        device_module.peak_memory,
+        device_module.reset_peak_memory,
+    )

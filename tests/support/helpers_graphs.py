@@ -21,7 +21,7 @@ from helpers import make_data, train_logs, weights, with_weights
 from keras import layers
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.backends.torch.capture import cuda_graph
+from kbtrain.backends.torch.capture import cuda_graph, graph_checks
 from kbtrain.errors import NonFiniteError
 
 FOLDER = Path(sys.argv[1])
@@ -195,21 +195,34 @@ class Own(layers.Layer):
         return self.function(x)
 
 
+@operation("hungry")
+def hungry(x: torch.Tensor) -> torch.Tensor:
+    """With 8 samples, those of an evaluation, it needs what graphs have."""
+    if len(x) == 8 and machine.alive and not machine.capturing:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    return x.clone()
+
+
+def crowded():
+    """A model whose evaluation does not fit beside the graph of its training."""
+    return model(Own(hungry))
+
+
 @contextlib.contextmanager
 def short_of_memory(summaries):
     """Memory ends while the first graph and the plain step are compared: so many succeed."""
-    summary = cuda_graph._summary
+    summary = graph_checks.summary
     left = [summaries - 1]
 
-    def limited(tensors):
+    def limited(*tensors):
         left[0] -= 1
         if left[0] == -1:
             raise torch.OutOfMemoryError("out of memory, for a test")
-        return summary(tensors)
+        return summary(*tensors)
 
-    cuda_graph._summary = limited
+    graph_checks.summary = limited
     yield
-    cuda_graph._summary = summary
+    graph_checks.summary = summary
 
 
 def resumed():
@@ -280,9 +293,14 @@ def main():
     for name in ("short of memory", "shorter"):
         with short_of_memory(1 if name == "shorter" else 2):
             reports[name] = compare(name, "plain")
-    cuda_graph.IS_SAFE = False
+    cuda_graph.IS_SUPPORTED = False
     reports["old"] = compare("old", "plain")
-    cuda_graph.IS_SAFE = True
+    cuda_graph.IS_SUPPORTED = True
+    reports["off"] = compare("off", "plain", cuda_graphs=False)
+    reports["crowded"] = compare("crowded", make=crowded, eval_strategy="steps", eval_steps=6)
+    machine.free, free = int(1.1 * 2 * machine.step), machine.free
+    reports["full"] = compare("full", "plain")
+    machine.free = free
     machine.wrong = 1e-3
     reports["wrong"] = compare("wrong", "plain")
     sys.__stdout__.write(json.dumps(reports))

@@ -19,6 +19,7 @@ from kbtrain.backends.jax.compile import (  # noqa: F401
 )
 from kbtrain.backends.jax.device import (  # noqa: F401
     compiler_options,
+    cuda_graphs,
     device_info,
     device_scope,
     devices,

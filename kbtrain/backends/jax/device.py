@@ -14,7 +14,9 @@ import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kbtrain.backends.compiled_graphs import refuse_cuda_graphs
 from kbtrain.backends.jax import mesh
+from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.errors import DataError
 
@@ -160,6 +162,15 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
         _options = before
 
 
+def cuda_graphs(wanted: bool | str) -> contextlib.AbstractContextManager[None]:
+    """Check that no CUDA graphs are asked for.
+
+    Raises:
+        ConfigurationError: They are.
+    """
+    return refuse_cuda_graphs(wanted, "jax")
+
+
 def device_info(device: str | None = None) -> str:
     """A readable name of the device or devices in use."""
     found = mesh.local_devices(device)
@@ -168,15 +179,16 @@ def device_info(device: str | None = None) -> str:
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the default device; empty if it has no counters."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    """Bytes in use and at the peak on the device in use; empty if it has no counters."""
+    (device,) = jnp.zeros(()).devices()
+    stats = device.memory_stats() or {}
     keys = {"bytes_in_use": "in_use", "peak_bytes_in_use": "peak"}
     return {new: int(stats[old]) for old, new in keys.items() if old in stats}
 
 
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` means that the device ran out of memory."""
-    named = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    named = isinstance(error, RuntimeError) and says_out_of_memory(error)
     return named or isinstance(error, MemoryError)
 
 

@@ -30,6 +30,7 @@ from kbtrain.backends.tensorflow.compile import (  # noqa: F401
     compile_steps,
 )
 from kbtrain.backends.tensorflow.device import (  # noqa: F401
+    cuda_graphs,
     device_info,
     device_scope,
     devices,

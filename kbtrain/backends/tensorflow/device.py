@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from kbtrain.backends.compiled_graphs import refuse_cuda_graphs
+from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.backends.tensorflow.processes import take_rows
 from kbtrain.utils.fallback import PrivateApi
@@ -54,8 +58,23 @@ def to_host(tree: Any) -> Any:
 
 
 def start_to_host(tree: Any) -> Callable[[], Any]:
-    """Return a function that waits for a structure of tensors and returns NumPy arrays."""
-    return lambda: to_host(tree)
+    """Start copying tensors to the host; return a function that waits for the result.
+
+    On a GPU a copy waits for all work that was started before it, so a thread starts it now.
+    """
+    if all(_on_host(leaf) for leaf in tf.nest.flatten(tree)):
+        return lambda: to_host(tree)
+    return _copier().submit(to_host, tree).result
+
+
+def _on_host(leaf: Any) -> bool:
+    return not tf.is_tensor(leaf) or ":CPU:" in leaf.device or not leaf.device
+
+
+@functools.cache
+def _copier() -> ThreadPoolExecutor:
+    """One thread, which copies in the order of the calls."""
+    return ThreadPoolExecutor(1, thread_name_prefix="kbtrain-to-host")
 
 
 def host_view(value: Any) -> np.ndarray:
@@ -192,6 +211,15 @@ _turn_determinism_off = PrivateApi(
 )
 
 
+def cuda_graphs(wanted: bool | str) -> contextlib.AbstractContextManager[None]:
+    """Check that no CUDA graphs are asked for.
+
+    Raises:
+        ConfigurationError: They are.
+    """
+    return refuse_cuda_graphs(wanted, "tensorflow")
+
+
 def device_info(device: str | None = None) -> str:
     """A readable name of the device in use."""
     name = devices()[0] if device is None else _named(device).removeprefix("/").lower()
@@ -203,10 +231,11 @@ def device_info(device: str | None = None) -> str:
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the GPU; empty on the CPU, which has no counters."""
-    if not tf.config.list_logical_devices("GPU"):
+    """Bytes in use and at the peak on the GPU in use; empty on the CPU, which has no counters."""
+    device = tf.zeros(()).device.rpartition("/device:")[2]
+    if not device.startswith("GPU"):
         return {}
-    info = tf.config.experimental.get_memory_info("GPU:0")
+    info = tf.config.experimental.get_memory_info(device)
     return {"in_use": int(info["current"]), "peak": int(info["peak"])}
 
 
@@ -214,7 +243,7 @@ def is_oom(error: BaseException) -> bool:
     """Whether ``error`` means that the device ran out of memory."""
     # Under XLA it may be an internal error that says so.
     named = isinstance(error, MemoryError | tf.errors.ResourceExhaustedError)
-    return named or (isinstance(error, tf.errors.OpError) and "RESOURCE_EXHAUSTED" in str(error))
+    return named or (isinstance(error, tf.errors.OpError) and says_out_of_memory(error))
 
 
 def free_memory() -> None:

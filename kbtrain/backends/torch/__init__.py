@@ -66,7 +66,12 @@ from kbtrain.backends.torch.processes import (  # noqa: F401
     stop_processes,
 )
 from kbtrain.backends.torch.profiler import start_profile  # noqa: F401
-from kbtrain.backends.torch.runner import CapturePerMicroBatch, Runner, context
+from kbtrain.backends.torch.runner import (  # noqa: F401
+    CapturePerMicroBatch,
+    Runner,
+    context,
+    cuda_graphs,
+)
 from kbtrain.backends.torch.state_blocks import check_model, checksums, whole_value  # noqa: F401
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import read_values, stateless_scope

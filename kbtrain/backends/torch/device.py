@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,8 +12,15 @@ import keras
 import numpy as np
 import torch
 
+from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
+from kbtrain.backends.torch import float32_precision
 from kbtrain.backends.torch.processes import take_rows
+
+logger = logging.getLogger("kbtrain")
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable of the environment without which cuBLAS is not deterministic."""
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:
@@ -29,7 +37,8 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     """
     device = _device()
     pin = pin and device.type == "cuda"
-    return keras.tree.map_structure(lambda x: on_device(x, device, pin), take_rows(tree))
+    with _current(device) if pin else contextlib.nullcontext():  # pins for the current device
+        return keras.tree.map_structure(lambda x: on_device(x, device, pin), take_rows(tree))
 
 
 def on_device(x: Any, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:
@@ -56,14 +65,22 @@ def start_to_host(tree: Any) -> Callable[[], Any]:
     On a GPU the copy is queued before any later work, so that it does not wait for that work.
     """
     leaves = keras.tree.flatten(tree)
-    if not any(leaf.is_cuda for leaf in leaves):
+    devices = dict.fromkeys(leaf.device for leaf in leaves if leaf.is_cuda)
+    if not devices:
         return lambda: to_host(tree)
     copies = [leaf.detach().to("cpu", non_blocking=True) for leaf in leaves]
-    done = torch.cuda.Event()
-    done.record()
+    events = []
+    for device in devices:
+        # An event belongs to the device that is current when it is recorded; Keras' device scope
+        # does not change which one that is.
+        with torch.cuda.device(device):
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+        events.append(done)
 
     def wait() -> Any:
-        done.synchronize()
+        for event in events:
+            event.synchronize()
         return to_host(keras.tree.pack_sequence_as(tree, copies))
 
     return wait
@@ -76,9 +93,16 @@ def host_view(value: Any) -> np.ndarray:
 
 
 def synchronize() -> None:
-    """Wait for all pending computations."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wait for all pending computations on the device in use."""
+    if (device := _accelerator()) is not None:
+        module = torch.get_device_module(device)
+        module.synchronize() if device.type == "mps" else module.synchronize(device)
+
+
+def _accelerator() -> torch.device | None:
+    """The device in use, unless it is the CPU."""
+    device = _device()
+    return None if device.type in ("cpu", "meta") else device
 
 
 def rng_state() -> dict[str, np.ndarray]:
@@ -86,6 +110,8 @@ def rng_state() -> dict[str, np.ndarray]:
     state = {"cpu": torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
         state |= {f"cuda_{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if (device := _accelerator()) is not None:
+        state["device"] = accelerator_rng_state(device).numpy()
     return state
 
 
@@ -96,16 +122,51 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
     for i in range(torch.cuda.device_count()):
         if f"cuda_{i}" in state:
             torch.cuda.set_rng_state(torch.from_numpy(np.array(state[f"cuda_{i}"])), i)
+    # Last, as a run may continue on another GPU than it began on. Generators of different kinds of
+    # devices have states of different sizes.
+    device = _accelerator()
+    if device is not None and "device" in state:
+        saved = torch.from_numpy(np.array(state["device"]))
+        if saved.shape == accelerator_rng_state(device).shape:
+            set_accelerator_rng_state(saved, device)
+
+
+def accelerator_rng_state(device: torch.device) -> torch.Tensor:
+    """The state of the generator of a device that is not the CPU."""
+    module = torch.get_device_module(device)
+    result: torch.Tensor = (
+        module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    )
+    return result
+
+
+def set_accelerator_rng_state(state: torch.Tensor, device: torch.device) -> None:
+    """Restore the result of ``accelerator_rng_state``."""
+    module = torch.get_device_module(device)
+    if device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
+
+
+def _kind() -> str | None:
+    """What PyTorch calls this machine's accelerators: "cuda", "mps", "xpu"; None without any."""
+    if torch.cuda.is_available():
+        return "cuda"
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else str(found.type)
 
 
 def devices() -> list[str]:
     """The devices of this process, by the names that ``device_scope`` takes."""
-    return [*(f"gpu:{i}" for i in range(torch.cuda.device_count())), "cpu:0"]
+    kind = _kind()
+    count = 0 if kind is None else torch.get_device_module(kind).device_count()
+    return [*(f"gpu:{i}" for i in range(count)), "cpu:0"]
 
 
 def _named(device: str) -> str:
     platform, _, index = device.partition(":")
-    return "cpu" if platform == "cpu" else f"cuda:{index or 0}"
+    return "cpu" if platform == "cpu" else f"{_kind() or 'cuda'}:{index or 0}"
 
 
 @contextlib.contextmanager
@@ -114,8 +175,17 @@ def device_scope(device: str | None, layout: StateLayout | None = None) -> Itera
     if device is None:
         yield
         return
-    with keras.device(_named(device)):
+    name = torch.device(_named(device))
+    with keras.device(str(name)), _current(name):
         yield
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which ``device`` is the current one, for calls that name none."""
+    if device.type in ("cpu", "mps"):
+        return contextlib.nullcontext()
+    result: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return result
 
 
 def initializing() -> contextlib.AbstractContextManager[None]:
@@ -141,52 +211,80 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
         tf32: Whether products may use TensorFloat-32; None keeps torch's setting.
         deterministic: Whether operations without a deterministic kernel raise an error.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    was = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    if tf32 is not None:
-        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    if deterministic:
-        # cuBLAS reads it on its first use.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    with float32_precision.allowing(tf32):
+        if not deterministic:
+            yield
+            return
+        flags = cudnn.deterministic, cudnn.benchmark
+        was = torch.are_deterministic_algorithms_enabled()
+        warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        _set_cublas_workspace()
         torch.use_deterministic_algorithms(True)
         cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned)
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was, warn_only=warned)
+            cudnn.deterministic, cudnn.benchmark = flags
+
+
+def _set_cublas_workspace() -> None:
+    """Ask for a workspace with which cuBLAS is deterministic; it reads the variable once."""
+    if CUBLAS_WORKSPACE in os.environ:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        logger.warning(
+            "full_determinism: the GPU was in use before %s was set, and cuBLAS reads it only "
+            "once. To be certain of the same numbers in every run, start the program with "
+            "%s=:4096:8 in its environment.",
+            CUBLAS_WORKSPACE,
+            CUBLAS_WORKSPACE,
+        )
+    os.environ[CUBLAS_WORKSPACE] = ":4096:8"
 
 
 def device_info(device: str | None = None) -> str:
     """A readable name of the device in use."""
     found = _device() if device is None else torch.device(_named(device))
-    if found.type != "cuda":
+    if found.type not in ("cuda", "xpu"):
         return str(found)
-    return f"{found} ({torch.cuda.get_device_name(found)})"
+    return f"{found} ({torch.get_device_module(found).get_device_name(found)})"
 
 
 def memory_stats() -> dict[str, int]:
-    """Bytes in use and at the peak on the GPU; empty on the CPU, which has no counters."""
-    if not torch.cuda.is_available():
+    """Bytes in use and at the peak on the GPU in use; empty where there are no counters."""
+    device = _accelerator()
+    if device is None or device.type not in ("cuda", "xpu"):
         return {}
-    return {
-        "in_use": int(torch.cuda.memory_allocated()),
-        "peak": int(torch.cuda.max_memory_allocated()),
-    }
+    in_use = int(torch.get_device_module(device).memory_allocated(device))
+    return {"in_use": in_use, "peak": max(peak_memory(device), _earlier_peaks.get(device, 0))}
+
+
+_earlier_peaks: dict[torch.device, int] = {}
+"""Peaks before the counter of a device was reset."""
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use on a GPU since ``reset_peak_memory``."""
+    return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count from now on; ``memory_stats`` goes on with what was counted before."""
+    _earlier_peaks[device] = max(peak_memory(device), _earlier_peaks.get(device, 0))
+    torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` means that the device ran out of memory."""
     # Keras rewraps errors of layers in another class, keeping the original message.
-    texts = ("out of memory", "allocate memory", "you tried to allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+        isinstance(error, RuntimeError) and says_out_of_memory(error)
     )
 
 
 def free_memory() -> None:
     """Release cached memory."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if (device := _accelerator()) is not None:
+        torch.get_device_module(device).empty_cache()

@@ -17,6 +17,7 @@ from kbtrain.backends.torch.device import is_oom
 from kbtrain.data import signature
 from kbtrain.errors import KbtrainError
 from kbtrain.utils.fallback import report
+from kbtrain.utils.keras_private import read_values
 
 logger = logging.getLogger("kbtrain")
 
@@ -32,6 +33,7 @@ class StepContext:
         compile_body: Compiles the body of a loop in the step; None if it runs eagerly.
         committed: The variables passed to ``commit_if`` in the step being recorded.
         journal: Values that ``commit_if`` has overwritten; None if no rollback can follow.
+        cuda_graphs: The argument of that name.
     """
 
     capturing: bool = False
@@ -39,6 +41,7 @@ class StepContext:
     compile_body: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     committed: list[keras.Variable] = field(default_factory=list)
     journal: dict[int, tuple[keras.Variable, torch.Tensor]] | None = None
+    cuda_graphs: bool | str = "auto"
 
     @contextlib.contextmanager
     def running(
@@ -73,6 +76,18 @@ class StepContext:
 
 
 context = StepContext()
+
+
+@contextlib.contextmanager
+def cuda_graphs(wanted: bool | str) -> Iterator[None]:
+    """Context in which captured steps become CUDA graphs where that is sound, or never (False)."""
+    if wanted is True and not torch.cuda.is_available():
+        logger.warning("cuda_graphs=True has no effect: PyTorch finds no GPU of NVIDIA's.")
+    before, context.cuda_graphs = context.cuda_graphs, wanted
+    try:
+        yield
+    finally:
+        context.cuda_graphs = before
 
 
 class Runner:
@@ -116,7 +131,7 @@ class Runner:
         return _FlatStep(
             self._captured.get(key),
             self._commits.get(key, []),
-            self.eager,
+            self._eager_beside_graphs,
             self._failures.pop(key, None),
             structure=inputs,
         )
@@ -127,6 +142,14 @@ class Runner:
         with torch.no_grad(), context.running(self._variables, body):
             return self._fn(inputs)
 
+    def _eager_beside_graphs(self, inputs: Any) -> Any:
+        if self._graphs is None or not self._variables:
+            return self.eager(inputs)
+        from kbtrain.backends.torch.capture.cuda_graph import beside_graphs
+
+        state = read_values(self._variables)
+        return beside_graphs(lambda: self.eager(inputs), state, state[0].device)
+
     def _capture(self, key: Any, inputs: Any) -> Any:
         """The captured step, or None."""
         context.capturing = True
@@ -135,7 +158,7 @@ class Runner:
             from kbtrain.backends.torch.capture.cuda_graph import Graphs
             from kbtrain.backends.torch.capture.step import CapturedStep
 
-            self._graphs = self._graphs or Graphs()
+            self._graphs = self._graphs or Graphs(context.cuda_graphs)
             while True:
                 context.committed.clear()
                 try:
@@ -153,7 +176,11 @@ class Runner:
             logger.debug("The step is captured in parts, one for each micro-batch.")
             return None
         except NotCapturable as reason:
-            logger.info("The step runs eagerly, it cannot be captured: %s", _own_words(reason))
+            logger.log(
+                logging.WARNING if context.cuda_graphs is True else logging.INFO,
+                "The step runs eagerly, it cannot be captured: %s",
+                _own_words(reason),
+            )
             if reason.failure is not None:
                 self._failures[key] = reason.failure
             return None

@@ -289,6 +289,15 @@ class ExecutionFields(Immutable):
         command_line=bool | Literal["auto"],
         on_resume=ROUNDING,
     )
+    cuda_graphs: FlagOrAuto = option(
+        "auto",
+        converters.choice("auto", True, False),
+        "On PyTorch and a GPU of NVIDIA's, run a captured step as a CUDA graph: 'auto' where the "
+        "step is suitable, its memory fits and it computes the same; True the same, with a warning "
+        "where there is none; False never.",
+        command_line=bool | Literal["auto"],
+        on_resume=HARMLESS,
+    )
     steps_per_execution: CountOrAuto = option(
         "auto",
         converters.either("auto", converters.whole(1)),
@@ -302,7 +311,9 @@ class ExecutionFields(Immutable):
         None,
         converters.optional(converters.flag),
         "Compute float32 matrix products in TensorFloat-32 on GPUs that support it: True, False, "
-        "or None for the backend's own setting. Applies during fit, evaluate and predict.",
+        "or None for the framework's own setting: on such a GPU convolutions use it by default, "
+        "and products do on TensorFlow and JAX, not on PyTorch. Applies during fit, evaluate and "
+        "predict.",
         on_resume=ROUNDING,
     )
     use_cpu: bool = option(

@@ -1,0 +1,183 @@
+"""PyTorch: precision switches, results of another GPU, lack of memory, without a GPU."""
+
+import contextlib
+import importlib
+import logging
+import types
+
+import pytest
+
+pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return importlib.import_module("torch")
+
+
+@pytest.fixture(scope="module")
+def device():
+    return importlib.import_module("kbtrain.backends.torch.device")
+
+
+NEWER = {
+    "one": [("cuda", "matmul", "tf32")],
+    "all": [("generic", "all", "tf32")],
+    "CUDA": [("cuda", "all", "tf32")],
+    "strict": [("generic", "all", "ieee"), ("cuda", "conv", "ieee")],
+}
+
+
+@pytest.fixture(params=[*NEWER, "older"])
+def switched(request, torch):
+    """Precision set through one of PyTorch's two interfaces, which exclude each other."""
+    names = [
+        *(("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv")),
+        *(("cuda", "rnn"), ("mkldnn", "all"), ("mkldnn", "matmul")),
+    ]
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    before = {name: read(*name) for name in names}
+    if request.param == "older":
+        torch.set_float32_matmul_precision("medium")
+    for *name, value in NEWER.get(request.param, []):
+        write(*name, value)
+    yield lambda: {name: read(*name) for name in names}
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for name in [*names[:2], names[5]]:
+        write(*name, "none")
+    for name, value in before.items():
+        write(*name, value)
+
+
+@pytest.mark.parametrize("tf32", [None, True, False])
+def test_both_interfaces_for_the_precision_of_products_may_be_in_use(tf32, switched, device, torch):
+    before = switched()
+    with device.numerics(tf32, False):
+        if tf32 is None:
+            assert switched() == before
+        else:
+            assert torch.backends.cuda.matmul.allow_tf32 is tf32
+            assert torch.backends.cudnn.allow_tf32 is tf32
+            assert {switched()["cuda", op] for op in ("matmul", "conv", "rnn")} == {
+                "tf32" if tf32 else "ieee"
+            }
+    assert switched() == before
+
+
+def test_an_inherited_precision_is_inherited_again_afterwards(device, torch):
+    backends = torch.backends
+    backends.fp32_precision = "tf32"
+    try:
+        with device.numerics(False, False):
+            pass
+        backends.fp32_precision = "ieee"
+        assert backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        backends.fp32_precision = "none"
+
+
+class Events:
+    """``torch.cuda`` of a machine with several GPUs: an event knows where it was recorded."""
+
+    def __init__(self):
+        self.current = 0
+        self.log = []
+
+    @contextlib.contextmanager
+    def device(self, which):
+        before, self.current = self.current, which.index
+        yield
+        self.current = before
+
+    def current_stream(self, which=None):
+        return "stream of", self.current if which is None else which.index
+
+    def event(self):
+        found = types.SimpleNamespace(
+            record=lambda stream: self.log.append(("record", self.current, stream)),
+            synchronize=lambda: self.log.append("wait"),
+        )
+        return found
+
+
+def test_results_of_every_gpu_are_waited_for_on_their_own_streams(device, torch, monkeypatch):
+    """Keras' ``device("cuda:1")`` leaves the current device of PyTorch at the first one."""
+    events = Events()
+    monkeypatch.setattr(torch.cuda, "device", events.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", events.current_stream)
+    monkeypatch.setattr(torch.cuda, "Event", events.event)
+    monkeypatch.setattr(device, "to_host", lambda tree: tree)
+    leaves = []
+    for index in (1, 2, 1):
+        leaf = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        leaf.detach = lambda leaf=leaf: leaf
+        leaf.to = lambda *_, index=index, **__: events.log.append("copy") or index
+        leaves.append(leaf)
+    wait = device.start_to_host(leaves)
+    recorded = [("record", i, ("stream of", i)) for i in (1, 2)]
+    assert events.log == [*["copy"] * 3, *recorded]
+    assert wait() == [1, 2, 1]
+    assert events.log[-2:] == ["wait", "wait"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...",
+        "MPS backend out of memory (MPS allocated: 8 GiB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ...",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Unable to find an engine to execute this computation",
+        "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 4 bytes",
+    ],
+)
+def test_libraries_of_cuda_have_their_own_words_for_a_lack_of_memory(message, device):
+    assert device.is_oom(RuntimeError(message))
+    assert not device.is_oom(ValueError(message))
+
+
+def test_cublas_is_asked_for_determinism_before_it_starts_or_a_warning_says_how(
+    device, torch, monkeypatch, caplog
+):
+    variable = device.CUBLAS_WORKSPACE
+    monkeypatch.setenv(variable, ":16:8")
+    with device.numerics(None, True):
+        assert device.os.environ[variable] == ":16:8"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delenv(variable)
+    with caplog.at_level(logging.WARNING, "kbtrain"), device.numerics(None, True):
+        assert device.os.environ[variable] == ":4096:8"
+    (record,) = caplog.records
+    assert f"start the program with {variable}=:4096:8 in its environment" in record.getMessage()
+
+
+class Module:
+    """A device module of PyTorch, such as ``torch.xpu``, whose generators are numbers."""
+
+    def __init__(self, torch, count):
+        self._torch = torch
+        self.states = [torch.tensor([i], dtype=torch.uint8) for i in range(count)]
+        self.device_count = lambda: count
+
+    def get_rng_state(self, device):
+        return self.states[device.index or 0]
+
+    def set_rng_state(self, state, device):
+        self.states[device.index or 0] = state
+
+
+def test_a_run_goes_on_with_its_random_numbers_on_another_accelerator(device, torch, monkeypatch):
+    module = Module(torch, 3)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(device, "_kind", lambda: "xpu")
+    assert device.devices() == ["gpu:0", "gpu:1", "gpu:2", "cpu:0"]
+    monkeypatch.setattr(device, "_device", lambda: torch.device("xpu", 1))
+    state = device.rng_state()
+    assert state["device"].tolist() == [1]
+    monkeypatch.setattr(device, "_device", lambda: torch.device("xpu", 2))
+    device.set_rng_state(state)
+    assert [int(s) for s in module.states] == [0, 1, 1]
