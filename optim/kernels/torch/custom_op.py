@@ -15,6 +15,9 @@ import torch
 # Definitions last as long as this does.
 LIBRARY = torch.library.Library("optim", "FRAGMENT")
 
+MOST_ELEMENTS = 1 << 24
+"""Elements of a tile on a GPU."""
+
 T = TypeVar("T")
 
 
@@ -33,14 +36,19 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
 
 
 def tile_width(each: int, largest: int, device: torch.device) -> int:
-    """How many elements to work on at a time: some for each thread on a CPU, else all.
+    """How many elements to work on at a time: some for each thread on a CPU, else many.
+
+    On a GPU the tile is as large as a launch is worth, and no larger, as buffers have its size: the
+    table of a language model would need gigabytes.
 
     Args:
         each: Elements for a thread.
         largest: Of the tensors to work on, in elements.
         device: Where they are.
     """
-    return min(each * torch.get_num_threads(), largest) if device.type == "cpu" else largest
+    if device.type == "cpu":
+        return min(each * torch.get_num_threads(), largest)
+    return min(MOST_ELEMENTS, largest)
 
 
 class NumberedObjects(Generic[T]):

@@ -135,7 +135,7 @@ def beside_graphs(run: Callable[[], T], state: Sequence[torch.Tensor], device: t
 def _release_all() -> bool:
     graphed = [each for each in _GRAPHED if each.has_graph]
     for each in graphed:
-        each.give_up("memory ran out, and its own was needed")
+        each._give_up("memory ran out, and its own was needed")
     return bool(graphed)
 
 
@@ -235,19 +235,19 @@ class _Graphed:
         self._addresses, self._runs, self._given = addresses, 0, []
         self._beginnings += 1
         if self._beginnings > MOST_BEGINNINGS:
-            self.give_up("its variables have other memory again and again")
+            self._give_up("its variables have other memory again and again")
             return
         if _size(inputs) > MOST_BYTES:
-            self.give_up(_TOO_LARGE)
+            self._give_up(_TOO_LARGE)
             return
         self._given = [torch.empty_like(tensor) for tensor in inputs]
         if any(a.stride() != b.stride() for a, b in zip(self._given, inputs, strict=True)):
-            self.give_up("an input has gaps in memory")
+            self._give_up("an input has gaps in memory")
 
     def _drop(self) -> None:
         self._results, self._graph, self._is_proven = [], None, False
 
-    def give_up(self, why: str) -> None:
+    def _give_up(self, why: str) -> None:
         """Continue without a graph, and log the reason."""
         self._continue_without_graph()
         self._graphs.explain(why)
@@ -264,7 +264,7 @@ class _Graphed:
         """
         results = beside_graphs(lambda: self._on_side_stream(state), state, self._place[0])
         if not self._is_plain and _size([*self._given, *results]) > MOST_BYTES:
-            self.give_up(_TOO_LARGE)
+            self._give_up(_TOO_LARGE)
         return results
 
     def _on_side_stream(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -294,7 +294,7 @@ class _Graphed:
                     other.message, other.category, other.filename, other.lineno, source=other.source
                 )
         if waits and not self._is_plain:
-            self.give_up("the host waits for the device in it")
+            self._give_up("the host waits for the device in it")
         return results
 
     def _reason_not_to_capture(self, state: Sequence[torch.Tensor]) -> str | None:
@@ -311,7 +311,7 @@ class _Graphed:
 
     def _capture(self, state: Sequence[torch.Tensor]) -> None:
         if (reason := self._reason_not_to_capture(state)) is not None:
-            self.give_up(reason)
+            self._give_up(reason)
             return
         if not LEAVES_STATE_INTACT:
             self._graphs.say(
@@ -341,7 +341,7 @@ class _Graphed:
                 recover()
                 self._graphs.failed = f"its capture failed ({_first_error(error)})"
         if self._graphs.failed is not None:
-            self.give_up(self._graphs.failed)
+            self._give_up(self._graphs.failed)
             return
         self._graph = graph
         self._graphs.alive.add(graph)
@@ -388,7 +388,7 @@ class _Graphed:
                 raise
             failure = error.with_traceback(None)  # which would keep memory alive
         if agrees is None or failure is not None:
-            self.give_up("there is no memory to compare it with the plain step")
+            self._give_up("there is no memory to compare it with the plain step")
             return trial(plainly)
         if agrees:
             self._is_proven = True

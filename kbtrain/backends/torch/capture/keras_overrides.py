@@ -1,16 +1,18 @@
 """Overrides of Keras functions by operations that have fast torch kernels.
 
 They are active while a step is recorded; results equal those of the layers up to rounding, and a
-step that runs eagerly is plain Keras. Five things are replaced: batch normalization by torch's
+step that runs eagerly is plain Keras. Six things are replaced: batch normalization by torch's
 kernel (Keras makes a dozen passes over the data); copies between channels-last and channels-first
 layouts of the same bytes, which are removed; ``isfinite``, by two operations instead of four;
-segment sums, by operations that need no values on the host; and random numbers from a seed tensor,
+segment sums, by operations that need no values on the host; cuDNN's LSTM and GRU, whose gradient
+cannot be recorded, by the loop that Keras has for other devices; and random numbers from a seed tensor,
 by operations that can be recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,6 +35,10 @@ from kbtrain.backends.whole_batch import is_active
 
 aten = torch.ops.aten
 
+# What LSTM and GRU ask before they call cuDNN, whose gradient has no rule for fake tensors. The
+# package has a function of the module's name.
+keras_rnn = importlib.import_module("keras.src.backend.torch.rnn")
+
 
 @contextlib.contextmanager
 def native_operations() -> Iterator[None]:
@@ -44,6 +50,8 @@ def native_operations() -> Iterator[None]:
         mock.patch.object(keras_random, "torch_seed_generator", seeds.generator),
         mock.patch.object(keras_math, "_segment_reduction_fn", _segment_reduction),
         mock.patch.object(keras_core, "scatter", _scatter),
+        # As on a CPU: a product for all steps, then a loop, which is recorded step by step.
+        mock.patch.object(keras_rnn, "_is_cuda_cudnn_available", lambda: False),
         _Operations(seeds),
     ):
         yield

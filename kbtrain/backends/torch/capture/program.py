@@ -35,7 +35,12 @@ from kbtrain.backends.torch.capture.simplify import (
     known_number,
     simplify,
 )
-from kbtrain.backends.torch.capture.views import copy_where_needed, plain_products, shorten_views
+from kbtrain.backends.torch.capture.views import (
+    allow_other_strides,
+    copy_where_needed,
+    plain_products,
+    shorten_views,
+)
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
@@ -123,6 +128,7 @@ def make_program(
     shorten_views(module.graph)
     copy_where_needed(module.graph)
     fuse_bias(module.graph)
+    allow_other_strides(module.graph)
     if not inductor:  # inductor plans memory itself
         keep_gradients(module, kept)
     analysis = AliasAnalysis(module.graph)

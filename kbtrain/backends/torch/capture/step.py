@@ -10,7 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    UnsupportedOperatorException,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -147,6 +150,11 @@ def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
     except NotCapturable:
         raise
     except Exception as error:  # make_fx decides whether any error is real
+        unknown = [e for e in causes(error) if isinstance(e, UnsupportedOperatorException)]
+        if unknown and any(example.device.type != "cpu" for example in examples):
+            raise NotCapturable(
+                f"{unknown[0].func} has no rule for tensors without data"
+            ) from error
         logger.debug("The step is recorded by make_fx: %s", first_lines(error, 1))
         failure = error
     recorded = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)

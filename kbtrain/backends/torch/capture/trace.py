@@ -60,7 +60,10 @@ def record(fn: Callable[..., Sequence[Any]], examples: Sequence[torch.Tensor]) -
         Exception: Any error of ``fn``, or of PyTorch if the function reads a value.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        fakes = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True)
+        # An operation without a rule for fake tensors runs on zeros, which a GPU's memory may not
+        # have room for.
+        on_host = all(example.device.type == "cpu" for example in examples)
+        fakes = FakeTensorMode(allow_fallback_kernels=on_host, allow_non_fake_inputs=True)
     given = [fakes.from_tensor(example) for example in examples]
     recorder = _Recorder(given)
     cached = torch.is_autocast_cache_enabled()

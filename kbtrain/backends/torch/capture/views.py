@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from kbtrain.backends.torch.capture.aliasing import AliasAnalysis
+from kbtrain.backends.torch.capture.guard import NotCapturable
 
 aten = torch.ops.aten
 
@@ -115,6 +116,60 @@ def _view(graph: Graph, base: Node, wanted: torch.Tensor, below: int, reshape: A
         )
     # Includes strides of axes of length 1: kernels use them to detect channels-last.
     return result if result.meta["val"].stride() == wanted.stride() else None
+
+
+def allow_other_strides(graph: Graph) -> None:
+    """Make a record independent of how kernels lay out their results.
+
+    The libraries of a GPU may lay a result out otherwise than its fake tensor. What was decided by
+    the fake's strides while recording can then be wrong: a view that is not possible, a gradient
+    that an optimizer takes for contiguous, strides that mean other elements. A ``view`` of memory
+    that nobody writes to becomes ``reshape``, and the others read ``contiguous()``; where strides
+    are as recorded, both are the same view.
+
+    Args:
+        graph: A recorded graph; changed in place.
+
+    Raises:
+        NotCapturable: An operation reads memory by strides of a result that was recorded with gaps.
+    """
+    analysis = AliasAnalysis(graph)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.view.default and not analysis.written_after(node, -1):
+            node.target = aten.reshape.default
+        elif node.target in _BY_STRIDES:
+            base = node.args[0]
+            if _is_dense(base) and not analysis.written_after(node, -1):
+                _read_contiguous(graph, node, [base])
+            elif base.op == "call_function" and node.meta["val"].device.type != "cpu":
+                raise NotCapturable(f"{node.target} depends on how a GPU lays out a result")
+        elif _is_update(node.target):
+            gradients = [g for g in node.args[1] if g.op == "call_function" and _is_dense(g)]
+            _read_contiguous(graph, node, gradients)
+
+
+_BY_STRIDES = (aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default)
+
+
+def _is_update(operation: Any) -> bool:
+    """Whether an operation updates lists of tensors: parameters, then gradients."""
+    name = getattr(operation, "_schema", None) and operation._schema.name
+    return bool(name) and name.startswith(("aten::_fused_", "optim::run_"))
+
+
+def _is_dense(node: Node) -> bool:
+    value = node.meta["val"]
+    return bool(value.is_contiguous() and value.storage_offset() == 0)
+
+
+def _read_contiguous(graph: Graph, node: Node, sources: list[Node]) -> None:
+    """Let ``node`` read ``contiguous()`` of some of its arguments."""
+    for source in sources:
+        with graph.inserting_before(node):
+            dense = _call(graph, aten.contiguous.default, source)
+        node.replace_input_with(source, dense)
 
 
 def copy_where_needed(graph: Graph) -> None:

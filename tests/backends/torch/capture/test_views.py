@@ -63,3 +63,73 @@ def test_attention_on_a_cpu_takes_a_mask_as_a_view_too(copied):
 
 def test_other_operations_get_their_copies(copied):
     assert copied(call("cat", 0, 1, 2)) == "ccc"
+
+
+# --- layouts that kernels choose ------------------------------------------------------------------
+
+
+def other_layout(tensor, shift):
+    """The same values with other strides, as a library of a GPU may return them."""
+    axes = [(i + shift) % tensor.dim() for i in range(tensor.dim())]
+    back = [axes.index(i) for i in range(tensor.dim())]
+    return tensor.permute(axes).contiguous().permute(back)
+
+
+@pytest.fixture
+def values_of(torch):
+    """``values_of(fn, *examples, shift)``: its results by a record, with convolutions re-laid."""
+    capture = {
+        name: importlib.import_module(f"kbtrain.backends.torch.capture.{name}")
+        for name in ("trace", "program", "views", "codegen")
+    }
+
+    def run(fn, *examples, shift):
+        with torch.no_grad():
+            module = capture["trace"].record(fn, examples)
+            original = capture["codegen"].public_call
+
+            def call(node):
+                function, args, kwargs = original(node)
+                if node.target is torch.ops.aten.convolution.default:
+                    return (lambda *x, **y: other_layout(function(*x, **y), shift)), args, kwargs
+                return function, args, kwargs
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(capture["codegen"], "public_call", call)
+                program = capture["program"].make_program(module, examples, False, {})
+            return program.run(*examples)
+
+    return run
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+def test_numbers_do_not_depend_on_how_kernels_lay_out_their_results(torch, values_of, shift):
+    aten = torch.ops.aten
+    torch.manual_seed(0)
+    x, kernel, weight = torch.randn(4, 3, 8, 8), torch.randn(6, 3, 3, 3), torch.randn(216, 2)
+    parameter, gradient = torch.randn(6, 3, 3, 3), torch.randn(4, 6, 3, 3)
+
+    def fn(x, kernel, weight, parameter, gradient, step):
+        y = aten.convolution.default(x, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        flat = y.view(4, 216) @ weight
+        windows = y.as_strided((4, 5, 2), (216, 36, 1))
+        turned = y.view(4, 6, 18, 2).view(torch.float64)
+        # A gradient, which an optimizer takes as one block of memory.
+        g = aten.convolution.default(
+            parameter, gradient[:3, :3], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        )
+        torch._fused_sgd_(
+            [parameter], [g], [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False,
+        )  # fmt: skip
+        return [flat, windows.clone(), turned.clone()]
+
+    def examples():
+        return [t.clone() for t in (x, kernel, weight, parameter, gradient, torch.ones(()))]
+
+    wanted, found = examples(), examples()
+    with torch.no_grad():
+        expected = fn(*wanted)
+    results = values_of(fn, *found, shift=shift)
+    for result, other in zip([*results, found[3]], [*expected, wanted[3]], strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-6)
