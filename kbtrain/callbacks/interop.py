@@ -75,11 +75,11 @@ _REFUSED_OF_KERAS = {
 _TRACKERS = {
     "ClearMLCallback": None,
     "CodeCarbonCallback": None,
-    "CometCallback": None,
+    "CometCallback": "comet_ml",
     "DVCLiveCallback": None,
     "MLflowCallback": "mlflow",
     "NeptuneCallback": None,
-    "SwanLabCallback": None,
+    "SwanLabCallback": "swanlab",
     "TensorBoardCallback": "tensorboard",
     "TrackioCallback": "trackio",
     "WandbCallback": "wandb",

@@ -19,10 +19,12 @@ from kbtrain.optimization import registry
 GROUP = "kbtrain.trackers"
 
 TRACKERS: dict[str, tuple[str, str | None]] = {
+    "comet_ml": ("comet_ml:CometCallback", "comet_ml"),
     "csv": ("csv_table:CsvCallback", None),
     "html": ("html:HtmlCallback", None),
     "json": ("json_lines:JsonLinesCallback", None),
     "mlflow": ("mlflow:MlflowCallback", "mlflow"),
+    "swanlab": ("swanlab:SwanLabCallback", "swanlab"),
     "tensorboard": ("tensorboard:TensorBoardCallback", "tensorboardX"),
     "trackio": ("trackio:TrackioCallback", "trackio"),
     "wandb": ("wandb:WandbCallback", "wandb"),

@@ -94,7 +94,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
                                self.early_stopping_patience_counter}}
 class WandbCallback(TrainerCallback):
     pass
-class CometCallback(TrainerCallback):
+class NeptuneCallback(TrainerCallback):
     pass
 class DefaultFlowCallback(TrainerCallback):
     pass
@@ -107,7 +107,7 @@ class ProgressCallback(TrainerCallback):
     ("name", "said"),
     [
         ("WandbCallback", "report_to='wandb'"),
-        ("CometCallback", "entry points kbtrain.trackers"),
+        ("NeptuneCallback", "entry points kbtrain.trackers"),
         ("DefaultFlowCallback", "Leave it out"),
         ("ProgressCallback", "disable_tqdm=False"),
     ],

@@ -5,7 +5,9 @@ test_docs_page.py (optim.md), test_ray.py (clusters.md) and test_examples.py (mi
 """
 
 import ast
+import contextlib
 import re
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -34,7 +36,9 @@ def execute(page: str, **names: object) -> dict:
     return names
 
 
-def trained(folder: Path, **options: object) -> kbtrain.Trainer:
+def trained(
+    folder: Path, resume: bool = False, max_steps: int = 1, **options: object
+) -> kbtrain.Trainer:
     """A run of one update that has saved."""
     x = np.ones((8, 4), "float32")
     trainer = kbtrain.Trainer(
@@ -43,7 +47,7 @@ def trained(folder: Path, **options: object) -> kbtrain.Trainer:
         ),
         kbtrain.TrainingArguments(
             output_dir=folder,
-            max_steps=1,
+            max_steps=max_steps,
             save_steps=1,
             logging_steps=1,
             disable_tqdm=True,
@@ -53,15 +57,24 @@ def trained(folder: Path, **options: object) -> kbtrain.Trainer:
         loss="mse",
         **options,
     )
-    trainer.fit()
+    trainer.fit(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_trackers(tmp_path, capsys):
-    trained(tmp_path, callbacks=[execute("trackers.md")["Printer"]()])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("mine 1 {'train/loss'")
-    assert lines[-1] == "mine done"
+def test_trackers(tmp_path):
+    tracker = execute("trackers.md")["SqliteTracker"]
+    trainer = trained(tmp_path, callbacks=[tracker()])
+    trainer.evaluate(trainer.train_dataset)
+    again = trained(tmp_path, callbacks=[tracker()], resume=True, max_steps=2)
+    trained(tmp_path, callbacks=[tracker()])
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs.sqlite")) as database:
+        runs = database.execute("SELECT run, settings FROM runs").fetchall()
+        rows = database.execute("SELECT run, step, value FROM logs WHERE name = 'train/loss'")
+        losses = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
+        assert rows.fetchall()[:2] == [("1", 1, losses[0]), ("1", 2, losses[1])]
+        assert database.execute("SELECT * FROM logs WHERE name = 'eval/loss'").fetchall()
+    assert [run for run, _ in runs] == [1, 2]
+    assert "'run_name': 'mine'" in runs[0][1]
 
 
 def test_data():

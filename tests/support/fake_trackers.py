@@ -88,4 +88,47 @@ class FakeTrackio(types.ModuleType):
         return run
 
 
-FAKES = {"wandb": FakeWandb, "mlflow": FakeMlflow, "trackio": FakeTrackio}
+class FakeComet(types.ModuleType):
+    def __init__(self):
+        super().__init__("comet_ml")
+        self.runs, self.running = [], None
+
+    def get_running_experiment(self):
+        return self.running
+
+    def ExperimentConfig(self, **settings):  # noqa: N802
+        return settings
+
+    def start(self, project_name=None, experiment_key=None, mode=None, experiment_config=None):
+        assert (mode == "get") == (experiment_key is not None)
+        assert self.running is None or self.running.ended
+        name = (experiment_config or {}).get("name")
+        run = self.running = Run(project=project_name, name=name, id=experiment_key)
+        run.ended, run.get_key = False, lambda: run.id
+        run.log_parameters = run.params.update
+        run.log_metrics = lambda values, step: run.rows.append((dict(values), step))
+        run.end = lambda: (setattr(run, "finished", True), setattr(run, "ended", True))
+        self.runs.append(run)
+        return run
+
+
+class FakeSwanLab(types.ModuleType):
+    def __init__(self):
+        super().__init__("swanlab")
+        self.runs = []
+
+    def init(self, *, project, name, config, log_dir, id, resume):
+        assert (resume == "allow") == (id is not None)
+        run = Run(project=project, name=name, config=config, id=id)
+        run.params = dict(config)
+        run.log = lambda values, step: run.rows.append((dict(values), step))
+        run.finish = lambda state: setattr(run, "finished", state == "success")
+        self.runs.append(run)
+        return run
+
+
+FAKES = {"comet_ml": FakeComet, "swanlab": FakeSwanLab} | {
+    "wandb": FakeWandb,
+    "mlflow": FakeMlflow,
+    "trackio": FakeTrackio,
+}

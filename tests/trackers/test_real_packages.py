@@ -31,18 +31,7 @@ trainer.callback_handler.close()
 open({folder!r} + "/logged.json", "w").write(json.dumps(logged))
 """
 
-READ = {
-    "tensorboard": """
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-events = EventAccumulator(folder + "/runs/a-run").Reload()
-for tag in events.Tags()["scalars"]:
-    for event in events.Scalars(tag):
-        found.append([event.step, tag, event.value])
-""",
-    "wandb": """
-import glob
-from wandb.proto import wandb_internal_pb2
-from wandb.proto import wandb_internal_pb2
+LEVELDB = """
 def records(raw):
     # LevelDB: blocks of 32 KiB; checksum, length and kind (whole, first, middle, last) of each
     position, parts = 7, []
@@ -56,11 +45,48 @@ def records(raw):
             parts = []
         if kind == 0 or 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
+"""
+
+READ = {
+    "tensorboard": """
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(folder + "/runs/a-run").Reload()
+for tag in events.Tags()["scalars"]:
+    for event in events.Scalars(tag):
+        found.append([event.step, tag, event.value])
+""",
+    "wandb": LEVELDB
+    + """
+import glob
+from wandb.proto import wandb_internal_pb2
 for path in sorted(glob.glob(folder + "/wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime):
     for raw in records(open(path, "rb").read()):
         record = wandb_internal_pb2.Record.FromString(raw)
         row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
         found += [[row["train/global_step"], k, v] for k, v in row.items() if "/" in k]
+""",
+    "comet_ml": """
+import glob, zipfile
+for path in glob.glob(folder + "/*.zip"):
+    archive = zipfile.ZipFile(path)
+    experiment = json.loads(archive.read("experiment.json"))
+    assert experiment["project_name"] == "a-project"
+    for line in archive.read("messages.json").decode().splitlines():
+        metric = json.loads(line)["payload"].get("metric")
+        if metric and "/" in metric["metricName"]:
+            found.append([metric["step"], metric["metricName"], metric["metricValue"]])
+""",
+    "swanlab": LEVELDB
+    + """
+import glob
+from swanlab.proto.swanlab.record.v1 import record_pb2
+runs = glob.glob(folder + "/swanlog/run-*/run-*.swanlab")
+assert len({os.path.basename(path) for path in runs}) == 1
+for path in sorted(runs, key=os.path.getmtime):
+    for raw in records(open(path, "rb").read()):
+        record = record_pb2.Record.FromString(raw)
+        if record.HasField("scalar"):
+            found.append([record.scalar.step, record.scalar.key, record.scalar.value.number])
 """,
     "mlflow": """
 import mlflow
@@ -91,6 +117,8 @@ def python(program, folder):
         "WANDB_SILENT": "true",
         "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns",
         "MLFLOW_ALLOW_FILE_STORE": "true",
+        "COMET_START_ONLINE": "0",
+        "SWANLAB_MODE": "offline",
         "TRACKIO_DIR": f"{folder}/trackio",
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",

@@ -1,6 +1,6 @@
 """Trackers: one contract for all, and what is particular to each.
 
-wandb, mlflow and trackio are stand-ins here (tests/support/fake_trackers.py).
+The packages are stand-ins here (tests/support/fake_trackers.py).
 """
 
 import csv
@@ -237,7 +237,7 @@ def test_an_error_closes_the_run_and_keeps_what_was_logged(interrupted, name):
     assert (1, "train/loss") in interrupted.read(name)
     assert not getattr(interrupted.trackers[name], "_is_open", False)
     for run in getattr(interrupted.packages.get(name), "runs", []):
-        assert run.finished is (name == "trackio")  # which has no word for a failure
+        assert run.finished is (name in ("trackio", "comet_ml"))  # which has no word for a failure
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -261,11 +261,13 @@ def test_a_second_training_is_another_run_and_an_evaluation_is_not(tmp_path):
     assert tracker.finished == [True, True, True]
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["comet_ml", "wandb", "mlflow"])
 def test_a_run_of_the_user_is_used_and_left_open(tmp_path, packages, name):
     fake = packages[name]
     if name == "wandb":
         run = fake.init(project=None, name=None, config={}, dir=".", id=None, resume=None)
+    elif name == "comet_ml":
+        run = fake.start()
     else:
         run = fake.start_run()
     make_trainer(tmp_path, report_to=name).fit()
@@ -331,7 +333,8 @@ def test_an_evaluation_without_a_training_is_in_the_output_directory(
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(
-        ConfigurationError, match="csv, html, json, mlflow, tensorboard, trackio, wandb"
+        ConfigurationError,
+        match="comet_ml, csv, html, json, mlflow, swanlab, tensorboard, trackio, wandb",
     ):
         make_trainer(tmp_path, report_to="nowhere")
 

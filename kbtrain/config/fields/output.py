@@ -69,8 +69,9 @@ class OutputFields(Immutable):
     report_to: Names = option(
         "none",
         converters.trackers,
-        "Trackers that receive the logs: names from 'csv', 'json', 'mlflow', 'tensorboard', "
-        "'trackio', 'wandb' and those that other packages add, 'all' installed ones, or 'none'.",
+        "Trackers that receive the logs: names from 'comet_ml', 'csv', 'html', 'json', 'mlflow', "
+        "'swanlab', 'tensorboard', 'trackio', 'wandb' and those that other packages add, 'all' "
+        "installed ones, or 'none'.",
         command_line=Sequence[str],
         on_resume=HARMLESS,
     )
