@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 PACKAGES = (
     *("kbtrain", "keras", "torch", "tensorflow", "jax", "jaxlib", "numpy", "h5py", "ml_dtypes"),
-    *("rich", "jsonargparse", "optuna", "tensorboardX", "wandb", "mlflow", "trackio", "grain"),
+    *("rich", "jsonargparse", "optuna", "tensorboardX", "wandb", "mlflow", "trackio", "comet_ml"),
+    *("swanlab", "grain"),
 )
 """Distributions whose versions are printed; nothing but Keras and its backend is imported."""
 
