@@ -46,9 +46,8 @@ def tile_width(each: int, largest: int, device: torch.device) -> int:
         largest: Of the tensors to work on, in elements.
         device: Where they are.
     """
-    if device.type == "cpu":
-        return min(each * torch.get_num_threads(), largest)
-    return min(MOST_ELEMENTS, largest)
+    on_cpu = device.type == "cpu"
+    return min(each * int(torch.get_num_threads()) if on_cpu else MOST_ELEMENTS, largest)
 
 
 class NumberedObjects(Generic[T]):

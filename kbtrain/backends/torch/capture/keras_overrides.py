@@ -5,8 +5,8 @@ step that runs eagerly is plain Keras. Six things are replaced: batch normalizat
 kernel (Keras makes a dozen passes over the data); copies between channels-last and channels-first
 layouts of the same bytes, which are removed; ``isfinite``, by two operations instead of four;
 segment sums, by operations that need no values on the host; cuDNN's LSTM and GRU, whose gradient
-cannot be recorded, by the loop that Keras has for other devices; and random numbers from a seed tensor,
-by operations that can be recorded.
+cannot be recorded, by the loop that Keras has for other devices; and random numbers from a seed
+tensor, by operations that can be recorded.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def native_operations() -> Iterator[None]:
         mock.patch.object(keras_math, "_segment_reduction_fn", _segment_reduction),
         mock.patch.object(keras_core, "scatter", _scatter),
         # As on a CPU: a product for all steps, then a loop, which is recorded step by step.
-        mock.patch.object(keras_rnn, "_is_cuda_cudnn_available", lambda: False),
+        mock.patch.object(keras_rnn, "_is_cuda_cudnn_available", return_value=False),
         _Operations(seeds),
     ):
         yield

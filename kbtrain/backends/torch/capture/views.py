@@ -155,8 +155,9 @@ _BY_STRIDES = (aten.as_strided.default, aten.view.dtype, aten.view_as_complex.de
 
 def _is_update(operation: Any) -> bool:
     """Whether an operation updates lists of tensors: parameters, then gradients."""
-    name = getattr(operation, "_schema", None) and operation._schema.name
-    return bool(name) and name.startswith(("aten::_fused_", "optim::run_"))
+    if not isinstance(operation, torch._ops.OpOverload):
+        return False
+    return str(operation._schema.name).startswith(("aten::_fused_", "optim::run_"))
 
 
 def _is_dense(node: Node) -> bool:
