@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
     from kbtrain.callbacks.base import TrainerCallback as TrainerCallback
     from kbtrain.callbacks.library.finetuning import FinetuningCallback as FinetuningCallback
+    from kbtrain.callbacks.library.gradient_noise import GradientNoiseScale as GradientNoiseScale
+    from kbtrain.callbacks.library.histograms import HistogramCallback as HistogramCallback
     from kbtrain.callbacks.library.profiler import ProfilerCallback as ProfilerCallback
+    from kbtrain.callbacks.library.samples import SampleCallback as SampleCallback
     from kbtrain.callbacks.library.system_metrics import (
         SystemMetricsCallback as SystemMetricsCallback,
     )
@@ -67,6 +70,9 @@ moved.install()
 _HOMES = {
     "callbacks.base": ("EarlyStoppingCallback", "TrainerCallback"),
     "callbacks.library.finetuning": ("FinetuningCallback",),
+    "callbacks.library.gradient_noise": ("GradientNoiseScale",),
+    "callbacks.library.histograms": ("HistogramCallback",),
+    "callbacks.library.samples": ("SampleCallback",),
     "callbacks.library.weight_averaging": ("WeightAveraging",),
     "data": (
         "DataCollatorForLanguageModeling",

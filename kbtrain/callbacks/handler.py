@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks import interop
+from kbtrain.callbacks.adapters import advice
+from kbtrain.callbacks.adapters.keras_callbacks import KerasCallbacks
+from kbtrain.callbacks.adapters.transformers_callback import TransformersCallback
 from kbtrain.callbacks.base import EVENTS, STEP_EVENTS, TrainerCallback
-from kbtrain.callbacks.library.keras_callbacks import KerasCallbacks
-from kbtrain.callbacks.library.transformers_callback import TransformersCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError, KbtrainError
 from kbtrain.utils.best_effort import warn_once
@@ -272,12 +272,12 @@ def _check_kind(callback: Any) -> str:
     cls = callback if isinstance(callback, type) else type(callback)
     if issubclass(cls, TrainerCallback):
         return "kbtrain"
-    if (kind := interop.usable(cls)) is not None:
+    if (kind := advice.usable(cls)) is not None:
         return kind
     raise ConfigurationError(
         "A callback must be a TrainerCallback, of kbtrain or Transformers, or a "
         "keras.callbacks.Callback. "
-        f"Received: {callback!r:.200}. {interop.advice(callback) or ''}".rstrip()
+        f"Received: {callback!r:.200}. {advice.advice(callback) or ''}".rstrip()
     )
 
 

@@ -20,7 +20,6 @@ from kbtrain.evaluation.eval_loop import EvalSpec, Evaluation
 from kbtrain.evaluation.generate import make_generator
 from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model import precision
-from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.tracing.moment import Moment
 from kbtrain.training.agreement import check_weights
 from kbtrain.utils.processes import current
@@ -135,12 +134,7 @@ def evaluate(
             pin=args.dataloader_pin_memory,
         )
         try:
-            with (
-                swapped_in(
-                    trainer.optimizer if trainer.training_weights else None, trainer.model.variables
-                ),
-                trainer.callback_handler.evaluating(trainer),
-            ):
+            with trainer.evaluation_weights():
                 return evaluation.run(batches, metrics)
         except Exception as error:
             if not backend.is_oom(error):

@@ -6,10 +6,12 @@ import contextlib
 import json
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
+from kbtrain.utils.best_effort import best_effort
 from kbtrain.utils.optional_imports import require
 
 if TYPE_CHECKING:
@@ -51,6 +53,38 @@ class TensorBoardCallback(Tracker):
         """Write one scalar for each value."""
         for name, value in values.items():
             self._add(summary=self._summary.scalar(name, value), step=step)
+
+    @best_effort
+    def write_histograms(self, histograms: Mapping[str, tuple[Any, Any]], step: int) -> None:
+        """Write histograms.
+
+        Args:
+            histograms: Name -> counts and edges, NumPy arrays.
+            step: Updates done.
+        """
+        if not self._is_open:
+            return
+        for name, (counts, edges) in histograms.items():
+            middle = (edges[:-1] + edges[1:]) / 2
+            self._add(
+                summary=self._summary.histogram_raw(
+                    name,
+                    float(edges[0]),
+                    float(edges[-1]),
+                    int(counts.sum()),
+                    float((counts * middle).sum()),
+                    float((counts * middle**2).sum()),
+                    edges[1:].tolist(),
+                    counts.tolist(),
+                ),
+                step=step,
+            )
+
+    @best_effort
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Write a text, in Markdown."""
+        if self._is_open:
+            self._add(summary=self._summary.text(name, text), step=step)
 
     def finish(self, completed: bool) -> None:
         """Close the event file."""

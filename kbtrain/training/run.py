@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from kbtrain import distributed
 from kbtrain.backends.protocol import Backend
+from kbtrain.callbacks.adapters.epoch_results import EpochResults
 from kbtrain.callbacks.lazy_values import LazyMapping, LazyNumber, MicroBatches
-from kbtrain.callbacks.library.epoch_results import EpochResults
 from kbtrain.callbacks.state import TrainerState, TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.data import Batches, Block, without_none

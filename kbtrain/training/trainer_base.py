@@ -6,10 +6,11 @@ methods that users call.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.forward import default_loss
 from kbtrain.model.losses.pairs import as_extra
 from kbtrain.optimization import factory, weight_decay
+from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.optimization.factory import learning_rates
 from kbtrain.report.record import RunRecord
 from kbtrain.tracing.captured import CapturedValues
@@ -299,6 +301,13 @@ class TrainerBase(ABC):
             if takes_trial(self.model_init):
                 return self.model_init(self.trial)
             return self.model_init()
+
+    @contextlib.contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Context in which the model holds the weights that evaluations use, such as averages."""
+        optimizer = self.optimizer if self.training_weights else None
+        with swapped_in(optimizer, self.model.variables), self.callback_handler.evaluating(self):
+            yield
 
     def weights_of_checkpoint(self, step: int) -> list[Any] | None:
         """The model's weights in a checkpoint of the run, as ``get_weights`` returns them.

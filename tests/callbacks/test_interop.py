@@ -8,7 +8,7 @@ import pytest
 from helpers import arguments, linear_model, make_data
 
 from kbtrain import ConfigurationError, EarlyStoppingCallback, Trainer
-from kbtrain.callbacks.interop import _REFUSED_OF_KERAS, usable
+from kbtrain.callbacks.adapters.advice import _REFUSED_OF_KERAS, usable
 
 K = keras.callbacks
 

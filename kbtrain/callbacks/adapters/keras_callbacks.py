@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
+from kbtrain.callbacks.adapters import keras_facts as facts
+from kbtrain.callbacks.adapters.epoch_results import EpochResults
 from kbtrain.callbacks.base import TrainerCallback
-from kbtrain.callbacks.library import keras_facts as facts
-from kbtrain.callbacks.library.epoch_results import EpochResults
 from kbtrain.errors import ConfigurationError, KbtrainError, first_lines
 from kbtrain.utils.processes import current
 

@@ -1,0 +1,1 @@
+"""Callbacks of Keras and Transformers as those of kbtrain."""
