@@ -191,7 +191,7 @@ def test_several_updates_still_run_in_one_call(tmp_path):
     ]
     handler = trainer_for(tmp_path, callbacks).callback_handler
     assert not handler.need_every_step()
-    assert not handler.listeners("on_step_end")
+    assert not [c for c in handler.listeners("on_step_end") if hasattr(c, "callbacks")]
     batches = RecordBatches()
     handler.add(batches)
     assert handler.need_every_step()
