@@ -6,6 +6,7 @@ happens in a background thread. A problem of one process is raised on all of the
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +21,13 @@ from kbtrain.checkpoint.storage.array_index import ArrayOutline
 from kbtrain.checkpoint.storage.block_index import ArrayEntry, entry_to_json, parse_arrays
 from kbtrain.checkpoint.storage.blocks import Part, write_blocks
 from kbtrain.checkpoint.storage.faults import is_folder
-from kbtrain.checkpoint.storage.folder_reader import Checkpoint, read_back
+from kbtrain.checkpoint.storage.folder_reader import (
+    Checkpoint,
+    everything,
+    read_back,
+    read_checkpoint,
+    verify_blocks,
+)
 from kbtrain.checkpoint.storage.folder_writer import Contents, write_files
 from kbtrain.checkpoint.storage.manifest import (
     SHARDED_FORMAT_VERSION,
@@ -29,7 +36,7 @@ from kbtrain.checkpoint.storage.manifest import (
 )
 from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.distributed.control.peers import Peers
-from kbtrain.errors import CheckpointError, DistributedError
+from kbtrain.errors import CheckpointError, CheckpointNotFoundError, DistributedError
 from kbtrain.utils import filesystem
 from kbtrain.utils.array_blocks import OwnedBlocks
 
@@ -110,7 +117,8 @@ def resolve(
 ) -> Checkpoint | None:
     """Find the checkpoint to resume from; process 0 decides, so that all use the same one.
 
-    Process 0 verifies every file and skips damaged checkpoints; the others read what it has found.
+    Each process verifies a share of the files that hold blocks. A damaged checkpoint is skipped by
+    all.
 
     Args:
         store: The run's folder, on a disk that all processes share.
@@ -121,21 +129,69 @@ def resolve(
         log: As for ``CheckpointStore.resolve``.
 
     Raises:
-        CheckpointError, ConfigurationError: As for ``CheckpointStore.resolve``, on all processes.
+        CheckpointError, ConfigurationError: As for ``CheckpointStore.resolve``, on all processes;
+            or a process cannot see the checkpoint.
     """
+
+    def is_mine(index: int) -> bool:
+        return index % peers.size == peers.rank
+
     if peers.rank:
-        told = _unpack(peers.announce(key))
-        return store.follow(told["name"], lazy)
+        for number in itertools.count():
+            told = _unpack(peers.announce(f"{key}/{number}"))
+            if "chosen" in told:
+                return store.follow(told["chosen"], lazy)
+            problem = _problem_with(store.directory / told["verify"], is_mine)
+            peers.gather(f"{key}/{number}/verified", _pack(peers, problem))
+
+    numbers = itertools.count()
+
+    def read(path: Path) -> Checkpoint:
+        number = next(numbers)
+        peers.announce(f"{key}/{number}", _pack(peers, verify=_place(store, path)))
+        checkpoint, problem = None, None
+        try:
+            checkpoint = read_checkpoint(path, lazy, is_mine if lazy else everything)
+        except Exception as error:
+            problem = error
+        reports = peers.gather(f"{key}/{number}/verified", _pack(peers))
+        if problem is not None:
+            raise problem
+        for report in reports[1:]:
+            _unpack(report)
+        assert checkpoint is not None
+        return checkpoint
+
     try:
-        checkpoint = store.resolve(resume, log, lazy)
+        checkpoint = store.resolve(resume, log, lazy, read)
     except Exception as error:
-        peers.announce(key, _pack(peers, error))
+        peers.announce(f"{key}/{next(numbers)}", _pack(peers, error))
         raise
-    path = None if checkpoint is None else checkpoint.path.absolute()
-    if path is not None and path.parent == store.directory:  # elsewhere in the tree of another host
-        path = Path(path.name)
-    peers.announce(key, _pack(peers, name=None if path is None else str(path)))
+    path = None if checkpoint is None else _place(store, checkpoint.path)
+    peers.announce(f"{key}/{next(numbers)}", _pack(peers, chosen=path))
     return checkpoint
+
+
+def _place(store: CheckpointStore, path: Path) -> str:
+    """A path as the other processes find it: the run may be elsewhere in the tree of their host."""
+    path = path.absolute()
+    return path.name if path.parent == store.directory.absolute() else str(path)
+
+
+def _problem_with(path: Path, is_mine: Callable[[int], bool]) -> Exception | None:
+    """What is wrong with this process's share of a checkpoint that process 0 has found."""
+    try:
+        verify_blocks(path, is_mine)
+    except CheckpointNotFoundError:
+        # Not the class: process 0 would take an older one instead.
+        return CheckpointError(
+            f"There is no {path} here, from which process 0 resumes. All processes read the "
+            "checkpoint: put output_dir on storage that every machine sees, or copy "
+            f"{path.name} to each."
+        )
+    except Exception as error:
+        return error
+    return None
 
 
 # --- saving -------------------------------------------------------------------------------------

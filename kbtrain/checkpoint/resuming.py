@@ -25,10 +25,11 @@ from kbtrain.utils import filesystem
 from kbtrain.utils.local_path import check_local
 
 Log = Callable[[str], None]
+Read = Callable[[Path], Checkpoint]
 
 
 def newest_intact(
-    directory: Path, damaged: set[Path], log: Log | None, lazy: bool = False
+    directory: Path, damaged: set[Path], log: Log | None, read: Read = read_checkpoint
 ) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest checkpoint of a folder that is intact.
 
@@ -36,7 +37,7 @@ def newest_intact(
         directory: The folder of a run.
         damaged: The checkpoints found damaged so far; updated in place.
         log: Called with a message for each one that is skipped; a warning by default.
-        lazy: Whether to leave the arrays on the disk.
+        read: Reads and verifies one.
 
     Returns:
         The checkpoint, or None if there is none, and the messages about the damaged ones.
@@ -49,7 +50,7 @@ def newest_intact(
     reports = []
     for _, path in reversed(list_checkpoints(directory)):
         try:
-            checkpoint = read_checkpoint(path, lazy)
+            checkpoint = read(path)
         except (CheckpointDamagedError, CheckpointNotFoundError) as error:
             reports.append(str(error))
             damaged.add(path)
@@ -65,15 +66,15 @@ def find_checkpoint(
     resume: bool | str | os.PathLike[str] | None,
     damaged: set[Path],
     log: Log | None,
-    lazy: bool = False,
+    read: Read = read_checkpoint,
 ) -> Checkpoint | None:
     """Find the checkpoint for ``resume_from_checkpoint``; see ``CheckpointStore.resolve``."""
     if resume is None or resume is False:
         return None
     if resume is True:
-        return _newest_or_raise(directory, damaged, log, lazy)
+        return _newest_or_raise(directory, damaged, log, read)
     if resume == "auto":
-        checkpoint, reports = newest_intact(directory, damaged, log, lazy)
+        checkpoint, reports = newest_intact(directory, damaged, log, read)
         if checkpoint is None and reports:
             _log(
                 log,
@@ -87,13 +88,13 @@ def find_checkpoint(
             f"checkpoint. Received: resume_from_checkpoint={resume!r}"
         )
     check_local("resume_from_checkpoint", resume)
-    return _checkpoint_at(Path(resume), directory, damaged, log, lazy)
+    return _checkpoint_at(Path(resume), directory, damaged, log, read)
 
 
 def _newest_or_raise(
-    directory: Path, damaged: set[Path], log: Log | None, lazy: bool
+    directory: Path, damaged: set[Path], log: Log | None, read: Read
 ) -> Checkpoint:
-    checkpoint, reports = newest_intact(directory, damaged, log, lazy)
+    checkpoint, reports = newest_intact(directory, damaged, log, read)
     if checkpoint is not None:
         return checkpoint
     if reports:
@@ -110,7 +111,7 @@ def _newest_or_raise(
 
 
 def _checkpoint_at(
-    path: Path, directory: Path, damaged: set[Path], log: Log | None, lazy: bool
+    path: Path, directory: Path, damaged: set[Path], log: Log | None, read: Read
 ) -> Checkpoint:
     """The checkpoint at a path, or the newest intact one if the path is a run's folder."""
     if not exists(path):
@@ -118,11 +119,11 @@ def _checkpoint_at(
         raise CheckpointNotFoundError(f"There is no {path}. Checkpoints in {directory}: {here}.")
     names = names_in(path)
     if MANIFEST_NAME not in names and list_checkpoints(path):
-        return _newest_or_raise(path.absolute(), damaged, log, lazy)
+        return _newest_or_raise(path.absolute(), damaged, log, read)
     if MANIFEST_NAME in names or filesystem.parse_checkpoint_name(path.name) is not None:
-        return read_checkpoint(path, lazy)
+        return read(path)
     if is_folder(path) and not names:
-        return _newest_or_raise(path.absolute(), damaged, log, lazy)
+        return _newest_or_raise(path.absolute(), damaged, log, read)
     found = f"a folder with {', '.join(names[:8])}" if is_folder(path) else "a file"
     raise CheckpointError(
         f"{path} is not a checkpoint. Expected a checkpoint folder (with a {MANIFEST_NAME}) or "

@@ -8,6 +8,7 @@ to save and what a failure means, and keeps other runs out of the folder.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -23,8 +24,10 @@ from kbtrain.checkpoint.storage import run_folder as folder
 from kbtrain.checkpoint.storage.faults import exists, is_folder
 from kbtrain.checkpoint.storage.folder_reader import (
     Checkpoint,
+    everything,
     find_problems,
     manifest_of,
+    nothing,
     read_back,
     read_checkpoint,
 )
@@ -265,6 +268,7 @@ class CheckpointStore:
         resume: bool | str | os.PathLike[str] | None,
         log: Log | None = None,
         lazy: bool = False,
+        read: resuming.Read | None = None,
     ) -> Checkpoint | None:
         """Find the checkpoint for ``resume_from_checkpoint``, and continue its run.
 
@@ -277,6 +281,7 @@ class CheckpointStore:
             log: Called with a message for each damaged checkpoint; by default a warning of the
                 logger ``"kbtrain"``.
             lazy: As in ``load``.
+            read: Reads and verifies a checkpoint; None for this process alone.
 
         Returns:
             The checkpoint; None for a fresh start.
@@ -292,8 +297,9 @@ class CheckpointStore:
             ConfigurationError: If ``resume`` is none of these.
         """
         self._begin()
+        read = read or functools.partial(read_checkpoint, lazy=lazy)
         return self._continue_from(
-            resuming.find_checkpoint(self.directory, resume, self._damaged, log, lazy)
+            resuming.find_checkpoint(self.directory, resume, self._damaged, log, read)
         )
 
     def follow(self, name: str | None, lazy: bool = False) -> Checkpoint | None:
@@ -309,7 +315,9 @@ class CheckpointStore:
         self._begin()
         if name is None:
             return None
-        return self._continue_from(read_checkpoint(self.directory / name, lazy, trusted=lazy))
+        return self._continue_from(
+            read_checkpoint(self.directory / name, lazy, nothing if lazy else everything)
+        )
 
     def _continue_from(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
         if checkpoint is not None:

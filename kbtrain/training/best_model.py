@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks.base import metric_value
 from kbtrain.checkpoint import Checkpoint, run_state
 from kbtrain.checkpoint.storage.faults import is_folder
-from kbtrain.checkpoint.storage.folder_reader import read_checkpoint
+from kbtrain.checkpoint.storage.folder_reader import nothing, read_checkpoint
 from kbtrain.distributed import host
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -162,7 +162,7 @@ def load(trainer: TrainerBase) -> None:
     trainer.loaded_best = None if chosen is None else Path(chosen)
     divided = any(trainer.backend.owned_blocks(v) is not None for v in variables)
     if current().rank and chosen is not None and divided:  # process 0 has its own blocks only
-        run_state.restore_model(trainer.model, read_checkpoint(Path(chosen), True, trusted=True))
+        run_state.restore_model(trainer.model, read_checkpoint(Path(chosen), True, nothing))
     trainer.backend.copy_from_first(variables)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.backends.protocol import Backend
-from kbtrain.checkpoint import Checkpoint, CheckpointStore
+from kbtrain.checkpoint import Checkpoint, CheckpointStore, distributed
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.distributed import get_peers, host
-from kbtrain.errors import CheckpointNotFoundError
+from kbtrain.distributed import get_peers
 from kbtrain.training import actions
-from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
@@ -29,29 +26,23 @@ def resolve_together(trainer: TrainerBase, resume: Any) -> Checkpoint | None:
         CheckpointError: As for ``CheckpointStore.resolve``; or another process cannot see the
             checkpoint that process 0 has chosen.
     """
-    checkpoint = _resolve(trainer.store, trainer.backend, resume)
+    checkpoint = _resolve(trainer.store, resume)
     if checkpoint is None and trainer.args.save_strategy != "no" and trainer.args.should_save:
         actions.warn_of_former_run(trainer)
     return checkpoint
 
 
-def _resolve(store: CheckpointStore, backend: Backend, resume: Any) -> Checkpoint | None:
-    """Find the checkpoint: process 0 chooses, and the others follow."""
-    if current().size == 1:
+def _resolve(store: CheckpointStore, resume: Any) -> Checkpoint | None:
+    """Find the checkpoint: process 0 chooses, and all verify it together."""
+    peers = get_peers()
+    if peers is None:
         return store.resolve(resume)
     # Lazy: of variables that are divided, each process reads its blocks.
-    checkpoint = store.resolve(resume, lazy=True) if current().rank == 0 else None
-    chosen = host.broadcast(backend, None if checkpoint is None else str(checkpoint.path))
-    if checkpoint is not None or chosen is None:
-        return checkpoint
-    try:
-        return store.follow(chosen, lazy=True)
-    except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"Process {current().rank} cannot find {chosen}, from which process 0 resumes. All "
-            "processes read the checkpoint: put output_dir on storage that every machine sees, or "
-            f"copy {Path(chosen).name} to each."
-        ) from error
+    key = f"resuming {next(_resumed)}"
+    return distributed.resolve(store, resume, peers, key, lazy=True)
+
+
+_resumed = itertools.count(1)
 
 
 def make_saver(store: CheckpointStore, args: TrainingArguments) -> AsyncCheckpointer:

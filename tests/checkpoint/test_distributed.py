@@ -15,7 +15,7 @@ from helpers_peers import cut, together
 from helpers_saving import FULL
 
 from kbtrain.checkpoint import CheckpointStore, distributed, read_arrays
-from kbtrain.checkpoint.storage import array_writer, blocks
+from kbtrain.checkpoint.storage import array_writer, blocks, folder_reader
 from kbtrain.checkpoint.storage.folder_writer import Contents
 from kbtrain.checkpoint.storage.manifest import read_manifest
 from kbtrain.cli import main
@@ -308,6 +308,35 @@ def test_all_processes_use_the_older_checkpoint_if_one_block_is_damaged(store, s
 
     assert together(size, one) == [(5, True)] * size
     assert "'net/norm/gamma' at [2]" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_processes_share_the_work_of_verifying(store, monkeypatch, size):
+    verified = []
+    original = folder_reader.open_verified
+
+    def noting(folder, name, entry):
+        verified.append(name)
+        return original(folder, name, entry)
+
+    monkeypatch.setattr(folder_reader, "open_verified", noting)
+
+    def one(peers):
+        distributed.resolve(CheckpointStore(store.directory), True, peers, "resume", lazy=True)
+
+    assert together(size, one) == [None] * size
+    blocks = [name for name in verified if "-p0" in name]
+    assert sorted(blocks) == sorted(file.name for file in store.path(10).glob("*-p0*.h5"))
+
+
+def test_a_checkpoint_that_one_process_does_not_see_is_an_error_on_all(store, tmp_path):
+    def one(peers):
+        here = store.directory if peers.rank == 0 else tmp_path / "another disk"
+        return distributed.resolve(CheckpointStore(here), True, peers, "resume", lazy=True)
+
+    for error in together(2, one):
+        assert isinstance(error, CheckpointError)
+        assert "put output_dir on storage that every machine sees" in str(error)
 
 
 def test_all_start_from_scratch_or_none(store, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,15 +62,27 @@ class Checkpoint:
     manifest: Manifest
 
 
-def read_checkpoint(path: Path, lazy: bool = False, trusted: bool = False) -> Checkpoint:
+def everything(index: int) -> bool:
+    """Verify all files of blocks."""
+    return True
+
+
+def nothing(index: int) -> bool:
+    """Verify no files of blocks, as the processes have just done so together."""
+    return False
+
+
+def read_checkpoint(
+    path: Path, lazy: bool = False, verifies: Callable[[int], bool] = everything
+) -> Checkpoint:
     """Read a checkpoint and verify sizes and checksums of all its files.
 
     Args:
         path: The checkpoint's folder.
         lazy: Whether to leave the arrays on the disk, as ``StoredArray``. Blocks that several
             processes wrote are then verified again when they are read.
-        trusted: With ``lazy``: whether another process has just verified the files of blocks, so
-            that this one only compares their sizes.
+        verifies: With ``lazy``: which files of blocks to verify, by their index; of the others,
+            which other processes verify, only the size is compared.
 
     Raises:
         CheckpointNotFoundError: If there is no such folder.
@@ -85,7 +97,7 @@ def read_checkpoint(path: Path, lazy: bool = False, trusted: bool = False) -> Ch
     divided = _Divided(path, manifest, lazy)
     with naming(path):
         for name, entry in manifest.files.items():
-            if name in in_blocks and lazy and trusted:
+            if name in in_blocks and lazy and not verifies(list(in_blocks).index(name)):
                 check_size(path, name, entry)
                 continue
             with (
@@ -105,6 +117,28 @@ def read_checkpoint(path: Path, lazy: bool = False, trusted: bool = False) -> Ch
                 pass
         divided.complete(arrays)
     return Checkpoint(path, manifest.step, arrays, documents, manifest)
+
+
+def verify_blocks(path: Path, verifies: Callable[[int], bool]) -> None:
+    """Verify some of the files that hold blocks, for the other processes.
+
+    Args:
+        path: The checkpoint's folder.
+        verifies: Which of them, by their index.
+
+    Raises:
+        CheckpointError: As for ``read_checkpoint``.
+    """
+    manifest = manifest_of(path)
+    in_blocks = files_with_blocks(manifest.arrays)
+    with naming(path):
+        for index, name in enumerate(in_blocks):
+            if verifies(index):
+                with (
+                    naming_blocks(path, name, in_blocks),
+                    open_verified(path, name, manifest.files[name]),
+                ):
+                    pass
 
 
 def _arrays_in(path: Path, name: str, file: io.FileIO, lazy: bool) -> Mapping[str, Any]:
