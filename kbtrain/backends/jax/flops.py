@@ -13,6 +13,7 @@ import jax
 import keras
 
 from kbtrain.backends.jax.scope import context, run_stateless
+from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.utils.keras_private import read_values
 
 
@@ -22,7 +23,7 @@ def count_flops(
     """The floating-point operations of products and convolutions in ``fn(inputs)``.
 
     Of the branches of a condition the most expensive one counts, of a loop whose length is not
-    known one round. A Pallas kernel counts what its author estimates.
+    known one round. A kernel of Pallas counts what its author estimates.
     """
 
     def pure(values: list[Any], inputs: Any) -> Any:
@@ -31,9 +32,13 @@ def count_flops(
 
     known = list(context.undeclared)
     try:
-        return _of_jaxpr(jax.make_jaxpr(pure)(read_values(variables), inputs).jaxpr)
+        jaxpr = jax.make_jaxpr(pure)(read_values(variables), inputs).jaxpr
     finally:
         context.undeclared[:] = known
+    unknown: list[str] = []
+    count = _of_jaxpr(jaxpr, unknown)
+    warn_of_uncounted(unknown)
+    return count
 
 
 def tf32_is_on() -> bool:
@@ -42,11 +47,12 @@ def tf32_is_on() -> bool:
     return precision in (None, "default", "fastest", "tensorfloat32", "bfloat16", "bfloat16_3x")
 
 
-def _of_jaxpr(jaxpr: Any) -> float:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _of_jaxpr(jaxpr: Any, unknown: list[str]) -> float:
+    """Of all equations; kernels that nothing is known about are added to ``unknown``."""
+    return sum(_of_equation(equation, unknown) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> float:
+def _of_equation(equation: Any, unknown: list[str]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -54,13 +60,25 @@ def _of_equation(equation: Any) -> float:
         return 2.0 * float(equation.outvars[0].aval.size * math.prod(left[i] for i in contracted))
     if name == "conv_general_dilated":
         return _of_convolution(equation)
-    if name == "pallas_call":
+    if name.startswith("dot_product_attention_"):
+        return _of_attention(equation)
+    if name in ("pallas_call", "ffi_call", "custom_call"):
         estimate = params.get("cost_estimate")
-        return float(estimate.flops) if estimate is not None else 0.0
-    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+        if estimate is None:
+            unknown.append(name)
+        return 0.0 if estimate is None else float(estimate.flops)
+    inner = [_of_jaxpr(jaxpr, unknown) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner, default=0.0)
     return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _of_attention(equation: Any) -> float:
+    """Of cuDNN's attention, whose backward pass takes twice as much as the forward pass."""
+    query, key = (invar.aval.shape for invar in equation.invars[:2])
+    keys = key[2] if int(equation.params.get("layout", 0)) else key[1]  # BNTH, or BTNH
+    flops = 2.0 * float(2 * math.prod(query) * keys)
+    return 2 * flops if "bwd" in equation.primitive.name else flops
 
 
 def _of_convolution(equation: Any) -> float:

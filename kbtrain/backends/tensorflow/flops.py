@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from kbtrain.backends.tensorflow.scope import context
+from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.utils.fallback import PrivateApi
 
 
@@ -33,7 +34,10 @@ def count_flops(
         .graph
     )
     functions = {f.signature.name: f for f in graph.as_graph_def(add_shapes=True).library.function}
-    return _of_graph(graph, functions)
+    unknown: list[str] = []
+    count = _of_graph(graph, functions, unknown)
+    warn_of_uncounted(unknown)
+    return count
 
 
 def tf32_is_on() -> bool:
@@ -41,7 +45,7 @@ def tf32_is_on() -> bool:
     return bool(tf.config.experimental.tensor_float_32_execution_enabled())
 
 
-def _of_graph(graph: Any, functions: dict[str, Any]) -> float:
+def _of_graph(graph: Any, functions: dict[str, Any], unknown: list[str]) -> float:
     """Of the operations that the results depend on: TensorFlow does not run the others."""
     waiting, seen = [tensor.op for tensor in graph.outputs], set()
     total = 0.0
@@ -49,19 +53,21 @@ def _of_graph(graph: Any, functions: dict[str, Any]) -> float:
         op = waiting.pop()
         if op.name not in seen:
             seen.add(op.name)
-            total += _of_operation(op, functions)
+            total += _of_operation(op, functions, unknown)
             waiting += [tensor.op for tensor in op.inputs]
     return total
 
 
-def _of_operation(op: Any, functions: dict[str, Any]) -> float:
+def _of_operation(op: Any, functions: dict[str, Any], unknown: list[str]) -> float:
     kind = op.type
     if kind in _FORMULAS:
         return _FORMULAS[kind](op)
+    if "CudnnRNN" in kind or "PyFunc" in kind or "CustomCall" in kind:
+        unknown.append(kind)
 
     def inner(attribute: str) -> float:
         function = functions.get(op.get_attr(attribute).name)
-        return 0.0 if function is None else float(_of_function(function, functions))
+        return 0.0 if function is None else float(_of_function(function, functions, unknown))
 
     if kind in ("PartitionedCall", "StatefulPartitionedCall"):
         return inner("f")
@@ -81,17 +87,18 @@ def _number(rounds: Any) -> int:
     return int(value) if known else 1
 
 
-def _nested(function: Any, functions: dict[str, Any]) -> float:
+def _nested(function: Any, functions: dict[str, Any], unknown: list[str]) -> float:
     from tensorflow.python.framework import function_def_to_graph
 
-    return _of_graph(function_def_to_graph.function_def_to_graph(function), functions)
+    graph = function_def_to_graph.function_def_to_graph(function)
+    return _of_graph(graph, functions, unknown)
 
 
 _of_function = PrivateApi(
     "Counting floating-point operations inside a function of a graph",
     "tensorflow",
     _nested,
-    lambda function, functions: 0.0,
+    lambda function, functions, unknown: 0.0,
     "Those of loops and conditions do not count.",
 )
 

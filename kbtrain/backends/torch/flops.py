@@ -14,6 +14,7 @@ from kbtrain.backends.torch.capture.guard import NotCapturable
 from kbtrain.backends.torch.capture.program import same_random_state
 from kbtrain.backends.torch.device import is_oom, on_device
 from kbtrain.backends.torch.runner import UndeclaredVariable, context
+from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.utils.fallback import PrivateApi
 
 
@@ -52,14 +53,25 @@ def _recorded(step: Callable[[Any], Any], variables: list[keras.Variable], input
         context.capturing = before
     if graph is None:
         return _run(step, variables, inputs)
-    return float(sum(_of_node(node) for node in graph.nodes if node.op == "call_function"))
+    unknown: list[str] = []
+    count = sum(_of_node(node, unknown) for node in graph.nodes if node.op == "call_function")
+    warn_of_uncounted(unknown)
+    return float(count)
 
 
-def _of_node(node: Any) -> float:
+OWN = ("aten", "prim", "prims", "kbtrain", "c10d_functional", "_c10d_functional", "_operator")
+"""Namespaces of operations without products besides those that PyTorch has formulas for."""
+
+
+def _of_node(node: Any, unknown: list[str]) -> float:
+    name = str(node.target)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if "scaled_dot_product" in str(node.target):
+    if "scaled_dot_product" in name:
         return _of_attention(node)
     if formula is None:
+        recurrent = any(part in name for part in ("_rnn", "lstm", "gru"))
+        if recurrent or getattr(node.target, "namespace", OWN[0]) not in OWN:
+            unknown.append(name)
         return 0.0
     args = torch.fx.map_arg(node.args, lambda each: each.meta["val"])
     kwargs = torch.fx.map_arg(node.kwargs, lambda each: each.meta["val"])

@@ -64,6 +64,7 @@ class ProfilerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Be ready for a profile."""
+        self.close()  # a first attempt did not fit into memory
         self._first, self._done = state.global_step, not state.is_world_process_zero
 
     @best_effort

@@ -9,6 +9,7 @@ import pytest
 from helpers import arguments, same, weights
 
 from kbtrain import ConfigurationError, ThroughputCallback, Trainer, TrainerCallback
+from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.callbacks.library.device_peaks import peak_flops
 from kbtrain.callbacks.library.throughput import count_flops
 from kbtrain.utils import fallback
@@ -98,7 +99,7 @@ class Block(layers.Layer):
 
 
 def test_a_small_gpt(tmp_path):
-    vocabulary, width, heads, length, rows, depth = 61, 32, 4, 16, 4, 2
+    vocabulary, width, heads, length, rows, depth = 61, 32, 4, 16, 4, 1
     inputs = keras.Input((length,), dtype="int32")
     x = layers.Embedding(vocabulary, width)(inputs)
     for _ in range(depth):
@@ -219,6 +220,15 @@ def test_a_step_of_the_models_own_cannot_be_counted(tmp_path, caplog):
         Trainer(model, args, train_dataset=data(16, 3, 2), callbacks=[callback]).fit()
     assert "flops_per_sample" in caplog.text
     assert callback.flops_per_second is None
+
+
+@pytest.mark.neutral
+def test_kernels_that_count_nothing_are_named(caplog):
+    warn_of_uncounted([])
+    assert caplog.text == ""
+    warn_of_uncounted(["lstm", "lstm", *"abcde"])
+    assert "operations of a, b, c, d, e and others are not known" in caplog.text
+    assert "flops_per_sample" in caplog.text
 
 
 @pytest.mark.parametrize(
