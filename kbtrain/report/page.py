@@ -146,7 +146,7 @@ def _answers(record: RunRecord, summary: Summary) -> Html:
             "p", number(summary.best_value), " ", element("small", f"best {summary.metric}")
         )
         value = Html(value.replace("<p>", '<p class="value">', 1))
-    tests = {k: v for k, v in record.tests.items() if _is_result(k)}
+    tests = {k: v for k, v in record.tests.items() if is_result(k)}
     test = ", ".join(f"{name} {number(v)}" for name, v in tests.items())
     result = [
         value,
@@ -177,7 +177,8 @@ def _commands(found: Sequence[Command]) -> Html:
     return joined(parts)
 
 
-def _is_result(name: str) -> bool:
+def is_result(name: str) -> bool:
+    """Whether a value of an evaluation is a result, not what it took of time or memory."""
     return (
         not name.endswith(("_runtime", "_per_second", "_compilation_time")) and "_mem_" not in name
     )
@@ -213,7 +214,7 @@ def _evaluations(record: RunRecord, summary: Summary) -> Html | None:
         loss = log.get("loss", loss)
         if is_evaluation(log):
             row = rows.setdefault(int(log["step"]), {"epoch": log.get("epoch"), "loss": loss})
-            row |= {k: v for k, v in log.items() if k.startswith("eval_") and _is_result(k)}
+            row |= {k: v for k, v in log.items() if k.startswith("eval_") and is_result(k)}
     if not rows:
         return None
     names = list(dict.fromkeys(name for row in rows.values() for name in row))

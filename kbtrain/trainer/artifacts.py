@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kbtrain.report import write
+from kbtrain.report import model_card, write
 from kbtrain.trainer import reports
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
@@ -70,7 +70,7 @@ class RunArtifacts(TrainerBase):
 
     def create_model_card(
         self,
-        language: str | None = None,
+        language: str | Sequence[str] | None = None,
         license: str | None = None,
         tags: str | Sequence[str] | None = None,
         model_name: str | None = None,
@@ -80,7 +80,10 @@ class RunArtifacts(TrainerBase):
         dataset: str | Sequence[str] | None = None,
         dataset_args: str | Sequence[str] | None = None,
     ) -> Path:
-        """Write ``README.md`` about the run (results, loss plot, settings, versions).
+        """Write ``README.md`` about the run (results, usage, data, loss plot, settings, versions).
+
+        It says which weights the model holds, and has the results of ``predict`` if it was called.
+        Where ``huggingface_hub`` is installed, it checks the header.
 
         Args:
             language: Language of the model, if it has one.
@@ -89,7 +92,8 @@ class RunArtifacts(TrainerBase):
             model_name: The title; the default is ``args.run_name`` or the folder's name.
             finetuned_from: The base model.
             tasks: Its tasks, as named by model hubs ("text-classification").
-            dataset_tags: Identifiers of the data sets, for the header.
+            dataset_tags: Identifiers of the data sets, for the header. With one and a task the
+                header has the results, in the format of model hubs.
             dataset: Names of the data sets, for the text.
             dataset_args: Configurations of the data sets.
 
@@ -97,10 +101,11 @@ class RunArtifacts(TrainerBase):
             The path of the card.
 
         Raises:
+            ConfigurationError: An argument is not text, or not a list of texts.
             OutputError: It cannot be written.
         """
-        facts = reports.CardFacts(
+        facts = model_card.CardFacts(
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
             dataset_args,
         )  # fmt: skip
-        return reports.create_model_card(self, facts)
+        return model_card.create_model_card(self, facts)

@@ -13,6 +13,7 @@ from helpers import arguments, linear_model, make_data, train_logs, weights
 from kbtrain import Trainer
 from kbtrain.data import token_count
 from kbtrain.errors import DataError
+from kbtrain.report import model_card
 from kbtrain.trainer import reports
 from kbtrain.utils import logging as verbosity
 from kbtrain.utils import memory
@@ -118,7 +119,7 @@ def test_the_model_card_of_a_model_that_was_not_trained(tmp_path, monkeypatch):
 def test_without_evaluations_the_table_has_the_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     history = [{"loss": 2.0, "epoch": 0.5, "step": 1}, {"loss": 1.0, "epoch": 1.0, "step": 2}]
-    assert reports.results_table(history).splitlines()[2:] == [
+    assert model_card.results_table(history).splitlines()[2:] == [
         "| 2.0 | 0.5 | 1 |",
         "| 1.0 | 1.0 | 2 |",
     ]
