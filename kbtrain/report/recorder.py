@@ -71,7 +71,7 @@ class RecordCallback(TrainerCallback):
         trainer = self._trainer = kwargs["trainer"]
         again = self._in_session  # a smaller micro-batch: the first attempt did not fit
         older = self._older(trainer, state) if state.global_step and not again else self.record
-        self.record = trainer.record = RunRecord(warnings=self.record.warnings if again else [])
+        self.record = trainer.record = RunRecord()
         self._in_session, self._steps = True, state.global_step
         early, self._early = self._early or [], None
         for level, text in early:

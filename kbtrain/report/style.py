@@ -51,7 +51,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg text.x { text-anchor: middle; } svg text.x.end { text-anchor: end; }
 svg text.y { text-anchor: end; }
-svg .grid { stroke: var(--rule); stroke-width: 1; } svg .axis { stroke: var(--soft); }
+svg .grid { stroke: var(--rule); stroke-opacity: 1; }
+svg .axis { stroke: var(--soft); stroke-opacity: 1; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 6 4; } svg circle.dashed { stroke: none; }
 svg .mark { stroke: var(--soft); stroke-width: 1.4; stroke-dasharray: 2 4; }
@@ -75,7 +76,7 @@ figcaption ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1
 .key.dashed.c2 { color: var(--c2); } .key.dashed.c3 { color: var(--c3); }
 .key.dashed.c4 { color: var(--c4); } .key.dashed.c5 { color: var(--c5); }
 .key.dashed.c6 { color: var(--c6); } .key.dashed.c7 { color: var(--c7); }
-.scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; }
+.scroll { overflow-x: auto; } .long { max-height: 32rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; overflow-wrap: normal; }

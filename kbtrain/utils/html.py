@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
+LONG = 40
+"""Rows beyond which a table scrolls within the page."""
+
+
 class Html(str):
     """Text that is HTML already; all other text is escaped."""
 
@@ -72,7 +76,8 @@ def table(
     titles = "".join(element("th", title, scope="col") for title in head)
     top = element("thead", element("tr", Html(titles))) if head else ""
     inner = element("table", Html(top), element("tbody", *lines), class_="n" if numeric else None)
-    return element("div", inner, class_="scroll", tabindex="0")
+    kind = "scroll long" if len(lines) > LONG else "scroll"
+    return element("div", inner, class_=kind, tabindex="0")
 
 
 def pairs(values: Mapping[str, Any]) -> Html:
