@@ -76,6 +76,8 @@ class RecordCallback(TrainerCallback):
         early, self._early = self._early or [], None
         for level, text in early:
             self.record.add_warning(level, text, state.global_step)
+        if again:  # what that attempt warned of is of this run
+            older.warnings = [{**w, "step": state.global_step} for w in older.warnings]
         if state.global_step or again:
             self.record.continue_from(older, state.global_step, state.log_history)
             if again:
@@ -143,19 +145,20 @@ class RecordCallback(TrainerCallback):
             self._early.append((level, text))
 
     def _older(self, trainer: Any, state: TrainerState) -> RunRecord:
-        """The record of the run that is resumed; empty if there is none."""
-        path = trainer.store.directory / FILE_NAME
+        """The record of the run that is resumed, beside its checkpoint; empty if there is none."""
+        resumed, own = trainer.resumed_from, Path(trainer.store.directory)
+        path = (own if resumed is None else Path(resumed).absolute().parent) / FILE_NAME
         try:
             return RunRecord.load(path)
         except FileNotFoundError:
             return RunRecord()
         except (OSError, ValueError) as error:
-            aside = path.with_name(f"{FILE_NAME}.damaged")
+            aside = own / f"{FILE_NAME}.damaged"
             with contextlib.suppress(OSError):
-                path.replace(aside)
+                (own / FILE_NAME).replace(aside)  # it would be replaced otherwise
             logger.warning(
-                "%s cannot be read (%s). It was renamed to %s, and the record of this run goes on "
-                "from the log of the checkpoint.",
+                "%s cannot be read (%s): the record of this run goes on from the log of the "
+                "checkpoint. What is in its output_dir is kept as %s.",
                 path,
                 error,
                 aside.name,

@@ -100,6 +100,17 @@ def test_a_new_run_in_the_folder_begins_a_new_record(tmp_path):
     assert len(record.sessions) == 1
 
 
+def test_the_record_that_is_continued_is_that_of_the_checkpoint(tmp_path):
+    make(tmp_path / "a", [StopAt(3)]).fit()
+    make(tmp_path / "b", max_steps=1).fit()
+    make(tmp_path / "b").fit(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    record = load(tmp_path / "b")
+    assert steps_of(record) == [1, 2, 3, 4]
+    first, second = record.sessions
+    assert first["facts"]["output_dir"] == str(tmp_path / "a")
+    assert second["facts"]["output_dir"] == str(tmp_path / "b")
+
+
 def test_without_a_record_a_resumed_run_begins_with_the_log_of_its_checkpoint(tmp_path):
     make(tmp_path, [StopAt(2)]).fit()
     (tmp_path / "run.json").unlink()

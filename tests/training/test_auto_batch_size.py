@@ -219,3 +219,17 @@ def test_what_is_memory_and_what_is_not():
     assert BACKEND.is_oom(MemoryError("Unable to allocate 4.00 TiB for an array"))
     assert not BACKEND.is_oom(ValueError("out of memory of the past"))
     assert not BACKEND.is_oom(RuntimeError("shapes do not match"))
+
+
+def test_the_record_of_the_run_is_that_of_the_attempt_that_fits(tmp_path, monkeypatch):
+    fail_above(monkeypatch, 4, after=2)
+    trainer = make(tmp_path, model(), 8, auto_find_batch_size=True)
+    trainer.fit()
+    record = trainer.record
+    (session,) = record.sessions
+    assert session["facts"]["accumulation"] == 2
+    assert record.logs == trainer.state.log_history
+    assert [step for step, _ in record.throughput] == [1, 2, 3, 4, 5, 6]
+    texts = [warning["text"] for warning in record.warnings]
+    assert len(texts) == len(set(texts))
+    assert any("did not fit" in text or "memory" in text for text in texts)
