@@ -175,7 +175,9 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
     SearchDisplay(optuna, trainer, settings.n_trials).results(study)
-    save_plot(optuna, study, Path(trainer.args.output_dir))
+    picture = save_plot(optuna, study, Path(trainer.args.output_dir))
+    if picture is not None:
+        logger.info("A picture of the search is in %s.", picture)
     return best(optuna, study)
 
 
