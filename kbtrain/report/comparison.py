@@ -80,7 +80,7 @@ def first_difference(
             if step in others and not _equal(value, others[step], rtol):
                 found.append((int(step), name, value, others[step]))
                 break
-    return min(found, default=None)
+    return min(found, key=lambda difference: difference[0], default=None)
 
 
 def _equal(a: float, b: float, rtol: float) -> bool:
@@ -89,13 +89,13 @@ def _equal(a: float, b: float, rtol: float) -> bool:
     return math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
 
 
-def compared_updates(first: RunRecord, second: RunRecord) -> int:
-    """The number of updates at which both runs have logged a loss."""
+def compared_updates(first: RunRecord, second: RunRecord) -> list[int]:
+    """The updates at which both runs have logged a loss."""
     steps = [
         {step for name in ("loss", "eval_loss") for step, _ in series(run.logs, name)}
         for run in (first, second)
     ]
-    return len(steps[0] & steps[1])
+    return sorted(int(step) for step in steps[0] & steps[1])
 
 
 def differing_settings(records: Sequence[RunRecord]) -> dict[str, list[str]]:
@@ -144,21 +144,25 @@ def _first_differences(records: Sequence[RunRecord]) -> Html:
 def describe_difference(first: RunRecord, other: RunRecord, settings: Sequence[str]) -> str:
     """A sentence: from which update on, by how much, and in which settings."""
     differing = "in " + _listed(settings) if settings else "in no setting that is recorded"
-    found = first_difference(first, other)
+    found, common = first_difference(first, other), compared_updates(first, other)
     if found is not None:
         step, name, a, b = found
-        return (
-            f"differs from {first.name} from update {number(step)} on ({name} {number(b, 7)} "
-            f"instead of {number(a, 7)}). They differ {differing}."
-        )
-    common = compared_updates(first, other)
+        equal = [each for each in common if each < step]
+        if equal:
+            text = f"equals {first.name} up to update {number(equal[-1])} and differs at "
+            text += f"update {number(step)}"
+        else:
+            text = f"differs from {first.name} at update {number(step)}, the first that both "
+            text += "have logged"
+        values = f"{name} {number(b, 7)} instead of {number(a, 7)}"
+        return f"{text} ({values}). The runs differ {differing}."
     if not common:
         return (
             f"has logged no loss at an update at which {first.name} has logged one, so they cannot "
-            f"be compared. They differ {differing}."
+            f"be compared. The runs differ {differing}."
         )
-    times = "update" if common == 1 else f"{number(common)} updates"
-    return f"equals {first.name} in the {times} that both have logged. They differ {differing}."
+    times = "update" if len(common) == 1 else f"{number(len(common))} updates"
+    return f"equals {first.name} in the {times} that both have logged. The runs differ {differing}."
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -9,7 +9,6 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-
 LONG = 40
 """Rows beyond which a table scrolls within the page."""
 

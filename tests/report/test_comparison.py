@@ -43,7 +43,7 @@ def test_rounding_is_no_difference(first, second, expected):
 def test_only_equal_updates_are_compared():
     second = RunRecord(logs=[{"step": 2, "loss": 2.0}, {"step": 4, "loss": 9.0}])
     assert first_difference(record_of(1.0, 2.0, 3.0), second) is None
-    assert compared_updates(record_of(1.0, 2.0, 3.0), second) == 1
+    assert compared_updates(record_of(1.0, 2.0, 3.0), second) == [2]
 
 
 def test_an_evaluation_that_differs_earlier_counts():
@@ -67,14 +67,19 @@ def test_the_page_says_where_and_in_what_runs_differ():
     first, second, third = run_record("a"), run_record("b", decay=0.2), run_record("c")
     second.arguments["seed"] = 8
     page = Page(render_comparison([first, second, third]))
-    assert "b differs from a from update 1 on (loss 1.637462 instead of 1.809675)." in page.text
-    assert "They differ in seed." in page.text
+    where = "b differs from a at update 1, the first that both have logged (loss 1.637462 instead "
+    assert f"{where}of 1.809675). The runs differ in seed." in page.text
     assert "c equals a in the 25 updates that both have logged." in page.text
-    assert "They differ in no setting that is recorded." in page.text
+    assert "The runs differ in no setting that is recorded." in page.text
     assert "a relative difference of 1e-05" in page.text
     assert page.addresses == []
     labels = ["a: training", "b: training", "c: training", "a: evaluation"]
     assert all(label in page.text for label in labels)
+
+
+def test_the_last_equal_update_is_named():
+    text = describe_difference(record_of(1.0, 2.0, 3.0), record_of(1.0, 2.0, 3.5), ["seed"])
+    assert "equals run up to update 2 and differs at update 3 (loss 3.5 instead of 3)" in text
 
 
 def test_runs_without_common_updates_are_not_called_equal():
