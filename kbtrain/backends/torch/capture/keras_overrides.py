@@ -1,12 +1,13 @@
 """Overrides of Keras functions by operations that have fast torch kernels.
 
 They are active while a step is recorded; results equal those of the layers up to rounding, and a
-step that runs eagerly is plain Keras. Six things are replaced: batch normalization by torch's
+step that runs eagerly is plain Keras. Seven things are replaced: batch normalization by torch's
 kernel (Keras makes a dozen passes over the data); copies between channels-last and channels-first
-layouts of the same bytes, which are removed; ``isfinite``, by two operations instead of four;
-segment sums, by operations that need no values on the host; cuDNN's LSTM and GRU, whose gradient
-cannot be recorded, by the loop that Keras has for other devices; and random numbers from a seed
-tensor, by operations that can be recorded.
+layouts of the same bytes, which are removed; ``isfinite``, by two operations instead of four; the
+cross entropy of classes in the last axis, by that of a matrix; segment sums, by operations that
+need no values on the host; cuDNN's LSTM and GRU, whose gradient cannot be recorded, by the loop
+that Keras has for other devices; and random numbers from a seed tensor, by operations that can be
+recorded.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from keras.src.backend.torch import math as keras_math
 
 # The only function in which Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kbtrain.backends.torch.capture.random import Seeds, draw
@@ -76,6 +78,10 @@ class _Operations(TorchFunctionMode):  # type: ignore[misc]
         if func is torch.isfinite and args[0].is_floating_point():
             difference = args[0] - args[0]  # NaN where it is not finite, else 0
             return difference == difference
+        if func in _LOSSES and _has_classes_last(args, kwargs):
+            logits, targets = args
+            flat = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+            return func(flat, targets.reshape(-1), **kwargs).view(targets.shape)
         if (seed := self._seeds.of(kwargs.get("generator"))) is not None:
             return draw(func, seed, args, {k: v for k, v in kwargs.items() if k != "generator"})
         return func(*args, **kwargs)
@@ -89,6 +95,26 @@ def _is_channels_last(args: Any) -> bool:
     return layout is not None and tensor.is_contiguous(memory_format=layout)
 
 
+# --- losses ---------------------------------------------------------------------------------------
+
+_LOSSES = (functional.cross_entropy, functional.nll_loss)
+
+
+def _has_classes_last(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether logits were turned to have their classes second, as PyTorch requires of tensors.
+
+    Of a matrix it has faster kernels, and on a GPU others copy all logits.
+    """
+    return (
+        len(args) == 2
+        and kwargs.get("reduction") == "none"
+        and kwargs.get("reduce") is kwargs.get("size_average") is None  # these override it
+        and args[0].dim() > 2
+        and args[1].dim() == args[0].dim() - 1
+        and args[0].movedim(1, -1).is_contiguous()
+    )
+
+
 # --- batch normalization --------------------------------------------------------------------------
 
 
@@ -96,33 +122,42 @@ def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
     """``BatchNormalization.call`` with torch's kernel, where there is one."""
 
     def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        wide = keras.backend.result_type(inputs.dtype, "float32")
+        # On a GPU the kernel reads bfloat16 and computes in float32. On a CPU it would also add in
+        # bfloat16 for gradients.
+        x = inputs if _is_half_on_gpu(inputs) else ops.cast(inputs, wide)
         axis = self.axis % x.dim()
         values = x.numel() // x.shape[axis]
         special = self.synchronized or getattr(self, "renorm", False) or values < 2 or is_active()
         if mask is not None or special or axis not in (1, x.dim() - 1):
             return original(self, inputs, training=training, mask=mask)
         view, restore = _channels_second(x, axis)
-        scale = ops.cast(self.gamma, x.dtype) if self.scale else None
-        offset = ops.cast(self.beta, x.dtype) if self.center else None
+        scale = ops.cast(self.gamma, wide) if self.scale else None
+        offset = ops.cast(self.beta, wide) if self.center else None
         if training and self.trainable:
-            mean, variance = (torch.zeros_like(ops.cast(self.moving_mean, x.dtype)) for _ in "12")
+            mean, variance = (torch.zeros_like(ops.cast(self.moving_mean, wide)) for _ in "12")
             # With momentum 1 the kernel returns the statistics of this batch as the moving ones.
             result, *_ = aten._native_batch_norm_legit(
                 view, scale, offset, mean, variance, True, 1.0, self.epsilon
             )
             biased = variance * ((values - 1) / values)
             for moving, new in ((self.moving_mean, mean), (self.moving_variance, biased)):
-                old = ops.cast(moving, x.dtype)
+                old = ops.cast(moving, wide)
                 moving.assign(old * self.momentum + new * (1.0 - self.momentum))
         else:
-            moments = (ops.cast(v, x.dtype) for v in (self.moving_mean, self.moving_variance))
+            moments = (ops.cast(v, wide) for v in (self.moving_mean, self.moving_variance))
             result, *_ = aten._native_batch_norm_legit_no_training(
                 view, scale, offset, *moments, 0.0, self.epsilon
             )
         return ops.cast(restore(result), self.compute_dtype)
 
     return call
+
+
+def _is_half_on_gpu(x: torch.Tensor) -> bool:
+    from kbtrain.backends.torch import _on_cpu
+
+    return x.dtype in (torch.bfloat16, torch.float16) and not _on_cpu(x)
 
 
 def _channels_second(
