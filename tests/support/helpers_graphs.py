@@ -21,7 +21,7 @@ from helpers import make_data, train_logs, weights, with_weights
 from keras import layers
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.backends.torch.capture import cuda_graph, graph_checks
+from kbtrain.backends.torch.capture import cuda_graph, graph_checks, step
 from kbtrain.errors import NonFiniteError
 
 FOLDER = Path(sys.argv[1])
@@ -264,8 +264,26 @@ def run_again():
     return [m for m in messages if "captured" in m]
 
 
+def normalized():
+    """The dtype of what is normalized in a step in bfloat16, by the kind of operation."""
+    found = {}
+    make_program = step.make_program
+
+    def look(module, *rest):
+        for node in module.graph.nodes:
+            if "batch_norm" in str(node.target) and node.op == "call_function":
+                found[str(node.target)] = str(node.args[0].meta["val"].dtype)
+        return make_program(module, *rest)
+
+    step.make_program = look
+    train("normalized", max_steps=1, bf16=True)
+    step.make_program = make_program
+    return found
+
+
 def main():
     reports = {
+        "normalized": normalized(),
         "left": left(),
         "run again": run_again(),
         "plain": compare("plain", whole=True),

@@ -94,12 +94,12 @@ def host_view(value: Any) -> np.ndarray:
 
 def synchronize() -> None:
     """Wait for all pending computations on the device in use."""
-    if (device := _accelerator()) is not None:
+    if (device := accelerator()) is not None:
         module = torch.get_device_module(device)
         module.synchronize() if device.type == "mps" else module.synchronize(device)
 
 
-def _accelerator() -> torch.device | None:
+def accelerator() -> torch.device | None:
     """The device in use, unless it is the CPU."""
     device = _device()
     return None if device.type in ("cpu", "meta") else device
@@ -110,7 +110,7 @@ def rng_state() -> dict[str, np.ndarray]:
     state = {"cpu": torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
         state |= {f"cuda_{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    if (device := _accelerator()) is not None:
+    if (device := accelerator()) is not None:
         state["device"] = accelerator_rng_state(device).numpy()
     return state
 
@@ -124,7 +124,7 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
             torch.cuda.set_rng_state(torch.from_numpy(np.array(state[f"cuda_{i}"])), i)
     # Last, as a run may continue on another GPU than it began on. Generators of different kinds of
     # devices have states of different sizes.
-    device = _accelerator()
+    device = accelerator()
     if device is not None and "device" in state:
         saved = torch.from_numpy(np.array(state["device"]))
         if saved.shape == accelerator_rng_state(device).shape:
@@ -254,7 +254,7 @@ def device_info(device: str | None = None) -> str:
 
 def memory_stats() -> dict[str, int]:
     """Bytes in use and at the peak on the GPU in use; empty where there are no counters."""
-    device = _accelerator()
+    device = accelerator()
     if device is None or device.type not in ("cuda", "xpu"):
         return {}
     in_use = int(torch.get_device_module(device).memory_allocated(device))
@@ -286,5 +286,5 @@ def is_oom(error: BaseException) -> bool:
 
 def free_memory() -> None:
     """Release cached memory."""
-    if (device := _accelerator()) is not None:
+    if (device := accelerator()) is not None:
         torch.get_device_module(device).empty_cache()

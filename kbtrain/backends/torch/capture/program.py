@@ -41,6 +41,7 @@ from kbtrain.backends.torch.capture.views import (
     plain_products,
     shorten_views,
 )
+from kbtrain.backends.torch.device import accelerator
 
 aten = torch.ops.aten
 logger = logging.getLogger("kbtrain")
@@ -83,8 +84,12 @@ class StepProgram(NamedTuple):
 
 def same_random_state() -> contextlib.AbstractContextManager[Any]:
     """Context that restores the random state, so that capturing a step does not affect the run."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    result: contextlib.AbstractContextManager[Any] = torch.random.fork_rng(devices)
+    device = accelerator()
+    result: contextlib.AbstractContextManager[Any]
+    if device is None or device.type == "mps":  # has one generator, which a record does not use
+        result = torch.random.fork_rng([])
+    else:
+        result = torch.random.fork_rng([device], device_type=device.type)
     return result
 
 

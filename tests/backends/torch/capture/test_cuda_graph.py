@@ -69,6 +69,13 @@ def test_an_update_that_is_not_finite_stops_the_run_where_it_was(reports):
     assert report["replays"] > 4
 
 
+def test_batch_normalization_on_a_gpu_makes_no_copy_in_float32(reports):
+    assert reports["normalized"] == {
+        "aten._native_batch_norm_legit.default": "torch.bfloat16",
+        "aten.native_batch_norm_backward.default": "torch.bfloat16",
+    }
+
+
 def test_the_memory_of_the_graphs_is_given_back_when_the_run_ends(reports):
     assert reports["left"] == 0
 

@@ -60,3 +60,45 @@ def test_lstm_and_gru_are_recorded_step_by_step_where_cudnn_would_run_them(
     with capture.keras_overrides.native_operations():
         assert not keras_rnn.cudnn_ok(*kinds)
     assert keras_rnn.cudnn_ok(*kinds)
+
+
+# --- losses and normalization ---------------------------------------------------------------------
+
+
+def targets_of(capture, torch, fn, *examples):
+    """The operations of a function as it is recorded, and their inputs' dtypes."""
+    with torch.no_grad(), capture.keras_overrides.native_operations():
+        module = capture.trace.record(lambda *x: [fn(*x)], examples)
+    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
+    return module, {str(n.target): n for n in nodes}
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 9), (2, 3, 4, 5)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss"])
+def test_the_loss_of_classes_in_the_last_axis_is_that_of_a_matrix(torch, capture, shape, loss):
+    torch.manual_seed(0)
+    logits = torch.randn(shape).log_softmax(-1)
+    labels = torch.randint(0, shape[-1], shape[:-1])
+    labels.view(-1)[1] = -100  # is ignored
+    function = getattr(torch.nn.functional, loss)
+
+    def fn(x, y):
+        return function(x.movedim(-1, 1), y, reduction="none")
+
+    module, found = targets_of(capture, torch, fn, logits, labels)
+    assert "aten.nll_loss_forward.default" in found
+    assert "aten.nll_loss2d_forward.default" not in found
+    program = importlib.import_module("kbtrain.backends.torch.capture.program")
+    (result,) = program.make_program(module, [logits, labels], False, {}).run(logits, labels)
+    expected = fn(logits.double(), labels).float()
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_loss_of_classes_in_the_second_axis_stays(torch, capture):
+    labels = torch.zeros((2, 3, 4), dtype=torch.int64)
+
+    def fn(x, y):
+        return torch.nn.functional.cross_entropy(x, y, reduction="none")
+
+    _, found = targets_of(capture, torch, fn, torch.randn(2, 5, 3, 4), labels)
+    assert "aten.nll_loss2d_forward.default" in found

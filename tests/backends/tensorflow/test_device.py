@@ -1,0 +1,42 @@
+"""TensorFlow: when results are copied to the host, where they lie on a GPU."""
+
+import importlib
+import threading
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.cross  # needs TensorFlow, whatever Keras runs on
+
+
+@pytest.fixture(scope="module")
+def device():
+    return importlib.import_module("kbtrain.backends.tensorflow.device")
+
+
+def test_results_of_a_gpu_are_fetched_before_later_work_is_started(device, monkeypatch):
+    """A copy waits for all that was started before it, also for what came after the results."""
+    tf = importlib.import_module("tensorflow")
+    started, fetch = threading.Event(), device.to_host
+
+    def to_host(tree):
+        started.set()
+        return fetch(tree)
+
+    monkeypatch.setattr(device, "to_host", to_host)
+    monkeypatch.setattr(device, "_on_host", lambda leaf: False)
+    waits = [device.start_to_host({"loss": tf.constant(float(i))}) for i in range(3)]
+    assert started.wait(60)  # nobody has asked for a result
+    assert [wait() for wait in waits] == [{"loss": np.float32(i)} for i in range(3)]
+
+
+def test_results_in_the_memory_of_the_host_are_read_when_they_are_asked_for(device, monkeypatch):
+    tf = importlib.import_module("tensorflow")
+    with tf.device("CPU:0"):
+        result = {"loss": tf.constant(1.0)}
+    calls = []
+    monkeypatch.setattr(device, "to_host", calls.append)
+    wait = device.start_to_host(result)
+    assert not calls
+    wait()
+    assert len(calls) == 1
