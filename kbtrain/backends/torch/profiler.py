@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +23,12 @@ def start_profile(folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     profiler = torch.profiler.profile(activities=kinds)
-    profiler.start()
+    with _without_notices():
+        profiler.start()
 
     def stop() -> tuple[Path, list[Span]]:
-        profiler.stop()
+        with _without_notices():
+            profiler.stop()
         path = folder / "kbtrain.pt.trace.json.gz"  # TensorBoard's plugin looks for this ending
         profiler.export_chrome_trace(str(path))
         return path, operations(chrome_trace.read(path))
@@ -35,3 +40,28 @@ def operations(spans: list[Span]) -> list[Span]:
     """What a GPU ran, in a trace; without one, the operations on the CPU."""
     on_device = [span for span in spans if span.category in ON_DEVICE]
     return on_device or [span for span in spans if span.category == "cpu_op"]
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Context that drops the lines that PyTorch's profiler itself writes to stderr.
+
+    They come from C++, whatever its log level, and would break a progress bar. Other lines are
+    written afterwards.
+    """
+    try:
+        before = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            kept.seek(0)
+            lines = [line for line in kept if not line.startswith(b"USDT:")]
+            with contextlib.suppress(OSError):
+                os.write(2, b"".join(lines))

@@ -159,6 +159,11 @@ def test_a_profiler_that_fails_costs_a_warning(tmp_path, caplog, monkeypatch, fa
     assert "Training continues without it" in messages[0]
 
 
+def test_nothing_but_the_table_is_on_the_screen(tmp_path, capfd):
+    make(tmp_path, [ProfilerCallback(steps=(2, 3))], max_steps=4, log_level="error").fit()
+    assert "profiler" not in capfd.readouterr().err
+
+
 def test_a_run_that_is_too_short_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "kbtrain"):
         make(tmp_path, profile=True, max_steps=3).fit()
