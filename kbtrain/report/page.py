@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ PARTS = {
     "other": "evaluating and saving",
 }
 """Shares of the time of a run, as ``RunEnding`` has them."""
+
+_ACTIVE = re.compile(r"<(?=\s*/?(?:script|meta|base|link|iframe|object|embed|form)\b)", re.I)
+"""Elements that run, load or lead elsewhere: a section must not have them, so they become text."""
 
 NO_SETTINGS = ("output_dir", "run_name")
 
@@ -87,7 +91,8 @@ def document(
     data = data.replace("<", "\\u003c").encode("utf-8", "replace").decode("utf-8")
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
+        "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; "
+        "img-src data:; font-src data:; "
         f"script-src 'sha256-{digest}'"
     )
     again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
@@ -231,7 +236,7 @@ def _of_callbacks(record: RunRecord) -> list[Html]:
             head, *rest = rows
             content = table(head, [[_cell(c) for c in row] for row in rest])
         else:
-            content = Html(section.get("html") or "")
+            content = Html(_ACTIVE.sub("&lt;", section.get("html") or ""))
         found.append(_section(section["title"], element("div", content, class_="section")))
     return found
 

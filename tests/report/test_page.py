@@ -112,6 +112,22 @@ def test_what_callbacks_add_is_shown_and_replaced_by_title():
     assert "dog 0.25" in page.text
 
 
+def test_a_section_can_neither_run_nor_load_nor_lead_elsewhere():
+    record = run_record()
+    record.add_section(
+        "Own",
+        '<p>ok</p><script>x()</script><META http-equiv="refresh" content="0;url=http://a.b">'
+        '< iframe src="http://a.b"></iframe><base href="http://a.b">',
+    )
+    text = render(record)
+    page = Page(text)
+    assert "ok" in page.text
+    assert len(page.all("script")) == 2
+    assert not page.all("iframe")
+    assert not page.all("base")
+    assert len(page.all("meta")) == 3
+
+
 def test_a_failed_run_says_what_happened():
     record = run_record()
     record.sessions[0]["ending"] = ending(
