@@ -125,7 +125,7 @@ class SampleCallback(TrainerCallback):
             for variable, value in zip(seeds, before, strict=True):
                 variable.assign(value)
         texts = self._decoded(trainer, generated)
-        shown = self.inputs if isinstance(self.inputs, list | tuple) else range(len(texts))
+        shown = prompts if isinstance(prompts, list) else self._decoded(trainer, prompts)
         self.newest = [
             {"input": str(prompt), "output": text}
             for prompt, text in list(zip(shown, texts, strict=True))[: self.shown]
@@ -222,7 +222,7 @@ class SampleCallback(TrainerCallback):
             said = f"{sample['prediction']} {100 * sample['probability']:.0f} %"
             said = html.escape(said if right else f"wrong: {said} (is {sample['label']})")
             figures.append(
-                '<figure style="display:inline-block;margin:4px">'
+                '<figure style="display:inline-block;margin:4px;width:7em;vertical-align:top">'
                 f'<img width="96" style="image-rendering:pixelated" alt="{said}" '
                 f'src="data:image/png;base64,{data}"/><figcaption>{said}</figcaption></figure>'
             )

@@ -122,8 +122,9 @@ CASES = {
 }
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.core] * (c in ("early", "rates"))) for c in CASES]
+)
 def test_a_run_is_that_of_keras_fit(tmp_path, case):
     ours, theirs = [*CASES[case](), Record()], [*CASES[case](), Record()]
     if case == "stop":
@@ -312,7 +313,7 @@ def test_a_resumed_run_continues_the_callbacks_exactly(tmp_path):
     expected.fit()
     assert 5 < expected.state.global_step < 40
     events = []
-    for last in (3, 5, 12, -1):
+    for last in (3, 10, -1):
         part = callbacks_of(tmp_path / "part")
         trainer = trainer_for(tmp_path / "part", part, max_steps=last, **settings)
         if last > 0:

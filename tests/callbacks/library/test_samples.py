@@ -135,6 +135,9 @@ def test_tokens_are_decoded(tmp_path):
     assert callback._decoded(trainer, np.array([[1, 2]])) == ["1-2"]
     assert callback._decoded(trainer, {"token_ids": np.array([[3]])}) == ["3"]
     assert callback._decoded(trainer, [b"text"]) == ["text"]
+    own = SampleCallback(np.array([[7, 8]]), generate={}, decode=lambda tokens: f"<{tokens[0]}>")
+    run(tmp_path, [own])
+    assert own.newest[0]["input"] == "<7>"
 
 
 def test_mistakes_are_said(tmp_path):
