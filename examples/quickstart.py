@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kbtrain  # noqa: F401  (before Keras: without the messages of TensorFlow's start)
+
+# isort: split
+
 import keras
 import numpy as np
 from sklearn.datasets import load_digits

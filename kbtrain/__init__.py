@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import moved
+from kbtrain.utils import tensorflow_start
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from kbtrain.utils.rng import set_seed as set_seed
 
 moved.install()
+tensorflow_start.quiet()
 
 _HOMES = {
     "callbacks.base": ("EarlyStoppingCallback", "TrainerCallback"),
