@@ -286,9 +286,8 @@ def _best(ending: RunEnding) -> str:
     if since is None:
         return text
     if since == 0:
-        return f"{text}, the last evaluation: it was still improving"
-    last = "the last evaluation" if since == 1 else f"the last {since:,} evaluations"
-    return f"{text}, not better in {last}"
+        return f"{text} (the last evaluation: still improving)"
+    return f"{text} ({plural(since, 'evaluation')} ago)"
 
 
 def _speed(ending: RunEnding) -> str:
@@ -296,8 +295,7 @@ def _speed(ending: RunEnding) -> str:
     text = f"{count(ending.samples_per_second)} samples/s"
     if ending.tokens_per_second is not None:
         text += f", {count(ending.tokens_per_second)} tokens/s"
-    names = {"compute": "computing", "data": "waiting for data", "host": "callbacks and loop"}
-    names["other"] = "evaluating and saving"
+    names = {"compute": "compute", "data": "data", "host": "host", "other": "eval and save"}
     parts = [f"{round(100 * ending.shares[n])}% {names[n]}" for n in names if n in ending.shares]
     return f"{text} ({', '.join(parts)})" if parts else text
 

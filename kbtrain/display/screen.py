@@ -19,6 +19,9 @@ INTERVAL = 0.1
 
 MOST_COLUMNS = 200
 
+MARGIN = 4
+"""Columns left free at the end of a status line."""
+
 
 class Screen:
     """Draws status lines at the bottom of a terminal ten times a second, in a thread of its own.
@@ -121,7 +124,8 @@ class Screen:
 
     def _drawing(self) -> tuple[str, list[int]]:
         """The status lines, and their lengths."""
-        width = self.width() - 1  # a full line would leave the cursor on the next one
+        # A full line would leave the cursor on the next one, as would "^C" after a nearly full one.
+        width = self.width() - MARGIN
         if width < 1:
             return "", []
         try:
@@ -130,7 +134,7 @@ class Screen:
             return "", []
         for line in lines:
             line.truncate(width, overflow="crop")
-        drawing = "\n".join(self._rendered(line, width + 1, False) for line in lines)
+        drawing = "\n".join(self._rendered(line, width + MARGIN, False) for line in lines)
         return drawing, [line.cell_len for line in lines]
 
     def _rendered(self, line: Text, width: int, wraps: bool) -> str:

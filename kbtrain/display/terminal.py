@@ -62,9 +62,7 @@ class TerminalView(View):
         self._name = facts.run_name if trial else "training"
         if not trial:
             title = Text.assemble(("kbtrain ", "bold"), (facts.run_name, "bold cyan"))
-            self.screen.print(
-                Text(), title, *_table(text.facts_rows(facts), self.screen.width()), Text()
-            )
+            self._panel(title, text.facts_rows(facts))
         self._phase = ("compiling", time.monotonic())
         self.screen.open()
 
@@ -108,7 +106,7 @@ class TerminalView(View):
             self.screen.print(Text(text.lone_evaluation_line(result)))
         elif result.metrics:
             row = self._table.row(result, self.screen.width())
-            lines = [Text(row.header, style="dim")] if row.header else []
+            lines = [Text(), Text(row.header, style="dim")] if row.header else []
             line = Text(row.values)
             if row.notes:
                 line.append(f"  {row.notes}", style="bold green" if result.best else "dim")
@@ -130,9 +128,11 @@ class TerminalView(View):
         failed = ending.error is not None
         style = "green" if ending.completed else "red" if failed else "yellow"
         title = Text(text.ending_title(ending), style=f"bold {style}")
-        self.screen.print(
-            Text(), title, *_table(text.ending_rows(ending), self.screen.width()), Text()
-        )
+        self._panel(title, text.ending_rows(ending))
+        self.screen.print(Text())
+
+    def _panel(self, title: Text, rows: list[text.Row]) -> None:
+        self.screen.print(Text(), title, *_table(rows, self.screen.width()))
 
     def close(self) -> None:
         """Remove the bar."""

@@ -114,7 +114,7 @@ def facts_of(trainer: Any) -> RunFacts:
         trainer: The Trainer; its model and optimizer are built.
     """
     args, model, state = trainer.args, trainer.model, trainer.state
-    variables = model.variables
+    variables = model.weights  # without the state of random generators
     path = trainer.store.directory.absolute()
     return RunFacts(
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -138,15 +138,17 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
     order = json.loads(os.environ.get(WORKER, "null"))
     if order is not None:
         _work(optuna, trainer, settings, order)
+    display = SearchDisplay(optuna, trainer)
     try:
-        study = optuna.create_study(
-            directions=list(settings.directions),
-            sampler=settings.sampler,
-            pruner=settings.pruner,
-            storage=_storage(optuna, trainer, settings),
-            study_name=settings.study_name or (STUDY if settings.n_jobs > 1 else None),
-            load_if_exists=settings.load_if_exists,
-        )
+        with display.instead_of_optuna():
+            study = optuna.create_study(
+                directions=list(settings.directions),
+                sampler=settings.sampler,
+                pruner=settings.pruner,
+                storage=_storage(optuna, trainer, settings),
+                study_name=settings.study_name or (STUDY if settings.n_jobs > 1 else None),
+                load_if_exists=settings.load_if_exists,
+            )
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigurationError(
             f"{error} Resume it with load_if_exists=True, or use another study_name or storage."
@@ -174,7 +176,7 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"{len(failed)} of {len(workers)} processes of the search failed; their messages are "
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
-    SearchDisplay(optuna, trainer, settings.n_trials).results(study)
+    display.results(study)
     picture = save_plot(optuna, study, Path(trainer.args.output_dir))
     if picture is not None:
         logger.info("A picture of the search is in %s.", picture)
@@ -238,7 +240,7 @@ def _optimize(
 ) -> None:
     """Run ``share`` trials in this process, and restore the Trainer's arguments afterwards."""
     args, store, saver = trainer.args, trainer.store, trainer.saver
-    display = SearchDisplay(optuna, trainer, settings.n_trials)
+    display = SearchDisplay(optuna, trainer)
     report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
     trainer.add_callback(report)
 

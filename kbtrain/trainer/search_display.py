@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kbtrain.display import ProgressCallback
+from kbtrain.display.callbacks import is_terminal
 from kbtrain.display.format import duration, number
 from kbtrain.errors import first_lines
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
+
+LONGEST = 14
+"""Characters of a column's name on a terminal."""
 
 MOST_ROWS = 20
 """Trials in the table at the end; the best ones."""
@@ -24,11 +29,12 @@ class SearchDisplay:
     Args:
         optuna: The package.
         trainer: The Trainer.
-        total: Trials of the study.
     """
 
-    def __init__(self, optuna: Any, trainer: TrainerBase, total: int) -> None:
-        self._optuna, self._trainer, self._total = optuna, trainer, total
+    def __init__(self, optuna: Any, trainer: TrainerBase) -> None:
+        self._optuna, self._trainer = optuna, trainer
+        self._names: list[str] = []
+        self._widths: list[int] = []
         shown = [c for c in trainer.callback_handler.callbacks if hasattr(c, "notice")]
         self.is_on = bool(shown) and not any(
             isinstance(c, ProgressCallback) and c.is_disabled for c in shown
@@ -75,25 +81,37 @@ class SearchDisplay:
         if not self.is_on:
             return
         values = trial.user_attrs.get("hyperparameters", trial.params)
-        seconds = duration(time.perf_counter() - begin)
-        width = len(str(self._total - 1))
-        parts = [f"trial {trial.number:>{width}}: {outcome}"]
+        cells = {"trial": str(trial.number), "objective": "" if value is None else outcome}
+        notes = [] if value is not None else [outcome]
         if len(study.directions) == 1:
-            parts.append(self._best(study, trial, value))
-        parts += [_settings(values), seconds]
-        print_line(" | ".join(part for part in parts if part))
+            cells["best"], is_best = self._best(study, trial, value)
+            notes += ["best"] if is_best else []
+        cells |= {name: _short(given) for name, given in values.items()}
+        cells["time"] = duration(time.perf_counter() - begin)
+        room = columns()
+        if room is not None and _width(cells, room) > room:
+            cells.pop("best", None)  # it is seen in the rows above
+        names = list(cells)
+        if names != self._names:
+            self._names = names
+            self._widths = [max(len(_head(n, room)), 5 if n == "trial" else 9) for n in names]
+            print_line(_row([_head(name, room) for name in names], self._widths))
+        print_line("  ".join([_row(list(cells.values()), self._widths), *notes]))
 
-    def _best(self, study: Any, trial: Any, value: Any) -> str:
-        """The best trial, this one included, of which the study does not know yet."""
+    def _best(self, study: Any, trial: Any, value: Any) -> tuple[str, bool]:
+        """The best objective so far, and whether it is that of this trial.
+
+        The study does not know of this trial yet.
+        """
         done = study.get_trials(states=(self._optuna.trial.TrialState.COMPLETE,), deepcopy=False)
         known = [(each.value, each.number) for each in done]
         if value is not None:
             known.append((float(value), trial.number))
         if not known:
-            return ""
+            return "", False
         choose = max if study.directions[0].name == "MAXIMIZE" else min
         best, found = choose(known)
-        return "the best so far" if found == trial.number else f"best {number(best)} ({found})"
+        return number(float(best)), found == trial.number
 
     def results(self, study: Any) -> None:
         """Print the table of all trials, and the best one's arguments."""
@@ -136,17 +154,35 @@ def table(trials: Sequence[Any]) -> list[str]:
     """Trials as the rows of a table: number, objective, hyperparameters, duration."""
     settings = [t.user_attrs.get("hyperparameters", t.params) for t in trials]
     names = list(dict.fromkeys(name for values in settings for name in values))
-    rows = [["trial", "objective", *names, "time"]]
+    room = columns()
+    rows = [["trial", "objective", *(_head(name, room) for name in names), "time"]]
     for each, values in zip(trials, settings, strict=True):
         spent = "" if each.duration is None else duration(each.duration.total_seconds())
         found = each.value if len(each.values) == 1 else each.values
         cells = [_short(values.get(name, "")) for name in names]
         rows.append([str(each.number), _objective(found), *cells, spent])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    return [_row(row, widths) for row in rows]
+
+
+def columns() -> int | None:
+    """Width of the terminal; None if there is none, which has no limit."""
+    return shutil.get_terminal_size().columns if is_terminal() else None
+
+
+def _head(name: str, room: int | None) -> str:
+    """The name of a column, not longer than there is room for on a terminal."""
+    return name if room is None or len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+
+
+def _width(names: Iterable[str], room: int) -> int:
+    """The width of a line of the trials, a note included."""
+    widths = (max(len(_head(n, room)), 5 if n == "trial" else 9) for n in names)
+    return sum(2 + width for width in widths) + len("  best")
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def yaml_value(value: Any) -> str:
@@ -161,10 +197,6 @@ def yaml_value(value: Any) -> str:
     if isinstance(value, float) and exponent and "." not in mantissa:
         return f"{mantissa}.0e{power}"
     return text
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
 
 
 def _short(value: Any) -> str:
