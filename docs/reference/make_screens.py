@@ -89,7 +89,7 @@ THEME = TerminalTheme(
 def main() -> None:
     """Make all pictures, or those that are named."""
     wanted = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="", dir=tempfile.gettempdir()) as folder:
         place = Path(folder)
         (place / "train.py").write_text(PROGRAM, encoding="utf-8")
         shutil.copytree(ROOT / "examples", place / "examples")
@@ -153,7 +153,11 @@ SCREENS = {
         ["train.py", "400", "0.0003"],
         [("     132      3", b"\x03")],
     ),
-    "resume": ("python train.py, once more, and Ctrl-C in epoch 9", ["train.py", "400", "0.0003"], [("     352      8", b"\x03")]),
+    "resume": (
+        "python train.py, once more, and Ctrl-C in epoch 9",
+        ["train.py", "400", "0.0003"],
+        [("     352      8", b"\x03")],
+    ),
     "failing": ("python train.py", ["train.py", "6", "0.003", "broken"], []),
     "search": (
         "python examples/hyperparameter_search.py",

@@ -286,7 +286,7 @@ def _best(ending: RunEnding) -> str:
     if since is None:
         return text
     if since == 0:
-        return f"{text} (the last evaluation: still improving)"
+        return f"{text} (the last: still improving)"
     return f"{text} ({plural(since, 'evaluation')} ago)"
 
 
@@ -304,6 +304,8 @@ def _going_on(ending: RunEnding) -> str:
     if ending.checkpoint is None:
         return "there is no checkpoint: a new run begins from scratch"
     text = f"from {Path(ending.checkpoint).name}"
+    if ending.error is not None:
+        text += ", once the cause is mended"
     change = ending.resume_change
     if ending.completed and ending.step >= ending.updates:
         change = "more epochs and " + (change or "the same call of fit()")

@@ -246,9 +246,9 @@ def _optimize(
 
     def objective(trial: Any) -> Any:
         report.trial = trial
-        values = _hyperparameters(settings.hp_space(trial))
-        trial.set_user_attr("hyperparameters", values)
         with display.trial(study, trial) as result:
+            values = _hyperparameters(settings.hp_space(trial))
+            trial.set_user_attr("hyperparameters", values)
             _adjust(trainer, args, values, trial, settings)
             result.append(_run(trainer, report))
         return result[0]

@@ -16,8 +16,11 @@ from kbtrain.errors import first_lines
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
 
-LONGEST = 14
+LONGEST = 11
 """Characters of a column's name on a terminal."""
+
+BEST = "*"
+"""Mark of a trial that is the best so far."""
 
 MOST_ROWS = 20
 """Trials in the table at the end; the best ones."""
@@ -83,18 +86,18 @@ class SearchDisplay:
         values = trial.user_attrs.get("hyperparameters", trial.params)
         cells = {"trial": str(trial.number), "objective": "" if value is None else outcome}
         notes = [] if value is not None else [outcome]
+        room = columns()
         if len(study.directions) == 1:
             cells["best"], is_best = self._best(study, trial, value)
-            notes += ["best"] if is_best else []
+            notes += [BEST] if is_best else []
         cells |= {name: _short(given) for name, given in values.items()}
         cells["time"] = duration(time.perf_counter() - begin)
-        room = columns()
         if room is not None and _width(cells, room) > room:
-            cells.pop("best", None)  # it is seen in the rows above
+            cells.pop("best", None)  # the row that is marked has it
         names = list(cells)
         if names != self._names:
             self._names = names
-            self._widths = [max(len(_head(n, room)), 5 if n == "trial" else 9) for n in names]
+            self._widths = [_column(name, room) for name in names]
             print_line(_row([_head(name, room) for name in names], self._widths))
         print_line("  ".join([_row(list(cells.values()), self._widths), *notes]))
 
@@ -177,8 +180,13 @@ def _head(name: str, room: int | None) -> str:
 
 def _width(names: Iterable[str], room: int) -> int:
     """The width of a line of the trials, a note included."""
-    widths = (max(len(_head(n, room)), 5 if n == "trial" else 9) for n in names)
-    return sum(2 + width for width in widths) + len("  best")
+    return sum(2 + _column(name, room) for name in names) + 2 + len(BEST)
+
+
+def _column(name: str, room: int | None) -> int:
+    """The width of a column, which the first trial fixes."""
+    least = {"trial": 5, "objective": 9, "best": 8, "time": 6}.get(name, 8)
+    return max(len(_head(name, room)), least)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -344,3 +345,44 @@ def test_no_picture_without_matplotlib_or_room(tmp_path, monkeypatch, caplog):
 def test_examples_in_docstrings():
     assert doctest.testmod(search_plot).failed == 0
     assert doctest.testmod(search).failed == 0
+
+
+def test_a_search_shows_its_trials_a_table_and_the_best_as_yaml(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, disable_tqdm=True)
+    best = trainer.hyperparameter_search(rates, n_trials=3, sampler=grid())
+    lines = capsys.readouterr().err.splitlines()
+    head = next(line for line in lines if line.startswith("  trial"))
+    assert head.split() == ["trial", "objective", "best", "learning_rate", "time"]
+    rows = [line for line in lines if re.match(r" +[012]  ", line)]
+    assert len(rows) == 6  # as they came, and in order
+    marked = [line.split()[0] for line in rows if line.endswith("*")]
+    assert marked[0] == "0"
+    assert marked[-1] == best.run_id
+    first = rows[3].split()
+    assert first[0] == best.run_id
+    assert first[1] == f"{best.objective:.4g}"
+    assert "3 complete" in next(line for line in lines if line.startswith("Search "))
+    start = lines.index(f"# trial {best.run_id}, the best one")
+    assert lines[start + 1] == f"learning_rate: {best.hyperparameters['learning_rate']}"
+    assert not any("Run run-" in line or "Finished" in line for line in lines)
+
+
+def test_a_pruned_and_a_failed_trial_say_why(tmp_path, capsys):
+    class Prune(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number == 1
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "disable_tqdm": True}
+    make_trainer(tmp_path / "a", **settings).hyperparameter_search(
+        rates, n_trials=2, sampler=grid(), pruner=Prune()
+    )
+    assert any(line.endswith("pruned at step 2") for line in capsys.readouterr().err.splitlines())
+
+    def space(trial):
+        if trial.number == 1:
+            raise ValueError("no such rate")
+        return rates(trial)
+
+    with pytest.raises(ValueError, match="no such rate"):
+        make_trainer(tmp_path / "b", disable_tqdm=True).hyperparameter_search(space, n_trials=2)
+    assert "failed: ValueError: no such rate" in capsys.readouterr().err
