@@ -81,7 +81,8 @@ context = StepContext()
 @contextlib.contextmanager
 def cuda_graphs(wanted: bool | str) -> Iterator[None]:
     """Context in which captured steps become CUDA graphs where that is sound, or never (False)."""
-    if wanted is True and not torch.cuda.is_available():
+    again = context.cuda_graphs is True  # an evaluation in a run
+    if wanted is True and not again and not torch.cuda.is_available():
         logger.warning("cuda_graphs=True has no effect: PyTorch finds no GPU of NVIDIA's.")
     before, context.cuda_graphs = context.cuda_graphs, wanted
     try:
