@@ -129,9 +129,7 @@ class RunRecord:
             history: The ``log_history`` of the checkpoint, which knows all logs up to it but those
                 beyond its length.
         """
-        first = history[0].get("step", 0) if history else step + 1
-        before = [log for log in older.logs if log.get("step", 0) < first]
-        self.logs = thinned_logs([*before, *map(dict, history)])
+        self.logs = joined_logs(older.logs, history, step)
         self.throughput = [point for point in older.throughput if point[0] <= step]
         self.warnings = [w for w in older.warnings if w.get("step", 0) <= step] + self.warnings
         self.sections = list(older.sections)
@@ -196,6 +194,12 @@ def _cell(cell: Any) -> Any:
 def is_evaluation(log: Log) -> bool:
     """Whether a log has results of an evaluation."""
     return any(name.startswith("eval_") for name in log)
+
+
+def joined_logs(older: Iterable[Log], history: Sequence[Log], step: int) -> list[dict[str, Any]]:
+    """The log history of a checkpoint at ``step``, after older logs that it no longer has."""
+    first = history[0].get("step", 0) if history else step + 1
+    return thinned_logs([*(log for log in older if log.get("step", 0) < first), *history])
 
 
 def thinned_logs(logs: Iterable[Log], most: int | None = None) -> list[dict[str, Any]]:

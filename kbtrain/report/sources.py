@@ -14,7 +14,7 @@ from typing import Any
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.report.record import FILE_NAME, RunRecord, thinned_logs
+from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
 from kbtrain.report.style import DATA
 from kbtrain.utils.filesystem import entries, parse_checkpoint_name, process_is_alive
 from kbtrain.utils.local_path import check_local
@@ -58,7 +58,7 @@ def load_run(path: str | os.PathLike[str]) -> RunRecord:
 
 def _from_folder(folder: Path) -> RunRecord | None:
     if (found := _try(folder / FILE_NAME)) is not None:
-        return found
+        return _brought_up_to_date(found, folder)
     places = [folder, *_checkpoints(folder)]
     for place in places:
         if (found := _try(place / STATE)) is not None:
@@ -69,6 +69,23 @@ def _from_folder(folder: Path) -> RunRecord | None:
             _mark_best(found)
             return found
     return _try(folder / LOG)
+
+
+def _brought_up_to_date(record: RunRecord, folder: Path) -> RunRecord:
+    """The record with what is in its folder now; of a killed run, with its newest checkpoint."""
+    record.facts = {**record.facts, "output_dir": str(folder.absolute())}
+    best = {c["name"] for c in record.checkpoints if c.get("best")}
+    if record.ending is None:
+        states = (_try(place / STATE) for place in _checkpoints(folder))
+        newest = next((state for state in states if state is not None), None)
+        if newest is not None and newest.steps > record.steps:
+            record.logs = joined_logs(record.logs, newest.logs, newest.steps)
+            record.best, best = newest.best, {newest.facts.get("best_checkpoint")}
+    record.checkpoints = [
+        {"step": parse_checkpoint_name(p.name), "name": p.name, "best": p.name in best}
+        for p in reversed(_checkpoints(folder))
+    ]
+    return record
 
 
 def _checkpoints(folder: Path) -> list[Path]:

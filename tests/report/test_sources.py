@@ -52,6 +52,30 @@ def test_without_a_record_the_newest_checkpoint_tells(folder, copy):
     assert found.name == "copied"
 
 
+def test_a_killed_run_has_what_its_newest_checkpoint_knows(folder, tmp_path):
+    """Its record is written from time to time only."""
+    target = tmp_path / "killed"
+    shutil.copytree(folder, target)
+    record = load_run(target)
+    record.logs, record.checkpoints, record.best = [], [], None
+    record.sessions[-1]["ending"] = None
+    record.warnings = [{"step": 0, "level": "warning", "text": "once", "count": 1}]
+    record.save(target)
+    found, expected = load_run(target), load_run(folder)
+    assert losses(found) == losses(expected)
+    assert found.checkpoints == expected.checkpoints
+    assert found.best == expected.best
+    assert len(found.warnings) == 1
+    assert found.facts["output_dir"] == str(target)
+
+
+def test_checkpoints_are_those_that_are_there_now(folder, tmp_path):
+    target = tmp_path / "thinned"
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / "checkpoint-2")
+    assert [c["name"] for c in load_run(target).checkpoints] == ["checkpoint-4"]
+
+
 def test_a_damaged_record_or_checkpoint_is_passed_over(copy, caplog):
     (copy / "run.json").write_text("{")
     (copy / "checkpoint-4" / "trainer_state.json").write_text("")
