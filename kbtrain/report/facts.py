@@ -134,7 +134,7 @@ def facts_of(trainer: Any) -> RunFacts:
         batch_size=(state.train_batch_size or 0) * args.gradient_accumulation_steps,
         accumulation=args.gradient_accumulation_steps,
         updates=state.max_steps,
-        epochs=float(args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs),
+        epochs=_epochs(trainer),
         optimizer="none" if trainer.optimizer is None else type(trainer.optimizer).__name__,
         learning_rate=_attempt(lambda: _peak(trainer), None),
         schedule=_attempt(lambda: _schedule(trainer), "unknown"),
@@ -148,6 +148,16 @@ def facts_of(trainer: Any) -> RunFacts:
         versions=dict(environment(trainer.backend.name)["versions"]),
         host=platform.node(),
     )
+
+
+def _epochs(trainer: Any) -> float:
+    """The epochs of the updates that are planned."""
+    run, state = trainer.current_run, trainer.state
+    if trainer.args.max_steps <= 0:
+        return float(trainer.args.num_train_epochs)
+    if run is None or not run.plan.batches_per_epoch:
+        return float(state.num_train_epochs)
+    return state.max_steps / run.plan.steps_per_epoch
 
 
 def _attempt(read: Callable[[], T], otherwise: T) -> T:
