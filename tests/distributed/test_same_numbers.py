@@ -67,7 +67,7 @@ def test_lines_are_those_of_exact_arithmetic(one, two, line):
 
 @pytest.mark.slow
 def test_three_processes_share_batches_of_eight(tmp_path, one):
-    names = [*LINES, "tokens", "accumulated", "batch statistics"]
+    names = [*LINES, "tokens", "accumulated", "batch statistics", "divided", "divided, eagerly"]
     three = ran(tmp_path, 3, names)
     assert three[0] == three[1] == three[2]
     for name in names:

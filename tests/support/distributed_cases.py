@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kbtrain
-from kbtrain import Trainer, TrainerCallback, TrainingArguments
+from kbtrain import Trainer, TrainerCallback, TrainingArguments, backends
 
 import keras  # isort: skip: the processes are joined by the first name of kbtrain
 import numpy as np  # isort: skip
@@ -132,6 +132,13 @@ def accumulated() -> dict[str, Any]:
 def label_smoothing() -> dict[str, Any]:
     # Compared before each exchange, which changes nothing.
     return tokens(label_smoothing_factor=0.1, debug="collectives")
+
+
+def divided(**given: Any) -> dict[str, Any]:
+    """The optimizer's state is divided, and saved in the background."""
+    return tokens(
+        fsdp="shard_grad_op", save_strategy="steps", save_steps=2, save_async=True, **given
+    )
 
 
 def batch_statistics(accumulation: int = 1) -> dict[str, Any]:
@@ -403,6 +410,11 @@ CASES: dict[str, Any] = {
     "tokens": tokens,
     "accumulated": accumulated,
     "label smoothing": label_smoothing,
+    "divided": divided,
+    # A step of JAX whose state is divided is always compiled.
+    "divided, eagerly": lambda: divided(
+        jit_compile=False if backends.load().name == "torch" else "auto"
+    ),
     "batch statistics": batch_statistics,
     "batch statistics, accumulated": lambda: batch_statistics(2),
     "outputs": outputs,
