@@ -4,10 +4,12 @@ KERAS_BACKEND alone decides which framework is tested.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The examples are a function of the test alone, and no clock decides whether they are quick enough.
@@ -39,3 +41,9 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: where processes take whole files, none begins with one late."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The logger as a program finds it: a Trainer sets its level for the rest of the process."""
+    logging.getLogger("kbtrain").setLevel(logging.NOTSET)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kbtrain")
 
-EVENTS_OF_TRANSFORMERS = (
+EVENTS = (
     "on_init_end",
     "on_train_begin",
     "on_train_end",
@@ -37,10 +37,10 @@ EVENTS_OF_TRANSFORMERS = (
     "on_prediction_step",
     "on_push_begin",
 )
-"""The events that Transformers has."""
+"""The events that Transformers has, too."""
 
-EVENTS = (
-    *EVENTS_OF_TRANSFORMERS,
+ALL_EVENTS = (
+    *EVENTS,
     "on_epoch_results",
     "on_evaluate_begin",
     "on_predict_begin",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.callbacks.adapters import advice
 from kbtrain.callbacks.adapters.keras_callbacks import KerasCallbacks
 from kbtrain.callbacks.adapters.transformers_callback import TransformersCallback
-from kbtrain.callbacks.base import EVENTS, STEP_EVENTS, TrainerCallback
+from kbtrain.callbacks.base import ALL_EVENTS, STEP_EVENTS, TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError, KbtrainError
 from kbtrain.utils.best_effort import warn_once
@@ -87,9 +87,9 @@ class CallbackHandler:
 
         Looked up each time, because a method may be set on an object at any time.
         """
-        if event not in EVENTS:
+        if event not in ALL_EVENTS:
             raise ConfigurationError(
-                f"There is no event {event!r}. Expected one of: {', '.join(EVENTS)}."
+                f"There is no event {event!r}. Expected one of: {', '.join(ALL_EVENTS)}."
             )
         return [callback for callback in self.callbacks if _overrides(callback, event)]
 
@@ -311,7 +311,7 @@ def _check_events(callback: TrainerCallback) -> None:
     Raises:
         ConfigurationError: One of them does not accept ``**kwargs``.
     """
-    for event in EVENTS:
+    for event in ALL_EVENTS:
         if not _overrides(callback, event):
             continue
         parameters = inspect.signature(getattr(callback, event)).parameters.values()
@@ -327,9 +327,9 @@ def _warn_about_uncalled_methods(callback: TrainerCallback) -> None:
     """Warn about methods that look like an event, or like Transformers' state, but are not."""
     cls = type(callback)
     for name in dir(cls):
-        if not name.startswith("on_") or name in EVENTS or not callable(getattr(cls, name)):
+        if not name.startswith("on_") or name in ALL_EVENTS or not callable(getattr(cls, name)):
             continue
-        if near := difflib.get_close_matches(name, EVENTS, n=1, cutoff=0.75):
+        if near := difflib.get_close_matches(name, ALL_EVENTS, n=1, cutoff=0.75):
             logger.warning(
                 "%s.%s is never called: there is no such event. Did you mean %s?",
                 cls.__name__,

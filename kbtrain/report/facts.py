@@ -157,7 +157,7 @@ def _epochs(trainer: Any) -> float:
         return float(trainer.args.num_train_epochs)
     if run is None or not run.plan.batches_per_epoch:
         return float(state.num_train_epochs)
-    return state.max_steps / run.plan.steps_per_epoch
+    return float(state.max_steps / run.plan.steps_per_epoch)
 
 
 def _attempt(read: Callable[[], T], otherwise: T) -> T:

@@ -1,6 +1,7 @@
 """Which display a run has, and a run as lines of text."""
 
 import logging
+import sys
 
 import pytest
 from helpers import arguments, linear_model, make_data
@@ -142,7 +143,8 @@ def test_a_display_can_be_removed_or_given(tmp_path, capsys):
 
 
 @pytest.mark.neutral
-def test_the_former_places_still_have_the_names():
+def test_the_former_places_still_have_the_names(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kbtrain.callbacks.progress_bar", raising=False)
     from kbtrain import callbacks
 
     assert callbacks.ProgressCallback is ProgressCallback

@@ -116,13 +116,12 @@ def test_what_is_no_run_is_an_error_in_words(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("pid", "host", "lives"),
-    [(os.getpid(), platform.node(), True), (2**22 + 1, platform.node(), False)]
-    + [(2**22 + 1, "another-machine", True)],
+    ("own", "elsewhere", "lives"),
+    [(True, False, True), (False, False, False), (False, True, True)],
 )
-def test_a_run_lives_as_long_as_its_process(tmp_path, pid, host, lives):
-    record = run_record(end=False, host=host)
-    record.live, record.pid = True, pid
+def test_a_run_lives_as_long_as_its_process(tmp_path, own, elsewhere, lives):
+    record = run_record(end=False, host="another-machine" if elsewhere else platform.node())
+    record.live, record.pid = True, os.getpid() if own else 2**22 + 1
     record.save(tmp_path)
     assert load_run(tmp_path).live is lives
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.callbacks.base import EVENTS
+from kbtrain.callbacks.base import ALL_EVENTS, EVENTS
 
 
 def arguments(output_dir, **changes):
@@ -95,7 +95,7 @@ def fit(model, args, data, **kwargs):
 
 
 class Recorder(TrainerCallback):
-    """Remembers the name and the step of every event; ``on`` maps events to actions."""
+    """Remembers name and step of every event that Transformers has; ``on`` maps events to actions."""
 
     def __init__(self, on=None):
         self.events = []
@@ -120,6 +120,14 @@ def _make_event(event):
 
 for _event in EVENTS:
     setattr(Recorder, _event, _make_event(_event))
+
+
+class FullRecorder(Recorder):
+    """Remembers the events that Transformers does not have, too."""
+
+
+for _event in ALL_EVENTS:
+    setattr(FullRecorder, _event, _make_event(_event))
 
 
 class StopAt(TrainerCallback):

@@ -105,7 +105,7 @@ def test_a_name_that_the_arguments_have_not(given, said):
     [
         ({"lr_scheduler_type": "cosin"}, "Did you mean 'cosine'"),
         ({"optim": "adamx"}, "Did you mean 'adamax'"),
-        ({"report_to": "comet_ml"}, "'comet_ml' is not a known tracker"),
+        ({"report_to": "neptune"}, "'neptune' is not a known tracker"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'"),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}},

@@ -65,8 +65,9 @@ def test_an_import_is_filtered_and_leaves_an_ordinary_module(tmp_path):
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     del environ[tensorflow_start.LEVEL]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True
+        command, env=environ, capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout == "3 4 SourceFileLoader\n"
     assert done.stderr == "it matters\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kbtrain.callbacks.base import EVENTS_OF_TRANSFORMERS, TrainerCallback
+from kbtrain.callbacks.base import EVENTS, TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError
 
@@ -24,7 +24,7 @@ class TransformersCallback(TrainerCallback):
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
-        for event in EVENTS_OF_TRANSFORMERS:
+        for event in EVENTS:
             own = getattr(type(wrapped), event, None)
             base = next(
                 (vars(c).get(event) for c in type(wrapped).__mro__ if is_base(c)),
