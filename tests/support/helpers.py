@@ -95,7 +95,7 @@ def fit(model, args, data, **kwargs):
 
 
 class Recorder(TrainerCallback):
-    """Remembers name and step of every event that Transformers has; ``on`` maps events to actions."""
+    """Remembers name and step of each event of Transformers; ``on`` maps events to actions."""
 
     def __init__(self, on=None):
         self.events = []
