@@ -153,6 +153,7 @@ class Case:
         rows: Samples per device.
         arguments: More arguments of the run.
         bf16: Whether to compute in bfloat16 with float32 weights.
+        most_parts: Largest power of two, up to 256, that divides the width of its layers.
     """
 
     make: Callable[[], keras.Model]
@@ -160,6 +161,7 @@ class Case:
     rows: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     bf16: bool = False
+    most_parts: int = 256
 
 
 def _tokens(length: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
@@ -183,7 +185,12 @@ CASES = {
     # which no power of two divides.
     "gpt2-tiny": Case(lambda: gpt2(2, 256, 4), _tokens(1024), 4, _recomputed(2), bf16=True),
     "gpt2": Case(lambda: gpt2(12, 768, 12), _tokens(1024), 4, bf16=True),
-    "gpt2-xl": Case(lambda: gpt2(48, 1600, 20), _tokens(1024), 4, _recomputed(48), bf16=True),
+    "gpt2-recomputed": Case(
+        lambda: gpt2(12, 768, 12), _tokens(1024), 4, _recomputed(12), bf16=True
+    ),
+    "gpt2-xl": Case(
+        lambda: gpt2(48, 1600, 20), _tokens(1024), 4, _recomputed(48), bf16=True, most_parts=64
+    ),
 }
 
 TENSOR = {
@@ -196,18 +203,18 @@ TENSOR = {
 }
 
 
-def layout_arguments(layout: str, devices: int) -> dict[str, Any]:
+def layout_arguments(layout: str, devices: int, most_parts: int = 256) -> dict[str, Any]:
     """The arguments of a run whose state is divided.
 
     Args:
-        layout: ``"data"`` (not divided), ``"fsdp"`` (among 64 devices at most) or ``"tensor"``
-            (fsdp, and four along tensor).
+        layout: ``"data"`` (not divided), ``"fsdp"`` or ``"tensor"`` (fsdp, and four along tensor).
         devices: Number of devices.
+        most_parts: Number of parts at most; the rest of the devices is along data.
     """
     if layout == "data":
         return {}
-    if layout == "fsdp":  # GPT-2 of 1,600 wide can be divided by 64, and not by 256
-        sizes = {"data": max(1, devices // 64), "fsdp": min(devices, 64)}
+    if layout == "fsdp":
+        sizes = {"data": max(1, devices // most_parts), "fsdp": min(devices, most_parts)}
         return {"fsdp": True, "parallelism_config": sizes}
     sizes = {"fsdp": devices // 4, "tensor": 4}
     return {"fsdp": True, "parallelism_config": sizes, "fsdp_config": {"layouts": TENSOR}}
@@ -305,8 +312,9 @@ def compiled(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            log_level="error",
             **(chosen if count > 1 else {}),
-            **layout_arguments(layout, count),
+            **layout_arguments(layout, count, case.most_parts),
             **case.arguments,
             **arguments,
         )

@@ -225,9 +225,12 @@ def gathered_weight(variable: keras.Variable, value: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(value: jax.Array, layout: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(value, _without_fsdp(layout))
+
+
+def _without_fsdp(layout: NamedSharding) -> NamedSharding:
     axes = [None if axis == "fsdp" else axis for axis in layout.spec]
-    whole = NamedSharding(layout.mesh, PartitionSpec(*axes))
-    return jax.lax.with_sharding_constraint(value, whole)
+    return NamedSharding(layout.mesh, PartitionSpec(*axes))
 
 
 def _gather_forward(value: jax.Array, layout: NamedSharding) -> tuple[jax.Array, None]:
@@ -235,6 +238,9 @@ def _gather_forward(value: jax.Array, layout: NamedSharding) -> tuple[jax.Array,
 
 
 def _gather_backward(layout: NamedSharding, residuals: None, gradient: Any) -> tuple[Any]:
+    if layout.mesh.devices.flat[0].platform == "tpu":
+        # Asked for its part of a sum alone, XLA gathers the activations of all devices there.
+        gradient = jax.lax.with_sharding_constraint(gradient, _without_fsdp(layout))
     return (jax.lax.with_sharding_constraint(gradient, layout),)
 
 
