@@ -84,8 +84,11 @@ class SearchDisplay:
         if not self.is_on:
             return
         values = trial.user_attrs.get("hyperparameters", trial.params)
-        cells = {"trial": str(trial.number), "objective": "" if value is None else outcome}
-        notes = [] if value is not None else [outcome]
+        shown, notes = outcome, list[str]()
+        if value is None:  # "pruned at step 75", "failed: ValueError: ..."
+            shown, _, rest = outcome.partition(" ")
+            shown, notes = shown.rstrip(":"), [rest] if rest else []
+        cells = {"trial": str(trial.number), "objective": shown}
         room = columns()
         if len(study.directions) == 1:
             cells["best"], is_best = self._best(study, trial, value)
@@ -99,7 +102,10 @@ class SearchDisplay:
             self._names = names
             self._widths = [_column(name, room) for name in names]
             print_line(_row([_head(name, room) for name in names], self._widths))
-        print_line("  ".join([_row(list(cells.values()), self._widths), *notes]))
+        line = "  ".join([_row(list(cells.values()), self._widths), *notes])
+        if room is not None and len(line) > room and value is None:
+            line = "\n".join([_row(list(cells.values()), self._widths), *(f"  {n}" for n in notes)])
+        print_line(line)
 
     def _best(self, study: Any, trial: Any, value: Any) -> tuple[str, bool]:
         """The best objective so far, and whether it is that of this trial.
