@@ -259,7 +259,8 @@ def ending_title(ending: RunEnding) -> str:
 def ending_rows(ending: RunEnding) -> list[Row]:
     """The end of a run: names and texts."""
     of = f" of {ending.updates:,}" if ending.updates > ending.step else ""
-    done = f"{ending.step:,}{of} updates, {epochs(ending.epoch)} epochs"
+    plural = "" if ending.epoch == 1 else "s"
+    done = f"{ending.step:,}{of} updates, {epochs(ending.epoch)} epoch{plural}"
     rows = [("trained", f"{done}, in {duration(ending.seconds)}{_compiling(ending)}")]
     if ending.best_step is not None and ending.best_value is not None:
         rows.append(("best", _best(ending)))

@@ -43,7 +43,7 @@ class Screen:
         self._drawn: list[int] = []  # lengths of the status lines on the screen
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, now
         self.failed = False
 
     # --- opening and closing ----------------------------------------------------------------------
@@ -181,19 +181,32 @@ class Screen:
             stream = getattr(sys, name)
             if stream is not None and _is_same_terminal(stream, self._stream):
                 above = _Above(self, stream)
-                self._replaced.append((sys, name, stream))
-                setattr(sys, name, above)
+                self._replace_attribute(sys, name, above)
                 for handler in _handlers_of(stream):
-                    self._replaced.append((handler, "stream", stream))
-                    handler.stream = above
+                    self._replace_attribute(handler, "stream", above)
+        self._replace_attribute(sys, "breakpointhook", self._debug)
+
+    def _replace_attribute(self, owner: Any, name: str, value: Any) -> None:
+        self._replaced.append((owner, name, getattr(owner, name), value))
+        setattr(owner, name, value)
 
     def _restore(self) -> None:
         replaced, self._replaced = self._replaced, []
-        for owner, name, stream in reversed(replaced):
-            above = getattr(owner, name, None)
-            if isinstance(above, _Above):  # otherwise the program has put another one there
-                above.finish()
-                setattr(owner, name, stream)
+        for owner, name, before, now in reversed(replaced):
+            if getattr(owner, name, None) == now:  # else the program has put another one there
+                if isinstance(now, _Above):
+                    now.finish()
+                setattr(owner, name, before)
+
+    def _debug(self, *args: Any, **kwargs: Any) -> Any:
+        """``breakpoint()``: leave the terminal to the debugger."""
+        self.close()
+        chosen = os.environ.get("PYTHONBREAKPOINT") or "pdb.set_trace"
+        if sys.breakpointhook is sys.__breakpointhook__ and chosen == "pdb.set_trace":
+            import pdb
+
+            return pdb.Pdb(*args, **kwargs).set_trace(sys._getframe(1))  # the caller's frame
+        return sys.breakpointhook(*args, **kwargs)
 
 
 class _Above:
