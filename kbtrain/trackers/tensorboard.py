@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class TensorBoardCallback(Tracker):
         # wait for them, so the last logs are lost when the process ends.
         self._events = require("tensorboardX.proto.event_pb2", "tensorboard", "TensorBoard")
         self._summary = require("tensorboardX.summary", "tensorboard", "TensorBoard")
+        self._protocol = require("tensorboardX.proto.summary_pb2", "tensorboard", "TensorBoard")
         self._writer: Any = None
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
@@ -85,6 +87,29 @@ class TensorBoardCallback(Tracker):
         """Write a text, in Markdown."""
         if self._is_open:
             self._add(summary=self._summary.text(name, text), step=step)
+
+    @best_effort
+    def write_pictures(self, name: str, pictures: Sequence[tuple[str, bytes]], step: int) -> None:
+        """Write pictures.
+
+        Args:
+            name: Their group.
+            pictures: Pairs of a caption and a PNG file, in order.
+            step: Updates done.
+        """
+        if not self._is_open:
+            return
+        values = []
+        for i, (caption, file) in enumerate(pictures):
+            width, height = struct.unpack(">II", file[16:24])
+            image = self._protocol.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=file
+            )
+            metadata = self._protocol.SummaryMetadata(summary_description=caption)
+            values.append(
+                self._protocol.Summary.Value(tag=f"{name}/{i}", image=image, metadata=metadata)
+            )
+        self._add(summary=self._protocol.Summary(value=values), step=step)
 
     def finish(self, completed: bool) -> None:
         """Close the event file."""

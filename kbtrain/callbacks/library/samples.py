@@ -33,9 +33,9 @@ class SampleCallback(TrainerCallback):
 
     With ``generate`` the model generates from the inputs (``model.generate(inputs, ...)``, such as
     the causal language models of KerasHub); texts go to the log, the report and TensorBoard.
-    Otherwise it classifies them: the report shows the first inputs, as pictures if they are images,
-    with label, prediction and probability, and the confusion matrix of all of them if there are
-    labels. The weights are those of an evaluation, and the training is not affected.
+    Otherwise it classifies them: report and TensorBoard show the first inputs, as pictures if they
+    are images, with label, prediction and probability, and the confusion matrix of all of them if
+    there are labels. The weights are those of an evaluation, and the training is not affected.
 
     Args:
         inputs: Prompts, or an array (or structure of arrays) of inputs, as for ``predict``.
@@ -139,9 +139,7 @@ class SampleCallback(TrainerCallback):
         self._texts = (rows + self._texts)[: KEPT * len(rows)]
         add_section(trainer, self.title, [["Step", "Prompt", "Generated"], *self._texts])
         text = "\n\n".join(f"**{s['input']}** {s['output']}" for s in self.newest)
-        for callback in trainer.callback_handler.callbacks:
-            if write := getattr(callback, "write_text", None):
-                write(self.title, text, step)
+        _track(trainer, "write_text", self.title, text, step)
 
     def _decoded(self, trainer: Any, generated: Any) -> list[str]:
         if isinstance(generated, dict):
@@ -189,6 +187,11 @@ class SampleCallback(TrainerCallback):
             parts.append(self._matrix(self.confusion))
         if state.is_world_process_zero:
             add_section(trainer, self.title, "".join(parts))
+            if captioned := self._captioned():
+                _track(trainer, "write_pictures", self.title, captioned, state.global_step)
+            if self.confusion is not None:
+                text = _markdown(self.confusion, [self._name(i) for i in range(size)])
+                _track(trainer, "write_text", f"{self.title}/confusion", text, state.global_step)
             wrong = (
                 0
                 if self.confusion is None
@@ -206,21 +209,30 @@ class SampleCallback(TrainerCallback):
         known = self.class_names or []
         return known[int(index)] if int(index) < len(known) else str(int(index))
 
-    def _pictures(self) -> str:
+    def _captioned(self) -> list[tuple[str, bytes]]:
+        """Captions and PNG files of the first inputs; empty if they are no images."""
         leaves = keras.tree.flatten(self.inputs)
         images = np.asarray(leaves[0]) if len(leaves) == 1 and not _is_text(leaves[0]) else None
         if images is None or not _are_images(images):
+            return []
+        found = []
+        for image, sample in zip(images, self.newest, strict=False):
+            right = sample["label"] in (None, sample["prediction"])
+            said = f"{sample['prediction']} {100 * sample['probability']:.0f} %"
+            found.append((said if right else f"wrong: {said} (is {sample['label']})", png(image)))
+        return found
+
+    def _pictures(self) -> str:
+        captioned = self._captioned()
+        if not captioned:
             rows = "".join(
                 f"<tr><td>{i}</td>{self._cells(sample)}</tr>"
                 for i, sample in enumerate(self.newest)
             )
             return f"<table><tr><th>Sample</th>{self._head()}</tr>{rows}</table>"
         figures = []
-        for image, sample in zip(images, self.newest, strict=False):
-            data = base64.b64encode(png(image)).decode()
-            right = sample["label"] in (None, sample["prediction"])
-            said = f"{sample['prediction']} {100 * sample['probability']:.0f} %"
-            said = html.escape(said if right else f"wrong: {said} (is {sample['label']})")
+        for caption, file in captioned:
+            said, data = html.escape(caption), base64.b64encode(file).decode()
             figures.append(
                 '<figure style="display:inline-block;margin:4px;width:7em;vertical-align:top">'
                 f'<img width="96" style="image-rendering:pixelated" alt="{said}" '
@@ -251,6 +263,21 @@ class SampleCallback(TrainerCallback):
             "<p>Confusion matrix: a row for each label, a column for each prediction.</p>"
             f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
         )
+
+
+def _track(trainer: Any, method: str, *content: Any) -> None:
+    """Pass texts or pictures to the trackers that take them."""
+    for callback in trainer.callback_handler.callbacks:
+        if write := getattr(callback, method, None):
+            write(*content)
+
+
+def _markdown(counts: np.ndarray, names: Sequence[str]) -> str:
+    """The confusion matrix as a table of Markdown."""
+    lines = ["| label | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name, row in zip(names, counts.tolist(), strict=True):
+        lines.append(f"| **{name}** | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
 
 
 def classes_of(predictions: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ def test_classes_pictures_and_the_confusion_matrix(tmp_path):
             max_steps=1,
             eval_strategy="epoch",
             save_strategy="epoch",
+            report_to=["tensorboard"],
         ),
         train_dataset=(x, labels),
         eval_dataset=(x, labels),
@@ -59,6 +60,28 @@ def test_classes_pictures_and_the_confusion_matrix(tmp_path):
     assert section["html"].count("data:image/png") == 5
     assert "(is &lt;bright&gt;)" in section["html"]
     assert "<bright>" not in section["html"]
+    values = tensorboard_values(tmp_path)
+    pictures = [values[f"Samples/{i}"] for i in range(5)]
+    assert [p.image.encoded_image_string for p in pictures] == [png(image) for image in x[:5]]
+    assert (pictures[0].image.height, pictures[0].image.width) == (4, 6)
+    assert "is <bright>" in pictures[3].metadata.summary_description
+    (table,) = (v for name, v in values.items() if name.startswith("Samples/confusion"))
+    assert b"| **dark** | 3 | 1 |" in table.tensor.string_val[0]
+
+
+def tensorboard_values(folder):
+    """The newest value of each tag in the event files of a run."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in (folder / "runs").glob("*/events*"):
+        left = path.read_bytes()
+        while left:
+            size = int.from_bytes(left[:8], "little")
+            event = Event.FromString(left[12 : 12 + size])
+            found |= {value.tag: value for value in event.summary.value}
+            left = left[16 + size :]
+    return found
 
 
 def test_a_picture_is_what_a_reader_of_png_sees():
