@@ -265,7 +265,8 @@ def test_hyperparameter_search_is_resumed(tmp_path):
         "hyperparameter_search.py", "--output-dir", tmp_path, "--epochs", 1, "--n-trials", 2,
         "--resume",
     )  # fmt: skip
-    assert re.findall(r"Trial (\d+) (?:finished|pruned)", result.stderr) == ["1"]
+    rows = result.stderr.partition("\nSearch digits: 2 trials")[0]
+    assert re.findall(r"^ +(\d+) ", rows, re.MULTILINE) == ["1"]
     assert f"accuracy 1.0000, {best}" in result.stdout
     assert float(re.search(r"test accuracy: (\S+)", result.stdout)[1]) > 0.8
 
