@@ -94,7 +94,7 @@ class _Display(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the log of the training; evaluations come in ``on_evaluate``."""
-        logs = kwargs["logs"]
+        logs = text.printable(kwargs["logs"])
         own = {name: value for name, value in logs.items() if not _is_of_evaluation(name, logs)}
         if not own.keys() - {"epoch"} or "train_runtime" in logs and "loss" not in logs:
             return
@@ -107,7 +107,9 @@ class _Display(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance the bar of the evaluation."""
+        """Advance the bar of the evaluation, above which the progress stays as it was before."""
+        if self._batches == 0 and kwargs["trainer"].is_in_train and not self._waiting:
+            self.view().progress(Progress.of(kwargs["trainer"]))
         self._batches += kwargs["batches"]
         loader = kwargs["eval_dataloader"]
         total = len(loader) if getattr(loader, "sized", False) else None
@@ -118,7 +120,7 @@ class _Display(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the results of a set; they are shown when those of all sets are complete."""
-        metrics, trainer = kwargs["metrics"], kwargs["trainer"]
+        metrics, trainer = text.printable(kwargs["metrics"]), kwargs["trainer"]
         self._batches = 0
         if not trainer.is_in_train:
             if trainer.trial is None:
@@ -140,7 +142,7 @@ class _Display(TrainerCallback):
         """Show the results."""
         self._batches = 0
         if not kwargs["trainer"].is_in_train:
-            self._alone(kwargs["metrics"], state)
+            self._alone(text.printable(kwargs["metrics"]), state)
 
     @best_effort
     def on_epoch_begin(
@@ -153,8 +155,10 @@ class _Display(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show an evaluation that is complete by now."""
+        """Show an evaluation that is complete by now, and the last update."""
         self._flush()
+        if not self._waiting:
+            self.view().progress(Progress.of(kwargs["trainer"]))
 
     # --- what is told beside the events, see CallbackHandler.tell -------------------------------
 

@@ -209,6 +209,21 @@ def log_line(logs: Mapping[str, Any], step: int, updates: int) -> str:
     return f"step {place(step, updates)}: {shown}"
 
 
+def printable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names that a terminal can show: without control characters and line breaks.
+
+    Example:
+        >>> printable({"a" + chr(10) + "b": 1})
+        {'a b': 1}
+    """
+    shown = {_one_line(name): value for name, value in values.items()}
+    return {name: _one_line(v) if isinstance(v, str) else v for name, v in shown.items()}
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
 def without_durations(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The results of an evaluation without what says how long it took."""
     return {

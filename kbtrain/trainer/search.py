@@ -346,15 +346,25 @@ class _Report(TrainerCallback):
         """The objective of the trial, computed from the latest results.
 
         Raises:
-            ConfigurationError: ``compute_objective`` uses a metric that does not exist.
+            ConfigurationError: ``compute_objective`` uses a metric that does not exist, or returns
+                something else than numbers.
         """
         try:
-            return self._compute(self.metrics)
+            found = self._compute(self.metrics)
         except KeyError as error:
             raise ConfigurationError(
                 f"compute_objective asks for {error}, which is not among the results of the "
                 f"evaluation: {', '.join(self.metrics)}."
             ) from error
+        try:
+            for value in found if isinstance(found, list | tuple) else [found]:
+                float(value)
+        except (TypeError, ValueError):
+            raise ConfigurationError(
+                "compute_objective must return a number, or one for each direction. "
+                f"Received: {found!r:.100}."
+            ) from None
+        return found
 
 
 # --- several processes ----------------------------------------------------------------------------

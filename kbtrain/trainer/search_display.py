@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ class SearchDisplay:
         """
         done = study.get_trials(states=(self._optuna.trial.TrialState.COMPLETE,), deepcopy=False)
         known = [(each.value, each.number) for each in done]
-        if value is not None:
+        if value is not None and not math.isnan(float(value)):
             known.append((float(value), trial.number))
         if not known:
             return "", False

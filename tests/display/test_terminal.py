@@ -250,3 +250,28 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path, error):
         one = trainer(tmp_path, [Leaves()])
         one.fit()
     assert one.state.global_step == 12
+
+
+def test_names_cannot_control_the_terminal(tmp_path):
+    class Odd(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            kwargs["metrics"]["eval_\x1b[2Jodd\nname"] = 1.0
+
+    with Terminal() as screen:
+        trainer(tmp_path, [Odd()], num_train_epochs=1, eval_strategy="epoch").fit()
+    assert "\x1b[2Jodd" not in screen.raw.decode()
+    assert "Finished" in screen.text
+
+
+def test_during_an_evaluation_the_bar_is_at_the_newest_update(tmp_path):
+    class Look(TrainerCallback):
+        every_step = False
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            drawn()
+            self.seen = screen.text
+
+    look = Look()
+    with Terminal() as screen:
+        trainer(tmp_path, [look], num_train_epochs=1, eval_strategy="epoch").fit()
+    assert " 4/4 " in look.seen

@@ -388,3 +388,21 @@ def test_a_pruned_and_a_failed_trial_say_why(tmp_path, capsys):
         make_trainer(tmp_path / "b", disable_tqdm=True).hyperparameter_search(space, n_trials=2)
     rows = capsys.readouterr().err.splitlines()
     assert any("failed" in row and row.endswith("ValueError: no such rate") for row in rows)
+
+
+def test_an_objective_that_is_no_number_is_explained(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"must return a number.*Received: None"):
+        make_trainer(tmp_path, disable_tqdm=True).hyperparameter_search(
+            rates, lambda metrics: None, n_trials=1
+        )
+
+
+def test_a_nan_is_not_the_best_objective(tmp_path, capsys):
+    objectives = iter([float("nan"), 2.0])
+    make_trainer(tmp_path, disable_tqdm=True).hyperparameter_search(
+        rates, lambda metrics: next(objectives), n_trials=2, sampler=grid()
+    )
+    live = capsys.readouterr().err.partition("\nSearch ")[0].splitlines()
+    rows = {line.split()[0]: line for line in live if line.split()[:1] in (["0"], ["1"])}
+    assert not rows["0"].endswith("*")
+    assert rows["1"].endswith("*")
