@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import ConfigurationError, NonFiniteError
 from kbtrain.optimization import registry
 from kbtrain.trainer.search_display import SearchDisplay
 from kbtrain.trainer.search_plot import save_plot
@@ -255,7 +255,13 @@ def _optimize(
 
     try:
         with display.instead_of_optuna():
-            study.optimize(objective, n_trials=share, timeout=settings.timeout, gc_after_trial=True)
+            study.optimize(
+                objective,
+                n_trials=share,
+                timeout=settings.timeout,
+                gc_after_trial=True,
+                catch=(NonFiniteError,),  # a trial that diverges has failed, the search has not
+            )
     finally:
         trainer.remove_callback(report)
         trainer.args, trainer.store, trainer.saver = args, store, saver

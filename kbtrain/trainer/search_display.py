@@ -52,7 +52,7 @@ class SearchDisplay:
         if not self.is_on or before != log.INFO:
             yield
             return
-        log.set_verbosity(log.WARNING)
+        log.set_verbosity(log.ERROR)
         try:
             yield
         finally:

@@ -406,3 +406,17 @@ def test_a_nan_is_not_the_best_objective(tmp_path, capsys):
     rows = {line.split()[0]: line for line in live if line.split()[:1] in (["0"], ["1"])}
     assert not rows["0"].endswith("*")
     assert rows["1"].endswith("*")
+
+
+def test_a_trial_that_diverges_has_failed_and_the_search_goes_on(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, disable_tqdm=True, num_train_epochs=20)
+    choices = [1e30, 0.01]
+
+    def space(trial):
+        return {"learning_rate": trial.suggest_categorical("learning_rate", choices)}
+
+    best = trainer.hyperparameter_search(space, n_trials=2, sampler=grid(choices))
+    assert best.hyperparameters == {"learning_rate": 0.01}
+    said = capsys.readouterr().err
+    assert any("failed" in row and "NonFiniteError" in row for row in said.splitlines())
+    assert "Traceback" not in said
