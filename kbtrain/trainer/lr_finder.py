@@ -25,13 +25,16 @@ from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.variables import unique
 from kbtrain.training.fit import prepare, wrapped_calls
-from kbtrain.utils import rng
+from kbtrain.utils import keras_private, rng
 
 if TYPE_CHECKING:
     from kbtrain.training.run import Run
     from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
+
+SEED_GENERATOR = "global_seed_generator"
+"""The name under which Keras keeps its global generator."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class LearningRateTest:
         at_minimum: The rate with the lowest smoothed loss: an upper bound for a schedule.
         diverged: Whether the loss became many times its minimum or was not finite, which ended the
             test early.
+        advice: Which limit to change, if the lowest loss or the suggestion is at an edge of the
+            range; empty otherwise.
     """
 
     learning_rates: Sequence[float]
@@ -55,6 +60,7 @@ class LearningRateTest:
     suggestion: float | None
     at_minimum: float
     diverged: bool
+    advice: str = ""
 
     def plot(self, ax: Any = None) -> Any:
         """Plot the losses over the learning rates (requires matplotlib).
@@ -82,6 +88,7 @@ class LearningRateTest:
         return (
             f"Learning rate {suggestion} (lowest loss at {self.at_minimum:.3g}; tested from "
             f"{self.learning_rates[0]:.3g} to {self.learning_rates[-1]:.3g}{end})"
+            f"{'. ' if self.advice else ''}{self.advice}"
         )
 
     def _repr_html_(self) -> str:
@@ -150,12 +157,31 @@ def find_learning_rate(
         with contextlib.closing(run.batches), wrapped_calls(trainer):
             for loss in itertools.islice(_losses(run), num_steps):
                 losses.append(loss)
-                if not math.isfinite(loss):
-                    break
-                if len(losses) > 1 and loss > divergence * max(min(losses), 1e-12):
+                if _has_diverged(losses, divergence):
                     break
             run.backend.synchronize()
+    if len(losses) < num_steps and not _has_diverged(losses, divergence):
+        logger.warning(
+            "The data ended after %d of the %d updates of find_learning_rate, so the rates above "
+            "%.3g were not tested. Lower num_steps, or give more data.",
+            len(losses),
+            num_steps,
+            _rates(min_lr, max_lr, num_steps)[max(len(losses) - 1, 0)],
+        )
     return analyse(losses, min_lr, max_lr, num_steps, smoothing, divergence)
+
+
+def _has_diverged(losses: Sequence[float], divergence: float) -> bool:
+    """Whether the newest loss is not finite or many times the lowest one."""
+    if not losses or not math.isfinite(losses[-1]):
+        return bool(losses)
+    return losses[-1] > divergence * max(min(losses), 1e-12)
+
+
+def _rates(low: float, high: float, steps: int) -> np.ndarray:
+    """The rate of each update."""
+    rates: np.ndarray = low * (high / low) ** (np.arange(steps) / (steps - 1))
+    return rates
 
 
 def _losses(run: Run) -> Iterator[float]:
@@ -199,21 +225,28 @@ def analyse(
             f"learning rate {min_lr:.3g} on. Lower min_lr, or check the data. "
             f"Received: {[float(x) for x in losses]}"
         )
-    diverged = len(finite) < len(losses) or len(losses) < num_steps
-    rates = min_lr * (max_lr / min_lr) ** (np.arange(len(finite)) / (num_steps - 1))
+    diverged = len(finite) < len(losses) or _has_diverged(losses, divergence)
+    rates = _rates(min_lr, max_lr, num_steps)[: len(finite)]
     average, smoothed = 0.0, []
     for i, loss in enumerate(finite, 1):
         average = smoothing * average + (1 - smoothing) * loss
         smoothed.append(average / (1 - smoothing**i))
     slopes = np.gradient(np.asarray(smoothed), np.log(rates))
-    steepest = int(np.argmin(slopes[: int(np.argmin(smoothed)) + 1]))
+    lowest = int(np.argmin(smoothed))
+    steepest = int(np.argmin(slopes[: lowest + 1]))
+    advice = ""
+    if lowest == num_steps - 1:
+        advice = f"The loss still falls at max_lr={max_lr:.3g}: raise max_lr"
+    elif lowest == 0 or steepest == 0:
+        advice = f"The best rate may be below min_lr={min_lr:.3g}: lower min_lr"
     return LearningRateTest(
         [float(x) for x in rates],
         [float(x) for x in finite],
         smoothed,
         float(rates[steepest]) if slopes[steepest] < 0 else None,
-        float(rates[int(np.argmin(smoothed))]),
+        float(rates[lowest]),
         diverged,
+        advice,
     )
 
 
@@ -222,11 +255,25 @@ def _restored(trainer: TrainerBase) -> Iterator[None]:
     """Context after which everything that training changes is as it was before.
 
     Raises:
-        ConfigurationError: Weights are divided among devices or processes.
+        ConfigurationError: The data can be read only once, or weights are divided among devices or
+            processes.
     """
     backend = trainer.backend
-    loader = as_loader(trainer.get_train_dataloader(), label_names=trainer.bound.label_names)
+    # Keras seeds its generator from Python's when it is first needed: `fit` must do it again.
+    generator = keras_private.get_global_attribute(SEED_GENERATOR)
+    start = rng.capture_random_state(backend)  # before data that draw from global generators
+    data = trainer.get_train_dataloader()
+    if isinstance(trainer.train_dataset, Iterator) or isinstance(data, Iterator):
+        raise ConfigurationError(
+            "find_learning_rate reads the training data, and an iterator can be read only once: "
+            "nothing would be left for fit(). Give a train_dataset that can be read again, such "
+            "as an IterableDataset, or an object whose __iter__ is a generator. Received: "
+            f"{type(trainer.train_dataset if trainer.train_dataset is not None else data).__name__}"
+            "."
+        )
+    loader = as_loader(data, label_names=trainer.bound.label_names)
     first = Batches(loader, trainer.bound.label_names).peek()
+    between = rng.capture_random_state(backend)
     if first is not None:
         trainer.bound.build(first)  # draws the initial weights, as `fit` would
     names = (
@@ -235,7 +282,7 @@ def _restored(trainer: TrainerBase) -> Iterator[None]:
         *("callback_handler", "current_run", "is_in_train"),
     )
     before = {name: getattr(trainer, name) for name in names}
-    random_state = rng.capture_random_state(backend)
+    random_state = _after_build(start, between, rng.capture_random_state(backend))
     kept = unique([*run_state.model_variables(trainer.model), *trainer.bound.metric_variables])
     if any(backend.owned_blocks(v) is not None for v in kept):
         raise ConfigurationError(
@@ -258,6 +305,31 @@ def _restored(trainer: TrainerBase) -> Iterator[None]:
             setattr(trainer, name, value)
         run_state.restore_values(kept, values)
         rng.restore_random_state(backend, *random_state)
+        if generator is None:
+            keras_private.set_global_attribute(SEED_GENERATOR, None)
+
+
+RandomState = tuple[dict[str, np.ndarray], dict[str, Any]]
+
+
+def _after_build(start: RandomState, between: RandomState, end: RandomState) -> RandomState:
+    """The random state with which ``fit`` finds what it would have found without a test.
+
+    It reads the first batch again, but no longer draws the initial weights.
+
+    Args:
+        start: Before the first batch was read.
+        between: After that, before the weights were drawn.
+        end: After that.
+    """
+    arrays, document = dict(start[0]), dict(start[1])
+    for name, value in end[0].items():
+        drawn = name not in between[0] or not np.array_equal(between[0][name], value)
+        if drawn or between[1].get(name) != end[1].get(name):
+            arrays[name] = value
+            if name in end[1]:
+                document[name] = end[1][name]
+    return arrays, document
 
 
 def _pyplot() -> Any:

@@ -336,8 +336,9 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         This is the range test of Smith (2017, "Cyclical Learning Rates for Training Neural
         Networks"). The suggestion is the rate at which the smoothed loss falls most steeply over
         the logarithm of the rate, before its minimum, as in fastai and Lightning. Afterwards the
-        model, the random state and the data are as before, bit for bit; a user's optimizer is
-        copied, not used. No callback is called.
+        model and the global random state are as before, bit for bit; a user's optimizer is
+        copied, not used. Data with a random generator of their own have advanced by the batches
+        of the test, as by any other reading of them. No callback is called.
 
         Args:
             min_lr: The first rate.
@@ -350,7 +351,8 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
             Rates, losses and the suggestion; ``plot()`` draws them.
 
         Raises:
-            ConfigurationError: An argument is invalid, or the run cannot be tested.
+            ConfigurationError: An argument is invalid, or the run cannot be tested, for example
+                because its data are an iterator that can be read only once.
         """
         return lr_finder.find_learning_rate(self, min_lr, max_lr, num_steps, smoothing, divergence)
 

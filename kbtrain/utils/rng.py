@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import random
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import keras
@@ -121,3 +123,13 @@ def restore_random_state(
         backend.set_rng_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
         )
+
+
+@contextlib.contextmanager
+def random_state_kept(backend: RandomStates) -> Iterator[None]:
+    """Context after which every source of randomness is as before it."""
+    state = capture_random_state(backend)
+    try:
+        yield
+    finally:
+        restore_random_state(backend, *state)

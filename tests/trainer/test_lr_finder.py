@@ -1,11 +1,15 @@
 """The learning-rate range test: its numbers, its suggestion, and that it leaves no trace."""
 
+import logging
+import random
+
 import keras
 import numpy as np
 import pytest
 from helpers import Recorder, arguments, batch_norm_model, linear_model, make_data, same, weights
 
 from kbtrain import ConfigurationError, Trainer
+from kbtrain.trainer.lr_finder import analyse
 
 
 def expected_losses(x, y, low, high, steps, batch):
@@ -116,3 +120,79 @@ def test_what_cannot_be_tested_is_said(tmp_path):
     for wrong in ({"min_lr": 0.0}, {"min_lr": 2.0}, {"num_steps": 2}, {"divergence": 1}):
         with pytest.raises(ConfigurationError, match="find_learning_rate needs"):
             trainer.find_learning_rate(**wrong)
+
+
+class Noisy:
+    """Data that draw from the global generators."""
+
+    def __init__(self):
+        self.x, self.y = make_data(16)
+
+    def __iter__(self):
+        for x, y in zip(self.x, self.y, strict=True):
+            yield x + np.float32(np.random.normal() + random.random()), y  # noqa: NPY002
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_augmentation_by_global_generators_is_that_without_the_test(tmp_path, built):
+    def run(test):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])
+        if built:
+            model.build((None, 3))
+        args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=4)
+        trainer = Trainer(model, args, train_dataset=Noisy(), loss="mse")
+        if test:
+            trainer.find_learning_rate(1e-4, 0.1, 6)
+        trainer.fit()
+        return weights(model)
+
+    assert same(run(test=True), run(test=False))
+
+
+def test_data_that_can_be_read_once_are_refused(tmp_path):
+    x, y = make_data(32)
+    rows = ((a, b) for a, b in zip(x, y, strict=True))
+    args = arguments(tmp_path, max_steps=2, per_device_train_batch_size=4)
+    trainer = Trainer(linear_model(), args, train_dataset=rows, loss="mse")
+    with pytest.raises(ConfigurationError, match="can be read only once"):
+        trainer.find_learning_rate(1e-4, 0.1, 6)
+    trainer.fit()  # nothing of it was read
+    assert trainer.state.global_step == 2
+
+
+def test_data_that_end_early_have_not_diverged(tmp_path, caplog):
+    class Once:
+        """Data with nothing left after the first reading but one."""
+
+        def __init__(self):
+            self.readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            return iter([] if self.readings > 2 else list(zip(*make_data(16), strict=True)))
+
+    args = arguments(tmp_path, per_device_train_batch_size=4)
+    trainer = Trainer(linear_model(), args, train_dataset=Once(), loss="mse")
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        result = trainer.find_learning_rate(1e-5, 1e-3, 12)
+    assert not result.diverged
+    assert f"ended after {len(result.losses)} of the 12 updates" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [
+        ([5.0, 4.0, 3.5, 2.0, 1.0, 0.5], "raise max_lr"),
+        ([1.0, 2.0, 3.0, 3.0, 3.0, 3.0], "lower min_lr"),
+        ([5.0, 3.0, 2.9, 2.8, 3.0, 3.0], "lower min_lr"),  # steepest at the first rate
+        ([5.0, 4.9, 3.0, 2.9, 3.0, 3.0], ""),
+        ([5.0, 4.9, 3.0, 2.9], ""),  # the data ended
+    ],
+)
+def test_an_answer_at_an_edge_says_which_limit_to_change(losses, advice):
+    result = analyse(losses, 1e-4, 1.0, 6, smoothing=0.0, divergence=4.0)
+    assert not result.diverged
+    assert advice in result.advice
+    assert bool(advice) == bool(result.advice)
+    assert result.advice in str(result)

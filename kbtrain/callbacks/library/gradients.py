@@ -15,14 +15,15 @@ from kbtrain.model.losses.output_losses import counts_of, value_of
 from kbtrain.model.losses.pairs import LossPair, divisor
 from kbtrain.model.over_shards import OverShards
 from kbtrain.model.wrappers import gradient_checkpointing
+from kbtrain.utils import rng
 
 
 class GradientProbe:
     """Computes gradients of the mean loss of a batch for the current weights.
 
-    Dropout and the like draw the numbers of the next update, and nothing is assigned. The function
-    is compiled once for each shape and set of trainable variables; the results are read by the
-    host, so it is for one batch in many.
+    Dropout and the like draw the numbers of the next update: nothing is assigned, and the random
+    state is put back. The function is compiled once for each shape and set of trainable variables;
+    the results are read by the host, so it is for one batch in many.
 
     Args:
         trainer: The Trainer, during ``fit``.
@@ -60,7 +61,7 @@ class GradientProbe:
                 self._step(trainable), self._trainer.bound.variables()
             )
         rows = map_structure(lambda x: x[None], without_none(batch))
-        with gradient_checkpointing.switched_off():
+        with gradient_checkpointing.switched_off(), rng.random_state_kept(backend):
             found = backend.to_host(self._compiled(backend.to_device(rows)))
         return {
             v.path: np.asarray(g, np.float64 if g.dtype == np.float64 else np.float32)

@@ -5,7 +5,16 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import arguments, batch_norm_model, linear_model, make_data, same, train_logs, weights
+from helpers import (
+    arguments,
+    batch_norm_model,
+    linear_model,
+    make_data,
+    same,
+    train_logs,
+    weights,
+    with_weights,
+)
 
 from kbtrain import ConfigurationError, GradientNoiseScale, HistogramCallback, Trainer
 
@@ -72,6 +81,26 @@ def test_the_training_is_that_without_them(tmp_path):
     trainer = run(tmp_path / "b", callbacks, batch_norm_model(dropout=0.3))
     assert same(weights(trainer.model), weights(plain.model))
     assert not trainer.callback_handler.need_every_step()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_training_draws_the_same_random_numbers(tmp_path, accumulation):
+    def model():
+        model = keras.Sequential(
+            [
+                keras.Input((3,)),
+                keras.layers.Dense(8),
+                keras.layers.Dropout(0.4),  # without a seed: it draws from the global generator
+                keras.layers.Dense(1),
+            ]
+        )
+        return with_weights(model)
+
+    settings = {"gradient_accumulation_steps": accumulation, "max_steps": 4}
+    plain = run(tmp_path / "a", [], model(), **settings)
+    callbacks = [GradientNoiseScale(), HistogramCallback(1, gradients=True)]
+    trainer = run(tmp_path / "b", callbacks, model(), **settings)
+    assert same(weights(trainer.model), weights(plain.model))
 
 
 def test_histograms_are_those_of_numpy_and_reach_tensorboard_and_report(tmp_path):
