@@ -208,9 +208,14 @@ class CheckpointStore:
         with suppress(OSError, CheckpointError):
             if present := self.list():
                 size = sum(filesystem.tree_size(path) for _, path in present)
+                first, last = present[0][1].name, present[-1][1].name
+                there = (
+                    f"The checkpoint there ({first}) takes"
+                    if len(present) == 1
+                    else f"The checkpoints there ({first} to {last}, {len(present)} in all) take"
+                )
                 return (
-                    f"The checkpoints there ({present[0][1].name} to {present[-1][1].name}, "
-                    f"{len(present)} in all) take {size / 1e6:,.0f} MB: free space by deleting old "
+                    f"{there} {size / 1e6:,.0f} MB: free space by deleting old "
                     "ones (save_total_limit does so), or choose another output_dir."
                 )
         return "Free space or choose another output_dir."

@@ -11,6 +11,7 @@ from typing import Any
 
 from kbtrain.errors import NonFiniteError, first_lines
 from kbtrain.report.command import resume_command
+from kbtrain.utils.filesystem import parse_checkpoint_name
 
 REASONS = {
     "SIGINT": "Ctrl-C (SIGINT)",
@@ -39,6 +40,8 @@ class RunEnding:
         best_checkpoint: The best checkpoint that was saved.
         best_loaded: Whether the model holds the weights of that checkpoint.
         weights: Which weights the model holds, a phrase.
+        weights_step: The update whose checkpoint, if there is one, holds these weights; None if
+            none does.
         seconds: Duration of the call.
         compile_seconds: Duration of the calls of the step that were compiled first, most of it
             compiling.
@@ -53,6 +56,7 @@ class RunEnding:
             to be.
         error: The error that ended the run, its type and the first lines of its message; None
             after a signal.
+        skipped: Those of the updates that were skipped because they were not finite.
     """
 
     reason: str
@@ -76,6 +80,8 @@ class RunEnding:
     resume_command: str = ""
     resume_change: str = ""
     error: str | None = None
+    skipped: int = 0
+    weights_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The ending as JSON values."""
@@ -118,7 +124,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         best_value=state.best_metric,
         evaluations_since_best=_since_best(state, args.metric_for_best_model),
         best_checkpoint=state.best_model_checkpoint,
-        best_loaded=loaded is not None,
+        best_loaded=loaded is not None and trainer.weights_note is None,
         weights=_weights(trainer, loaded),
         seconds=time.perf_counter() - trainer.fit_began,
         compile_seconds=0.0 if run is None else run.compile_seconds,
@@ -129,6 +135,8 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         resume_command=command,
         resume_change=change,
         error=None if failure is None else _described(failure),
+        skipped=0 if run is None else run.progress.skipped,
+        weights_step=held_step(trainer),
     )
 
 
@@ -142,13 +150,13 @@ def _reason(trainer: Any, error: BaseException | None) -> str:
         return f"an error: {type(error).__name__}"
     if trainer.interruption is not None:
         return REASONS.get(trainer.interruption, str(trainer.interruption))
+    if control.stop_reason is not None:
+        return str(control.stop_reason)
     run = trainer.current_run
     if run is not None and state.global_step == run.first_step:
         return "there was nothing to do"
-    if 0 < state.max_steps <= state.global_step and control.stop_reason is None:
+    if 0 < state.max_steps <= state.global_step:
         return "all updates are done"
-    if control.stop_reason is not None:
-        return str(control.stop_reason)
     return "the data has ended"
 
 
@@ -174,8 +182,21 @@ def _newest_checkpoint(trainer: Any) -> str | None:
     return str(owned[-1]) if owned else None
 
 
+def held_step(trainer: Any) -> int | None:
+    """The update whose weights the model holds, as they were evaluated and saved; None if none."""
+    if trainer.weights_note is not None:
+        step: int | None = trainer.weights_step
+    elif trainer.loaded_best is not None:
+        step = parse_checkpoint_name(Path(trainer.loaded_best).name)
+    else:
+        step = int(trainer.state.global_step)
+    return step
+
+
 def _weights(trainer: Any, loaded: Any) -> str:
     state = trainer.state
+    if trainer.weights_note is not None:
+        return str(trainer.weights_note)
     if loaded is not None:
         return f"the best, of {Path(loaded).name}"
     averages = trainer.args.ema is not None or getattr(trainer.optimizer, "use_ema", False)

@@ -14,9 +14,9 @@ from typing import Any
 from kbtrain.callbacks.state import TrainerState
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
+from kbtrain.report.ending import held_step
 from kbtrain.report.page import is_result
 from kbtrain.report.plots import plot_history
-from kbtrain.utils.filesystem import parse_checkpoint_name
 from kbtrain.utils.output_files import save_text
 from kbtrain.utils.versions import environment
 
@@ -125,14 +125,7 @@ def create_model_card(trainer: Any, facts: CardFacts) -> Path:
     return path
 
 
-def held_step(trainer: Any) -> int:
-    """The update whose weights the model holds: that of the best checkpoint, if it was loaded."""
-    best = trainer.loaded_best
-    step = None if best is None else parse_checkpoint_name(Path(best).name)
-    return int(trainer.state.global_step if step is None else step)
-
-
-def _summary(trainer: Any, step: int) -> str:
+def _summary(trainer: Any, step: int | None) -> str:
     """A description of the model, the length of its training, and the weights it holds."""
     model, state = trainer.model, trainer.state
     if not model.built:
@@ -143,19 +136,25 @@ def _summary(trainer: Any, step: int) -> str:
         f"updates ({state.epoch:.2f} epochs)."
     )
     metric = trainer.args.metric_for_best_model
-    if step != state.global_step:
+    if trainer.weights_note is not None:
+        text += f" It holds {trainer.weights_note}."
+        if step is None:
+            text += " These were not evaluated during the training."
+    elif step is not None and step != state.global_step:
         value = "" if state.best_metric is None else f" ({shown(str(metric), state.best_metric)})"
         text += f" It holds the weights of update {step:,}, the best by {metric}{value}."
     elif state.global_step:
         text += " It holds the weights of the last update."
-        if state.best_global_step not in (None, step):
-            text += f" The best by {metric} were those of update {state.best_global_step:,}."
+    if state.best_global_step not in (None, step):
+        text += f" The best by {metric} were those of update {state.best_global_step:,}."
     return text + "\n"
 
 
-def _evaluation_at(state: TrainerState, step: int) -> dict[str, Any]:
+def _evaluation_at(state: TrainerState, step: int | None) -> dict[str, Any]:
     """The newest results of the evaluation set at a step."""
     found: dict[str, Any] = {}
+    if step is None:
+        return found
     for entry in state.log_history:
         if entry.get("step") == step:
             found |= {k: v for k, v in entry.items() if k.startswith("eval_") and is_result(k)}

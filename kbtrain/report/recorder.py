@@ -36,8 +36,9 @@ MAX_LAYERS = 300
 class RecordCallback(TrainerCallback):
     """Keeps ``trainer.record``, and writes it where the run writes files anyhow.
 
-    That is with checkpoints, or with a log file in ``report_to``. It is written when training
-    begins, after evaluations, from time to time, and at the end; only by process 0. If that fails,
+    That is with checkpoints, or with a log file in ``report_to``. It is written when the first
+    update is about to run (a ``fit`` that is refused before leaves the record of the run before as
+    it is), after evaluations, from time to time, and at the end; only by process 0. If that fails,
     a warning is logged once and the run continues.
     """
 
@@ -52,7 +53,7 @@ class RecordCallback(TrainerCallback):
         self._trainer: Any = None
         self._not_before = self._last = 0.0
         self._steps = 0
-        self._in_session = self._failed = False
+        self._in_session = self._failed = self._replaces = False
 
     # --- the parts of a run -----------------------------------------------------------------------
 
@@ -73,6 +74,7 @@ class RecordCallback(TrainerCallback):
         older = self._older(trainer, state) if state.global_step and not again else self.record
         self.record = trainer.record = RunRecord()
         self._in_session, self._steps = True, state.global_step
+        self._replaces = False
         early, self._early = self._early or [], None
         for level, text in early:
             self.record.add_warning(level, text, state.global_step)
@@ -88,7 +90,14 @@ class RecordCallback(TrainerCallback):
         self.record.sessions.append({"facts": facts, "ending": None})
         self.record.live = True
         self._last = time.monotonic()
-        self._write(state, now=True)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the record before the first update: no callback has refused the run."""
+        if self._trainer is not None and not self._replaces:
+            self._replaces = True
+            self._write(state, now=True)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,6 +138,7 @@ class RecordCallback(TrainerCallback):
             return
         self.record.sessions[-1]["ending"] = ending.to_dict()
         self.record.live = False
+        self._replaces |= ending.completed
         self._write(self._trainer.state, now=True)
 
     def close(self) -> None:
@@ -172,7 +182,7 @@ class RecordCallback(TrainerCallback):
         if not now and start < self._not_before:
             return
         update(self.record, trainer, state)
-        if not writes_files(trainer.args):
+        if not (self._replaces and writes_files(trainer.args)):
             return
         try:
             self.record.save(Path(trainer.store.directory).absolute())

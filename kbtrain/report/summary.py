@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from kbtrain.report.curves import series
-from kbtrain.report.record import RunRecord
+from kbtrain.report.record import RunRecord, is_evaluation
 from kbtrain.utils.html import duration, number
 
 Point = tuple[float, float]
+
+FEWEST_LOGS = 3
+"""Training logs whose mean is compared with another, at least."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,6 @@ def best_point(record: RunRecord, metric: str | None, points: list[Point]) -> Po
 def _result(
     record: RunRecord, metric: str | None, points: list[Point], best: Point | None, status: str
 ) -> str:
-    losses = series(record.logs, "loss")
     sentences = []
     if best is not None and metric is not None:
         sentences.append(f"{metric} was best at step {number(best[0])}: {number(best[1])}.")
@@ -129,20 +133,57 @@ def _result(
         elif len(points) > 1:
             so_far = "so far" if status == "running" else "of the run"
             sentences.append(f"That is the last evaluation {so_far}: it was still improving.")
-    if losses:
-        first, last = losses[0], losses[-1]
-        if not math.isfinite(last[1]):
-            sentences.append(f"The training loss at step {number(last[0])} is {number(last[1])}.")
-        elif len(losses) > 1:
-            way = "fell" if last[1] < first[1] else "rose"
-            sentences.append(
-                f"The training loss {way} from {number(first[1])} to {number(last[1])}."
-            )
-        else:
-            sentences.append(f"The training loss is {number(last[1])}.")
-    if best is None and losses:
-        sentences.append("It was not evaluated.")
+    losses = series(record.logs, "loss")
+    sentences += _of_losses([value for _, value in losses], losses[-1][0] if losses else 0)
+    skipped = (record.ending or {}).get("skipped") or 0
+    if skipped:
+        were = "was" if skipped == 1 else "were"
+        sentences.append(
+            f"{number(skipped)} of {number(record.steps)} updates {were} skipped as not finite."
+        )
+    if best is None and record.logs:
+        sentences.append(_without_best(record))
     return " ".join(sentences) or "Nothing was logged."
+
+
+def _of_losses(losses: Sequence[float], step: float) -> list[str]:
+    """Whether the training loss fell: means of the first and last tenth, as one log is noise."""
+    if not losses:
+        return []
+    if not math.isfinite(losses[-1]):
+        return [f"The training loss at step {number(step)} is {number(losses[-1])}."]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    count = max(len(finite) // 10, FEWEST_LOGS)
+    if len(finite) < 2 * count:
+        return [f"The last training loss is {number(losses[-1])}."]
+    first, last = statistics.fmean(finite[:count]), statistics.fmean(finite[-count:])
+    means = f"(means of the first and last {count} logs)"
+    if number(first) == number(last):
+        return [f"The training loss stayed at {number(first)} {means}."]
+    way = "fell" if last < first else "rose"
+    return [f"The training loss {way} from {number(first)} to {number(last)} {means}."]
+
+
+def _without_best(record: RunRecord) -> str:
+    """What was evaluated, where no evaluation is the best."""
+    evaluations = [log for log in record.logs if is_evaluation(log)]
+    steps = {log.get("step") for log in evaluations}
+    if not evaluations:
+        return "It was not evaluated."
+    names = dict.fromkeys(
+        name
+        for log in evaluations
+        for name in log
+        if name.startswith("eval_") and name.endswith("loss")
+    )
+    text = f"It was evaluated at {len(steps)} step{'' if len(steps) == 1 else 's'}"
+    text += f" ({', '.join(names)})" if names else ""
+    metric = record.metric or "eval_loss"
+    if any(metric in log for log in evaluations):
+        return f"{text}, but {metric} was never finite, so no evaluation is the best."
+    if record.metric is not None:
+        return f"{text}, but no evaluation has {metric}, so none is the best."
+    return f"{text}; no metric_for_best_model was chosen, so no evaluation is the best."
 
 
 def _weights(record: RunRecord, best: Point | None) -> str:
@@ -196,12 +237,27 @@ def commands(record: RunRecord) -> list[Command]:
             note = f"All updates are done: set more epochs or max_steps first. {note}".strip()
         text = command or 'trainer.fit(resume_from_checkpoint="auto")'
         found.append(Command("Go on", text, note))
-        best = next((c["name"] for c in record.checkpoints if c.get("best")), None)
-        chosen = best or record.checkpoints[-1]["name"]
+        title, chosen, other = _to_load(record)
         path = str(PurePath(folder) / chosen)
-        kind = "best" if best else "newest"
         load = f"import kbtrain\n\nkbtrain.load_weights(model, {path!r})"
-        found.append(Command(f"Load the {kind} weights", load, "model: built as in training."))
+        note = f"model: built as in training.{other}"
+        found.append(Command(f"Load {title}", load, note))
         export = f"kbtrain checkpoint export {shlex.quote(path)} model.keras"
         found.append(Command("Export them as a Keras file", export))
     return found
+
+
+def _to_load(record: RunRecord) -> tuple[str, str, str]:
+    """The checkpoint to load: what it holds, its name, and what it does not hold."""
+    names = {c["name"]: c for c in record.checkpoints}
+    best = next((name for name, c in names.items() if c.get("best")), None)
+    newest = str(record.checkpoints[-1]["name"])
+    ending = record.ending or {}
+    other, step = "", ending.get("weights_step")
+    if "weights_step" in ending and step is None:  # a callback gave the model others at the end
+        other = f" The model held others, {ending['weights']}: trainer.save_model() writes those."
+    if best is not None:
+        return "the best weights", best, other
+    if step is not None and (held := f"checkpoint-{step}") in names and held != newest:
+        return "the weights that the model held", held, ""
+    return "the newest weights", newest, other

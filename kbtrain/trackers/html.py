@@ -27,9 +27,10 @@ SHARE = 50
 class HtmlCallback(TrainerCallback):
     """Keep ``report.html`` in the output directory up to date.
 
-    The page is replaced whole when training begins, after evaluations and logs (as often as takes
-    at most a 50th of the time), and at the end. It loads itself again while the run lives. If
-    writing fails (disk full, no permission), a warning is logged once, and it is tried again.
+    The page is replaced whole when the first update is about to run, after evaluations and logs (as
+    often as takes at most a 50th of the time), and at the end. It loads itself again while the run
+    lives. If writing fails (disk full, no permission), a warning is logged once, and it is tried
+    again.
     """
 
     every_step = False
@@ -38,15 +39,22 @@ class HtmlCallback(TrainerCallback):
     def __init__(self) -> None:
         self._trainer: Any = None
         self._not_before = 0.0
-        self._warned = False
+        self._warned = self._replaces = False
 
-    @best_effort
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin; the page of the run before stays until no callback has refused this one."""
+        self._trainer, self._warned, self._replaces = kwargs["trainer"], False, False
+
+    @best_effort
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Write the first page."""
-        self._trainer, self._warned = kwargs["trainer"], False
-        self._write(state, now=True)
+        if self._trainer is not None and not self._replaces:
+            self._replaces = True
+            self._write(state, now=True)
 
     @best_effort
     def on_log(
@@ -67,11 +75,14 @@ class HtmlCallback(TrainerCallback):
     def ended(self, ending: Any) -> None:
         """Write the last page, which no longer loads itself again."""
         if self._trainer is not None:
+            self._replaces |= ending.completed
             self._write(self._trainer.state, now=True)
 
     def _write(self, state: TrainerState, now: bool) -> None:
         start = time.monotonic()
-        if not state.is_world_process_zero or (not now and start < self._not_before):
+        if not (self._replaces and state.is_world_process_zero):
+            return
+        if not now and start < self._not_before:
             return
         record, folder = self._trainer.record, Path(self._trainer.store.directory).absolute()
         update(record, self._trainer, state)

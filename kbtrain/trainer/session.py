@@ -42,6 +42,7 @@ def run_session(
     resume = args.resume_from_checkpoint if resume is None else resume
     trainer.is_in_train, trainer.interruption = True, None
     trainer.resume_requested, trainer.resumed_from, trainer.loaded_best = resume, None, None
+    trainer.weights_note = trainer.weights_step = None
     trainer.fit_began = time.perf_counter()
     trainer.ignore_keys_for_eval = ignore_keys_for_eval
     signals = trainer.stop_signals = StopSignals(

@@ -192,9 +192,10 @@ def _load(trainer: TrainerBase) -> Path | None:
         ) from error
     if checkpoint is None:
         logger.warning(
-            "load_best_model_at_end: the best step %s has no checkpoint; the model keeps its last "
-            "weights.",
-            state.best_global_step,
+            "load_best_model_at_end: %s; the model keeps its last weights.",
+            "no evaluation gave a best step"
+            if state.best_global_step is None
+            else f"the best step {state.best_global_step} has no checkpoint",
         )
         return None
     run_state.restore_model(trainer.model, checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,8 +58,8 @@ class TrainOutput(NamedTuple):
 
     Attributes:
         global_step: Updates done.
-        training_loss: Mean loss over all updates of the run, including those before a resume; NaN
-            if a custom ``train_step`` returns none.
+        training_loss: Mean loss over all updates of the run that were not skipped, including those
+            before a resume; NaN if there were none, or if a custom ``train_step`` returns none.
         metrics: ``train_loss``, ``epoch`` and the speed of this call.
     """
 
@@ -136,7 +137,8 @@ def wrapped_calls(trainer: TrainerBase) -> Iterator[None]:
 def _finish(trainer: TrainerBase, run: Run, memory: dict[str, float]) -> TrainOutput:
     """Log the result, and leave the model with its final weights."""
     state, progress = trainer.state, run.progress
-    loss = progress.loss_sum / max(state.global_step - progress.skipped, 1)
+    finite = state.global_step - progress.skipped
+    loss = progress.loss_sum / finite if finite > 0 else math.nan
     metrics = run.speed(run.times.total) | memory | {"epoch": state.epoch}
     if run.has_loss:
         metrics["train_loss"] = loss

@@ -67,6 +67,10 @@ class TrainerBase(ABC):
         resume_requested: ``resume_from_checkpoint`` of the last call of ``fit``.
         resumed_from: The checkpoint that the run continues from, or None.
         loaded_best: The best checkpoint, if its weights were loaded at the end of ``fit``.
+        weights_note: Which weights a callback gave the model at the end of ``fit``, a phrase that
+            fits after "the model holds"; None if none did.
+        weights_step: The update at which these weights were evaluated and saved; None if they
+            were not, or if there is no ``weights_note``.
         fit_began: When the last call of ``fit`` began, by ``time.perf_counter``.
         state: The progress of the run, as callbacks see it; saved in every checkpoint.
         record: The record of the run, which its report is made of; callbacks may add sections.
@@ -102,6 +106,8 @@ class TrainerBase(ABC):
     resume_requested: Any = None
     resumed_from: Path | None = None
     loaded_best: Path | None = None
+    weights_note: str | None = None
+    weights_step: int | None = None
     fit_began: float = 0.0
     state: TrainerState
     control: TrainerControl

@@ -4,12 +4,22 @@ import json
 import os
 import signal
 
+import keras
 import numpy as np
 import pytest
 from helpers import StopAt, arguments, linear_model, make_data
 
-from kbtrain import EarlyStoppingCallback, NonFiniteError, Trainer, TrainerCallback
+from kbtrain import (
+    EarlyStoppingCallback,
+    NonFiniteError,
+    Trainer,
+    TrainerCallback,
+    WeightAveraging,
+)
+from kbtrain.display.format import ending_rows
 from kbtrain.report.ending import RunEnding
+from kbtrain.report.record import RunRecord
+from kbtrain.report.summary import commands
 
 
 class Ending(TrainerCallback):
@@ -128,6 +138,55 @@ def test_nothing_to_do(tmp_path):
     assert ending.step == 4
     assert ending.resume_command or ending.resume_change == "the same call of fit() again"
     assert ending.samples_per_second is None
+
+
+def test_terminate_on_nan_at_the_first_update(tmp_path):
+    x, y = make_data(16)
+    ending = run(tmp_path, [keras.callbacks.TerminateOnNaN()], (x * np.nan, y))
+    assert ending.reason == "TerminateOnNaN: Update 1 was not finite: loss nan, gradient norm nan"
+    assert ending.step == 0
+
+
+def test_skipped_updates_are_counted(tmp_path):
+    x, y = make_data(16)
+    y[9] = np.nan
+    ending = run(tmp_path, data=(x, y), on_nonfinite="skip")
+    assert (ending.step, ending.skipped) == (4, 1)
+    assert dict(ending_rows(ending))["trained"].startswith(
+        "4 updates, 1 of them skipped as not finite, 1 epoch, in "
+    )
+
+
+@pytest.mark.core
+def test_weights_that_keras_restores_are_named(tmp_path):
+    """The loss falls, and the largest counts as the best: that of the first epoch."""
+    stop = keras.callbacks.EarlyStopping(patience=1, mode="max", restore_best_weights=True)
+    settings = {"num_train_epochs": 3, "eval_strategy": "epoch", "learning_rate": 0.01}
+    ending = run(tmp_path, [stop], **settings, save_strategy="epoch")
+    assert ending.reason == "early stopping: no better val_loss for 1 epoch"
+    assert ending.weights == "the best by val_loss, of update 4, restored by EarlyStopping"
+    assert (ending.step, ending.weights_step, ending.best_loaded) == (8, 4, False)
+    assert ("weights", f"the model holds {ending.weights}") in ending_rows(ending)
+    load = {
+        command.title: command.text for command in commands(RunRecord.load(tmp_path / "run.json"))
+    }
+    assert "checkpoint-4" in load["Load the weights that the model held"]
+
+
+def test_averages_are_named(tmp_path):
+    ending = run(tmp_path, [WeightAveraging(3, 1, "steps")], save_strategy="steps", save_steps=4)
+    assert ending.weights == "the average of the weights of 2 updates"
+    assert ending.weights_step is None
+    (load,) = [
+        command
+        for command in commands(RunRecord.load(tmp_path / "run.json"))
+        if command.title == "Load the newest weights"
+    ]
+    assert "The model held others, the average of the weights of 2 updates" in load.note
+    changes = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    ending = run(tmp_path / "2", [WeightAveraging(4, 1, "steps", evaluate=True)], **changes)
+    assert ending.weights == "the average of the weights of 1 update"
+    assert ending.weights_step == 4
 
 
 def test_a_failure_before_the_first_update(tmp_path):

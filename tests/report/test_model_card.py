@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from helpers import arguments, linear_model, make_data
 
-from kbtrain import Trainer
+from kbtrain import Trainer, WeightAveraging
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.model_card import CardFacts, results_table
 
 X, Y = make_data(16)
 
 
-def trained(folder, **changes):
+def trained(folder, callbacks=(), **changes):
     """Four updates whose first evaluation is the best, as the larger loss counts as better."""
     settings = {
         "max_steps": 4,
@@ -34,7 +34,7 @@ def trained(folder, **changes):
     }
     args = arguments(folder, **(settings | changes))
     data = {"train_dataset": (X, Y), "eval_dataset": (X, Y), "loss": "mse"}
-    trainer = Trainer(linear_model(), args, **data)
+    trainer = Trainer(linear_model(), args, callbacks=list(callbacks), **data)
     trainer.fit()
     return trainer
 
@@ -70,6 +70,26 @@ def test_the_last_weights_are_called_the_last(tmp_path):
     assert "It holds the weights of the last update." in card
     assert "The best by loss were those of update 2." in card
     assert "on the evaluation set, at update 4:" in card
+
+
+@pytest.mark.core
+def test_results_are_those_of_the_weights_that_a_callback_restored(tmp_path):
+    stop = keras.callbacks.EarlyStopping(patience=1, mode="max", restore_best_weights=True)
+    changes = {"eval_strategy": "epoch", "save_strategy": "no", "learning_rate": 0.01}
+    trainer = trained(tmp_path, [stop], **changes, max_steps=8, load_best_model_at_end=False)
+    card = trainer.create_model_card().read_text(encoding="utf-8")
+    assert "It holds the best by val_loss, of update 4, restored by EarlyStopping." in card
+    loss = round(trainer.evaluate()["eval_loss"], 4)
+    assert f"These weights on the evaluation set, at update 4:\n\n- loss: {loss}\n" in card
+
+
+def test_no_results_of_other_weights_are_claimed(tmp_path):
+    average = WeightAveraging(2, 1, "steps")
+    trainer = trained(tmp_path, [average], load_best_model_at_end=False)
+    card = trainer.create_model_card().read_text(encoding="utf-8")
+    assert "It holds the average of the weights of 3 updates." in card
+    assert "were not evaluated during the training." in card
+    assert "These weights on the evaluation set" not in card
 
 
 def test_the_usage_is_a_program_that_runs(best_first, monkeypatch):

@@ -156,11 +156,41 @@ def test_resumes_are_marked_and_listed():
     assert "stopped by SIGTERM" in page.text
 
 
+def losses(*values):
+    return [{"step": i + 1, "loss": value} for i, value in enumerate(values)]
+
+
 @pytest.mark.parametrize(
     ("logs", "expected"),
     [
         ([], "Nothing was logged."),
-        ([{"step": 1, "loss": 2.0}], "The training loss is 2. It was not evaluated."),
+        (losses(3.0, 2.0, 4.0), "The last training loss is 4. It was not evaluated."),
+        (
+            losses(3.0, 2.0, 1.0, 0.5, 0.3, 0.1, 4.0),
+            "The training loss fell from 2 to 1.467 (means of the first and last 3 logs). It was "
+            "not evaluated.",
+        ),
+        (
+            losses(*[2.0] * 20, *[1.0] * 20),
+            "The training loss fell from 2 to 1 (means of the first and last 4 logs). It was not "
+            "evaluated.",
+        ),
+        (
+            losses(*[2.0] * 6),
+            "The training loss stayed at 2 (means of the first and last 3 logs). It was not "
+            "evaluated.",
+        ),
+        (
+            [{"step": 5, "eval_a_loss": 1.0}, {"step": 5, "eval_b_loss": 2.0}],
+            "It was evaluated at 1 step (eval_a_loss, eval_b_loss); no metric_for_best_model was "
+            "chosen, so no evaluation is the best.",
+        ),
+        (
+            [{"step": 5, "eval_loss": math.nan}, {"step": 9, "eval_loss": math.nan}],
+            "It was evaluated at 2 steps (eval_loss), but eval_loss was never finite, so no "
+            "evaluation is the best.",
+        ),
+        ([{"step": 1, "loss": 2.0}], "The last training loss is 2. It was not evaluated."),
         (
             [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}],
             "The training loss at step 2 is nan. It was not evaluated.",
@@ -180,6 +210,12 @@ def test_whether_it_converged(logs, expected):
     record = RunRecord(logs=logs)
     assert summarize(record).result == expected
     Page(render(record))
+
+
+def test_skipped_updates_are_counted():
+    record = run_record()
+    record.sessions[0]["ending"] = ending(skipped=2)
+    assert "2 of 25 updates were skipped as not finite." in summarize(record).result
 
 
 def test_the_direction_of_the_best_metric_is_that_of_the_arguments():

@@ -151,6 +151,29 @@ def test_a_failed_run_has_its_error_and_what_it_logged(tmp_path):
     assert steps_of(record) == [1, 2]
 
 
+class Refusing(TrainerCallback):
+    """A callback whose check of the run fails."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise ConfigurationError("not like this")
+
+
+def test_a_refused_run_leaves_the_record_of_the_run_before(tmp_path):
+    make(tmp_path).fit()
+    before = (tmp_path / "run.json").read_bytes()
+    refused = make(tmp_path, [Refusing()])
+    with pytest.raises(ConfigurationError, match="not like this"):
+        refused.fit()
+    refused.evaluate()
+    assert (tmp_path / "run.json").read_bytes() == before
+    with pytest.raises(ConfigurationError):
+        refused.fit(resume_from_checkpoint=True)
+    assert (tmp_path / "run.json").read_bytes() == before
+    refused.remove_callback(Refusing)
+    refused.fit(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert len(load(tmp_path).sessions) == 2
+
+
 class Complaining(TrainerCallback):
     """Warns through the logger and through Python."""
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import Recorder, arguments, linear_model, make_data
 from helpers_report import Page
 
-from kbtrain import Trainer
+from kbtrain import ConfigurationError, Trainer
 from kbtrain.trackers import html
 
 X, Y = make_data(16)
@@ -32,7 +32,7 @@ def test_the_page_reloads_itself_while_the_run_lives_and_not_afterwards(tmp_path
     def look(args, state, control, kwargs):
         pages.append((tmp_path / "report.html").read_text(encoding="utf-8"))
 
-    make(tmp_path, [Recorder({"on_train_begin": look, "on_step_end": look})]).fit()
+    make(tmp_path, [Recorder({"on_step_begin": look, "on_step_end": look})]).fit()
     assert all('http-equiv="refresh"' in page for page in pages)
     assert "Running: 0 of 4 updates" in Page(pages[0]).text
     final = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -59,6 +59,17 @@ def test_a_failed_run_has_a_last_page(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "RuntimeError: in the middle" in Page(page).text
     assert 'http-equiv="refresh"' not in page
+
+
+def test_a_refused_run_leaves_the_page_of_the_run_before(tmp_path):
+    def refuse(args, state, control, kwargs):
+        raise ConfigurationError("not like this")
+
+    make(tmp_path).fit()
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(ConfigurationError):
+        make(tmp_path, [Recorder({"on_train_begin": refuse})]).fit()
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_pages_take_a_small_share_of_the_time(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_what_to_free(tmp_path, mo
     train(tmp_path, save_total_limit=1)
     assert CheckpointStore(tmp_path).latest_intact().step == 2
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "run.json"]
-    assert "The checkpoints there (checkpoint-2 to checkpoint-2, 1 in all) take" in caplog.text
+    assert "The checkpoint there (checkpoint-2) takes" in caplog.text
     assert "MB are free on that disk" in caplog.text
     monkeypatch.undo()
     again = train(tmp_path, resume=True)
@@ -287,3 +287,15 @@ def test_all_checkpoints_may_be_lost_before_the_best_is_loaded(tmp_path, caplog)
     best_model.load(trainer)
     assert "the best step 8 has no checkpoint; the model keeps" in caplog.text
     assert same(weights(trainer.model), before)
+
+
+def test_without_a_best_step_nothing_is_said_of_its_checkpoint(tmp_path, caplog):
+    x, y = make_data()
+    args = arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, max_steps=2,
+    )  # fmt: skip
+    data = {"train_dataset": (x, y), "eval_dataset": (x * np.nan, y)}
+    Trainer(linear_model(), args, **data, loss="mse").fit()
+    assert "no evaluation gave a best step; the model keeps its last weights" in caplog.text
+    assert "best step None" not in caplog.text

@@ -103,6 +103,15 @@ def test_raise_also_for_a_gradient_that_is_not_finite_though_the_loss_is(tmp_pat
     assert same(weights(model), before)
 
 
+def test_the_mean_loss_of_no_update_is_no_number(tmp_path):
+    x, y = make_data(8)
+    args = arguments(tmp_path, max_steps=2, on_nonfinite="skip")
+    output = Trainer(linear_model(), args, train_dataset=(x * np.nan, y), loss="mse").fit()
+    assert output.global_step == 2
+    assert np.isnan(output.training_loss)
+    assert np.isnan(output.metrics["train_loss"])
+
+
 @pytest.mark.core
 def test_skip_equals_a_run_without_that_batch(tmp_path):
     args = arguments(

@@ -193,6 +193,18 @@ class KerasCallbacks(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass the results of the last epoch."""
         self._call("on_train_end", (dict(self._epoch_logs),), kwargs, control)
+        for index, callback in enumerate(self.callbacks):
+            if facts.keeps_best_weights(callback) and callback.best_weights is not None:
+                self._note_restored(kwargs["trainer"], callback, self._best_steps.get(index))
+
+    def _note_restored(self, trainer: Any, callback: Any, step: int | None) -> None:
+        place = f"epoch {callback.best_epoch + 1}" if step is None else f"update {step}"
+        trainer.weights_note = (
+            f"the best by {callback.monitor}, of {place}, restored by {type(callback).__name__}"
+        )
+        # It restores weights in training; averages are what is evaluated.
+        averages = trainer.args.ema is not None or getattr(trainer.optimizer, "use_ema", False)
+        trainer.weights_step = None if averages else step
 
     def _update(self, kwargs: dict[str, Any]) -> int:
         """Index of the newest update in its epoch."""
@@ -312,7 +324,8 @@ def _results(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _reason(callback: Any) -> str:
     if isinstance(callback, K.EarlyStopping):
-        return f"early stopping: no better {callback.monitor} for {callback.wait} epochs"
+        epochs = "1 epoch" if callback.wait == 1 else f"{callback.wait} epochs"
+        return f"early stopping: no better {callback.monitor} for {epochs}"
     return f"{type(callback).__name__} asked to stop"
 
 

@@ -169,6 +169,9 @@ class WeightAveraging(TrainerCallback):
         elif trainer.loaded_best is None and trainer.interruption is None:
             self._assign(kwargs["model"])
             self._renew_statistics(trainer)
+            updates = f"{self.count} update{'s' if self.count > 1 else ''}"
+            trainer.weights_note = f"the average of the weights of {updates}"
+            trainer.weights_step = state.global_step if self.evaluate else None
             logger.info("The model holds the average of %d weights.", self.count)
 
     @contextlib.contextmanager
