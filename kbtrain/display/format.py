@@ -274,9 +274,9 @@ def ending_title(ending: RunEnding) -> str:
 def ending_rows(ending: RunEnding) -> list[Row]:
     """The end of a run: names and texts."""
     of = f" of {ending.updates:,}" if ending.updates > ending.step else ""
-    plural = "" if ending.epoch == 1 else "s"
+    updates = f"{ending.step:,}{of} updates" if of else plural(ending.step, "update")
     skipped = f", {ending.skipped:,} of them skipped as not finite" if ending.skipped else ""
-    done = f"{ending.step:,}{of} updates{skipped}, {epochs(ending.epoch)} epoch{plural}"
+    done = f"{updates}{skipped}, {epochs(ending.epoch)} epoch{'' if ending.epoch == 1 else 's'}"
     rows = [("trained", f"{done}, in {duration(ending.seconds)}{_compiling(ending)}")]
     if ending.best_step is not None and ending.best_value is not None:
         rows.append(("best", _best(ending)))

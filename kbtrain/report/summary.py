@@ -83,12 +83,18 @@ def progress(record: RunRecord) -> str:
     planned = record.facts.get("updates")
     steps = record.steps
     text = (
-        f"{number(steps)} of {number(planned)} updates" if planned else f"{number(steps)} updates"
+        f"{number(steps)} of {_counted(planned, 'update')}"
+        if planned
+        else _counted(steps, "update")
     )
     epoch = (record.ending or {}).get("epoch") or (
         record.logs[-1].get("epoch") if record.logs else None
     )
-    return f"{text}, {number(round(float(epoch), 2))} epochs" if epoch else text
+    return f"{text}, {_counted(round(float(epoch), 2), 'epoch')}" if epoch else text
+
+
+def _counted(value: float, noun: str) -> str:
+    return f"{number(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def watched(record: RunRecord) -> tuple[str | None, list[Point]]:
@@ -139,7 +145,7 @@ def _result(
     if skipped:
         were = "was" if skipped == 1 else "were"
         sentences.append(
-            f"{number(skipped)} of {number(record.steps)} updates {were} skipped as not finite."
+            f"{number(skipped)} of {_counted(record.steps, 'update')} {were} skipped as not finite."
         )
     if best is None and record.logs:
         sentences.append(_without_best(record))
@@ -176,7 +182,7 @@ def _without_best(record: RunRecord) -> str:
         for name in log
         if name.startswith("eval_") and name.endswith("loss")
     )
-    text = f"It was evaluated at {len(steps)} step{'' if len(steps) == 1 else 's'}"
+    text = f"It was evaluated at {_counted(len(steps), 'step')}"
     text += f" ({', '.join(names)})" if names else ""
     metric = record.metric or "eval_loss"
     if any(metric in log for log in evaluations):

@@ -1,5 +1,6 @@
 """How a run ended: the reason, the weights, the checkpoint to go on from."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -186,6 +187,9 @@ def test_averages_are_named(tmp_path):
     changes = {"eval_strategy": "epoch", "save_strategy": "epoch"}
     ending = run(tmp_path / "2", [WeightAveraging(4, 1, "steps", evaluate=True)], **changes)
     assert ending.weights == "the average of the weights of 1 update"
+    assert dict(ending_rows(ending))["trained"].startswith("4 updates, 1 epoch, in ")
+    one = dataclasses.replace(ending, step=1, updates=1)
+    assert dict(ending_rows(one))["trained"].startswith("1 update, 1 epoch, in ")
     assert ending.weights_step == 4
 
 

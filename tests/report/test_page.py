@@ -10,7 +10,7 @@ from helpers_report import Page, ending, facts, run_record
 
 from kbtrain.report.page import render
 from kbtrain.report.record import RunRecord
-from kbtrain.report.summary import summarize
+from kbtrain.report.summary import progress, summarize
 from kbtrain.utils import html
 
 pytestmark = pytest.mark.neutral
@@ -210,6 +210,13 @@ def test_whether_it_converged(logs, expected):
     record = RunRecord(logs=logs)
     assert summarize(record).result == expected
     Page(render(record))
+
+
+def test_one_update_and_one_epoch_are_no_several():
+    record = RunRecord(facts={"updates": 1}, logs=[{"step": 1, "epoch": 1.0, "loss": 1.0}])
+    assert progress(record) == "1 of 1 update, 1 epoch"
+    record.facts = {}
+    assert progress(record) == "1 update, 1 epoch"
 
 
 def test_skipped_updates_are_counted():
