@@ -6,14 +6,17 @@ import contextlib
 import difflib
 import inspect
 import logging
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kbtrain.callbacks.adapters import advice
 from kbtrain.callbacks.adapters.keras_callbacks import KerasCallbacks
 from kbtrain.callbacks.adapters.transformers_callback import TransformersCallback
 from kbtrain.callbacks.base import ALL_EVENTS, STEP_EVENTS, TrainerCallback
-from kbtrain.callbacks.state import TrainerControl, TrainerState
+from kbtrain.callbacks.state import TrainerControl, TrainerState, to_json_value
 from kbtrain.errors import ConfigurationError, KbtrainError
 from kbtrain.utils.best_effort import warn_once
 
@@ -33,6 +36,7 @@ class CallbackHandler:
 
     def __init__(self, callbacks: Iterable[Any], context: Callable[[], dict[str, Any]]) -> None:
         self.callbacks: list[TrainerCallback] = []
+        self._warned: list[tuple[Any, str]] = []
         self._context = context
         for callback in callbacks:
             self.add(callback)
@@ -161,16 +165,43 @@ class CallbackHandler:
                 except Exception as error:
                     warn_once(callback, method, error)
 
-    def log_values(self, trainer: Any) -> dict[str, Any]:
-        """What callbacks add to a log of the training, by ``log_values(trainer)``."""
+    def log_values(self, trainer: Any, taken: Iterable[str] = ()) -> dict[str, Any]:
+        """What callbacks add to a log of the training, by ``log_values(trainer)``.
+
+        A name that is taken, and what is no number, costs one warning for each callback.
+
+        Args:
+            trainer: The Trainer.
+            taken: Names of the run's own numbers.
+        """
         found: dict[str, Any] = {}
         for callback in self.callbacks:
             if values := getattr(callback, "log_values", None):
                 try:
-                    found |= values(trainer)
+                    given = dict(values(trainer) or {})
+                    refused = {name for name in given if name in found or name in taken}
+                    no_numbers = {n for n, v in given.items() if not _is_number(v)} - refused
+                    found |= {n: v for n, v in given.items() if n not in refused | no_numbers}
+                    self._warn_about_values(callback, refused, no_numbers)
                 except Exception as error:
                     warn_once(callback, "log_values", error)
         return found
+
+    def _warn_about_values(self, callback: Any, refused: set[Any], no_numbers: set[Any]) -> None:
+        name = _class_of(callback).__name__
+        for values, reason in (
+            (refused, "the run, or another callback, logs values of these names"),
+            (no_numbers, "they are no numbers"),
+        ):
+            if values and (callback, reason) not in self._warned:
+                self._warned.append((callback, reason))
+                logger.warning(
+                    "The log leaves out what %s.log_values returned for %s, because %s. This "
+                    "warning is shown once.",
+                    name,
+                    ", ".join(sorted(map(repr, values))),
+                    reason,
+                )
 
     def steps_until_wanted(self, state: TrainerState) -> int:
         """Updates until a callback wants to be called (see ``TrainerCallback.next_step``)."""
@@ -279,6 +310,19 @@ def _check_kind(callback: Any) -> str:
         "keras.callbacks.Callback. "
         f"Received: {callback!r:.200}. {advice.advice(callback) or ''}".rstrip()
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a log can show a value as a number: one of Python, NumPy or a framework."""
+    if isinstance(value, numbers.Real):
+        return True
+    if isinstance(value, str | bytes) or not hasattr(type(value), "__array__"):
+        return False
+    try:
+        array = np.asarray(to_json_value(value))
+    except (TypeError, ValueError):
+        return False
+    return array.size == 1 and array.dtype.kind in "biuf"
 
 
 def _class_of(callback: Any) -> type:

@@ -37,7 +37,8 @@ def log_window(trainer: TrainerBase, run: Run) -> None:
         if run.epoch_results is not None:
             run.epoch_results.keep(metrics)
         metrics.reset()
-    trainer.log(logs | trainer.callback_handler.log_values(trainer))
+    own = {*logs, "epoch", "step"}
+    trainer.log(logs | trainer.callback_handler.log_values(trainer, own))
 
 
 def evaluate(trainer: TrainerBase) -> bool:

@@ -335,3 +335,32 @@ class ReturnsText(TrainerCallback):
 def test_a_callback_that_cannot_work_is_named(tmp_path, callback, match):
     with pytest.raises(ConfigurationError, match=match):
         make_trainer(tmp_path, [callback]).fit()
+
+
+# --- values for the logs --------------------------------------------------------------------------
+
+
+class Values(TrainerCallback):
+    """Returns numbers, other things, and the run's own names."""
+
+    def log_values(self, trainer):
+        mine = {"loss": -1.0, "learning_rate": -1.0, "epoch": -1.0}
+        words = {"word": "high", "list": [1, 2], "nothing": None}
+        return mine | words | {"mine": np.float32(2), "tensor": keras.ops.ones(())}
+
+
+def test_a_callback_cannot_replace_the_numbers_of_a_run(tmp_path, caplog):
+    plain, trainer = make_trainer(tmp_path), make_trainer(tmp_path, [Values()])
+    for each in (plain, trainer):
+        each.fit()
+    logs, expected = trainer.state.log_history[:-1], plain.state.log_history[:-1]
+    added = {"mine": 2.0, "tensor": 1.0}
+    names = ("loss", "learning_rate", "epoch", "grad_norm")
+    assert [{n: log[n] for n in (*names, *added)} for log in logs] == [
+        {n: log[n] for n in names} | added for log in expected
+    ]
+    assert all(not {"word", "list", "nothing"} & set(log) for log in logs)
+    said = [r.getMessage() for r in caplog.records if "Values.log_values" in r.getMessage()]
+    assert len(said) == 2
+    assert "'epoch', 'learning_rate', 'loss', because the run" in said[0]
+    assert "'list', 'nothing', 'word', because they are no numbers" in said[1]

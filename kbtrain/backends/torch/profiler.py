@@ -18,7 +18,13 @@ ON_DEVICE = frozenset(["kernel", "gpu_memcpy", "gpu_memset"])
 
 
 def start_profile(folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
-    """Start the profiler; the result stops it and returns its trace and the operations in it."""
+    """Start the profiler; the result stops it and returns its trace and the operations in it.
+
+    Raises:
+        RuntimeError: A profiler is active: PyTorch would start a second one, and end in a crash.
+    """
+    if is_active():
+        raise RuntimeError("another PyTorch profiler is active")
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -34,6 +40,13 @@ def start_profile(folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
         return path, operations(chrome_trace.read(path))
 
     return stop
+
+
+def is_active() -> bool:
+    """Whether a profiler of PyTorch is recording, in this thread or, if it says so, in another."""
+    in_thread = getattr(torch.autograd, "_profiler_enabled", None)
+    anywhere = getattr(torch.autograd.profiler, "_is_profiler_enabled", False)
+    return bool(anywhere) or (in_thread is not None and bool(in_thread()))
 
 
 def operations(spans: list[Span]) -> list[Span]:

@@ -85,6 +85,21 @@ class FinetuningCallback(TrainerCallback):
         if self.unit == "steps":
             self._unfreeze(kwargs["model"], state.global_step)
 
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the layers that were to be trained after the end of the run."""
+        done = state.global_step if self.unit == "steps" else state.epoch
+        missed = [at for at in self.unfreeze if at >= done]
+        if missed and state.is_world_process_zero:
+            logger.warning(
+                "FinetuningCallback: the run ended after %g %s, so these layers were not trained "
+                "as unfreeze says: %s.",
+                done,
+                self.unit,
+                "; ".join(f"{', '.join(self.unfreeze[at])} (from {at} on)" for at in missed),
+            )
+
     def next_step(self, state: TrainerState) -> int | None:
         """The next update after which layers are unfrozen."""
         later = [at for at in self.unfreeze if at > state.global_step]
@@ -129,12 +144,13 @@ def _matching(model: Any, patterns: Sequence[str]) -> list[Any]:
     layers = [layer for layer in walk_layers(model) if layer is not model]
     found: dict[int, Any] = {}
     for pattern in patterns:
-        matched = [layer for layer in layers if re.search(pattern, str(layer.path))]
+        matched = [layer for layer in layers if re.search(pattern, layer.path or "")]
         if not matched:
-            paths = ", ".join(str(layer.path) for layer in layers[:8])
+            named = [layer for layer in layers if layer.path]
+            paths = ", ".join(str(layer.path) for layer in named[:8])
             raise ConfigurationError(
                 f"FinetuningCallback: {pattern!r} matches no layer of the model. Its layers are "
-                f"{paths}{', ...' if len(layers) > 8 else ''}."
+                f"{paths}{', ...' if len(named) > 8 else ''}."
             )
         for layer in matched:
             found |= {id(each): each for each in walk_layers(layer)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.library.gradients import GradientProbe, newest_batches, rows_of
-from kbtrain.callbacks.library.schedule import check_count
+from kbtrain.callbacks.library.schedule import check_count, warn_without_logs
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.data import map_structure
 from kbtrain.errors import ConfigurationError
@@ -61,6 +61,7 @@ class GradientNoiseScale(TrainerCallback):
     ) -> None:
         """Check that gradients can be had."""
         self._probe = GradientProbe(kwargs["trainer"], "GradientNoiseScale")
+        warn_without_logs("GradientNoiseScale", args, state)
         if state.global_step == 0:
             self._restart()
 

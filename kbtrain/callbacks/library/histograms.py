@@ -13,7 +13,7 @@ import numpy as np
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.library.gradients import GradientProbe, newest_batches
 from kbtrain.callbacks.library.report_section import add_section
-from kbtrain.callbacks.library.schedule import check_count
+from kbtrain.callbacks.library.schedule import check_count, warn_without_logs
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError
 
@@ -74,6 +74,7 @@ class HistogramCallback(TrainerCallback):
                 f"variable: {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}."
             )
         self._probe = GradientProbe(trainer, "HistogramCallback") if self.gradients else None
+        warn_without_logs("HistogramCallback", args, state)
 
     def log_values(self, trainer: Any) -> dict[str, float]:
         """Make histograms where they are due; a log gets no value from them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class ProfilerCallback(TrainerCallback):
     together: a profile begins and ends with a call. It begins with one that needs no compilation,
     if there is one in time. With several processes the first one is recorded.
 
-    A profiler that fails costs a warning, and no profile.
+    A profiler that fails costs a warning, and no profile. So does another one that is recording
+    already, because two at a time may end the process.
 
     Args:
         steps: The first update to record and the one after the last, counted from the begin of
@@ -58,6 +60,12 @@ class ProfilerCallback(TrainerCallback):
         self._stop: Callable[[], tuple[Path, Any]] | None = None
         self._first = self._began = self._until = 0
         self._done = True
+        self._compiled_instead = False
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a profile is being recorded."""
+        return self._stop is not None
 
     @best_effort
     def on_train_begin(
@@ -66,6 +74,7 @@ class ProfilerCallback(TrainerCallback):
         """Be ready for a profile."""
         self.close()  # a first attempt did not fit into memory
         self._first, self._done = state.global_step, not state.is_world_process_zero
+        self._compiled_instead = False
 
     @best_effort
     def on_step_begin(
@@ -78,7 +87,16 @@ class ProfilerCallback(TrainerCallback):
             return
         trainer = kwargs["trainer"]
         if done < stop and not trainer.current_run.next_is_compiled:
+            self._compiled_instead = True
             return  # its time would be that of the compiler
+        others = (c for c in trainer.callback_handler.callbacks if c is not self)
+        if any(isinstance(other, ProfilerCallback) and other.is_recording for other in others):
+            self._done = True
+            logger.warning(
+                "There is no second profile: another ProfilerCallback of this run is recording "
+                "updates. Give them steps that do not overlap."
+            )
+            return
         folder = Path(args.output_dir) / "profile" if self.folder is None else Path(self.folder)
         folder = _new(folder.absolute(), state.global_step + 1)
         try:
@@ -86,6 +104,9 @@ class ProfilerCallback(TrainerCallback):
             self._stop = trainer.backend.start_profile(folder)
         except Exception as error:
             self._failed("start", error)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # it is empty
+            return
         self._began = state.global_step
         self._until = self._began + (stop - max(done, start) if done < stop else stop - start)
 
@@ -106,11 +127,7 @@ class ProfilerCallback(TrainerCallback):
             self._finish(state, kwargs["trainer"])
         elif not self._done:
             self._done = True
-            logger.warning(
-                "There is no profile: it would have begun after %d updates, and this run did %d.",
-                self.steps[0],
-                state.global_step - self._first,
-            )
+            self._explain(state.global_step - self._first)
 
     def close(self) -> None:
         """Stop the profiler, if an error ended the run while it was recording."""
@@ -134,6 +151,26 @@ class ProfilerCallback(TrainerCallback):
             return
         trainer.record.add_section(self.summary.title(), self.summary.rows())
         _show(self.summary)
+
+    def _explain(self, updates: int) -> None:
+        """Say why there is no profile of a run."""
+        start = self.steps[0]
+        if updates <= start:
+            logger.warning(
+                "There is no profile: it would have begun after %d updates, and this run did %d.",
+                start,
+                updates,
+            )
+            return
+        logger.warning(
+            "There is no profile: it begins with a call to the device%s, after %d updates, and "
+            "this run of %d updates had none. Train longer, or begin earlier: "
+            "ProfilerCallback(steps=%r).",
+            " that needs no compilation" if self._compiled_instead else "",
+            start,
+            updates,
+            (0, max(1, self.steps[1] - start)),
+        )
 
     def _failed(self, what: str, error: Exception) -> None:
         self._done = True

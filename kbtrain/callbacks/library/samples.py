@@ -18,6 +18,8 @@ from kbtrain.callbacks.library.report_section import add_section
 from kbtrain.callbacks.library.schedule import check_count
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils import rng
+from kbtrain.utils.best_effort import best_effort
 
 logger = logging.getLogger("kbtrain")
 
@@ -49,7 +51,7 @@ class SampleCallback(TrainerCallback):
 
     Raises:
         ConfigurationError: An argument is invalid; when training begins, the model has no
-            ``generate``, or nothing is evaluated.
+            ``generate``, nothing is evaluated, or inputs, labels and names do not fit together.
 
     Attributes:
         newest: A dict for each shown input: "input" and "output", or "label", "prediction" and
@@ -85,7 +87,7 @@ class SampleCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that there will be evaluations, and that the model can generate."""
+        """Check that there will be evaluations, the labels, and that the model can generate."""
         self._step = None
         if args.eval_strategy == "no" and not args.eval_on_start:
             raise ConfigurationError(
@@ -98,7 +100,31 @@ class SampleCallback(TrainerCallback):
                 "SampleCallback(generate=...) needs a model with a method generate(inputs, ...). "
                 f"Received: {type(kwargs['model']).__name__}."
             )
+        self._check_labels(_count(self.inputs))
 
+    def _check_labels(self, inputs: int | None) -> None:
+        """Check that there is a label for each input, and a name for each label.
+
+        Args:
+            inputs: Their number; None if it is not known.
+        """
+        if self.labels is None:
+            return
+        if inputs is not None and len(self.labels) != inputs:
+            raise ConfigurationError(
+                f"SampleCallback: there are {inputs} inputs and {len(self.labels)} labels. Give "
+                "one label for each input."
+            )
+        highest = int(self.labels.max(initial=-1))
+        if self.class_names is not None and highest >= len(self.class_names):
+            raise ConfigurationError(
+                f"SampleCallback: the highest label is {highest}, and class_names has "
+                f"{len(self.class_names)} names, for the labels from 0 to "
+                f"{len(self.class_names) - 1}. Name every class. Received: "
+                f"class_names={self.class_names!r:.80}."
+            )
+
+    @best_effort
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -119,7 +145,11 @@ class SampleCallback(TrainerCallback):
         seeds = trainer.bound.advancing_variables
         before = [np.array(keras.ops.convert_to_numpy(v.value)) for v in seeds]
         try:
-            with trainer.evaluation_weights(), trainer.backend.inference():
+            with (
+                rng.random_state_kept(trainer.backend),
+                trainer.evaluation_weights(),
+                trainer.backend.inference(),
+            ):
                 generated = trainer.model.generate(prompts, **(self.generate or {}))
         finally:
             for variable, value in zip(seeds, before, strict=True):
@@ -175,11 +205,7 @@ class SampleCallback(TrainerCallback):
         ]
         parts = [f"<p>After update {state.global_step}.</p>", self._pictures()]
         if self.labels is not None:
-            if len(self.labels) != len(predicted):
-                raise ConfigurationError(
-                    f"SampleCallback: there are {len(predicted)} inputs and {len(self.labels)} "
-                    "labels. Give one label for each input."
-                )
+            self._check_labels(len(predicted))
             size = max(int(predicted.max()), int(self.labels.max())) + 1
             size = max(size, len(self.class_names or ()))
             self.confusion = np.zeros((size, size), np.int64)
@@ -263,6 +289,12 @@ class SampleCallback(TrainerCallback):
             "<p>Confusion matrix: a row for each label, a column for each prediction.</p>"
             f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
         )
+
+
+def _count(inputs: Any) -> int | None:
+    """The number of inputs in arrays; None for other data, whose length may be that in batches."""
+    shapes = [getattr(leaf, "shape", None) for leaf in keras.tree.flatten(inputs)]
+    return int(shapes[0][0]) if shapes and shapes[0] else None
 
 
 def _track(trainer: Any, method: str, *content: Any) -> None:
@@ -359,10 +391,11 @@ def _is_text(value: Any) -> bool:
 
 def _as_classes(labels: Any) -> np.ndarray:
     array = np.asarray(labels)
-    if array.ndim == 2 and array.shape[1] > 1:
+    numeric = array.dtype.kind in "biuf" and bool(np.all(np.isfinite(array)))
+    if numeric and array.ndim == 2 and array.shape[1] > 1:
         array = array.argmax(1)
     array = array.reshape(-1)
-    if not np.array_equal(array, array.astype(np.int64)) or np.any(array < 0):
+    if not numeric or not np.array_equal(array, array.astype(np.int64)) or np.any(array < 0):
         raise ConfigurationError(
             "SampleCallback: labels must be classes, whole numbers from 0 or one-hot. "
             f"Received: {labels!r:.80}."

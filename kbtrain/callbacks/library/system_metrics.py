@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.library.schedule import warn_without_logs
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.config import converters
 from kbtrain.errors import ConfigurationError, first_lines
@@ -64,6 +65,7 @@ class SystemMetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start taking samples."""
+        warn_without_logs("SystemMetricsCallback", args, state)
         self.close()
         if state.is_world_process_zero:
             on_gpu = kwargs["trainer"].backend.devices()[0].startswith("gpu")

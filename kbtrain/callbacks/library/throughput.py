@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.library.device_peaks import peak_flops
+from kbtrain.callbacks.library.schedule import warn_without_logs
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.data import counting_leaf, signature, unpack, with_none, without_none
 from kbtrain.errors import ConfigurationError, first_lines
@@ -87,6 +88,7 @@ class ThroughputCallback(TrainerCallback):
         trainer = kwargs["trainer"]
         self._restart(_clock(trainer))
         self._step = state.global_step
+        warn_without_logs("ThroughputCallback", args, state)
         device = trainer.backend.device_info(args.chosen_device)
         dtype = trainer.model.dtype_policy.compute_dtype
         peak = self._peak_given or peak_flops(device, dtype, trainer.backend.tf32_is_on())

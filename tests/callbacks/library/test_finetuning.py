@@ -106,3 +106,20 @@ def test_mistakes_are_said(tmp_path):
             FinetuningCallback(*wrong)
     with pytest.raises(ConfigurationError, match=r"'block_9' matches no layer.*backbone"):
         run(tmp_path, [FinetuningCallback("backbone", {1: "block_9"})])
+
+
+@pytest.mark.parametrize(
+    ("unit", "last", "ended"), [("epochs", 3, "3 epochs"), ("steps", 6, "6 steps")]
+)
+def test_layers_that_the_run_did_not_get_to_are_named(tmp_path, caplog, unit, last, ended):
+    run(tmp_path, [FinetuningCallback("backbone", {1: "block_2$", last - 1: "norm"}, unit)])
+    assert "FinetuningCallback" not in caplog.text
+    run(tmp_path, [FinetuningCallback("backbone", {1: "block_2$", last: "norm", 9: "b"}, unit)])
+    assert f"ended after {ended}, so these layers were not trained" in caplog.text
+    assert f"says: norm (from {last} on); b (from 9 on)." in caplog.text
+
+
+def test_layers_without_a_path_are_not_listed(tmp_path):
+    with pytest.raises(ConfigurationError, match="matches no layer") as caught:
+        run(tmp_path, [FinetuningCallback("block_9")])
+    assert "None" not in str(caught.value)

@@ -12,6 +12,7 @@ from helpers import arguments, same, weights
 
 from kbtrain import ConfigurationError, ProfilerCallback, Trainer
 from kbtrain.callbacks.library.profile_summary import summarize
+from kbtrain.training.run import Run
 from kbtrain.utils import chrome_trace
 from kbtrain.utils.chrome_trace import Span
 
@@ -169,6 +170,40 @@ def test_a_run_that_is_too_short_says_so(tmp_path, caplog):
         make(tmp_path, profile=True, max_steps=3).fit()
     assert "would have begun after 10 updates, and this run did 3" in caplog.text
     assert not (tmp_path / "profile").exists()
+
+
+def test_why_there_is_no_profile_is_true(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Run, "next_is_compiled", property(lambda run: False))
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        make(tmp_path, profile=True, max_steps=12, logging_steps=1).fit()
+    (said,) = (r.getMessage() for r in caplog.records if "no profile" in r.getMessage())
+    assert "would have begun after" not in said
+    assert (
+        "that needs no compilation, after 10 updates, and this run of 12 updates had none" in said
+    )
+
+
+def test_a_second_profile_at_the_same_time_is_refused(tmp_path, caplog):
+    first, second = (ProfilerCallback(steps=(2, 6), folder=tmp_path / str(i)) for i in range(2))
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        make(tmp_path, [first, second], max_steps=8, logging_steps=1).fit()
+    assert first.summary is not None
+    assert second.summary is None
+    assert caplog.text.count("another ProfilerCallback of this run is recording") == 1
+    assert "There is no profile" not in caplog.text
+
+
+def test_a_profiler_of_the_user_is_left_alone(tmp_path, caplog):
+    callback = ProfilerCallback(steps=(2, 4))
+    trainer = make(tmp_path, [callback], max_steps=6, logging_steps=1)
+    (tmp_path / "own").mkdir()
+    stop = trainer.backend.start_profile(tmp_path / "own")
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        trainer.fit()
+    assert stop()[1]  # it has recorded operations
+    assert callback.summary is None
+    assert caplog.text.count("The profiler could not start") == 1
+    assert not list((tmp_path / "profile").iterdir())
 
 
 def test_an_error_stops_the_profiler(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 
 import keras
 import numpy as np
@@ -183,3 +184,46 @@ def test_mistakes_are_said(tmp_path):
     )
     with pytest.raises(ConfigurationError, match="a method generate"):
         trainer.fit()
+
+
+def classify(tmp_path, callback):
+    x, labels = images(), np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    trainer = Trainer(
+        image_model(),
+        arguments(tmp_path, num_train_epochs=2, eval_strategy="epoch"),
+        train_dataset=(x, labels),
+        eval_dataset=(x, labels),
+        loss="sparse_categorical_crossentropy",
+        callbacks=[callback],
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "said"),
+    [
+        ([0, 1, 0], None, "8 inputs and 3 labels"),
+        ([0, 1, 2, 0, 0, 0, 0, 0], ["dark", "bright"], "the highest label is 2"),
+    ],
+)
+def test_labels_that_do_not_fit_are_found_before_the_training(tmp_path, labels, names, said):
+    callback = SampleCallback(images(), labels, names)
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        classify(tmp_path, callback)
+    assert "on_train_begin at step 0" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], [0.0, float("nan")], [-1, 0], [None, 1]])
+def test_labels_must_be_classes(labels):
+    with pytest.raises(ConfigurationError, match="labels must be classes"):
+        SampleCallback([], labels)
+
+
+def test_what_fails_at_an_evaluation_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    callback = SampleCallback(images())
+    monkeypatch.setattr(callback, "_pictures", lambda: 1 / 0)
+    with caplog.at_level(logging.WARNING, "kbtrain"):
+        trainer = classify(tmp_path, callback)
+    assert trainer.state.epoch == 2
+    assert caplog.text.count("SampleCallback.on_evaluate failed (ZeroDivisionError") == 1
