@@ -31,6 +31,8 @@ def start_profile(folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
         if traces:
             return traces[-1], operations(chrome_trace.read(traces[-1]))
         # TensorFlow no longer writes such a file, and some version of JAX may not, either.
+        if not hasattr(jax.profiler, "ProfileData"):  # since JAX 0.7
+            raise FileNotFoundError(f"JAX {jax.__version__} has written no trace to {folder}")
         recorded = max(folder.rglob("*.xplane.pb"))
         path = recorded.with_name(recorded.name.replace(".xplane.pb", ".trace.json.gz"))
         spans = recorded_spans(recorded)

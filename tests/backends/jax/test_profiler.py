@@ -20,6 +20,8 @@ def test_the_operations_are_the_same_where_jax_writes_no_trace(tmp_path, monkeyp
     path, spans = stop()
     assert path.name.endswith(".trace.json.gz")
     assert spans
+    if not hasattr(jax.profiler, "ProfileData"):  # JAX 0.6 always writes a trace
+        return
     (recorded,) = tmp_path.rglob("*.xplane.pb")
     again = profiler.operations(profiler.recorded_spans(recorded))
     assert Counter(span.name for span in again) == Counter(span.name for span in spans)
