@@ -1,6 +1,7 @@
 """Reports: formats, files, the model card, tokens, memory, tracked values, the log level."""
 
 import doctest
+import gc
 import json
 import logging
 import sys
@@ -249,10 +250,11 @@ def test_memory_of_the_device_by_the_names_of_the_reference():
 
 
 def test_memory_of_the_process():
+    gc.collect()  # what other tests left may be freed at any time
     with memory.measured(Counting(), "x", skip=False) as found:
-        kept = np.ones(64 << 20, np.uint8)
+        kept = np.ones(512 << 20, np.uint8)
     if memory.resource is not None and memory._STATM.exists():
-        assert found["x_mem_cpu_alloc_delta"] > 0.9 * kept.nbytes
+        assert found["x_mem_cpu_alloc_delta"] > 0.8 * kept.nbytes
         assert found["x_mem_cpu_peaked_delta"] >= 0
 
 
