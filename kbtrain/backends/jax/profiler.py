@@ -28,31 +28,11 @@ def start_profile(folder: Path) -> Callable[[], tuple[Path, list[Span]]]:
     def stop() -> tuple[Path, list[Span]]:
         jax.profiler.stop_trace()
         traces = sorted(folder.rglob("*.trace.json.gz"))
-        if traces:
-            return traces[-1], operations(chrome_trace.read(traces[-1]))
-        # TensorFlow no longer writes such a file, and some version of JAX may not, either.
-        if not hasattr(jax.profiler, "ProfileData"):  # since JAX 0.7
+        if not traces:  # its other file is not read: JAX 0.12 aborts the process that asks for it
             raise FileNotFoundError(f"JAX {jax.__version__} has written no trace to {folder}")
-        recorded = max(folder.rglob("*.xplane.pb"))
-        path = recorded.with_name(recorded.name.replace(".xplane.pb", ".trace.json.gz"))
-        spans = recorded_spans(recorded)
-        chrome_trace.write(path, spans)
-        return path, operations(spans)
+        return traces[-1], operations(chrome_trace.read(traces[-1]))
 
     return stop
-
-
-def recorded_spans(path: Path) -> list[Span]:
-    """The events in the file that JAX's profiler writes."""
-    data = jax.profiler.ProfileData.from_file(str(path))
-    spans = []
-    for plane in data.planes:
-        for line in plane.lines:
-            for event in line.events:
-                stats = {str(name): value for name, value in event.stats if name == "hlo_op"}
-                start, duration = event.start_ns / 1e3, event.duration_ns / 1e3
-                spans.append(Span(event.name, start, duration, plane.name, line.name, "", stats))
-    return spans
 
 
 def operations(spans: list[Span]) -> list[Span]:
