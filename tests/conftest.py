@@ -47,3 +47,13 @@ def pytest_collection_modifyitems(items):
 def _log_level():
     """The logger as a program finds it: a Trainer sets its level for the rest of the process."""
     logging.getLogger("kbtrain").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def kbtrain_logger():
+    """The logger as it was before the test."""
+    logger = logging.getLogger("kbtrain")
+    level, handlers = logger.level, list(logger.handlers)
+    yield logger
+    logger.setLevel(level)
+    logger.handlers[:] = handlers

@@ -362,6 +362,11 @@ def _check_early_stopping(patience: Any, threshold: Any) -> tuple[Any, Any]:
         ) from None
 
 
+def evaluation_name(metric: str) -> str:
+    """The name that a metric has in the results of an evaluation: with ``eval_``."""
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
 def metric_value(metrics: dict[str, Any], name: str | None) -> float:
     """The value of the metric ``name`` (with or without ``eval_``) in an evaluation's results.
 

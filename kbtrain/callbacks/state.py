@@ -19,6 +19,7 @@ from kbtrain.utils.html import notebook_table, number
 from kbtrain.utils.json_types import matches_type
 from kbtrain.utils.output_files import save_json
 from kbtrain.utils.processes import current
+from kbtrain.utils.timing import SPEED_SUFFIXES
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -247,7 +248,7 @@ class TrainerState:
 
 
 def _tells_progress(name: str) -> bool:
-    return name not in ("step", "epoch") and not name.endswith(("_runtime", "_per_second"))
+    return name not in ("step", "epoch") and not name.endswith(SPEED_SUFFIXES)
 
 
 def to_json_value(value: Any) -> Any:

@@ -18,6 +18,7 @@ from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import facts_of
 from kbtrain.utils.best_effort import best_effort
 from kbtrain.utils.notebook import is_notebook
+from kbtrain.utils.timing import without_durations
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -132,7 +133,7 @@ class _Display(TrainerCallback):
             self._pending = Evaluation(state.global_step, state.max_steps, float(state.epoch))
             if self._training.get("step") == state.global_step:
                 self._pending.training = self._training
-        self._pending.metrics |= text.without_durations(metrics)
+        self._pending.metrics |= without_durations(metrics)
         self._pending.seconds += text.runtime(metrics)
 
     @best_effort
@@ -206,7 +207,7 @@ class _Display(TrainerCallback):
 
     def _alone(self, metrics: dict[str, Any], state: TrainerState) -> None:
         result = Evaluation(state.global_step, state.max_steps, float(state.epoch))
-        result.metrics, result.seconds = text.without_durations(metrics), text.runtime(metrics)
+        result.metrics, result.seconds = without_durations(metrics), text.runtime(metrics)
         self.view().evaluation(result, in_training=False)
 
 

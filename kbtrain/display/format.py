@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kbtrain.callbacks.base import evaluation_name
 from kbtrain.display.view import Evaluation
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
 
 Row = tuple[str, str]
-
-_DURATIONS = ("_runtime", "_per_second")
 
 
 def number(value: Any) -> str:
@@ -49,9 +48,7 @@ def duration(seconds: float) -> str:
     """
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return clock(round(seconds))
 
 
 def clock(seconds: float) -> str:
@@ -99,6 +96,10 @@ def epochs(value: float) -> str:
         ('3', '2.47')
     """
     return f"{value:.0f}" if value == int(value) else f"{value:.2f}"
+
+
+def _epochs_in_words(value: float) -> str:
+    return f"{epochs(value)} epoch{'' if value == 1 else 's'}"
 
 
 def short_path(path: str | os.PathLike[str]) -> str:
@@ -172,7 +173,7 @@ def _data(facts: RunFacts) -> str:
 def _training(facts: RunFacts) -> str:
     length = plural(facts.updates, "update") if facts.updates else "updates as long as data comes"
     if 0 < facts.epochs < 2**31 - 1 and facts.examples is not None:
-        length += f" in {epochs(facts.epochs)} epoch{'' if facts.epochs == 1 else 's'}"
+        length += f" in {_epochs_in_words(facts.epochs)}"
     if not facts.batch_size:
         return f"{length}, batches as they come"
     size = f"{facts.batch_size:,} examples each"
@@ -224,15 +225,6 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def without_durations(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of an evaluation without what says how long it took."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if name != "epoch" and not name.endswith(_DURATIONS) and "_mem_" not in name
-    }
-
-
 def runtime(metrics: Mapping[str, Any]) -> float:
     """How long an evaluation took, in seconds."""
     return float(sum(v for n, v in metrics.items() if n.endswith("_runtime")))
@@ -276,7 +268,7 @@ def ending_rows(ending: RunEnding) -> list[Row]:
     of = f" of {ending.updates:,}" if ending.updates > ending.step else ""
     updates = f"{ending.step:,}{of} updates" if of else plural(ending.step, "update")
     skipped = f", {ending.skipped:,} of them skipped as not finite" if ending.skipped else ""
-    done = f"{updates}{skipped}, {epochs(ending.epoch)} epoch{'' if ending.epoch == 1 else 's'}"
+    done = f"{updates}{skipped}, {_epochs_in_words(ending.epoch)}"
     rows = [("trained", f"{done}, in {duration(ending.seconds)}{_compiling(ending)}")]
     if ending.best_step is not None and ending.best_value is not None:
         rows.append(("best", _best(ending)))
@@ -296,8 +288,7 @@ def _compiling(ending: RunEnding) -> str:
 
 
 def _best(ending: RunEnding) -> str:
-    name = str(ending.best_metric)
-    name = name if name.startswith("eval_") else f"eval_{name}"
+    name = evaluation_name(str(ending.best_metric))
     text = f"{name} {number(ending.best_value)} at update {ending.best_step:,}"
     since = ending.evaluations_since_best
     if since is None:

@@ -14,6 +14,7 @@ from kbtrain.display.table import EvaluationTable
 from kbtrain.display.view import Evaluation, Progress, View
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
+from kbtrain.utils.timing import SPEED_SUFFIXES
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -81,7 +82,7 @@ class TerminalView(View):
             name: value
             for name, value in logs.items()
             if name not in ("loss", "grad_norm", "learning_rate", "epoch")
-            and not name.endswith(("_runtime", "_per_second"))
+            and not name.endswith(SPEED_SUFFIXES)
         }
         if self._trainer is None or self._trainer.args.eval_strategy != "no":
             return

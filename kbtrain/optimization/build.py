@@ -12,6 +12,7 @@ from kbtrain.config.converters import thaw
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization import registry
 from kbtrain.optimization.division import division_of, own_variables
+from kbtrain.utils.layers import innermost_optimizer
 
 logger = logging.getLogger("kbtrain")
 
@@ -44,8 +45,7 @@ def set_parameter_groups(
     """
     if not groups:
         return
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = innermost_optimizer(optimizer)
     if not hasattr(optimizer, "set_parameter_groups"):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         raise ConfigurationError(
@@ -110,8 +110,7 @@ def _check_state_fits(optimizer: keras.optimizers.Optimizer, model: keras.Model)
 
     Variables of the model may have been frozen or unfrozen since.
     """
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = innermost_optimizer(optimizer)
     trained = getattr(optimizer, "_trainable_variables", None) or model.trainable_variables
     own = {id(v) for v in model.variables}
     if trained and not any(id(v) in own for v in trained):

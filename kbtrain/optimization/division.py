@@ -19,6 +19,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.distributed import host
 from kbtrain.distributed.partition import owners_of
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils.layers import innermost_optimizer
 from kbtrain.utils.processes import ProcessGroup
 
 
@@ -109,9 +110,7 @@ def set_division(optimizer: keras.optimizers.Optimizer, division: Division) -> N
     Raises:
         ConfigurationError: It cannot update a part of the variables only.
     """
-    innermost: Any = optimizer
-    while hasattr(innermost, "inner_optimizer"):
-        innermost = innermost.inner_optimizer
+    innermost = innermost_optimizer(optimizer)
     if clip := getattr(innermost, "global_clipnorm", None):
         raise ConfigurationError(
             f"{type(innermost).__name__}(global_clipnorm={clip}) needs all gradients, and with "

@@ -10,6 +10,7 @@ import keras
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.optimization import build, metric_driven, registry, weight_decay
+from kbtrain.utils.layers import innermost_optimizer
 
 logger = logging.getLogger("kbtrain")
 
@@ -87,13 +88,7 @@ def learning_rates(
 ) -> list[float]:
     """The distinct learning rates of ``variables`` in the next update."""
     rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-    multiplier = getattr(_innermost(optimizer), "learning_rate_multiplier_of", None)
+    multiplier = getattr(innermost_optimizer(optimizer), "learning_rate_multiplier_of", None)
     if multiplier is None:
         return [rate]
     return list(dict.fromkeys(rate * float(multiplier(v)) for v in variables)) or [rate]
-
-
-def _innermost(optimizer: Any) -> Any:
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer

@@ -21,6 +21,7 @@ import keras
 
 from kbtrain.callbacks.base import metric_value
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils.layers import innermost_optimizer
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -51,9 +52,7 @@ def learning_rate_argument(schedule: Any) -> Any:
 
 def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
     """The metric-driven schedule built into an optimizer; None if it has none."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return getattr(optimizer, "metric_schedule", None)
+    return getattr(innermost_optimizer(optimizer), "metric_schedule", None)
 
 
 def attach(schedule: Any, optimizer: keras.optimizers.Optimizer, args: TrainingArguments) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kbtrain.utils.html import Html, element, escaped, number
+from kbtrain.utils.timing import SPEED_SUFFIXES
 
 COLOURS = (
     *("#3b6fb6", "#c8553d", "#2f8f6b", "#8a5fb5"),
@@ -301,7 +302,9 @@ def _legend(chart: Chart, curves: Sequence[Curve]) -> Html:
 
 # --- from logs ------------------------------------------------------------------------------------
 
-_SPEED = ("_runtime", "_per_second", "_compilation_time")
+SPEED = (*SPEED_SUFFIXES, "_compilation_time")
+"""The same in logs, with what Transformers logs besides."""
+
 _OWN = ("step", "epoch", "loss", "learning_rate", "grad_norm", "total_flos", "train_loss")
 
 
@@ -321,9 +324,7 @@ def metric_names(logs: Iterable[Mapping[str, Any]]) -> list[str]:
     for log in logs:
         for name, value in log.items():
             base = name.removeprefix("eval_")
-            usual = (
-                base in _OWN or name.endswith(_SPEED) or "_mem_" in base or "tokens_seen" in base
-            )
+            usual = base in _OWN or name.endswith(SPEED) or "_mem_" in base or "tokens_seen" in base
             if not usual and isinstance(value, int | float) and not isinstance(value, bool):
                 found.setdefault(base)
     # The loss of a named evaluation set belongs to the chart of the loss.

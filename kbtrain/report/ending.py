@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kbtrain.callbacks.base import evaluation_name
 from kbtrain.errors import NonFiniteError, first_lines
 from kbtrain.report.command import resume_command
 from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.json_types import JsonDataclass
 
 REASONS = {
     "SIGINT": "Ctrl-C (SIGINT)",
@@ -23,7 +23,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class RunEnding:
+class RunEnding(JsonDataclass):
     """The end of a call of ``fit``; JSON values only.
 
     Attributes:
@@ -82,20 +82,6 @@ class RunEnding:
     error: str | None = None
     skipped: int = 0
     weights_step: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The ending as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunEnding:
-        """Inverse of ``to_dict``; fields of a newer version are left out.
-
-        Raises:
-            TypeError: A field is missing.
-        """
-        names = {each.name for each in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
@@ -163,7 +149,7 @@ def _reason(trainer: Any, error: BaseException | None) -> str:
 def _since_best(state: Any, metric: str | None) -> int | None:
     if state.best_global_step is None:
         return None
-    name = metric if str(metric).startswith("eval_") else f"eval_{metric}"
+    name = evaluation_name(str(metric))
     steps = {entry["step"] for entry in state.log_history if name in entry}
     return len([step for step in steps if step > state.best_global_step])
 

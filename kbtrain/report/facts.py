@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +16,8 @@ import numpy as np
 
 from kbtrain.data import as_source
 from kbtrain.report.command import command_line
+from kbtrain.utils.json_types import JsonDataclass
+from kbtrain.utils.layers import innermost_optimizer
 from kbtrain.utils.processes import current
 from kbtrain.utils.versions import environment
 
@@ -29,7 +30,7 @@ BYTES_OF = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int4": 1, "uin
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunFacts(JsonDataclass):
     """A run as its start panel, its report and its model card describe it; JSON values only.
 
     Attributes:
@@ -91,20 +92,6 @@ class RunFacts:
     changed: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     host: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunFacts:
-        """Inverse of ``to_dict``; fields of a newer version are left out.
-
-        Raises:
-            TypeError: A field is missing.
-        """
-        names = {each.name for each in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def facts_of(trainer: Any) -> RunFacts:
@@ -198,14 +185,17 @@ def _peak(trainer: Any) -> float | None:
         return None
     if trainer.given_optimizers[0] is None and not trainer.bound.compiled:
         return None if trainer.lr_scheduler is None else float(trainer.args.learning_rate)
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    schedule = getattr(optimizer, "_learning_rate", None)
+    schedule = _rate_of(optimizer)
     if not callable(schedule) or isinstance(schedule, keras.Variable):
-        return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        return float(keras.ops.convert_to_numpy(innermost_optimizer(optimizer).learning_rate))
     total = trainer.state.max_steps
     steps = {round(total * i / 32) for i in range(33)}
     return max(float(keras.ops.convert_to_numpy(schedule(step))) for step in steps)
+
+
+def _rate_of(optimizer: Any) -> Any:
+    """What an optimizer takes its learning rate from: a variable or a schedule."""
+    return getattr(innermost_optimizer(optimizer), "_learning_rate", None)
 
 
 def _schedule(trainer: Any) -> str:
@@ -214,11 +204,8 @@ def _schedule(trainer: Any) -> str:
     given, own = trainer.given_optimizers
     if given is None and own is None and not trainer.bound.compiled:
         return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if schedule is None and trainer.optimizer is not None:
-        optimizer = trainer.optimizer
-        while hasattr(optimizer, "inner_optimizer"):
-            optimizer = optimizer.inner_optimizer
-        schedule = getattr(optimizer, "_learning_rate", None)
+    if schedule is None:
+        schedule = _rate_of(trainer.optimizer)
     if schedule is None or isinstance(schedule, keras.Variable) or not callable(schedule):
         name = "constant" if not hasattr(schedule, "on_metric") else type(schedule).__name__
         return name

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kbtrain.report.curves import charts_of, draw
+from kbtrain.report.curves import SPEED, charts_of, draw
 from kbtrain.report.record import RunRecord, is_evaluation
 from kbtrain.report.style import DATA, SCRIPT, STYLE
 from kbtrain.report.summary import Command, Summary, commands, summarize
@@ -184,9 +184,7 @@ def _commands(found: Sequence[Command]) -> Html:
 
 def is_result(name: str) -> bool:
     """Whether a value of an evaluation is a result, not what it took of time or memory."""
-    return (
-        not name.endswith(("_runtime", "_per_second", "_compilation_time")) and "_mem_" not in name
-    )
+    return not name.endswith(SPEED) and "_mem_" not in name
 
 
 # --- curves and results ---------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks.base import TrainerCallback
+from kbtrain.callbacks.base import TrainerCallback, evaluation_name
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import facts_of
 from kbtrain.report.record import FILE_NAME, RunRecord
 from kbtrain.utils.best_effort import best_effort
+from kbtrain.utils.timing import SparingPace
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 from kbtrain.report.run_warnings import WarningCollector
 
 logger = logging.getLogger("kbtrain")
-
-SHARE = 50
-"""Writing may take a 50th of the time of a run: after a write that took 20 ms none for a second."""
 
 FILE_TRACKERS = ("csv", "html", "json", "tensorboard")
 """Names in ``report_to`` that mean files in ``output_dir``."""
@@ -51,7 +49,7 @@ class RecordCallback(TrainerCallback):
         self._collector = WarningCollector(self._warned)
         self._early: list[tuple[str, str]] | None = None  # warnings before the first update
         self._trainer: Any = None
-        self._not_before = self._last = 0.0
+        self._pace, self._last = SparingPace(), 0.0
         self._steps = 0
         self._in_session = self._failed = self._replaces = False
 
@@ -178,25 +176,25 @@ class RecordCallback(TrainerCallback):
     @best_effort
     def _write(self, state: TrainerState, now: bool = False) -> None:
         """Write ``run.json``, if it is time to."""
-        trainer, start = self._trainer, time.monotonic()
-        if not now and start < self._not_before:
+        trainer = self._trainer
+        if not (now or self._pace.is_due):
             return
-        update(self.record, trainer, state)
         if not (self._replaces and writes_files(trainer.args)):
+            update(self.record, trainer, state)
             return
-        try:
-            self.record.save(Path(trainer.store.directory).absolute())
-            self._failed = False
-        except OSError as error:
-            if not self._failed:
-                logger.warning(
-                    "The record of the run could not be written: %s. Training continues; it is "
-                    "tried again.",
-                    error,
-                )
-            self._failed = True
-        took = time.monotonic() - start
-        self._not_before = start + took * (1 + SHARE)
+        with self._pace.spending():
+            update(self.record, trainer, state)
+            try:
+                self.record.save(Path(trainer.store.directory).absolute())
+                self._failed = False
+            except OSError as error:
+                if not self._failed:
+                    logger.warning(
+                        "The record of the run could not be written: %s. Training continues; it is "
+                        "tried again.",
+                        error,
+                    )
+                self._failed = True
 
 
 def update(record: RunRecord, trainer: Any, state: TrainerState) -> None:
@@ -215,7 +213,7 @@ def update(record: RunRecord, trainer: Any, state: TrainerState) -> None:
             ]
     metric = args.metric_for_best_model
     if metric is not None:
-        record.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        record.metric = evaluation_name(metric)
     if state.best_global_step is not None:
         record.best = {"step": state.best_global_step, "value": state.best_metric}
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbtrain.callbacks.base import evaluation_name
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
@@ -166,7 +167,7 @@ def _from_state(path: Path, state: Mapping[str, Any]) -> RunRecord:
     }
     metric = arguments.get("metric_for_best_model")
     if isinstance(metric, str):
-        record.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        record.metric = evaluation_name(metric)
     if state.get("best_global_step") is not None:
         record.best = {"step": state["best_global_step"], "value": state.get("best_metric")}
     if isinstance(best := state.get("best_model_checkpoint"), str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,12 @@ from kbtrain.report.recorder import update
 from kbtrain.report.write import FILE_NAME
 from kbtrain.utils.best_effort import best_effort
 from kbtrain.utils.filesystem import replacing
+from kbtrain.utils.timing import SparingPace
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
 
 logger = logging.getLogger("kbtrain")
-
-SHARE = 50
-"""Writing may take a 50th of the time of a run, except at its end."""
 
 
 class HtmlCallback(TrainerCallback):
@@ -38,7 +35,7 @@ class HtmlCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._trainer: Any = None
-        self._not_before = 0.0
+        self._pace = SparingPace()
         self._warned = self._replaces = False
 
     def on_train_begin(
@@ -79,23 +76,22 @@ class HtmlCallback(TrainerCallback):
             self._write(self._trainer.state, now=True)
 
     def _write(self, state: TrainerState, now: bool) -> None:
-        start = time.monotonic()
         if not (self._replaces and state.is_world_process_zero):
             return
-        if not now and start < self._not_before:
+        if not (now or self._pace.is_due):
             return
         record, folder = self._trainer.record, Path(self._trainer.store.directory).absolute()
-        update(record, self._trainer, state)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / FILE_NAME) as temporary:
-                temporary.write_text(render(record, refresh=True), encoding="utf-8")
-        except OSError as error:
-            if not self._warned:
-                logger.warning(
-                    "The report could not be written: %s. Training continues; it is tried again.",
-                    error,
-                )
-            self._warned = True
-        took = time.monotonic() - start
-        self._not_before = start + took * (1 + SHARE)
+        with self._pace.spending():
+            update(record, self._trainer, state)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / FILE_NAME) as temporary:
+                    temporary.write_text(render(record, refresh=True), encoding="utf-8")
+            except OSError as error:
+                if not self._warned:
+                    logger.warning(
+                        "The report could not be written: %s. Training continues; it is tried "
+                        "again.",
+                        error,
+                    )
+                self._warned = True

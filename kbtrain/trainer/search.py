@@ -25,6 +25,7 @@ from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
 from kbtrain.utils.optional_imports import require
 from kbtrain.utils.processes import current
+from kbtrain.utils.timing import without_durations
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments
@@ -36,8 +37,6 @@ WORKER = "KBTRAIN_SEARCH_WORKER"
 
 STUDY = "kbtrain"
 """Default name of a study."""
-
-_NOT_A_RESULT = ("_runtime", "_per_second")
 
 
 class Settings(NamedTuple):
@@ -78,12 +77,8 @@ def default_compute_objective(metrics: Mapping[str, float]) -> float:
         >>> default_compute_objective({"eval_loss": 0.5, "eval_f1": 0.25, "eval_accuracy": 0.5})
         0.75
     """
-    results = {
-        name: value
-        for name, value in metrics.items()
-        if name != "epoch" and not name.endswith(_NOT_A_RESULT) and "_mem_" not in name
-    }
-    loss = results.pop("eval_loss", None)
+    results = without_durations(metrics)
+    loss: float | None = results.pop("eval_loss", None)
     if not results and loss is not None:
         return loss
     return float(sum(results.values()))

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.callbacks.base import metric_value
+from kbtrain.callbacks.base import evaluation_name, metric_value
 from kbtrain.checkpoint import Checkpoint, run_state
 from kbtrain.checkpoint.storage.faults import is_folder
 from kbtrain.checkpoint.storage.folder_reader import nothing, read_checkpoint
@@ -127,8 +127,7 @@ def _forget_lost(trainer: TrainerBase, damaged: Collection[str] = ()) -> None:
 
 def _logged(entry: Mapping[str, Any], metric: str | None) -> float | None:
     """The metric in a log entry of an evaluation; None if it has none."""
-    name = str(metric)
-    found = entry.get(name if name.startswith("eval_") else f"eval_{name}")
+    found = entry.get(evaluation_name(str(metric)))
     return float(found) if isinstance(found, float | int) else None
 
 

@@ -13,8 +13,9 @@ from kbtrain.model import custom_steps, precision
 from kbtrain.model.variables import unique
 from kbtrain.optimization import build, metric_driven, registry
 from kbtrain.optimization.division import Division, division_of, set_division
-from kbtrain.optimization.factory import RATE, RULE, _innermost, make_schedule
+from kbtrain.optimization.factory import RATE, RULE, make_schedule
 from kbtrain.training.trainer_base import TrainerBase
+from kbtrain.utils.layers import innermost_optimizer
 from kbtrain.utils.processes import current
 
 logger = logging.getLogger("kbtrain")
@@ -133,7 +134,7 @@ def _refuse_for_given(args: TrainingArguments, given: Any) -> None:
 
 
 def _refuse_own_accumulation(optimizer: Any) -> None:
-    innermost = _innermost(optimizer)
+    innermost = innermost_optimizer(optimizer)
     if steps := getattr(innermost, "gradient_accumulation_steps", None):
         raise ConfigurationError(
             "The Trainer accumulates gradients itself, so that padded and weighted batches count "
@@ -237,7 +238,7 @@ def clips_above(trainer: TrainerBase) -> float:
     clip themselves; one passed in or compiled into the model is used as configured. An explicit
     ``max_grad_norm`` applies to all.
     """
-    args, optimizer = trainer.args, _innermost(trainer.optimizer)
+    args, optimizer = trainer.args, innermost_optimizer(trainer.optimizer)
     kind = type(optimizer).__name__
     own = [
         f"{name}={value}"

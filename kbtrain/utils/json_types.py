@@ -1,11 +1,30 @@
-"""Checks values parsed from JSON against type annotations."""
+"""Dataclasses as JSON values, and values parsed from JSON against type annotations."""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
+
+
+class JsonDataclass:
+    """The base of dataclasses whose fields are JSON values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of ``to_dict``; fields of a newer version are left out.
+
+        Raises:
+            TypeError: A field is missing.
+        """
+        names = {each.name for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def matches_type(value: Any, expected: Any) -> bool:

@@ -1,8 +1,9 @@
-"""Walking through the layers of a Keras model."""
+"""Walking through what Keras nests: the layers of a model, optimizers that wrap another one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -12,3 +13,10 @@ from kbtrain.utils.keras_private import flatten_layers
 def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     """The layer and everything below it, each once, in a stable order."""
     yield from flatten_layers(layer)
+
+
+def innermost_optimizer(optimizer: Any) -> Any:
+    """The optimizer that all others are wrapped around; None for None."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+SPEED_SUFFIXES = ("_runtime", "_per_second")
+"""Ends of the names in logs that say how long something took, or how fast it was."""
 
 
 def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, float]:
@@ -16,6 +20,40 @@ def speed(prefix: str, seconds: float, samples: int, steps: int) -> dict[str, fl
         f"{prefix}_samples_per_second": round(samples / seconds, 3),
         f"{prefix}_steps_per_second": round(steps / seconds, 3),
     }
+
+
+def without_durations(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of an evaluation without what says how long it took."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name != "epoch" and not name.endswith(SPEED_SUFFIXES) and "_mem_" not in name
+    }
+
+
+class SparingPace:
+    """Lets something be done again and again in at most a 50th of the time of a run.
+
+    After a time of 20 ms there is none for a second.
+    """
+
+    SHARE = 50
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is time to do it now."""
+        return time.monotonic() >= self._not_before
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Context in which it is done."""
+        start = time.monotonic()
+        yield
+        took = time.monotonic() - start
+        self._not_before = start + took * (1 + self.SHARE)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Which display a run has, and a run as lines of text."""
 
-import logging
 import sys
 
 import pytest
@@ -151,13 +150,3 @@ def test_the_former_places_still_have_the_names(monkeypatch):
     with pytest.warns(DeprecationWarning, match="kbtrain.display.callbacks"):
         from kbtrain.callbacks.progress_bar import PrinterCallback as former
     assert former is PrinterCallback
-
-
-@pytest.fixture
-def kbtrain_logger():
-    """The logger as it was before the test."""
-    logger = logging.getLogger("kbtrain")
-    level, handlers = logger.level, list(logger.handlers)
-    yield logger
-    logger.setLevel(level)
-    logger.handlers[:] = handlers

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import arguments, linear_model, make_data
+from helpers_report import SAVING_RUN
 
 from kbtrain import Trainer, WeightAveraging
 from kbtrain.errors import ConfigurationError
@@ -20,19 +21,8 @@ X, Y = make_data(16)
 
 def trained(folder, callbacks=(), **changes):
     """Four updates whose first evaluation is the best, as the larger loss counts as better."""
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "metric_for_best_model": "loss",
-        "load_best_model_at_end": True,
-        "greater_is_better": True,
-        "learning_rate": 3.0,
-    }
-    args = arguments(folder, **(settings | changes))
+    settings = {"load_best_model_at_end": True, "greater_is_better": True, "learning_rate": 3.0}
+    args = arguments(folder, **(SAVING_RUN | settings | changes))
     data = {"train_dataset": (X, Y), "eval_dataset": (X, Y), "loss": "mse"}
     trainer = Trainer(linear_model(), args, callbacks=list(callbacks), **data)
     trainer.fit()

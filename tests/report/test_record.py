@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from helpers import StopAt, arguments, linear_model, make_data, without_timings
+from helpers_report import SAVING_RUN
 
 from kbtrain import DataError, Trainer, TrainerCallback
 from kbtrain.errors import ConfigurationError
@@ -14,22 +15,14 @@ from kbtrain.report import record as records
 from kbtrain.report import recorder
 from kbtrain.report.record import RunRecord, thinned_logs
 from kbtrain.utils import best_effort
+from kbtrain.utils.timing import SparingPace
 
 X, Y = make_data(16)
 
 
 def make(folder, callbacks=(), data=(X, Y), **changes):
     """Four updates with a log each, evaluated and saved after the second and the last one."""
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "metric_for_best_model": "loss",
-    }
-    args = arguments(folder, **(settings | changes))
+    args = arguments(folder, **(SAVING_RUN | changes))
     given = {"train_dataset": data, "eval_dataset": (X, Y), "loss": "mse"}
     return Trainer(linear_model(), args, callbacks=list(callbacks), **given)
 
@@ -254,7 +247,7 @@ def test_a_defect_of_the_recorder_does_not_end_a_run(tmp_path, monkeypatch, capl
 def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     writes = []
     monkeypatch.setattr(RunRecord, "save", lambda self, folder: writes.append(len(self.logs)))
-    monkeypatch.setattr(recorder, "SHARE", 1e9)
+    monkeypatch.setattr(SparingPace, "SHARE", 1e9)
     make(tmp_path, eval_steps=1).fit()
     assert writes == [0, 9]  # at the begin and at the end
 

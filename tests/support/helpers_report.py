@@ -5,6 +5,17 @@ import math
 
 from kbtrain.report.record import RunRecord
 
+SAVING_RUN = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "metric_for_best_model": "loss",
+}
+"""Arguments of four updates, evaluated and saved after the second and the last one."""
+
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
 

@@ -8,6 +8,7 @@ from helpers_report import Page
 
 from kbtrain import ConfigurationError, Trainer
 from kbtrain.trackers import html
+from kbtrain.utils.timing import SparingPace
 
 X, Y = make_data(16)
 
@@ -74,7 +75,7 @@ def test_a_refused_run_leaves_the_page_of_the_run_before(tmp_path):
 
 def test_pages_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(html, "SHARE", 1e9)
+    monkeypatch.setattr(SparingPace, "SHARE", 1e9)
     monkeypatch.setattr(html, "render", lambda record, refresh: written.append(record) or "page")
     make(tmp_path).fit()
     assert len(written) == 2

@@ -299,15 +299,6 @@ def _tracked(trainer, outputs, labels):
 # --- the log level --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def kbtrain_logger():
-    logger = logging.getLogger("kbtrain")
-    level, handlers = logger.level, list(logger.handlers)
-    yield logger
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
-
-
 def test_the_log_level_is_set_or_left_alone(tmp_path, kbtrain_logger):
     kbtrain_logger.setLevel(logging.ERROR)
     make_trainer(tmp_path)

@@ -71,10 +71,11 @@ def compile_step(
         values = to_mesh(read_values(variables))
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
+        program = jitted()
         if new:
-            _compile(jitted(), values, inputs)
-        _announce(jitted(), values, inputs)
-        outputs, values = jitted()(values, inputs)
+            _compile(program, values, inputs)
+        _announce(program, values, inputs)
+        outputs, values = program(values, inputs)
         # `assign` would convert and check each value, at ten times the cost of the whole call.
         write_values(variables, to_process(values))
         return to_process(outputs)
@@ -313,10 +314,11 @@ def compile_eval_steps(
         if len({id(value) for value in values}) != len(values):
             values = _without_aliases(values)
         constant = to_mesh(read_values(fixed))
+        program = jitted()
         if new:
-            _compile(jitted(), constant, values, block, *numbers)
-        _announce(jitted(), constant, values, block, *numbers)
-        outputs, values = jitted()(constant, values, block, *numbers)
+            _compile(program, constant, values, block, *numbers)
+        _announce(program, constant, values, block, *numbers)
+        outputs, values = program(constant, values, block, *numbers)
         write_values(changing, to_process(values))
         outputs = to_process(outputs)
         return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])

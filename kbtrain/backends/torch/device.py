@@ -271,7 +271,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count from now on; ``memory_stats`` goes on with what was counted before."""
+    """Count from now on; ``memory_stats`` continues with what was counted before."""
     _earlier_peaks[device] = max(peak_memory(device), _earlier_peaks.get(device, 0))
     torch.get_device_module(device).reset_peak_memory_stats(device)
 

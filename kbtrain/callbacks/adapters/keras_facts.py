@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils.layers import innermost_optimizer
 
 K = keras.callbacks
 
@@ -98,9 +99,7 @@ def check_settings(callback: Any, trainer: Any) -> None:
             "eval_strategy='epoch' in TrainingArguments and give an eval_dataset, or monitor a "
             f"metric of the training. Received: eval_strategy={args.eval_strategy!r}."
         )
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
+    optimizer = innermost_optimizer(trainer.optimizer)
     if isinstance(callback, K.SwapEMAWeights) and not getattr(optimizer, "use_ema", False):
         raise ConfigurationError(
             "keras.callbacks.SwapEMAWeights needs an optimizer of Keras with use_ema=True. "

@@ -203,7 +203,8 @@ class SampleCallback(TrainerCallback):
             }
             for i in range(count)
         ]
-        parts = [f"<p>After update {state.global_step}.</p>", self._pictures()]
+        captioned = self._captioned()
+        parts = [f"<p>After update {state.global_step}.</p>", self._pictures(captioned)]
         if self.labels is not None:
             self._check_labels(len(predicted))
             size = max(int(predicted.max()), int(self.labels.max())) + 1
@@ -213,7 +214,7 @@ class SampleCallback(TrainerCallback):
             parts.append(self._matrix(self.confusion))
         if state.is_world_process_zero:
             add_section(trainer, self.title, "".join(parts))
-            if captioned := self._captioned():
+            if captioned:
                 _track(trainer, "write_pictures", self.title, captioned, state.global_step)
             if self.confusion is not None:
                 text = _markdown(self.confusion, [self._name(i) for i in range(size)])
@@ -248,8 +249,7 @@ class SampleCallback(TrainerCallback):
             found.append((said if right else f"wrong: {said} (is {sample['label']})", png(image)))
         return found
 
-    def _pictures(self) -> str:
-        captioned = self._captioned()
+    def _pictures(self, captioned: Sequence[tuple[str, bytes]]) -> str:
         if not captioned:
             rows = "".join(
                 f"<tr><td>{i}</td>{self._cells(sample)}</tr>"

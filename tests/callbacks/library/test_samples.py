@@ -222,7 +222,7 @@ def test_labels_must_be_classes(labels):
 
 def test_what_fails_at_an_evaluation_does_not_end_the_run(tmp_path, caplog, monkeypatch):
     callback = SampleCallback(images())
-    monkeypatch.setattr(callback, "_pictures", lambda: 1 / 0)
+    monkeypatch.setattr(callback, "_captioned", lambda: 1 / 0)
     with caplog.at_level(logging.WARNING, "kbtrain"):
         trainer = classify(tmp_path, callback)
     assert trainer.state.epoch == 2

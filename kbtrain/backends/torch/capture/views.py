@@ -124,8 +124,8 @@ def allow_other_strides(graph: Graph) -> None:
     The libraries of a GPU may lay a result out otherwise than its fake tensor. What was decided by
     the fake's strides while recording can then be wrong: a view that is not possible, a gradient
     that an optimizer takes for contiguous, strides that mean other elements. A ``view`` of memory
-    that nobody writes to becomes ``reshape``, and the others read ``contiguous()``; where strides
-    are as recorded, both are the same view.
+    that no operation writes to becomes ``reshape``, and the others read ``contiguous()``; where
+    strides are as recorded, both are the same view.
 
     Args:
         graph: A recorded graph; changed in place.
