@@ -17,6 +17,7 @@ import time
 from typing import IO, Any
 
 from kbtrain.errors import DistributedError
+from kbtrain.utils.ports import free_ports
 from kbtrain.utils.processes import ProcessGroup
 
 logger = logging.getLogger("kbtrain")
@@ -97,7 +98,7 @@ def check_port(group: ProcessGroup) -> None:
 
 def _free_port(group: ProcessGroup, host: str, port: int) -> int:
     """``port`` if it is free; any free port for 0."""
-    with _listen(group, host, port) as server:
+    with _listen(group, host, port or free_ports()) as server:
         return int(server.getsockname()[1])
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +13,9 @@ from kbtrain.distributed.environment import endpoint
 from kbtrain.distributed.launch.local_processes import STOPPING_SECONDS, run_together
 from kbtrain.distributed.launch.rendezvous import Node, Rendezvous
 from kbtrain.errors import ConfigurationError
+from kbtrain.utils.ports import free_ports
 
 _LOCALHOST = "127.0.0.1"
-
-# Below the ports that Linux and macOS give to outgoing connections: while the processes import
-# their framework, none of those can take a port that was found to be free.
-_PORTS = range(16384, 32000)
 
 _EPILOG = """\
 examples:
@@ -113,23 +108,6 @@ def environments(
                 own.setdefault("PYTHONUNBUFFERED", "1")  # its output goes through a pipe
             found.append(own)
     return found
-
-
-def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive ports that are free now."""
-    for _ in range(1000):
-        base = random.SystemRandom().choice(_PORTS)
-        try:
-            for port in range(base, base + count):
-                with socket.socket() as probe:
-                    probe.bind(("", port))
-        except OSError:
-            continue
-        return base
-    raise ConfigurationError(
-        f"Found no {count} consecutive free ports from {_PORTS.start} to {_PORTS.stop} on this "
-        "machine. Are too many programs running?"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,15 +8,10 @@ trainer suits every backend.
 
 from __future__ import annotations
 
-import random
-import socket
 import sys
 
-from kbtrain.errors import DistributedError
+from kbtrain.utils.ports import free_ports
 from kbtrain.utils.processes import ProcessGroup
-
-# Below the ports that Linux gives to outgoing connections, which could take one before it is used.
-_PORTS = range(16384, 32000)
 
 
 def detect() -> ProcessGroup | None:
@@ -44,7 +39,7 @@ def detect() -> ProcessGroup | None:
     if size == 1:
         return None
     rank = context.get_world_rank()
-    own = [util.get_node_ip_address(), _free_port()] if rank == 0 else None
+    own = [util.get_node_ip_address(), free_ports()] if rank == 0 else None
     address, port = broadcast_from_rank_zero(own)
     return ProcessGroup(
         rank,
@@ -54,18 +49,4 @@ def detect() -> ProcessGroup | None:
         address,
         port,
         launcher="Ray Train",
-    )
-
-
-def _free_port() -> int:
-    for port in random.SystemRandom().sample(_PORTS, 100):
-        try:
-            with socket.socket() as probe:
-                probe.bind(("", port))
-        except OSError:
-            continue
-        return port
-    raise DistributedError(
-        f"Found no free port from {_PORTS.start} to {_PORTS.stop} on the machine of worker 0 of "
-        "Ray Train. Are too many programs running?"
     )

@@ -8,11 +8,11 @@ import threading
 import time
 
 import pytest
-from helpers_together import free_port
 
 from kbtrain.backends import rendezvous
 from kbtrain.backends.rendezvous import meet
 from kbtrain.errors import DistributedError
+from kbtrain.utils.ports import free_ports
 from kbtrain.utils.processes import ProcessGroup
 
 pytestmark = pytest.mark.core
@@ -20,10 +20,8 @@ pytestmark = pytest.mark.core
 
 def groups(size, known=True):
     """The groups of ``size`` processes, with the addresses of all or of the first alone."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
+    first = free_ports(size)
+    ports = range(first, first + size)
     addresses = tuple(f"127.0.0.1:{port}" for port in ports) if known else ()
     return [
         ProcessGroup(rank, size, rank, size, "127.0.0.1", ports[0], addresses, "kbtrain launch")
@@ -44,7 +42,7 @@ def test_all_get_the_addresses_that_the_launcher_gave(size):
     assert together(members) == [members[0].addresses] * size
 
 
-def test_without_addresses_each_process_chooses_a_free_port():
+def test_without_addresses_each_process_chooses_a_free_ports():
     found = together(groups(3, known=False))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 3
@@ -99,7 +97,7 @@ def test_a_process_0_that_never_comes_is_named():
 
 def test_a_host_without_an_address_is_named_at_once(monkeypatch):
     monkeypatch.setattr(rendezvous, "UNREACHABLE_SECONDS", 0.2)
-    group = ProcessGroup(1, 2, address="no-such-host.invalid", port=free_port())
+    group = ProcessGroup(1, 2, address="no-such-host.invalid", port=free_ports())
     started = time.monotonic()
     with pytest.raises(DistributedError, match=r"cannot reach process 0 at no-such-host\.invalid"):
         meet(group, 300.0)

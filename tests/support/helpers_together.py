@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from kbtrain.utils.ports import free_ports
 
 SUPPORT = Path(__file__).parent
 JOINED = ("KBTRAIN_JOINED_PID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -19,14 +20,6 @@ class Ended(NamedTuple):
 
     status: int
     output: str
-
-
-def free_port() -> int:
-    """A port that is free now, with some free ones above it."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:
@@ -70,7 +63,7 @@ def run_processes(
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), inherited.get("PYTHONPATH", "")]),
     }
-    port = free_port()
+    port = free_ports()
     command: Sequence[str] = [sys.executable, str(script), *words]
     running = [
         subprocess.Popen(

@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from kbtrain.errors import ConfigurationError, DistributedError
+from kbtrain.utils.ports import free_ports
 from kbtrain.utils.processes import ProcessGroup
 
 pytestmark = pytest.mark.cross  # needs JAX, whatever Keras runs on
@@ -18,9 +19,7 @@ def joining():
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_ports()
 
 
 def test_a_port_that_another_program_has_is_named(joining, monkeypatch):

@@ -4,7 +4,9 @@ import json
 import signal
 
 import pytest
-from helpers_together import free_port, run_processes
+from helpers_together import run_processes
+
+from kbtrain.utils.ports import free_ports
 
 pytestmark = [pytest.mark.cross, pytest.mark.slow]
 
@@ -173,7 +175,7 @@ def test_a_lost_process_is_an_error_in_words(lost):
 
 
 def test_a_strategy_that_the_program_made_is_used(tmp_path):
-    port = free_port()
+    port = free_ports()
     workers = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
     config = [
         json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}})
