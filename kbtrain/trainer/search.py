@@ -236,7 +236,7 @@ def _optimize(
     """Run ``share`` trials in this process, and restore the Trainer's arguments afterwards."""
     args, store, saver = trainer.args, trainer.store, trainer.saver
     display = SearchDisplay(optuna, trainer)
-    report = _Report(optuna, settings.compute_objective, len(settings.directions) == 1)
+    report = _Report(optuna, settings.compute_objective, settings.directions)
     trainer.add_callback(report)
 
     def objective(trial: Any) -> Any:
@@ -317,8 +317,13 @@ def _run(trainer: TrainerBase, report: _Report) -> Any:
 class _Report(TrainerCallback):
     """Keeps the latest results, reports them to the trial, and stops a pruned one."""
 
-    def __init__(self, optuna: Any, compute: Callable[[dict[str, float]], Any], prune: bool):
-        self._optuna, self._compute, self._prune = optuna, compute, prune
+    def __init__(
+        self,
+        optuna: Any,
+        compute: Callable[[dict[str, float]], Any],
+        directions: tuple[str, ...],
+    ):
+        self._optuna, self._compute, self._directions = optuna, compute, directions
         self.trial: Any = None
         self.metrics: dict[str, float] = {}
         self.step = -1
@@ -333,13 +338,16 @@ class _Report(TrainerCallback):
             self.metrics = {}
         self.step = state.global_step
         self.metrics |= kwargs["metrics"]
-        if not kwargs["trainer"].is_in_train or not self._prune:
+        if not kwargs["trainer"].is_in_train:
             return
         data = kwargs["trainer"].eval_dataset
         sets = [f"eval_{name}_" for name in data] if is_named_datasets(data) else []
         if not all(any(key.startswith(one) for key in self.metrics) for one in sets):
             return
-        self.trial.report(float(self.objective()), state.global_step)
+        found = self.objective()
+        if len(self._directions) > 1:
+            return  # Optuna prunes on a single objective only
+        self.trial.report(float(found), state.global_step)
         if self.trial.should_prune():
             raise self._optuna.TrialPruned(f"at step {state.global_step}")
 
@@ -348,7 +356,7 @@ class _Report(TrainerCallback):
 
         Raises:
             ConfigurationError: ``compute_objective`` uses a metric that does not exist, or returns
-                something else than numbers.
+                something else than a number for each direction.
         """
         try:
             found = self._compute(self.metrics)
@@ -357,15 +365,21 @@ class _Report(TrainerCallback):
                 f"compute_objective asks for {error}, which is not among the results of the "
                 f"evaluation: {', '.join(self.metrics)}."
             ) from error
+        values = found if isinstance(found, list | tuple) else [found]
+        if len(values) != len(self._directions):
+            raise ConfigurationError(
+                f"compute_objective must return a number for each direction. Received: "
+                f"{found!r:.100}, with direction={list(self._directions)!r}."
+            )
         try:
-            for value in found if isinstance(found, list | tuple) else [found]:
+            for value in values:
                 float(value)
         except (TypeError, ValueError):
             raise ConfigurationError(
                 "compute_objective must return a number, or one for each direction. "
                 f"Received: {found!r:.100}."
             ) from None
-        return found
+        return values if len(values) > 1 else values[0]
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -133,6 +133,24 @@ def test_several_directions_give_a_front(tmp_path):
     assert [len(run.objective) for run in best] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("direction", "found"),
+    [("minimize", (0.1, 0.2)), (["minimize", "maximize"], 0.1), ("minimize", [])],
+)
+def test_objectives_and_directions_that_do_not_fit_end_the_first_trial(tmp_path, direction, found):
+    trainer = make_trainer(tmp_path)
+    steps = []
+    with pytest.raises(ConfigurationError, match="a number for each direction. Received"):
+        trainer.hyperparameter_search(
+            rates,
+            lambda metrics: steps.append(trainer.state.global_step) or found,
+            n_trials=2,
+            direction=direction,
+            sampler=grid(),
+        )
+    assert len(steps) == 1
+
+
 def test_the_model_may_depend_on_the_trial(tmp_path):
     made = []
 
