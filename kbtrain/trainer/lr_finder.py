@@ -8,7 +8,7 @@ import importlib
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.variables import unique
 from kbtrain.training.fit import prepare, wrapped_calls
+from kbtrain.training.rehearsal import rehearsing
 from kbtrain.utils import keras_private, rng
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
-
-SEED_GENERATOR = "global_seed_generator"
-"""The name under which Keras keeps its global generator."""
-
 
 @dataclass(frozen=True)
 class LearningRateTest:
@@ -138,13 +135,8 @@ def find_learning_rate(
     _check(trainer, min_lr, max_lr, num_steps, smoothing, divergence)
     losses: list[float] = []
     with _restored(trainer):
-        given, _ = trainer.given_optimizers
-        if given is None and trainer.bound.compiled:
-            given = trainer.model.optimizer
-        trainer.given_optimizers = (
-            None if given is None else _clone(given),
-            _Exponential(min_lr, max_lr, num_steps),
-        )
+        optimizer, _ = trainer.given_optimizers
+        trainer.given_optimizers = optimizer, _Exponential(min_lr, max_lr, num_steps)
         trainer.args = trainer.args.replace(
             max_steps=num_steps,
             eval_strategy="no",
@@ -259,77 +251,23 @@ def _restored(trainer: TrainerBase) -> Iterator[None]:
             processes.
     """
     backend = trainer.backend
-    # Keras seeds its generator from Python's when it is first needed: `fit` must do it again.
-    generator = keras_private.get_global_attribute(SEED_GENERATOR)
-    start = rng.capture_random_state(backend)  # before data that draw from global generators
-    data = trainer.get_train_dataloader()
-    if isinstance(trainer.train_dataset, Iterator) or isinstance(data, Iterator):
-        raise ConfigurationError(
-            "find_learning_rate reads the training data, and an iterator can be read only once: "
-            "nothing would be left for fit(). Give a train_dataset that can be read again, such "
-            "as an IterableDataset, or an object whose __iter__ is a generator. Received: "
-            f"{type(trainer.train_dataset if trainer.train_dataset is not None else data).__name__}"
-            "."
-        )
-    loader = as_loader(data, label_names=trainer.bound.label_names)
-    first = Batches(loader, trainer.bound.label_names).peek()
-    between = rng.capture_random_state(backend)
-    if first is not None:
-        trainer.bound.build(first)  # draws the initial weights, as `fit` would
-    names = (
-        *("args", "given_optimizers", "model_init", "optimizer", "lr_scheduler", "state"),
-        *("other_optimizers", "num_training_steps", "train_dataloader", "control"),
-        *("callback_handler", "current_run", "is_in_train"),
-    )
-    before = {name: getattr(trainer, name) for name in names}
-    random_state = _after_build(start, between, rng.capture_random_state(backend))
-    kept = unique([*run_state.model_variables(trainer.model), *trainer.bound.metric_variables])
-    if any(backend.owned_blocks(v) is not None for v in kept):
-        raise ConfigurationError(
-            "find_learning_rate keeps a copy of all weights, and here they are divided among "
-            "several devices or processes. Test on one device, or with a smaller model: the "
-            "best rate depends on the batch size more than on the number of devices."
-        )
-    values = run_state.host_copies(kept)
-    trainer.model_init, trainer.is_in_train = None, True
-    trainer.callback_handler = CallbackHandler([], trainer._callback_context)
-    trainer.control = TrainerControl()
-    try:
-        with (
-            distributed.working("find_learning_rate"),
-            placement.settings(backend, trainer.args, trainer.model),
-        ):
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
-        run_state.restore_values(kept, values)
-        rng.restore_random_state(backend, *random_state)
-        if generator is None:
-            keras_private.set_global_attribute(SEED_GENERATOR, None)
 
+    def keep(variables: list[keras.Variable]) -> Callable[[], None]:
+        if any(backend.owned_blocks(v) is not None for v in variables):
+            raise ConfigurationError(
+                "find_learning_rate keeps a copy of all weights, and here they are divided among "
+                "several devices or processes. Test on one device, or with a smaller model: the "
+                "best rate depends on the batch size more than on the number of devices."
+            )
+        values = run_state.host_copies(variables)
+        return lambda: run_state.restore_values(variables, values)
 
-RandomState = tuple[dict[str, np.ndarray], dict[str, Any]]
-
-
-def _after_build(start: RandomState, between: RandomState, end: RandomState) -> RandomState:
-    """The random state with which ``fit`` finds what it would have found without a test.
-
-    It reads the first batch again, but no longer draws the initial weights.
-
-    Args:
-        start: Before the first batch was read.
-        between: After that, before the weights were drawn.
-        end: After that.
-    """
-    arrays, document = dict(start[0]), dict(start[1])
-    for name, value in end[0].items():
-        drawn = name not in between[0] or not np.array_equal(between[0][name], value)
-        if drawn or between[1].get(name) != end[1].get(name):
-            arrays[name] = value
-            if name in end[1]:
-                document[name] = end[1][name]
-    return arrays, document
+    with (
+        rehearsing(trainer, "find_learning_rate", keep),
+        distributed.working("find_learning_rate"),
+        placement.settings(backend, trainer.args, trainer.model),
+    ):
+        yield
 
 
 def _pyplot() -> Any:
@@ -340,19 +278,6 @@ def _pyplot() -> Any:
             f"plot() needs matplotlib, which cannot be imported ({error}). Install it with: pip "
             "install matplotlib."
         ) from None
-
-
-def _clone(optimizer: Any) -> Any:
-    """A new optimizer with the settings of another one, without its state."""
-    try:
-        config = optimizer.get_config()
-        return type(optimizer).from_config(config)
-    except Exception as error:
-        raise ConfigurationError(
-            "find_learning_rate trains with a copy of the optimizer, and this one cannot be copied "
-            f"({type(optimizer).__name__}: {error}). Give it get_config() and from_config(), or "
-            "test without it."
-        ) from error
 
 
 def _check(

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from kbtrain.backends.collective_check import about_to_run, is_observed
+from kbtrain.backends.jax import target
 from kbtrain.backends.jax.device import compiler_options, free_memory
 from kbtrain.backends.jax.mesh import (
     check_can_run_eagerly,
@@ -51,6 +52,7 @@ def compile_step(
     variables = list(variables)
 
     def eager(inputs: Any) -> Any:
+        target.check_runs()
         check_can_run_eagerly(variables)
         with context.tracing(variables):
             return fn(gathered(inputs))
@@ -73,6 +75,7 @@ def compile_step(
             values = _without_aliases(values)
         program = jitted()
         if new:
+            target.found(program, variables, layouts_of(variables), (values, inputs))
             _compile(program, values, inputs)
         _announce(program, values, inputs)
         outputs, values = program(values, inputs)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kbtrain.backends.compiled_graphs import refuse_cuda_graphs
-from kbtrain.backends.jax import mesh
+from kbtrain.backends.jax import mesh, target
 from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.errors import DataError
@@ -104,7 +104,7 @@ def device_scope(device: str | None, layout: StateLayout | None = None) -> Itera
     divided among them, and each device holds the whole state, or its part of it by ``layout``.
     """
     with mesh.on_mesh_of(device, layout), contextlib.ExitStack() as stack:
-        if device is not None:
+        if device is not None and target.devices() is None:
             stack.enter_context(jax.default_device(mesh.local_devices(device)[0]))
         yield
 
@@ -117,7 +117,7 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
     later, such as those of a metric after a reset.
     """
     variables = mesh.divide(variables)
-    if device is None:
+    if device is None or target.devices() is not None:
         return
     if (local := mesh.local_mesh_of(device)) is not None:
         layout = NamedSharding(local, PartitionSpec())

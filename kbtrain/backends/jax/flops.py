@@ -41,6 +41,11 @@ def count_flops(
     return count
 
 
+def flops_of_jaxpr(jaxpr: Any) -> float:
+    """The same for a function that has been traced; kernels that nothing is known of count 0."""
+    return _of_jaxpr(jaxpr, [])
+
+
 def tf32_is_on() -> bool:
     """Whether products in float32 use TensorFloat-32 on a GPU that has it: JAX's default."""
     precision = jax.config.jax_default_matmul_precision

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kbtrain.backends.jax import target
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.keras_private import get_layout, set_layout
@@ -57,8 +58,8 @@ class RunMesh:
 
     @property
     def is_local(self) -> bool:
-        """Whether all devices are of this process."""
-        return not self.mesh.is_multi_process
+        """Whether all devices are of this process, or of none."""
+        return target.devices() is not None or not self.mesh.is_multi_process
 
     @property
     def own(self) -> list[Any]:
@@ -82,6 +83,8 @@ def process_count() -> int:
 
 def local_devices(device: str | None) -> list[Any]:
     """The devices of this process with the names in ``device``; its default one for None."""
+    if target.devices() is not None:
+        return jax.local_devices()[:1]
     return [jax.local_devices()[0]] if device is None else _all(device, jax.process_index())
 
 
@@ -91,6 +94,8 @@ def _all(devices: str, rank: int) -> list[Any]:
 
 def _find(device: str, rank: int) -> Any:
     platform, _, index = device.partition(":")
+    if (there := target.devices()) is not None:
+        return there[int(index or 0)]
     return jax.local_devices(rank, platform)[int(index or 0)]
 
 
@@ -150,6 +155,8 @@ def put(tree: Any) -> Any:
         tree: The chunks of a block, or the batches of an evaluation, along a leading axis.
     """
     if _run is None:
+        if target.devices() is not None:
+            return jax.tree.map(target.shape_of, tree)
         return jax.device_put(tree)
     run = _run
 
@@ -158,6 +165,8 @@ def put(tree: Any) -> Any:
             divides = x.ndim > axis and x.shape[axis] % run.parts == 0
             names = [*[None] * axis, run.batch_axes] if divides else []
             layout = NamedSharding(run.mesh, PartitionSpec(*names))
+            if target.devices() is not None:
+                return target.shape_of(x, layout)
             if run.is_local:
                 return jax.device_put(x, layout)
             return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
@@ -260,7 +269,8 @@ def divide(variables: Sequence[keras.Variable]) -> list[keras.Variable]:
         for variable in variables:
             if (former := get_layout(variable)) is not None and not former.is_fully_replicated:
                 set_layout(variable, None)  # of a former run
-                variable.assign(np.array(variable.value))
+                if target.devices() is None:
+                    variable.assign(np.array(variable.value))
         return list(variables)
     if run.layout is not None:
         for variable, axes in zip(variables, run.layout.axes_of(variables), strict=True):
@@ -271,7 +281,7 @@ def divide(variables: Sequence[keras.Variable]) -> list[keras.Variable]:
     for variable in variables:
         if (layout := layout_of(variable)) is None:
             rest.append(variable)
-        elif variable.value.sharding != layout:
+        elif target.devices() is None and variable.value.sharding != layout:
             variable.assign(_divided(variable.value, layout, run))
     return rest
 
@@ -313,6 +323,8 @@ class _ByRule(keras.distribution.ModelParallel):  # type: ignore[misc]
 
 def to_mesh(values: Sequence[Any]) -> list[Any]:
     """Arrays of the mesh from equal arrays of each process; the memory is the same."""
+    if target.devices() is not None:
+        return [target.shape_of(value) for value in values]
     if _run is None or _run.is_local:
         return list(values)
     whole, own = _run.whole, _run.own

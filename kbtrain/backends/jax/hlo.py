@@ -1,4 +1,4 @@
-"""What a compiled XLA program does, read from its text: collectives, their bytes, and their order.
+"""What a compiled XLA program does, read from its text: collectives, bytes, and their order.
 
 Only the text of a scheduled module (``compiled.as_text()``) is read, so that programs for devices
 that are not there can be read, too.
@@ -23,9 +23,17 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _WORK = frozenset({"fusion", "convolution", "dot", "custom-call", "while", "conditional", "sort"})
+_CONTROL = frozenset({"while", "conditional", "call"})
+_FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+)
+_SLICING = frozenset({"dynamic-slice", "gather", "slice"})
+_UPDATING = frozenset({"dynamic-update-slice", "scatter"})
 _TRIVIAL_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
 
 
@@ -38,6 +46,7 @@ class Collective:
         size: Bytes of the whole value: what is added up, gathered or scattered.
         group: Number of devices that take part together.
         loops: Number of loops that it is in.
+        rounds: How often it runs, as far as the lengths of these loops are known.
         overlapped: Pieces of work (fusions, products, kernels) between its start and its end; None
             if the device waits for it.
         scalar: Whether its largest array has a single element.
@@ -47,6 +56,7 @@ class Collective:
     size: int
     group: int
     loops: int
+    rounds: int
     overlapped: int | None
     scalar: bool
 
@@ -88,31 +98,119 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 current.append(Instruction(*found.groups()))
 
-    def loop_depths(self) -> dict[str, int]:
-        """For each computation that runs, the number of loops around it."""
-        depths: dict[str, int] = {}
-        waiting = [(self.entry, 0)]
+    def loops(self) -> dict[str, tuple[int, int]]:
+        """For each computation that runs, the number of loops around it, and their rounds."""
+        found: dict[str, tuple[int, int]] = {}
+        waiting = [(self.entry, 0, 1)]
         while waiting:
-            name, depth = waiting.pop()
-            if depths.get(name, -1) >= depth:
+            name, depth, rounds = waiting.pop()
+            if found.get(name, (-1, 0)) >= (depth, rounds):
                 continue
-            depths[name] = depth
+            found[name] = depth, rounds
             for instruction in self.computations.get(name, []):
-                inner = depth + (instruction.operation == "while")
-                waiting += [(called, inner) for called in _called(instruction.rest)]
-        return depths
+                inner, times = depth, rounds
+                if instruction.operation == "while":
+                    inner += 1
+                    times *= int(known[1]) if (known := _ROUNDS.search(instruction.rest)) else 1
+                waiting += [(called, inner, times) for called in _called(instruction.rest)]
+        return found
 
     def collectives(self) -> list[Collective]:
         """All collectives, in the order of their computations."""
-        depths = self.loop_depths()
+        loops = self.loops()
         return [
             each
             for name, instructions in self.computations.items()
-            if name in depths
-            for each in self._collectives(instructions, depths[name])
+            if name in loops
+            for each in self._collectives(instructions, *loops[name])
         ]
 
-    def _collectives(self, instructions: list[Instruction], loops: int) -> Iterator[Collective]:
+    def sent(self) -> dict[str, tuple[int, int]]:
+        """For each kind of collective how often it runs, and the bytes that each device sends."""
+        found: dict[str, tuple[int, int]] = {}
+        for each in self.collectives():
+            count, size = found.get(each.kind, (0, 0))
+            found[each.kind] = count + each.rounds, size + int(each.rounds * each.sent)
+        return found
+
+    def bytes_accessed(self) -> int:
+        """The bytes that all kernels read and write, each time that they run.
+
+        A fusion reads its operands once, of those that it only takes slices or rows from, these.
+        """
+        loops = self.loops()
+        inside = self._inside_kernels()
+        return sum(
+            loops[name][1] * self._bytes_accessed(instructions)
+            for name, instructions in self.computations.items()
+            if name in loops and name not in inside
+        )
+
+    def _inside_kernels(self) -> set[str]:
+        """The computations that are part of a kernel, not a list of kernels."""
+        found: set[str] = set()
+        waiting = [
+            called
+            for instructions in self.computations.values()
+            for each in instructions
+            if each.operation not in _CONTROL
+            for called in _called(each.rest)
+        ]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                for each in self.computations.get(name, []):
+                    waiting += _called(each.rest)
+        return found
+
+    def _bytes_accessed(self, instructions: list[Instruction]) -> int:
+        sizes = {each.name: _bytes(each.shape) for each in instructions}
+        total = 0
+        for each in instructions:
+            if each.operation in _FREE or each.operation.endswith("-done"):
+                continue
+            if each.operation in _CONTROL:
+                continue  # what they call counts
+            operands = _operands(each.rest)
+            read, written = self._through(each, operands, sizes)
+            total += read + written
+        return total
+
+    def _through(
+        self, each: Instruction, operands: list[str], sizes: dict[str, int]
+    ) -> tuple[int, int]:
+        """The bytes that an instruction reads and writes."""
+        written = sizes[each.name]
+        if each.operation in _SLICING:
+            return written, written
+        if each.operation in _UPDATING:
+            update = sizes.get(operands[-1 if each.operation == "scatter" else 1], 0)
+            return update, update
+        whole = [sizes.get(name, 0) for name in operands]
+        body = self.computations.get((_called(each.rest) or [""])[0], [])
+        if each.operation != "fusion" or not body:
+            return sum(whole), written
+        inner = {one.name: _bytes(one.shape) for one in body}
+        for one in body:
+            if one.operation != "parameter" or not (number := re.match(r"(\d+)\)", one.rest)):
+                continue
+            users = [u for u in body if one.name in _operands(u.rest)]
+            firsts = [u for u in users if _operands(u.rest)[0] == one.name]
+            if users and len(firsts) == len(users):
+                if all(u.operation in _SLICING for u in users):
+                    read = sum(inner[u.name] for u in users)
+                elif all(u.operation in _UPDATING for u in users):
+                    read = sum(inner.get(_operands(u.rest)[1], 0) for u in users)
+                    written = read if len(users) == 1 and written == inner[one.name] else written
+                else:
+                    continue
+                whole[int(number[1])] = min(read, whole[int(number[1])])
+        return sum(whole), written
+
+    def _collectives(
+        self, instructions: list[Instruction], loops: int, rounds: int
+    ) -> Iterator[Collective]:
         for i, instruction in enumerate(instructions):
             kind, start = self._kind(instruction)
             if kind is None:
@@ -126,7 +224,7 @@ class Program:
             if kind == "reduce-scatter":
                 size *= group
             largest = max((elements for _, elements in sizes), default=0)
-            yield Collective(kind, size, group, loops, overlapped, largest <= 1)
+            yield Collective(kind, size, group, loops, rounds, overlapped, largest <= 1)
 
     def _kind(self, instruction: Instruction) -> tuple[str | None, bool]:
         """The kind of a collective, None for other instructions, and whether it only starts it."""
@@ -171,6 +269,20 @@ def _called(rest: str) -> list[str]:
     for branches in _BRANCHES.findall(rest):
         found += [name.strip().lstrip("%") for name in branches.split(",")]
     return found
+
+
+def _operands(rest: str) -> list[str]:
+    """The names of an instruction's operands, from what comes after its opening bracket."""
+    depth = 1
+    for end, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return _OPERAND.findall(rest[:end])
+    return _OPERAND.findall(rest)
+
+
+def _bytes(shape: str) -> int:
+    return sum(size for size, _ in _sizes(shape))
 
 
 def _sizes(shape: str) -> list[tuple[int, int]]:

@@ -1,0 +1,108 @@
+"""JAX: the devices that a step is compiled for and not run on, which need not be there.
+
+While there is a target, arrays for its devices are shapes, nothing is moved, and the first step
+that would be compiled ends the attempt: ``StepFound`` has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from kbtrain.errors import ConfigurationError
+
+_devices: list[Any] | None = None
+
+
+class StepFound(Exception):
+    """A step that would be compiled now.
+
+    Attributes:
+        jitted: The jitted function, of its state and its inputs.
+        state: The variables of the state, and the layout of each; None: as its only device has it.
+        arguments: Its arguments, as shapes on the devices of the target.
+    """
+
+    def __init__(
+        self, jitted: Any, state: Sequence[tuple[keras.Variable, Any]], arguments: Sequence[Any]
+    ) -> None:
+        super().__init__("a step would be compiled")
+        self.jitted, self.state, self.arguments = jitted, state, arguments
+
+
+def devices() -> list[Any] | None:
+    """The devices of the target; None if steps are for running."""
+    return _devices
+
+
+@contextlib.contextmanager
+def compiling_for(devices: list[Any]) -> Iterator[None]:
+    """Context in which steps are compiled for these devices, all of one kind."""
+    global _devices
+    before, _devices = _devices, devices
+    try:
+        # What differs between processors asks for the default device while it is traced.
+        with jax.default_device(devices[0]):
+            yield
+    finally:
+        _devices = before
+
+
+def shape_of(x: Any, layout: Any = None) -> Any:
+    """The shape of an array for the target's devices.
+
+    Args:
+        x: An array, a number, or a shape, which keeps its layout.
+        layout: Its layout; None: that of the only device, or as the step says.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if layout is None and _devices is not None and len(_devices) == 1:
+        layout = SingleDeviceSharding(_devices[0])
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype if hasattr(x, "dtype") else np.result_type(x))
+    return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=layout)
+
+
+def found(
+    jitted: Any, variables: Sequence[keras.Variable], layouts: Any, arguments: Sequence[Any]
+) -> None:
+    """Tell of a step that would be compiled; do nothing if steps are for running.
+
+    Args:
+        jitted: The jitted function.
+        variables: Its state.
+        layouts: One layout for all variables, or a list; None with one device.
+        arguments: Its arguments, of the state first.
+
+    Raises:
+        StepFound: There is a target.
+    """
+    if _devices is None:
+        return
+    each = layouts if isinstance(layouts, list) else [layouts] * len(variables)
+    raise StepFound(
+        jitted,
+        list(zip(variables, each, strict=True)),
+        [jax.tree.map(shape_of, argument) for argument in arguments],
+    )
+
+
+def check_runs() -> None:
+    """Check that a step which is not compiled may run.
+
+    Raises:
+        ConfigurationError: There is a target: nothing can run on its devices.
+    """
+    if _devices is not None:
+        raise ConfigurationError(
+            "This step runs in Python, without being compiled, so that nothing is known of it in "
+            "advance: jit_compile=False, run_eagerly=True, or code that takes a tensor for a "
+            "number (a warning names the line). Remove the setting, or use keras.ops.where and "
+            "keras.ops.cond."
+        )

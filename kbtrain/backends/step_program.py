@@ -1,0 +1,82 @@
+"""What a step is compiled for without being run, and what is known of it then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import keras
+
+from kbtrain.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class CompilerTarget:
+    """A kind of device that XLA compiles for.
+
+    Attributes:
+        name: Its name, for messages.
+        platform: "cuda" or "tpu".
+        topology: "v5e" and the like; "" for GPUs.
+        config: XLA's description of a GPU, as text; "" for TPUs.
+        per_host: The number of GPUs in a machine.
+    """
+
+    name: str
+    platform: str
+    topology: str = ""
+    config: str = ""
+    per_host: int = 8
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """The compiled program of a step. Bytes are those of one device, numbers those of an update.
+
+    Attributes:
+        platform: "cpu", "cuda" or "tpu".
+        state: The variables of the step, with the bytes of each.
+        batch_bytes: Its other inputs.
+        argument_bytes: All inputs, as they lie in memory.
+        output_bytes: All results.
+        alias_bytes: How much of the results takes the place of inputs.
+        temporary_bytes: What is needed besides them at the fullest moment.
+        program_bytes: The machine code.
+        flops: Operations of products and convolutions.
+        bytes_accessed: What kernels read and write.
+        collectives: Kind of a collective operation -> how many there are, and the bytes that a
+            device sends in them, as in a ring.
+        text: The program, as XLA prints it.
+    """
+
+    platform: str
+    state: Sequence[tuple[keras.Variable, int]]
+    batch_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    program_bytes: int
+    flops: float
+    bytes_accessed: float
+    collectives: Mapping[str, tuple[int, int]]
+    text: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """All that it needs at once."""
+        held = self.argument_bytes + self.output_bytes - self.alias_bytes
+        return held + self.temporary_bytes + self.program_bytes
+
+
+def refuse_ahead_of_time(backend: str) -> NoReturn:
+    """Raise that a framework compiles only what it runs.
+
+    Raises:
+        ConfigurationError: Always.
+    """
+    raise ConfigurationError(
+        f"On the backend {backend} a step cannot be compiled for devices that are not there. JAX "
+        "can do that, and the model is the same there: set KERAS_BACKEND=jax."
+    )
