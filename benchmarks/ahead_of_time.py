@@ -1,6 +1,6 @@
 """kbtrain's JAX train step, compiled for devices that are not here: memory and collectives.
 
-    python benchmarks/ahead_of_time.py --machine v5e:16x16 --model gpt2 --layout data fsdp
+    python benchmarks/ahead_of_time.py --machine v5e:256 --model gpt2 --layout data fsdp
 
 A TPU needs ``pip install "jax[tpu]"`` (libtpu); a GPU the packages ``jax-cuda13-plugin`` and
 ``jax-cuda13-pjrt`` of JAX's version (with ``--no-deps``) and ``nvidia-cuda-nvcc``. Neither needs
@@ -12,92 +12,44 @@ time is not measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no device to share
-# Without a GPU no kernel can be tried out; JAX recommends the scheduler, which is not the default.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_latency_hiding_scheduler=true"
-)
 
 import jax
 import keras
 import numpy as np
-from hlo import Program
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from keras import layers
 from workloads import GptSize, convnet, gpt, loss, mlp
 
-import kbtrain.backends.jax as backend
 from kbtrain import Trainer, TrainingArguments
-from kbtrain.backends.jax import compile as compiling
-from kbtrain.backends.jax import mesh
+from kbtrain.backends.jax.ahead_of_time import compile_step_for
+from kbtrain.backends.jax.hlo import Program
+from kbtrain.backends.step_program import CompilerTarget, StepProgram
+from kbtrain.errors import KbtrainError
+from kbtrain.plan.compile import compiler_target
+from kbtrain.plan.devices import device_named
 from kbtrain.utils import rng
-from kbtrain.utils.keras_private import set_layout
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
-def devices_of(machine: str) -> list[Any]:
+def machine_of(machine: str) -> tuple[CompilerTarget, int]:
     """The devices of a machine.
 
     Args:
-        machine: ``"v5e:2x4"`` (chips in a grid) or ``"h100:64"`` (eight in each host).
+        machine: ``"v5e:8"``, ``"h100:64"``: the name of a device, and how many there are.
     """
-    name, _, size = machine.partition(":")
-    if name == "h100":
-        hosts = max(1, int(size) // 8)
-        shape = f"{hosts}x1x{int(size) // hosts}"
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=machine, target_config=H100, topology=shape
-        )
-    elif size == "1":  # a host of these has four chips at least, unless told otherwise
-        topology = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{name}:1x1",
-            chips_per_host_bounds=(1, 1, 1),
-            num_slices=1,
-        )
-    else:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=machine)
-    return list(topology.devices)
+    name, _, count = machine.partition(":")
+    kind = compiler_target(device_named(name))
+    assert kind is not None, f"XLA does not know {name}"
+    return kind, int(count or 1)
 
 
 class Block(layers.Layer):  # type: ignore[misc]
@@ -220,90 +172,38 @@ def layout_arguments(layout: str, devices: int, most_parts: int = 256) -> dict[s
     return {"fsdp": True, "parallelism_config": sizes, "fsdp_config": {"layouts": TENSOR}}
 
 
-class _Compiled(Exception):
-    """Ends a run where its step has been compiled."""
-
-
-def compile_step(fit: Callable[[], Any], devices: list[Any]) -> Any:
+def compile_step(fit: Callable[[], Any], kind: CompilerTarget, count: int) -> StepProgram:
     """Compile the first step of a run for devices that are not here.
 
     Args:
-        fit: Makes a model and trains it with ``devices`` named ``"tpu:0"`` and so on.
-        devices: What the run finds under these names.
-
-    Returns:
-        The compiled step.
+        fit: Makes a model and trains it with devices named "gpu:0" and so on.
+        kind: The devices that these are.
+        count: Their number.
     """
-    found: list[Any] = []
-    with _pretending(devices, found.append), contextlib.suppress(_Compiled):
-        jax.eval_shape(fit)
-    return found[0]
-
-
-@contextlib.contextmanager
-def _pretending(devices: list[Any], keep: Callable[[Any], None]) -> Iterator[None]:
-    seed_variable, device_put = rng.global_seed_variable, jax.device_put
+    seed_variable, here = rng.global_seed_variable, jax.local_devices()[0]
 
     def seed_variable_outside() -> keras.Variable:
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.default_device(here):
             return seed_variable()
 
-    def shapes_put(x: Any, layout: Any = None, **kwargs: Any) -> Any:
-        if isinstance(x, np.ndarray) and isinstance(layout, NamedSharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-        return device_put(x, layout, **kwargs)
-
-    def compile_for(jitted: Any, *arguments: Any) -> None:
-        alone = SingleDeviceSharding(devices[0]) if len(devices) == 1 else None
-
-        def shape(x: Any) -> Any:
-            own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else alone
-            return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=own)
-
-        keep(jitted.lower(*jax.tree.map(shape, arguments)).compile())
-        raise _Compiled
-
-    replaced: dict[Any, dict[str, Any]] = {
-        backend: {"devices": lambda: [f"tpu:{i}" for i in range(len(devices))]},
-        compiling: {"_compile": compile_for},
-        jax: {"device_put": shapes_put},
-        mesh: {"_find": lambda name, rank: devices[int(name.partition(":")[2])]},
-        rng: {"global_seed_variable": seed_variable_outside},
-    }
-    with contextlib.ExitStack() as stack:
-        for module, names in replaced.items():
-            stack.enter_context(mock.patch.multiple(module, **names))
-        tracing = importlib.import_module("kbtrain.backends.jax.trace")  # the function has its name
-        for module in (tracing, backend):
-            stack.enter_context(mock.patch.object(module, "on_cpu", return_value=False))
-        # Everything is nowhere until the step is compiled.
-        stack.enter_context(mock.patch.object(mesh.RunMesh, "is_local", True))
-        here = mock.patch.object(mesh, "local_devices", return_value=jax.local_devices())
-        stack.enter_context(here)
-        stack.enter_context(mock.patch.object(backend, "place", _lay_out))
-        yield
-
-
-def _lay_out(variables: Sequence[keras.Variable], device: str | None) -> None:
-    """Give variables their layouts; nothing is moved."""
-    run = mesh.current()
-    if run is None or run.layout is None:
-        return
-    for variable, axes in zip(variables, run.layout.axes_of(variables), strict=True):
-        if any(axes):
-            set_layout(variable, NamedSharding(run.mesh, PartitionSpec(*axes)))
+    with mock.patch.object(rng, "global_seed_variable", seed_variable_outside):
+        return compile_step_for(fit, kind, count)
 
 
 def compiled(
-    case: Case, devices: list[Any], layout: str = "data", accumulation: int = 1, **arguments: Any
-) -> Any:
+    case: Case,
+    machine: tuple[CompilerTarget, int],
+    layout: str = "data",
+    accumulation: int = 1,
+    **arguments: Any,
+) -> StepProgram:
     """The compiled train step of a case."""
-    count = len(devices)
+    kind, count = machine
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16" if case.bf16 else "float32")
 
     def fit() -> None:
-        chosen: dict[str, Any] = {"devices": [f"tpu:{i}" for i in range(count)]}
+        chosen: dict[str, Any] = {"devices": [f"gpu:{i}" for i in range(count)]}
         args = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=case.rows,
@@ -323,20 +223,19 @@ def compiled(
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return compile_step(fit, devices)
+            return compile_step(fit, kind, count)
     finally:
         keras.config.set_dtype_policy(policy)
 
 
-def facts(step: Any, devices: int) -> dict[str, Any]:
+def facts(step: StepProgram, count: int) -> dict[str, Any]:
     """What is known of a compiled step: bytes per device, and its collectives."""
-    memory = step.memory_analysis()
-    program = Program(step.as_text(), devices)
+    program = Program(step.text, count)
     return {
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
+        "arguments": step.argument_bytes,
+        "results": step.output_bytes,
+        "aliased": step.alias_bytes,
+        "temporary": step.temporary_bytes,
         "donated": program.donated(),
         "host_transfers": program.host_transfers(),
         "collectives": [asdict(each) | {"sent": each.sent} for each in program.collectives()],
@@ -345,7 +244,7 @@ def facts(step: Any, devices: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--machine", nargs="+", default=["v5e:2x4"])
+    parser.add_argument("--machine", nargs="+", default=["v5e:8"])
     parser.add_argument("--model", nargs="+", default=["gpt"], choices=CASES)
     parser.add_argument("--layout", nargs="+", default=["data"])
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1])
@@ -354,7 +253,7 @@ def main() -> None:
     parser.add_argument("--text", help="write the text of the last program to this file")
     options = parser.parse_args()
     for machine in options.machine:
-        devices = devices_of(machine)
+        devices = machine_of(machine)
         for model in options.model:
             for layout in options.layout:
                 for accumulation in options.accumulation:
@@ -363,13 +262,13 @@ def main() -> None:
                     started = time.process_time()
                     try:
                         step = compiled(CASES[model], devices, layout, accumulation)
-                    except jax.errors.JaxRuntimeError as error:
+                    except KbtrainError as error:
                         result = what | {"error": str(error)[:2000]}
                     else:
-                        result = what | facts(step, len(devices))
+                        result = what | facts(step, devices[1])
                         if options.text:
                             with open(options.text, "w", encoding="utf-8") as file:
-                                file.write(step.as_text())
+                                file.write(step.text)
                     result["cpu_seconds"] = time.process_time() - started
                     show(result)
                     if options.json:

@@ -127,9 +127,8 @@ def _count_torch(rounds: Rounds) -> None:
 
 def _count_jax(rounds: Rounds, devices: int) -> None:
     """Count the collectives of the compiled step, as XLA's program for this machine has them."""
-    from hlo import Program
-
     from kbtrain.backends.jax import compile as compiling
+    from kbtrain.backends.jax.hlo import Program
 
     def compile_and_count(jitted: Any, *args: Any) -> None:
         text = jitted.lower(*args).compile().as_text()

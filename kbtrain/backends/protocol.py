@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from kbtrain.backends.rows import LocalRows
+from kbtrain.backends.step_program import CompilesAhead
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
 from kbtrain.utils.chrome_trace import Span
 from kbtrain.utils.processes import ProcessGroup
@@ -34,7 +35,7 @@ class StateLayout(Protocol):
         """The axis along which each dimension of each variable is divided; None: it is whole."""
 
 
-class Backend(Protocol):
+class Backend(CompilesAhead, Protocol):
     """A framework that Keras runs on.
 
     Attributes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, Protocol
 
 import keras
 
@@ -70,13 +70,55 @@ class StepProgram:
         return held + self.temporary_bytes + self.program_bytes
 
 
-def refuse_ahead_of_time(backend: str) -> NoReturn:
-    """Raise that a framework compiles only what it runs.
+class CompilesAhead(Protocol):
+    """The part of a backend that compiles steps without running them.
+
+    Attributes:
+        COMPILES_AHEAD: Whether it can.
+    """
+
+    COMPILES_AHEAD: bool
+
+    def has_compiler_for(self, platform: str) -> bool:
+        """Whether steps can be compiled for devices of "cuda" or "tpu" that are not here."""
+
+    def compile_step_for(
+        self, run: Callable[[], Any], kind: CompilerTarget | None, count: int
+    ) -> StepProgram:
+        """Compile the first step that ``run`` would compile, and do not run it.
+
+        Inside ``run`` arrays are shapes, and the names of devices ("gpu:0") are those of the
+        target, by their number. What it assigns to variables must be put back afterwards.
+
+        Args:
+            run: Prepares a run and begins its first step; it is ended there.
+            kind: The devices; None for the processor of this machine.
+            count: Their number.
+
+        Raises:
+            ConfigurationError: The framework cannot do that, there is no compiler for the devices
+                here, the step is not compiled, or the compiler refuses it.
+            OutOfMemoryError: The compiler found that the step does not fit.
+        """
+
+
+# Those of frameworks that compile only what they run:
+
+
+def has_compiler_for(platform: str) -> bool:
+    """Whether steps can be compiled for "cuda" or "tpu": no."""
+    return False
+
+
+def compile_step_for(
+    run: Callable[[], Any], kind: CompilerTarget | None, count: int
+) -> StepProgram:
+    """Not available.
 
     Raises:
         ConfigurationError: Always.
     """
     raise ConfigurationError(
-        f"On the backend {backend} a step cannot be compiled for devices that are not there. JAX "
-        "can do that, and the model is the same there: set KERAS_BACKEND=jax."
+        f"On the backend {keras.backend.backend()} a step cannot be compiled without running it. "
+        "JAX can do that, and the model is the same there: set KERAS_BACKEND=jax."
     )

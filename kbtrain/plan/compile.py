@@ -15,23 +15,30 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from kbtrain.backends.protocol import Backend
 from kbtrain.backends.step_program import CompilerTarget, StepProgram
 from kbtrain.callbacks.library.throughput import count_flops
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.data import Block, count_samples, map_structure, signature, without_none
+from kbtrain.data import (
+    Block,
+    count_samples,
+    map_structure,
+    signature,
+    unpack,
+    without_none,
+)
+from kbtrain.data.batch import named_leaves
 from kbtrain.data.token_count import count_tokens
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.model import precision
 from kbtrain.plan.devices import target_config
 from kbtrain.plan.program import ProgramFacts
+from kbtrain.plan.rehearsal import given_optimizer, rehearsing
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.training.fit import prepare, wrapped_calls
-from kbtrain.training.rehearsal import given_optimizer, rehearsing
-from kbtrain.utils import keras_private, rng
+from kbtrain.utils import float64, keras_private, rng
 from kbtrain.utils.devices import DeviceSpec
 from kbtrain.utils.processes import current
 
@@ -70,14 +77,15 @@ def compile_program(
     changes = dict(changes or {})
     _check(trainer, changes)
     args = _arguments(trainer.args, count, changes)
-    kind = _target(trainer.backend, device)
+    kind = compiler_target(device)
+    if kind is not None and not trainer.backend.has_compiler_for(kind.platform):
+        kind = None
     with rehearsing(trainer, "plan", _kept_here) as first, _steps_anew(trainer):
         if first is None:
             raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
         rows, accumulation = args.total_train_batch_size, args.gradient_accumulation_steps
         batch = _of_size(first, rows, trainer)
         block = _block(batch, rows, accumulation)
-        trainer.args = args
         with _precision(trainer, args), _only_batch(trainer, batch):
             model_flops = _model_flops(trainer, batch)
             program = trainer.backend.compile_step_for(
@@ -111,13 +119,11 @@ def _check(trainer: TrainerBase, changes: Mapping[str, Any]) -> None:
         )
 
 
-def _target(backend: Backend, device: DeviceSpec | None) -> CompilerTarget | None:
-    """What XLA compiles for; None for this machine's processor."""
+def compiler_target(device: DeviceSpec | None) -> CompilerTarget | None:
+    """What XLA compiles for; None for this machine's processor, and for a device it cannot know."""
     if device is None or device.target is None:
         return None
     platform = str(device.target["platform"])
-    if not backend.has_compiler_for(platform):
-        return None
     if platform == "cuda":
         return CompilerTarget(
             device.name, platform, config=target_config(device), per_host=device.linked_devices
@@ -125,9 +131,11 @@ def _target(backend: Backend, device: DeviceSpec | None) -> CompilerTarget | Non
     return CompilerTarget(device.name, platform, topology=str(device.target["topology"]))
 
 
-def _arguments(args: TrainingArguments, count: int, changes: Mapping[str, Any]) -> TrainingArguments:
+def _arguments(
+    args: TrainingArguments, count: int, changes: Mapping[str, Any]
+) -> TrainingArguments:
     """The arguments of the run on so many devices."""
-    names = [f"device:{i}" for i in range(count)] if count > 1 else None
+    names = [f"gpu:{i}" for i in range(count)] if count > 1 else None
     return args.replace(**{"devices": names, "use_cpu": False, **changes})
 
 
@@ -163,7 +171,8 @@ def _steps_anew(trainer: TrainerBase) -> Iterator[None]:
 @contextlib.contextmanager
 def _precision(trainer: TrainerBase, args: TrainingArguments) -> Iterator[None]:
     """Context in which the model computes as other arguments say than those it was bound with."""
-    before, policy = trainer.bound.arguments, None
+    before, policy = trainer.args, None
+    trainer.args = args  # the rehearsal puts them back
     if (before.bf16, before.fp16) != (args.bf16, args.fp16):
         policy = "mixed_bfloat16" if args.bf16 else "mixed_float16" if args.fp16 else "float32"
     with precision.computing_in(trainer.model, policy):
@@ -218,7 +227,7 @@ def _model_flops(trainer: TrainerBase, batch: Any) -> float | None:
     """The operations of forward and backward pass for a micro-batch; None if nobody knows."""
     if trainer.bound.overridden.train_step:
         return None
-    with placement.settings(trainer.backend, trainer.args.replace(devices=None, fsdp=None, parallelism_config=None), trainer.model):
+    with float64.kept(trainer.model):
         return count_flops(trainer, without_none(batch))
 
 
@@ -306,8 +315,12 @@ def _exact(device: DeviceSpec | None, here: bool, own_step: bool) -> dict[str, s
 
 def _tokens(trainer: TrainerBase, block: Block) -> int | None:
     """The tokens of an update; None for data that does not look like any."""
+    names = trainer.bound.label_names
+    (batch,) = block.chunks[0].values()
+    axes = 2 + (block.micro_batches > 1)  # those of the update, the micro-batch, the sample
+    if all(x.ndim != axes + 1 for _, x in named_leaves(unpack(batch, names).x)):
+        return None
     try:
-        tokens = count_tokens(block.chunks, 1, "all", trainer.bound.label_names)
+        return count_tokens(block.chunks, 1, "all", names)
     except DataError:
         return None
-    return tokens if tokens > block.samples else None

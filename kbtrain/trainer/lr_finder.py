@@ -17,22 +17,18 @@ import numpy as np
 from keras import ops
 
 from kbtrain import distributed
-from kbtrain.callbacks.handler import CallbackHandler
-from kbtrain.callbacks.state import TrainerControl
 from kbtrain.checkpoint import run_state
-from kbtrain.data import Batches, as_loader
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
-from kbtrain.model.variables import unique
+from kbtrain.plan.rehearsal import rehearsing
 from kbtrain.training.fit import prepare, wrapped_calls
-from kbtrain.training.rehearsal import rehearsing
-from kbtrain.utils import keras_private, rng
 
 if TYPE_CHECKING:
     from kbtrain.training.run import Run
     from kbtrain.training.trainer_base import TrainerBase
 
 logger = logging.getLogger("kbtrain")
+
 
 @dataclass(frozen=True)
 class LearningRateTest:

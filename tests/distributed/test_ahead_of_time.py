@@ -22,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-ONE, EIGHT = "v5e:1", "v5e:2x4"
+ONE, EIGHT = "v5e:1", "v5e:8"
 
 # Counted by hand: weights and biases, and for BatchNorm the scale and the shift.
 MLP = 16 * 64 + 64 + 64 * 4 + 4

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import keras
 
 # The rest of what a backend has, see kbtrain.backends.
+from kbtrain.backends.jax.ahead_of_time import compile_step_for, has_compiler_for  # noqa: F401
 from kbtrain.backends.jax.compile import (  # noqa: F401
     compile_eval_steps,
     compile_model_steps,
@@ -83,6 +84,9 @@ TAKES_STRINGS = False
 
 HAS_MESHES = True
 """Whether one process can train on several devices."""
+
+COMPILES_AHEAD = True
+"""Whether steps can be compiled for devices that are not here."""
 
 name = "jax"
 

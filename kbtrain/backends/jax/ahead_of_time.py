@@ -7,6 +7,7 @@ needs the device, or its driver. For a CPU it needs nothing.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -80,7 +81,7 @@ def compile_step_for(
 def _bytes(x: Any, layout: Any) -> int:
     """The bytes of an array on one device."""
     shape = x.shape if layout is None else layout.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
+    return int(math.prod(shape) * x.dtype.itemsize)
 
 
 def _in_words(error: Exception, kind: CompilerTarget | None) -> Exception:
@@ -177,9 +178,8 @@ def _processors(count: int) -> list[Any]:
 def _pretended(count: int) -> list[Any]:
     """So many devices of this one processor, that programs can be compiled for."""
     try:
-        from jaxlib import xla_client
-
-        return list(xla_client.make_cpu_client(num_devices=count).local_devices())
+        client: Any = importlib.import_module("jaxlib.xla_client")
+        return list(client.make_cpu_client(num_devices=count).local_devices())
     except Exception as error:  # not a public function of JAX
         raise ConfigurationError(
             f"A program for {count} devices cannot be compiled here ({first_lines(error, 1)}). "

@@ -52,7 +52,6 @@ def compile_step(
     variables = list(variables)
 
     def eager(inputs: Any) -> Any:
-        target.check_runs()
         check_can_run_eagerly(variables)
         with context.tracing(variables):
             return fn(gathered(inputs))
@@ -258,6 +257,7 @@ _LOOKS_AT_VALUES = (
 
 def _step_by_step(step: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
     def call(block: Any, count: int) -> Any:
+        target.check_runs()
         block = gathered(block)
         rows = [jax.tree.map(lambda x, i=i: x[i], block) for i in range(count)]
         return jax.tree.map(lambda *outputs: jnp.stack(outputs), *[step(row) for row in rows])

@@ -92,6 +92,8 @@ def set_rng_state(state: dict[str, np.ndarray]) -> None:
 
 def devices() -> list[str]:
     """The devices of this process, by the names that ``device_scope`` takes."""
+    if (there := target.devices()) is not None:
+        return [f"gpu:{i}" for i in range(len(there))]
     platforms = dict.fromkeys([jax.local_devices()[0].platform, "cpu"])
     return [f"{p}:{i}" for p in platforms for i in range(jax.local_device_count(p))]
 
@@ -125,10 +127,10 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
             if variable.value.sharding != layout:
                 variable.assign(jax.device_put(variable.value, layout))
         return
-    target = mesh.local_devices(device)[0]
-    with jax.default_device(target):
+    chosen = mesh.local_devices(device)[0]
+    with jax.default_device(chosen):
         for variable in variables:
-            if variable.value.devices() != {target}:
+            if variable.value.devices() != {chosen}:
                 variable.assign(jnp.array(jax.device_get(variable.value)))
 
 

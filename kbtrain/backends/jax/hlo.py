@@ -6,6 +6,7 @@ that are not there can be read, too.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -29,11 +30,12 @@ _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _WORK = frozenset({"fusion", "convolution", "dot", "custom-call", "while", "conditional", "sort"})
 _CONTROL = frozenset({"while", "conditional", "call"})
-_FREE = frozenset(
-    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
-)
+_FREE = _CONTROL | {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("partition-id", "replica-id"),
+}
 _SLICING = frozenset({"dynamic-slice", "gather", "slice"})
-_UPDATING = frozenset({"dynamic-update-slice", "scatter"})
+_UPDATING = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what they write
 _TRIVIAL_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
 
 
@@ -71,10 +73,27 @@ class Collective:
 
 @dataclass(frozen=True)
 class Instruction:
+    """A line of a computation: its name, the shape of its result, what it does and to what."""
+
     name: str
     shape: str
     operation: str
     rest: str
+
+    @functools.cached_property
+    def operands(self) -> list[str]:
+        """The names of its operands."""
+        depth = 1
+        for end, character in enumerate(self.rest):
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                return _OPERAND.findall(self.rest[:end])
+        return _OPERAND.findall(self.rest)
+
+    @property
+    def bytes(self) -> int:
+        """The size of its result."""
+        return sum(size for size, _ in _sizes(self.shape))
 
 
 class Program:
@@ -165,48 +184,44 @@ class Program:
         return found
 
     def _bytes_accessed(self, instructions: list[Instruction]) -> int:
-        sizes = {each.name: _bytes(each.shape) for each in instructions}
-        total = 0
-        for each in instructions:
-            if each.operation in _FREE or each.operation.endswith("-done"):
-                continue
-            if each.operation in _CONTROL:
-                continue  # what they call counts
-            operands = _operands(each.rest)
-            read, written = self._through(each, operands, sizes)
-            total += read + written
-        return total
+        sizes = {each.name: each.bytes for each in instructions}
+        return sum(
+            sum(self._transfers(each, sizes))
+            for each in instructions
+            if each.operation not in _FREE and not each.operation.endswith("-done")
+        )
 
-    def _through(
-        self, each: Instruction, operands: list[str], sizes: dict[str, int]
-    ) -> tuple[int, int]:
+    def _transfers(self, each: Instruction, sizes: dict[str, int]) -> tuple[int, int]:
         """The bytes that an instruction reads and writes."""
         written = sizes[each.name]
         if each.operation in _SLICING:
             return written, written
         if each.operation in _UPDATING:
-            update = sizes.get(operands[-1 if each.operation == "scatter" else 1], 0)
+            update = sizes.get(each.operands[_UPDATING[each.operation]], 0)
             return update, update
-        whole = [sizes.get(name, 0) for name in operands]
-        body = self.computations.get((_called(each.rest) or [""])[0], [])
-        if each.operation != "fusion" or not body:
-            return sum(whole), written
-        inner = {one.name: _bytes(one.shape) for one in body}
-        for one in body:
-            if one.operation != "parameter" or not (number := re.match(r"(\d+)\)", one.rest)):
+        read = [sizes.get(name, 0) for name in each.operands]
+        called = _called(each.rest) if each.operation == "fusion" else []
+        body = self.computations.get(called[0], []) if called else []
+        users: dict[str, list[Instruction]] = {}
+        for inner in body:
+            for name in dict.fromkeys(inner.operands):
+                users.setdefault(name, []).append(inner)
+        inner_sizes = {inner.name: inner.bytes for inner in body}
+        for inner in body:
+            of = users.get(inner.name, [])
+            if inner.operation != "parameter" or not of:
                 continue
-            users = [u for u in body if one.name in _operands(u.rest)]
-            firsts = [u for u in users if _operands(u.rest)[0] == one.name]
-            if users and len(firsts) == len(users):
-                if all(u.operation in _SLICING for u in users):
-                    read = sum(inner[u.name] for u in users)
-                elif all(u.operation in _UPDATING for u in users):
-                    read = sum(inner.get(_operands(u.rest)[1], 0) for u in users)
-                    written = read if len(users) == 1 and written == inner[one.name] else written
-                else:
-                    continue
-                whole[int(number[1])] = min(read, whole[int(number[1])])
-        return sum(whole), written
+            number = int(inner.rest.partition(")")[0])
+            if any(user.operands[0] != inner.name for user in of):
+                continue
+            if all(user.operation in _SLICING for user in of):
+                read[number] = min(read[number], sum(inner_sizes[user.name] for user in of))
+            elif len(of) == 1 and of[0].operation in _UPDATING:
+                name = of[0].operands[_UPDATING[of[0].operation]]
+                read[number] = inner_sizes.get(name, 0)
+                if written == inner.bytes:
+                    written = read[number]
+        return sum(read), written
 
     def _collectives(
         self, instructions: list[Instruction], loops: int, rounds: int
@@ -269,20 +284,6 @@ def _called(rest: str) -> list[str]:
     for branches in _BRANCHES.findall(rest):
         found += [name.strip().lstrip("%") for name in branches.split(",")]
     return found
-
-
-def _operands(rest: str) -> list[str]:
-    """The names of an instruction's operands, from what comes after its opening bracket."""
-    depth = 1
-    for end, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return _OPERAND.findall(rest[:end])
-    return _OPERAND.findall(rest)
-
-
-def _bytes(shape: str) -> int:
-    return sum(size for size, _ in _sizes(shape))
 
 
 def _sizes(shape: str) -> list[tuple[int, int]]:

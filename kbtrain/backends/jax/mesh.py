@@ -83,9 +83,9 @@ def process_count() -> int:
 
 def local_devices(device: str | None) -> list[Any]:
     """The devices of this process with the names in ``device``; its default one for None."""
-    if target.devices() is not None:
-        return jax.local_devices()[:1]
-    return [jax.local_devices()[0]] if device is None else _all(device, jax.process_index())
+    if device is None or target.devices() is not None:
+        return [jax.local_devices()[0]]
+    return _all(device, jax.process_index())
 
 
 def _all(devices: str, rank: int) -> list[Any]:

@@ -21,6 +21,7 @@ from kbtrain.backends.stateful_model_steps import (  # noqa: F401
     run_predict_step,
     run_test_step,
 )
+from kbtrain.backends.step_program import compile_step_for, has_compiler_for  # noqa: F401
 from kbtrain.backends.torch.capture.guard import NotCapturable, guard
 
 # The rest of what a backend has, see kbtrain.backends.
@@ -81,6 +82,9 @@ TAKES_STRINGS = False
 
 HAS_MESHES = False
 """Whether one process can train on several devices."""
+
+COMPILES_AHEAD = False
+"""Whether steps can be compiled for devices that are not here."""
 
 name = "torch"
 
