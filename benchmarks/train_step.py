@@ -160,7 +160,7 @@ def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [name for name in WORKLOADS if name != "gpt124m"]
+    usual = ["mlp", "gpt", "convnet", "recommender"]
     parser.add_argument("workloads", nargs="*", default=usual, metavar="WORKLOAD")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, help="another batch size")

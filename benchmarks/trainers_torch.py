@@ -7,66 +7,24 @@ that trainers can alternate in one process and are timed without their start-up.
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from native_torch import MODELS, cross_entropy
+from on_gpu.turns import Turns
 from torch import nn
 from workloads import in_bf16
 
 ROUNDS = 10_000  # more than any benchmark runs
 
 
-class _Turns:
-    """Runs a function in a thread, from one ``pause`` to the next.
-
-    Args:
-        run: Calls ``pause`` after every round; ``pause`` returns False when it must end.
-    """
-
-    def __init__(self, run: Callable[[Callable[[], bool]], None]) -> None:
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._more = True
-        self._error: BaseException | None = None
-
-        def target() -> None:
-            self._go.acquire()
-            try:
-                run(self._pause)
-            except BaseException as error:  # raised in the next round
-                self._error = error
-            self._done.release()
-
-        self._thread = threading.Thread(target=target, daemon=True)
-        self._thread.start()
-
-    def _pause(self) -> bool:
-        self._done.release()
-        self._go.acquire()
-        return self._more
-
-    def round(self) -> None:
-        """Run until the next pause."""
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def end(self) -> None:
-        """Let the function return."""
-        self._more = False
-        self._go.release()
-        self._thread.join(timeout=60)
-
-
-def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, _Turns]:
+def trainers(workload: str, x: Any, y: Any, size: int, steps: int) -> dict[str, Turns]:
     """The installed trainers, ready for rounds of ``steps`` steps."""
     found = {}
     for name, make in (("HF Trainer", _hugging_face), ("Lightning", _lightning)):
         try:
-            found[name] = _Turns(make(workload, x, y, size, steps))
+            found[name] = Turns(make(workload, x, y, size, steps))
         except ImportError as error:
             print(f"{name} is not installed ({error.name}): pip install '.[bench]'")
     return found

@@ -38,6 +38,7 @@ class GptSize:
 
 
 SMALL = GptSize()
+TINY = GptSize(depth=1, width=32, length=16, heads=2, vocabulary=64)
 MILLIONS_124 = GptSize(depth=12, width=768, length=1024, heads=12, vocabulary=24_576)
 
 
@@ -81,6 +82,11 @@ def convnet() -> keras.Model:
         h = layers.Conv2D(filters, 3, padding="same")(h)
         h = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(h)))
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(h)))
+
+
+def resnet50() -> keras.Model:
+    """ResNet-50 as Keras has it: the strides of the first version, a bias in each convolution."""
+    return keras.applications.ResNet50(weights=None, classifier_activation=None)
 
 
 def recommender() -> keras.Model:
@@ -133,6 +139,8 @@ WORKLOADS = {
     "recommender": Workload(
         recommender, 256, 12, lambda n: (_integers(USERS_AND_ITEMS, n, 2), _integers(2, n))
     ),
-    # For a GPU: 124 million parameters.
+    "gpt-tiny": Workload(lambda: gpt(TINY), 4, 4, texts(TINY), TINY),
+    # For a GPU: 124 million parameters, and ResNet-50.
     "gpt124m": Workload(lambda: gpt(MILLIONS_124), 8, 8, texts(MILLIONS_124), MILLIONS_124),
+    "resnet50": Workload(resnet50, 64, 8, lambda n: (_normal(n, 224, 224, 3), _integers(1000, n))),
 }

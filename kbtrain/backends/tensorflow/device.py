@@ -94,13 +94,21 @@ def synchronize() -> None:
 
 def rng_state() -> dict[str, np.ndarray]:
     """The state of TensorFlow's global generator; Keras only uses its own seed generators."""
-    return {"generator": tf.random.get_global_generator().state.numpy()}
+    try:
+        return {"generator": tf.random.get_global_generator().state.numpy()}
+    except RuntimeError:  # with deterministic operations there is one only if somebody has set it
+        return {}
 
 
 def set_rng_state(state: dict[str, np.ndarray]) -> None:
     """Restore the result of ``rng_state``; that of another backend is ignored."""
-    if "generator" in state:
+    if "generator" not in state:
+        return
+    try:
         tf.random.get_global_generator().reset(state["generator"])
+    except RuntimeError:  # as above
+        generator = tf.random.Generator.from_state(state["generator"], "philox")
+        tf.random.set_global_generator(generator)
 
 
 def devices() -> list[str]:

@@ -40,3 +40,17 @@ def test_results_in_the_memory_of_the_host_are_read_when_they_are_asked_for(devi
     assert not calls
     wait()
     assert len(calls) == 1
+
+
+def test_with_deterministic_operations_there_may_be_no_global_generator(device, monkeypatch):
+    """TensorFlow refuses to make one then, and a checkpoint asks for its state."""
+    tf = importlib.import_module("tensorflow")
+    module = importlib.import_module("tensorflow.python.ops.stateful_random_ops")
+    monkeypatch.setattr(module, "global_generator", None)
+    with device.numerics(None, True):
+        assert device.rng_state() == {}
+        expected = tf.random.Generator.from_seed(3)
+        device.set_rng_state({"generator": expected.state.numpy()})
+        np.testing.assert_array_equal(device.rng_state()["generator"], expected.state.numpy())
+        drawn = tf.random.get_global_generator().normal((4,))
+        np.testing.assert_array_equal(drawn, expected.normal((4,)))
