@@ -24,6 +24,7 @@ docs:
 pages:
     python docs/reference/make_table.py
     python docs/reference/make_optim_page.py
+    python docs/reference/make_arguments.py
 
 # Everything that CI runs
 all:

@@ -48,7 +48,17 @@ def describe_field(field: dataclasses.Field[object], width: int) -> str:
         subsequent_indent="    ",
         break_on_hyphens=False,  # keep the names of options searchable
     )
-    # Not field.type, which an argument parser may have replaced.
+    return f"{field.name}: {written_type(field)} = {field.default!r}\n{meaning}"
+
+
+def written_type(field: dataclasses.Field[object]) -> str:
+    """The type of a field as it is declared: an argument parser may have replaced ``field.type``.
+
+    Args:
+        field: A field of TrainingArguments.
+
+    Returns:
+        The annotation, as text.
+    """
     declared = [vars(base).get("__annotations__", {}) for base in Fields.__mro__]
-    written = next(types[field.name] for types in declared if field.name in types)
-    return f"{field.name}: {written} = {field.default!r}\n{meaning}"
+    return str(next(types[field.name] for types in declared if field.name in types))

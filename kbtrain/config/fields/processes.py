@@ -14,6 +14,7 @@ from kbtrain.config.fields.option import HARMLESS, ROUNDING, option
 class ProcessFields(Immutable):
     """The connection between processes; without effect in a run of one."""
 
+    # Exchange between processes
     ddp_backend: Literal["gloo", "nccl"] | None = option(
         None,
         converters.optional(converters.choice("gloo", "nccl")),
