@@ -3,19 +3,24 @@
 import concurrent.futures
 import contextlib
 import http.client
+import os
 import re
 import signal
+import socket
 import subprocess
 import time
 import xmlrpc.client
+from pathlib import Path
 
 import pytest
-from helpers_channel import CHANNEL, Processes
+from helpers_channel import CHANNEL, ELSEWHERE, Processes
 from helpers_hosts import ip, two_hosts
 
 from kbtrain.distributed.control.members import Members
-from kbtrain.distributed.control.reports import Report, process_state
+from kbtrain.distributed.control.reports import Report
 from kbtrain.distributed.control.server import ControlServer
+from kbtrain.distributed.control.states import Watcher
+from kbtrain.distributed.control.watcher import process_state
 from kbtrain.utils.processes import ProcessGroup
 
 pytestmark = pytest.mark.neutral
@@ -30,6 +35,16 @@ def tell(rank, command):
 
 def send(rank, number):
     return lambda processes: processes.signal(rank, number)
+
+
+def pause(rank):
+    """Suspend a process and its watcher, as a container or a job is suspended."""
+
+    def happens(processes):
+        processes.suspend_watcher(rank)
+        processes.signal(rank, signal.SIGSTOP)
+
+    return happens
 
 
 def stay_behind(processes):
@@ -106,6 +121,11 @@ CASES = {
     "killed and noticed": (fall_out, [1, -9], KILLED.format(1)),
     "suspended": (send(1, signal.SIGSTOP), [1, None], SUSPENDED.format(1)),
     "process 0 suspended": (send(0, signal.SIGSTOP), [None, 1], SUSPENDED.format(0)),
+    "suspended elsewhere": (send(1, signal.SIGSTOP), [1, None, 1], SUSPENDED.format(1)),
+    "process 0 suspended elsewhere": (send(0, signal.SIGSTOP), [None, 1], SUSPENDED.format(0)),
+    "paused elsewhere": (pause(1), [1, None], WHO.format(1) + "failed: neither it nor"),
+    "process 0 paused elsewhere": (pause(0), [None, 1], WHO.format(0) + "failed: neither it nor"),
+    "busy elsewhere": (hold_the_interpreter_lock, [0, 0], None),
     "leaves": (tell(1, "sys.exit()"), [1, 0], ENDED.format(1, "at update 17")),
     "leaves and waits at exit": (
         tell(1, "barrier = 60; sys.exit()"),
@@ -145,7 +165,8 @@ def outcomes(tmp_path_factory):
     def run(name):
         happens, codes, _ = CASES[name]
         timeout = 2 if name == "hangs" else 1800
-        with Processes(folders[name], len(codes), timeout=timeout) as processes:
+        program = ELSEWHERE if name.endswith("elsewhere") else CHANNEL
+        with Processes(folders[name], len(codes), program, timeout) as processes:
             happens(processes)
             ends = [rank for rank, code in enumerate(codes) if code is not None]
             return ends, *processes.ends(ends)
@@ -207,8 +228,8 @@ def test_processes_started_by_one_that_fails_end_with_it(tmp_path):
 @pytest.fixture
 def server():
     reports = [Report(rank, "host", 100 + rank) for rank in range(2)]
-    members = Members(reports, 1800.0, time.monotonic(), here="here")
-    server = ControlServer(ProcessGroup(size=2), members, local=True)
+    members = Members(reports, 1800.0, time.monotonic())
+    server = ControlServer(ProcessGroup(size=2), members, "token", local=True)
     yield server
     server.close()
 
@@ -265,6 +286,72 @@ def test_a_host_that_is_cut_off_is_named(cut_off, hosts, tmp_path):
     assert codes == [1, 1, 1]
     for text, other in zip(errors, ("[12]", "0", "0"), strict=True):
         assert re.search(rf"process {other} \(.*\) failed: it has not been reachable for 5 s", text)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_suspended_on_another_host_is_named(hosts, tmp_path):
+    # A process id namespace is another machine to /proc, too.
+    machine = ["unshare", "-pf", "--kill-child", "--mount-proc"]
+    inside = [["ip", "netns", "exec", name, *machine] for name in hosts]
+    with Processes(tmp_path, 2, address="10.77.0.1", prefixes=inside) as processes:
+        pid = processes[1].pid
+        process = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        processes.started = time.monotonic()
+        os.kill(process, signal.SIGSTOP)
+        seconds, codes, errors = processes.ends([0])
+    assert seconds < 10
+    assert codes == [1]
+    assert re.search(SUSPENDED.format(1), errors[0])
+
+
+def test_a_process_that_others_wait_for_shows_what_it_does(tmp_path):
+    sooner = "if rank == 0: channel._server.members.notice = 0.3\nchannel.at"
+    program = CHANNEL.replace("channel.at", sooner)
+    with Processes(tmp_path, 2, program) as processes:
+        processes.tell(1, "import threading; threading.Event().wait(2); sys.exit()")
+        processes.tell(0, "channel.at('update 18')")
+        _, codes, errors = processes.ends()
+    who = WHO.format(1).rstrip()
+    assert re.search(rf"Process 0 has waited \d s at update 18 for {who}, which is", errors[0])
+    assert re.search(f"Others wait for {who}, which is at update 17. Its main thread", errors[1])
+    assert "in wait" in errors[1]
+
+
+@pytest.mark.parametrize("end", ["kill", "close"])
+def test_a_watcher_ends_with_its_process(end, tmp_path):
+    with Processes(tmp_path, 2, ELSEWHERE) as processes:
+        watcher = processes.watcher(1)
+        # A child of the process holds what it has open.
+        processes.tell(
+            1,
+            "import warnings; warnings.simplefilter('ignore'); "
+            "os.fork() or (os.closerange(0, 3), time.sleep(5), os._exit(0))",
+        )
+        processes[1].stdout.readline()
+        assert process_state(watcher) in ("S", "R")
+        if end == "kill":
+            processes.signal(1, signal.SIGKILL)
+        else:
+            processes.tell(1, "channel.close()")
+        limit = time.monotonic() + 5
+        while process_state(watcher) not in ("", "Z") and time.monotonic() < limit:
+            time.sleep(0.02)
+        assert process_state(watcher) in ("", "Z")
+
+
+def test_a_watcher_answers_nobody_without_the_token():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        watcher = Watcher(listening, "token")
+    answers = []
+    for question in (b"tokem", b"", b"token"):
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(question)
+            connection.shutdown(socket.SHUT_WR)
+            answers.append(connection.recv(10))
+    watcher.close()
+    assert answers[:2] == [b"", b""]
+    assert answers[2] in (b"S", b"R")
 
 
 def test_an_exception_before_the_channel_is_there_ends_the_process_at_once(tmp_path):

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from kbtrain.distributed.control.members import Members
-from kbtrain.distributed.control.reports import Report, process_state
+from kbtrain.distributed.control.members import UNANSWERED, Members
+from kbtrain.distributed.control.reports import Report
+from kbtrain.distributed.control.watcher import process_state
 
 pytestmark = pytest.mark.core
 
@@ -26,11 +27,13 @@ class Run:
         self.states = {}
         self.now = 1000.0
         self.silent = set()
-        self.members = Members(
-            self.reports, TIMEOUT, self.now, lambda pid: self.states.get(pid - 100, "S"), "here"
-        )
+        self.members = Members(self.reports, TIMEOUT, self.now, self.state)
         for rank in (1, 2):
             self.members.connected(rank)
+
+    def state(self, report):
+        unknown = "S" if report.machine == "here" else "?"
+        return self.states.get(report.rank, unknown)
 
     def at(self, rank, place):
         self.reports[rank] = self.reports[rank].at(place)
@@ -106,6 +109,25 @@ def test_silence_of_a_connected_process_is_judged_by_its_state():
     assert "killed" in run.after(3)
 
 
+@pytest.mark.parametrize(
+    ("state", "seconds", "words"),
+    [("T", 5.5, "suspended"), (UNANSWERED, 8, "neither it nor the small process"), ("S", 299, "")],
+)
+def test_silence_elsewhere_is_judged_by_what_its_watcher_says(state, seconds, words):
+    run = Run()
+    run.silent.add(2)
+    run.states[2] = state
+    assert run.after(4.5) is None
+    assert words in (run.after(seconds - 4.5) or "")
+
+
+def test_a_process_that_lives_elsewhere_has_minutes_to_connect_again():
+    run = Run()
+    run.lose(2)
+    run.states[2] = "R"
+    assert run.after(290) is None
+
+
 def test_silence_elsewhere_cannot_be_judged_and_ends_after_minutes():
     run = Run()
     run.silent.add(2)
@@ -141,6 +163,25 @@ def test_the_time_of_a_process_that_stays_behind_counts_from_when_it_was_overtak
     run.at(1, "update 2")
     run.at(2, "update 2")
     assert run.after(2 * TIMEOUT) is None
+
+
+def test_a_process_that_others_wait_for_is_named_at_growing_intervals():
+    run = Run()
+    run.at(0, "update 2")
+    run.at(2, "update 2")
+    named = {}
+    for tick in range(1, 161):
+        assert run.after(FAST) is None
+        if (slow := run.members.slow(run.now)) is not None:
+            named[tick * FAST] = slow
+    assert [round(time) for time in named] == [8, 17, 34]
+    assert {slow.rank for slow in named.values()} == {1}
+    text = next(iter(named.values())).text
+    assert "Process 0 has waited 8 s at update 2 for process 1 (host host1, pid 101)" in text
+    assert "which is at update 1" in text
+    run.at(1, "update 2")
+    assert run.after(30) is None
+    assert run.members.slow(run.now) is None
 
 
 def test_a_process_that_catches_its_exception_hangs_for_the_others():
@@ -220,6 +261,19 @@ def test_the_exception_of_a_collective_operation_is_explained_by_a_program_that_
     run.members[2].failing = True
     assert run.members.blame_other(2, run.now)
     assert "ended its program at update 1, while process 2 waits" in run.members.failure.text
+
+
+def test_the_exception_of_a_collective_operation_is_explained_by_a_process_that_hangs():
+    run = Run()
+    run.members[2].failing = True  # so none but process 0 waits
+    run.at(0, "update 2")
+    assert run.after(0.95 * TIMEOUT) is None
+    run.done(0, "RuntimeError: timed out")  # the operation has the same limit
+    run.members.update(run.reports[0], run.now)
+    run.members[0].failing = True
+    assert run.members.blame_other(0, run.now)
+    assert "process 1 (host host1, pid 101) hangs at update 1" in run.members.failure.text
+    assert "process 0 waits for it at update 2" in run.members.failure.text
 
 
 def test_an_exception_is_explained_by_a_process_that_is_gone():

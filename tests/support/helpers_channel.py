@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,16 @@ for line in iter(sys.stdin.readline, ""):
 )
 
 
+ELSEWHERE = CHANNEL.replace(
+    "channel = Channel.start",
+    """channel = None
+from kbtrain.distributed.control import channel as module, reports
+module.machine = reports.machine = lambda: f"machine of {rank}"
+hooks.channel = channel = Channel.start""",
+).replace("hooks.channel = channel = None", "")
+"""``CHANNEL``, whose processes take each other for processes of other machines."""
+
+
 class Processes:
     """Processes of ``program``, each with standard input as the source of its commands.
 
@@ -82,6 +93,7 @@ class Processes:
             for rank, prefix in enumerate(prefixes)
         ]
         self.started = 0.0
+        self._suspended = []
 
     def __enter__(self):
         for process in self._processes:
@@ -92,6 +104,8 @@ class Processes:
         for process in self._processes:
             process.kill()
             process.communicate()
+        for pid in self._suspended:
+            os.kill(pid, signal.SIGCONT)
 
     def __len__(self):
         return len(self._processes)
@@ -108,6 +122,21 @@ class Processes:
     def signal(self, rank, number):
         self.started = time.monotonic()
         self._processes[rank].send_signal(number)
+
+    def suspend_watcher(self, rank):
+        pid = self.watcher(rank)
+        self._suspended.append(pid)
+        os.kill(pid, signal.SIGSTOP)
+
+    def watcher(self, rank):
+        """The process id of the watcher of a process, whose standard input is a pipe from it."""
+        pipes = {os.readlink(link) for link in Path(f"/proc/{self[rank].pid}/fd").iterdir()}
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                own = os.readlink(command.parent / "fd" / "0") in pipes
+                if own and b"control/watcher.py" in command.read_bytes():
+                    return int(command.parent.name)
+        raise LookupError(f"process {rank} has no watcher")
 
     def ends(self, ranks=None, limit=20.0):
         """Wait for the end of the processes.

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -26,14 +28,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from kbtrain.distributed.control.addresses import listen_anywhere
 from kbtrain.distributed.control.client import ATTEMPT, PROBLEMS, RETRY, Connection
 from kbtrain.distributed.control.ending import end_process, main_stack
 from kbtrain.distributed.control.mailbox import ChannelPeers, FirstProcess, OtherProcess
-from kbtrain.distributed.control.members import LOST, STALLED, Failure, Members
-from kbtrain.distributed.control.reports import Report, machine, needs, network, process_state
+from kbtrain.distributed.control.members import (
+    ENDED,
+    HEARTBEAT,
+    LOST,
+    STALLED,
+    Failure,
+    Members,
+)
+from kbtrain.distributed.control.reports import Report, machine, needs, network
 from kbtrain.distributed.control.server import ControlServer
+from kbtrain.distributed.control.states import States, Watcher
 from kbtrain.errors import DistributedError, first_lines
 from kbtrain.utils.processes import ProcessGroup
+
+logger = logging.getLogger("kbtrain")
 
 GREETING = 6.0
 """Seconds for the first answer of process 0."""
@@ -52,7 +65,9 @@ class Channel:
         host: Report,
         server: ControlServer | None,
         timeout: float,
+        states: States,
     ) -> None:
+        self._states = states
         self._report = report
         self._size = size
         self._url = url
@@ -63,6 +78,7 @@ class Channel:
         self._failing: float | None = None
         self._staying: threading.Thread | None = None
         self._connection = Connection(url)
+        self._watcher: Watcher | None = None
         self._thread = threading.Thread(
             target=self._beat if server is None else self._watch,
             name="kbtrain control",
@@ -91,21 +107,38 @@ class Channel:
 
         messages = gather({"report": report.to_wire(), "network": network()})
         reports = [Report.from_wire(message["report"]) for message in messages]
-        local = len({message["network"] for message in messages}) == 1
+        token = gather(secrets.token_urlsafe(24))[0]
+        states = States(token)
         server = None
         if group.rank == 0:
-            server = ControlServer(group, Members(reports, timeout, time.monotonic()), local)
+            members = Members(reports, timeout, time.monotonic(), states)
+            local = len({message["network"] for message in messages}) == 1
+            server = ControlServer(group, members, token, local)
         urls = gather(server.urls if server is not None else [])[0]
-        channel = cls(report, group.size, urls[0], reports[0], server, timeout)
-        problems = gather(channel._greet(urls) if server is None else "")
+        channel = cls(report, group.size, urls[0], reports[0], server, timeout, states)
+        if any(each.machine != report.machine for each in reports) and report.machine:
+            channel._watcher = Watcher(listen_anywhere(), token)
+        problem = channel._greet(urls) if server is None else ""
+        watcher = 0 if channel._watcher is None else channel._watcher.port
+        answers = gather({"problem": problem, "watcher": watcher})
+        problems = [answer["problem"] for answer in answers]
         if any(problems):
             channel.close()
             raise DistributedError(
                 f"{' '.join(filter(None, problems))[:2000]} The processes of a run connect to "
                 "ports of each other: see to the address that the launcher gives, and to firewalls."
             )
+        for rank, answer in enumerate(answers):
+            channel._watched(rank, answer["watcher"])
         channel._thread.start()
         return channel
+
+    def _watched(self, rank: int, port: int) -> None:
+        """The watcher of a process answers at the address over which the channel reaches it."""
+        if self._server is not None:
+            self._states.watched(rank, self._server.addresses.get(rank, ""), port)
+        elif rank == 0:
+            self._states.watched(rank, urllib.parse.urlsplit(self._url).hostname or "", port)
 
     def at(self, place: str) -> None:
         """Record what this process does now. It costs next to nothing and sends nothing.
@@ -205,12 +238,16 @@ class Channel:
         if self._thread.is_alive():
             self._thread.join(2 * ATTEMPT)
         self._connection.close()
+        if self._watcher is not None:
+            self._watcher.close()
         if self._server is not None:
             self._server.close()
 
     def file_numbers(self) -> list[int]:
         """The numbers of the open files that belong to this channel."""
         numbers = [self._connection.fileno]
+        if self._watcher is not None:
+            numbers.append(self._watcher.pipe)
         if self._server is not None:
             numbers += self._server.file_numbers()
         return [number for number in numbers if number >= 0]
@@ -224,6 +261,10 @@ class Channel:
             if failure is not None:
                 self._server.wait_until_told()
                 self._end(failure)
+            if (slow := self._server.slow()) is not None:
+                logger.warning("%s", slow.text)
+                if slow.rank == self._report.rank:
+                    self._show()
 
     # --- the thread of the others ---------------------------------------------------------------
 
@@ -274,6 +315,8 @@ class Channel:
             answered = reached = time.monotonic()
             refused = attempts = 0
             self._host = Report.from_wire(answer["host"])
+            if answer["shows"]:
+                self._show()
             if answer["failure"]:
                 return self._end(Failure(**answer["failure"]))
             if self._host.left and self._staying is None:
@@ -283,11 +326,14 @@ class Channel:
 
     def _lost(self, silent: float, unreachable: float, refused: int) -> Failure | None:
         """Why process 0 does not answer, once that is clear."""
-        state = process_state(self._host.pid) if self._host.machine == machine() != "" else "?"
-        if refused >= 3 or state in ("", "Z", "X"):
+        state = self._states(self._host)
+        if refused >= 3:
             return Members.gone(self._host)
-        if state in ("T", "t") and silent > LOST:
-            return Members.suspended(self._host)
+        if state in ENDED:  # one that is cut off notices it as soon as this process, and ends
+            lost = unreachable > LOST - HEARTBEAT
+            return Members.cut_off(self._host) if lost else Members.gone(self._host)
+        if (failure := Members.standing(self._host, state, silent)) is not None:
+            return failure
         if unreachable > LOST:
             return Members.cut_off(self._host)
         return Members.stalled(self._host) if silent > STALLED else None
@@ -303,6 +349,16 @@ class Channel:
             failure = members.check(time.monotonic())
             if failure is not None:
                 self._end(failure)
+
+    def _show(self) -> None:
+        """Print what this process does, which others wait for."""
+        report = self._report
+        logger.warning(
+            "Others wait for %s, which is %s. Its main thread:\n%s",
+            report.name,
+            report.where,
+            main_stack().rstrip(),
+        )
 
     def _end(self, failure: Failure) -> None:
         if self._failing is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kbtrain.distributed.control.reports import Report, machine, needs, process_state, waits_for
+from kbtrain.distributed.control.reports import Report, needs, state_here, waits_for
 
 HEARTBEAT = 1.0
 """Seconds between two heartbeats of a process."""
@@ -18,8 +18,18 @@ LOST = 5.0
 """Seconds without a sign of life of a process after which it counts as failed."""
 STALLED = 300.0
 """The same for one that is still connected: native code may hold its interpreter lock so long."""
+FROZEN = 6.5
+"""The same for one whose watcher does not answer either."""
+NOTICE = 8.0
+"""Seconds that others wait for a process until it is named; it may hang, or have more to do."""
 LEFT = 3.0
 """Seconds that a process may be at a place that another one never passed before it left."""
+
+ENDED = ("", "Z", "X")
+SUSPENDED = ("T", "t")
+"""States of a process, as Linux names them."""
+UNANSWERED = "-"
+"""The state of a process whose watcher does not answer, on a machine that can be reached."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Member:
         connections: Open connections that bring its heartbeats.
         disconnected: When the last of them ended.
         cut_off: Whether it ended because nothing came through any more.
+        named: How long others had waited for it when it was last named as slow.
+        shows: Whether it is asked to show what its main thread does.
         failing: Whether it has reported an exception.
         left: When its program ended.
         told: Whether it knows of the failure.
@@ -60,6 +72,8 @@ class Member:
     connections: int = 0
     disconnected: float | None = None
     cut_off: bool = False
+    named: float = 0.0
+    shows: bool = False
     failing: bool = False
     left: float | None = None
     told: bool = False
@@ -73,11 +87,11 @@ class Members:
         reports: The first report of each process.
         timeout: Seconds that the others wait for a process that stays at one place.
         now: The present time.
-        state: Gives the state of a process on this machine.
-        here: Identifies this machine.
+        state: Gives the state of a process at once, "?" where that is not known (yet).
 
     Attributes:
         timeout: The argument.
+        notice: Seconds that others wait for a process until it is named.
         failure: The first failure.
     """
 
@@ -86,13 +100,12 @@ class Members:
         reports: Iterable[Report],
         timeout: float,
         now: float,
-        state: Callable[[int], str] = process_state,
-        here: str | None = None,
+        state: Callable[[Report], str] = state_here,
     ) -> None:
         self._members = {r.rank: Member(r, now, now) for r in reports}
         self.timeout = timeout
+        self.notice = NOTICE
         self._state = state
-        self._here = machine() if here is None else here
         self._checked = now
         self.failure: Failure | None = None
 
@@ -136,8 +149,9 @@ class Members:
         if pause > HEARTBEAT:
             self._forgive(pause)
         active = [m for m in self._members.values() if m.left is None and not m.failing]
+        furthest = _furthest(active)
         for member in active:
-            if member.overtaken is None and any(waits_for(m.report, member.report) for m in active):
+            if member.overtaken is None and furthest and waits_for(furthest, member.report):
                 member.overtaken = now
         if self.failure is None:
             self.failure = (
@@ -172,7 +186,7 @@ class Members:
             self.failure = (
                 self._lost(active, now, early=True)
                 or self._left([self._members[rank]], now, 0.0)
-                or self._hanging(active, now, 0.9 * self.timeout)
+                or self._hanging(active, now, 0.9 * self.timeout, rank)
             )
         return self.failure is not None
 
@@ -189,23 +203,24 @@ class Members:
             report = member.report
             if report.rank == 0:
                 continue  # it is the one that checks
-            local = bool(self._here) and report.machine == self._here
             silent = now - member.seen
             if member.connections == 0 and member.disconnected is not None:
                 without = now - member.disconnected
                 if member.cut_off and without > (0 if early else HEARTBEAT):
                     return self.cut_off(report)
-                # A process that runs here will connect again: it may be importing a framework,
-                # which holds its interpreter lock for long on a busy machine.
-                gone = self._state(report.pid) in ("", "Z", "X") if local else without > GRACE
+                # A process that runs will connect again: it may be importing a framework, which
+                # holds its interpreter lock for long on a busy machine.
+                state = self._state(report)
+                gone = state in ENDED or (state == "?" and without > GRACE)
                 if gone or (early and without > HEARTBEAT / 4):
                     return self._vanished(report, silent)
-            elif local and silent > LOST / 2:
-                state = self._state(report.pid)
-                if state in ("", "Z", "X"):  # something else keeps its connection open
+            elif silent > LOST / 2:
+                state = self._state(report)
+                if state in ENDED:  # something else keeps its connection open
                     return self._vanished(report, silent)
-                if state in ("T", "t") and silent > LOST:
-                    return self.suspended(report)
+                failure = self.standing(report, state, silent)
+                if failure is not None:
+                    return failure
             if silent > STALLED:
                 return self.stalled(report)
         return None
@@ -224,21 +239,61 @@ class Members:
                     return self.ended(gone.report, member.report)
         return None
 
-    def _hanging(self, active: list[Member], now: float, timeout: float) -> Failure | None:
-        behind = [m for m in active if m.overtaken is not None and now - m.seen < 2 * HEARTBEAT]
-        for member in sorted(behind, key=lambda m: m.report.reached):
-            report = member.report
-            others = [m.report for m in active if waits_for(m.report, report)]
-            if others and now - (member.overtaken or now) > timeout:
+    def _hanging(
+        self, active: list[Member], now: float, timeout: float, failing: int | None = None
+    ) -> Failure | None:
+        for member, waits, furthest in self._waited_for(active, now, failing):
+            if waits > timeout:
+                report = member.report
                 after = f" after {report.ended_by}" if report.ended_by else ""
                 return Failure(
                     report.rank,
                     f"{report.name} hangs {report.where}{after}: it has been there for "
-                    f"{now - member.moved:.0f} s, and process {others[0].rank} waits for it "
-                    f"{others[0].where} for more than {timeout:g} s. The limit is "
+                    f"{now - member.moved:.0f} s, and process {furthest.rank} waits for it "
+                    f"{furthest.where} for more than {timeout:g} s. The limit is "
                     "TrainingArguments(ddp_timeout=...).",
                 )
         return None
+
+    def slow(self, now: float) -> Failure | None:
+        """The process that others wait for, for a notice: it may hang, or have more to do.
+
+        It is named after ``notice`` seconds, and again whenever they have waited twice as long.
+        """
+        active = [m for m in self._members.values() if m.left is None and not m.failing]
+        for member, waits, furthest in self._waited_for(active, now)[:1]:
+            if waits > max(self.notice, 2 * member.named):
+                member.named, member.shows = waits, True
+                return Failure(
+                    member.report.rank,
+                    f"Process {furthest.rank} has waited {waits:.0f} s {furthest.where} for "
+                    f"{member.report.name}, which is {member.report.where}. The run ends when it "
+                    f"has waited {self.timeout:g} s (ddp_timeout).",
+                )
+        return None
+
+    def _waited_for(
+        self, active: list[Member], now: float, failing: int | None = None
+    ) -> list[tuple[Member, float, Report]]:
+        """Processes that answer and that others wait for, the last one first.
+
+        Args:
+            active: The processes that run.
+            now: The present time.
+            failing: A process that waited until its collective operation failed, in place of those
+                that still wait.
+
+        Returns:
+            Each with the seconds, and the process that has waited for it.
+        """
+        furthest = _furthest(active) if failing is None else self._members[failing].report
+        found = [
+            (m, now - m.overtaken, furthest)
+            for m in active
+            if m.overtaken is not None and now - m.seen < 2 * HEARTBEAT
+            if furthest is not None and waits_for(furthest, m.report)
+        ]
+        return sorted(found, key=lambda each: each[0].report.reached)
 
     @staticmethod
     def gone(report: Report) -> Failure:
@@ -257,6 +312,23 @@ class Members:
             report.rank,
             f"{report.name} failed: it has not been reachable for {LOST:g} s, so its host is down "
             f"or cut off from the network. It was last seen {report.where}.",
+        )
+
+    @staticmethod
+    def standing(report: Report, state: str, silent: float) -> Failure | None:
+        """The failure of a process that has been silent for long because it does not run."""
+        if state in SUSPENDED and silent > LOST:
+            return Members.suspended(report)
+        return Members.frozen(report) if state == UNANSWERED and silent > FROZEN else None
+
+    @staticmethod
+    def frozen(report: Report) -> Failure:
+        """The failure of a process whose machine is reachable and runs nothing of the run."""
+        return Failure(
+            report.rank,
+            f"{report.name} failed: neither it nor the small process that watches it has answered "
+            f"for {FROZEN:g} s, though its host can be reached. Its container or job is suspended, "
+            f"or its host is short of memory and swaps. It was last seen {report.where}.",
         )
 
     @staticmethod
@@ -286,3 +358,9 @@ class Members:
             f"{gone.name} ended its program {gone.where}{after}, while process {waiting.rank} "
             f"waits for it {waiting.where}. All processes have to make the same calls.",
         )
+
+
+def _furthest(members: list[Member]) -> Report | None:
+    """The process that has come furthest of those inside a call: it waits for all others."""
+    inside = [m.report for m in members if m.report.place]
+    return max(inside, key=lambda report: report.reached, default=None)

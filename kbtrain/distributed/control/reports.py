@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kbtrain.distributed.control.watcher import process_state
+
 
 @dataclass(frozen=True)
 class Report:
@@ -103,8 +105,13 @@ class Report:
 
 
 def waits_for(one: Report, other: Report) -> bool:
-    """Whether a process may wait for another: that has to come to its place, and has not yet."""
-    if not one.place:
+    """Whether a process may wait for another: that has to come to its place, and has not yet.
+
+    Args:
+        one: A process inside a call, or whose call was ended by an exception.
+        other: The other one.
+    """
+    if not one.place and not one.ended_at:
         return False
     return one.reached > (other.passed if other.ended_by else other.reached)
 
@@ -119,23 +126,6 @@ def needs(waiting: Report, gone: Report, failing: bool = False) -> bool:
     """
     inside = waiting.place or (failing and waiting.ended_at)
     return bool(inside) and waiting.reached > gone.passed
-
-
-def process_state(pid: int) -> str:
-    """The state letter of a process on this machine as Linux gives it; "" if it does not exist.
-
-    Returns:
-        "T" (suspended), "Z" (ended), "R", "S" and so on; "?" where the system cannot tell.
-    """
-    if not Path("/proc/self/stat").exists():
-        return "?"
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return ""
-    except OSError:
-        return "?"
-    return stat.rpartition(")")[2].split()[0]
 
 
 @functools.cache
@@ -154,3 +144,8 @@ def network() -> str:
         return f"{machine()} {os.readlink('/proc/self/ns/net')}"
     except OSError:
         return socket.gethostname()
+
+
+def state_here(report: Report) -> str:
+    """The state letter of a process; "?" for one that does not run on this machine."""
+    return process_state(report.pid) if report.machine == machine() != "" else "?"

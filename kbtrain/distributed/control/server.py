@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import ipaddress
-import secrets
 import selectors
-import socket
 import socketserver
 import threading
 import time
@@ -15,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
+from kbtrain.distributed.control.addresses import listen
 from kbtrain.distributed.control.client import keep_alive
 from kbtrain.distributed.control.mailbox import Mailbox
 from kbtrain.distributed.control.members import HEARTBEAT, LOST, Failure, Members
@@ -23,8 +20,6 @@ from kbtrain.utils.processes import ProcessGroup
 
 TELLING = 1.5
 """Seconds that a failing process 0 waits for the others to hear the reason."""
-BACKLOG = 1024
-"""Connections that may wait while this process does something else."""
 WEIGHING = 1.5
 """Seconds in which the failure of another process may still explain a reported exception."""
 
@@ -86,7 +81,7 @@ class _Handler(SimpleXMLRPCRequestHandler):
         report = Report.from_wire(parameters[0])
         if method in ("hello", "beat") and self._rank is None:
             self._rank = report.rank
-            control.connected(report.rank)
+            control.connected(report.rank, str(self.client_address[0]))
         if method == "beat":
             answer = control.beat(report, self._open)
             self._news = bool(answer.get("failure")), bool(answer.get("left"))
@@ -128,21 +123,23 @@ class ControlServer:
     Args:
         group: The processes; this one has rank 0.
         members: Their first reports.
+        token: Part of ``urls``, which keeps strangers out.
         local: Whether all of them see the loopback of this process.
 
     Attributes:
         members: What is known of them.
         mailbox: Messages between them.
-        urls: Where the others may find it. A token in them keeps strangers out.
+        urls: Where the others may find it.
+        addresses: Those of the machines from which the others have connected.
     """
 
-    def __init__(self, group: ProcessGroup, members: Members, local: bool) -> None:
+    def __init__(self, group: ProcessGroup, members: Members, token: str, local: bool) -> None:
         self._news = threading.Condition()
         self.members = members
+        self.addresses: dict[int, str] = {}
         self.mailbox = Mailbox(group.size, self._obstacle)
-        listening, addresses = _listen(group.address, local)
+        listening, addresses = listen(group.address, local)
         port = listening.getsockname()[1]
-        token = secrets.token_urlsafe(24)
         self.urls = [f"http://{address}:{port}/{token}" for address in addresses]
         self._http = _Server(
             ("", 0), _Handler, logRequests=False, allow_none=False, bind_and_activate=False
@@ -165,9 +162,10 @@ class ControlServer:
         """The numbers of the sockets that are open."""
         return [self._http.socket.fileno(), *list(self._http.numbers)]
 
-    def connected(self, rank: int) -> None:
+    def connected(self, rank: int, address: str) -> None:
         """See ``Members.connected``."""
         with self._news:
+            self.addresses[rank] = address
             self.members.connected(rank)
 
     def disconnected(self, rank: int, cut_off: bool) -> None:
@@ -192,6 +190,11 @@ class ControlServer:
                 self._news.notify_all()
             return failure
 
+    def slow(self) -> Failure | None:
+        """See ``Members.slow``."""
+        with self._news:
+            return self.members.slow(time.monotonic())
+
     def beat(self, report: Report, waits: Callable[[], bool]) -> dict[str, Any]:
         """Answer a heartbeat: at once where there is news, otherwise after ``HEARTBEAT``.
 
@@ -210,7 +213,9 @@ class ControlServer:
                 self._news.wait(HEARTBEAT / 4)
                 if not waits():
                     break
+            shows, member.shows = member.shows, False
             return {
+                "shows": shows,
                 "host": members[0].report.to_wire(),
                 "left": members[0].left is not None,
                 "failure": vars(members.failure) if members.failure is not None else {},
@@ -279,47 +284,3 @@ class ControlServer:
                 ),
                 TELLING,
             )
-
-
-def _listen(address: str, local: bool) -> tuple[socket.socket, list[str]]:
-    """A listening socket at a free port, and the addresses at which others may reach it.
-
-    Args:
-        address: What the launcher gives for this host.
-        local: Whether the loopback will do.
-    """
-    if local:
-        return socket.create_server(("127.0.0.1", 0), backlog=BACKLOG), ["127.0.0.1"]
-    try:
-        # Not a name: it may stand for another address here than elsewhere, such as a loopback.
-        numeric = ipaddress.ip_address(address)
-        if not numeric.is_loopback:
-            return _server(str(numeric), numeric.version), [_in_url(address)]
-    except (ValueError, OSError):
-        pass  # a name, or the address of a gateway
-    version = 6 if socket.has_dualstack_ipv6() else 4
-    found = dict.fromkeys([address, *_own_addresses()])
-    return _server("", version), [_in_url(each) for each in list(found)[:3]]
-
-
-def _server(address: str, version: int) -> socket.socket:
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET
-    return socket.create_server(
-        (address, 0), family=family, backlog=BACKLOG, dualstack_ipv6=version == 6 and not address
-    )
-
-
-def _own_addresses() -> list[str]:
-    """Addresses of this host, the one towards other networks first."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # reserved for documentation; nothing is sent
-        found.append(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        for *_, place in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET):
-            found.append(str(place[0]))
-    return [address for address in found if not ipaddress.ip_address(address).is_loopback]
-
-
-def _in_url(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
