@@ -36,6 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else 2
+    if words[0] == "--version":
+        print(f"kbtrain {importlib.import_module('kbtrain').__version__}")
+        return 0
     command, *rest = words
     if command not in COMMANDS:
         print(f"kbtrain has no command {command!r}.\n{_usage()}", file=sys.stderr)
@@ -54,4 +57,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
-    return f"usage: python -m kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help."
+    return f"usage: kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help; --version prints the version."

@@ -64,6 +64,11 @@ def test_exit_status_and_message_of_a_command(capsys, words, status, said):
     assert said in "".join(capsys.readouterr())
 
 
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"kbtrain {kbtrain.__version__}\n"
+
+
 def test_every_command_is_listed_and_has_help(capsys):
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as stop:

@@ -141,7 +141,7 @@ def test_every_page_and_example_is_listed():
             assert re.search(rf"[-:] {page.relative_to(ROOT / 'docs').as_posix()}\n", site), page
     for example in (ROOT / "examples").glob("*.py"):
         assert f"`{example.name}`" in index
-        assert f"(examples/{example.name})" in readme
+        assert f"/examples/{example.name})" in readme
 
 
 def test_decisions_are_numbered_without_gaps_and_have_all_sections():
