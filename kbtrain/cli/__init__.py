@@ -15,6 +15,7 @@ from kbtrain.errors import KbtrainError
 
 COMMANDS = {
     "launch": "start a script as several processes that train together",
+    "plan": "whether a script's training fits on devices that are not here, and how fast",
     "checkpoint": "list, verify, show and export checkpoints",
     "report": "write the report of a run, or of several side by side, as one HTML page",
     "args": "list the fields of TrainingArguments: type, default, meaning",

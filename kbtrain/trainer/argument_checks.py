@@ -17,6 +17,7 @@ from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
 from kbtrain.evaluation.gather import check_batchwise
 from kbtrain.optimization import registry
+from kbtrain.plan import request as planning
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.layers import walk_layers
 
@@ -64,7 +65,8 @@ def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizer
     _check_loss(trainer, given)
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
-    placement.check(trainer.backend, args)
+    if not planning.pending():  # its devices need not be here
+        placement.check(trainer.backend, args)
     placement.check_processes(trainer.backend, args)
     if optimizers[0] is None:
         registry.find(registry.OPTIMIZERS, args.optim, "optim")

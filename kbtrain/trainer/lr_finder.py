@@ -20,6 +20,7 @@ from kbtrain import distributed
 from kbtrain.checkpoint import run_state
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError
+from kbtrain.plan import request as planning
 from kbtrain.plan.rehearsal import rehearsing
 from kbtrain.training.fit import prepare, wrapped_calls
 
@@ -129,6 +130,8 @@ def find_learning_rate(
 ) -> LearningRateTest:
     """Test learning rates; see ``Trainer.find_learning_rate``."""
     _check(trainer, min_lr, max_lr, num_steps, smoothing, divergence)
+    if planning.pending():
+        planning.answer(trainer, "find_learning_rate")
     losses: list[float] = []
     with _restored(trainer):
         optimizer, _ = trainer.given_optimizers

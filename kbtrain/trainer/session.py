@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kbtrain import distributed
 from kbtrain.distributed import placement
 from kbtrain.evaluation import evaluate as evaluation
+from kbtrain.plan import request as planning
 from kbtrain.report.ending import ending_of
 from kbtrain.trainer import argument_checks
 from kbtrain.training import actions
@@ -38,6 +39,8 @@ def run_session(
     """
     argument_checks.check_fit(trainer, resume)
     evaluation.check_ignore_keys(ignore_keys_for_eval)
+    if planning.pending():
+        planning.answer(trainer)
     args, handler = trainer.args, trainer.callback_handler
     resume = args.resume_from_checkpoint if resume is None else resume
     trainer.is_in_train, trainer.interruption = True, None

@@ -27,13 +27,14 @@ from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
+from kbtrain.plan.plan import Plan
 from kbtrain.report.record import RunRecord
 from kbtrain.report.recorder import RecordCallback
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
-from kbtrain.trainer import argument_checks, lr_finder, search, session
+from kbtrain.trainer import argument_checks, lr_finder, planning, search, session
 from kbtrain.trainer.artifacts import RunArtifacts
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import warn_about_unused
@@ -150,7 +151,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         self.callback_handler = CallbackHandler(
             [
                 RecordCallback(),
-                *make_trackers(tuple(self.args.report_to)),
+                *make_trackers(planning.trackers(self.args)),
                 *by_argument.callbacks(self.args),
                 *(callbacks or []),
                 *make_display(self.args),
@@ -318,6 +319,39 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
             return evaluation.evaluate(self, self.eval_steps, dataloader, *options)
         finally:
             self.callback_handler.tell("idle")
+
+    # --- before a run ---------------------------------------------------------------------------
+
+    @concise
+    def plan(
+        self,
+        device: Any,
+        count: int = 1,
+        *,
+        batch: Sequence[int] = (),
+        quick: bool = False,
+        **changes: Any,
+    ) -> Plan:
+        """Whether this run fits on devices that are not here, and how fast it could be.
+
+        The step is compiled for them and not run, by JAX: in a process of its own where the
+        backend is another one. Model, data and output folder stay as they are.
+
+        Args:
+            device: A name ("h100", "v5e"; an unknown one raises an error with the list), the path
+                of a YAML file with a device's figures, or a ``DeviceSpec``.
+            count: Number of devices.
+            batch: Batch sizes of a device: the first is planned, the others are compared.
+            quick: Whether to compile this run alone: no alternatives, no largest batch.
+            **changes: Fields of ``TrainingArguments`` to change, such as ``fsdp=True``.
+
+        Returns:
+            The plan: ``print`` shows it, ``to_dict`` has every figure.
+
+        Raises:
+            ConfigurationError: An argument is invalid, or the run cannot be planned.
+        """
+        return planning.plan(self, device, count, batch, quick, changes)
 
     # --- search ---------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -49,8 +49,8 @@ class DeviceSpec(JsonDataclass):
     network_bandwidth: float
     target: Mapping[str, Any] | None = None
     pattern: str = ""
-    aliases: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
+    aliases: Sequence[str] = ()
+    sources: Sequence[str] = ()
 
     @property
     def usable_bytes(self) -> int:
@@ -69,9 +69,9 @@ class DeviceSpec(JsonDataclass):
         if dtype == "float32":
             if tf32 and "tensorfloat32" in self.peak_flops:
                 return self.peak_flops["tensorfloat32"]
-            if "float32" in self.peak_flops:
-                return self.peak_flops["float32"]
-            dtype = "bfloat16"  # a TPU, whose products in float32 use it
+            if "float32" in self.peak_flops or self.kind != "tpu":
+                return self.peak_flops.get("float32")
+            dtype = "bfloat16"  # a TPU's products in float32 use it
         return self.peak_flops.get(dtype, self.peak_flops.get("bfloat16"))
 
 
@@ -79,12 +79,7 @@ class DeviceSpec(JsonDataclass):
 def known_devices() -> tuple[DeviceSpec, ...]:
     """The devices of the table; of two whose patterns match a name the first is meant."""
     text = resources.files("kbtrain.utils").joinpath(TABLE).read_text(encoding="utf-8")
-    return tuple(
-        DeviceSpec.from_dict(
-            {**row, "aliases": tuple(row["aliases"]), "sources": tuple(row["sources"])}
-        )
-        for row in json.loads(text)["devices"]
-    )
+    return tuple(DeviceSpec.from_dict(row) for row in json.loads(text)["devices"])
 
 
 def recognized(name: str) -> DeviceSpec | None:

@@ -1,0 +1,117 @@
+"""A program that is run to be planned: its first ``fit`` makes the plan in place of training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kbtrain.errors import place_of
+from kbtrain.utils.json_types import JsonDataclass
+
+if TYPE_CHECKING:
+    from kbtrain.plan.plan import Plan
+    from kbtrain.training.trainer_base import TrainerBase
+
+FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX"}
+
+
+@dataclass(frozen=True)
+class PlanRequest(JsonDataclass):
+    """What to plan.
+
+    Attributes:
+        device: The name of a device, or the path of a file.
+        count: Number of devices.
+        batch: Batch sizes of a device.
+        quick: Whether to compile the run alone.
+        changes: Fields of ``TrainingArguments`` to change.
+        backend: The backend that the program would run on.
+    """
+
+    device: str
+    count: int = 1
+    batch: tuple[int, ...] = ()
+    quick: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "jax"
+
+
+class PlanMade(SystemExit):
+    """Ends a program whose plan is made.
+
+    It derives from ``SystemExit``, so that ``except Exception`` in the program does not stop it.
+
+    Attributes:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(0)
+        self.plan = plan
+
+
+_request: PlanRequest | None = None
+
+
+def pending() -> bool:
+    """Whether this program is run to be planned, not to train."""
+    return _request is not None
+
+
+@contextlib.contextmanager
+def requested(request: PlanRequest) -> Iterator[None]:
+    """Context in which the first ``fit`` makes a plan."""
+    global _request
+    _request = request
+    try:
+        yield
+    finally:
+        _request = None
+
+
+def answer(trainer: TrainerBase, call: str = "fit") -> NoReturn:
+    """Make the plan that was requested, and end the program.
+
+    Args:
+        trainer: The Trainer whose ``fit`` was called.
+        call: The method that was called.
+
+    Raises:
+        PlanMade: Always.
+    """
+    from kbtrain.plan.planner import plan_run
+
+    global _request
+    request, _request = _request, None
+    assert request is not None
+    place = place_of(sys._getframe(1))
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    backend = request.backend if backend == "jax" else backend  # the program has set its own
+    notes = [f"Planned: the first call of {call}(){place}. Later ones are not."]
+    if backend != "jax":
+        notes.append(other_backend(backend))
+    plan = plan_run(
+        trainer,
+        request.device,
+        request.count,
+        batch=request.batch,
+        quick=request.quick,
+        changes=request.changes,
+        notes=notes,
+        tell=lambda what: print(f"kbtrain plan: {what}", file=sys.stderr, flush=True),
+    )
+    raise PlanMade(plan)
+
+
+def other_backend(backend: str) -> str:
+    """What a plan made with JAX says of a run on another backend."""
+    own = FRAMEWORKS.get(backend, backend)
+    return (
+        f"The program runs on {own} and was compiled with JAX, which alone compiles for devices "
+        f"that are not here. Weights, gradients and optimizer state are those of {own} too; "
+        "activations, scratch memory and speed may differ."
+    )

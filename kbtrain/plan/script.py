@@ -1,0 +1,120 @@
+"""Runs a user's program up to its first ``fit`` and writes the plan: ``kbtrain plan`` starts this.
+
+It is a process of its own because the backend is chosen when Keras is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kbtrain.errors import KbtrainError, first_lines
+from kbtrain.plan.request import FRAMEWORKS, PlanMade, PlanRequest, requested
+from kbtrain.utils.output_files import save_json
+
+_FOREIGN = ("torch", "tensorflow")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a program.
+
+    Args:
+        words: A JSON object with ``program``, ``module`` (whether that is the name of a module),
+            ``arguments``, ``request`` and ``result``: the file for the result, an object with
+            either ``plan`` or ``error``.
+
+    Returns:
+        0 if there is a plan, else 2.
+    """
+    task = json.loads(words[0])
+    values = task["request"]
+    request = PlanRequest.from_dict({**values, "batch": tuple(values["batch"])})
+    __import__("keras")  # with the backend of this process, whatever the program sets later
+    try:
+        with requested(request):
+            _run(task["program"], task["module"], task["arguments"])
+        result = {"error": _never(task["program"])}
+    except PlanMade as made:
+        result = {"plan": made.plan.to_dict()}
+    except KbtrainError as error:
+        result = {"error": _explained(error, str(error), request)}
+    except SystemExit as error:
+        result = {"error": f"{_never(task['program'])} It ended with exit status {error.code!r}."}
+    except KeyboardInterrupt:
+        result = {"error": "It was interrupted."}
+    except BaseException as error:
+        _print_traceback(error, task["program"])
+        text = f"{task['program']} failed before its first fit(): {_named(error)}"
+        result = {"error": _explained(error, text, request)}
+    save_json(Path(task["result"]), result)
+    return 0 if "plan" in result else 2
+
+
+def _run(program: str, is_module: bool, arguments: Sequence[str]) -> None:
+    import kbtrain
+
+    # As Python starts a program: its folder comes first. This package stays importable.
+    home = str(Path(kbtrain.__file__).parents[1])
+    sys.path[0] = os.getcwd() if is_module else str(Path(program).resolve().parent)
+    if home not in sys.path:
+        sys.path.append(home)
+    sys.argv = [program, *arguments]
+    if is_module:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(program, run_name="__main__")
+
+
+def _never(program: str) -> str:
+    return (
+        f"{program} ended without a call of Trainer.fit(), so there is nothing to plan. Arguments "
+        "of the program come after --: `kbtrain plan train.py --device h100 -- --epochs 3`."
+    )
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_lines(error, 2)}"
+
+
+def _explained(error: BaseException, text: str, request: PlanRequest) -> str:
+    """The message, and what it has to do with JAX if the program is written for another backend."""
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    backend = request.backend if backend == "jax" else backend
+    said = f"{type(error).__module__} {error}".lower()
+    modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    used = [
+        name
+        for name in _FOREIGN
+        if name in said or any(f"{os.sep}{name}{os.sep}" in path for path in modules[-3:])
+    ]
+    if not used:
+        if backend == "jax" or isinstance(error, KbtrainError):
+            return text
+        used = [backend]
+    own = FRAMEWORKS.get(used[0], used[0])
+    return (
+        f"{text}\nA plan is compiled with JAX. A model that calls {own} itself (its layers, "
+        "functions or tensors) cannot be planned; one of Keras layers and keras.ops can."
+    )
+
+
+def _print_traceback(error: BaseException, program: str) -> None:
+    """Print where the program failed, without the frames of this module and runpy."""
+    trace: Any = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in _INTERNAL:
+        trace = trace.tb_next
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith("<frozen"):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace)
+
+
+_INTERNAL = (__file__, runpy.__file__)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
