@@ -15,7 +15,7 @@ from typing import Any
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_named
-from kbtrain.plan.process import environment
+from kbtrain.plan.process import LONGEST, backend_of, environment
 from kbtrain.plan.request import PlanRequest
 from kbtrain.utils.devices import known_devices
 
@@ -74,6 +74,7 @@ def _result(
             [sys.executable, "-m", "kbtrain.plan.script", json.dumps(task)],
             env=environment(os.environ),
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+            timeout=LONGEST,
             check=False,
         )
         try:
@@ -105,17 +106,6 @@ def _show(found: Mapping[str, Any]) -> None:
         Console().print(plan)
     else:
         print(plan)
-
-
-def backend_of(environ: Mapping[str, str]) -> str:
-    """The backend that Keras would take, unless the program sets one itself."""
-    if name := environ.get("KERAS_BACKEND"):
-        return name
-    home = Path(environ.get("KERAS_HOME") or Path.home() / ".keras")
-    try:
-        return str(json.loads((home / "keras.json").read_text(encoding="utf-8"))["backend"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "tensorflow"
 
 
 def _absolute(device: str) -> str:

@@ -1,9 +1,11 @@
-"""The process that a plan is made in when this one cannot: its environment variables."""
+"""The process that a plan is made in, which has JAX: its environment, and the run's own backend."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from kbtrain.errors import ConfigurationError
 
@@ -13,6 +15,12 @@ _NOT_PASSED_ON = (
     "TF_CPP_MIN_LOG_LEVEL",
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "KBTRAIN_ADDRESSES"),
 )
+
+
+LONGEST = 6 * 3600
+"""Seconds after which a process that makes a plan is ended."""
+
+_CHOICE = "KERAS_BACKEND"
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -31,7 +39,33 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         )
     kept = {name: value for name, value in environ.items() if name not in _NOT_PASSED_ON}
     return kept | {
-        "KERAS_BACKEND": "jax",
+        _CHOICE: "jax",
         "JAX_PLATFORMS": "cpu",
         "WANDB_MODE": "disabled",  # a program may call wandb.init() itself
     }
+
+
+def backend_of(environ: Mapping[str, str]) -> str:
+    """The backend that Keras would take in a process, unless its program chooses one itself.
+
+    Args:
+        environ: The environment of the process.
+    """
+    if name := environ.get(_CHOICE):
+        return name
+    home = Path(environ.get("KERAS_HOME") or Path.home() / ".keras")
+    try:
+        return str(json.loads((home / "keras.json").read_text(encoding="utf-8"))["backend"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "tensorflow"
+
+
+def chosen_by_program(environ: Mapping[str, str], otherwise: str) -> str:
+    """The backend of a program that runs in a process for plans.
+
+    Args:
+        environ: The environment, in which the program may have set the backend that it wants.
+        otherwise: The backend that it has without that.
+    """
+    name = environ.get(_CHOICE, "jax")
+    return otherwise if name == "jax" else name

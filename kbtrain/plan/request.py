@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kbtrain.errors import place_of
+from kbtrain.plan.process import chosen_by_program
 from kbtrain.utils.json_types import JsonDataclass
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def answer(trainer: TrainerBase, call: str = "fit") -> NoReturn:
     request, _request = _request, None
     assert request is not None
     place = place_of(sys._getframe(1))
-    backend = os.environ.get("KERAS_BACKEND", "jax")
-    backend = request.backend if backend == "jax" else backend  # the program has set its own
+    backend = chosen_by_program(os.environ, request.backend)
     notes = [f"Planned: the first call of {call}(){place}. Later ones are not."]
     if backend != "jax":
         notes.append(other_backend(backend))

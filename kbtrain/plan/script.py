@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.errors import KbtrainError, first_lines
+from kbtrain.plan.process import chosen_by_program
 from kbtrain.plan.request import FRAMEWORKS, PlanMade, PlanRequest, requested
 from kbtrain.utils.output_files import save_json
 
@@ -35,6 +36,7 @@ def main(words: Sequence[str]) -> int:
     task = json.loads(words[0])
     values = task["request"]
     request = PlanRequest.from_dict({**values, "batch": tuple(values["batch"])})
+    result: dict[str, Any]
     __import__("keras")  # with the backend of this process, whatever the program sets later
     try:
         with requested(request):
@@ -57,10 +59,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _run(program: str, is_module: bool, arguments: Sequence[str]) -> None:
-    import kbtrain
-
     # As Python starts a program: its folder comes first. This package stays importable.
-    home = str(Path(kbtrain.__file__).parents[1])
+    home = str(Path(__file__).parents[2])
     sys.path[0] = os.getcwd() if is_module else str(Path(program).resolve().parent)
     if home not in sys.path:
         sys.path.append(home)
@@ -84,8 +84,7 @@ def _named(error: BaseException) -> str:
 
 def _explained(error: BaseException, text: str, request: PlanRequest) -> str:
     """The message, and what it has to do with JAX if the program is written for another backend."""
-    backend = os.environ.get("KERAS_BACKEND", "jax")
-    backend = request.backend if backend == "jax" else backend
+    backend = chosen_by_program(os.environ, request.backend)
     said = f"{type(error).__module__} {error}".lower()
     modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     used = [

@@ -17,14 +17,12 @@ import numpy as np
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import Batches, as_loader, map_structure, unpack
-from kbtrain.errors import ConfigurationError, KbtrainError, first_lines
+from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.plan import request as planning
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.plan import Plan
 from kbtrain.plan.planner import check_numbers, plan_run
-from kbtrain.plan.process import environment
-from kbtrain.utils.devices import DeviceSpec
-from kbtrain.utils.output_files import save_json
+from kbtrain.plan.process import LONGEST, environment
 
 if TYPE_CHECKING:
     from kbtrain.trainer.trainer import Trainer
@@ -69,11 +67,13 @@ def _planned_elsewhere(task: Mapping[str, Any], place: Path) -> Plan:
         path.write_text(json.dumps(task), encoding="utf-8")
     except TypeError as error:
         raise _cannot(f"it is not described by JSON alone: {error}") from None
-    command = [sys.executable, "-m", "kbtrain.trainer.planning", str(path)]
+    command = [sys.executable, "-m", "kbtrain.trainer.planned_elsewhere", str(path)]
     # It must find the modules that this process has found.
     found = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     env = environment(os.environ) | {"PYTHONPATH": found}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=LONGEST, check=False
+    )
     try:
         result = json.loads(Path(task["result"]).read_text(encoding="utf-8"))
     except OSError:
@@ -101,9 +101,7 @@ def _carried(trainer: Trainer) -> dict[str, Any]:
     Raises:
         ConfigurationError: A part of it has no configuration.
     """
-    from kbtrain.trainer.trainer import Trainer
-
-    if type(trainer) is not Trainer:
+    if type(trainer).__module__ != "kbtrain.trainer.trainer":
         raise _cannot(f"{type(trainer).__name__} is a class of your own.")
     if trainer.compute_loss_func is not None:
         raise _cannot("compute_loss_func is a function.")
@@ -144,14 +142,6 @@ def _serialized(part: Any) -> Any:
     return {"object": keras.saving.serialize_keras_object(part)}
 
 
-def _deserialized(config: Mapping[str, Any]) -> Any:
-    if "mapping" in config:
-        return {name: _deserialized(value) for name, value in config["mapping"].items()}
-    if "list" in config:
-        return [_deserialized(value) for value in config["list"]]
-    return keras.saving.deserialize_keras_object(config["object"])
-
-
 def _outline(trainer: Trainer) -> Any:
     """Shape and dtype of each array of a batch, as JSON."""
     names = trainer.bound.label_names
@@ -167,69 +157,3 @@ def _outline(trainer: Trainer) -> Any:
         return {"shape": list(x.shape), "dtype": x.dtype.name}
 
     return [None if part is None else map_structure(one, part) for part in parts]
-
-
-def _arrays(outline: Any) -> Any:
-    """Arrays of zeros with the shapes of an outline."""
-    if isinstance(outline, Mapping) and set(outline) == {"shape", "dtype"}:
-        return np.zeros(outline["shape"], outline["dtype"])
-    if isinstance(outline, Mapping):
-        return {name: _arrays(value) for name, value in outline.items()}
-    return [_arrays(value) for value in outline]
-
-
-def main(words: Sequence[str]) -> int:
-    """Plan the run of a file, in the process that has JAX."""
-    from kbtrain.trainer.trainer import Trainer
-
-    task = json.loads(Path(words[0]).read_text(encoding="utf-8"))
-    device, run = task["device"], task["run"]
-    result: dict[str, Any]
-    try:
-        parts = {
-            name: _deserialized(run[name])
-            for name in ("model", "loss", "metrics", "weighted_metrics", "optimizer", "schedule")
-        }
-    except Exception as error:
-        result = {"unknown": f"{type(error).__name__}: {first_lines(error, 2)}"}
-    else:
-        try:
-            result = {"plan": _plan_of(Trainer, parts, run, task, device).to_dict()}
-        except KbtrainError as error:
-            result = {"error": str(error)}
-    save_json(Path(task["result"]), result)
-    return 0
-
-
-def _plan_of(
-    made: type[Trainer],
-    parts: Mapping[str, Any],
-    run: Mapping[str, Any],
-    task: Mapping[str, Any],
-    device: Mapping[str, Any],
-) -> Plan:
-    data = tuple(_arrays(part) for part in run["data"] if part is not None)
-    trainer = made(
-        parts["model"],
-        TrainingArguments.from_dict(run["args"]),
-        train_dataset=data,
-        loss=parts["loss"],
-        metrics=parts["metrics"],
-        weighted_metrics=parts["weighted_metrics"],
-        loss_weights=run["loss_weights"],
-        class_weight=run["class_weight"] and dict(run["class_weight"]),
-        optimizers=(parts["optimizer"], parts["schedule"]),
-    )
-    return plan_run(
-        trainer,
-        DeviceSpec.from_dict(device),
-        task["count"],
-        batch=task["batch"],
-        quick=task["quick"],
-        changes=task["changes"],
-        notes=[planning.other_backend(task["backend"])],
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

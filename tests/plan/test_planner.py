@@ -204,7 +204,7 @@ def test_text_html_and_json(compiled, tmp_path):
     assert "<b>Plan of net on 4 x own</b>" in page
     assert "bf16=True" in page
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    assert again.to_dict() == json.loads(json.dumps(plan.to_dict()))
+    assert json.dumps(again.to_dict()) == json.dumps(plan.to_dict())
     assert str(again) == str(plan)
 
 
