@@ -58,4 +58,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
-    return f"usage: kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help; --version prints the version."
+    return f"usage: kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help. --version: the version."

@@ -66,7 +66,7 @@ def test_exit_status_and_message_of_a_command(capsys, words, status, said):
 
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"kbtrain {kbtrain.__version__}\n"
+    assert capsys.readouterr().out == f"kbtrain {importlib.metadata.version('kbtrain')}\n"
 
 
 def test_every_command_is_listed_and_has_help(capsys):
