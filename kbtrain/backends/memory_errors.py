@@ -11,6 +11,7 @@ _TEXTS = (
     "failed to allocate request",
     "invalid buffer size",  # of MPS: more than a single buffer can have
     "alloc_failed",  # of cuBLAS, cuDNN, cuSOLVER, cuSPARSE and cuFFT, which allocate for themselves
+    "nvml_success == r",  # of PyTorch, where NVIDIA's library cannot say how much memory there is
     # cuDNN found no algorithm whose workspace it could have.
     "cudnn_status_not_supported",
     "unable to find an engine to execute this computation",

@@ -218,6 +218,7 @@ def install():
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.cuda.graph_pool_handle = object
     torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device: 0
+    torch.cuda.get_per_process_memory_fraction = lambda device: 1.0
     torch.cuda.mem_get_info = lambda device: (machine.free, 1 << 40)
     device_module.peak_memory = lambda device: machine.peak
     device_module.reset_peak_memory = lambda device: setattr(machine, "peak", machine.step)

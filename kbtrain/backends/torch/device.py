@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,11 @@ from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.backends.torch import float32_precision
 from kbtrain.backends.torch.processes import take_rows
+from kbtrain.errors import ConfigurationError
 
 logger = logging.getLogger("kbtrain")
+
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """The variable of the environment without which cuBLAS is not deterministic."""
@@ -43,11 +47,13 @@ def to_device(tree: Any, pin: bool = False) -> Any:
 
 def on_device(x: Any, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:
     """A NumPy array as a tensor on a device, or on the default one."""
-    array = np.asarray(x)
+    array, target = np.asarray(x), device or _device()
+    if target.type == "mps" and array.dtype == np.float64:  # which Apple's GPUs do not have
+        array = array.astype(np.float32)
     if not array.flags.writeable:  # torch shares the memory but has no read-only tensors
         array = array.copy()
     tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if pin else tensor).to(device or _device(), non_blocking=True)
+    return (tensor.pin_memory() if pin else tensor).to(target, non_blocking=True)
 
 
 def _device() -> torch.device:
@@ -108,7 +114,7 @@ def accelerator() -> torch.device | None:
 def rng_state() -> dict[str, np.ndarray]:
     """The state of torch's generators, which Keras layers without a seed use."""
     state = {"cpu": torch.get_rng_state().numpy()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # or a run on the CPU would take memory of a GPU
         state |= {f"cuda_{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
     if (device := accelerator()) is not None:
         state["device"] = accelerator_rng_state(device).numpy()
@@ -210,6 +216,9 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
     Args:
         tf32: Whether products may use TensorFloat-32; None keeps torch's setting.
         deterministic: Whether operations without a deterministic kernel raise an error.
+
+    Raises:
+        ConfigurationError: There was such an operation.
     """
     cudnn = torch.backends.cudnn
     with float32_precision.allowing(tf32):
@@ -224,6 +233,14 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
+        except RuntimeError as error:
+            if (operation := _NOT_DETERMINISTIC.search(str(error))) is None:
+                raise
+            raise ConfigurationError(
+                f"full_determinism=True, and PyTorch has no deterministic kernel for "
+                f"{operation[1]} on this device. Replace the layer that uses it, or write "
+                "full_determinism=False: two runs then differ in the last digits."
+            ) from error
         finally:
             torch.use_deterministic_algorithms(was, warn_only=warned)
             cudnn.deterministic, cudnn.benchmark = flags

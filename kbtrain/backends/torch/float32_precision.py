@@ -44,6 +44,12 @@ def allowing(tf32: bool | None) -> Iterator[None]:
                 switch.restore(value)
 
 
+def is_allowed() -> bool:
+    """Whether float32 products may use TensorFloat-32, by whichever switches were set."""
+    newer = _readable(_SWITCHES[0].read)
+    return bool(torch.backends.cuda.matmul.allow_tf32) if newer is None else newer == "tf32"
+
+
 class _Switch:
     """One of the newer switches.
 

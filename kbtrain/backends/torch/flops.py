@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from kbtrain.backends.torch.capture.guard import NotCapturable
 from kbtrain.backends.torch.capture.program import same_random_state
 from kbtrain.backends.torch.device import is_oom, on_device
+from kbtrain.backends.torch.float32_precision import is_allowed
 from kbtrain.backends.torch.runner import UndeclaredVariable, context
 from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.utils.fallback import PrivateApi
@@ -107,4 +108,4 @@ _count = PrivateApi(
 
 def tf32_is_on() -> bool:
     """Whether products in float32 use TensorFloat-32 on a GPU that has it."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+    return is_allowed()

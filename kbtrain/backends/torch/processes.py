@@ -19,7 +19,7 @@ from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
 from kbtrain.backends.whole_batch import rows_of
-from kbtrain.errors import DistributedError, first_lines
+from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.processes import ProcessGroup
 
@@ -94,12 +94,27 @@ def _host_group() -> Any:
 def exchange_settings(
     library: str | None, timeout: float, bucket_megabytes: float | None
 ) -> Iterator[None]:
-    """Context that applies the settings."""
+    """Context that applies the settings.
+
+    Raises:
+        ConfigurationError: The device has no library for exchanges between processes.
+    """
+    _check_kind(torch.as_tensor(keras.ops.zeros(())).device.type)
     check_library(library, "nccl" if torch.cuda.is_available() else "gloo", "torch")
     if joined_processes() is not None:
         _set_timeout(datetime.timedelta(seconds=timeout))
     with bucket_size(bucket_megabytes):
         yield
+
+
+def _check_kind(kind: str) -> None:
+    """Check that tensors of a kind of device can be exchanged."""
+    if kind not in ("cpu", "cuda"):
+        raise ConfigurationError(
+            "On PyTorch several processes exchange tensors of GPUs of NVIDIA's and AMD's (by NCCL) "
+            f"or of CPUs (by Gloo). Received: {shards()} processes that train on {kind!r}. Start "
+            "one process, or write use_cpu=True."
+        )
 
 
 def _set_group_timeout(timeout: datetime.timedelta) -> None:

@@ -5,7 +5,10 @@ import importlib
 import logging
 import types
 
+import numpy as np
 import pytest
+
+from kbtrain.errors import ConfigurationError
 
 pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
 
@@ -130,6 +133,7 @@ def test_results_of_every_gpu_are_waited_for_on_their_own_streams(device, torch,
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ...",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "Unable to find an engine to execute this computation",
+        "NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp, please report a bug",
         "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried "
         "to allocate 4 bytes",
     ],
@@ -181,3 +185,76 @@ def test_a_run_goes_on_with_its_random_numbers_on_another_accelerator(device, to
     monkeypatch.setattr(device, "_device", lambda: torch.device("xpu", 2))
     device.set_rng_state(state)
     assert [int(s) for s in module.states] == [0, 1, 1]
+
+
+def test_whether_tensorfloat_is_on_can_be_asked_whoever_has_set_it(switched, request):
+    """PyTorch has switches of two kinds, and those of one kind raise after those of the other."""
+    flops = importlib.import_module("kbtrain.backends.torch.flops")
+    before = switched()
+    assert flops.tf32_is_on() is (request.node.callspec.params["switched"] != "strict")
+    assert switched() == before
+
+
+def test_an_operation_that_cannot_be_deterministic_is_named(device, torch):
+    functional = torch.nn.functional
+    found = torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, dtype=torch.int64)
+    with (
+        pytest.raises(ConfigurationError, match="kernel for max_unpool.*full_determinism=False"),
+        device.numerics(None, True),
+    ):
+        functional.max_unpool1d(*found, 2)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_errors_stay_what_they_are(device):
+    with pytest.raises(RuntimeError, match="another"), device.numerics(None, True):
+        raise RuntimeError("another")
+
+
+def test_a_run_on_the_cpu_does_not_start_a_gpu(device, torch, monkeypatch):
+    """What a generator of a GPU would be asked for first takes hundreds of megabytes there."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: started.append(1) or [])
+    assert set(device.rng_state()) == {"cpu"}
+    assert not started
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    device.rng_state()
+    assert started
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("mps", "float32"), ("cuda", "float64")])
+def test_apples_gpus_get_no_float64(kind, dtype, device, torch, monkeypatch):
+    class Tensor:
+        def __init__(self, array):
+            self.dtype = array.dtype.name
+
+        def to(self, target, non_blocking):
+            return target.type, self.dtype
+
+    monkeypatch.setattr(torch, "from_numpy", Tensor)
+    assert device.on_device(np.zeros(3), torch.device(kind)) == (kind, dtype)
+    assert device.on_device(np.zeros(3, "int64"), torch.device(kind)) == (kind, "int64")
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_processes_on_devices_that_cannot_exchange_tensors_are_refused(kind, monkeypatch):
+    processes = importlib.import_module("kbtrain.backends.torch.processes")
+    processes._check_kind("cpu")
+    processes._check_kind("cuda")
+    monkeypatch.setattr(processes, "shards", lambda: 2)
+    with pytest.raises(ConfigurationError, match=f"2 processes that train on {kind!r}.*use_cpu"):
+        processes._check_kind(kind)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("mps", False), ("cuda", True), ("xpu", True)])
+def test_half_precision_is_normalized_with_weights_in_float32_where_kernels_can(
+    kind, expected, torch
+):
+    """Apple's end the process (https://github.com/pytorch/pytorch/issues/154887)."""
+    overrides = importlib.import_module("kbtrain.backends.torch.capture.keras_overrides")
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    with fake.FakeTensorMode():
+        x = torch.empty(3, device=kind, dtype=torch.bfloat16)
+        assert overrides._is_half_on_gpu(x) is expected
+        assert not overrides._is_half_on_gpu(x.float())

@@ -43,9 +43,11 @@ def measured(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
 
 def free_bytes(device: torch.device) -> int:
     """What could be allocated, with what the allocator would give back if asked."""
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free) + max(0, int(cached))
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)  # 1, unless the program has set it
+    free = max(0, min(int(free), int(share * total) - int(reserved)))
+    return free + max(0, int(reserved) - int(torch.cuda.memory_allocated(device)))
 
 
 def lack_of_memory(step: int, state: int, device: torch.device) -> str | None:

@@ -157,7 +157,9 @@ def _batch_normalization(original: Callable[..., Any]) -> Callable[..., Any]:
 def _is_half_on_gpu(x: torch.Tensor) -> bool:
     from kbtrain.backends.torch import _on_cpu
 
-    return x.dtype in (torch.bfloat16, torch.float16) and not _on_cpu(x)
+    # On Apple's GPUs a process ends where the kernel gets dtypes of two kinds.
+    has_kernel = not _on_cpu(x) and x.device.type != "mps"
+    return x.dtype in (torch.bfloat16, torch.float16) and has_kernel
 
 
 def _channels_second(

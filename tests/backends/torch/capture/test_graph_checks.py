@@ -85,8 +85,11 @@ def test_memory_is_needed_for_graph_comparison_and_state(torch, checks, monkeypa
     memory = {"memory_reserved": 500 << 20, "memory_allocated": 200 << 20}
     for name, value in memory.items():
         monkeypatch.setattr(torch.cuda, name, lambda which, value=value: value)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda which: (300 << 20, 1 << 40))
-    assert checks.free_bytes(device) == 600 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda which: (300 << 20, 1 << 30))
+    share = [1.0]
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda which: share[0])
+    for share[0], free in ((0.6, 300 + 114), (0.5, 300 + 12), (0.4, 300), (1.0, 600)):
+        assert checks.free_bytes(device) >> 20 == free
     assert checks.lack_of_memory(200 << 20, 100 << 20, device) is None
     reason = checks.lack_of_memory(200 << 20, 150 << 20, device)
     assert reason == (
