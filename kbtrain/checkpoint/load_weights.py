@@ -88,9 +88,12 @@ def load_weights(
             The model is unchanged.
 
     Example:
-        >>> report = load_weights(model, "runs/old", strict=False)  # doctest: +SKIP
-        >>> report.missing  # doctest: +SKIP
-        ('sequential/head/kernel', 'sequential/head/bias')
+        >>> import keras
+        >>> body = [keras.Input((4,)), keras.layers.Dense(3, name="body")]
+        >>> keras.Sequential(body, name="sequential").save_weights("old.weights.h5")
+        >>> new = keras.Sequential([*body, keras.layers.Dense(2, name="head")], name="sequential")
+        >>> load_weights(new, "old.weights.h5", strict=False).missing
+        ('layers/dense_1/vars/0', 'layers/dense_1/vars/1')
     """
     check_model(model)
     if not model.built:

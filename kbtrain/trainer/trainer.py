@@ -89,9 +89,16 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         DataError: The type of the data is not supported.
 
     Example:
-        >>> trainer = Trainer(model, args, train_dataset=(x, y), loss="mse")  # doctest: +SKIP
-        >>> trainer.fit().training_loss  # doctest: +SKIP
-        0.1234
+        >>> import keras, numpy as np
+        >>> from kbtrain import Trainer, TrainingArguments
+        >>> x = np.linspace(-1, 1, 64, dtype="float32")[:, None]
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> args = TrainingArguments(max_steps=60, learning_rate=0.3, logging_strategy="no")
+        >>> trainer = Trainer(model, args, train_dataset=(x, 2 * x), loss="mse")
+        >>> trainer.fit().global_step
+        60
+        >>> trainer.evaluate((x, 2 * x))["eval_loss"] < 0.1
+        True
     """
 
     def __init__(

@@ -20,6 +20,7 @@ def not_imported() -> Iterator[None]:
     """Inside, Keras treats TensorFlow as not installed, unless it has been imported already.
 
     Example:
+        >>> import keras
         >>> with not_imported():
         ...     keras.utils.set_random_seed(0)
     """

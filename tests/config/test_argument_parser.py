@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import doctest
 import enum
 import importlib
 import json
@@ -332,12 +331,6 @@ SCALARS = st.one_of(
 @given(st.dictionaries(st.text(max_size=6), st.one_of(SCALARS, st.lists(SCALARS, max_size=3))))
 def test_what_is_written_reads_back(values):
     assert yaml_text.loads(yaml_text.dumps(values), "text") == values
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(argument_parser)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 # --- parsers that go by annotations --------------------------------------------------------------

@@ -3,7 +3,6 @@
 import abc
 import copy
 import dataclasses
-import doctest
 import enum
 import json
 import pickle
@@ -13,7 +12,6 @@ import pytest
 from paths import ROOT
 
 from kbtrain import ArgumentParser, TrainingArguments
-from kbtrain.config import construction
 from kbtrain.config.inactive_settings import NEUTRAL, is_inactive
 from kbtrain.config.migration import DROPPED, RENAMED
 from kbtrain.errors import ConfigurationError, FrozenArgumentsError
@@ -317,9 +315,3 @@ def test_a_script_may_look_at_such_a_setting():
         args.set_evaluate(strategy="steps")
     with pytest.raises(AttributeError, match="has no attribute 'zzz'"):
         _ = args.zzz
-
-
-def test_examples_in_docstrings():
-    result = doctest.testmod(construction)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import doctest
 import inspect
 import os
 import subprocess
@@ -14,7 +13,6 @@ from helpers_arguments import FIELDS, best
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbtrain.config import training_args, validation
 from kbtrain.config.argument_parser import ArgumentParser
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.config.validation import resolve_steps
@@ -163,13 +161,6 @@ def test_signature_names_every_field_and_type_hints_resolve():
     assert by_position + keywords == list(FIELDS)
     hints = typing.get_type_hints(TrainingArguments)
     assert hints["save_total_limit"] == int | None
-
-
-@pytest.mark.parametrize("module", [training_args, validation])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_importing_and_building_loads_no_framework():

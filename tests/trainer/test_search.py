@@ -1,6 +1,5 @@
 """Hyperparameter search: values, folders, pruning, resuming, several processes, mistakes."""
 
-import doctest
 import json
 import os
 import re
@@ -358,11 +357,6 @@ def test_no_picture_without_matplotlib_or_room(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert search_plot.save_plot(optuna, study, tmp_path) is None
     assert not (tmp_path / "search.png").exists()
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(search_plot).failed == 0
-    assert doctest.testmod(search).failed == 0
 
 
 def test_a_search_shows_its_trials_a_table_and_the_best_as_yaml(tmp_path, capsys):
