@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kbtrain.errors import KbtrainError, first_lines
+from kbtrain.errors import KbtrainError, causes, first_lines, user_line
 from kbtrain.plan.process import chosen_by_program
 from kbtrain.plan.request import FRAMEWORKS, PlanMade, PlanRequest, requested
 from kbtrain.utils.output_files import save_json
-
-_FOREIGN = ("torch", "tensorflow")
 
 
 def main(words: Sequence[str]) -> int:
@@ -45,15 +43,16 @@ def main(words: Sequence[str]) -> int:
     except PlanMade as made:
         result = {"plan": made.plan.to_dict()}
     except KbtrainError as error:
-        result = {"error": _explained(error, str(error), request)}
+        result = {"error": f"{error}{_about_jax(error, request)}"}
     except SystemExit as error:
         result = {"error": f"{_never(task['program'])} It ended with exit status {error.code!r}."}
     except KeyboardInterrupt:
         result = {"error": "It was interrupted."}
     except BaseException as error:
-        _print_traceback(error, task["program"])
-        text = f"{task['program']} failed before its first fit(): {_named(error)}"
-        result = {"error": _explained(error, text, request)}
+        if not _framework_of(error):
+            _print_traceback(error)
+        text = f"{task['program']} failed before its first fit(){user_line(error)}: {_named(error)}"
+        result = {"error": f"{text}{_about_jax(error, request)}"}
     save_json(Path(task["result"]), result)
     return 0 if "plan" in result else 2
 
@@ -82,38 +81,41 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_lines(error, 2)}"
 
 
-def _explained(error: BaseException, text: str, request: PlanRequest) -> str:
-    """The message, and what it has to do with JAX if the program is written for another backend."""
+def _about_jax(error: BaseException, request: PlanRequest) -> str:
+    """What an error has to do with JAX, if the program is written for another backend."""
+    if name := _framework_of(error):
+        own = FRAMEWORKS[name]
+        return (
+            f"\nA plan is compiled with JAX. A model that calls {own} itself (its layers, "
+            "functions or tensors) cannot be planned; one of Keras layers and keras.ops can."
+        )
     backend = chosen_by_program(os.environ, request.backend)
-    said = f"{type(error).__module__} {error}".lower()
-    modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    used = [
-        name
-        for name in _FOREIGN
-        if name in said or any(f"{os.sep}{name}{os.sep}" in path for path in modules[-3:])
-    ]
-    if not used:
-        if backend == "jax" or isinstance(error, KbtrainError):
-            return text
-        used = [backend]
-    own = FRAMEWORKS.get(used[0], used[0])
-    return (
-        f"{text}\nA plan is compiled with JAX. A model that calls {own} itself (its layers, "
-        "functions or tensors) cannot be planned; one of Keras layers and keras.ops can."
-    )
+    if backend == "jax" or isinstance(error, KbtrainError):
+        return ""
+    own = FRAMEWORKS.get(backend, backend)
+    return f"\nIt ran with JAX, which a plan is compiled with: what needs {own} cannot be planned."
 
 
-def _print_traceback(error: BaseException, program: str) -> None:
+def _framework_of(error: BaseException) -> str:
+    """The framework other than JAX that an error is about; empty if it is about none."""
+    for cause in reversed(causes(error)):
+        said = str(cause).lower()
+        paths = [frame.filename for frame in traceback.extract_tb(cause.__traceback__)][-3:]
+        for name in ("torch", "tensorflow"):
+            if f"{name}." in said or any(f"{os.sep}{name}{os.sep}" in path for path in paths):
+                return name
+    return ""
+
+
+def _print_traceback(error: BaseException) -> None:
     """Print where the program failed, without the frames of this module and runpy."""
-    trace: Any = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in _INTERNAL:
-        trace = trace.tb_next
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith("<frozen"):
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_INTERNAL):
         trace = trace.tb_next
     traceback.print_exception(type(error), error, trace)
 
 
-_INTERNAL = (__file__, runpy.__file__)
+_INTERNAL = (__file__, runpy.__file__, "<frozen")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

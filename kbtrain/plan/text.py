@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.roofline import ASSUMPTION, Roofline
-from kbtrain.utils.html import Html, element, number, size, table
+from kbtrain.utils.html import Html, element, size, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,6 +46,16 @@ def milliseconds(seconds: float) -> str:
     """
     value = 1e3 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rounded(value: float) -> str:
+    """A number with three significant digits, in full.
+
+    Example:
+        >>> rounded(36_519_670.2), rounded(5203), rounded(0.01234)
+        ('36,500,000', '5,200', '0.0123')
+    """
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def devices(plan: Plan) -> str:
@@ -106,9 +116,9 @@ def update_rows(facts: ProgramFacts, bound: Roofline) -> list[tuple[str, str]]:
 
 def speed(bound: Roofline) -> str:
     """The bound in a sentence."""
-    rates = [f"{number(bound.samples_per_second, 3)} samples/s"]
+    rates = [f"{rounded(bound.samples_per_second)} samples/s"]
     if bound.tokens_per_second is not None:
-        rates.append(f"{number(bound.tokens_per_second, 3)} tokens/s")
+        rates.append(f"{rounded(bound.tokens_per_second)} tokens/s")
     if bound.mfu is not None:
         rates.append(f"an MFU of {100 * bound.mfu:.2g} %")
     return (

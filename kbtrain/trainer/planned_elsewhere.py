@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> int:
             for name in ("model", "loss", "metrics", "weighted_metrics", "optimizer", "schedule")
         }
     except Exception as error:
-        result = {"unknown": f"{type(error).__name__}: {first_lines(error, 2)}"}
+        result = {"unknown": f"{type(error).__name__}: {first_lines(error, 1)[:200]}"}
     else:
         try:
             result = {"plan": _plan_of(parts, run, task, device).to_dict()}

@@ -116,7 +116,9 @@ def _carried(trainer: Trainer) -> dict[str, Any]:
         }
         found = {name: _serialized(part) for name, part in parts.items()}
     except Exception as error:
-        raise _cannot(f"{type(error).__name__}: {first_lines(error, 1)}") from None
+        raise _cannot(f"{type(error).__name__}: {first_lines(error, 1)[:200]}") from None
+    if own := _own_class(found):
+        raise _cannot(f"{own} is defined in this program.")
     args = trainer.args.replace(**_NOT_CARRIED).to_dict()
     return found | {
         "args": {each.name: args[each.name] for each in dataclasses.fields(TrainingArguments)},
@@ -140,6 +142,17 @@ def _serialized(part: Any) -> Any:
     if isinstance(part, list | tuple):
         return {"list": [_serialized(value) for value in part]}
     return {"object": keras.saving.serialize_keras_object(part)}
+
+
+def _own_class(config: Any) -> str:
+    """A class or function of the program itself, which another process cannot import, or ""."""
+    if isinstance(config, Mapping):
+        if "class_name" in config and config.get("module", "keras") in (None, "__main__"):
+            return str(config["class_name"])
+        config = list(config.values())
+    if isinstance(config, list | tuple):
+        return next(filter(None, map(_own_class, config)), "")
+    return ""
 
 
 def _outline(trainer: Trainer) -> Any:
