@@ -194,12 +194,13 @@ def install():
     """Let tensors of the CPU be captured as those of a GPU are."""
     from kbtrain.backends import torch as backend
     from kbtrain.backends.torch import device as device_module
+    from kbtrain.backends.torch import fusion
     from kbtrain.backends.torch.capture import cuda_graph
     from kbtrain.backends.torch.capture import graph_checks as checks
     from kbtrain.backends.torch.capture import random as torch_random
 
     if not torch.cuda.is_available():
-        cuda_graph.KIND = "cpu"
+        cuda_graph.KIND = fusion.KIND = "cpu"
         torch_random._on_gpu = lambda seed: True
         backend._on_cpu = lambda condition: False
         torch.cuda.get_rng_state = lambda device: torch.get_rng_state()

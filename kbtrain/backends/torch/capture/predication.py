@@ -7,7 +7,7 @@ can read a flag on the device; state that only they change needs no copy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -19,11 +19,6 @@ from kbtrain.backends.torch.capture.simplify import ASSIGN
 aten = torch.ops.aten
 
 _FUNCTIONS = {torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_, torch._fused_adagrad_}
-_OPERATIONS = {
-    getattr(getattr(aten, function.__name__), overload)
-    for function in _FUNCTIONS
-    for overload in getattr(aten, function.__name__).overloads()
-}
 
 
 class FlaggedOptimizers(TorchFunctionMode):  # type: ignore[misc]
@@ -49,7 +44,7 @@ class FlaggedOptimizers(TorchFunctionMode):  # type: ignore[misc]
 def drop_selections(graph: Graph) -> None:
     """Remove ``x.copy_(where(condition, x, old))`` where predicated kernels make it redundant.
 
-    This holds if only fused optimizers with this condition have written to ``x`` since
+    This holds if only operations whose ``found_inf`` is this condition have written to ``x`` since
     ``old = x.clone()``.
 
     Args:
@@ -58,20 +53,48 @@ def drop_selections(graph: Graph) -> None:
     analysis = AliasAnalysis(graph)
     nodes = list(graph.nodes)
     for node in nodes:
-        if node.target is not ASSIGN or node.args[1].target is not aten.where.self:
+        if (found := selection(node, analysis)) is None:
             continue
-        variable, (condition, new, old) = _origin(node.args[0]), node.args[1].args
-        if old.target is not aten.clone.default or len(analysis.owners(variable)) != 1:
-            continue
-        if not (variable is _origin(new) is _origin(old.args[0])):
-            continue
-        (owner,) = analysis.owners(variable)
-        writers = [nodes[i] for i in analysis.writes[owner] if i > analysis.position[old]]
-        if all(w is node or _is_flagged(w, condition) for w in writers):
+        writers = [nodes[i] for i in analysis.writes[found.owner]]
+        writers = [w for w in writers if analysis.position[w] > analysis.position[found.old]]
+        if all(w is node or _is_flagged(w, found.condition) for w in writers):
             selected = node.args[1]
-            for unused in (node, selected, old):
+            for unused in (node, selected, found.old):
                 if not unused.users:
                     graph.erase_node(unused)
+
+
+class Selection(NamedTuple):
+    """An assignment ``x.copy_(where(condition, x, old))``.
+
+    Attributes:
+        owner: The node of ``x``.
+        condition: The condition.
+        old: The copy of ``x`` from before.
+    """
+
+    owner: Node
+    condition: Node
+    old: Node
+
+
+def selection(node: Node, analysis: AliasAnalysis) -> Selection | None:
+    """The selection that a node is, if it is one.
+
+    Args:
+        node: Any node of a recorded graph.
+        analysis: The analysis of the graph.
+    """
+    if node.target is not ASSIGN or node.args[1].target is not aten.where.self:
+        return None
+    variable, (condition, new, old) = _origin(node.args[0]), node.args[1].args
+    if getattr(old, "target", None) is not aten.clone.default:
+        return None
+    if len(analysis.owners(variable)) != 1 or not (
+        variable is _origin(new) is _origin(old.args[0])
+    ):
+        return None
+    return Selection(next(iter(analysis.owners(variable))), condition, old)
 
 
 def _origin(node: Node) -> Node:
@@ -82,9 +105,9 @@ def _origin(node: Node) -> Node:
 
 
 def _is_flagged(node: Node, condition: Node) -> bool:
-    """Whether a node is a fused optimizer predicated on ``condition``."""
+    """Whether a node changes nothing unless ``condition`` is true."""
     skip = node.kwargs.get("found_inf")
-    if node.target not in _OPERATIONS or skip is None:
+    if skip is None or not isinstance(skip, Node):
         return False
     negated = skip.args[0] if skip.target is aten._to_copy.default else skip
     return negated.target is aten.logical_not.default and negated.args[0] is condition

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kbtrain.backends.torch import fusion
 from kbtrain.backends.torch.capture.aliasing import (
     AliasAnalysis,
     aliases,
@@ -123,9 +124,13 @@ def make_program(
 
     Raises:
         NotCapturable: The state is changed before a check.
+        fusion.Failure: It could not be rewritten for a GPU; recorded again, it runs as it is.
     """
     if any(_has_unknown_shape(node) for node in module.graph.nodes):
         raise NotCapturable("the shape of a result depends on values")
+    on_gpu = fusion.applies_to(examples)
+    if on_gpu:
+        fusion.use_arguments(module.graph)
     drop_selections(module.graph)
     simplify(module)
     delay_assignments(module.graph)
@@ -151,27 +156,30 @@ def make_program(
     results += [n for n in used if is_collective(n) and not n.users]  # or inductor drops them
     region = PureRegion(placeholders, constants, used, results)
     compiled = _inductor(region, examples) if inductor else None
+    changed = {owner for node in late for owner in _written(node, analysis)}
+    reason = _reason_to_wait([*region.nodes, *late], changed)
+    waits = "a condition is checked" if conditions else reason
+    if on_gpu and compiled is None and not conditions:
+        used, late = fusion.fewer_kernels(used, late, analysis, constants), []
+        returned = nodes_in(next(n for n in nodes if n.op == "output").args[0])
 
     source = FunctionSource(
-        placeholders, constants, _last_uses([*region.nodes, *late], [*returned, *conditions])
+        placeholders, constants, _last_uses([*used, *late], [*returned, *conditions])
     )
     if compiled is not None:
         source.assign(results, compiled, placeholders)
     else:
-        for node in region.nodes:
+        for node in used:
             source.operation(node)
     if conditions:
         source.call(_check, conditions)
     for node in late:
         source.operation(node)
-    changed = {owner for node in late for owner in _written(node, analysis)}
     return StepProgram(
         source.compile(returned),
         [i for i, node in enumerate(placeholders) if node in changed],
         list(constants.values()),
-        "a condition is checked"
-        if conditions
-        else _reason_to_wait([*region.nodes, *late], changed),
+        waits,
     )
 
 

@@ -18,11 +18,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kbtrain.backends.collective_check import Operation, about_to_run, noting
+from kbtrain.backends.torch import fusion
 from kbtrain.backends.torch.capture.cuda_graph import Graphs, with_graph
 from kbtrain.backends.torch.capture.guard import NotCapturable
 from kbtrain.backends.torch.capture.keras_overrides import native_operations
 from kbtrain.backends.torch.capture.large_gradients import KeptMemory
-from kbtrain.backends.torch.capture.program import make_program, no_collection, same_random_state
+from kbtrain.backends.torch.capture.program import (
+    StepProgram,
+    make_program,
+    no_collection,
+    same_random_state,
+)
 from kbtrain.backends.torch.capture.trace import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
 from kbtrain.utils.fallback import report
@@ -72,9 +78,23 @@ class CapturedStep:
         self._variables = list(variables)
         examples = [*keras.tree.flatten(inputs), *self._state()]
         with no_collection(), torch.no_grad():
-            recorded, self.outputs, self._collectives = record_step(fn, self._variables, inputs)
-            program = make_program(recorded, examples, inductor, kept)
+            program = self._made(fn, inputs, examples, inductor, kept)
         self._run = with_graph(program, examples, graphs)
+
+    def _made(
+        self,
+        fn: Callable[[Any], Any],
+        inputs: Any,
+        examples: Sequence[torch.Tensor],
+        inductor: bool,
+        kept: KeptMemory,
+    ) -> StepProgram:
+        recorded, self.outputs, self._collectives = record_step(fn, self._variables, inputs)
+        try:
+            return make_program(recorded, examples, inductor, kept)
+        except fusion.Failure as failure:
+            fusion.give_up(failure)
+        return self._made(fn, inputs, examples, inductor, kept)
 
     def _state(self) -> list[torch.Tensor]:
         return [variable._value for variable in self._variables]

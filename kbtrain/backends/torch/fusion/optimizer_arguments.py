@@ -1,0 +1,153 @@
+"""The factor of the gradients and the flag of the step as arguments of fused optimizers.
+
+Clipping multiplies all gradients by one number, which is a pass over them, and an update that must
+not happen is undone by selecting the old state, which is a dozen. PyTorch's fused optimizers, and
+any operation with the same arguments, divide by ``grad_scale`` as they read a gradient, and change
+nothing where ``found_inf`` is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Graph, Node
+
+from kbtrain.backends.torch.capture.aliasing import AliasAnalysis, aliases, nodes_in
+from kbtrain.backends.torch.capture.predication import selection
+
+aten = torch.ops.aten
+
+_LINEAR = (aten.clone.default, aten._to_copy.default)
+"""Copies, which a factor passes through as it does through views."""
+
+
+def _takes(node: Node, argument: str) -> bool:
+    """Whether an operation has such an argument, and was not given one."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or node.kwargs.get(argument) is not None:
+        return False
+    return any(each.name == argument for each in schema.arguments)
+
+
+def _gradients(node: Node) -> list[Node]:
+    """The gradients that a fused optimizer is given."""
+    names = [each.name for each in node.target._schema.arguments]
+    (place,) = (i for i, name in enumerate(names) if name in ("grads", "gradients"))
+    return nodes_in(node.args[place])
+
+
+def pass_flags(graph: Graph) -> None:
+    """Give ``found_inf`` to operations all of whose changes are selected by one condition.
+
+    The selections are then redundant (``predication.drop_selections``).
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    analysis = AliasAnalysis(graph)
+    condition_of = {}
+    for node in graph.nodes:
+        if (found := selection(node, analysis)) is not None:
+            condition_of[found.owner] = found.condition
+    skip_of: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        if not _takes(node, "found_inf"):
+            continue
+        written = {o for target in aliases(node, write=True) for o in analysis.owners(target)}
+        conditions = {condition_of.get(owner) for owner in written}
+        condition = next(iter(conditions), None)
+        if condition is None or len(conditions) > 1:
+            continue
+        if analysis.position[condition] > analysis.position[node]:
+            continue
+        if condition not in skip_of:
+            with graph.inserting_after(condition):
+                skip = graph.call_function(aten.logical_not.default, (condition,))
+            skip.meta["val"] = condition.meta["val"]
+            with graph.inserting_after(skip):
+                number = graph.call_function(
+                    aten._to_copy.default, (skip,), {"dtype": torch.float32}
+                )
+            number.meta["val"] = condition.meta["val"].float()
+            skip_of[condition] = number
+        node.kwargs = {**node.kwargs, "found_inf": skip_of[condition]}
+
+
+def pass_factors(graph: Graph) -> None:
+    """Give ``grad_scale`` to optimizers whose gradients are used for nothing else.
+
+    Args:
+        graph: A recorded graph; changed in place.
+    """
+    analysis = AliasAnalysis(graph)
+    for node in list(graph.nodes):
+        if node.target is aten._foreach_mul_.Tensor:
+            _pass_factor(node, analysis)
+
+
+def _pass_factor(product: Node, analysis: AliasAnalysis) -> None:
+    gradients, factor = product.args
+    value = factor.meta["val"]
+    if value.dtype is not torch.float32 or value.dim():
+        return
+    readers = {gradient: set(_readers(gradient, product, analysis)) for gradient in gradients}
+    source_of = {
+        end: gradient for gradient in gradients for end in _copies(gradient, product, analysis)
+    }
+    optimizers = {reader for found in readers.values() for reader in found}
+    taken: set[Node] = set()
+    scale = None
+    for optimizer in sorted(optimizers, key=analysis.position.__getitem__):
+        if not _takes(optimizer, "grad_scale"):
+            continue
+        sources = [source_of.get(each) for each in _gradients(optimizer)]
+        if not all(source and readers[source] == {optimizer} for source in sources):
+            continue
+        if scale is None:
+            with product.graph.inserting_before(product):
+                scale = product.graph.call_function(aten.reciprocal.default, (factor,))
+            scale.meta["val"] = value
+        optimizer.kwargs = {**optimizer.kwargs, "grad_scale": scale}
+        taken.update(source for source in sources if source is not None)
+    left = [gradient for gradient in gradients if gradient not in taken]
+    if left:
+        product.args = (left, factor)
+    else:
+        product.graph.erase_node(product)
+
+
+def _copies(gradient: Node, product: Node, analysis: AliasAnalysis) -> Iterator[Node]:
+    """A gradient after it was multiplied, its views and its copies."""
+    (owner, *others) = analysis.owners(gradient)
+    if others:
+        return
+    waiting = [owner, *filter(_is_view, analysis.views[owner])]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        for user in node.users:
+            is_later = analysis.position[user] > analysis.position[product]
+            if is_later and (user.target in _LINEAR or _is_view(user)):
+                waiting.append(user)
+
+
+def _is_view(node: Node) -> bool:
+    return bool(aliases(node, write=False)) and not aliases(node, write=True)
+
+
+def _readers(gradient: Node, product: Node, analysis: AliasAnalysis) -> Iterator[Node]:
+    """What uses a gradient after it was multiplied; the product itself if that is not known."""
+    owners = analysis.owners(gradient)
+    if len(owners) != 1 or next(iter(owners)).op != "call_function":
+        yield product
+        return
+    copies = set(_copies(gradient, product, analysis))
+    for node in copies:
+        for user in node.users:
+            if analysis.position[user] > analysis.position[product] and user not in copies:
+                yield user

@@ -1,0 +1,81 @@
+"""Steps of few kernels on PyTorch, counted on a CPU, and numbers of their Triton kernel.
+
+No GPU is needed: the kernel is run by Triton's interpreter, and compiled for two GPUs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT, SUPPORT
+
+pytestmark = [
+    pytest.mark.cross,  # needs PyTorch and Triton, whatever Keras runs on
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only"),
+]
+
+FORWARD_BACKWARD, TAIL = "forward, backward", "clipping, checks"
+OPTIMIZER, STATE = "optimizer", "state, metrics, results"
+
+
+def run(what, folder, **environ):
+    """What the program prints, on PyTorch."""
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environ |= {"KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    result = subprocess.run(
+        [sys.executable, str(SUPPORT / "helpers_fusion.py"), what, str(folder)],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    return run("steps", tmp_path_factory.mktemp("steps"))
+
+
+@pytest.mark.core
+def test_what_is_computed_of_scalars_is_one_kernel(steps):
+    """Two for the norms of the gradients, one that puts them together, and this one."""
+    counts = steps["counts"]
+    assert counts["mlp"][TAIL] == counts["cosine"][TAIL] == 4
+    assert counts["mlp"][STATE] == 0
+    assert counts["mlp"][FORWARD_BACKWARD] <= 24
+    assert sum(counts["mlp"].values()) <= 30  # 67 operations were recorded
+
+
+def test_moving_statistics_take_no_more_kernels_for_more_layers(steps):
+    few, many = steps["counts"]["normalized"]
+    assert few[TAIL] == many[TAIL]
+    assert few[STATE] == many[STATE] == 0
+    # A layer has 9: convolution, bias and normalization, forward and backward.
+    assert many[FORWARD_BACKWARD] - few[FORWARD_BACKWARD] <= 3 * 9
+    # With the copies of kernels' gradients to the layout of the kernels.
+    assert many[OPTIMIZER] - few[OPTIMIZER] <= 3 + 1
+
+
+def test_the_numbers_are_those_of_the_step_as_recorded(steps):
+    assert steps["plain"] < 5e-6
+    assert steps["not finite"] < 5e-6
+
+
+def test_the_kernel_of_a_step_compiles_for_two_gpus(steps):
+    assert len(steps["compiled"]) == 4
+    assert all(size > 1000 for size in steps["compiled"].values())
+
+
+def test_operations_on_scalars_round_as_those_of_pytorch(tmp_path):
+    errors = run("numbers", tmp_path, TRITON_INTERPRET="1")
+    assert len(errors) == 33
+    assert min(tried for tried, _ in errors.values()) >= 9
+    inexact = {name: error for name, (_, error) in errors.items() if error > 0}
+    # The last digit of float32, and of float64.
+    limits = {"cos": 2e-7, "sin": 2e-7, "pow.Tensor_Tensor": 1e-15, "pow.Tensor_Scalar": 1e-15}
+    assert {name: x for name, x in inexact.items() if not x < limits.get(name, 0)} == {}

@@ -1,0 +1,228 @@
+"""Steps as they are on a GPU, on a CPU with PyTorch: `python helpers_fusion.py WHAT FOLDER`.
+
+``steps`` counts kernels, compares runs with those of the plain step, and compiles a step's kernel
+for two GPUs; ``numbers`` computes operations on scalars by Triton's interpreter
+(TRITON_INTERPRET=1). Prints one JSON object.
+"""
+
+import itertools
+import json
+import math
+import sys
+from unittest import mock
+
+import keras
+import numpy as np
+from helpers import make_data, train_logs, weights, with_weights
+from keras import layers
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_counts
+import torch
+import workloads
+from torch.fx import Graph
+
+from kbtrain import Trainer, TrainingArguments
+from kbtrain.backends.torch.fusion import scalar_kernel
+from kbtrain.backends.torch.fusion.scalar_kernel import Scalars, is_supported
+
+WHAT, FOLDER = sys.argv[1:]
+aten = torch.ops.aten
+MLP = gpu_counts.MODELS["mlp"][3]
+
+
+# --- kernels of a step ----------------------------------------------------------------------------
+
+
+def normalized(depth):
+    """A network of so many normalized layers."""
+    inputs = keras.Input((8, 8, 4))
+    h = inputs
+    for _ in range(depth):
+        h = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(h))
+    return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling2D()(h)))
+
+
+def kernels(make, data, **arguments):
+    counts = gpu_counts.count(gpu_counts.recorded_nodes(make, *data, **arguments))
+    return {part: found.kernels for part, found in counts.items()}
+
+
+def counts():
+    images = np.zeros((4, 8, 8, 4), "float32"), np.zeros(4, "int32")
+    return {
+        "mlp": kernels(workloads.mlp, MLP),
+        "cosine": kernels(workloads.mlp, MLP, lr_scheduler_type="cosine", warmup_steps=1),
+        "normalized": [kernels(lambda n=n: normalized(n), images, bf16=True) for n in (2, 5)],
+    }
+
+
+# --- numbers of a run -----------------------------------------------------------------------------
+
+
+def model():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    h = layers.BatchNormalization()(layers.Dense(6, activation="tanh")(inputs))
+    h = layers.BatchNormalization(momentum=0.9)(layers.Dense(5, activation="tanh")(h))
+    return with_weights(keras.Model(inputs, layers.Dense(1)(layers.Dropout(0.3, seed=1)(h))))
+
+
+def train(name, data=None, **settings):
+    chosen = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments(output_dir=f"{FOLDER}/{name}", **(chosen | settings))
+    data = make_data(24) if data is None else data
+    trainer = Trainer(model(), arguments, train_dataset=data, loss="mse", metrics=["mae"])
+    trainer.fit()
+    logs = [train_logs(trainer, key) for key in ("loss", "grad_norm", "learning_rate", "mae")]
+    state = [variable.numpy() for variable in trainer.optimizer.variables]
+    return [np.asarray(x, "float64") for x in (*weights(trainer.model), *state, *logs)]
+
+
+def distance(name, **settings):
+    """How far a run with the fused step is from one with the plain step."""
+    found = []
+    for applies in (True, False):
+        plain = (lambda tensors: False, gpu_counts.fusion.applies_to)[applies]
+        with (
+            gpu_counts.pretending(),
+            mock.patch.object(gpu_counts.fusion, "applies_to", plain),
+            # Without Triton, its operations one by one.
+            mock.patch.object(Scalars, "_launch", lambda self, *inputs: self._run._plain(*inputs)),
+        ):
+            found.append(train(f"{name} {applies}", **settings))
+    return max(float(np.nanmax(np.abs(a - b))) for a, b in zip(*found, strict=True))
+
+
+def with_nan():
+    x, y = make_data(24)
+    x[9] = np.nan
+    return x, y
+
+
+def steps():
+    return {
+        "counts": counts(),
+        "plain": distance("plain"),
+        "not finite": distance("not finite", data=with_nan(), on_nonfinite="skip"),
+        "compiled": machine_code(),
+    }
+
+
+# --- operations by Triton -------------------------------------------------------------------------
+
+VALUES = [
+    *(torch.tensor(x) for x in (0.0, -0.5, 2.5, 1.0, math.nan, math.inf, -3.0)),
+    *(torch.tensor(x, dtype=torch.int32) for x in (0, 5, -7)),
+    *(torch.tensor(x) for x in (True, False)),
+    *(torch.tensor(x, dtype=torch.float64) for x in (1 / 3, -2.0)),
+]
+OF_ONE = ("neg", "abs", "reciprocal", "sqrt", "exp", "log", "cos", "sin", "floor", "ceil",
+          "logical_not")  # fmt: skip
+OF_TWO = (*("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "remainder"),
+          *("maximum", "minimum", "logical_and", "logical_or"))  # fmt: skip
+WITH_A_NUMBER = (
+    *(("mul.Tensor", 3), ("add.Tensor", 0.1), ("rsub.Scalar", 3), ("eq.Scalar", 0)),
+    *(("pow.Tensor_Scalar", 3), ("div.Tensor", 3), ("remainder.Scalar", 4)),
+)
+
+
+def operation(name):
+    packet, _, overload = name.partition(".")
+    found = getattr(aten, packet)
+    return getattr(found, overload or ("Tensor" if "Tensor" in found.overloads() else "default"))
+
+
+def calls():
+    """Operations with indices of their operands, or numbers."""
+    places = range(len(VALUES))
+    for name in OF_ONE:
+        yield from ((name, operation(name), (i,)) for i in places)
+    for name in (*OF_TWO, "pow.Tensor_Tensor"):
+        yield from ((name, operation(name), pair) for pair in itertools.product(places, places))
+    for name, number in WITH_A_NUMBER:
+        yield from ((name, operation(name), (i, float(number))) for i in places)
+
+
+def numbers():
+    """The largest relative error of each operation, and how many operands were tried."""
+    graph = Graph()
+    inputs = []
+    for value in VALUES:
+        inputs.append(graph.placeholder(f"x{len(inputs)}"))
+        inputs[-1].meta["val"] = value
+    nodes, names = [], []
+    for name, target, operands in calls():
+        given = [x if isinstance(x, float) else VALUES[x] for x in operands]
+        try:
+            expected = target(*given)
+        except (RuntimeError, NotImplementedError):  # not of these dtypes
+            continue
+        node = graph.call_function(
+            target, tuple(x if isinstance(x, float) else inputs[x] for x in operands)
+        )
+        node.meta["val"] = expected
+        if is_supported(node):
+            nodes.append(node)
+            names.append(name)
+    graph.output(tuple(nodes))
+    errors = {}
+    for start in range(0, len(nodes), 64):
+        part = nodes[start : start + 64]
+        found = Scalars(part, inputs, part, [], {})._launch(*VALUES)
+        for name, node, value in zip(names[start:], part, found, strict=False):
+            expected = node.meta["val"]
+            assert value.dtype is expected.dtype
+            x, y = value.double().item(), expected.double().item()
+            same = x == y or (math.isnan(x) and math.isnan(y))
+            error = 0.0 if same else abs(x - y) / abs(y) if y else math.inf
+            tried, worst = errors.get(name, (0, 0.0))
+            errors[name] = tried + 1, max(worst, error)
+    return errors
+
+
+def machine_code():
+    """Bytes of a step's kernel, compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
+    sizes = {}
+    for schedule in ("polynomial", "cosine"):
+        nodes = gpu_counts.recorded_nodes(
+            workloads.mlp, *MLP, lr_scheduler_type=schedule, warmup_steps=1
+        )
+        (node,) = (node for node in nodes if isinstance(node.target, Scalars))
+        kernel = scalar_kernel.compiled(node.target.text)
+        given = [*(source.meta["val"] for source in node.args), *node.meta["val"]]
+        signature = dict(zip(kernel.arg_names, (types[t.dtype] for t in given), strict=True))
+        for arch in (80, 90):
+            code = triton.compile(
+                ASTSource(kernel, signature, {}),
+                target=GPUTarget("cuda", arch, 32),
+                options={"num_warps": 1, "enable_fp_fusion": False},
+            )
+            sizes[f"{schedule}, sm_{arch}"] = len(code.asm["cubin"])
+    return sizes
+
+
+if __name__ == "__main__":
+    results = {"steps": steps, "numbers": numbers}[WHAT]()
+    sys.__stdout__.write("\n" + json.dumps(results))
