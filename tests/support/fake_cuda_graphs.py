@@ -4,7 +4,8 @@ It is as strict as the real ones are. A capture executes nothing, refuses to loo
 leaves the side stream in place when it fails. A replay works on the memory of the capture, whatever
 the variables use by now; what a graph has computed is lost when another one runs. The debug mode
 for waits announces itself once, in words like those of its warnings. Memory is counted: a step
-takes ``Machine.step``, a graph as much, and there is only so much of it.
+takes ``Machine.step``, a graph as much, and there is only so much of it. Streams are those of
+``fake_streams``, so that an operation that does not wait for another stream can be found.
 """
 
 import contextlib
@@ -12,18 +13,11 @@ import warnings
 import weakref
 
 import torch
+from fake_streams import Stream
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ERROR = "operation not permitted when stream is capturing"
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default}
-
-
-class Stream:
-    def __init__(self, device=None):
-        self.waited_for = []
-
-    def wait_stream(self, other):
-        self.waited_for.append(other)
 
 
 class Machine:
@@ -179,11 +173,11 @@ class Capture:
 
     def __exit__(self, kind, error, trace):
         self.recording.__exit__(kind, error, trace)
-        machine.capturing = False
         torch.set_rng_state(self.random)
         for storage, old in self.recording.before.values():
             storage.copy_(old)
         self.graph.spoil()
+        machine.capturing = False
         if error is not None:
             raise RuntimeError("operation failed due to a previous error during capture")
         machine.alive.add(self.graph)

@@ -56,6 +56,11 @@ def test_updates_evaluations_and_predictions_are_those_of_the_plain_step(
     assert (report["captures"], report["replays"]) == (captures, replays)
 
 
+def test_nothing_in_all_of_these_runs_overtakes_another_stream(reports):
+    """The runs would have ended with an error, see ``fake_streams``."""
+    assert reports["uses of memory"] > 50_000
+
+
 def test_a_line_for_each_step_says_that_it_runs_as_a_graph(reports):
     assert reports["two shapes"]["messages"] == [AS_GRAPH]
     assert reports["evaluations"]["messages"] == [AS_GRAPH] * 2  # training and evaluation
