@@ -74,7 +74,8 @@ def host_view(value: Any) -> np.ndarray:
 
 def synchronize() -> None:
     """Wait for all pending computations."""
-    for device in jax.local_devices():
+    # A run may be on a CPU that is not the default.
+    for device in dict.fromkeys([*jax.local_devices(), *jnp.zeros(()).devices()]):
         try:
             device.synchronize_all_activity()
         except AttributeError:  # a CPU has none
@@ -95,7 +96,14 @@ def devices() -> list[str]:
     if (there := target.devices()) is not None:
         return [f"gpu:{i}" for i in range(len(there))]
     platforms = dict.fromkeys([jax.local_devices()[0].platform, "cpu"])
-    return [f"{p}:{i}" for p in platforms for i in range(jax.local_device_count(p))]
+    return [f"{p}:{i}" for p in platforms for i in range(_device_count(p))]
+
+
+def _device_count(platform: str) -> int:
+    try:
+        return int(jax.local_device_count(platform))
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return 0
 
 
 @contextlib.contextmanager

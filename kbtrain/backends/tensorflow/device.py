@@ -16,6 +16,7 @@ from kbtrain.backends.compiled_graphs import refuse_cuda_graphs
 from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.backends.tensorflow.processes import take_rows
+from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import held_values
 
@@ -173,6 +174,9 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
     Args:
         tf32: Whether products may use TensorFloat-32; None keeps TensorFlow's setting.
         deterministic: Whether operations without a deterministic kernel raise an error.
+
+    Raises:
+        ConfigurationError: There was such an operation.
     """
     before = tf.config.experimental.tensor_float_32_execution_enabled()
     was = _is_determinism_on()
@@ -182,6 +186,14 @@ def numerics(tf32: bool | None, deterministic: bool) -> Iterator[None]:
         tf.config.experimental.enable_op_determinism()
     try:
         yield
+    except tf.errors.UnimplementedError as error:
+        if not deterministic or "determinis" not in str(error).lower():
+            raise
+        raise ConfigurationError(
+            "full_determinism=True, and TensorFlow has no deterministic kernel for an operation "
+            f"on this device: {first_lines(error, 1)} Replace the layer that uses it, or write "
+            "full_determinism=False: two runs then differ in the last digits."
+        ) from error
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(before)
         if not was:

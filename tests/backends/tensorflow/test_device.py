@@ -6,6 +6,8 @@ import threading
 import numpy as np
 import pytest
 
+from kbtrain.errors import ConfigurationError
+
 pytestmark = pytest.mark.cross  # needs TensorFlow, whatever Keras runs on
 
 
@@ -54,3 +56,22 @@ def test_with_deterministic_operations_there_may_be_no_global_generator(device, 
         np.testing.assert_array_equal(device.rng_state()["generator"], expected.state.numpy())
         drawn = tf.random.get_global_generator().normal((4,))
         np.testing.assert_array_equal(drawn, expected.normal((4,)))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_operation_that_cannot_be_deterministic_is_named(deterministic, device):
+    tf = importlib.import_module("tensorflow")
+    words = "Deterministic GPU implementation of unsorted segment reduction op not available."
+    expected = ConfigurationError if deterministic else tf.errors.UnimplementedError
+    with (
+        pytest.raises(expected, match="unsorted segment") as caught,
+        device.numerics(None, deterministic),
+    ):
+        raise tf.errors.UnimplementedError(None, None, words)
+    assert ("full_determinism=False" in str(caught.value)) is deterministic
+
+
+def test_what_else_is_not_implemented_stays_what_it_is(device):
+    tf = importlib.import_module("tensorflow")
+    with pytest.raises(tf.errors.UnimplementedError), device.numerics(None, True):
+        raise tf.errors.UnimplementedError(None, None, "no such convolution")
