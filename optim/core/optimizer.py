@@ -349,8 +349,10 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             check_gradient(gradient, variable)
         # Dense and of the working dtype before Keras clips or accumulates them.
+        changes = (self.clipnorm, self.clipvalue, self.global_clipnorm)
+        as_they_are = not (any(changes) or self.gradient_accumulation_steps)
         grads = [
-            kernels.dense_gradient(gradient, variable)
+            kernels.dense_gradient(gradient, variable, as_they_are)
             for gradient, variable in zip(grads, trainable_variables, strict=True)
         ]
         with precision.arithmetic(self._widest):
@@ -375,7 +377,7 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         return [ops.cast(g, dtype) for g, dtype in zip(clipped, dtypes, strict=True)]
 
     def _step(self) -> Tensor:
-        return ops.cast(self.iterations + 1, self._widest)
+        return kernels.next_step(self.iterations, self._widest)
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """Keras' entry for a single variable: execute the rule and assign the results.

@@ -5,8 +5,10 @@ One module per backend, the same names in each:
 - ``no_gradient()``: a context in which nothing is recorded for differentiation.
 - ``colocated(variable)``: a context that creates variables where ``variable`` lives.
 - ``outside_of_tracing()``: a context in which variables can be read on the host, if they exist.
-- ``dense_gradient(gradient, variable)``: the gradient as a dense tensor, float32 or, for a
-  variable in float64, float64.
+- ``dense_gradient(gradient, variable, as_it_is)``: the gradient as a dense tensor, float32 or, for
+  a variable in float64, float64; with ``as_it_is`` it may have its own dtype, if ``execute`` is the
+  next to read it.
+- ``next_step(iterations, dtype)``: the number of the update, 1 at the first, in a float dtype.
 - ``execute(optimizer, gradients, variables, step, learning_rate)``: runs the optimizer's rule over
   all variables and assigns the results.
 - ``refresh(due, compute, operand, current)``: ``compute(operand, current)`` where the boolean

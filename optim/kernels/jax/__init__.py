@@ -40,11 +40,16 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def dense_gradient(gradient: Any, variable: Any) -> Any:
+def dense_gradient(gradient: Any, variable: Any, as_it_is: bool = False) -> Any:
     """The gradient as a dense array of the working dtype, of the shape it came in."""
     if isinstance(gradient, JAXSparse):
         gradient = gradient.todense()
     return ops.cast(gradient, working_dtype(variable))
+
+
+def next_step(iterations: Any, dtype: str) -> Any:
+    """The number of the update, 1 at the first, as a scalar."""
+    return ops.cast(iterations + 1, dtype)
 
 
 def execute(

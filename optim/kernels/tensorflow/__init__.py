@@ -39,7 +39,7 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return result
 
 
-def dense_gradient(gradient: Any, variable: Any) -> Any:
+def dense_gradient(gradient: Any, variable: Any, as_it_is: bool = False) -> Any:
     """The gradient, dense, of the working dtype; rows that `IndexedSlices` repeat are added up.
 
     Made dense before anything else sees it: a norm over the unsummed rows would be wrong, and the
@@ -53,6 +53,11 @@ def dense_gradient(gradient: Any, variable: Any) -> Any:
     if isinstance(gradient, tf.SparseTensor):
         gradient = tf.sparse.to_dense(gradient)
     return tf.cast(gradient, dtype)
+
+
+def next_step(iterations: Any, dtype: str) -> Any:
+    """The number of the update, 1 at the first, as a scalar."""
+    return keras.ops.cast(iterations + 1, dtype)
 
 
 def execute(

@@ -14,10 +14,13 @@ import torch
 
 from optim.core.fallback import PrivateApi, report
 from optim.core.precision import working_dtype
+from optim.kernels.torch import custom_op
 from optim.kernels.torch.adafactor import run_adafactor
 from optim.kernels.torch.custom_op import LIBRARY, NumberedObjects
 from optim.kernels.torch.eight_bit import run_eight_bit
-from optim.kernels.torch.elementwise import NotElementwise, record_program, run_elementwise
+from optim.kernels.torch.elementwise import record_program, run_elementwise
+from optim.kernels.torch.recording import NotElementwise
+from optim.kernels.torch.rule_groups import RuleGroups
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -38,14 +41,28 @@ def outside_of_tracing() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def dense_gradient(gradient: Any, variable: Any) -> Any:
-    """The gradient as a dense tensor of the working dtype."""
+def dense_gradient(gradient: Any, variable: Any, as_it_is: bool = False) -> Any:
+    """The gradient as a dense tensor of the working dtype, or of its own on a GPU."""
     if not torch.is_tensor(gradient):  # an array of NumPy's
         gradient = keras.ops.convert_to_tensor(gradient)
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
+    if as_it_is and custom_op.on_gpu(gradient.device):
+        return gradient  # kernels read it in any dtype; `execute` makes float32 of it for others
+    return _widened(gradient, variable)
+
+
+def _widened(gradient: torch.Tensor, variable: Any) -> torch.Tensor:
     dtype = torch.float64 if working_dtype(variable) == "float64" else torch.float32
     return gradient if gradient.dtype is dtype else gradient.to(dtype)
+
+
+def next_step(iterations: Any, dtype: str) -> Any:
+    """The number of the update, 1 at the first, as a scalar."""
+    at = iterations if torch.is_tensor(iterations) else _storage(iterations)
+    if dtype == str(torch.get_default_dtype()).removeprefix("torch.") == "float32":
+        return at + 1.0  # one operation; exact up to 2 ** 24, as the other order is
+    return (at + 1).to(getattr(torch, dtype))
 
 
 def execute(
@@ -53,6 +70,7 @@ def execute(
 ) -> None:
     """Run the fused equivalent of each rule, one call per update rule, or the rule itself."""
     in_place = optimizer.kernel is None and not _in_stateless_scope()
+    groups = RuleGroups()
     batches: dict[Any, _Batch] = {}
     failures: list[Exception] = []
     wide_step, wide_rate = step, learning_rate
@@ -61,7 +79,13 @@ def execute(
     for gradient, variable in zip(gradients, variables, strict=True):
         update_rule = optimizer.update_rule_of(variable)
         parameter = _storage(variable)
-        if not (in_place and _fused(update_rule.optimizer) and _fusible(parameter)):
+        in_list = in_place and _fused(update_rule.optimizer) and _fusible(parameter)
+        if in_list and _has_kernel_of_its_own(update_rule.optimizer, parameter):
+            slots = {n: _storage(slot) for n, slot in optimizer.slots_of(variable).items()}
+            if groups.add(update_rule, parameter, gradient, slots):
+                continue
+        gradient = _widened(gradient, variable)
+        if not in_list:
             optimizer.update_variable(gradient, variable, wide_step, wide_rate)
             continue
         if update_rule not in batches:
@@ -72,6 +96,7 @@ def execute(
             failures.append(batch.failure)
             continue
         batch.add(parameter, gradient, optimizer.slots_of(variable))
+    groups.run(step, learning_rate)
     for update_rule, batch in batches.items():
         if batch.parameters:
             batch.run(
@@ -161,6 +186,17 @@ def _fused(rule: Any) -> Any:
         return kernel and functools.partial(run_eight_bit, kernel)
     elementwise = getattr(type(rule).update, "elementwise", False)
     return FUSED.get(name) or (run_elementwise if elementwise else None)
+
+
+def _has_kernel_of_its_own(rule: Any, parameter: torch.Tensor) -> bool:
+    """Whether a kernel is made of a rule, on a GPU.
+
+    Of those that PyTorch has kernels for as well: its own launch one for every 320 pieces, or 36
+    tensors, have no other form for a tensor with a residual, and write scaled gradients back.
+    """
+    return custom_op.on_gpu(parameter.device) and bool(
+        getattr(type(rule).update, "elementwise", False)
+    )
 
 
 def _storage(variable: Any) -> torch.Tensor:

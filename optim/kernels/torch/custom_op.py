@@ -35,6 +35,11 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
     LIBRARY.impl(name, lambda *args: None, "Meta")
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether kernels for a GPU are for this device, and scalars are not to be read."""
+    return str(device.type) != "cpu"
+
+
 def tile_width(each: int, largest: int, device: torch.device) -> int:
     """How many elements to work on at a time: some for each thread on a CPU, else many.
 
@@ -46,8 +51,8 @@ def tile_width(each: int, largest: int, device: torch.device) -> int:
         largest: Of the tensors to work on, in elements.
         device: Where they are.
     """
-    on_cpu = device.type == "cpu"
-    return min(each * int(torch.get_num_threads()) if on_cpu else MOST_ELEMENTS, largest)
+    most = MOST_ELEMENTS if on_gpu(device) else each * int(torch.get_num_threads())
+    return min(most, largest)
 
 
 class NumberedObjects(Generic[T]):

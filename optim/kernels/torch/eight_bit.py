@@ -28,6 +28,7 @@ from optim.kernels.eight_bit_codes import (
     nearest_to_root,
     not_larger,
 )
+from optim.kernels.torch import custom_op
 from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
 
 # Elements of a tile for each thread: many enough to hide the calls, few enough for the caches.
@@ -85,7 +86,7 @@ class Codec:
         self._indices, self._found = indices, found
         self._half = indices[: indices.numel() // 2]
         self._wide = indices.view(torch.int64)
-        self._in_threads = indices.device.type == "cpu" and torch.get_num_threads() > 1
+        self._in_threads = not custom_op.on_gpu(indices.device) and torch.get_num_threads() > 1
         self._absolute = found.view(torch.float32)
         self._absolute_blocks = self._absolute.view(-1, BLOCK)
 

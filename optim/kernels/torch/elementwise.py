@@ -19,20 +19,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from optim.kernels.torch.codegen import SAME, SUMS, CallFusion, name_of
+from optim.kernels.torch import custom_op
+from optim.kernels.torch.codegen import CallFusion, name_of
 from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
+from optim.kernels.torch.recording import EXAMPLE, RecordedRule
 from optim.kernels.torch.tiles import TileFunction, TileWriter
 
 # Elements of a tile for each thread: many enough to hide the calls, few enough for the caches.
 _TILE = 65536
-# Any size will do to record a rule that is elementwise.
-_EXAMPLE = 3
-
-
-class NotElementwise(TypeError):
-    """A rule is marked as elementwise and is not."""
 
 
 class ElementwiseProgram:
@@ -48,95 +44,49 @@ class ElementwiseProgram:
     """
 
     def __init__(self, rule: Any, weight_decay: float, device: torch.device) -> None:
-        shapes = {name: getattr(s, "shape", s) for name, s in rule.slot_shapes((_EXAMPLE,)).items()}
-        self.slots = list(shapes)
-        self._wide = [name for name in self.slots if tuple(shapes[name]) == (_EXAMPLE,)]
-        self._narrow = [name for name in self.slots if name not in self._wide]
-        self._rule = type(rule).__name__
-        self._on_cpu = device.type == "cpu"
+        self._recorded = RecordedRule(rule, weight_decay, device)
+        self.slots = self._recorded.slots
+        self._narrow = self._recorded.narrow_slots
+        self._on_cpu = not custom_op.on_gpu(device)
         # The step that contains this update may be being recorded; this is not part of it.
         from torch.utils._python_dispatch import _disable_current_modes
 
         with _disable_current_modes(), torch.no_grad():
-            self._compile(self._record(rule, weight_decay, shapes, device))
-            self._try(shapes, device)
-
-    def _record(
-        self, rule: Any, weight_decay: float, shapes: dict[str, Any], device: torch.device
-    ) -> GraphModule:
-        names = [*self._wide, *self._narrow]
-
-        def flat(parameter: Any, gradient: Any, step: Any, rate: Any, *slots: Any) -> list[Any]:
-            given = dict(zip(names, slots, strict=True))
-            ordered = {name: given[name] for name in self.slots}
-            new, new_slots = rule.update(parameter, gradient, ordered, step, rate, weight_decay)
-            return [*(new_slots[name] for name in names), new]
-
-        def example(shape: Any) -> torch.Tensor:
-            return torch.full(tuple(shape), 0.5, device=device)
-
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        wide = [example((_EXAMPLE,)), example((_EXAMPLE,))]
-        scalars = [example(()), example(())]
-        return make_fx(flat)(*wide, *scalars, *(example(shapes[name]) for name in names))
+            self._compile(self._recorded)
+            self._try(self._recorded.shapes, device)
 
     def _try(self, shapes: dict[str, Any], device: torch.device) -> None:
         """Run it on examples: what fails in this version of PyTorch fails before any update."""
-        wide = [torch.full((_EXAMPLE,), 0.5, device=device) for _ in range(2)]
+        wide = [torch.full((EXAMPLE,), 0.5, device=device) for _ in range(2)]
         scalars = [torch.ones((), device=device) for _ in range(2)]
         slots = [torch.full(tuple(shapes[name]), 0.5, device=device) for name in self.slots]
         self.run(wide[:1], wide[1:], slots, *scalars)
 
     # ---- from the graph to two functions ---------------------------------------------------------
 
-    def _compile(self, module: GraphModule) -> None:
-        nodes = list(module.graph.nodes)
-        inputs = [n for n in nodes if n.op == "placeholder"]
-        outputs = list(nodes[-1].args[0])
-        self._constants = {
-            n: getattr(module, str(n.target)).clone() for n in nodes if n.op == "get_attr"
-        }
-        self._is_wide = {
-            n: n.op != "get_attr" and tuple(n.meta["val"].shape) == (_EXAMPLE,) for n in nodes[:-1]
-        }
-        computed = [n for n in nodes if n.op == "call_function"]
-        self._sums = [n for n in computed if self._is_sum(n)]
-        for node in computed:
-            self._check(node)
-        summed = _descendants(computed, self._sums)
-        needed = _ancestors(computed, self._sums)
-        if any(n in summed for n in needed):
-            raise NotElementwise(f"{self._rule}.update sums over what depends on another sum.")
-        wide = [n for n in computed if self._is_wide[n]]
-        self._scalar_inputs = [*inputs[2:4], *inputs[4 + len(self._wide) :]]
-        scalars = [n for n in computed if not self._is_wide[n] and n not in self._sums]
-        self._early = [n for n in scalars if n not in summed]
-        self._late = [n for n in scalars if n in summed]
-        self._narrow_outputs = outputs[len(self._wide) : -1]
+    def _compile(self, recorded: RecordedRule) -> None:
+        inputs, outputs, wide_slots = recorded.inputs, recorded.outputs, recorded.wide_slots
+        wide = [n for n in recorded.computed if recorded.is_wide[n]]
+        self._scalar_inputs = [*inputs[2:4], *inputs[4 + len(wide_slots) :]]
+        self._narrow_outputs = outputs[len(wide_slots) : -1]
 
-        slots = inputs[4 : 4 + len(self._wide)]
+        slots = inputs[4 : 4 + len(wide_slots)]
         names: dict[Any, str] = {n: f"t{i}" for i, n in enumerate([*inputs[:2], *slots])}
-        places = list(zip([*outputs[: len(self._wide)], outputs[-1]], [*slots, inputs[0]],
+        places = list(zip([*outputs[: len(wide_slots)], outputs[-1]], [*slots, inputs[0]],
                           strict=True))  # fmt: skip
-        writer = TileWriter(CallFusion(self._is_wide, self._on_cpu), self._on_cpu)
-        first = [n for n in wide if n in needed]
-        second = [n for n in wide if n not in needed]
+        writer = TileWriter(CallFusion(recorded.is_wide, self._on_cpu), self._on_cpu)
+        first = [n for n in wide if n in recorded.needed]
+        second = [n for n in wide if n not in recorded.needed]
         self._first, self._scratch = TileFunction(), 0
-        if self._sums:
+        if recorded.sums:
             passed = self._passed(first, second, places)
             names |= {place: place for _, place in passed if isinstance(place, str)}
             self._scratch = len(names) - 2 - len(slots)
-            nodes_and_sums = [n for n in computed if n in first or n in self._sums]
+            nodes_and_sums = [n for n in recorded.computed if n in first or n in recorded.sums]
             self._first = writer.tile(nodes_and_sums, names, passed)
             places = [pair for pair in places if pair not in passed]
             names |= {node: names[place] for node, place in passed}
         self._second = writer.tile(second, names, places)
-
-    def _is_sum(self, node: Node) -> bool:
-        wide = any(self._is_wide[n] for n in node.all_input_nodes)
-        scalar = tuple(node.meta["val"].shape) == ()
-        return wide and scalar and name_of(node) in SUMS
 
     def _passed(
         self, first: list[Node], second: list[Node], places: list[tuple[Node, Any]]
@@ -156,21 +106,6 @@ class ElementwiseProgram:
             elif node in read:
                 passed.append((node, f"x{len(passed)}"))
         return passed
-
-    def _check(self, node: Node) -> None:
-        """Raise for what is not elementwise, whether the rule is marked or not."""
-        operation = node.target
-        tags = getattr(operation, "tags", ())
-        if node in self._sums:
-            return
-        mixes = not self._is_wide[node] and any(self._is_wide[n] for n in node.all_input_nodes)
-        if mixes or (torch.Tag.pointwise not in tags and name_of(node) not in (*SAME, "_to_copy")):
-            if not mixes and not self._is_wide[node]:
-                return  # a scalar may be computed in any way
-            raise NotElementwise(
-                f"{self._rule}.update is marked as elementwise, but {operation} is not: remove the "
-                "mark `@elementwise`, or the operation."
-            )
 
     # ---- running ---------------------------------------------------------------------------------
 
@@ -208,16 +143,20 @@ class ElementwiseProgram:
             if key not in known:
                 scalars = [step, learning_rate, *(x.clone() for x in narrow)]
                 given = dict(zip(self._scalar_inputs, scalars, strict=True))
-                known[key] = self._evaluated(self._early, given | self._constants)
+                known[key] = self._evaluated(self._recorded.early, given | self._recorded.constants)
             values = known[key]
-            tensors = [parameter, gradients[i], *(by_name[name][i] for name in self._wide)]
+            tensors = [
+                parameter,
+                gradients[i],
+                *(by_name[name][i] for name in self._recorded.wide_slots),
+            ]
             size = parameter.numel()
             flat = [t.view(-1) for t in tensors] + [x[:size] for x in scratch]
             tiles = list(zip(*(t.split(max(width, 1)) for t in flat), strict=True)) if size else []
-            if self._sums:
+            if self._recorded.sums:
                 parts = _over_tiles(self._first, tiles, values, memory)
                 values = values | self._totals(parts, size, step)
-                values = self._evaluated(self._late, values)
+                values = self._evaluated(self._recorded.late, values)
             _over_tiles(self._second, tiles, values, memory)
             for slot, node in zip(narrow, self._narrow_outputs, strict=True):
                 slot.copy_(values[node])
@@ -254,24 +193,6 @@ def _over_tiles(
         else:
             parts.append(tile.function(*tensors, *scalars, *buffers))
     return parts
-
-
-def _descendants(nodes: list[Node], roots: list[Node]) -> set[Node]:
-    """The nodes that depend on any of some others, without these."""
-    found: set[Node] = set()
-    for node in nodes:
-        if any(n in found or n in roots for n in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _ancestors(nodes: list[Node], roots: list[Node]) -> set[Node]:
-    """The nodes that any of some others depends on, without these."""
-    found: set[Node] = set()
-    for node in reversed(nodes):
-        if node in found or node in roots:
-            found |= set(node.all_input_nodes)
-    return found - set(roots)
 
 
 # ---- one operation for PyTorch -------------------------------------------------------------------

@@ -1,0 +1,228 @@
+"""Which tensors the kernels made of rules update together, on a GPU.
+
+Rules that differ in numbers only (decays, multiples of the learning rate, hyperparameters of
+parameter groups) have the same kernels and are updated by one call. A rule without decay has none
+of the operations for it, so its tensors would need kernels of their own; they get a decay of 0.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from optim.core.fallback import report
+from optim.kernels.torch import custom_op
+from optim.kernels.torch.custom_op import NumberedObjects
+from optim.kernels.torch.recording import EXAMPLE, NotElementwise, RecordedRule
+from optim.kernels.torch.triton_launch import Group, GroupKernels, is_available, number_of
+from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Tensors:
+    """Tensors that have the same rule, apart from its decay, and are stored in the same way."""
+
+    parameters: list[torch.Tensor] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    slots: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    decays: list[float] = field(default_factory=list)
+    multipliers: list[float] = field(default_factory=list)
+
+
+class RuleGroups:
+    """The tensors of an update that kernels made of their rules will update."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[Any, Storage], _Tensors] = {}
+
+    def add(
+        self,
+        update_rule: Any,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        slots: dict[str, torch.Tensor],
+    ) -> bool:
+        """Take a tensor, if there are kernels for its rule.
+
+        Args:
+            update_rule: Its `optim.core.rule.UpdateRule`.
+            parameter: Contiguous.
+            gradient: Of the same shape.
+            slots: Slot name -> tensor, with the residual of a low-precision parameter.
+        """
+        storage = storage_of(parameter, gradient)
+        if storage is None:
+            return False
+        rule, decay = update_rule.optimizer, update_rule.weight_decay
+        if _source(rule, decay, storage, parameter.device) is None:
+            return False
+        tensors = self._tensors.setdefault((rule, storage), _Tensors())
+        tensors.parameters.append(parameter)
+        tensors.gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
+        tensors.slots.append(slots)
+        tensors.decays.append(decay)
+        tensors.multipliers.append(update_rule.learning_rate_multiplier)
+        return True
+
+    def run(self, step: torch.Tensor, learning_rate: torch.Tensor) -> None:
+        """Update them, in place: one call for all that have the same kernels."""
+        calls: dict[Any, tuple[Any, RuleSource, list[Any]]] = {}
+        for (rule, storage), tensors in self._tensors.items():
+            device = tensors.parameters[0].device
+            found = _numbers(rule, storage, device, tuple(sorted(set(tensors.decays))))
+            for i, decay in enumerate(tensors.decays):
+                source, numbers = found[decay]
+                key = source.text, storage, source.slots
+                _, _, members = calls.setdefault(key, (rule, source, []))
+                members.append((tensors, i, (tensors.multipliers[i], *numbers[1:])))
+        for rule, source, members in calls.values():
+            group = Group.of(source, [numbers for _, _, numbers in members])
+            slots = [t.slots[i][name] for name in source.slots for t, i, _ in members]
+            torch.ops.optim.run_rules(
+                [t.parameters[i] for t, i, _ in members],
+                [t.gradients[i] for t, i, _ in members],
+                slots,
+                step,
+                learning_rate,
+                number_of(rule, group),
+            )
+
+
+def storage_of(parameter: torch.Tensor, gradient: torch.Tensor) -> Storage | None:
+    """How two tensors are stored; None if no kernels are made for that."""
+    if not custom_op.on_gpu(parameter.device):
+        return None
+    kinds = [t.dtype for t in (parameter, gradient)]
+    if any(kind not in (torch.float32, *_LOW_PRECISION) for kind in kinds):
+        return None
+    return Storage(*(str(kind).removeprefix("torch.") for kind in kinds))
+
+
+# ---- sources, made once --------------------------------------------------------------------------
+
+_SOURCES: NumberedObjects[RuleSource | None] = NumberedObjects()
+_FOUND: NumberedObjects[dict[float, tuple[RuleSource, list[float]]]] = NumberedObjects()
+
+
+def _source(
+    rule: Any, weight_decay: float, storage: Storage, device: torch.device
+) -> RuleSource | None:
+    """The source for a rule, tried on one number; None if there is none, which is reported."""
+    key = weight_decay, storage, device
+    return _SOURCES[_SOURCES.number(rule, key, lambda: _made(rule, weight_decay, storage, device))]
+
+
+def _made(
+    rule: Any, weight_decay: float, storage: Storage, device: torch.device
+) -> RuleSource | None:
+    try:
+        if not is_available():
+            raise ImportError("Triton is not installed")
+        source = RuleSource(RecordedRule(rule, weight_decay, device), storage)
+        # In a thread: what records operations in this one does not see those of another.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(check, rule, weight_decay, source, storage, device).result()
+    except NotElementwise:
+        raise
+    except Exception as error:
+        report(
+            f"Making a kernel for the GPU of {type(rule).__name__}.update",
+            "triton",
+            error,
+            "It runs by operations of PyTorch, which takes longer.",
+        )
+        return None
+    return source
+
+
+def check(
+    rule: Any, weight_decay: float, source: RuleSource, storage: Storage, device: torch.device
+) -> None:
+    """Update two small tensors by the kernels and by the rule as it is written, and compare.
+
+    Args:
+        rule: The rule.
+        weight_decay: Its decay.
+        source: The kernels.
+        storage: How the tensors are stored.
+        device: Where.
+
+    Raises:
+        RuntimeError: If the results differ.
+    """
+    from optim.core.rule import advance  # it imports the kernels
+
+    def ramp(size: int, low: float, high: float, kind: str = "float32") -> torch.Tensor:
+        return torch.linspace(low, high, size, device=device).to(getattr(torch, kind))
+
+    def slot(name: str, size: int) -> torch.Tensor:
+        wide = name in shapes and tuple(shapes[name]) != ()
+        return ramp(size, 0.2, 0.7) if wide else torch.full((), 0.5, device=device)
+
+    with torch.no_grad():
+        shapes = {name: getattr(s, "shape", s) for name, s in rule.slot_shapes((EXAMPLE,)).items()}
+        sizes = (BLOCK + 5, 3)  # one whole block, and two that are not
+        before = [ramp(size, -2.0, 3.0, storage.parameter) for size in sizes]
+        gradients = [ramp(size, 1.0, -0.9, storage.gradient) for size in sizes]
+        slots = {
+            name: [torch.zeros(n, device=device) if name == "residual" else slot(name, n)
+                   for n in sizes]
+            for name in source.slots
+        }  # fmt: skip
+        step, rate = torch.full((), 3.0, device=device), torch.full((), 0.1, device=device)
+        expected = []
+        for i, parameter in enumerate(before):
+            own = {name: values[i].clone() for name, values in slots.items()}
+            new, new_slots = advance(
+                rule, parameter, gradients[i].float(), own, step, rate, weight_decay
+            )
+            expected.append({"parameter": new, **new_slots})
+        parameters = [p.clone() for p in before]
+        GroupKernels(Group.of(source, [source.numbers] * len(sizes))).run(
+            parameters,
+            gradients,
+            [value for values in slots.values() for value in values],
+            step,
+            rate,
+            None,
+            None,
+        )
+        for i, values in enumerate(expected):
+            result = {"parameter": parameters[i], **{n: slots[n][i] for n in source.slots}}
+            for part in (result, values):
+                part["parameter"] = part["parameter"].float() + part.pop("residual", 0.0)
+            for name, value in values.items():
+                if not torch.allclose(result[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
+                    raise RuntimeError(f"its results are not those of the rule ({name})")
+
+
+def _numbers(
+    rule: Any, storage: Storage, device: torch.device, decays: tuple[float, ...]
+) -> dict[float, tuple[RuleSource, list[float]]]:
+    """For each decay that is used together with others a source, and the numbers in it."""
+    key = storage, device, decays
+    return _FOUND[_FOUND.number(rule, key, lambda: _find_numbers(rule, storage, device, decays))]
+
+
+def _find_numbers(
+    rule: Any, storage: Storage, device: torch.device, decays: tuple[float, ...]
+) -> dict[float, tuple[RuleSource, list[float]]]:
+    found = {}
+    for decay in decays:
+        source = _source(rule, decay, storage, device)
+        assert source is not None  # it was asked for when the tensor was added
+        found[decay] = source, source.numbers
+    some = max(decays)
+    if 0.0 in found and some:
+        with_decay = found[some][0]
+        doubled = RuleSource(RecordedRule(rule, 2.0 * some, device), storage)
+        pairs = list(zip(with_decay.numbers, doubled.numbers, strict=False))
+        # What is twice as much with twice the decay is nothing without.
+        if doubled.text == with_decay.text and all(y in (x, 2.0 * x) for x, y in pairs):
+            found[0.0] = with_decay, [x if x == y else 0.0 for x, y in pairs]
+    return found

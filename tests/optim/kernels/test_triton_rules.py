@@ -1,0 +1,79 @@
+"""The kernels that are made of rules for a GPU: run by Triton's interpreter, and compiled."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT, SUPPORT
+
+pytestmark = [
+    pytest.mark.cross,  # needs PyTorch and Triton, whatever Keras runs on
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only"),
+]
+
+# Sums, scalar slots, decay and L2; every second one with parameters in bfloat16.
+NAMES = ["nadam", "lamb", "rmsprop", "adamw"]
+
+
+def run(*arguments, program=SUPPORT / "triton_rules.py", **environ):
+    """What a program prints, on PyTorch."""
+    environ |= {
+        "KERAS_BACKEND": "torch",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        [sys.executable, str(program), *arguments], cwd=SUPPORT,
+        env={**os.environ, **environ}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return json.loads(run("numbers", *NAMES, TRITON_INTERPRET="1"))
+
+
+def test_follow_float64_in_every_group_of_tensors(numbers):
+    assert list(numbers["distance"]) == NAMES
+    assert {name: x for name, x in numbers["distance"].items() if not x < 1e-5} == {}
+
+
+def test_a_flag_stops_all_of_an_update_and_a_scale_divides(numbers):
+    assert numbers["flag and scale"] == dict.fromkeys(NAMES[:2], True)
+
+
+def test_a_rule_that_cannot_be_written_for_triton_runs_and_says_so_once(numbers):
+    value, *log = numbers["tanh"]
+    assert value == pytest.approx(-0.761594, rel=1e-5)
+    assert len(log) == 1
+    assert "Tanh.update" in log[0]
+    assert "aten.tanh" in log[0]
+
+
+def test_compile_for_two_gpus():
+    found = json.loads(run("compile", "lamb", "schedule_free_radam"))
+    assert len(found) == 2 * (4 + 2)
+    for name, code in found.items():
+        assert code["bytes"] > 1000, name
+        assert code["spilled"] == 0, name
+        if name.endswith(("update", "sums")):  # 16 bytes a load, of every tensor
+            assert code["vector loads"] >= 6, name
+
+
+def test_kernels_and_bytes_of_an_update():
+    """With three kernels that count the update; bytes: what is read and what is written, once."""
+    expected = {
+        **{"sgd": (5, 12), "adam": (5, 28), "adamw": (5, 28), "adagrad": (5, 20), "lion": (5, 20)},
+        **{"rmsprop": (5, 20), "nadam": (5, 28), "radam": (5, 28), "adan": (5, 44)},
+        **{"ademamix": (5, 36), "grokadamw": (5, 36), "schedule_free_sgd": (5, 20)},
+        **{"schedule_free_adamw": (5, 28), "schedule_free_radam": (5, 28)},
+        # A norm of the parameter, or a mean, before anything is moved: two passes.
+        **{"lamb": (7, 40), "stable_adamw": (7, 36)},
+    }
+    lines = run(*expected, program=ROOT / "benchmarks" / "optimizer_counts.py").splitlines()
+    found = {line.split()[0]: (int(line.split()[1]), float(line.split()[3])) for line in lines}
+    assert found == expected
+    assert all("reads by the host 0" in line for line in lines)

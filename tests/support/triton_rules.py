@@ -1,0 +1,176 @@
+"""The kernels that are made of rules, without a GPU, in a process whose Keras runs on PyTorch.
+
+``python triton_rules.py numbers NAME...`` runs them with Triton's interpreter (TRITON_INTERPRET=1)
+on CPU tensors and prints, as JSON, how far they are from NumPy in float64 and what an update that
+must change nothing has changed. ``python triton_rules.py compile`` compiles them for two GPUs and
+prints what the machine code needs.
+"""
+
+import json
+import logging
+import re
+import sys
+
+import keras
+import numpy as np
+import torch
+from references import CASES, trajectory
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import optim
+from optim.kernels.torch import custom_op, triton_launch
+from optim.kernels.torch.recording import RecordedRule
+from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
+from optim.kernels.torch.triton_text import POINTERS
+
+UPDATES = 3
+# A tensor that ends in a block, one of a single number, and one that is longer than a block.
+SHAPES = {"a": (5, 7), "b": (), "c": (BLOCK + 77,), "d": (2, 3)}
+
+
+def apply(optimizer, variables, gradients):
+    optimizer.apply([torch.tensor(g) for g in gradients], variables)
+
+
+def distance(name, case, dtype):
+    """The largest error of an update, relative to the movement; variables in three groups."""
+    draw = np.random.default_rng(0)
+    variables = [
+        keras.Variable(0.1 * draw.standard_normal(shape), dtype=dtype, name=key)
+        for key, shape in SHAPES.items()
+    ]
+    starts = [v.value.detach().double().numpy() for v in variables]
+    gradients = [
+        [draw.standard_normal(shape).astype("float32") for shape in SHAPES.values()]
+        for _ in range(UPDATES)
+    ]
+    groups = [
+        {"match": "b", "lr_multiplier": 0.5, "weight_decay": 0.0},
+        {"match": "d", "lr_multiplier": 2.0},
+    ]
+    optimizer = optim.get(name, learning_rate=1e-2, parameter_groups=groups, **case)
+    for given in gradients:
+        apply(optimizer, variables, given)
+    worst = 0.0
+    for i, (variable, start) in enumerate(zip(variables, starts, strict=True)):
+        rate = 1e-2 * {"b": 0.5, "d": 2.0}.get(variable.name, 1.0)
+        own = {**case, "weight_decay": 0.0} if variable.name == "b" else case
+        expected = trajectory(name, start, [g[i] for g in gradients], rate, **own)[-1]
+        result = variable.value.detach().double().numpy()
+        if dtype != "float32":
+            result = result + optimizer.slots_of(variable)["residual"].value.detach().numpy()
+        moved = max(np.linalg.norm(expected - start), 1e-12)
+        worst = max(worst, np.linalg.norm(result - expected) / moved)
+    return worst
+
+
+class Given(TorchDispatchMode):
+    """Gives the operation arguments that a step of kbtrain gives it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        options = self.options if func is torch.ops.optim.run_rules.default else {}
+        return func(*args, **(kwargs or {}), **options)
+
+
+def flag_and_scale(name):
+    """Whether a flag stops all of an update, and gradients are divided by a scale."""
+    variable, twin = (keras.Variable(np.full(9, 0.5), dtype="float32", name="v") for _ in range(2))
+    optimizer, other = (optim.get(name, learning_rate=0.1) for _ in range(2))
+    gradient = np.linspace(-1, 1, 9).astype("float32")
+    for o, v in ((optimizer, variable), (other, twin)):
+        apply(o, [v], [gradient])
+    state = [variable, *optimizer.slots_of(variable).values()]
+    before = [v.value.detach().clone() for v in state]
+    with Given(found_inf=torch.ones(())):
+        apply(optimizer, [variable], [np.full(9, np.nan, "float32")])
+    same = all(torch.equal(v.value, old) for v, old in zip(state, before, strict=True))
+    optimizer.iterations.assign(1)
+    with Given(found_inf=torch.zeros(()), grad_scale=torch.tensor(4.0)):
+        apply(optimizer, [variable], [-4.0 * gradient])
+    apply(other, [twin], [-gradient])
+    moved = not torch.equal(variable.value, before[0])
+    return bool(same and moved and torch.equal(variable.value, twin.value))
+
+
+class Tanh(optim.Optimizer):
+    """A rule with an operation that is not written for Triton."""
+
+    def slot_shapes(self, shape):
+        return {}
+
+    @optim.elementwise
+    def update(self, parameter, gradient, slots, step, learning_rate, weight_decay):
+        return parameter - learning_rate * keras.ops.tanh(gradient), slots
+
+
+def numbers(names):
+    custom_op.on_gpu = lambda device: True
+    found = {}
+    for i, name in enumerate(names):
+        found[name] = distance(name, CASES[name][1], ("float32", "bfloat16")[i % 2])
+    variable, log = keras.Variable(np.zeros(3), dtype="float32"), []
+    logging.getLogger("optim").addFilter(lambda record: log.append(record.getMessage()) or False)
+    apply(Tanh(1.0), [variable], [np.ones(3, "float32")])
+    print(
+        json.dumps(
+            {
+                "distance": found,
+                "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
+                "tanh": [variable.value.detach()[0].item(), *log],
+            }
+        )
+    )
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+TYPES = {"n": "i32", "blocks": "i32"} | dict.fromkeys(("table", "gradients"), "*i64")
+CONSTANTS = {"N": 256, "BLOCK": BLOCK, "ALIGNED": True, "FLAGGED": True, "SCALED": True}
+
+
+def compile_for(kernel, capability):
+    """What the machine code of a kernel has."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    pointer = {name: "i64" if re.fullmatch(r"p\d+", name) else "*fp32" for name in names}
+    types = {n: "constexpr" if n in CONSTANTS else TYPES.get(n, pointer[n]) for n in names}
+    constants = {(i,): CONSTANTS[n] for i, n in enumerate(names) if n in CONSTANTS}
+    made = triton.compile(
+        ASTSource(kernel, types, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": triton_launch.WARPS, "enable_fp_fusion": False},
+    )
+    code = made.asm["ptx"]
+    return {
+        "bytes": len(made.asm["cubin"]),
+        "vector loads": len(re.findall(r"ld\.global\S*\.v[248]", code)),
+        "spilled": len(re.findall(r"\.local", code)),
+        "fused operations": len(re.findall(r"fma\.rn\.f32", code)),
+    }
+
+
+def compiled(names):
+    found = {}
+    for name in names:
+        for storage, capability in ((Storage(), 90), (Storage("bfloat16", "bfloat16"), 80)):
+            pointers = POINTERS if capability == 90 else 8
+            rule = optim.get(name)
+            source = RuleSource(RecordedRule(rule, 0.01, torch.device("cpu")), storage)
+            other = [2.0 * x for x in source.numbers]
+            group = triton_launch.Group.of(source, [source.numbers, other])
+            kernels = triton_launch.compiled(group.source(pointers))
+            for part in ("prepare", "sums", "totals", "update"):
+                if part in kernels:
+                    found[f"{name} sm_{capability} {part}"] = compile_for(kernels[part], capability)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"numbers": numbers, "compile": compiled}[sys.argv[1]](sys.argv[2:])
