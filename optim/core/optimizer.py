@@ -346,15 +346,13 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
     _widest = "float32"
 
     def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Any]) -> None:
-        for gradient, variable in zip(grads, trainable_variables, strict=True):
+        pairs = list(zip(grads, trainable_variables, strict=True))
+        for gradient, variable in pairs:
             check_gradient(gradient, variable)
         # Dense and of the working dtype before Keras clips or accumulates them.
-        changes = (self.clipnorm, self.clipvalue, self.global_clipnorm)
-        as_they_are = not (any(changes) or self.gradient_accumulation_steps)
-        grads = [
-            kernels.dense_gradient(gradient, variable, as_they_are)
-            for gradient, variable in zip(grads, trainable_variables, strict=True)
-        ]
+        clips = self.clipnorm or self.clipvalue or self.global_clipnorm
+        as_they_are = not (clips or self.gradient_accumulation_steps)
+        grads = [kernels.dense_gradient(*pair, as_they_are) for pair in pairs]
         with precision.arithmetic(self._widest):
             super()._backend_apply_gradients(grads, trainable_variables)
 
@@ -364,8 +362,10 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
     def _backend_update_step(
         self, grads: list[Tensor], trainable_variables: list[Any], learning_rate: Any
     ) -> None:
-        rate = ops.cast(learning_rate, self._widest)
-        kernels.execute(self, grads, trainable_variables, self._step(), rate)
+        step = kernels.next_step(self.iterations, self._widest)
+        kernels.execute(
+            self, grads, trainable_variables, step, ops.cast(learning_rate, self._widest)
+        )
 
     def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         if self._widest == "float32":
@@ -375,9 +375,6 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         dtypes = [keras.utils.standardize_dtype(g.dtype) for g in grads]
         clipped = super()._clip_gradients([ops.cast(g, "float64") for g in grads])
         return [ops.cast(g, dtype) for g, dtype in zip(clipped, dtypes, strict=True)]
-
-    def _step(self) -> Tensor:
-        return kernels.next_step(self.iterations, self._widest)
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
         """Keras' entry for a single variable: execute the rule and assign the results.
@@ -389,9 +386,10 @@ class Optimizer(Averaging, Grouped, keras.optimizers.Optimizer):  # type: ignore
         """
         check_gradient(gradient, variable)
         gradient = kernels.dense_gradient(gradient, variable)
+        step = kernels.next_step(self.iterations, self._widest)
         rate = ops.cast(learning_rate, self._widest)
         with precision.arithmetic(self._widest):
-            self.update_variable(gradient, variable, self._step(), rate)
+            self.update_variable(gradient, variable, step, rate)
 
     def update_variable(
         self,
