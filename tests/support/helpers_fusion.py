@@ -25,7 +25,8 @@ import workloads
 from torch.fx import Graph
 
 from kbtrain import Trainer, TrainingArguments
-from kbtrain.backends.torch.fusion import scalar_kernel
+from kbtrain.backends.torch.capture import random
+from kbtrain.backends.torch.fusion import random_kernel, scalar_kernel
 from kbtrain.backends.torch.fusion.scalar_kernel import Scalars, is_supported
 
 WHAT, FOLDER = sys.argv[1:]
@@ -197,8 +198,36 @@ def numbers():
     return errors
 
 
+def random_numbers():
+    """How far numbers of the kernel are from those of PyTorch's operations, for two seeds."""
+    errors = {}
+    p = torch.linspace(-0.1, 1.1, 700)
+    for pair in ([5, 8], [-7, 2**31 - 1]):
+        seed = torch.tensor(pair)
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            both = (
+                random._rand(seed, [3, 701], dtype),
+                random_kernel.rand(seed, [3, 701], dtype, random._FRACTION[dtype]),
+            )
+            errors.setdefault("uniform", []).append(both)
+        for kind, *arguments in (
+            ("normal", 0.5, 2.0, [1500], torch.float32),
+            ("randint", -3, 1000, [1500], torch.int32),
+            ("bernoulli", p),
+            ("bernoulli", p.bfloat16()),
+        ):
+            plain, kernel = getattr(random, f"_{kind}"), getattr(random_kernel, kind)
+            both = plain(seed, *arguments), kernel(seed, *arguments)
+            errors.setdefault(kind, []).append(both)
+    assert all(x.dtype is y.dtype for pairs in errors.values() for x, y in pairs)
+    return {
+        kind: max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
+        for kind, pairs in errors.items()
+    }
+
+
 def machine_code():
-    """Bytes of a step's kernel, compiled."""
+    """Bytes of a step's kernel, compiled, and of one that draws random numbers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,9 +249,24 @@ def machine_code():
                 options={"num_warps": 1, "enable_fp_fusion": False},
             )
             sizes[f"{schedule}, sm_{arch}"] = len(code.asm["cubin"])
+    types = {"uniform": ("*bf16", "fp32"), "normal": ("*fp32", "fp32"), "choice": ("*fp32", "fp32")}
+    for kind, (out, number) in (types | {"integer": ("*i32", "i32")}).items():
+        kernel = scalar_kernel.compiled(random_kernel.text())
+        given = ("*i32", out, out, "i32", number, number, *["constexpr"] * 4)
+        wide = triton.language.float32
+        code = triton.compile(
+            ASTSource(
+                kernel,
+                dict(zip(kernel.arg_names, given, strict=True)),
+                {(6,): kind, (7,): 24, (8,): wide, (9,): 1024},
+            ),
+            target=GPUTarget("cuda", 90, 32),
+            options={"enable_fp_fusion": False},
+        )
+        sizes[kind] = len(code.asm["cubin"])
     return sizes
 
 
 if __name__ == "__main__":
-    results = {"steps": steps, "numbers": numbers}[WHAT]()
+    results = {"steps": steps, "numbers": lambda: [numbers(), random_numbers()]}[WHAT]()
     sys.__stdout__.write("\n" + json.dumps(results))

@@ -273,7 +273,7 @@ class _Graphed:
         with torch.cuda.stream(side):
             results = self._program.run(*self._given, *state)
         here.wait_stream(side)
-        return [result.clone() for result in results]
+        return _copies(results)
 
     def _watched(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run; give up on a graph if the host waits for the device; measure the memory."""
@@ -349,7 +349,7 @@ class _Graphed:
     def _replay(self) -> list[torch.Tensor]:
         assert self._graph is not None
         self._graph.replay()
-        return [result.clone() for result in self._results]  # the next launch overwrites them
+        return _copies(self._results)  # the next launch overwrites them
 
     def _prove(self, state: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run one update with and without the graph, and keep a result without it."""
@@ -426,6 +426,18 @@ def _noting_state(device: torch.device, pool: Any) -> Callable[[], None]:
 def _stream(place: _Place) -> torch.cuda.Stream:
     """The stream of all captures on a device: graphs of one stream can share memory."""
     return torch.cuda.Stream(place[0])
+
+
+def _copies(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies, in one kernel for all results of a dtype."""
+    copies = [torch.empty_like(result) for result in results]
+    pairs: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for copy, result in zip(copies, results, strict=True):
+        pairs.setdefault(copy.dtype, []).append((copy, result))
+    for of_dtype in pairs.values():
+        into, given = zip(*of_dtype, strict=True)
+        torch._foreach_copy_(list(into), list(given))
+    return copies
 
 
 def _first_error(error: Exception) -> str:

@@ -11,8 +11,9 @@ its bits, so that every number of a tensor can be computed independently:
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z ^ (z >> 31)
 
-modulo 2^64, where the key is mixed from the two integers of the seed. See Steele, Lea, Flood,
-"Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+modulo 2^64, where the key is mixed from the two integers of the seed. One Triton kernel does it
+(``fusion.random_kernel``), or a dozen operations of PyTorch where that is not installed. See
+Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ import torch
 # The only function in which Keras turns the state of a seed generator into a torch generator.
 from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
+
+from kbtrain.backends.torch.device import is_oom
+from kbtrain.backends.torch.fusion import random_kernel
+from kbtrain.backends.torch.fusion.scalar_kernel import is_available
+from kbtrain.utils.fallback import PrivateApi
 
 
 class Seeds:
@@ -137,6 +143,27 @@ def _multinomial(seed: torch.Tensor, p: torch.Tensor, count: int) -> torch.Tenso
     return (p.float().unsqueeze(-2) / -inside.log_()).argmax(-1)
 
 
+def _has_kernels(seed: torch.Tensor) -> bool:
+    return seed.is_cuda and is_available()
+
+
+def _normal_in_one_kernel(
+    seed: torch.Tensor, mean: float, std: float, size: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    if dtype is torch.float64:  # a number that is an argument of a kernel is a float32
+        return _normal(seed, mean, std, size, dtype)
+    return random_kernel.normal(seed, mean, std, size, dtype)
+
+
+_KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "rand": lambda seed, size, dtype: random_kernel.rand(seed, size, dtype, _FRACTION[dtype]),
+    "normal": _normal_in_one_kernel,
+    "randint": random_kernel.randint,
+    "bernoulli": random_kernel.bernoulli,
+}
+"""Where Triton is installed."""
+
+
 # --- as operations --------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("kbtrain_random", "DEF")
@@ -150,9 +177,19 @@ def _define(
 ) -> None:
     """Register an operation that can be recorded; ``shape`` returns a tensor like its result."""
     name = signature.partition("(")[0]
+    in_one_kernel = PrivateApi(
+        "Drawing random numbers in one kernel",
+        "triton",
+        _KERNELS.get(name, on_device),
+        on_device,
+        "They are drawn in several, which takes longer.",
+        passes=is_oom,
+    )
 
     def run(seed: torch.Tensor, *args: Any) -> torch.Tensor:
-        return on_device(seed, *args) if _on_gpu(seed) else on_host(_seeded(seed), *args)
+        if not _on_gpu(seed):
+            return on_host(_seeded(seed), *args)
+        return (in_one_kernel if _has_kernels(seed) else on_device)(seed, *args)
 
     _LIBRARY.define(signature)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
