@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from kbtrain.data.tree import map_structure
+from kbtrain.utils.processes import current
 
 _BATCH, _ROWS = "kbtrain_batch", "kbtrain_rows"
 
@@ -74,6 +75,12 @@ def share(tree: Any, index: int, parts: int) -> Any:
         }
         for chunk in tree
     ]
+
+
+def own_share(tree: Any) -> Any:
+    """``share`` for this process, on the host; the whole tree where it is alone."""
+    group = current()
+    return tree if group.size == 1 else share(tree, group.rank, group.size)
 
 
 def _share(batch: Any, axis: int, index: int, parts: int) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from kbtrain.distributed.launch.terminal import SharedTerminal, erasing
+
 INTERVAL = 0.1
 """Seconds between two redraws."""
 
@@ -41,6 +43,7 @@ class Screen:
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._drawn: list[int] = []  # lengths of the status lines on the screen
+        self._shared = SharedTerminal.inherited(os.environ)
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, now
@@ -103,8 +106,10 @@ class Screen:
     def _replace(self, above: str) -> None:
         """Write something in the place of the status lines, and draw them below it."""
         drawing, lengths = self._drawing() if self.is_open else ("", [])
-        erasing, self._drawn = self._erasing(), lengths
-        self._write(erasing + above + drawing)
+        with self._on_screen() as drawn:
+            removed = erasing(drawn, self.width())
+            drawn[:] = lengths
+            self._write(removed + above + drawing)
 
     def width(self) -> int:
         """Columns of the terminal."""
@@ -114,13 +119,14 @@ class Screen:
             columns = 80
         return max(1, min(columns or 80, MOST_COLUMNS))
 
-    def _erasing(self) -> str:
-        """Control characters that remove the status lines."""
-        if not self._drawn:
-            return ""
-        width = self.width()  # the terminal may be narrower by now, and have wrapped them
-        rows = sum(max(1, -(-length // width)) for length in self._drawn)
-        return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1)
+    @contextlib.contextmanager
+    def _on_screen(self) -> Iterator[list[int]]:
+        """The lengths of the status lines on the screen, to be changed to what is drawn."""
+        if self._shared is None:
+            yield self._drawn
+        else:
+            with self._shared.taken() as drawn:
+                yield drawn
 
     def _drawing(self) -> tuple[str, list[int]]:
         """The status lines, and their lengths."""

@@ -15,6 +15,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.report.model_card import MODEL_FILE, shown
+from kbtrain.trainer.first_process import written_by_first
 from kbtrain.utils.local_path import check_local
 from kbtrain.utils.output_files import explained, read_json, save_json, save_text
 from kbtrain.utils.processes import current
@@ -75,6 +76,11 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
         )
     check_local("output_dir", output_dir)
     target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
+    with written_by_first(str(target)):
+        return _save_model(trainer, target)
+
+
+def _save_model(trainer: TrainerBase, target: Path) -> Path:
     writes, folder = trainer.args.should_save, target.suffix != ".keras"
     divided = divided_state.divided_variables(trainer.backend, trainer.model)
     if folder and writes:

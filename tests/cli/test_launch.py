@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers_launch import is_running, launch, read_notes, started, wait_for, write_script
+from pseudo_terminal import record
 
 from kbtrain import cli
 from kbtrain.cli.launch import environments
@@ -71,6 +72,48 @@ def test_the_first_process_has_the_terminal_and_the_others_a_prefix(tmp_path):
         *("[1] no newline", f"[1] out  {arguments}", f"out typed {arguments}")
     ]
     assert sorted(err.splitlines()) == ["[1] err", "err"]
+
+
+def test_lines_of_others_appear_above_the_status_lines(tmp_path):
+    script = write_script(
+        tmp_path,
+        """
+        done, ready = here / "done", here / "ready"
+        if rank == 0:
+            import importlib.util
+            from rich.text import Text
+            # Not the package, which would import Keras.
+            path = importlib.util.find_spec("kbtrain").submodule_search_locations[0]
+            path += "/display/screen.py"
+            spec = importlib.util.spec_from_file_location("screen", path)
+            screen = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(screen)
+            screen.INTERVAL = 0.005
+            status = screen.Screen(lambda width: [Text("x" * 50), Text("status of 0")])
+            status.open()
+            ready.touch()
+            for i in range(40):
+                print(f"line {i} of 0")
+                time.sleep(0.005)
+            wait_for(done.exists)
+            status.close()
+        else:
+            wait_for(ready.exists)
+            for i in range(40):
+                print(f"line {i} of 1", file=sys.stderr, flush=True)
+                time.sleep(0.005)
+            done.touch()
+            sys.exit(3)
+        """,
+    )
+    command = [sys.executable, "-m", "kbtrain", "launch", "-n", "2", str(script)]
+    shown = record(command, lines=120, columns=90)
+    lines = [line for line in shown.screen if "kbtrain launch" not in line]
+    assert "kbtrain launch: rank 1" in shown.text
+    for name in ("", "[1] "):
+        own = [f"{name}line {i} of {int(bool(name))}" for i in range(40)]
+        assert [line for line in lines if line in own] == own
+    assert len(lines) == 80
 
 
 def test_a_module_in_place_of_a_script(tmp_path):

@@ -69,7 +69,6 @@ from kbtrain.backends.jax.profiler import start_profile  # noqa: F401
 from kbtrain.backends.jax.scope import Scope, context, held_value, run_stateless
 from kbtrain.backends.jax.state_blocks import (  # noqa: F401
     assign_blocks,
-    check_model,
     checksums,
     owned_blocks,
     spans_devices,
@@ -77,6 +76,7 @@ from kbtrain.backends.jax.state_blocks import (  # noqa: F401
 )
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten
+from kbtrain.backends.state_blocks import check_model  # noqa: F401
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False

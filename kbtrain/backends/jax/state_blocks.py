@@ -14,10 +14,6 @@ from jax.experimental import multihost_utils
 from kbtrain.utils.array_blocks import Block, OwnedBlocks, ReadBlock
 
 
-def check_model(model: keras.Model) -> None:
-    """Check that the variables hold what the model computes with, which is so on this backend."""
-
-
 def owned_blocks(variable: keras.Variable) -> OwnedBlocks | None:
     """The blocks of a variable that this process saves; None if its value is whole here."""
     value = variable.value

@@ -12,6 +12,7 @@ import tensorflow as tf
 from kbtrain.backends.scopes import LossScope, NoticingScope
 from kbtrain.backends.state_blocks import (  # noqa: F401
     assign_blocks,
+    check_model,
     owned_blocks,
     spans_devices,
 )
@@ -74,7 +75,7 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
 )
 from kbtrain.backends.tensorflow.profiler import start_profile  # noqa: F401
 from kbtrain.backends.tensorflow.scope import context
-from kbtrain.backends.tensorflow.state_blocks import check_model, checksums, whole_value  # noqa: F401
+from kbtrain.backends.tensorflow.state_blocks import checksums, whole_value  # noqa: F401
 from kbtrain.utils.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True

@@ -34,6 +34,12 @@ _NO_TIMEOUT = 0.0
 """With one, TensorFlow has a thread sleep for that long for each operation, even after its end:
 thousands after a minute. The control channel ends a process that waits for one that hangs."""
 
+_NAMES = {
+    "CollectiveReduceV2": "all_sum",
+    "CollectiveGatherV2": "all_gather",
+    "CollectiveAllToAllV2": "sum_to_owners",
+}
+"""What the operations are for, in messages."""
 
 _OF_COLLECTIVES = re.compile("Collective|collective instance")
 """In errors of these operations, whose names begin so."""
@@ -66,6 +72,10 @@ class Members:
         """The flat tensors of all processes, one after the other."""
         return self._run(tf.raw_ops.CollectiveGatherV2, flat)
 
+    def exchange_rows(self, rows: Any) -> Any:
+        """Of each process, in order of rank, the row whose index is the rank of this one."""
+        return self._run(tf.raw_ops.CollectiveAllToAllV2, rows)
+
     def _run(self, operation: Callable[..., Any], flat: Any, **options: Any) -> Any:
         if not tf.executing_eagerly():
             return self._traced(operation, flat, **options)
@@ -85,7 +95,7 @@ class Members:
             with tf.init_scope(), tf.device(self.device):
                 self._token = tf.Variable(0.0, trainable=False, name="ordering_token")
         if collective_check.is_observed():
-            flat = _announced("all_sum" if options else "all_gather", flat)
+            flat = _announced(_NAMES[operation.__name__], flat)
         with tf.device(self.device):
             return operation(
                 input=flat,
@@ -217,14 +227,14 @@ def _differentiable_sum(members: Members, tensors: list[Any]) -> list[Any]:
 
 def _sum(members: Members, tensors: Sequence[Any]) -> list[Any]:
     dtype = tensors[0].dtype
-    flat = tf.cast(_flat(tensors), _summed_in(dtype))
+    flat = tf.cast(flat_of(tensors), summed_in(dtype))
     if flat.shape[0] == 0:
         return list(tensors)
     total = members.reduce(flat)
-    return _split(total > 0 if dtype == tf.bool else tf.cast(total, dtype), tensors)
+    return split(total > 0 if dtype == tf.bool else tf.cast(total, dtype), tensors)
 
 
-def _summed_in(dtype: Any) -> Any:
+def summed_in(dtype: Any) -> Any:
     """The dtype that a sum is computed in.
 
     Sixteen bits would be rounded at each process on the way. TensorFlow adds up no other integers
@@ -250,7 +260,7 @@ def gather_from(members: Members, tensors: Sequence[Any]) -> list[Any]:
     results: list[Any] = list(tensors)
     for indices in _by_type(tensors):
         given = [tensors[i] for i in indices]
-        flat = _flat(given)
+        flat = flat_of(given)
         if flat.shape[0] == 0:  # TensorFlow would end the process
             for i in indices:
                 results[i] = tf.stack([tensors[i]] * members.size)
@@ -260,29 +270,9 @@ def gather_from(members: Members, tensors: Sequence[Any]) -> list[Any]:
         sent = tf.float32 if dtype == tf.bfloat16 else dtype
         sent = sent if sent.is_floating else _integer(dtype)
         rows = tf.split(tf.cast(members.gather(tf.cast(flat, sent)), dtype), members.size)
-        parts = [_split(row, given) for row in rows]
+        parts = [split(row, given) for row in rows]
         for i, parts_of_one in zip(indices, zip(*parts, strict=True), strict=True):
             results[i] = tf.stack(parts_of_one)
-    return results
-
-
-def from_owners(members: Members, tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
-    """Each tensor as its owner has it, one operation for each dtype."""
-    tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
-    results: list[Any] = list(tensors)
-    for indices in _by_type(tensors):
-        parts = [[i for i in indices if owners[i] == rank] for rank in range(members.size)]
-        sizes = [sum(tensors[i].shape.num_elements() for i in part) for part in parts]
-        dtype, width = tensors[indices[0]].dtype, max(sizes)
-        missing = tf.zeros((width - sizes[members.rank],), dtype)
-        row = _flat([*(tensors[i] for i in parts[members.rank]), missing])
-        for rank, (part, sent) in enumerate(
-            zip(parts, tf.unstack(gather_from(members, [row])[0]), strict=True)
-        ):
-            if part and rank != members.rank:
-                values = _split(sent[: sizes[rank]], [tensors[i] for i in part])
-                for i, value in zip(part, values, strict=True):
-                    results[i] = value
     return results
 
 
@@ -294,13 +284,16 @@ def _by_type(tensors: Sequence[Any]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _flat(tensors: Sequence[Any]) -> Any:
+def flat_of(tensors: Sequence[Any]) -> Any:
+    """The elements of the tensors, one after the other."""
     return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
 
 
-def _split(flat: Any, like: Sequence[Any]) -> list[Any]:
+def split(flat: Any, like: Sequence[Any]) -> list[Any]:
+    """The beginning of a flat tensor in the shapes of others."""
     if all(tensor.shape.is_fully_defined() for tensor in like):
-        parts = tf.split(flat, [tensor.shape.num_elements() for tensor in like])
+        sizes = [tensor.shape.num_elements() for tensor in like]
+        parts = tf.split(flat, [*sizes, -1])[: len(sizes)]
         return [tf.reshape(part, t.shape) for part, t in zip(parts, like, strict=True)]
     parts = tf.split(flat, [tf.size(tensor) for tensor in like], num=len(like))
     return [tf.reshape(part, tf.shape(t)) for part, t in zip(parts, like, strict=True)]

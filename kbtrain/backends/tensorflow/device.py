@@ -15,7 +15,7 @@ import tensorflow as tf
 from kbtrain.backends.compiled_graphs import refuse_cuda_graphs
 from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
-from kbtrain.backends.tensorflow.processes import take_rows
+from kbtrain.backends.rows import own_share
 from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.utils.fallback import PrivateApi
 from kbtrain.utils.keras_private import held_values
@@ -28,7 +28,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
         tree: The arrays; of batches with rows for several processes this one takes its own.
         pin: Unused here.
     """
-    return tf.nest.map_structure(tf.convert_to_tensor, take_rows(tree))
+    return tf.nest.map_structure(tf.convert_to_tensor, own_share(tree))
 
 
 def ragged(dense: Any, lengths: Sequence[Any]) -> Any:

@@ -15,13 +15,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from kbtrain.backends import rows
 from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rendezvous import meet
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.tensorflow import collectives
 from kbtrain.backends.tensorflow.collectives import Members, naming_failures
+from kbtrain.backends.tensorflow.owners import reduce_to_owners, values_of_owners
 from kbtrain.backends.whole_batch import rows_of
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
@@ -180,16 +180,16 @@ def all_gather(tensors: Sequence[Any]) -> list[Any]:
 
 def sum_to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
     """The sums over all processes of the tensors that this one owns; None for the others."""
-    # TensorFlow reduces to one process by NCCL only.
-    members, sums = _joined(), all_sum(tensors)
-    rank = 0 if members is None else members.rank
-    return [x if owner == rank else None for x, owner in zip(sums, owners, strict=True)]
+    members = _joined()
+    return list(tensors) if members is None else reduce_to_owners(members, tensors, owners)
 
 
 def gather_from_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
     """Each tensor as its owner has it."""
     members = _joined()
-    return list(tensors) if members is None else collectives.from_owners(members, tensors, owners)
+    if members is None:
+        return list(tensors)
+    return values_of_owners(members, tensors, owners)
 
 
 @contextlib.contextmanager
@@ -218,12 +218,6 @@ def local_rows(batch: Any) -> Iterator[LocalRows]:
     """Context in which a step runs on its rows of a batch."""
     with rows_of(batch, joined_processes(), all_sum) as found:
         yield found
-
-
-def take_rows(tree: Any) -> Any:
-    """This process's rows of the batches in ``tree``, on the host."""
-    joined = joined_processes()
-    return tree if joined is None else rows.share(tree, *joined)
 
 
 def named(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,10 +11,6 @@ import tensorflow as tf
 from kbtrain.backends.tensorflow.device import host_view
 
 
-def check_model(model: keras.Model) -> None:
-    """Check that the variables hold what the model computes with, which is so on this backend."""
-
-
 def whole_value(variable: keras.Variable) -> np.ndarray:
     """The value of a variable on the host, where it is whole."""
     return np.array(host_view(variable.value))

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kbtrain.backends.buckets import BUCKET_BYTES, Parts, buckets_of, parts_of
 from kbtrain.backends.collective_check import about_to
-
-BUCKET_BYTES = 25 << 20
-"""Size of a bucket, as in DistributedDataParallel."""
-
-IMBALANCE = 1.5
-"""How much larger than its tensors a bucket may be with the parts of all owners made equal."""
 
 _bucket_bytes = BUCKET_BYTES
 
@@ -82,21 +77,8 @@ def _bucketed_sum(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _buckets(tensors: list[torch.Tensor]) -> list[list[int]]:
-    """Indices of the tensors that travel together.
-
-    The last come first, as the backward pass computes the gradients of the last layers first.
-    """
-    buckets: list[list[int]] = []
-    open_ones: dict[torch.dtype, tuple[list[int], int]] = {}
-    for i in reversed(range(len(tensors))):
-        dtype, size = tensors[i].dtype, tensors[i].numel() * tensors[i].element_size()
-        indices, held = open_ones.get(dtype, ([], _bucket_bytes))
-        if held + size > _bucket_bytes:
-            indices, held = [], 0
-            buckets.append(indices)
-        indices.append(i)
-        open_ones[dtype] = indices, held + size
-    return buckets
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    return buckets_of([tensor.dtype for tensor in tensors], sizes, _bucket_bytes)
 
 
 def _start_sum(flat: torch.Tensor) -> torch.Tensor:
@@ -152,12 +134,12 @@ def sum_to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
     tensors, rank = [tensor.detach() for tensor in tensors], dist.get_rank()
     started: list[tuple[list[int], torch.Tensor]] = []
     for indices in _buckets(tensors):
-        parts, width = _parts(tensors, owners, indices)
-        if width * len(parts) <= IMBALANCE * sum(tensors[i].numel() for i in indices):
-            flat = torch.cat([_row(tensors, part, width, indices) for part in parts])
+        parts = _parts(tensors, owners, indices)
+        if parts.is_balanced:
+            flat = torch.cat([_row(tensors, parts, owner) for owner in range(shards())])
             _announce("sum_to_owners", flat)
-            result = _c10d.reduce_scatter_tensor(flat, "sum", len(parts), _group_name())
-            started.append((parts[rank], result))
+            result = _c10d.reduce_scatter_tensor(flat, "sum", shards(), _group_name())
+            started.append((parts.indices[rank], result))
         else:
             flat = torch.cat([tensors[i].reshape(-1) for i in indices])
             started.append((indices, _start_sum(flat)))
@@ -174,41 +156,36 @@ def gather_from_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[An
     tensors, rank = [tensor.detach() for tensor in tensors], dist.get_rank()
     started: list[tuple[list[list[int]], int, torch.Tensor]] = []
     for indices in _buckets(tensors):
-        parts, width = _parts(tensors, owners, indices)
-        if width * len(parts) <= IMBALANCE * sum(tensors[i].numel() for i in indices):
-            row = _row(tensors, parts[rank], width, indices)
-            started.append((parts, width, _start_gather(row)))
+        parts = _parts(tensors, owners, indices)
+        if parts.is_balanced:
+            row = _row(tensors, parts, rank)
+            started.append((parts.indices, parts.width, _start_gather(row)))
             continue
-        for owner, part in enumerate(parts):
+        for owner, part in enumerate(parts.indices):
             if part:
                 row = torch.cat([tensors[i].reshape(-1) for i in part])
                 _announce(f"broadcast from {owner}", row)
                 flat = _c10d.broadcast_(row, owner, _group_name())
                 started.append(([part], row.numel(), flat))
     results = list(tensors)
-    for parts, width, flat in started:
-        for part, row in zip(parts, _wait(flat).view(len(parts), width), strict=True):
+    for indices_of, width, flat in started:
+        for part, row in zip(indices_of, _wait(flat).view(len(indices_of), width), strict=True):
             for i, value in zip(part, _split(row, tensors, part), strict=True):
                 if owners[i] != rank:
                     results[i] = value
     return results
 
 
-def _parts(
-    tensors: Sequence[torch.Tensor], owners: Sequence[int], indices: Sequence[int]
-) -> tuple[list[list[int]], int]:
-    """The tensors of a bucket by owner, and the number of elements of the largest part."""
-    parts = [[i for i in indices if owners[i] == rank] for rank in range(shards())]
-    return parts, max(sum(tensors[i].numel() for i in part) for part in parts)
+def _parts(tensors: Sequence[torch.Tensor], owners: Sequence[int], indices: Sequence[int]) -> Parts:
+    return parts_of(indices, owners, [tensor.numel() for tensor in tensors], shards())
 
 
-def _row(
-    tensors: Sequence[torch.Tensor], part: Sequence[int], width: int, indices: Sequence[int]
-) -> torch.Tensor:
-    """The tensors of one owner as a flat one, filled up to ``width``."""
-    missing = width - sum(tensors[i].numel() for i in part)
-    filling = [tensors[indices[0]].new_zeros(missing)] if missing else []
-    return torch.cat([*(tensors[i].reshape(-1) for i in part), *filling])
+def _row(tensors: Sequence[torch.Tensor], parts: Parts, owner: int) -> torch.Tensor:
+    """The tensors of one owner as a flat one, filled up to the width of the others."""
+    missing = parts.width - parts.sizes[owner]
+    first = next(tensors[i] for part in parts.indices for i in part)
+    filling = [first.new_zeros(missing)] if missing else []
+    return torch.cat([*(tensors[i].reshape(-1) for i in parts.indices[owner]), *filling])
 
 
 def _split(

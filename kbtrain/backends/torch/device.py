@@ -15,8 +15,8 @@ import torch
 
 from kbtrain.backends.memory_errors import says_out_of_memory
 from kbtrain.backends.protocol import StateLayout
+from kbtrain.backends.rows import own_share
 from kbtrain.backends.torch import float32_precision
-from kbtrain.backends.torch.processes import take_rows
 from kbtrain.errors import ConfigurationError
 
 logger = logging.getLogger("kbtrain")
@@ -42,7 +42,7 @@ def to_device(tree: Any, pin: bool = False) -> Any:
     device = _device()
     pin = pin and device.type == "cuda"
     with _current(device) if pin else contextlib.nullcontext():  # pins for the current device
-        return keras.tree.map_structure(lambda x: on_device(x, device, pin), take_rows(tree))
+        return keras.tree.map_structure(lambda x: on_device(x, device, pin), own_share(tree))
 
 
 def on_device(x: Any, device: torch.device | None = None, pin: bool = False) -> torch.Tensor:

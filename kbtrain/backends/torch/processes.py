@@ -12,7 +12,6 @@ import keras
 import torch
 import torch.distributed as dist
 
-from kbtrain.backends import rows
 from kbtrain.backends.collective_check import about_to
 from kbtrain.backends.exchange_settings import check_library
 from kbtrain.backends.rendezvous import meet
@@ -144,9 +143,3 @@ def local_rows(batch: Any) -> Iterator[LocalRows]:
     """Context in which a step runs on its rows of a batch."""
     with rows_of(batch, joined_processes(), all_sum) as found:
         yield found
-
-
-def take_rows(tree: Any) -> Any:
-    """This process's rows of the batches in ``tree``, on the host."""
-    joined = joined_processes()
-    return tree if joined is None else rows.share(tree, *joined)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from kbtrain.distributed.launch.terminal import VARIABLE, SharedTerminal, write_all
+
 GRACE_SECONDS = 10.0
 """How long the others may take to end by themselves, with an error of their own."""
 
@@ -87,6 +89,7 @@ class _Processes:
         grace: float,
     ) -> None:
         self._log = log
+        self._terminal = SharedTerminal.new()
         self._grace = grace
         self._ranks = [environment["RANK"] for environment in environments]
         self._asked: set[int] = set()  # signals that this process got
@@ -107,6 +110,9 @@ class _Processes:
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         first = not self._children
+        shared = self._terminal if first else None
+        if shared is not None:
+            environment = {**environment, VARIABLE: shared.variable}
         child = subprocess.Popen(
             # -I and -S: nothing of the user's environment can come between.
             [sys.executable, "-I", "-S", _CHILD, str(os.getpid()), *command],
@@ -114,14 +120,14 @@ class _Processes:
             stdin=None if first else subprocess.DEVNULL,
             stdout=None if first else subprocess.PIPE,
             stderr=None if first else subprocess.PIPE,
+            pass_fds=[] if shared is None else [shared.number],
         )
         self._children.append(child)
         for pipe, target in ((child.stdout, 1), (child.stderr, 2)):
             if pipe is not None:
                 prefix = f"[{environment['RANK']}] ".encode()
-                thread = threading.Thread(
-                    target=_copy_lines, args=(pipe, target, prefix), daemon=True
-                )
+                arguments = pipe, target, prefix, self._terminal
+                thread = threading.Thread(target=_copy_lines, args=arguments, daemon=True)
                 thread.start()
                 self._outputs.append(thread)
 
@@ -140,6 +146,8 @@ class _Processes:
                 self._end_the_rest()
         for thread in self._outputs:
             thread.join(1.0)  # a process that outlives its parent may hold a pipe open
+        if self._terminal is not None and not any(t.is_alive() for t in self._outputs):
+            os.close(self._terminal.number)
         statuses = self._failures or self._orderly
         return Outcome(statuses[0] if statuses else 0, bool(self._failures) and not self._asked)
 
@@ -187,7 +195,11 @@ class _Processes:
         self._say(f"rank {rank} on {socket.gethostname()} (process {pid}) {how}")
 
     def _say(self, text: str) -> None:
-        print(f"kbtrain launch: {text}.", file=self._log, flush=True)
+        line = f"kbtrain launch: {text}."
+        if self._terminal is not None and self._log is sys.stderr:
+            self._terminal.write(2, f"{line}\n".encode())
+        else:
+            print(line, file=self._log, flush=True)
 
 
 @contextmanager
@@ -240,13 +252,14 @@ def _name(number: int) -> str:
         return f"signal {number}"
 
 
-def _copy_lines(pipe: IO[bytes], target: int, prefix: bytes) -> None:
+def _copy_lines(
+    pipe: IO[bytes], target: int, prefix: bytes, terminal: SharedTerminal | None
+) -> None:
     """Copy lines to a file descriptor, each with a prefix, until the pipe ends."""
+    write = write_all if terminal is None else terminal.write
     with pipe:
         for line in pipe:
-            data = prefix + line if line.endswith(b"\n") else prefix + line + b"\n"
             try:
-                while data:
-                    data = data[os.write(target, data) :]
+                write(target, prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
             except OSError:
                 return  # nobody reads: closing the pipe tells the process so
