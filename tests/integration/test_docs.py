@@ -61,6 +61,27 @@ def trained(
     return trainer
 
 
+# Pages whose programs run one after the other, in one namespace.
+GUIDES = (
+    "checkpoints", "debugging-nan", "extending", "faq", "from-keras-fit", "index",
+    "mixed-precision", "performance",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_programs_of_a_guide(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "guide"}
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for program in programs:
+        exec(compile(program, f"{page}.md", "exec"), names)
+    printed = capsys.readouterr().out
+    # What a comment after a print says is what it printed.
+    for said in re.findall(r"^print\(.*\)  # (\S.*)$", "".join(programs), re.MULTILINE):
+        assert "..." in said or f"{said}\n" in printed, said
+
+
 def test_trackers(tmp_path):
     tracker = execute("trackers.md")["SqliteTracker"]
     trainer = trained(tmp_path, callbacks=[tracker()])
