@@ -109,9 +109,8 @@ def test_names_of_the_api_have_their_place_and_their_signature(pages):
     trainer = pages["api/trainer.html"]
     for part in ("Parameters:", "Returns:", "Raises:", "Examples:", "resume_from_checkpoint"):
         assert part in trainer
-    assert (
-        '<a href="api/trainer.html#kbtrain.Trainer"><code>Trainer</code></a>' in pages["index.html"]
-    )
+    link = '<a href="api/training-arguments.html#kbtrain.TrainingArguments">'
+    assert f"{link}<code>TrainingArguments</code></a>" in pages["faq.html"]
 
 
 def test_docstrings_are_read_as_markdown(pages):
