@@ -80,8 +80,11 @@ def _result(
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
+            killed = done.returncode == -9
+            why = " It was killed: is the model too large for this machine's memory?"
             raise ConfigurationError(
                 f"{program} ended with exit status {done.returncode} before there was a plan."
+                f"{why if killed else ''}"
             ) from None
     if "error" in result:
         raise ConfigurationError(result["error"])

@@ -15,19 +15,24 @@ LARGEST = 2**16
 """The largest batch of a device that is tried."""
 
 
+PRECISION = 0.02
+"""Part of the largest batch to which it is found: a compilation is dear."""
+
+
 @dataclass(frozen=True)
 class LargestBatch(JsonDataclass):
     """The largest batch of a device that fits.
 
     Attributes:
         batch_size: Samples of a micro-batch on one device; 0 if not even one fits.
-        exact: Whether one more is known not to fit; otherwise the search ended early.
+        too_large: A size that does not fit: the next one, or one at most 2 % larger; None if the
+            search ended without one.
         peak_bytes: Memory that it needs; None if none fits.
         tried: Sizes that were compiled, in order.
     """
 
     batch_size: int
-    exact: bool
+    too_large: int | None
     peak_bytes: int | None
     tried: Sequence[int]
 
@@ -37,6 +42,7 @@ def largest_batch(
     limit: int,
     start: int = 1,
     most: int = MOST_COMPILATIONS,
+    precision: float = PRECISION,
 ) -> LargestBatch:
     """Find the largest batch whose memory stays within a limit.
 
@@ -51,6 +57,7 @@ def largest_batch(
         limit: Memory that there is.
         start: The size to begin with.
         most: Sizes to try at most.
+        precision: The search ends where the result is known to this part of it.
     """
     peaks: dict[int, int | None] = {}
     low, high = 0, LARGEST + 1
@@ -61,12 +68,12 @@ def largest_batch(
             low = size
         else:
             high = size
-        if high - low <= 1:
+        if high - low <= max(1, int(precision * low)):
             break
         size = _next_size(peaks, limit, low, high)
     return LargestBatch(
         batch_size=low,
-        exact=high - low == 1 and high <= LARGEST,
+        too_large=high if high <= LARGEST else None,
         peak_bytes=peaks.get(low),
         tried=list(peaks),
     )

@@ -144,9 +144,12 @@ def largest(plan: Plan) -> str:
         return ""
     if found.batch_size == 0:
         return "Not even a batch of one sample a device fits."
-    if found.exact:
-        return f"The largest batch of a device that fits has {found.batch_size:,} samples."
-    return f"A batch of {found.batch_size:,} samples a device fits; the search ended there."
+    size, limit = found.batch_size, found.too_large
+    if limit == size + 1:
+        return f"The largest batch of a device that fits has {size:,} samples."
+    if limit is None:
+        return f"A batch of {size:,} samples a device fits; larger ones were not tried."
+    return f"A batch of {size:,} samples a device fits, one of {limit:,} does not."
 
 
 def comparison(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import Batches, as_loader, map_structure, unpack
 from kbtrain.errors import ConfigurationError, first_lines
+from kbtrain.model.losses.keras_losses import NamedLoss
 from kbtrain.plan import request as planning
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.plan import Plan
@@ -141,6 +142,8 @@ def _serialized(part: Any) -> Any:
         return {"mapping": {name: _serialized(value) for name, value in part.items()}}
     if isinstance(part, list | tuple):
         return {"list": [_serialized(value) for value in part]}
+    if isinstance(part, NamedLoss):
+        return {"object": part.name}
     return {"object": keras.saving.serialize_keras_object(part)}
 
 

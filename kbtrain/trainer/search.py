@@ -16,6 +16,7 @@ from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.errors import ConfigurationError, NonFiniteError
 from kbtrain.optimization import registry
+from kbtrain.plan import request as planning
 from kbtrain.trainer.search_display import SearchDisplay
 from kbtrain.trainer.search_plot import save_plot
 from kbtrain.trainer.search_results import BestRun as BestRun
@@ -129,6 +130,8 @@ def settings(
 def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
     """Run the trials; see ``Trainer.hyperparameter_search``."""
     _check(trainer, settings)
+    if planning.pending():  # no study, and no other processes
+        planning.answer(trainer, "hyperparameter_search")
     optuna = require("optuna", "optuna", "hyperparameter_search")
     order = json.loads(os.environ.get(WORKER, "null"))
     if order is not None:

@@ -1,6 +1,7 @@
 """The device that a run is planned for."""
 
 import pytest
+from paths import ROOT
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_from, device_named, target_config
@@ -86,3 +87,10 @@ def test_xla_gets_the_figures_of_the_table():
     assert "core_count: 132\n" in text
     assert "cuda_compute_capability { major: 9 minor: 0 }" in text
     assert "device_memory_size: 84942979072\n" in text
+
+
+def test_the_documentation_has_every_device():
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    for device in known_devices():
+        size = f"{device.memory_bytes / 2**30:.1f}"
+        assert f"| `{device.name}` | {device.title} | {size} |" in page

@@ -54,7 +54,7 @@ def test_a_run_that_fits(compiled, tmp_path):
     assert plan.run.roofline.seconds == 8.0
     assert plan.run.roofline.samples_per_second == 4.0
     assert plan.run.roofline.mfu == 1.0
-    assert (plan.largest.batch_size, plan.largest.exact) == (15, True)
+    assert (plan.largest.batch_size, plan.largest.too_large) == (15, 16)
 
 
 def test_each_alternative_is_one_change(compiled, tmp_path):

@@ -89,9 +89,14 @@ def test_a_module(planned):
     assert "plan" in planned(BEGIN + TRAIN + "trainer.fit()\n", name="mine.py", module=True)
 
 
-def test_a_test_of_learning_rates_trains_nothing_either(planned):
-    found = planned(BEGIN + TRAIN + "trainer.find_learning_rate()\n")
-    assert "first call of find_learning_rate() in train.py:14" in found["plan"]["notes"][0]
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [("find_learning_rate", ""), ("hyperparameter_search", "n_trials=3, n_jobs=2")],
+)
+def test_other_calls_that_train_are_planned_too(planned, call, options):
+    init = "trainer.model_init, trainer.eval_dataset = lambda: model, data\n"
+    found = planned(f"{BEGIN}{TRAIN}{init}trainer.{call}({options})\n")
+    assert f"first call of {call}() in train.py:15" in found["plan"]["notes"][0]
 
 
 @pytest.mark.parametrize(
