@@ -44,7 +44,17 @@ aten = torch.ops.aten
 
 _PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Tensors that a kernel over lists takes, by the number of lists (MultiTensorApply.cuh)."""
-_NOTHING = ("empty", "detach", "alias", "lift_fresh", "unbind", "split", "expand")
+_NOTHING = (
+    "empty",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "unbind",
+    "split",
+    "expand",
+    "_unsafe_view",
+    "_reshape",
+)
 _INSIDE = {
     "run_program": elementwise._run,
     "run_eight_bit": eight_bit._run,

@@ -16,6 +16,7 @@ from optim.core.matrices import is_matrix, sides_of
 from optim.core.moments import moving_average
 from optim.core.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
 from optim.core.parameter_groups import path_of
+from optim.core.rule import stackable
 from optim.kernels import backend as kernels
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -62,8 +63,8 @@ class Muon(Optimizer):
         momentum: Decay rate of the mean of the gradient, in [0, 1).
         nesterov: Look ahead by one update.
         ns_steps: Newton-Schulz iterations, at least 1.
-        ns_dtype: Dtype of the iteration: ``"float32"``, or ``"bfloat16"`` as in the original, which
-            is quicker on GPUs and TPUs.
+        ns_dtype: Dtype of the iteration: ``"float32"``, or ``"bfloat16"`` as in the original; with
+            ``"auto"`` that on GPUs and TPUs that multiply matrices in it. State is float32.
         match_rms: Scale updates to AdamW's usual size (Moonlight).
         exclude: Regular expression, searched for in the paths of variables that get AdamW's rule;
             ``None`` for embeddings and output layers by their usual names (`NOT_HIDDEN`).
@@ -98,7 +99,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        ns_dtype: str = "float32",
+        ns_dtype: str = "auto",
         match_rms: bool = False,
         exclude: str | None = None,
         adamw_multiplier: float | None = None,
@@ -109,9 +110,10 @@ class Muon(Optimizer):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(learning_rate, weight_decay=weight_decay, **common)
-        if ns_dtype not in ("float32", "bfloat16"):
+        if ns_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
-                f"`ns_dtype` must be 'float32' or 'bfloat16'. Received: ns_dtype={ns_dtype!r}"
+                "`ns_dtype` must be 'auto', 'float32' or 'bfloat16'. "
+                f"Received: ns_dtype={ns_dtype!r}"
             )
         if adamw_multiplier is None:
             adamw_multiplier = 1.0 if match_rms else 0.015
@@ -158,6 +160,7 @@ class Muon(Optimizer):
         """
         return {"momentum": shape}
 
+    @stackable
     def update(
         self,
         parameter: Tensor,
@@ -172,9 +175,8 @@ class Muon(Optimizer):
         mixed = gradient + self.momentum * (momentum - gradient) if self.nesterov else momentum
         shape = tuple(parameter.shape)
         rows, columns = sides_of(shape)
-        direction = orthogonalized(
-            ops.reshape(mixed, (rows, columns)), self.ns_steps, self.ns_dtype
-        )
+        dtype = kernels.matrix_dtype(parameter) if self.ns_dtype == "auto" else self.ns_dtype
+        direction = orthogonalized(ops.reshape(mixed, (rows, columns)), self.ns_steps, dtype)
         scale = math.sqrt(max(1.0, columns / rows))
         if self.match_rms:
             scale = 0.2 * math.sqrt(max(rows, columns))

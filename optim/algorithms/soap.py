@@ -14,6 +14,7 @@ from optim.core.checks import check_integer
 from optim.core.matrices import is_matrix, sides_of
 from optim.core.moments import bias_correction, moving_average
 from optim.core.optimizer import CommonArguments, Optimizer, Slot, Tensor, check_range
+from optim.core.rule import stackable
 from optim.kernels import backend as kernels
 
 SIDES = ("left", "right")
@@ -135,6 +136,7 @@ class SOAP(Optimizer):
                 shapes |= {name: (length, length), f"{name}_basis": (length, length)}
         return shapes
 
+    @stackable
     def update(
         self,
         parameter: Tensor,

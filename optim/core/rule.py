@@ -98,6 +98,22 @@ def elementwise(rule: Rule) -> Rule:
     return rule
 
 
+def stackable(rule: Rule) -> Rule:
+    """Mark an `Optimizer.update` that kernels may run on a stack of equal shapes at once.
+
+    It is still given one tensor at a time, as `jax.vmap` and `torch.vmap` do: what it computes may
+    not decide what Python does, and what is computed now and then goes through ``kernels.refresh``.
+
+    Args:
+        rule: The method.
+
+    Returns:
+        The same method. As with `fused`, the mark is not inherited by a method that overrides it.
+    """
+    rule.stackable = True  # type: ignore[attr-defined]
+    return rule
+
+
 def advance(
     rule: Any,
     value: Tensor,

@@ -19,6 +19,8 @@ One module per backend, the same names in each:
 - ``mean_product(x, y)``: the mean of the products of the elements of two float32 tensors.
 - ``singular_vectors(matrix)``: those on the smaller side of a float32 matrix, as columns, in the
   order of decreasing singular values.
+- ``matrix_dtype(x)``: what rules that bear it multiply matrices like ``x`` in: ``"bfloat16"`` on
+  a GPU or TPU with units for it, else ``"float32"``.
 - ``FUSED``: name of a rule -> an equivalent that updates lists of tensors in place. Given
   ``(optimizer, parameters, gradients, slots, step, learning_rate, weight_decay)``, all of them
   float32 and the slots a dict of lists.

@@ -107,7 +107,41 @@ class Tanh(optim.Optimizer):
         return parameter - learning_rate * keras.ops.tanh(gradient), slots
 
 
+def matrices(name, dtype="float32", **arguments):
+    """Weights after three updates of four matrices, three of which have the same shape."""
+    draw = np.random.default_rng(0)
+    variables = [
+        keras.Variable(draw.standard_normal(shape), dtype=dtype, name=f"kernel_{i}")
+        for i, shape in enumerate([(6, 4), (6, 4), (5, 3), (6, 4)])
+    ]
+    optimizer = optim.get(name, learning_rate=0.1, **arguments)
+    for _ in range(3):
+        apply(
+            optimizer,
+            variables,
+            [draw.standard_normal(v.shape).astype("float32") for v in variables],
+        )
+    return np.concatenate([v.value.detach().float().numpy().ravel() for v in variables])
+
+
+def stacked():
+    """How far matrices that are updated together are from those that are updated one by one."""
+    settings = {
+        "muon": {"ns_dtype": "float32"},
+        "soap": {"precondition_frequency": 2},
+        "muon bfloat16": {"ns_dtype": "float32", "dtype": "bfloat16"},
+        "muon auto": {"ns_dtype": "auto"},
+    }
+    results = {}
+    for on_gpu in (False, True):
+        custom_op.on_gpu = lambda device, on_gpu=on_gpu: on_gpu
+        for key, arguments in settings.items():
+            results.setdefault(key, []).append(matrices(key.split()[0], **arguments))
+    return {key: float(np.abs(a - b).max()) for key, (a, b) in results.items()}
+
+
 def numbers(names):
+    together = stacked()
     custom_op.on_gpu = lambda device: True
     found = {}
     for i, name in enumerate(names):
@@ -120,6 +154,7 @@ def numbers(names):
             {
                 "distance": found,
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
+                "stacked": together,
                 "tanh": [variable.value.detach()[0].item(), *log],
             }
         )

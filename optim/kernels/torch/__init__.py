@@ -16,11 +16,13 @@ from optim.core.fallback import PrivateApi, report
 from optim.core.precision import working_dtype
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.adafactor import run_adafactor
-from optim.kernels.torch.custom_op import LIBRARY, NumberedObjects
+from optim.kernels.torch.custom_op import NumberedObjects
 from optim.kernels.torch.eight_bit import run_eight_bit
 from optim.kernels.torch.elementwise import record_program, run_elementwise
 from optim.kernels.torch.recording import NotElementwise
+from optim.kernels.torch.refresh import refresh  # noqa: F401
 from optim.kernels.torch.rule_groups import RuleGroups
+from optim.kernels.torch.stacked import is_stackable, stacks, update_stack
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -71,6 +73,7 @@ def execute(
     """Run the fused equivalent of each rule, one call per update rule, or the rule itself."""
     in_place = optimizer.kernel is None and not _in_stateless_scope()
     groups = RuleGroups()
+    matrices: list[tuple[Any, Any]] = []
     batches: dict[Any, _Batch] = {}
     failures: list[Exception] = []
     wide_step, wide_rate = step, learning_rate
@@ -85,6 +88,9 @@ def execute(
             if groups.add(update_rule, parameter, gradient, slots):
                 continue
         gradient = _widened(gradient, variable)
+        if in_place and _fusible(parameter) and _is_stacked(update_rule.optimizer, parameter):
+            matrices.append((gradient, variable))
+            continue
         if not in_list:
             optimizer.update_variable(gradient, variable, wide_step, wide_rate)
             continue
@@ -97,6 +103,8 @@ def execute(
             continue
         batch.add(parameter, gradient, optimizer.slots_of(variable))
     groups.run(step, learning_rate)
+    for group in stacks(matrices, optimizer):
+        update_stack(group, optimizer, step, learning_rate, _storage)
     for update_rule, batch in batches.items():
         if batch.parameters:
             batch.run(
@@ -197,6 +205,10 @@ def _has_kernel_of_its_own(rule: Any, parameter: torch.Tensor) -> bool:
     return custom_op.on_gpu(parameter.device) and bool(
         getattr(type(rule).update, "elementwise", False)
     )
+
+
+def _is_stacked(rule: Any, parameter: torch.Tensor) -> bool:
+    return custom_op.on_gpu(parameter.device) and is_stackable(rule)
 
 
 def _storage(variable: Any) -> torch.Tensor:
@@ -394,40 +406,10 @@ def singular_vectors(matrix: Any) -> Any:
     return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(matrix.dtype)
 
 
-# ---- what is computed now and then ---------------------------------------------------------------
-
-_COMPUTE: list[Callable[[Any, Any], Any]] = []
-
-# It looks at a value; PyTorch has a mark for what no CUDA graph can hold since 2.9.
-_MARKS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-LIBRARY.define(
-    "refresh(Tensor due, Tensor operand, Tensor current, int compute) -> Tensor", tags=_MARKS
-)
-
-
-def _refresh(
-    due: torch.Tensor, operand: torch.Tensor, current: torch.Tensor, compute: int
-) -> torch.Tensor:
-    # A result has memory of its own, as PyTorch demands of an operation.
-    if not due:
-        return current.clone()
-    return _COMPUTE[compute](operand, current).contiguous()
-
-
-LIBRARY.impl("refresh", _refresh, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "optim::refresh",
-    lambda due, operand, current, compute: torch.empty_like(current),
-    lib=LIBRARY,
-)
-
-
-def refresh(due: Any, compute: Callable[[Any, Any], Any], operand: Any, current: Any) -> Any:
-    """``compute(operand, current)`` if it is due, else ``current``.
-
-    One operation to PyTorch, so that it can be a part of a captured step: it decides when it runs,
-    not when it is recorded. On a GPU that waits for the device.
-    """
-    if compute not in _COMPUTE:
-        _COMPUTE.append(compute)
-    return torch.ops.optim.refresh(due, operand, current, _COMPUTE.index(compute))
+def matrix_dtype(x: Any) -> str:
+    """bfloat16 where products of matrices are much faster in it: on a GPU with units for it."""
+    if not custom_op.on_gpu(x.device):
+        return "float32"
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0):
+        return "bfloat16"
+    return "float32"

@@ -53,6 +53,12 @@ def test_a_rule_that_cannot_be_written_for_triton_runs_and_says_so_once(numbers)
     assert "aten.tanh" in log[0]
 
 
+def test_matrices_that_are_updated_together_are_those_that_are_updated_one_by_one(numbers):
+    found = numbers["stacked"]
+    assert 1e-5 < found.pop("muon auto") < 0.02  # in bfloat16 on a GPU, on a CPU in float32
+    assert {name: x for name, x in found.items() if not x < 1e-6} == {}
+
+
 def test_compile_for_two_gpus():
     found = json.loads(run("compile", "lamb", "schedule_free_radam"))
     assert len(found) == 2 * (4 + 2)
