@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import torch
 from references import CASES, trajectory
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
@@ -140,6 +141,13 @@ def stacked():
     return {key: float(np.abs(a - b).max()) for key, (a, b) in results.items()}
 
 
+def recorded_inside(mode):
+    """Whether kernels can be made while a step is being recorded."""
+    with mode:
+        source = RuleSource(RecordedRule(optim.LAMB(), 0.1, torch.device("cpu")), Storage())
+    return 0.1 in source.numbers
+
+
 def numbers(names):
     together = stacked()
     custom_op.on_gpu = lambda device: True
@@ -155,6 +163,7 @@ def numbers(names):
                 "distance": found,
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
                 "stacked": together,
+                "inside": recorded_inside(FakeTensorMode()),
                 "tanh": [variable.value.detach()[0].item(), *log],
             }
         )

@@ -43,6 +43,7 @@ class RecordedRule:
             slots, in this order.
         outputs: The new wide slots, the new narrow slots and the new parameter.
         constants: Tensors that the rule brings along.
+        numbers: Those of a single element, as numbers.
         computed: All operations, in order.
         is_wide: For each node, whether it has a value per element.
         sums: Those that sum over a tensor.
@@ -95,6 +96,8 @@ class RecordedRule:
         self.constants = {
             n: getattr(module, str(n.target)).clone() for n in nodes if n.op == "get_attr"
         }
+        # Read here, where no step is being recorded.
+        self.numbers = {n: float(x) for n, x in self.constants.items() if x.numel() == 1}
         self.is_wide = {
             n: n.op != "get_attr" and tuple(n.meta["val"].shape) == (EXAMPLE,) for n in nodes[:-1]
         }

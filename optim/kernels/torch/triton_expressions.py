@@ -136,10 +136,9 @@ class Lines:
     def value(self, node: Any) -> str:
         """The name of a node's value, once it is computed."""
         if node in self._recorded.constants:
-            value = self._recorded.constants[node]
-            if value.numel() != 1:
-                raise Untranslatable(f"it has a constant of {value.numel()} elements")
-            return self._constants.name(node, float(value.item()))
+            if node not in self._recorded.numbers:
+                raise Untranslatable("it has a constant of more than one element")
+            return self._constants.name(node, self._recorded.numbers[node])
         return str(self.names[node])
 
     def _write(self, node: Node) -> None:
