@@ -141,7 +141,9 @@ def main() -> None:
             print(json.dumps(measure(name)), flush=True)
             continue
         command = [sys.executable, __file__, name, "--here"]
-        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        result = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=1800).stdout
+        )
         planned, measured = result["planned"], result["measured"]
         print(
             f"{name}: planned {planned / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB "
