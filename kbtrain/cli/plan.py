@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +72,14 @@ def _result(
             "request": dataclasses.asdict(request),
             "result": str(path),
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "kbtrain.plan.script", json.dumps(task)],
-            env=environment(os.environ),
-            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
-            timeout=LONGEST,
-            check=False,
-        )
+        with _ended_by_signal():
+            done = subprocess.run(
+                [sys.executable, "-m", "kbtrain.plan.script", json.dumps(task)],
+                env=environment(os.environ),
+                stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+                timeout=LONGEST,
+                check=False,
+            )
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
@@ -89,6 +92,20 @@ def _result(
     if "error" in result:
         raise ConfigurationError(result["error"])
     return dict(result["plan"])
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Context that SIGTERM ends as Ctrl-C does: the program it waits for is ended, too."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _has_descriptor(stream: Any) -> bool:

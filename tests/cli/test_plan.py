@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_an_error_of_the_program_is_its_last_line(program, in_this_process, caps
     Path(program).write_text("x = 1\n")
     assert cli.main(["plan", program, "--device", "h100"]) == 2
     assert "ended without a call of Trainer.fit()" in capsys.readouterr().err
+
+
+@pytest.mark.neutral
+def test_a_signal_ends_the_program_too(program, monkeypatch):
+    ended = []
+
+    class Program:
+        """Waits until it is killed, as subprocess.run does for any exception."""
+
+        def __init__(self, command, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("never reached")
+
+    monkeypatch.setattr("kbtrain.cli.plan.environment", dict)
+    monkeypatch.setattr(subprocess, "Popen", Program)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", program, "--device", "h100"])
+    assert caught.value.code == 143
+    assert ended == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def planned(folder, backend, *options):
