@@ -55,6 +55,8 @@ def on_config(config: Any) -> Any:
 
 def on_page_content(content: str, page: Any, config: Any, **_: Any) -> str:
     """Called with the HTML of each page, without the theme around it."""
+    # Title of the window and in the search: the heading, not the short form in the navigation.
+    page.meta.setdefault("title", page.toc.items[0].title)
     content = EQUATION.sub(mathml, content)
     names, pages = config["extra"]["names"], config["extra"]["pages"]
     here, up = page.file.src_uri, "../" * page.file.src_uri.count("/")

@@ -113,6 +113,12 @@ def test_names_of_the_api_have_their_place_and_their_signature(pages):
     assert f"{link}<code>TrainingArguments</code></a>" in pages["faq.html"]
 
 
+def test_titles_say_what_is_in_the_page(pages):
+    titles = [re.search("<title>(.*?)</title>", page)[1] for page in pages.values()]
+    assert "Data: what can be passed, how it resumes, different lengths - kbtrain" in titles
+    assert len(set(titles)) == len(pages)
+
+
 def test_docstrings_are_read_as_markdown(pages):
     for name, page in pages.items():
         text = re.sub(r"<(script|pre|code|style)\b.*?</\1>", "", page, flags=re.DOTALL)
