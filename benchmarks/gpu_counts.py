@@ -189,10 +189,11 @@ class _Parts:
         return call
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self, with_loop: bool) -> Iterator[None]:
         record, source, create = trace.record, codegen.FunctionSource, Graph.create_node
         emit = source.operation
         writers: dict[Any, list[Node]] = {}
+        for_shape = runner.Runner.for_shape
         recording = False
 
         def noting(*args: Any) -> Any:
@@ -218,7 +219,9 @@ class _Parts:
         make = program.make_program
 
         def recording_only(self: Any, inputs: Any) -> Any:
-            self._capture(None, inputs)
+            captured = for_shape(self, inputs)
+            if with_loop and captured.outputs is None:
+                return captured  # runs the body of its loop, which is recorded by itself
             raise RuntimeError("The step could not be recorded, see the log.")
 
         def made(*args: Any) -> Any:
@@ -249,9 +252,13 @@ class _Parts:
 def recorded_nodes(
     make: Callable[[], keras.Model], rows: Any, labels: Any, **arguments: Any
 ) -> list[Node]:
-    """The operations of the train step of a model, in the order in which they run."""
+    """The operations of the train step of a model, in the order in which they run.
+
+    With accumulation, those of a micro-batch.
+    """
+    with_loop = arguments.get("gradient_accumulation_steps", 1) > 1
     parts = _Parts()
-    with tempfile.TemporaryDirectory() as folder, pretending(), parts.noted():
+    with tempfile.TemporaryDirectory() as folder, pretending(), parts.noted(with_loop):
         settings: dict[str, Any] = {
             "per_device_train_batch_size": len(rows),
             "max_steps": 3,

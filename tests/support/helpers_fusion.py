@@ -56,6 +56,9 @@ def counts():
     return {
         "mlp": kernels(workloads.mlp, MLP),
         "cosine": kernels(workloads.mlp, MLP, lr_scheduler_type="cosine", warmup_steps=1),
+        "accumulated": kernels(
+            workloads.mlp, MLP, gradient_accumulation_steps=2, per_device_train_batch_size=16
+        ),
         "normalized": [kernels(lambda n=n: normalized(n), images, bf16=True) for n in (2, 5)],
     }
 
@@ -121,6 +124,7 @@ def steps():
     return {
         "counts": counts(),
         "plain": distance("plain"),
+        "accumulation": distance("accumulation", gradient_accumulation_steps=2),
         "not finite": distance("not finite", data=with_nan(), on_nonfinite="skip"),
         "compiled": machine_code(),
     }

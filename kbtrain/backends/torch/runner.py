@@ -112,7 +112,7 @@ class Runner:
         self._captured: dict[Any, Any] = {}
         self._failures: dict[Any, Exception] = {}
         self._commits: dict[Any, list[keras.Variable]] = {}
-        self._bodies: dict[Any, Runner] = {}
+        self._bodies: dict[Any, Callable[..., Any]] = {}
         self._kept: Any = {}
         self._graphs: Any = None
 
@@ -197,11 +197,12 @@ class Runner:
 
     def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         # The function is a new closure each time; its code object identifies it.
+        from kbtrain.backends.torch.loop_body import LoopBody
+
         key = fn.__code__
         if key not in self._bodies:
-            self._bodies[key] = Runner(lambda both: fn(*both), self._variables, self._jit_compile)
-        runner = self._bodies[key]
-        return lambda carry, inputs: runner((carry, inputs))
+            self._bodies[key] = LoopBody(fn, self._variables, self._jit_compile)
+        return self._bodies[key]
 
 
 class _FlatStep:

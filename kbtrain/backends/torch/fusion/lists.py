@@ -63,6 +63,7 @@ def use_lists(pure: Sequence[Node], late: Sequence[Node], analysis: AliasAnalysi
     Returns:
         All operations in a new order.
     """
+    pure = _add_in_place(pure, late, analysis)
     first = [node for node in pure if kind_of(node) is not None and _is_of_state(node)]
     early = set(first)
     operations = [*first, *(node for node in pure if node not in early), *late]
@@ -70,6 +71,37 @@ def use_lists(pure: Sequence[Node], late: Sequence[Node], analysis: AliasAnalysi
     for group in collected(operations, Effects(analysis), kind_of, is_free):
         order += group if len(group) == 1 else _as_list(group)
     return order
+
+
+def _add_in_place(
+    pure: Sequence[Node], late: Sequence[Node], analysis: AliasAnalysis
+) -> list[Node]:
+    """Turn ``x.copy_(x + y)`` into ``x.add_(y)``; return the operations that stay pure."""
+    gone = set()
+    for node in late:
+        if node.target is not aten.copy_.default or node.args[0].op != "placeholder":
+            continue
+        variable, total = node.args[:2]
+        if total.target is not aten.add.Tensor or total.kwargs or list(total.users) != [node]:
+            continue
+        left, right = total.args
+        if left is not variable or not isinstance(right, Node) or total not in analysis.position:
+            continue
+        values = [each.meta["val"] for each in (variable, right, total)]
+        if len(analysis.writes[variable]) > 1 or not _are_like(values, values[0]):
+            continue
+        if analysis.written_after(right, analysis.position[total]):
+            continue
+        node.target, node.args = aten.add_.Tensor, (variable, right)
+        node.graph.erase_node(total)
+        gone.add(total)
+    return [node for node in pure if node not in gone]
+
+
+_IN_PLACE = {
+    aten.copy_.default: aten._foreach_copy_.default,
+    aten.add_.Tensor: aten._foreach_add_.List,
+}
 
 
 def is_free(node: Node) -> bool:
@@ -86,9 +118,11 @@ def _is_of_state(node: Node) -> bool:
 def kind_of(node: Node) -> Hashable | None:
     """What operations must have in common to become one over lists; None for others."""
     value, operands = node.meta.get("val"), node.all_input_nodes
-    if node.target is aten.copy_.default:
+    if node.target in _IN_PLACE:
         value = node.args[0].meta.get("val")
-    if not isinstance(value, torch.Tensor) or not 0 < value.numel() <= LARGEST or not value.dim():
+    if not isinstance(value, torch.Tensor) or not value.dim() or not value.numel():
+        return None
+    if value.numel() > LARGEST and node.target is not aten.add_.Tensor:
         return None
     given = [operand.meta.get("val") for operand in operands]
     tensors = [t for t in given if isinstance(t, torch.Tensor) and t.device == value.device]
@@ -114,7 +148,7 @@ def kind_of(node: Node) -> Hashable | None:
         if condition.meta["val"].dim() or not _are_like([s.meta["val"] for s in sides], value):
             return None
         return (target, condition, value.dtype, place) if value.is_contiguous() else None
-    if target is aten.copy_.default and len(node.args) == 2:
+    if target in _IN_PLACE and len(node.args) == 2 and not node.kwargs:
         return (target, value.dtype, place) if _are_like(tensors, value) else None
     return None
 
@@ -156,10 +190,10 @@ def _as_list(group: list[Node]) -> list[Node]:
     elif first.target is aten.where.self:
         target, columns = _selected, [columns[0][0], *columns[1:]]
     else:
-        target = aten._foreach_copy_.default
+        target = _IN_PLACE[first.target]
     with graph.inserting_before(first):
         joined = graph.call_function(target, tuple(columns))
-        if first.target is aten.copy_.default:  # the result is the variable
+        if first.target in _IN_PLACE:  # the result is the variable
             for node in group:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)

@@ -51,6 +51,12 @@ def test_what_is_computed_of_scalars_is_one_kernel(steps):
     assert sum(counts["mlp"].values()) <= 30  # 67 operations were recorded
 
 
+def test_gradients_are_added_in_one_kernel_of_a_micro_batch(steps):
+    """Beside its loss: sums of gradients are state, neither inputs nor results."""
+    forward_backward = steps["counts"]["mlp"][FORWARD_BACKWARD]
+    assert sum(steps["counts"]["accumulated"].values()) == forward_backward + 2
+
+
 def test_moving_statistics_take_no_more_kernels_for_more_layers(steps):
     few, many = steps["counts"]["normalized"]
     assert few[TAIL] == many[TAIL]
@@ -63,6 +69,7 @@ def test_moving_statistics_take_no_more_kernels_for_more_layers(steps):
 
 def test_the_numbers_are_those_of_the_step_as_recorded(steps):
     assert steps["plain"] < 5e-6
+    assert steps["accumulation"] < 5e-6
     assert steps["not finite"] < 5e-6
 
 
