@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_counts.py                      # three models and all optimizers
     python benchmarks/gpu_counts.py mlp resnet50 --operations
+    python benchmarks/gpu_counts.py optimizers
 
 A step is recorded on a CPU, in the form that it has on a GPU, and nothing of it is executed; the
 parameters are zeros that no memory is needed for. Of each operation the kernels that CUDA launches
@@ -28,6 +29,7 @@ import keras
 import numpy as np
 import torch
 import workloads
+from optimizer_counts import NAMES, counted, pretended_gpu
 from torch.fx import Graph, Node
 
 from kbtrain import Trainer, TrainingArguments
@@ -36,6 +38,7 @@ from kbtrain.backends.torch import fusion, runner
 from kbtrain.backends.torch.capture import codegen, program, random, step, trace
 from kbtrain.backends.torch.capture.aliasing import aliases
 from kbtrain.backends.torch.fusion import lists, scalar_kernel
+from optim.kernels.torch import triton_launch
 
 aten = torch.ops.aten
 
@@ -122,6 +125,8 @@ def kernels_of(node: Node) -> int:
         return launches_over_lists(_sizes(node.args[0]), 1 + (node.target is lists._cast))
     if node.target is lists._selected:  # two concatenations of up to 128 tensors, a choice
         return 2 * math.ceil(len(node.args[1]) / 128) + 1
+    if node.target is torch.ops.optim.run_rules.default:
+        return triton_launch.launches(node.args[5])
     if "_fused_" in name and isinstance(node.args[0], list | tuple):
         given = [each for each in node.args if isinstance(each, list | tuple) and each]
         counted = len(given) - ("_fused_ada" in name)  # but the counts of updates
@@ -140,6 +145,8 @@ def kernels_of(node: Node) -> int:
 
 def bytes_of(node: Node) -> int:
     """The bytes that an operation reads and writes."""
+    if node.target is torch.ops.optim.run_rules.default:
+        return triton_launch.bytes_of(tensors_in(node.args[0]), node.args[5])
     given = tensors_in((node.args, node.kwargs))
     written = [t for n in aliases(node, True) for t in tensors_in(n)]
     moved = [*given, *(written or _leaves(node.meta.get("val")))]
@@ -155,7 +162,19 @@ class _Recorded(BaseException):
 
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
-    """On a CPU, the code paths of a GPU; new parameters take no memory."""
+    """On a CPU, the step of a GPU, except for the kernels of ``optim``."""
+    with (
+        mock.patch.object(fusion, "KIND", "cpu"),
+        mock.patch.object(scalar_kernel, "is_available", return_value=True),
+        mock.patch.object(random, "_on_gpu", return_value=True),
+        mock.patch.object(backend, "_on_cpu", return_value=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """New parameters are zeros, which take no memory until they are written."""
 
     def zeros(self: Any, shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
         return torch.zeros(tuple(shape), dtype=getattr(torch, dtype or keras.config.floatx()))
@@ -164,10 +183,6 @@ def pretending() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for each in initializers:
             stack.enter_context(mock.patch.object(each, "__call__", zeros))
-        stack.enter_context(mock.patch.object(fusion, "KIND", "cpu"))
-        stack.enter_context(mock.patch.object(scalar_kernel, "is_available", return_value=True))
-        stack.enter_context(mock.patch.object(random, "_on_gpu", return_value=True))
-        stack.enter_context(mock.patch.object(backend, "_on_cpu", return_value=False))
         yield
 
 
@@ -258,7 +273,13 @@ def recorded_nodes(
     """
     with_loop = arguments.get("gradient_accumulation_steps", 1) > 1
     parts = _Parts()
-    with tempfile.TemporaryDirectory() as folder, pretending(), parts.noted(with_loop):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pretending(),
+        without_memory(),
+        pretended_gpu(),
+        parts.noted(with_loop),
+    ):
         settings: dict[str, Any] = {
             "per_device_train_batch_size": len(rows),
             "max_steps": 3,
@@ -316,12 +337,15 @@ MODELS: dict[str, tuple[str, Callable[[], keras.Model], str, tuple[Any, Any]]] =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=[*MODELS, "optimizers"], metavar="MODEL")
     parser.add_argument("--operations", action="store_true", help="each kind of operation, too")
     options = parser.parse_args()
     print(f"counted, not run on a GPU; torch {torch.__version__}, keras {keras.__version__}")
     print(f"{'model':32} {'part':24} {'kernels':>8} {'GB':>9}")
     for name in options.models:
+        if name == "optimizers":
+            _print_optimizers()
+            continue
         title, make, policy, data = MODELS[name]
         before = keras.config.dtype_policy()
         keras.config.set_dtype_policy(policy)
@@ -337,6 +361,15 @@ def main() -> None:
                     print(f"{'':34} {operation:52} {kernels:6} {moved / 1e9:10.4f}")
         total = sum(c.kernels for c in counts.values()), sum(c.bytes for c in counts.values())
         print(f"{title:32} {'all':24} {total[0]:8} {total[1] / 1e9:9.3f}", flush=True)
+
+
+def _print_optimizers() -> None:
+    """One update of eight tensors and one of 48; ``optimizer_counts.py`` has the operations."""
+    print(f"{'optimizer':32} {'kernels':>8} {'of 48':>8} {'bytes/parameter':>16}")
+    for name in NAMES:
+        (few, parameters), (many, _) = counted(name), counted(name, 6)
+        kernels = few.kernels.total(), many.kernels.total()
+        print(f"{name:32} {kernels[0]:8} {kernels[1]:8} {few.bytes / parameters:16.1f}", flush=True)
 
 
 if __name__ == "__main__":

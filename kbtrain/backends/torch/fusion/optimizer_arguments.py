@@ -8,6 +8,7 @@ nothing where ``found_inf`` is 1.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -119,10 +120,8 @@ def _pass_factor(product: Node, analysis: AliasAnalysis) -> None:
 
 def _copies(gradient: Node, product: Node, analysis: AliasAnalysis) -> Iterator[Node]:
     """A gradient after it was multiplied, its views and its copies."""
-    (owner, *others) = analysis.owners(gradient)
-    if others:
-        return
-    waiting = [owner, *filter(_is_view, analysis.views[owner])]
+    root = _root(gradient)
+    waiting = [] if root is None else [root]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -132,8 +131,19 @@ def _copies(gradient: Node, product: Node, analysis: AliasAnalysis) -> Iterator[
         yield node
         for user in node.users:
             is_later = analysis.position[user] > analysis.position[product]
-            if is_later and (user.target in _LINEAR or _is_view(user)):
+            if _is_view(user) or (is_later and user.target in _LINEAR):
                 waiting.append(user)
+
+
+def _root(node: Node) -> Node | None:
+    """The result that a node is a view of; None if it is no result of its own."""
+    while _is_view(node):
+        (node, *others) = aliases(node, write=False)
+        if others:
+            return None
+    made_by = nodes_in(node.args[0])[0] if node.target is operator.getitem else node
+    shares = aliases(made_by, write=False) or aliases(made_by, write=True)
+    return None if shares or made_by.op != "call_function" else node
 
 
 def _is_view(node: Node) -> bool:
@@ -142,11 +152,9 @@ def _is_view(node: Node) -> bool:
 
 def _readers(gradient: Node, product: Node, analysis: AliasAnalysis) -> Iterator[Node]:
     """What uses a gradient after it was multiplied; the product itself if that is not known."""
-    owners = analysis.owners(gradient)
-    if len(owners) != 1 or next(iter(owners)).op != "call_function":
-        yield product
-        return
     copies = set(_copies(gradient, product, analysis))
+    if not copies:
+        yield product
     for node in copies:
         for user in node.users:
             if analysis.position[user] > analysis.position[product] and user not in copies:
