@@ -9,7 +9,9 @@ import keras
 import torch
 
 from kbtrain.backends.torch import fusion
-from kbtrain.backends.torch.runner import Runner
+
+MakeRunner = Callable[[Callable[[Any], Any], Sequence[keras.Variable]], Callable[[Any], Any]]
+"""Makes a function run captured, from it and all variables that it reads or assigns."""
 
 
 class LoopBody:
@@ -22,19 +24,19 @@ class LoopBody:
     Args:
         fn: The body.
         variables: All variables that it reads or assigns.
-        jit_compile: As in ``Runner``.
+        make_runner: Makes a function run captured.
     """
 
     def __init__(
         self,
         fn: Callable[[Any, Any], tuple[Any, Any]],
         variables: Sequence[keras.Variable],
-        jit_compile: bool | str,
+        make_runner: MakeRunner,
     ) -> None:
         self._fn = fn
         self._variables = list(variables)
-        self._jit_compile = jit_compile
-        self._runner = Runner(lambda both: fn(*both), variables, jit_compile)
+        self._make_runner = make_runner
+        self._runner = make_runner(lambda both: fn(*both), variables)
         self._in_place: dict[Any, _InPlace] = {}
         self._is_on_gpu: bool | None = None
 
@@ -50,7 +52,7 @@ class LoopBody:
         key = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
         if key not in self._in_place:
             self._in_place[key] = _InPlace(
-                self._fn, self._variables, self._jit_compile, carry, places
+                self._fn, self._variables, self._make_runner, carry, places
             )
         return self._in_place[key](carry, inputs)
 
@@ -61,7 +63,7 @@ class _InPlace:
     Args:
         fn: The body.
         variables: All variables that it reads or assigns.
-        jit_compile: As in ``Runner``.
+        make_runner: Makes a function run captured.
         carry: An example of the carry.
         places: Indices of its tensors that are state.
     """
@@ -70,7 +72,7 @@ class _InPlace:
         self,
         fn: Callable[[Any, Any], tuple[Any, Any]],
         variables: Sequence[keras.Variable],
-        jit_compile: bool | str,
+        make_runner: MakeRunner,
         carry: Any,
         places: Sequence[int],
     ) -> None:
@@ -78,7 +80,7 @@ class _InPlace:
         leaves = keras.tree.flatten(carry)
         self._structure = keras.tree.map_structure(lambda _: 0, carry)
         self._sums = [_variable_like(leaves[i]) for i in places]
-        self._runner = Runner(self._run, [*variables, *self._sums], jit_compile)
+        self._runner = make_runner(self._run, [*variables, *self._sums])
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[Any, Any]:
         """Run the body."""

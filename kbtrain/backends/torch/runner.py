@@ -14,6 +14,7 @@ import torch
 
 from kbtrain.backends.torch.capture.guard import GuardFailed, NotCapturable
 from kbtrain.backends.torch.device import is_oom
+from kbtrain.backends.torch.loop_body import LoopBody
 from kbtrain.data import signature
 from kbtrain.errors import KbtrainError
 from kbtrain.utils.fallback import report
@@ -197,11 +198,11 @@ class Runner:
 
     def _body(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         # The function is a new closure each time; its code object identifies it.
-        from kbtrain.backends.torch.loop_body import LoopBody
-
         key = fn.__code__
         if key not in self._bodies:
-            self._bodies[key] = LoopBody(fn, self._variables, self._jit_compile)
+            self._bodies[key] = LoopBody(
+                fn, self._variables, lambda f, variables: Runner(f, variables, self._jit_compile)
+            )
         return self._bodies[key]
 
 
