@@ -23,7 +23,7 @@ from kbtrain.backends.jax.mesh import (
     to_process,
 )
 from kbtrain.backends.jax.scope import context, run_stateless
-from kbtrain.backends.jax.trace import trace
+from kbtrain.backends.jax.trace import on_gpu, trace
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, ConcreteValueNeeded, ConfigurationError, causes, user_line
 from kbtrain.utils.keras_private import read_values, write_values
@@ -182,9 +182,9 @@ def compile_steps(
     """
 
     def steps(inputs: tuple[Any, Any]) -> Any:
-        block, count = inputs
+        block, start, count = inputs
         before = [v.value for v in context.state]
-        outputs, after = _loop(fn, [], before, block, 0, count)
+        outputs, after = _loop(fn, [], before, block, start, count)
         for variable, value in zip(context.state, after, strict=True):
             variable.assign(value)
         return outputs
@@ -192,8 +192,15 @@ def compile_steps(
     eager = _explaining(_step_by_step(compile_step(fn, variables, False)))
     if jit_compile is False:
         return eager
-    call = compile_step(steps, variables, jit_compile)
-    return _or_eagerly(lambda block, count: call((block, np.int32(count))), eager)
+    compiled = compile_step(steps, variables, jit_compile)
+
+    def call(block: Any, count: int) -> Any:
+        if not on_gpu():
+            return compiled((block, np.int32(0), np.int32(count)))
+        rows = [compiled((block, np.int32(i), np.int32(1))) for i in range(count)]
+        return _joined(rows, _length(block))
+
+    return _or_eagerly(call, eager)
 
 
 def compile_model_steps(
@@ -307,7 +314,7 @@ def compile_eval_steps(
     jitted = _jit(pure, donated=1, state=[fixed, changing], others=3)
     complete = _completing(fixed, jitted)
 
-    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+    def run(block: Any, start: int, count: int) -> tuple[Any, int]:
         numbers = np.int32(start), np.int32(count)
         state = [fixed, changing]
         new = complete(
@@ -324,7 +331,17 @@ def compile_eval_steps(
         outputs, values = program(constant, values, block, *numbers)
         write_values(changing, to_process(values))
         outputs = to_process(outputs)
-        return outputs, min(count, jax.tree.leaves(outputs)[0].shape[0])
+        return outputs, min(count, _length(outputs))
+
+    def call(block: Any, start: int, count: int) -> tuple[Any, int]:
+        if not on_gpu():
+            return run(block, start, count)
+        rows = [run(block, start, 1)[0]]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(rows))
+        capacity = max(1, min(_length(block), output_bytes // max(size, 1)))
+        count = min(count, capacity)
+        rows += [run(block, start + i, 1)[0] for i in range(1, count)]
+        return _joined(rows, capacity), count
 
     return _or_eagerly(call, eager)
 
@@ -339,6 +356,9 @@ def _loop(
     output_bytes: int | None = None,
 ) -> tuple[Any, list[Any]]:
     """Trace a loop that runs ``fn`` on the entries of ``block`` from ``start``.
+
+    On a GPU it has one entry, and its caller calls it for each: XLA runs a loop whose length it
+    does not know by waiting, before every round, for the device to say whether there is another.
 
     Args:
         fn: One step; its state is ``[*constant, *values]``.
@@ -358,7 +378,7 @@ def _loop(
         outputs, changed = run_stateless(lambda: fn(row), [*constant, *values])
         return [changed.get(len(constant) + i, v) for i, v in enumerate(values)], outputs
 
-    capacity = jax.tree.leaves(block)[0].shape[0]
+    capacity = 1 if on_gpu() else _length(block)
     run: Any = one
     if capacity > 1:
         run, (_, shapes) = trace(one, values, jnp.int32(0))
@@ -380,6 +400,24 @@ def _loop(
         lambda loop: (loop[0] < count) & (loop[0] < capacity), body, (jnp.int32(0), values, buffers)
     )
     return buffers, values
+
+
+def _length(tree: Any) -> int:
+    """The length of the leading axis."""
+    length: int = jax.tree.leaves(tree)[0].shape[0]
+    return length
+
+
+def _joined(rows: Sequence[Any], capacity: int) -> Any:
+    """Outputs of single entries along one axis; of ``capacity`` of them, to compile once."""
+    if len(rows) == 1:
+        return rows[0]
+    return _concatenated([*rows, *[rows[-1]] * (capacity - len(rows))])
+
+
+@jax.jit
+def _concatenated(rows: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
 
 
 def _without_aliases(values: list[Any]) -> list[Any]:

@@ -134,6 +134,26 @@ class Program:
                 waiting += [(called, inner, times) for called in _called(instruction.rest)]
         return found
 
+    def kernels(self) -> list[Instruction]:
+        """The instructions that are work of their own, each once, however often it runs."""
+        return [each for each in self._running() if _is_work(each)]
+
+    def host_waits(self) -> list[str]:
+        """Loops of unknown length, and branches: the host of a GPU asks the device how to go on."""
+        return [
+            each.name
+            for each in self._running()
+            if each.operation == "conditional"
+            or (each.operation == "while" and not _ROUNDS.search(each.rest))
+        ]
+
+    def _running(self) -> Iterator[Instruction]:
+        """The instructions that run, without the insides of kernels."""
+        loops, inside = self.loops(), self._inside_kernels()
+        for name, instructions in self.computations.items():
+            if name in loops and name not in inside:
+                yield from instructions
+
     def collectives(self) -> list[Collective]:
         """All collectives, in the order of their computations."""
         loops = self.loops()
@@ -188,7 +208,7 @@ class Program:
         return sum(
             sum(self._transfers(each, sizes))
             for each in instructions
-            if each.operation not in _FREE and not each.operation.endswith("-done")
+            if _is_work(each)
         )
 
     def _transfers(self, each: Instruction, sizes: dict[str, int]) -> tuple[int, int]:
@@ -277,6 +297,11 @@ class Program:
         """The number of results that take the memory of an argument."""
         header = self.text.split("\n", 1)[0]
         return len(re.findall(r"(?:may|must)-alias", header))
+
+
+def _is_work(instruction: Instruction) -> bool:
+    operation = instruction.operation
+    return operation not in _FREE and not operation.endswith("-done")
 
 
 def _called(rest: str) -> list[str]:

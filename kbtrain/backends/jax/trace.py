@@ -47,6 +47,15 @@ def trace(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
 
 def on_cpu() -> bool:
     """Whether the current trace will run on a CPU."""
+    return _platform() == "cpu"
+
+
+def on_gpu() -> bool:
+    """Whether the current trace will run on a GPU."""
+    return _platform() in ("gpu", "cuda", "rocm")
+
+
+def _platform() -> str:
     chosen = jax.config.jax_default_device
     platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
-    return str(platform).startswith("cpu")
+    return str(platform).partition(":")[0]
