@@ -363,6 +363,9 @@ class Backend(CompilesAhead, Protocol):
     def synchronize(self) -> None:
         """Wait for all pending computations."""
 
+    def prepare(self) -> None:
+        """Choose what can only be chosen before anything runs; each Trainer calls it first."""
+
     def place(self, variables: Sequence[keras.Variable], device: str | None) -> None:
         """Move the values of ``variables`` to ``device``; do nothing if it is None."""
 

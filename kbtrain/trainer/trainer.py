@@ -125,6 +125,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
     ) -> None:
         self.args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         self.backend = backends.load()
+        self.backend.prepare()
         distributed.initialize()
         self.train_dataset, self.eval_dataset = argument_checks.datasets(
             train_dataset, eval_dataset, validation_split, self.backend.TAKES_STRINGS

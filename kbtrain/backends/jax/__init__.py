@@ -30,6 +30,7 @@ from kbtrain.backends.jax.device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    prepare,
     ragged,
     rng_state,
     set_rng_state,

@@ -13,6 +13,7 @@ import numpy as np
 
 from kbtrain.backends.collective_check import about_to_run, is_observed
 from kbtrain.backends.jax import target
+from kbtrain.backends.jax.compilation_cache import replacing_damaged
 from kbtrain.backends.jax.device import compiler_options, free_memory
 from kbtrain.backends.jax.mesh import (
     check_can_run_eagerly,
@@ -150,7 +151,8 @@ def _compile(jitted: Any, *args: Any) -> None:
     Memory that the compiler leaves in the C library's pools (a hundred megabytes) is returned to
     the system before the step allocates its own.
     """
-    jitted.lower(*args).compile()
+    with replacing_damaged():
+        jitted.lower(*args).compile()
     free_memory()
 
 
@@ -181,7 +183,7 @@ def compile_steps(
         of the compiled code, so results do not depend on how steps are grouped into blocks.
     """
 
-    def steps(inputs: tuple[Any, Any]) -> Any:
+    def steps(inputs: tuple[Any, Any, Any]) -> Any:
         block, start, count = inputs
         before = [v.value for v in context.state]
         outputs, after = _loop(fn, [], before, block, start, count)
@@ -415,9 +417,11 @@ def _joined(rows: Sequence[Any], capacity: int) -> Any:
     return _concatenated([*rows, *[rows[-1]] * (capacity - len(rows))])
 
 
-@jax.jit
-def _concatenated(rows: Sequence[Any]) -> Any:
+def _concatenate(rows: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+
+
+_concatenated = jax.jit(_concatenate)
 
 
 def _without_aliases(values: list[Any]) -> list[Any]:

@@ -142,6 +142,10 @@ def place(variables: Sequence[keras.Variable], device: str | None) -> None:
                 variable.assign(jnp.array(jax.device_get(variable.value)))
 
 
+def prepare() -> None:
+    """Do nothing: what JAX is told before anything runs are environment variables."""
+
+
 _options: dict[str, Any] | None = None
 
 

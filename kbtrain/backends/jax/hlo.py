@@ -205,11 +205,7 @@ class Program:
 
     def _bytes_accessed(self, instructions: list[Instruction]) -> int:
         sizes = {each.name: each.bytes for each in instructions}
-        return sum(
-            sum(self._transfers(each, sizes))
-            for each in instructions
-            if _is_work(each)
-        )
+        return sum(sum(self._transfers(each, sizes)) for each in instructions if _is_work(each))
 
     def _transfers(self, each: Instruction, sizes: dict[str, int]) -> tuple[int, int]:
         """The bytes that an instruction reads and writes."""

@@ -57,6 +57,11 @@ def compile_step(
         level = logging.WARNING if jit_compile is True else logging.INFO
         logger.log(level, "The step runs without XLA%s: %s", whose, reason)
 
+    def say_compiled() -> None:
+        if len(graphs) == 1:  # not again for inputs of other shapes
+            why = ", which makes fewer kernels of it" if _on_gpu() else ""
+            logger.info("The step is compiled by XLA%s.", why)
+
     def compile_for(inputs: Any) -> Callable[[Any], Any]:
         # One function per signature: TensorFlow never has to guess whether to relax shapes. (It
         # warns of many functions with the same code; a partial has none.)
@@ -73,12 +78,18 @@ def compile_step(
         if refused:  # failed for another shape: trying again takes seconds, with the same result
             return plain
         if jit_compile is True:
-            return _with_fallback(compiled, graph, refuse)
+            return _with_fallback(compiled, graph, refuse, say_compiled)
         if jit_compile == "auto" and calls >= XLA_CALLS:
             reason = _against_xla(graph.get_concrete_function(inputs), variables)
             if not reason:
-                return _with_fallback(compiled, graph, refuse)
+                return _with_fallback(compiled, graph, refuse, say_compiled)
             logger.info("The step runs as a graph, without XLA: %s.", reason)
+        elif jit_compile == "auto" and calls and not graphs and _on_gpu():
+            logger.info(
+                "The step runs as a graph, without XLA: compiling takes longer than a run of less "
+                "than %d updates gains. jit_compile=True compiles it.",
+                XLA_CALLS,
+            )
         return plain
 
     def call(inputs: Any) -> Any:
@@ -96,6 +107,10 @@ def compile_step(
         return graphs[key](inputs)
 
     return call
+
+
+def _on_gpu() -> bool:
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def _has_strings(inputs: Any) -> bool:
@@ -123,7 +138,7 @@ def _against_xla(concrete: Any, variables: Sequence[keras.Variable]) -> str:
     large tables around their update; the graph does not, and its update can itself be compiled by
     XLA (docs/lab/large-tables.md).
     """
-    if tf.config.list_logical_devices("GPU"):
+    if _on_gpu():
         return ""
     definition = concrete.graph.as_graph_def(add_shapes=True)
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
@@ -152,7 +167,10 @@ def _table_bytes(node: Any) -> int:
 
 
 def _with_fallback(
-    compiled: Callable[[Any], Any], graph: Callable[[Any], Any], refuse: Callable[[str], None]
+    compiled: Callable[[Any], Any],
+    graph: Callable[[Any], Any],
+    refuse: Callable[[str], None],
+    compiles: Callable[[], None],
 ) -> Callable[[Any], Any]:
     """Run the step under XLA, or as a graph if XLA cannot compile it.
 
@@ -160,6 +178,7 @@ def _with_fallback(
         compiled: The step under XLA, compiled on its first call.
         graph: The step as a graph.
         refuse: Called with the reason if XLA rejects the step.
+        compiles: Called if XLA compiles it.
     """
     works: bool | None = None
 
@@ -175,7 +194,7 @@ def _with_fallback(
                 refuse(first_lines(error, 1))
             else:
                 works = True
-                logger.info("The step is compiled by XLA.")
+                compiles()
                 return result
         return graph(inputs)
 

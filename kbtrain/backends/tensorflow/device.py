@@ -61,11 +61,16 @@ def to_host(tree: Any) -> Any:
 def start_to_host(tree: Any) -> Callable[[], Any]:
     """Start copying tensors to the host; return a function that waits for the result.
 
-    On a GPU a copy waits for all work that was started before it, so a thread starts it now.
+    On a GPU a copy waits for all work that was started before it, so a thread starts it now: one of
+    its own, as it may be busy until the work ends.
     """
     if all(_on_host(leaf) for leaf in tf.nest.flatten(tree)):
         return lambda: to_host(tree)
-    return _copier().submit(to_host, tree).result
+    return _copiers().submit(to_host, tree).result
+
+
+COPIES = 16
+"""Most results that are on their way to the host at a time; more wait for a thread."""
 
 
 def _on_host(leaf: Any) -> bool:
@@ -73,9 +78,9 @@ def _on_host(leaf: Any) -> bool:
 
 
 @functools.cache
-def _copier() -> ThreadPoolExecutor:
-    """One thread, which copies in the order of the calls."""
-    return ThreadPoolExecutor(1, thread_name_prefix="kbtrain-to-host")
+def _copiers() -> ThreadPoolExecutor:
+    """Threads, which are started as they are needed."""
+    return ThreadPoolExecutor(COPIES, thread_name_prefix="kbtrain-to-host")
 
 
 def host_view(value: Any) -> np.ndarray:

@@ -43,6 +43,7 @@ from kbtrain.backends.torch.device import (  # noqa: F401
     memory_stats,
     numerics,
     place,
+    prepare,
     ragged,
     rng_state,
     set_rng_state,

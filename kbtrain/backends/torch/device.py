@@ -293,6 +293,10 @@ def reset_peak_memory(device: torch.device) -> None:
     torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
+def prepare() -> None:
+    """Do nothing: memory grows with its use, and ``torch.compile`` keeps what it has compiled."""
+
+
 def is_oom(error: BaseException) -> bool:
     """Whether ``error`` means that the device ran out of memory."""
     # Keras rewraps errors of layers in another class, keeping the original message.

@@ -1,7 +1,9 @@
-"""TensorFlow: when results are copied to the host, where they lie on a GPU."""
+"""TensorFlow: what is different on a GPU: memory, copies to the host, XLA."""
 
 import importlib
+import logging
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -75,3 +77,104 @@ def test_what_else_is_not_implemented_stays_what_it_is(device):
     tf = importlib.import_module("tensorflow")
     with pytest.raises(tf.errors.UnimplementedError), device.numerics(None, True):
         raise tf.errors.UnimplementedError(None, None, "no such convolution")
+
+
+def test_a_copy_does_not_wait_for_that_of_an_earlier_result(device, monkeypatch):
+    """Started later, it would be behind the work that the host has started in the meantime."""
+    first, second = threading.Event(), threading.Event()
+
+    def to_host(tree):
+        if tree == "first":
+            assert first.wait(60)
+        else:
+            second.set()
+        return tree
+
+    monkeypatch.setattr(device, "to_host", to_host)
+    monkeypatch.setattr(device, "_on_host", lambda leaf: False)
+    waits = [device.start_to_host(name) for name in ("first", "second")]
+    assert second.wait(60)
+    first.set()
+    assert [wait() for wait in waits] == ["first", "second"]
+
+
+class Gpus:
+    """Stands in for TensorFlow's settings of GPUs."""
+
+    def __init__(self, growth, limits=None, in_use=False):
+        self.growth, self.limits, self.in_use = growth, limits or {}, in_use
+        self.experimental = types.SimpleNamespace(
+            get_memory_growth=self.growth.get, set_memory_growth=self.set_memory_growth
+        )
+
+    def list_physical_devices(self, kind):
+        assert kind == "GPU"
+        return list(self.growth)
+
+    def get_logical_device_configuration(self, gpu):
+        return self.limits.get(gpu)
+
+    def set_memory_growth(self, gpu, grows):
+        if self.in_use:
+            raise RuntimeError("Physical devices cannot be modified after being initialized")
+        self.growth[gpu] = grows
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    module = importlib.import_module("kbtrain.backends.tensorflow.memory")
+    monkeypatch.setattr(module, "_is_told", False)
+    monkeypatch.delenv(module.VARIABLE, raising=False)
+    return module
+
+
+def growth_after(memory, monkeypatch, *args, **kwargs):
+    gpus = Gpus(*args, **kwargs)
+    monkeypatch.setattr(memory, "tf", types.SimpleNamespace(config=gpus))
+    memory.grow_memory()
+    memory.grow_memory()  # of a second Trainer
+    return gpus.growth
+
+
+def test_memory_of_gpus_grows_unless_the_user_has_chosen(memory, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "kbtrain")
+    assert growth_after(memory, monkeypatch, {}) == {}
+    unset = {"GPU:0": None, "GPU:1": None}
+    assert growth_after(memory, monkeypatch, dict(unset)) == {"GPU:0": True, "GPU:1": True}
+    assert growth_after(memory, monkeypatch, {"GPU:0": False}) == {"GPU:0": False}
+    assert growth_after(memory, monkeypatch, {"GPU:0": None}, {"GPU:0": ["4 GB"]}) == {
+        "GPU:0": None
+    }
+    monkeypatch.setenv(memory.VARIABLE, "false")
+    assert growth_after(memory, monkeypatch, dict(unset)) == unset
+    assert caplog.records == []
+
+
+def test_that_memory_cannot_grow_any_more_is_said_once(memory, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "kbtrain")
+    assert growth_after(memory, monkeypatch, {"GPU:0": None}, in_use=True) == {"GPU:0": None}
+    (record,) = caplog.records
+    assert "TF_FORCE_GPU_ALLOW_GROWTH=true" in record.getMessage()
+    assert growth_after(memory, monkeypatch, {"GPU:0": True}, in_use=True) == {"GPU:0": True}
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        (200, ["The step is compiled by XLA, which makes fewer kernels of it."]),
+        (199, ["The step runs as a graph, without XLA: compiling takes longer than"]),
+        (0, []),  # an evaluation
+    ],
+)
+def test_on_a_gpu_one_line_says_whether_xla_is_used_and_why(updates, said, monkeypatch, caplog):
+    compiling = importlib.import_module("kbtrain.backends.tensorflow.compile")
+    monkeypatch.setattr(compiling, "_on_gpu", lambda: True)
+    caplog.set_level(logging.INFO, "kbtrain")
+    tf = importlib.import_module("tensorflow")
+    step = compiling.compile_step(lambda x: x + 1, [], "auto", updates)
+    for length in (1, 1, 2):
+        np.testing.assert_array_equal(step(tf.zeros(length)), np.ones(length))
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == len(said)
+    assert all(text.startswith(start) for text, start in zip(texts, said, strict=True))
