@@ -53,7 +53,7 @@ from kbtrain.backends.tensorflow.device import (  # noqa: F401
 )
 from kbtrain.backends.tensorflow.flops import count_flops, tf32_is_on  # noqa: F401
 from kbtrain.backends.tensorflow.loop import scan  # noqa: F401
-from kbtrain.backends.tensorflow.memory import grow_memory as prepare  # noqa: F401
+from kbtrain.backends.tensorflow.memory import prepare  # noqa: F401
 from kbtrain.backends.tensorflow.model_steps import (  # noqa: F401
     reversible,
     run_train_step,

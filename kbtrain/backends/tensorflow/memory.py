@@ -15,7 +15,7 @@ VARIABLE = "TF_FORCE_GPU_ALLOW_GROWTH"
 _is_told = False
 
 
-def grow_memory() -> None:
+def prepare() -> None:
     """Let the memory of each GPU grow with its use.
 
     By default TensorFlow takes nearly all of it when it starts, so that nothing else fits beside

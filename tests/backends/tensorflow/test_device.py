@@ -131,8 +131,8 @@ def memory(monkeypatch):
 def growth_after(memory, monkeypatch, *args, **kwargs):
     gpus = Gpus(*args, **kwargs)
     monkeypatch.setattr(memory, "tf", types.SimpleNamespace(config=gpus))
-    memory.grow_memory()
-    memory.grow_memory()  # of a second Trainer
+    memory.prepare()
+    memory.prepare()  # of a second Trainer
     return gpus.growth
 
 
