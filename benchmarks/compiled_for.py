@@ -11,9 +11,11 @@ model's values with optax, gradients and donated state. Time is not measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
@@ -87,6 +89,7 @@ class Row:
         policy: Dtype policy of the model.
         accumulation: Micro-batches of an update.
         evaluates: Whether it is an evaluation.
+        fused_attention: Whether JAX finds cuDNN: Keras uses its kernel then.
     """
 
     native: Callable[[keras.Model], native.Step]
@@ -96,6 +99,20 @@ class Row:
     policy: str = "mixed_bfloat16"
     accumulation: int = 1
     evaluates: bool = False
+    fused_attention: bool = False
+
+
+@contextlib.contextmanager
+def _cudnn_is_there() -> Iterator[None]:
+    """Answer what JAX asks the GPU of this machine before it uses cuDNN's attention."""
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    answers = {
+        "check_cudnn_version": lambda: 91000,
+        "check_compute_capability": lambda least: True,
+        "is_cuda_compute_capability_equal": lambda one: False,
+    }
+    with mock.patch.multiple(module, **answers):
+        yield
 
 
 def _recomputed(size: Size) -> dict[str, Any]:
@@ -114,6 +131,7 @@ ROWS = {
     "EMA": Row(native.averaging, {"ema": 0.999}),
     "remat": Row(native.recomputing),
     "evaluation": Row(native.evaluating, evaluates=True),
+    "cuDNN's attention": Row(native.checking, fused_attention=True),  # on GPUs
 }
 """From "clipping and check" on, kbtrain runs with its defaults: gradients are clipped, and an
 update that is not finite changes nothing. The hand-written steps do the same."""
@@ -188,6 +206,7 @@ class Facts:
         new: Bytes of results that do not take the memory of an argument.
         donated: Number of results that do.
         host_transfers: Instructions that exchange data with the host.
+        attention: Kernels of cuDNN's for attention.
         waits: Loops and branches whose course the host of a GPU has to ask the device for.
     """
 
@@ -197,6 +216,7 @@ class Facts:
     new: int
     donated: int
     host_transfers: int
+    attention: int
     waits: int
 
 
@@ -227,6 +247,7 @@ def _facts(text: str, platform: str, temporary: int, new: int) -> Facts:
         new=new,
         donated=program.donated(),
         host_transfers=len(program.host_transfers()),
+        attention=sum("__cudnn$fmha" in each.rest for each in kernels),
         waits=len(program.host_waits()) if platform == "cuda" else 0,
     )
 
@@ -235,10 +256,12 @@ def compared(name: str, size: Size, machine: str) -> dict[str, Any]:
     """The facts of both programs of a row."""
     row, (kind, _) = ROWS[name], machine_of(machine)
     policy = keras.config.dtype_policy()
+    scope = _cudnn_is_there() if row.fused_attention else contextlib.nullcontext()
     try:
         keras.config.set_dtype_policy(row.policy)
-        hand = native_facts(native_program(row, size, kind), kind.platform)
-        own = kbtrain_facts(kbtrain_program(row, size, kind))
+        with scope:
+            hand = native_facts(native_program(row, size, kind), kind.platform)
+            own = kbtrain_facts(kbtrain_program(row, size, kind))
     finally:
         keras.config.set_dtype_policy(policy)
     return {"row": name, "machine": machine, "native": asdict(hand), "kbtrain": asdict(own)}
@@ -253,15 +276,15 @@ def show(result: Mapping[str, Any]) -> None:
         f"{own['temporary'] / max(hand['temporary'], 1):.3f} | {hand['kernels']} / "
         f"{own['kernels']} | {own['kernels'] / hand['kernels']:.3f} | {hand['copies']} / "
         f"{own['copies']} | {hand['new']} / {own['new']} | "
-        f"{own['host_transfers']} | {own['waits']} |",
+        f"{own['host_transfers']} | {own['waits']} | {own['attention']} |",
         flush=True,
     )
 
 
 HEAD = """\
 | compiled for | | temporary MiB: hand-written / kbtrain | ratio | kernels | ratio | copies | \
-bytes not in place | host transfers | waits |
-|---|---|---|---|---|---|---|---|---|---|"""
+bytes not in place | host transfers | waits | cuDNN's attention |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -274,6 +297,8 @@ def main() -> None:
     print(HEAD)
     for machine in options.machine:
         for name in options.row:
+            if ROWS[name].fused_attention and machine_of(machine)[0].platform != "cuda":
+                continue
             result = compared(name, SIZES[options.size], machine)
             show(result)
             if options.json:
