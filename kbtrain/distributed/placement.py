@@ -178,7 +178,7 @@ def check_processes(backend: Backend, args: TrainingArguments) -> None:
     size = current().size
     if size == 1:
         return
-    with _exchange_settings(backend, args):
+    with backend.device_scope(args.chosen_device), _exchange_settings(backend, args):
         pass
     if args.auto_find_batch_size:
         raise ConfigurationError(

@@ -20,7 +20,7 @@ from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
 from kbtrain.backends.whole_batch import rows_of
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.processes import ProcessGroup, current
 
 
 def joined_processes() -> tuple[int, int] | None:
@@ -96,9 +96,10 @@ def exchange_settings(
     """Context that applies the settings.
 
     Raises:
-        ConfigurationError: The device has no library for exchanges between processes.
+        ConfigurationError: The device has no library for exchanges between processes, or is that
+            of another process.
     """
-    _check_kind(torch.as_tensor(keras.ops.zeros(())).device.type)
+    _check_place(torch.as_tensor(keras.ops.zeros(())).device, current())
     check_library(library, "nccl" if torch.cuda.is_available() else "gloo", "torch")
     if joined_processes() is not None:
         _set_timeout(datetime.timedelta(seconds=timeout))
@@ -106,13 +107,32 @@ def exchange_settings(
         yield
 
 
-def _check_kind(kind: str) -> None:
-    """Check that tensors of a kind of device can be exchanged."""
-    if kind not in ("cpu", "cuda"):
+def _check_place(device: torch.device, group: ProcessGroup) -> None:
+    """Check that the tensors of a device can be exchanged.
+
+    Args:
+        device: The device of this process.
+        group: The processes.
+    """
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
         raise ConfigurationError(
             "On PyTorch several processes exchange tensors of GPUs of NVIDIA's and AMD's (by NCCL) "
-            f"or of CPUs (by Gloo). Received: {shards()} processes that train on {kind!r}. Start "
-            "one process, or write use_cpu=True."
+            f"or of CPUs (by Gloo). Received: {group.size} processes that train on "
+            f"{device.type!r}. Start one process, or write use_cpu=True."
+        )
+    count = torch.cuda.device_count()
+    own = group.local_rank % count
+    # A launcher may show each process a GPU of its own, and who joins the processes may choose.
+    others_choose = group.launcher in ("Ray Train", "this program")
+    chosen_here = count > 1 and group.local_size > 1 and not others_choose
+    if chosen_here and (group.local_size > count or device.index != own):
+        raise ConfigurationError(
+            f"Each of the {group.local_size} processes on this machine needs a GPU of its own, as "
+            f"NCCL refuses to share one. Received: process {group.local_rank} of them on GPU "
+            f"{device.index}, of {count}. Leave out devices, so that each takes the GPU of its own "
+            "number, and start no more processes than there are GPUs."
         )
 
 

@@ -237,14 +237,30 @@ def test_apples_gpus_get_no_float64(kind, dtype, device, torch, monkeypatch):
     assert device.on_device(np.zeros(3, "int64"), torch.device(kind)) == (kind, "int64")
 
 
-@pytest.mark.parametrize("kind", ["mps", "xpu"])
-def test_processes_on_devices_that_cannot_exchange_tensors_are_refused(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "local_rank", "local_size", "gpus", "problem"),
+    [
+        ("cpu", 1, 2, 0, None),
+        ("cuda:1", 1, 2, 2, None),
+        ("cuda:0", 1, 2, 1, None),  # the launcher shows each process a GPU of its own
+        ("cuda:1", 0, 1, 2, None),  # one process on each machine
+        ("cuda:1", 0, 2, 2, "process 0 of them on GPU 1, of 2. Leave out devices"),
+        ("cuda:0", 2, 3, 2, "Each of the 3 processes on this machine needs a GPU of its own"),
+        ("mps:0", 0, 2, 0, "2 processes that train on 'mps'.*use_cpu=True"),
+        ("xpu:0", 0, 2, 0, "2 processes that train on 'xpu'.*use_cpu=True"),
+    ],
+)
+def test_processes_that_could_not_exchange_tensors_are_refused(
+    place, local_rank, local_size, gpus, problem, torch, monkeypatch
+):
     processes = importlib.import_module("kbtrain.backends.torch.processes")
-    processes._check_kind("cpu")
-    processes._check_kind("cuda")
-    monkeypatch.setattr(processes, "shards", lambda: 2)
-    with pytest.raises(ConfigurationError, match=f"2 processes that train on {kind!r}.*use_cpu"):
-        processes._check_kind(kind)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    group = processes.ProcessGroup(
+        rank=local_rank, size=2, local_rank=local_rank, local_size=local_size
+    )
+    expected = pytest.raises(ConfigurationError, match=problem) if problem else None
+    with expected or contextlib.nullcontext():
+        processes._check_place(torch.device(place), group)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("mps", False), ("cuda", True), ("xpu", True)])
