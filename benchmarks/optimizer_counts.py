@@ -80,7 +80,7 @@ def pretended_gpu() -> Iterator[None]:
         yield
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[misc]
     """Counts kernels and bytes of the operations inside.
 
     Attributes:
@@ -100,8 +100,9 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if name in _INSIDE:
+            inside: Any = _INSIDE[name]
             with self:
-                return _INSIDE[name](*args, **kwargs)
+                return inside(*args, **kwargs)
         result = func(*args, **kwargs)
         if name == "run_rules":
             self.kernels[name] += triton_launch.launches(args[5])
@@ -125,7 +126,7 @@ def _launches(name: str, args: Sequence[Any]) -> int:
         return 1
     pieces = sum(math.ceil(t.numel() / 65536) for t in lists[0])
     depth = min(max(len(lists) - name.startswith("_fused_ada"), 1), 5)  # the steps are no list
-    return max(math.ceil(pieces / 320), math.ceil(len(lists[0]) / _PER_LAUNCH[depth]))
+    return int(max(math.ceil(pieces / 320), math.ceil(len(lists[0]) / _PER_LAUNCH[depth])))
 
 
 def _bytes(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
@@ -136,7 +137,8 @@ def _bytes(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     ]
     moved = [args, {k: v for k, v in kwargs.items() if k != "out"}, result]
     moved += [] if "out" in kwargs else written
-    return sum(t.numel() * t.element_size() for t in tree_leaves(moved) if torch.is_tensor(t))
+    tensors = [t for t in tree_leaves(moved) if torch.is_tensor(t)]
+    return int(sum(t.numel() * t.element_size() for t in tensors))
 
 
 SHAPES = [(256, 512), (512,), (512, 512), (512,), (512, 1024), (1024,), (1024, 512), (512,)]
