@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
-from optim.kernels.torch import custom_op, triton_launch
+from optim.kernels.torch import custom_op, rule_groups, triton_launch
 from optim.kernels.torch.recording import RecordedRule
 from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
 from optim.kernels.torch.triton_text import POINTERS
@@ -141,6 +142,18 @@ def stacked():
     return {key: float(np.abs(a - b).max()) for key, (a, b) in results.items()}
 
 
+class Kept(logging.Filter):
+    """Keeps messages in a list."""
+
+    def __init__(self, messages):
+        super().__init__()
+        self.messages = messages
+
+    def filter(self, record):
+        self.messages.append(record.getMessage())
+        return False
+
+
 def recorded_inside(mode):
     """Whether kernels can be made while a step is being recorded."""
     with mode:
@@ -151,11 +164,16 @@ def recorded_inside(mode):
 def numbers(names):
     together = stacked()
     custom_op.on_gpu = lambda device: True
+    without = []
+    logging.getLogger("optim").addFilter(without_triton := Kept(without))
+    with mock.patch.object(rule_groups, "is_available", return_value=False):
+        without += [distance(name, CASES[name][1], "float32") for name in ("lion", "rmsprop")]
+    logging.getLogger("optim").removeFilter(without_triton)
     found = {}
     for i, name in enumerate(names):
         found[name] = distance(name, CASES[name][1], ("float32", "bfloat16")[i % 2])
     variable, log = keras.Variable(np.zeros(3), dtype="float32"), []
-    logging.getLogger("optim").addFilter(lambda record: log.append(record.getMessage()) or False)
+    logging.getLogger("optim").addFilter(Kept(log))
     apply(Tanh(1.0), [variable], [np.ones(3, "float32")])
     print(
         json.dumps(
@@ -163,6 +181,7 @@ def numbers(names):
                 "distance": found,
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
                 "stacked": together,
+                "without": without,
                 "inside": recorded_inside(FakeTensorMode()),
                 "tanh": [variable.value.detach()[0].item(), *log],
             }

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from optim.kernels.torch import custom_op
+from optim.kernels.torch import custom_op, foreach
 from optim.kernels.torch.codegen import CallFusion, name_of
 from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
 from optim.kernels.torch.recording import EXAMPLE, RecordedRule
@@ -126,6 +126,9 @@ class ElementwiseProgram:
             step: float32 scalar.
             learning_rate: float32 scalar.
         """
+        if not (self._on_cpu or self._narrow or self._recorded.sums):
+            self._run_lists(parameters, gradients, slots, step, learning_rate)
+            return
         count = len(parameters)
         by_name = {name: slots[i * count : (i + 1) * count] for i, name in enumerate(self.slots)}
         largest = max((p.numel() for p in parameters), default=0)
@@ -160,6 +163,31 @@ class ElementwiseProgram:
             _over_tiles(self._second, tiles, values, memory)
             for slot, node in zip(narrow, self._narrow_outputs, strict=True):
                 slot.copy_(values[node])
+
+    def _run_lists(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        slots: list[torch.Tensor],
+        step: torch.Tensor,
+        learning_rate: torch.Tensor,
+    ) -> None:
+        """The same on a GPU, by operations on lists, for as many tensors as memory is taken for."""
+        recorded, count = self._recorded, len(parameters)
+        scalars = dict(zip(self._scalar_inputs, (step, learning_rate), strict=True))
+        values = self._evaluated(recorded.early, scalars | recorded.constants)
+        wide = [node for node in recorded.computed if recorded.is_wide[node]]
+        inputs = [*recorded.inputs[:2], *recorded.inputs[4:]]
+        for part in foreach.parts([p.numel() for p in parameters], custom_op.MOST_ELEMENTS):
+            lists = [parameters[part], gradients[part]]
+            lists += [slots[i * count : (i + 1) * count][part] for i in range(len(self.slots))]
+            known = foreach.evaluate(wide, values | dict(zip(inputs, lists, strict=True)))
+            new = [[*known[node]] for node in recorded.outputs]
+            # An old value that moves to another slot is overwritten by the copies.
+            old = {id(tensor) for tensors in lists for tensor in tensors}
+            new = [[t.clone() if id(t) in old else t for t in tensors] for tensors in new]
+            for target, tensors in zip([*lists[2:], lists[0]], new, strict=True):
+                torch._foreach_copy_(target, tensors)
 
     def _totals(self, parts: list[Any], size: int, like: torch.Tensor) -> dict[Any, Any]:
         """The sums, or means, over all tiles of a tensor."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from optim.core.fallback import report
+from optim.core.fallback import logger, report
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.custom_op import NumberedObjects
 from optim.kernels.torch.recording import EXAMPLE, NotElementwise, RecordedRule
@@ -56,7 +56,7 @@ class RuleGroups:
             slots: Slot name -> tensor, with the residual of a low-precision parameter.
         """
         storage = storage_of(parameter, gradient)
-        if storage is None:
+        if storage is None or not _has_triton():
             return False
         rule, decay = update_rule.optimizer, update_rule.weight_decay
         if _source(rule, decay, storage, parameter.device) is None:
@@ -103,6 +103,21 @@ def storage_of(parameter: torch.Tensor, gradient: torch.Tensor) -> Storage | Non
     return Storage(*(str(kind).removeprefix("torch.") for kind in kinds))
 
 
+_warned: list[bool] = []
+
+
+def _has_triton() -> bool:
+    if is_available():
+        return True
+    if not _warned:
+        _warned.append(True)
+        logger.warning(
+            "Triton is not installed, so optimizers run by PyTorch's own operations on the GPU, "
+            "which takes longer. Install the package `triton`, if it has a wheel for this system."
+        )
+    return False
+
+
 # ---- sources, made once --------------------------------------------------------------------------
 
 _SOURCES: NumberedObjects[RuleSource | None] = NumberedObjects()
@@ -121,8 +136,6 @@ def _made(
     rule: Any, weight_decay: float, storage: Storage, device: torch.device
 ) -> RuleSource | None:
     try:
-        if not is_available():
-            raise ImportError("Triton is not installed")
         source = RuleSource(RecordedRule(rule, weight_decay, device), storage)
         # In a thread: what records operations in this one does not see those of another.
         with ThreadPoolExecutor(1) as pool:

@@ -60,6 +60,15 @@ def test_matrices_that_are_updated_together_are_those_that_are_updated_one_by_on
     assert {name: x for name, x in found.items() if not x < 1e-6} == {}
 
 
+def test_without_triton_rules_run_on_lists_and_one_warning_says_so(numbers):
+    log = [x for x in numbers["without"] if isinstance(x, str)]
+    distances = [x for x in numbers["without"] if not isinstance(x, str)]
+    assert len(log) == 1
+    assert "Triton is not installed" in log[0]
+    assert len(distances) == 2
+    assert max(distances) < 1e-5
+
+
 def test_compile_for_two_gpus():
     found = json.loads(run("compile", "lamb", "schedule_free_radam"))
     assert len(found) == 2 * (4 + 2)
