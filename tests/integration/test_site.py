@@ -18,7 +18,8 @@ from urllib.parse import unquote
 import pytest
 from paths import ROOT
 
-pytest.importorskip("mkdocs", reason="needs the extra `docs`: tox -e docs")
+for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+    pytest.importorskip(package, reason="needs the extra `docs`: tox -e docs")
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
