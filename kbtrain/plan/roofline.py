@@ -10,8 +10,9 @@ from kbtrain.utils.devices import DeviceSpec
 from kbtrain.utils.json_types import JsonDataclass
 
 ASSUMPTION = (
-    "Every operation at the published peak, all transfers behind computation. Collectives go "
-    "around rings through all devices, over all links and network cards at once."
+    "Times: every operation at the published peak, all transfers behind computation, and memory "
+    "answers what kernels read (caches may be faster for small tensors). Collectives go around "
+    "rings through all devices, over all links and network cards at once."
 )
 
 

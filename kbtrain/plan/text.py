@@ -78,7 +78,10 @@ def memory_rows(plan: Plan) -> list[tuple[str, str]]:
     facts = plan.run.facts
     if facts is None:
         return []
-    temporary = f"activations, gradients ({memory(facts.gradient_bytes)}), scratch"
+    gradients = "gradients"
+    if facts.gradient_bytes <= facts.temporary_bytes:  # else a TPU holds them on the chip
+        gradients += f" ({memory(facts.gradient_bytes)})"
+    temporary = f"activations, {gradients}, scratch"
     reserve = (
         f"{plan.device.reserve:.0%} of {memory(plan.device.memory_bytes)} kept for the framework"
     )
@@ -121,9 +124,10 @@ def speed(bound: Roofline) -> str:
         rates.append(f"{rounded(bound.tokens_per_second)} tokens/s")
     if bound.mfu is not None:
         rates.append(f"an MFU of {100 * bound.mfu:.2g} %")
+    unless = " unless caches answer a part" if bound.bound_by == "memory" else ""
     return (
-        f"Bound by {bound.bound_by}: no update takes less than {milliseconds(bound.seconds)} ms; "
-        f"at most {', '.join(rates)}."
+        f"Bound by {bound.bound_by}: no update takes less than {milliseconds(bound.seconds)} ms"
+        f"{unless}; at most {', '.join(rates)}."
     )
 
 
@@ -232,7 +236,8 @@ def _how(plan: Plan) -> str:
 
 def _comparison_lines(plan: Plan) -> Iterator[str]:
     yield _heading("Alternatives", "")
-    yield f"  {'':<{_NAME}}{'fits':<5}{'peak':>12}{'':>8}{'least ms':>11}{'':>8}"
+    head = f"  {'':<{_NAME}}{'fits':<5}{'peak':>12}{'':>8}{'least ms':>11}{'':>8}"
+    yield head.rstrip()
     for name, fits, peak, more, least, longer in comparison(plan):
         if not fits:
             yield from _wrapped(f"{name}: {peak}", "  ", "    ")
