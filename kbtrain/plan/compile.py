@@ -227,8 +227,11 @@ def _model_flops(trainer: TrainerBase, batch: Any) -> float | None:
     """The operations of forward and backward pass for a micro-batch; None if nobody knows."""
     if trainer.bound.overridden.train_step:
         return None
-    with float64.kept(trainer.model):
-        return count_flops(trainer, without_none(batch))
+    try:
+        with float64.kept(trainer.model):
+            return count_flops(trainer, without_none(batch))
+    except Exception:  # compiling the step explains it better, if it fails, too
+        return None
 
 
 # --- what is known of it --------------------------------------------------------------------------
@@ -287,12 +290,13 @@ def _facts(
     )
 
 
-def _exact(device: DeviceSpec | None, here: bool, own_step: bool) -> dict[str, str]:
+def _exact(device: DeviceSpec | None, here: bool, whole: bool) -> dict[str, str]:
     """For each group of figures, whether it is a fact or an estimate."""
     found = {
         "state": "compiled: the shapes of the step's state and inputs",
-        "flops": "compiled: products and convolutions of the program, which has a step of its own"
-        if own_step
+        "flops": "compiled: products and convolutions of the whole program, as those of the model "
+        "alone cannot be told"
+        if whole
         else "compiled: products and convolutions, counted as it was traced",
     }
     if not here or device is None:

@@ -14,6 +14,7 @@ from kbtrain.callbacks.state import TrainerControl
 from kbtrain.checkpoint import run_state
 from kbtrain.data import Batches, as_loader
 from kbtrain.errors import ConfigurationError
+from kbtrain.model import custom_steps
 from kbtrain.model.variables import unique
 from kbtrain.utils import keras_private, rng
 
@@ -68,11 +69,11 @@ def rehearsing(trainer: TrainerBase, what: str, keep: Keep) -> Iterator[Any]:
     between = rng.capture_random_state(backend)
     if first is not None:
         trainer.bound.build(first)  # draws the initial weights, as `fit` would
+        if trainer.bound.overridden.train_step:
+            custom_steps.build_by_step(backend, trainer.model, first)
     before = {name: getattr(trainer, name) for name in _ATTRIBUTES}
     random_state = _after_build(start, between, rng.capture_random_state(backend))
-    put_back = keep(
-        unique([*run_state.model_variables(trainer.model), *trainer.bound.metric_variables])
-    )
+    put_back = keep(_kept(trainer))
     trainer.model_init, trainer.is_in_train = None, True
     trainer.callback_handler = CallbackHandler([], trainer._callback_context)
     trainer.control = TrainerControl()
@@ -87,6 +88,21 @@ def rehearsing(trainer: TrainerBase, what: str, keep: Keep) -> Iterator[Any]:
         rng.restore_random_state(backend, *random_state)
         if generator is None:
             keras_private.set_global_attribute(SEED_GENERATOR, None)
+
+
+def _kept(trainer: TrainerBase) -> list[keras.Variable]:
+    """All that a run would change, except an optimizer of which it has a copy."""
+    own: list[Any] = []
+    if trainer.bound.overridden.train_step:
+        others = custom_steps.optimizers_of(trainer.model).values()
+        own = [x for x in (trainer.model.optimizer, *others) if x is not None]
+    return unique(
+        [
+            *run_state.model_variables(trainer.model),
+            *trainer.bound.metric_variables,
+            *(variable for each in own for variable in each.variables),
+        ]
+    )
 
 
 def _after_build(start: RandomState, between: RandomState, end: RandomState) -> RandomState:

@@ -121,10 +121,39 @@ def test_eight_devices_with_the_state_whole_and_divided(tmp_path):
     assert divided.collectives["all-gather"][1] > 7 / 8 * 4 * PRODUCTS
 
 
+class Own(keras.Sequential):
+    """Trains by a step of its own."""
+
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+@pytest.mark.cross
+def test_a_model_with_its_own_step_trains_afterwards(tmp_path):
+    model = Own([keras.Input((16,)), layers.Dense(CLASSES)])
+    model.compile("adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    trainer = trainer_of(tmp_path, model, loss=None)
+    facts = compile_program(trainer)
+    assert facts.flops == facts.program_flops == 2 * 8 * 2 * 16 * CLASSES
+    assert "whole program" in facts.exact["flops"]
+    assert trainer.fit().global_step == 2
+
+
+class Reading(keras.Sequential):
+    """Takes a tensor for a number."""
+
+    def call(self, *args, **kwargs):
+        outputs = super().call(*args, **kwargs)
+        return outputs if float(keras.ops.sum(keras.ops.stop_gradient(outputs))) < 1e9 else 0.0
+
+
 @pytest.mark.cross
 def test_what_cannot_be_planned_is_refused_in_words(tmp_path):
     with pytest.raises(ConfigurationError, match="jit_compile=False"):
         compile_program(trainer_of(tmp_path, jit_compile=False))
+    reading = Reading([keras.Input((16,)), layers.Dense(CLASSES)])
+    with pytest.raises(ConfigurationError, match="takes a tensor for a number"):
+        compile_program(trainer_of(tmp_path, reading))
     own = trainer_of(tmp_path, optimizers=(keras.optimizers.SGD(), None))
     with pytest.raises(ConfigurationError, match="SGD.*optim would change nothing"):
         compile_program(own, changes={"optim": "lion"})
