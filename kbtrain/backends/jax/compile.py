@@ -183,8 +183,9 @@ def compile_steps(
         of the compiled code, so results do not depend on how steps are grouped into blocks.
     """
 
-    def steps(inputs: tuple[Any, Any, Any]) -> Any:
-        block, start, count = inputs
+    def steps(inputs: tuple[Any, Any]) -> Any:
+        block, number = inputs
+        start, count = (number, 1) if on_gpu() else (0, number)
         before = [v.value for v in context.state]
         outputs, after = _loop(fn, [], before, block, start, count)
         for variable, value in zip(context.state, after, strict=True):
@@ -198,8 +199,8 @@ def compile_steps(
 
     def call(block: Any, count: int) -> Any:
         if not on_gpu():
-            return compiled((block, np.int32(0), np.int32(count)))
-        rows = [compiled((block, np.int32(i), np.int32(1))) for i in range(count)]
+            return compiled((block, np.int32(count)))
+        rows = [compiled((block, np.int32(i))) for i in range(count)]
         return _joined(rows, _length(block))
 
     return _or_eagerly(call, eager)
