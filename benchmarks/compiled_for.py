@@ -106,7 +106,7 @@ class Row:
 def _cudnn_is_there() -> Iterator[None]:
     """Answer what JAX asks the GPU of this machine before it uses cuDNN's attention."""
     module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    answers = {
+    answers: dict[str, Any] = {
         "check_cudnn_version": lambda: 91000,
         "check_compute_capability": lambda least: True,
         "is_cuda_compute_capability_equal": lambda one: False,
