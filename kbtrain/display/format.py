@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import textwrap
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from kbtrain.callbacks.base import evaluation_name
 from kbtrain.display.view import Evaluation
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
+from kbtrain.utils.readable import duration, memory
 
 Row = tuple[str, str]
 
@@ -37,45 +37,6 @@ def count(value: float) -> str:
     if isinstance(value, int) or value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def duration(seconds: float) -> str:
-    """A duration to read.
-
-    Example:
-        >>> duration(0.034), duration(8.26), duration(75), duration(3725)
-        ('0.03 s', '8.3 s', '1:15', '1:02:05')
-    """
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    return clock(round(seconds))
-
-
-def clock(seconds: float) -> str:
-    """Time that runs, in whole seconds.
-
-    Example:
-        >>> clock(7.9), clock(3725)
-        ('0:07', '1:02:05')
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def memory(size: int) -> str:
-    """A size in bytes to read.
-
-    Example:
-        >>> memory(512), memory(222_248), memory(3 * 2**30)
-        ('512 bytes', '217 KiB', '3.0 GiB')
-    """
-    if size < 1024:
-        return f"{size} bytes"
-    units = ("KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(size, 1024)), len(units))
-    amount, unit = size / 1024**power, units[power - 1]
-    return f"{amount:.0f} {unit}" if amount >= 100 else f"{amount:.1f} {unit}"
 
 
 def plural(value: int, noun: str) -> str:

@@ -14,6 +14,7 @@ from kbtrain.report.facts import RunFacts
 from kbtrain.report.record import spread
 from kbtrain.utils.best_effort import print_line
 from kbtrain.utils.html import Html, element, escaped, number
+from kbtrain.utils.readable import clock
 
 MAX_ROWS = 100
 """Rows of the table that are kept, spread evenly, with the best and the newest among them."""
@@ -234,7 +235,7 @@ class NotebookView(View):
             parts.append(f"{text.count(speed * facts.batch_size)} samples/s")
             if progress.updates:
                 left = (progress.updates - progress.step) / speed
-                parts.append(f"{text.clock(left)} left")
+                parts.append(f"{clock(left)} left")
         if self._doing:
             parts.append(f"{self._doing}...")
         return ", ".join(parts)

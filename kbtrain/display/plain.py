@@ -10,6 +10,7 @@ from kbtrain.display.view import Evaluation, Progress, View
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
 from kbtrain.utils.best_effort import print_line
+from kbtrain.utils.readable import duration
 
 SILENCE = 2.0
 """Seconds after which a phase that still lasts is named."""
@@ -44,7 +45,7 @@ class PlainView(View):
         """Say how long compiling took, if it was announced."""
         self._quiet()
         if seconds >= SILENCE:
-            print_line(f"compiled in {text.duration(seconds)}")
+            print_line(f"compiled in {duration(seconds)}")
 
     def training_log(self, logs: dict[str, Any], step: int, updates: int) -> None:
         """Print the log."""

@@ -14,6 +14,7 @@ from kbtrain.display.table import EvaluationTable
 from kbtrain.display.view import Evaluation, Progress, View
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
+from kbtrain.utils.readable import clock
 from kbtrain.utils.timing import SPEED_SUFFIXES
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -160,7 +161,7 @@ class TerminalView(View):
         elif phase is not None:
             name, since = phase
             spinner = SPINNER[int(10 * now) % len(SPINNER)]
-            lines.append(Text(f"{spinner} {name}... {text.clock(now - since)}", style="cyan"))
+            lines.append(Text(f"{spinner} {name}... {clock(now - since)}", style="cyan"))
         return lines
 
     def _training(self, first: Point, newest: Point, width: int, now: float) -> Text:
@@ -171,7 +172,7 @@ class TerminalView(View):
         if at.updates and at.step > start.step:
             # At the speed since the first update, so without the time of compiling.
             left = (newest.time - began) * (at.updates - at.step) / (at.step - start.step)
-            parts.append(f"{text.clock(max(0.0, left - (now - newest.time)))} left")
+            parts.append(f"{clock(max(0.0, left - (now - newest.time)))} left")
         share = at.step / at.updates if at.updates else None
         return _bar(self._name, share, " · ".join(parts), width)
 

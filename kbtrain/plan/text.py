@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.roofline import ASSUMPTION, Roofline
-from kbtrain.utils.html import Html, element, size, table
+from kbtrain.utils.html import Html, element, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,6 +35,21 @@ def memory(count: float) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.2f} {unit}"
+
+
+def transfer(count: float) -> str:
+    """Bytes that are moved, in a decimal unit, as bandwidths are.
+
+    Example:
+        >>> transfer(900), transfer(2_500_000), transfer(3.2e12)
+        ('900 B', '2.5 MB', '3,200.0 GB')
+    """
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -103,10 +118,10 @@ def update_rows(facts: ProgramFacts, bound: Roofline) -> list[tuple[str, str]]:
     rows = [
         ("operations of the program", f"{facts.program_flops:.3g}"),
         ("  of forward and backward pass", f"{facts.flops:.3g}"),
-        ("memory traffic", "unknown" if traffic is None else size(traffic)),
+        ("memory traffic", "unknown" if traffic is None else transfer(traffic)),
     ]
     for kind, (count, sent) in sorted(facts.collectives.items()):
-        rows.append((f"{count} x {kind}, each device sends", size(sent)))
+        rows.append((f"{count} x {kind}, each device sends", transfer(sent)))
     for name, seconds in (
         (f"computing in {bound.dtype}", bound.compute_seconds),
         ("memory", bound.memory_seconds),

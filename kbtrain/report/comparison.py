@@ -11,7 +11,8 @@ from kbtrain.report.page import NO_SETTINGS, PARTS, document, with_speed
 from kbtrain.report.record import RunRecord
 from kbtrain.report.sources import defaults
 from kbtrain.report.summary import summarize
-from kbtrain.utils.html import Html, duration, element, escaped, joined, number, setting, table
+from kbtrain.utils.html import Html, element, escaped, joined, number, setting, table
+from kbtrain.utils.readable import duration
 
 RTOL = 1e-5
 """Relative difference of two losses up to which they count as equal but for rounding."""

@@ -16,16 +16,15 @@ from kbtrain.report.summary import Command, Summary, commands, summarize
 from kbtrain.utils.html import (
     Html,
     copyable,
-    duration,
     element,
     escaped,
     joined,
     number,
     pairs,
     setting,
-    size,
     table,
 )
+from kbtrain.utils.readable import duration, memory
 
 REFRESH = 15
 """Seconds after which the page of a living run loads itself again."""
@@ -317,7 +316,7 @@ def _model(record: RunRecord) -> Html | None:
         {
             "model": f"{facts['model_class']} {facts.get('model', '')}",
             "parameters": f"{number(facts['parameters'])}{more}",
-            "memory": size(facts.get("model_bytes")),
+            "memory": memory(facts.get("model_bytes")),
             "precision": facts.get("precision"),
             "optimizer": facts.get("optimizer"),
             "learning rate": None if rate is None else f"{number(rate)}, {facts.get('schedule')}",

@@ -12,7 +12,8 @@ from typing import Any
 
 from kbtrain.report.curves import series
 from kbtrain.report.record import RunRecord, is_evaluation
-from kbtrain.utils.html import duration, number
+from kbtrain.utils.html import number
+from kbtrain.utils.readable import duration
 
 Point = tuple[float, float]
 

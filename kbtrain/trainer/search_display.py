@@ -12,10 +12,11 @@ from typing import Any
 
 from kbtrain.display import ProgressCallback
 from kbtrain.display.callbacks import is_terminal
-from kbtrain.display.format import duration, number
+from kbtrain.display.format import number
 from kbtrain.errors import first_lines
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
+from kbtrain.utils.readable import duration
 
 LONGEST = 11
 """Characters of a column's name on a terminal."""

@@ -125,46 +125,6 @@ def notebook_table(title: str, values: Mapping[str, Any], note: str = "") -> str
     return element("div", heading, more, element("table", element("tbody", *cells)))
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as people read them.
-
-    Example:
-        >>> duration(0.4), duration(75), duration(7384)
-        ('0.40 s', '1 min 15 s', '2 h 3 min')
-    """
-    if seconds is None:
-        return "–"
-    if not math.isfinite(seconds):
-        return str(seconds)
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
-
-
-def size(count: Any) -> str:
-    """Bytes as people read them.
-
-    Example:
-        >>> size(900), size(2_500_000)
-        ('900 B', '2.5 MB')
-    """
-    if count is None:
-        return "–"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def copyable(text: str, label: str) -> Html:
     """Text in a box with a button that copies it."""
     return element(

@@ -48,7 +48,7 @@ def test_the_first_screen_answers_the_three_questions(page):
         "keras 3.15.1",
         "a-machine",
         "computing 50%",
-        "compiling, with the first update 17% 2.00 s",
+        "compiling, with the first update 17% 2.0 s",
         "100 samples per second, without compiling, evaluating and saving.",
     ],
 )
