@@ -113,6 +113,11 @@ def place() -> str:
     return "" if _channel is None else _channel.place
 
 
+def progress() -> tuple[int, int]:
+    """How many places this process has come through: numbers that are the same on all processes."""
+    return (0, 0) if _channel is None else _channel.progress
+
+
 @contextlib.contextmanager
 def working(place: str) -> Iterator[None]:
     """Context of a call that all processes make, such as ``fit``; see ``at``."""

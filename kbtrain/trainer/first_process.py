@@ -16,7 +16,7 @@ logger = logging.getLogger("kbtrain")
 NOTICE = 8.0
 """Seconds after which a process says that it waits."""
 
-_calls: collections.Counter[str] = collections.Counter()
+_calls: collections.Counter[tuple[object, str]] = collections.Counter()
 
 
 @contextlib.contextmanager
@@ -35,8 +35,10 @@ def written_by_first(path: str) -> Iterator[None]:
     if peers is None:
         yield
         return
-    _calls[path] += 1
-    key = f"written {_calls[path]} {path}"
+    # Not counted through the whole program, in which process 0 may have made a call alone before.
+    call = distributed.progress(), path
+    _calls[call] += 1
+    key = f"written {_calls[call]} {call}"
     try:
         yield
     except Exception as error:

@@ -218,10 +218,11 @@ has_value = _private(
 
 
 def _global_seed_generator() -> Any:
+    from keras.src.backend.common import global_state
     from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
     # Keras' function refuses to return it in a trace, where a run may be prepared on shapes alone.
-    made = get_global_attribute(GLOBAL_SEED_GENERATOR)
+    made = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     return global_seed_generator() if made is None else made
 
 

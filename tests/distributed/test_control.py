@@ -340,9 +340,8 @@ def test_a_watcher_ends_with_its_process(end, tmp_path):
 
 
 def test_a_watcher_answers_nobody_without_the_token():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = listening.getsockname()
-        watcher = Watcher(listening, "token")
+    watcher = Watcher("token")
+    address = "127.0.0.1", watcher.port
     answers = []
     for question in (b"tokem", b"", b"token"):
         with socket.create_connection(address, timeout=10) as connection:

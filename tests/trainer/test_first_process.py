@@ -74,6 +74,21 @@ def test_the_others_return_when_process_0_has_written(as_process, monkeypatch, c
     write("model.keras")
 
 
+def test_a_call_of_process_0_alone_is_not_taken_for_a_later_one_of_all(as_process, monkeypatch):
+    as_process(0)
+    write("model.keras")  # in a callback, on process 0 alone
+    monkeypatch.setattr(first_process.distributed, "progress", lambda: (1, 7))
+    as_process(1)
+    done = threading.Event()
+    waiting = threading.Thread(target=lambda: (write("model.keras"), done.set()))
+    waiting.start()
+    assert not done.wait(0.1)
+    as_process(0)
+    write("model.keras")
+    assert done.wait(10)
+    waiting.join()
+
+
 def test_all_fail_where_process_0_could_not_write(as_process):
     as_process(0)
     with pytest.raises(OSError, match="No space left"):

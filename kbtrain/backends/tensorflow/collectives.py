@@ -35,9 +35,9 @@ _NO_TIMEOUT = 0.0
 thousands after a minute. The control channel ends a process that waits for one that hangs."""
 
 _NAMES = {
-    "CollectiveReduceV2": "all_sum",
-    "CollectiveGatherV2": "all_gather",
-    "CollectiveAllToAllV2": "sum_to_owners",
+    tf.raw_ops.CollectiveReduceV2: "all_sum",
+    tf.raw_ops.CollectiveGatherV2: "all_gather",
+    tf.raw_ops.CollectiveAllToAllV2: "sum_to_owners",
 }
 """What the operations are for, in messages."""
 
@@ -95,7 +95,7 @@ class Members:
             with tf.init_scope(), tf.device(self.device):
                 self._token = tf.Variable(0.0, trainable=False, name="ordering_token")
         if collective_check.is_observed():
-            flat = _announced(_NAMES[operation.__name__], flat)
+            flat = _announced(_NAMES[operation], flat)
         with tf.device(self.device):
             return operation(
                 input=flat,
@@ -291,6 +291,8 @@ def flat_of(tensors: Sequence[Any]) -> Any:
 
 def split(flat: Any, like: Sequence[Any]) -> list[Any]:
     """The beginning of a flat tensor in the shapes of others."""
+    if not like:  # TensorFlow splits nothing into one part
+        return []
     if all(tensor.shape.is_fully_defined() for tensor in like):
         sizes = [tensor.shape.num_elements() for tensor in like]
         parts = tf.split(flat, [*sizes, -1])[: len(sizes)]

@@ -19,7 +19,8 @@ from kbtrain.backends.tensorflow.collectives import Members, flat_of, gather_fro
 def reduce_to_owners(members: Members, tensors: Sequence[Any], owners: Sequence[int]) -> list[Any]:
     """The sums over all processes of the tensors that this one owns; None for the others."""
     tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
-    results: list[Any] = [None] * len(tensors)
+    # One without elements is in no bucket, and is its own sum.
+    results = [t if o == members.rank else None for t, o in zip(tensors, owners, strict=True)]
     for bucket, parts in _buckets(members, tensors, owners):
         dtype = tensors[bucket[0]].dtype
         if parts.is_balanced:

@@ -28,7 +28,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from kbtrain.distributed.control.addresses import listen_anywhere
 from kbtrain.distributed.control.client import ATTEMPT, PROBLEMS, RETRY, Connection
 from kbtrain.distributed.control.ending import end_process, main_stack
 from kbtrain.distributed.control.mailbox import ChannelPeers, FirstProcess, OtherProcess
@@ -116,8 +115,9 @@ class Channel:
             server = ControlServer(group, members, token, local)
         urls = gather(server.urls if server is not None else [])[0]
         channel = cls(report, group.size, urls[0], reports[0], server, timeout, states)
-        if any(each.machine != report.machine for each in reports) and report.machine:
-            channel._watcher = Watcher(listen_anywhere(), token)
+        asked_by = reports if group.rank == 0 else reports[:1]
+        if report.machine and any(each.machine != report.machine for each in asked_by):
+            channel._watcher = Watcher(token)
         problem = channel._greet(urls) if server is None else ""
         watcher = 0 if channel._watcher is None else channel._watcher.port
         answers = gather({"problem": problem, "watcher": watcher})
@@ -155,6 +155,11 @@ class Channel:
     def place(self) -> str:
         """What this process does now; empty outside ``fit``, ``evaluate`` and so on."""
         return self._report.place
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many places this process has come through, which is the same on all processes."""
+        return self._report.progress
 
     def done(self, error: BaseException | None = None) -> None:
         """Record that this process is outside ``fit``, ``evaluate`` and so on.

@@ -123,7 +123,7 @@ class Members:
         if (report.progress, report.left) < (member.report.progress, member.report.left):
             return
         if report.progress != member.report.progress:
-            member.moved, member.overtaken = now, None
+            member.moved, member.overtaken, member.named = now, None, 0.0
         if report.left and member.left is None:
             member.left = now
         member.report = report
@@ -326,9 +326,10 @@ class Members:
         """The failure of a process whose machine is reachable and runs nothing of the run."""
         return Failure(
             report.rank,
-            f"{report.name} failed: neither it nor the small process that watches it has answered "
-            f"for {FROZEN:g} s, though its host can be reached. Its container or job is suspended, "
-            f"or its host is short of memory and swaps. It was last seen {report.where}.",
+            f"{report.name} failed: neither it, for {FROZEN:g} s, nor the small process that "
+            "watches it has answered, though its host can be reached. Its container or job is "
+            "suspended, or its host is short of memory and swaps. It was last seen "
+            f"{report.where}.",
         )
 
     @staticmethod

@@ -11,11 +11,14 @@ import threading
 import time
 
 from kbtrain.distributed.control import watcher
+from kbtrain.distributed.control.addresses import listen_anywhere
 from kbtrain.distributed.control.members import LOST, UNANSWERED
 from kbtrain.distributed.control.reports import Report, state_here
 
 ANSWER = 1.5
 """Seconds for the answer of a watcher, and until it is asked again."""
+UNHEARD = 4.0
+"""Seconds without an answer after which a watcher counts as suspended: one may come late."""
 STARTING = 10.0
 """Seconds for the start of a watcher."""
 
@@ -24,7 +27,6 @@ class Watcher:
     """The watcher of this process, started.
 
     Args:
-        listening: Where it answers; this process closes it.
         token: What a question consists of.
 
     Attributes:
@@ -33,9 +35,13 @@ class Watcher:
         pipe: The file number at whose end the watcher ends; -1 after ``close``.
     """
 
-    def __init__(self, listening: socket.socket, token: str) -> None:
+    def __init__(self, token: str) -> None:
         self.port, self.pipe = 0, -1
-        with listening, contextlib.suppress(OSError, subprocess.SubprocessError):
+        # Without one the run goes on: the other processes are about to hear of the port.
+        with (
+            contextlib.suppress(OSError, TypeError, subprocess.SubprocessError),
+            listen_anywhere() as listening,
+        ):
             reading, self.pipe = os.pipe()
             try:
                 started = subprocess.Popen(
@@ -70,6 +76,7 @@ class States:
         self._places: dict[int, tuple[str, int]] = {}
         self._answers: dict[int, tuple[float, str]] = {}
         self._asked: dict[int, float] = {}
+        self._heard: dict[int, float] = {}
 
     def watched(self, rank: int, address: str, port: int) -> None:
         """Record where the watcher of a process answers; nowhere if the port is 0."""
@@ -87,6 +94,8 @@ class States:
         if state != "?" or report.rank not in self._places:
             return state
         if now - self._asked.get(report.rank, -ANSWER) > ANSWER:
+            if now - self._asked.get(report.rank, -LOST) > LOST:
+                self._heard[report.rank] = now  # the first question of this silence
             self._asked[report.rank] = now
             threading.Thread(target=self._ask, args=(report.rank,), daemon=True).start()
         when, answer = self._answers.get(report.rank, (now, "?"))
@@ -99,7 +108,12 @@ class States:
             socket.create_connection(self._places[rank], ANSWER) as connection,
         ):
             state = self._answer(connection)
-        self._answers[rank] = time.monotonic(), state
+        now = time.monotonic()
+        if state != UNANSWERED:
+            self._heard[rank] = now
+        elif now - self._heard[rank] < UNHEARD:
+            return
+        self._answers[rank] = now, state
 
     def _answer(self, connection: socket.socket) -> str:
         try:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """What schedulers send to every process of a job: the process that is watched ends by itself."""
 POLL = 1.0
 """Seconds between two looks whether the process lives, where the system does not tell."""
@@ -76,23 +76,21 @@ def watch(pid: int, listening: socket.socket, token: bytes) -> None:
 def _answer(connection: socket.socket, token: bytes, pid: int) -> None:
     with connection:
         connection.settimeout(QUESTION)
-        question = b""
-        while len(question) < len(token) and (part := connection.recv(len(token))):
-            question += part
-        if question == token:
+        if connection.recv(len(token)) == token:  # in one packet; a stranger's bytes are not
             connection.sendall(process_state(pid).encode())
 
 
 def main() -> None:
     """Watch the process that started this one, without staying a child that it has to wait for."""
     parent, token = os.getppid(), os.read(0, 1024)
-    listening = socket.socket(fileno=int(sys.argv[1]))
+    # As a low number: select takes none from 1024 on.
+    listening = socket.socket(fileno=os.dup(int(sys.argv[1])))
     if not token or os.fork():
         os._exit(0)
     os.setsid()  # signals to the group and the terminal of the process are not for this one
     os.chdir("/")
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     watch(parent, listening, token)
 
 

@@ -45,7 +45,9 @@ class SharedTerminal:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._lock = threading.Lock()
+        # A signal handler may print while this thread writes.
+        self._lock = threading.RLock()
+        self._held: list[int] | None = None
 
     @classmethod
     def new(cls) -> SharedTerminal | None:
@@ -77,17 +79,29 @@ class SharedTerminal:
         It gives the lengths of the status lines on the screen; what the list is at the end counts.
         """
         with self._lock:  # the other one is per process
+            if self._held is not None:  # what a signal handler prints in the middle of a write
+                yield self._held
+                return
             fcntl.lockf(self.number, fcntl.LOCK_EX)
             try:
-                text = os.pread(self.number, os.fstat(self.number).st_size, 0)
-                before = json.loads(text or b"[]")
-                lengths = list(before)
-                yield lengths
-                if lengths != before:
-                    os.ftruncate(self.number, 0)
-                    os.pwrite(self.number, json.dumps(lengths).encode(), 0)
+                before = self._read()
+                self._held = list(before)
+                yield self._held
+                if self._held != before:
+                    with contextlib.suppress(OSError):  # a full disk ends no program
+                        os.ftruncate(self.number, 0)
+                        os.pwrite(self.number, json.dumps(self._held).encode(), 0)
             finally:
+                self._held = None
                 fcntl.lockf(self.number, fcntl.LOCK_UN)
+
+    def _read(self) -> list[int]:
+        text = os.pread(self.number, os.fstat(self.number).st_size, 0)
+        try:
+            found: list[int] = json.loads(text or b"[]")
+        except ValueError:  # written in part, to a full disk
+            return []
+        return found
 
     def write(self, target: int, data: bytes) -> None:
         """Write whole lines above the status lines, which the first process draws again."""
