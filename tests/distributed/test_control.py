@@ -123,8 +123,8 @@ CASES = {
     "process 0 suspended": (send(0, signal.SIGSTOP), [None, 1], SUSPENDED.format(0)),
     "suspended elsewhere": (send(1, signal.SIGSTOP), [1, None, 1], SUSPENDED.format(1)),
     "process 0 suspended elsewhere": (send(0, signal.SIGSTOP), [None, 1], SUSPENDED.format(0)),
-    "paused elsewhere": (pause(1), [1, None], WHO.format(1) + "failed: neither it nor"),
-    "process 0 paused elsewhere": (pause(0), [None, 1], WHO.format(0) + "failed: neither it nor"),
+    "paused elsewhere": (pause(1), [1, None], WHO.format(1) + "failed: neither it, for"),
+    "process 0 paused elsewhere": (pause(0), [None, 1], WHO.format(0) + "failed: neither it, for"),
     "busy elsewhere": (hold_the_interpreter_lock, [0, 0], None),
     "leaves": (tell(1, "sys.exit()"), [1, 0], ENDED.format(1, "at update 17")),
     "leaves and waits at exit": (
