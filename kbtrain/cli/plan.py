@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_named
-from kbtrain.plan.process import LONGEST, backend_of, environment
+from kbtrain.plan.process import backend_of, environment, run_process
 from kbtrain.plan.request import PlanRequest
 from kbtrain.utils.devices import known_devices
 
@@ -73,12 +72,10 @@ def _result(
             "result": str(path),
         }
         with _ended_by_signal():
-            done = subprocess.run(
+            done = run_process(
                 [sys.executable, "-m", "kbtrain.plan.script", json.dumps(task)],
-                env=environment(os.environ),
+                environment(os.environ),
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
-                timeout=LONGEST,
-                check=False,
             )
         try:
             result = json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kbtrain.errors import ConfigurationError
@@ -43,6 +44,41 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "WANDB_MODE": "disabled",  # a program may call wandb.init() itself
     }
+
+
+def run_process(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    captured: bool = False,
+    stdout: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Wait for a process that makes a plan.
+
+    Args:
+        command: The program and its arguments.
+        env: Its environment.
+        captured: Whether to keep what it prints.
+        stdout: The descriptor for its standard output, if that is not kept; None: this process's.
+
+    Raises:
+        ConfigurationError: It took too long, and was ended.
+    """
+    try:
+        return subprocess.run(
+            command,
+            env=env,
+            stdout=subprocess.PIPE if captured else stdout,
+            stderr=subprocess.PIPE if captured else None,
+            text=True,
+            timeout=LONGEST,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigurationError(
+            f"The process that makes the plan was ended after {LONGEST / 3600:.0f} hours. A plan of "
+            "the run alone takes one compilation: --quick, or quick=True."
+        ) from None
 
 
 def backend_of(environ: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from kbtrain.model.variables import unique
 from kbtrain.utils import keras_private, rng
 
 if TYPE_CHECKING:
+    from kbtrain.backends.protocol import Backend
     from kbtrain.training.trainer_base import TrainerBase
 
 SEED_GENERATOR = "global_seed_generator"
@@ -32,8 +33,9 @@ Keep = Callable[[list[keras.Variable]], Callable[[], None]]
 _ATTRIBUTES = (
     *("args", "given_optimizers", "model_init", "optimizer", "lr_scheduler", "state"),
     *("other_optimizers", "num_training_steps", "train_dataloader", "control"),
-    *("callback_handler", "current_run", "is_in_train"),
+    *("callback_handler", "current_run", "is_in_train", "agreement"),
 )
+_UNSET = object()
 
 
 @contextlib.contextmanager
@@ -52,9 +54,56 @@ def rehearsing(trainer: TrainerBase, what: str, keep: Keep) -> Iterator[Any]:
         ConfigurationError: The data can be read only once, or the optimizer cannot be copied.
     """
     backend = trainer.backend
-    # Keras seeds its generator from Python's when it is first needed: `fit` must do it again.
-    generator = keras_private.get_global_attribute(SEED_GENERATOR)
-    start = rng.capture_random_state(backend)  # before data that draw from global generators
+    before = {name: getattr(trainer, name, _UNSET) for name in _ATTRIBUTES}
+    with _random_state_of_start(backend) as (start, put_random_state_back):
+        first = first_batch(trainer, what)
+        between = rng.capture_random_state(backend)
+        if first is not None:
+            trainer.bound.build(first)  # draws the initial weights, as `fit` would
+            if trainer.bound.overridden.train_step:
+                custom_steps.build_by_step(backend, trainer.model, first)
+        put_random_state_back(_after_build(start, between, rng.capture_random_state(backend)))
+        put_back = keep(_kept(trainer))
+        try:
+            trainer.model_init, trainer.is_in_train = None, True
+            trainer.callback_handler = CallbackHandler([], trainer._callback_context)
+            trainer.control = TrainerControl()
+            if not trainer.bound.overridden.train_step:
+                trainer.given_optimizers = _copied(trainer, what)
+            yield first
+        finally:
+            for name, value in before.items():
+                if value is not _UNSET:
+                    setattr(trainer, name, value)
+                elif hasattr(trainer, name):
+                    delattr(trainer, name)
+            put_back()
+
+
+def outlined_batch(trainer: TrainerBase, what: str) -> Any:
+    """The first batch of the training data, read so that a run afterwards is as without it.
+
+    Args:
+        trainer: The Trainer.
+        what: The name of the user's call, for messages.
+
+    Raises:
+        ConfigurationError: The data can be read only once.
+    """
+    with _random_state_of_start(trainer.backend):
+        return first_batch(trainer, what)
+
+
+def first_batch(trainer: TrainerBase, what: str) -> Any:
+    """The first batch of the training data, which can be read again; None if they have none.
+
+    Args:
+        trainer: The Trainer.
+        what: The name of the user's call, for messages.
+
+    Raises:
+        ConfigurationError: The data can be read only once.
+    """
     data = trainer.get_train_dataloader()
     if isinstance(trainer.train_dataset, Iterator) or isinstance(data, Iterator):
         raise ConfigurationError(
@@ -65,27 +114,25 @@ def rehearsing(trainer: TrainerBase, what: str, keep: Keep) -> Iterator[Any]:
             "."
         )
     loader = as_loader(data, label_names=trainer.bound.label_names)
-    first = Batches(loader, trainer.bound.label_names).peek()
-    between = rng.capture_random_state(backend)
-    if first is not None:
-        trainer.bound.build(first)  # draws the initial weights, as `fit` would
-        if trainer.bound.overridden.train_step:
-            custom_steps.build_by_step(backend, trainer.model, first)
-    before = {name: getattr(trainer, name) for name in _ATTRIBUTES}
-    random_state = _after_build(start, between, rng.capture_random_state(backend))
-    put_back = keep(_kept(trainer))
-    trainer.model_init, trainer.is_in_train = None, True
-    trainer.callback_handler = CallbackHandler([], trainer._callback_context)
-    trainer.control = TrainerControl()
+    return Batches(loader, trainer.bound.label_names).peek()
+
+
+@contextlib.contextmanager
+def _random_state_of_start(
+    backend: Backend,
+) -> Iterator[tuple[RandomState, Callable[[RandomState], None]]]:
+    """Context after which the random state is as before it, or another that is told in it.
+
+    It yields the state, and the function that tells another.
+    """
+    # Keras seeds its generator from Python's when it is first needed: `fit` must do it again.
+    generator = keras_private.get_global_attribute(SEED_GENERATOR)
+    start = rng.capture_random_state(backend)  # before data that draw from global generators
+    wanted = [start]
     try:
-        if not trainer.bound.overridden.train_step:
-            trainer.given_optimizers = _copied(trainer, what)
-        yield first
+        yield start, wanted.append
     finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
-        put_back()
-        rng.restore_random_state(backend, *random_state)
+        rng.restore_random_state(backend, *wanted[-1])
         if generator is None:
             keras_private.set_global_attribute(SEED_GENERATOR, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,7 +55,12 @@ class PlanMade(SystemExit):
         self.plan = plan
 
 
+Outcome = BaseException
+"""How a request was answered: ``PlanMade``, or the error that planning raised."""
+
 _request: PlanRequest | None = None
+_outcome: Outcome | None = None
+_leave: Callable[[Outcome], object] | None = None
 
 
 def pending() -> bool:
@@ -63,48 +68,75 @@ def pending() -> bool:
     return _request is not None
 
 
+def outcome() -> Outcome | None:
+    """How the request was answered; None as long as it was not."""
+    return _outcome
+
+
 @contextlib.contextmanager
-def requested(request: PlanRequest) -> Iterator[None]:
-    """Context in which the first ``fit`` makes a plan."""
-    global _request
-    _request = request
+def requested(
+    request: PlanRequest, leave: Callable[[Outcome], object] | None = None
+) -> Iterator[None]:
+    """Context in which a call of ``fit`` makes a plan, whatever the program does about it.
+
+    Args:
+        request: What to plan.
+        leave: Is called with the outcome of the first ``fit`` and may end the process, so that the
+            program does nothing more. If it returns, the outcome is raised.
+    """
+    global _request, _outcome, _leave
+    _request, _outcome, _leave = request, None, leave
     try:
         yield
     finally:
-        _request = None
+        _request = _leave = None
 
 
 def answer(trainer: TrainerBase, call: str = "fit") -> NoReturn:
     """Make the plan that was requested, and end the program.
+
+    The request stays: a program that goes on after the first call (``except Exception`` around a
+    loop over configurations) must not train at the next one, which has the same outcome.
 
     Args:
         trainer: The Trainer whose ``fit`` was called.
         call: The method that was called.
 
     Raises:
-        PlanMade: Always.
+        PlanMade: There is a plan.
+        BaseException: What making it raised.
     """
+    global _outcome
+    if _outcome is None:
+        try:
+            _outcome = PlanMade(_made(trainer, call, place_of(sys._getframe(1))))
+        except BaseException as error:
+            _outcome = error
+        if _leave is not None:
+            _leave(_outcome)
+    raise _outcome
+
+
+def _made(trainer: TrainerBase, call: str, place: str) -> Plan:
     from kbtrain.plan.planner import plan_run
 
-    global _request
-    request, _request = _request, None
+    request = _request
     assert request is not None
-    place = place_of(sys._getframe(1))
     backend = chosen_by_program(os.environ, request.backend)
     notes = [f"Planned: the first call of {call}(){place}. Later ones are not."]
     if backend != "jax":
         notes.append(other_backend(backend))
-    plan = plan_run(
+    changes = dict(request.changes)
+    return plan_run(
         trainer,
         request.device,
         request.count,
         batch=request.batch,
         quick=request.quick,
-        changes=request.changes,
+        changes=changes,
         notes=notes,
         tell=lambda what: print(f"kbtrain plan: {what}", file=sys.stderr, flush=True),
     )
-    raise PlanMade(plan)
 
 
 def other_backend(backend: str) -> str:

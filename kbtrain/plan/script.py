@@ -5,28 +5,34 @@ It is a process of its own because the backend is chosen when Keras is imported.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kbtrain.errors import KbtrainError, causes, first_lines, user_line
 from kbtrain.plan.process import chosen_by_program
 from kbtrain.plan.request import FRAMEWORKS, PlanMade, PlanRequest, requested
+from kbtrain.plan.request import outcome as outcome_of_fit
 from kbtrain.utils.output_files import save_json
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str], leave: Callable[[int], object] | None = None) -> int:
     """Run a program.
 
     Args:
         words: A JSON object with ``program``, ``module`` (whether that is the name of a module),
             ``arguments``, ``request`` and ``result``: the file for the result, an object with
             either ``plan`` or ``error``.
+        leave: Ends the process with an exit status, at once: it is called when the outcome is
+            written, so that nothing of the program runs after its first ``fit``. Without it the
+            outcome is raised in the program.
 
     Returns:
         0 if there is a plan, else 2.
@@ -34,27 +40,57 @@ def main(words: Sequence[str]) -> int:
     task = json.loads(words[0])
     values = task["request"]
     request = PlanRequest.from_dict({**values, "batch": tuple(values["batch"])})
-    result: dict[str, Any]
+
+    def write(outcome: BaseException | None) -> int:
+        result = _result(outcome, task["program"], request)
+        save_json(Path(task["result"]), result)
+        return 0 if "plan" in result else 2
+
+    def written(outcome: BaseException) -> None:
+        assert leave is not None
+        leave(write(outcome))
+
     __import__("keras")  # with the backend of this process, whatever the program sets later
+    ended: BaseException | None = None
     try:
-        with requested(request):
+        with requested(request, None if leave is None else written):
             _run(task["program"], task["module"], task["arguments"])
-        result = {"error": _never(task["program"])}
-    except PlanMade as made:
-        result = {"plan": made.plan.to_dict()}
-    except KbtrainError as error:
-        result = {"error": f"{error}{_about_jax(error, request)}"}
-    except SystemExit as error:
-        result = {"error": f"{_never(task['program'])} It ended with exit status {error.code!r}."}
-    except KeyboardInterrupt:
-        result = {"error": "It was interrupted."}
     except BaseException as error:
-        if not _framework_of(error):
-            _print_traceback(error)
-        text = f"{task['program']} failed before its first fit(){user_line(error)}: {_named(error)}"
-        result = {"error": f"{text}{_about_jax(error, request)}"}
-    save_json(Path(task["result"]), result)
-    return 0 if "plan" in result else 2
+        ended = error
+    return write(outcome_of_fit() or ended)
+
+
+def _result(outcome: BaseException | None, program: str, request: PlanRequest) -> dict[str, Any]:
+    """The result of a program that ended, with or without an exception."""
+    if outcome is None:
+        return {"error": _never(program)}
+    if isinstance(outcome, PlanMade):
+        return {"plan": outcome.plan.to_dict()}
+    if isinstance(outcome, KbtrainError):
+        return {"error": f"{outcome}{_about_jax(outcome, request)}"}
+    if isinstance(outcome, SystemExit):
+        return {"error": f"{_never(program)} It ended with exit status {outcome.code!r}."}
+    if isinstance(outcome, KeyboardInterrupt):
+        return {"error": "It was interrupted."}
+    if not _framework_of(outcome):
+        _print_traceback(outcome)
+    when = "in" if outcome is outcome_of_fit() else "before"
+    text = f"{program} failed {when} its first fit(){user_line(outcome)}: {_named(outcome)}"
+    return {"error": f"{text}{_about_jax(outcome, request)}"}
+
+
+def _leave_at_once(status: int) -> None:
+    """End this process without what the program wants to do at its end: it could save weights.
+
+    Neither ``finally`` nor ``atexit`` runs; processes that the program has started with
+    ``multiprocessing`` are ended.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the program may have closed or replaced it
+            stream.flush()
+    os._exit(status)
 
 
 def _run(program: str, is_module: bool, arguments: Sequence[str]) -> None:
@@ -118,4 +154,4 @@ def _print_traceback(error: BaseException) -> None:
 _INTERNAL = (__file__, runpy.__file__, "<frozen")
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], _leave_at_once))

@@ -30,7 +30,9 @@ def _deserialized(config: Mapping[str, Any]) -> Any:
 
 
 def _arrays(outline: Any) -> Any:
-    """Arrays of zeros with the shapes of an outline."""
+    """Arrays of zeros with the shapes of an outline; None where there is nothing."""
+    if outline is None:
+        return None
     if isinstance(outline, Mapping) and set(outline) == {"shape", "dtype"}:
         return np.zeros(outline["shape"], outline["dtype"])
     if isinstance(outline, Mapping):
@@ -65,7 +67,9 @@ def _plan_of(
     task: Mapping[str, Any],
     device: Mapping[str, Any],
 ) -> Plan:
-    data = tuple(_arrays(part) for part in run["data"] if part is not None)
+    data = tuple(_arrays(part) for part in run["data"])
+    while data[-1] is None:  # (x, None, weights) keeps its places
+        data = data[:-1]
     trainer = Trainer(
         parts["model"],
         TrainingArguments.from_dict(run["args"]),

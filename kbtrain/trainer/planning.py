@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,15 @@ import keras
 import numpy as np
 
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.data import Batches, as_loader, map_structure, unpack
+from kbtrain.data import map_structure, unpack
 from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.model.losses.keras_losses import NamedLoss
 from kbtrain.plan import request as planning
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.plan import Plan
 from kbtrain.plan.planner import check_numbers, plan_run
-from kbtrain.plan.process import LONGEST, environment
+from kbtrain.plan.process import environment, run_process
+from kbtrain.plan.rehearsal import outlined_batch
 
 if TYPE_CHECKING:
     from kbtrain.trainer.trainer import Trainer
@@ -72,9 +72,7 @@ def _planned_elsewhere(task: Mapping[str, Any], place: Path) -> Plan:
     # It must find the modules that this process has found.
     found = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     env = environment(os.environ) | {"PYTHONPATH": found}
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=LONGEST, check=False
-    )
+    done = run_process(command, env, captured=True)
     try:
         result = json.loads(Path(task["result"]).read_text(encoding="utf-8"))
     except OSError:
@@ -161,8 +159,7 @@ def _own_class(config: Any) -> str:
 def _outline(trainer: Trainer) -> Any:
     """Shape and dtype of each array of a batch, as JSON."""
     names = trainer.bound.label_names
-    loader = as_loader(trainer.get_train_dataloader(), label_names=names)
-    first = Batches(loader, names).peek()
+    first = outlined_batch(trainer, "plan")
     if first is None:
         raise ConfigurationError("The training data has no batches; see dataloader_drop_last.")
     parts = unpack(first, names)

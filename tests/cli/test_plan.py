@@ -38,6 +38,10 @@ Trainer(model, args, train_dataset=data, loss="mse").fit()
 """
 
 
+AT_EXIT = "import atexit; atexit.register(open, 'weights', 'w')"
+LATER = "import contextlib\nwith contextlib.ExitStack() as s:\n    s.callback(open, 'later', 'w')\n"
+
+
 @pytest.fixture
 def program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -161,7 +165,8 @@ def test_a_program_of_each_backend_has_the_same_plan(tmp_path):
         folder = tmp_path / backend
         folder.mkdir()
         before = 'os.environ["KERAS_BACKEND"] = "tensorflow"' if backend == "tensorflow" else ""
-        (folder / "train.py").write_text(PROGRAM.format(before=before))
+        text = PROGRAM.format(before=f"{before}\n{AT_EXIT}")
+        (folder / "train.py").write_text(text.replace("Trainer(model", f"{LATER}    Trainer(model"))
         options = ("--count", "2", "--quick", "--json", "--", "--width", "16")
         found[backend] = planned(folder, "jax" if before else backend, *options)
     weights = 4 * 16 + 16 + 16 * 2 + 2

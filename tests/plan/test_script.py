@@ -39,7 +39,7 @@ def planned(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.chdir(home)
 
-    def run(text, *arguments, name="train.py", module=False, **wanted):
+    def run(text, *arguments, name="train.py", module=False, leave=None, **wanted):
         (home / name).write_text(textwrap.dedent(text))
         result = tmp_path / "result.json"
         task = {
@@ -49,7 +49,7 @@ def planned(tmp_path, monkeypatch):
             "request": {"device": "h100", "batch": [], "quick": True, **wanted},
             "result": str(result),
         }
-        status = script.main([json.dumps(task)])
+        status = script.main([json.dumps(task)], leave)
         found = json.loads(result.read_text())
         assert status == (0 if "plan" in found else 2)
         assert not request.pending()
@@ -76,6 +76,38 @@ def test_the_first_fit_makes_the_plan_and_nothing_is_written(planned):
     assert plan["run"]["facts"]["parameter_bytes"] == 10 * 2**30 // 8 // 4  # made up; divided
     assert [case["name"] for case in plan["batches"]] == ["batch 2"]
     assert plan["notes"][0].startswith("Planned: the first call of fit() in train.py:15. Later")
+
+
+@pytest.mark.parametrize("raised", [None, ValueError("It runs in Python.")])
+@pytest.mark.parametrize("caught", ["except Exception:", "except:"])
+def test_no_later_fit_trains_whatever_the_program_catches(planned, monkeypatch, raised, caught):
+    if raised is not None:
+        monkeypatch.setattr(planner, "compile_program", lambda trainer, **others: _raise(raised))
+    loop = f"for _ in range(2):\n    try:\n        trainer.fit()\n    {caught}\n        pass\n"
+    found = planned(BEGIN + TRAIN + loop)  # it looks for files, too
+    if raised is None:
+        assert "plan" in found
+    else:
+        assert "train.py failed in its first fit()" in found["error"]
+        assert "It runs in Python." in found["error"]
+
+
+def _raise(error):
+    raise error
+
+
+class Left(BaseException):
+    pass
+
+
+def test_the_process_ends_before_anything_else_of_the_program_runs(planned, tmp_path):
+    def leave(status):
+        assert status == 0
+        assert "plan" in json.loads((tmp_path / "result.json").read_text())
+        raise Left
+
+    text = "try:\n    trainer.fit()\nexcept Exception:\n    open('weights', 'w')\n"
+    assert "plan" in planned(BEGIN + TRAIN + text, leave=leave)
 
 
 def test_the_program_has_its_own_arguments_and_folder(planned, tmp_path):

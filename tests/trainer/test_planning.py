@@ -1,6 +1,7 @@
 """``trainer.plan()``: on JAX here, on other backends in a process that has it."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from helpers_plan import made_up, make_trainer
 
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.plan import planner
+from kbtrain.plan import planner, process
+from kbtrain.plan.rehearsal import SEED_GENERATOR, rehearsing
 from kbtrain.trainer import planned_elsewhere
+from kbtrain.utils import keras_private
 
 X, Y = np.zeros((12, 4), "float32"), np.zeros((12, 2), "float32")
 
@@ -109,6 +112,75 @@ def test_inputs_by_name_and_any_loss_of_keras(compiled, elsewhere, tmp_path, los
     x, y = compiled[-1][0].train_dataset
     assert {name: value.shape for name, value in x.items()} == {"a": (4, 4), "b": (4, 2)}
     assert y.shape == (4, 2)
+
+
+class Drawing:
+    """A data set that draws from the global generators."""
+
+    def __iter__(self):
+        while True:
+            yield np.random.rand(4).astype("float32"), np.float32(random.random())
+
+
+def global_state():
+    return random.getstate(), [str(part) for part in np.random.get_state(legacy=True)]
+
+
+def test_reading_a_batch_leaves_the_random_state_and_the_trainer(elsewhere, tmp_path):
+    trainer = elsewhere(make_trainer(tmp_path, max_steps=2))
+    trainer.train_dataset = Drawing()
+    keras_private.set_global_attribute(SEED_GENERATOR, None)
+    before = global_state()
+    trainer.plan("h100", quick=True)
+    assert global_state() == before
+    assert keras_private.get_global_attribute(SEED_GENERATOR) is None
+
+
+def test_an_iterator_is_not_read(elsewhere, tmp_path):
+    trainer = elsewhere(make_trainer(tmp_path, max_steps=2))
+    trainer.train_dataset = data = iter(Drawing())
+    with pytest.raises(ConfigurationError, match="an iterator can be read only once"):
+        trainer.plan("h100", quick=True)
+    assert next(data)
+
+
+def test_a_rehearsal_that_fails_leaves_the_random_state(tmp_path, monkeypatch):
+    def build(batch):
+        random.random()
+        raise ConfigurationError("It cannot be built.")
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer.bound, "build", build)
+    before = global_state()
+    with (
+        pytest.raises(ConfigurationError, match="It cannot be built"),
+        rehearsing(trainer, "plan", lambda variables: lambda: None),
+    ):
+        pass
+    assert global_state() == before
+
+
+def test_what_a_rehearsal_adds_to_a_trainer_is_taken_away(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with rehearsing(trainer, "plan", lambda variables: lambda: None):
+        trainer.agreement = "of the rehearsal"
+    assert not hasattr(trainer, "agreement")
+
+
+def test_weights_without_targets_keep_their_place(compiled, elsewhere, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, activity_regularizer="l2")])
+    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4)
+    data = [(X[0], None, np.float32(1))] * 8
+    elsewhere(Trainer(model, args, train_dataset=data)).plan("h100", quick=True)
+    x, y, weights = compiled[-1][0].train_dataset
+    assert (x.shape, y, weights.shape) == ((4, 4), None, (4,))
+
+
+@pytest.mark.neutral
+def test_a_process_that_takes_too_long_is_a_mistake_in_words(monkeypatch):
+    monkeypatch.setattr(process, "LONGEST", 0.01)
+    with pytest.raises(ConfigurationError, match="was ended after"):
+        process.run_process([sys.executable, "-c", "import time; time.sleep(60)"], {})
 
 
 class Mine(Trainer):
