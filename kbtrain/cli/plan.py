@@ -28,6 +28,8 @@ examples:
 
 The program runs on this machine up to its first fit(), and trains nothing. Its own arguments come
 after --. The model is made here, so its weights must fit into this machine's memory.
+
+Exit status: 0 if there is a plan, whether the run fits or not (--json: "fits"); 2 after a mistake.
 """
 
 
@@ -47,7 +49,7 @@ def run(words: Sequence[str]) -> int:
         count=options.count,
         batch=options.batch,
         quick=options.quick,
-        changes={"fsdp": True} if options.fsdp else {},
+        fsdp=options.fsdp,
         backend=backend_of(os.environ),
     )
     found = _result(program, is_module, words[own + 1 :], request)
@@ -189,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         help="batch sizes of a device: the first for the plan, the others to compare",
     )
     parser.add_argument(
-        "--fsdp", action="store_true", help="divide weights and optimizer state among the devices"
+        "--fsdp",
+        action="store_true",
+        help="divide state among the devices: weights only on JAX, the optimizer's state on all",
     )
     parser.add_argument(
         "--quick",

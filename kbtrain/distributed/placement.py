@@ -56,20 +56,33 @@ def _check_division(backend: Backend, args: TrainingArguments) -> None:
     if backend.HAS_MESHES:
         state_layout(args)
         return
+    refuse_division(backend.name, args)
+    if args.fsdp is not None and current().size == 1:
+        logger.warning("fsdp=%r has no effect: there is one process.", args.fsdp)
+
+
+def refuse_division(name: str, args: TrainingArguments) -> None:
+    """Check that nothing is to be divided that a backend without meshes cannot divide.
+
+    Args:
+        name: The name of the backend.
+        args: The arguments.
+
+    Raises:
+        ConfigurationError: The arguments divide weights.
+    """
     asked = [
-        f"{name}={value!r}"
-        for name in ("fsdp", "fsdp_config", "parallelism_config")
-        if (value := getattr(args, name)) is not None and value != "shard_grad_op"
+        f"{field}={value!r}"
+        for field in ("fsdp", "fsdp_config", "parallelism_config")
+        if (value := getattr(args, field)) is not None and value != "shard_grad_op"
     ]
     if asked:
         raise ConfigurationError(
-            f"On the backend {backend.name} every process has all weights (torch's fully_shard "
+            f"On the backend {name} every process has all weights (torch's fully_shard "
             "would divide nothing of a Keras layer), and fsdp='shard_grad_op' divides gradients "
             "and the optimizer's state by whole variables. The backend jax divides weights, too. "
             f"Received: {', '.join(asked)}."
         )
-    if args.fsdp is not None and current().size == 1:
-        logger.warning("fsdp=%r has no effect: there is one process.", args.fsdp)
 
 
 def _layout(backend: Backend, args: TrainingArguments) -> StateLayout | None:

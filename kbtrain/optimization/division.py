@@ -70,12 +70,7 @@ class Division:
             ConfigurationError: A process owns none of them.
         """
         owners = self.owners(variables)
-        if idle := set(range(self.group.size)) - set(owners):
-            raise ConfigurationError(
-                f"fsdp='shard_grad_op' divides the {len(variables)} trained variables among "
-                f"{self.group.size} processes, and leaves none for process {min(idle)}. Start "
-                "fewer processes, train more variables, or leave fsdp out."
-            )
+        _check_all_own(owners, self.group.size)
         mine = zip(variables, owners, strict=True)
         return [v for v, owner in mine if owner == self.group.rank]
 
@@ -110,6 +105,16 @@ def set_division(optimizer: keras.optimizers.Optimizer, division: Division) -> N
     Raises:
         ConfigurationError: It cannot update a part of the variables only.
     """
+    check_divisible(optimizer)
+    _divisions[optimizer] = division
+
+
+def check_divisible(optimizer: keras.optimizers.Optimizer) -> None:
+    """Check that an optimizer can update a part of the variables only.
+
+    Raises:
+        ConfigurationError: It needs the gradients of all of them.
+    """
     innermost = innermost_optimizer(optimizer)
     if clip := getattr(innermost, "global_clipnorm", None):
         raise ConfigurationError(
@@ -117,7 +122,6 @@ def set_division(optimizer: keras.optimizers.Optimizer, division: Division) -> N
             "fsdp='shard_grad_op' an optimizer gets those of the variables that its process owns. "
             f"Set max_grad_norm={clip} in the arguments instead."
         )
-    _divisions[optimizer] = division
 
 
 def division_of(optimizer: keras.optimizers.Optimizer | None) -> Division | None:
@@ -135,6 +139,34 @@ def own_variables(
     """
     division = division_of(optimizer)
     return list(variables) if division is None else division.own(variables)
+
+
+def largest_share(variables: Sequence[keras.Variable], processes: int) -> float:
+    """The part of the elements of trained variables that the process with the most of them owns.
+
+    Args:
+        variables: The trained variables.
+        processes: The number of processes.
+
+    Raises:
+        ConfigurationError: A process owns none of them.
+    """
+    sizes = [_elements(v) for v in variables]
+    owners = owners_of(sizes, processes)
+    _check_all_own(owners, processes)
+    loads = Counter[int]()
+    for owner, size in zip(owners, sizes, strict=True):
+        loads[owner] += size
+    return max(loads.values()) / sum(sizes)
+
+
+def _check_all_own(owners: Sequence[int], processes: int) -> None:
+    if idle := set(range(processes)) - set(owners):
+        raise ConfigurationError(
+            f"fsdp='shard_grad_op' divides the {len(owners)} trained variables among "
+            f"{processes} processes, and leaves none for process {min(idle)}. Start "
+            "fewer processes, train more variables, or leave fsdp out."
+        )
 
 
 def _elements(variable: keras.Variable) -> int:

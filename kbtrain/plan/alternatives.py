@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kbtrain.optimization import registry
 from kbtrain.plan.fitting import LargestBatch
 from kbtrain.plan.plan import BATCH, Advice, Case
+from kbtrain.plan.run_backend import JAX, RunBackend
+from kbtrain.utils.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
@@ -22,13 +24,25 @@ EIGHT_BIT = {"adam": "adamw_8bit"}
 """Optimizers whose 8-bit form is not called ``{name}_8bit``."""
 
 
-def candidates(trainer: TrainerBase, count: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+HALF = {"bf16": "bfloat16", "fp16": "float16"}
+"""Fields for half precision and their dtypes, the better one first; old GPUs lack bfloat16."""
+
+
+def candidates(
+    trainer: TrainerBase,
+    device: DeviceSpec,
+    count: int,
+    chosen: Mapping[str, Any],
+    backend: RunBackend = JAX,
+) -> dict[str, Any]:
     """Changes that usually save memory or time, by name; those that the run has are left out.
 
     Args:
         trainer: The Trainer.
+        device: The device.
         count: Number of devices.
         chosen: Changes that are made in any case.
+        backend: The backend of the run.
     """
 
     def now(field: str) -> Any:
@@ -38,11 +52,13 @@ def candidates(trainer: TrainerBase, count: int, chosen: Mapping[str, Any]) -> d
     if not now("gradient_checkpointing"):
         found["gradient checkpointing"] = {"gradient_checkpointing": True}
     if not now("bf16") and not now("fp16") and trainer.model.compute_dtype == "float32":
-        found["bf16"] = {"bf16": True}
+        half = next((n for n, dtype in HALF.items() if dtype in device.peak_flops), None)
+        if half is not None:
+            found[half] = {half: True}
     if (eight := _eight_bit(trainer, now("optim"))) is not None:
         found["8-bit optimizer"] = {"optim": eight}
     if count > 1 and now("fsdp") is None and now("parallelism_config") is None:
-        found["fsdp"] = {"fsdp": True}
+        found["fsdp"] = {"fsdp": True if backend.divides_weights else backend.fsdp}
     size, steps = now(BATCH), now("gradient_accumulation_steps")
     if size % 2 == 0:
         found["accumulation"] = {

@@ -7,6 +7,7 @@ to the first step that it would compile.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,9 +32,12 @@ from kbtrain.data.token_count import count_tokens
 from kbtrain.distributed import placement
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.model import precision
+from kbtrain.model.variables import unique
+from kbtrain.optimization import division
 from kbtrain.plan.devices import target_config
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.rehearsal import given_optimizer, rehearsing
+from kbtrain.plan.run_backend import JAX, RunBackend
 from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
@@ -54,6 +58,7 @@ def compile_program(
     device: DeviceSpec | None = None,
     count: int = 1,
     changes: Mapping[str, Any] | None = None,
+    backend: RunBackend = JAX,
 ) -> ProgramFacts:
     """Compile the train step of ``trainer.fit()`` and return what is known of it.
 
@@ -67,6 +72,7 @@ def compile_program(
             program is that of this machine's processor, and what it says of memory an estimate.
         count: The number of devices.
         changes: Arguments (fields of ``TrainingArguments``) to use in place of the Trainer's.
+        backend: The backend of the run.
 
     Raises:
         ConfigurationError: The step cannot be compiled: it runs in Python, or the arguments do not
@@ -77,6 +83,7 @@ def compile_program(
     changes = dict(changes or {})
     _check(trainer, changes)
     args = _arguments(trainer.args, count, changes)
+    backend.check_division(args)
     kind = compiler_target(device)
     if kind is not None and not trainer.backend.has_compiler_for(kind.platform):
         kind = None
@@ -91,7 +98,7 @@ def compile_program(
             program = trainer.backend.compile_step_for(
                 lambda: _first_update(trainer, block), kind, count
             )
-        return _facts(
+        facts = _facts(
             trainer,
             program,
             block,
@@ -100,6 +107,9 @@ def compile_program(
             model_flops=model_flops,
             seconds=time.perf_counter() - began,
         )
+        if args.fsdp is not None and count > 1 and not backend.divides_weights:
+            return _divided_by_variables(trainer, facts, backend)
+        return facts
 
 
 def _check(trainer: TrainerBase, changes: Mapping[str, Any]) -> None:
@@ -287,6 +297,37 @@ def _facts(
         collectives=dict(program.collectives),
         exact=_exact(device, here, model_flops is None),
         compile_seconds=seconds,
+    )
+
+
+def _divided_by_variables(
+    trainer: TrainerBase, facts: ProgramFacts, backend: RunBackend
+) -> ProgramFacts:
+    """The facts of a run whose processes divide optimizer state by whole variables.
+
+    The compiled program divides each variable evenly. Here the process with the most counts.
+    """
+    optimizers = [x for x in (trainer.optimizer, *trainer.other_optimizers.values()) if x]
+    for each in optimizers:
+        division.check_divisible(each)
+    share = division.largest_share(trainer.model.trainable_variables, facts.device_count)
+    scalars, slots = 0, 0
+    for variable in unique([v for each in optimizers for v in each.variables]):
+        size = math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        scalars += 0 if variable.shape else size
+        slots += size if variable.shape else 0
+    optimizer = scalars + round(share * slots)
+    return dataclasses.replace(
+        facts,
+        optimizer_bytes=optimizer,
+        peak_bytes=facts.peak_bytes + optimizer - facts.optimizer_bytes,
+        exact={
+            **facts.exact,
+            "state": f"computed: weights are whole on {backend.title}, and the optimizer's state "
+            "is divided by whole variables; this is the process with the most",
+            "memory": "estimated: the program divides gradients and the optimizer's state evenly, "
+            f"{backend.title} by whole variables, and gradients not before all are computed",
+        },
     )
 
 

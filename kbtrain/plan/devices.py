@@ -19,6 +19,22 @@ RESERVES = {"gpu": 0.08, "tpu": 0.03}
 
 _POSITIVE = ("memory_bytes", "bandwidth", "link_bandwidth", "linked_devices", "network_bandwidth")
 _NEEDED = ("memory_bytes", "peak_flops", "bandwidth")
+_OF_TARGET = {"memory_bytes": "device_memory_size", "bandwidth": "memory_bandwidth"}
+"""Figures of a device that XLA has to know, and their names there."""
+
+_TARGETS = {
+    "tpu": (("topology",), ()),
+    "cuda": (
+        ("description", "compute_capability"),
+        (
+            *("core_count", "fpus_per_core", "shared_memory_per_core", "l2_cache_size"),
+            *("shared_memory_per_block_optin", "threads_per_core_limit", "clock_rate_ghz"),
+            *("device_memory_size", "memory_bandwidth"),
+        ),
+    ),
+}
+"""For each platform what a target must say: texts, and numbers."""
+
 _DTYPES = ("bfloat16", "float16", "tensorfloat32", "float32")
 
 
@@ -122,12 +138,37 @@ def device_from(values: Mapping[str, Any], source: str) -> DeviceSpec:
     found["peak_flops"] = {d: _positive(v, f"{source}: peak_flops.{d}") for d, v in peaks.items()}
     found["name"] = str(given.get("name", name))
     found["title"] = str(given.get("title", found["name"]))
-    target = found.get("target")
-    if target is not None and not isinstance(target, Mapping):
-        raise ConfigurationError(f"{source}: target must be a mapping. Received: {target!r}.")
+    if "target" in given:
+        _check_target(found["target"], source)
+    elif found.get("target") is not None:  # of the device that it is like
+        target = dict(found["target"])
+        for field, of_target in _OF_TARGET.items():
+            if field in given and of_target in target:
+                target[of_target] = int(found[field])
+        found["target"] = target
     sources = found.get("sources") or ()
     found["sources"] = (sources,) if isinstance(sources, str) else tuple(map(str, sources))
     return DeviceSpec(**found)
+
+
+def _check_target(target: Any, source: str) -> None:
+    """Check what a file says of the compiler's target."""
+    if target is None:
+        return
+    if not isinstance(target, Mapping):
+        raise ConfigurationError(f"{source}: target must be a mapping. Received: {target!r}.")
+    platform = target.get("platform")
+    if platform not in _TARGETS:
+        raise ConfigurationError(
+            f"{source}: target.platform must be cuda or tpu. Received: {platform!r}."
+        )
+    needed, numbers = _TARGETS[platform]
+    if missing := [name for name in (*needed, *numbers) if name not in target]:
+        raise ConfigurationError(
+            f"{source}: the target of the platform {platform} must say {', '.join(missing)}, too."
+        )
+    for name in numbers:
+        _positive(target[name], f"{source}: target.{name}")
 
 
 def _positive(value: Any, what: str) -> float:

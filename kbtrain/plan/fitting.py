@@ -19,6 +19,10 @@ PRECISION = 0.02
 """Part of the largest batch to which it is found: a compilation is dear."""
 
 
+class SearchStopped(Exception):
+    """No more sizes can be tried."""
+
+
 @dataclass(frozen=True)
 class LargestBatch(JsonDataclass):
     """The largest batch of a device that fits.
@@ -53,7 +57,8 @@ def largest_batch(
 
     Args:
         peak_of: Memory that a batch size needs, growing with it; None if it cannot be compiled
-            because it does not fit.
+            because it does not fit. It may raise ``SearchStopped``: what is known then is the
+            result.
         limit: Memory that there is.
         start: The size to begin with.
         most: Sizes to try at most.
@@ -63,7 +68,10 @@ def largest_batch(
     low, high = 0, LARGEST + 1
     size = start
     while len(peaks) < most:
-        peak = peaks[size] = peak_of(size)
+        try:
+            peak = peaks[size] = peak_of(size)
+        except SearchStopped:
+            break
         if peak is not None and peak <= limit:
             low = size
         else:

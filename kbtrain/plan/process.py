@@ -76,8 +76,8 @@ def run_process(
         )
     except subprocess.TimeoutExpired:
         raise ConfigurationError(
-            f"The process that makes the plan was ended after {LONGEST / 3600:.0f} hours. A plan of "
-            "the run alone takes one compilation: --quick, or quick=True."
+            f"The process that makes the plan was ended after {LONGEST / 3600:.0f} hours. A plan "
+            "of the run alone takes one compilation: --quick, or quick=True."
         ) from None
 
 

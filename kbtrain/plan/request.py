@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kbtrain.errors import place_of
 from kbtrain.plan.process import chosen_by_program
+from kbtrain.plan.run_backend import run_backend
 from kbtrain.utils.json_types import JsonDataclass
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class PlanRequest(JsonDataclass):
         batch: Batch sizes of a device.
         quick: Whether to compile the run alone.
         changes: Fields of ``TrainingArguments`` to change.
+        fsdp: Whether to divide state among the devices, as far as the backend can.
         backend: The backend that the program would run on.
     """
 
@@ -38,6 +40,7 @@ class PlanRequest(JsonDataclass):
     batch: tuple[int, ...] = ()
     quick: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
+    fsdp: bool = False
     backend: str = "jax"
 
 
@@ -122,11 +125,17 @@ def _made(trainer: TrainerBase, call: str, place: str) -> Plan:
 
     request = _request
     assert request is not None
-    backend = chosen_by_program(os.environ, request.backend)
+    backend = run_backend(chosen_by_program(os.environ, request.backend))
     notes = [f"Planned: the first call of {call}(){place}. Later ones are not."]
-    if backend != "jax":
-        notes.append(other_backend(backend))
+    if backend.name != "jax":
+        notes.append(other_backend(backend.name))
     changes = dict(request.changes)
+    if request.fsdp:
+        changes["fsdp"] = backend.fsdp
+        if not backend.divides_weights:
+            notes.append(
+                f"--fsdp is fsdp={backend.fsdp!r} on {backend.title}, which keeps weights whole."
+            )
     return plan_run(
         trainer,
         request.device,
@@ -135,13 +144,14 @@ def _made(trainer: TrainerBase, call: str, place: str) -> Plan:
         quick=request.quick,
         changes=changes,
         notes=notes,
+        backend=backend,
         tell=lambda what: print(f"kbtrain plan: {what}", file=sys.stderr, flush=True),
     )
 
 
 def other_backend(backend: str) -> str:
     """What a plan made with JAX says of a run on another backend."""
-    own = FRAMEWORKS.get(backend, backend)
+    own = run_backend(backend).title
     return (
         f"The program runs on {own} and was compiled with JAX, which alone compiles for devices "
         f"that are not here. Weights, gradients and optimizer state are those of {own} too; "

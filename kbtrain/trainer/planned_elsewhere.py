@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,12 @@ import keras
 import numpy as np
 
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.data import as_loader
 from kbtrain.errors import KbtrainError, first_lines
 from kbtrain.plan.plan import Plan
 from kbtrain.plan.planner import plan_run
 from kbtrain.plan.request import other_backend
+from kbtrain.plan.run_backend import run_backend
 from kbtrain.trainer.trainer import Trainer
 from kbtrain.utils.devices import DeviceSpec
 from kbtrain.utils.output_files import save_json
@@ -67,13 +70,13 @@ def _plan_of(
     task: Mapping[str, Any],
     device: Mapping[str, Any],
 ) -> Plan:
-    data = tuple(_arrays(part) for part in run["data"])
-    while data[-1] is None:  # (x, None, weights) keeps its places
-        data = data[:-1]
+    batch = tuple(_arrays(part) for part in run["data"])
+    while batch[-1] is None:  # one in the middle, as in (x, None, weights), keeps its place
+        batch = batch[:-1]
     trainer = Trainer(
         parts["model"],
         TrainingArguments.from_dict(run["args"]),
-        train_dataset=data,
+        train_dataset=as_loader([batch]),
         loss=parts["loss"],
         metrics=parts["metrics"],
         weighted_metrics=parts["weighted_metrics"],
@@ -88,7 +91,8 @@ def _plan_of(
         batch=task["batch"],
         quick=task["quick"],
         changes=task["changes"],
-        notes=[other_backend(task["backend"])],
+        notes=[other_backend(task["backend"]), *task["notes"]],
+        backend=dataclasses.replace(run_backend(task["backend"]), tf32=task["tf32"]),
     )
 
 

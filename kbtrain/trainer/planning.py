@@ -21,7 +21,7 @@ from kbtrain.model.losses.keras_losses import NamedLoss
 from kbtrain.plan import request as planning
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.plan import Plan
-from kbtrain.plan.planner import check_numbers, plan_run
+from kbtrain.plan.planner import check_numbers, notes_of_run, plan_run
 from kbtrain.plan.process import environment, run_process
 from kbtrain.plan.rehearsal import outlined_batch
 
@@ -56,6 +56,8 @@ def plan(
             "quick": quick,
             "changes": dict(changes),
             "backend": trainer.backend.name,
+            "tf32": trainer.backend.tf32_is_on(),
+            "notes": notes_of_run(trainer),
             "result": str(Path(folder) / "result.json"),
         }
         return _planned_elsewhere(task, Path(folder))

@@ -10,6 +10,7 @@ from keras import layers
 from kbtrain import Trainer, TrainingArguments, backends
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.compile import compile_program
+from kbtrain.plan.run_backend import run_backend
 
 WIDE, CLASSES = 256, 4
 # Weights and biases, and for BatchNorm the scale and the shift.
@@ -161,3 +162,22 @@ def test_what_cannot_be_planned_is_refused_in_words(tmp_path):
     assert not own.given_optimizers[0].built
     with pytest.raises(ConfigurationError, match="mesh of 4 devices"):
         compile_program(trainer_of(tmp_path), count=8, changes={"parallelism_config": {"data": 4}})
+
+
+@pytest.mark.cross
+def test_state_divided_by_whole_variables_as_on_pytorch(tmp_path):
+    trainer, torch = trainer_of(tmp_path), run_backend("torch")
+    changes = {"fsdp": "shard_grad_op"}
+    facts = compile_program(trainer, count=4, changes=changes, backend=torch)
+    evenly = compile_program(trainer, count=4, changes=changes)
+    assert facts.parameter_bytes == 4 * (TRAINED + STATISTICS)
+    # One of the four processes has the first kernel and nothing else: two moments, and counters.
+    assert 0 <= facts.optimizer_bytes - 2 * 4 * 16 * WIDE < 64
+    more = facts.optimizer_bytes - evenly.optimizer_bytes
+    assert more > 0
+    assert facts.peak_bytes == evenly.peak_bytes + more
+    assert "whole on PyTorch" in facts.exact["state"]
+    with pytest.raises(ConfigurationError, match="6 trained variables among 8 processes"):
+        compile_program(trainer, count=8, changes=changes, backend=torch)
+    half = compile_program(trainer, changes={"fp16": True})  # what old GPUs have
+    assert half.flops == facts.flops

@@ -9,6 +9,7 @@ from kbtrain.utils.devices import known_devices
 
 pytestmark = pytest.mark.neutral
 
+H100_TARGET = device_named("h100").target
 OWN = {"memory_bytes": 48e9, "peak_flops": {"bfloat16": 181e12}, "bandwidth": 864e9}
 
 
@@ -57,6 +58,14 @@ def test_a_device_like_a_known_one(tmp_path):
     assert device.name == "slow"
 
 
+def test_the_compiler_is_told_the_figures_of_the_file():
+    device = device_from({"like": "h100", "memory_bytes": 40e9, "bandwidth": 2e12}, "half.yaml")
+    text = target_config(device)
+    assert "device_memory_size: 40000000000\n" in text
+    assert "memory_bandwidth: 2000000000000\n" in text
+    assert "device_memory_size: 84942979072\n" in target_config(device_named("h100"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -69,6 +78,13 @@ def test_a_device_like_a_known_one(tmp_path):
         (OWN | {"peak_flops": {"bf16": 1}}, "for each dtype, of bfloat16"),
         (OWN | {"peak_flops": 181e12}, "for each dtype, of bfloat16"),
         (OWN | {"target": "sm_89"}, "target must be a mapping"),
+        (OWN | {"target": {"platform": "rocm"}}, "platform must be cuda or tpu. Received: 'rocm'"),
+        (OWN | {"target": {"platform": "tpu"}}, "platform tpu must say topology"),
+        (OWN | {"target": {"platform": "cuda"}}, "cuda must say description, compute_capability"),
+        (
+            {"like": "h100", "target": {**H100_TARGET, "core_count": "many"}},
+            "target.core_count must be a number",
+        ),
         ({"like": "h1000"}, "Did you mean h100"),
     ],
 )

@@ -11,11 +11,12 @@ from kbtrain.plan import planner
 from kbtrain.plan.devices import device_from
 from kbtrain.plan.plan import Plan
 from kbtrain.plan.planner import plan_run
+from kbtrain.plan.run_backend import run_backend
 
 B = "per_device_train_batch_size"
 
 
-def device(gib):
+def device(gib, **figures):
     return device_from(
         {
             "memory_bytes": gib * GIB,
@@ -24,7 +25,8 @@ def device(gib):
             "bandwidth": 1e12,
             "link_bandwidth": GIB,
             "linked_devices": 8,
-        },
+        }
+        | figures,
         "own.yaml",
     )
 
@@ -33,7 +35,7 @@ def device(gib):
 def compiled(monkeypatch):
     asked = []
 
-    def compile_program(trainer, *, device, count, changes):
+    def compile_program(trainer, *, device, count, changes, backend):
         asked.append(dict(changes))
         return made_up(trainer, device=device, count=count, changes=changes)
 
@@ -137,8 +139,11 @@ def test_batch_sizes_to_compare(compiled, tmp_path):
 
 
 def test_nothing_is_compiled_twice(compiled, tmp_path):
-    plan_run(make_trainer(tmp_path), device(40), batch=[8, 16])
+    same = {"bf16": False, "fsdp": None, B: 8}  # as the arguments say
+    plan_run(make_trainer(tmp_path), device(40), batch=[8, 16], changes=same)
     assert len(compiled) == len({json.dumps(each, sort_keys=True) for each in compiled})
+    assert compiled[:2] == [{}, {B: 16}]
+    assert {B: 8} not in compiled
 
 
 def test_what_cannot_be_compiled_is_said_in_its_row(compiled, tmp_path, monkeypatch):
@@ -153,6 +158,82 @@ def test_what_cannot_be_compiled_is_said_in_its_row(compiled, tmp_path, monkeypa
     plan = plan_run(make_trainer(tmp_path), device(40))
     assert "gradient checkpointing: It cannot be computed again." in str(plan)
     assert "bf16: does not fit: The compiler says so." in str(plan)
+
+
+def test_an_error_of_a_compiler_ends_an_alternative_and_the_search_alone(
+    compiled, tmp_path, monkeypatch
+):
+    def fail(trainer, *, changes, **others):
+        if changes.get("bf16") or changes.get(B, 8) > 8:
+            raise RuntimeError("INTERNAL: the compiler failed.\nat length")
+        return made_up(trainer, changes=changes, **others)
+
+    monkeypatch.setattr(planner, "compile_program", fail)
+    plan = plan_run(make_trainer(tmp_path), device(40), batch=[8, 16])
+    assert "bf16: RuntimeError: INTERNAL: the compiler failed." in str(plan)
+    assert plan.batches[0].problem == "RuntimeError: INTERNAL: the compiler failed."
+    assert plan.largest.batch_size == 8
+    assert any("the largest batch stopped at 16" in note for note in plan.notes)
+    assert named(plan)["accumulation"].fits
+
+
+def test_a_search_that_finds_nothing_out_says_nothing(compiled, tmp_path, monkeypatch):
+    def fail(trainer, *, changes, **others):
+        if B in changes:
+            raise RuntimeError("INTERNAL")
+        return made_up(trainer, changes=changes, **others)
+
+    monkeypatch.setattr(planner, "compile_program", fail)
+    plan = plan_run(make_trainer(tmp_path), device(20))
+    assert not plan.fits
+    assert plan.largest is None
+    assert "Not even" not in str(plan)
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow"])
+def test_a_backend_that_keeps_weights_whole(compiled, tmp_path, name):
+    trainer, backend = make_trainer(tmp_path), run_backend(name)
+    plan = plan_run(trainer, device(30), 8, backend=backend)
+    assert dict(named(plan)["fsdp"].changes) == {"fsdp": "shard_grad_op"}
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in str(plan)
+    for changes in ({"fsdp": True}, {"parallelism_config": {"tensor": 2}}):
+        with pytest.raises(ConfigurationError, match=f"On the backend {name} every process has"):
+            plan_run(trainer, device(30), 8, changes=changes, backend=backend)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("torch", "float32"), ("tensorflow", "tensorfloat32")])
+def test_products_in_float32_are_those_of_the_run_s_backend(compiled, tmp_path, name, dtype):
+    def found(**changes):
+        options = {"quick": True, "changes": changes, "backend": run_backend(name)}
+        return plan_run(make_trainer(tmp_path), "h100", **options).run.roofline.dtype
+
+    assert found() == dtype
+    assert found(tf32=True) == "tensorfloat32"
+    assert found(tf32=False) == "float32"
+
+
+def test_precision_that_the_changes_take_back(compiled, tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True)
+    plan = plan_run(trainer, "h100", quick=True, changes={"bf16": False, "tf32": False})
+    assert plan.run.roofline.dtype == "float32"
+
+
+def test_a_device_without_bfloat16(compiled, tmp_path):
+    old = device(40, peak_flops={"float16": 2e12, "float32": 1e12})
+    assert dict(named(plan_run(make_trainer(tmp_path), old))["fp16"].changes) == {"fp16": True}
+    plan = plan_run(make_trainer(tmp_path, bf16=True), old, quick=True)
+    assert plan.run.roofline.compute_seconds is None
+    assert "own has no bfloat16: fp16=True" in " ".join(plan.notes)
+
+
+def test_what_is_left_out_is_said(compiled, tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert not any("Evaluation" in note for note in plan_run(trainer, "h100", quick=True).notes)
+    trainer.args = trainer.args.replace(eval_strategy="epoch")
+    trainer.model = keras.Sequential([keras.Input((None, 4)), keras.layers.Dense(2)])
+    notes = " ".join(plan_run(trainer, "h100", quick=True).notes)
+    assert "Evaluation is not planned" in notes
+    assert "the shapes of the first batch" in notes
 
 
 def test_the_run_itself_is_refused(tmp_path, monkeypatch):

@@ -67,13 +67,13 @@ def test_the_first_fit_makes_the_plan_and_nothing_is_written(planned):
         + "try:\n    trainer.fit()\nexcept Exception:\n    pass\nopen('later', 'w')\n",
         count=8,
         batch=[4, 2],
-        changes={"fsdp": True},
+        changes={"bf16": True},
         backend=keras.backend.backend(),
     )
     plan = found["plan"]
     assert (plan["device"]["name"], plan["count"], plan["fits"]) == ("h100", 8, True)
     assert plan["run"]["facts"]["samples"] == 32
-    assert plan["run"]["facts"]["parameter_bytes"] == 10 * 2**30 // 8 // 4  # made up; divided
+    assert plan["run"]["facts"]["temporary_bytes"] == 4 * 2**30  # made up; of bfloat16
     assert [case["name"] for case in plan["batches"]] == ["batch 2"]
     assert plan["notes"][0].startswith("Planned: the first call of fit() in train.py:15. Later")
 
@@ -176,6 +176,22 @@ def test_a_run_of_another_backend_is_said_to_be_one(planned, monkeypatch, backen
     wanted = {} if by_program else {"backend": backend}
     notes = planned(set_it + BEGIN + TRAIN + "trainer.fit()\n", **wanted)["plan"]["notes"]
     assert any(f"runs on {own} and was compiled with JAX" in note for note in notes) == bool(own)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_fsdp_is_what_the_backend_of_the_program_can_divide(planned, monkeypatch, backend):
+    asked = []
+
+    def compile_program(trainer, **options):
+        asked.append(options["changes"])
+        return made_up(trainer, **options)
+
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setattr(planner, "compile_program", compile_program)
+    found = planned(BEGIN + TRAIN + "trainer.fit()\n", count=8, fsdp=True, backend=backend)
+    whole = backend == "torch"
+    assert asked == [{"fsdp": "shard_grad_op" if whole else "full_shard"}]
+    assert any("keeps weights whole" in note for note in found["plan"]["notes"]) == whole
 
 
 @pytest.mark.neutral

@@ -10,7 +10,7 @@ GIB = 2**30
 STATE, SAMPLE = 10 * GIB, 2 * GIB
 
 
-def made_up(trainer, *, device, count, changes):
+def made_up(trainer, *, device, count, changes, backend=None):
     """10 GiB of state and 2 GiB a sample; what arguments do to them is simple.
 
     Recomputing needs a quarter of the activations and 1.5 times the operations, bfloat16 half of
@@ -18,7 +18,7 @@ def made_up(trainer, *, device, count, changes):
     """
     args = trainer.args.replace(**changes)
     batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    half = 0.5 if args.bf16 else 1
+    half = 0.5 if args.bf16 or args.fp16 else 1
     state = STATE - (STATE // 2 if args.optim.endswith("8bit") else 0)
     state //= count if args.fsdp else 1
     activations = int(batch * SAMPLE * half * (0.25 if args.gradient_checkpointing else 1))

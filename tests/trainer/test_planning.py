@@ -13,6 +13,7 @@ import pytest
 from helpers_plan import made_up, make_trainer
 
 from kbtrain import Trainer, TrainingArguments
+from kbtrain.data import as_loader
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan import planner, process
 from kbtrain.plan.rehearsal import SEED_GENERATOR, rehearsing
@@ -67,6 +68,10 @@ def test_a_plan_leaves_model_and_folder_alone(compiled, tmp_path, monkeypatch):
     assert trainer.args.bf16 is False
 
 
+def batch_of(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
 def test_another_process_gets_the_run(compiled, elsewhere, tmp_path):
     inputs = keras.Input((4,), name="a")
     hidden = keras.layers.Dense(8, name="frozen")
@@ -95,7 +100,7 @@ def test_another_process_gets_the_run(compiled, elsewhere, tmp_path):
     ]
     assert other.given_loss.get_config() == trainer.given_loss.get_config()
     assert other.given_optimizers[0].momentum == 0.9
-    assert [part.shape for part in other.train_dataset] == [(3, 4), (3, 2), (3,)]
+    assert [part.shape for part in batch_of(other)] == [(3, 4), (3, 2), (3,)]
     assert (options["count"], options["device"].name) == (2, "v5e")
     assert plan.notes[0].startswith("The program runs on ")
 
@@ -109,7 +114,7 @@ def test_inputs_by_name_and_any_loss_of_keras(compiled, elsewhere, tmp_path, los
     trainer = Trainer(model, args, train_dataset=data, loss=loss)
     elsewhere(trainer).plan("h100", quick=True)
     assert type(compiled[-1][0].given_loss) is type(trainer.given_loss)
-    x, y = compiled[-1][0].train_dataset
+    x, y = batch_of(compiled[-1][0])
     assert {name: value.shape for name, value in x.items()} == {"a": (4, 4), "b": (4, 2)}
     assert y.shape == (4, 2)
 
@@ -170,9 +175,9 @@ def test_what_a_rehearsal_adds_to_a_trainer_is_taken_away(tmp_path):
 def test_weights_without_targets_keep_their_place(compiled, elsewhere, tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, activity_regularizer="l2")])
     args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4)
-    data = [(X[0], None, np.float32(1))] * 8
+    data = as_loader([(X[:4], None, np.ones(4, "float32"))])
     elsewhere(Trainer(model, args, train_dataset=data)).plan("h100", quick=True)
-    x, y, weights = compiled[-1][0].train_dataset
+    x, y, weights = batch_of(compiled[-1][0])
     assert (x.shape, y, weights.shape) == ((4, 4), None, (4,))
 
 

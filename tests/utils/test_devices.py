@@ -28,7 +28,8 @@ def test_a_device_has_all_figures_and_says_where_they_are_from(device):
     assert 1e11 < device.bandwidth < 1e13
     assert 1e10 <= device.link_bandwidth < device.bandwidth
     assert device.network_bandwidth < device.link_bandwidth
-    assert device.peak("bfloat16") >= (device.peak("float32") or 0)
+    half = device.peak("bfloat16") or device.peak("float16")
+    assert half >= (device.peak("float32") or 0)
     assert all(each.startswith("https://") for each in device.sources)
     assert device.sources
 
@@ -53,6 +54,11 @@ def test_the_notes_explain_every_figure():
 )
 def test_a_framework_s_name_is_recognized(name, device):
     assert recognized(name).name == device
+
+
+def test_what_has_no_bfloat16():
+    without = {each.name for each in known_devices() if each.peak("bfloat16") is None}
+    assert without == {"t4", "v100", "v100-pcie"}
 
 
 def test_other_names_are_not():
