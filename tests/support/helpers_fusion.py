@@ -217,6 +217,8 @@ def random_numbers():
         for kind, *arguments in (
             ("normal", 0.5, 2.0, [1500], torch.float32),
             ("randint", -3, 1000, [1500], torch.int32),
+            ("randint", -(2**31), 2**31 - 1, [1500], torch.int32),
+            ("randint", -(2**31), 1, [9], torch.int64),
             ("bernoulli", p),
             ("bernoulli", p.bfloat16()),
         ):

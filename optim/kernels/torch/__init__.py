@@ -16,12 +16,12 @@ from optim.core.fallback import PrivateApi, report
 from optim.core.precision import working_dtype
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.adafactor import run_adafactor
-from optim.kernels.torch.custom_op import NumberedObjects
+from optim.kernels.torch.custom_op import NumberedObjects, settings_of
 from optim.kernels.torch.eight_bit import run_eight_bit
 from optim.kernels.torch.elementwise import record_program, run_elementwise
 from optim.kernels.torch.recording import NotElementwise
 from optim.kernels.torch.refresh import refresh  # noqa: F401
-from optim.kernels.torch.rule_groups import RuleGroups
+from optim.kernels.torch.rule_groups import RuleGroups, on_device
 from optim.kernels.torch.stacked import is_stackable, stacks, update_stack
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -94,9 +94,10 @@ def execute(
         if not in_list:
             optimizer.update_variable(gradient, variable, wide_step, wide_rate)
             continue
-        if update_rule not in batches:
-            batches[update_rule] = _Batch(failure=_failure(update_rule, parameter.device))
-        batch = batches[update_rule]
+        key = update_rule, parameter.device
+        if key not in batches:
+            batches[key] = _Batch(failure=_failure(*key))
+        batch = batches[key]
         if batch.failure is not None:
             optimizer.update_variable(gradient, variable, step, learning_rate)
             failures.append(batch.failure)
@@ -105,13 +106,13 @@ def execute(
     groups.run(step, learning_rate)
     for group in stacks(matrices, optimizer):
         update_stack(group, optimizer, step, learning_rate, _storage)
-    for update_rule, batch in batches.items():
+    for (update_rule, device), batch in batches.items():
         if batch.parameters:
             batch.run(
                 _fused(update_rule.optimizer),
                 update_rule.optimizer,
-                step,
-                update_rule.learning_rate(learning_rate),
+                on_device(step, device),
+                update_rule.learning_rate(on_device(learning_rate, device)),
                 update_rule.weight_decay,
             )
     if failures:  # the rule itself does not fail
@@ -144,7 +145,7 @@ _FAILURES: NumberedObjects[Exception | None] = NumberedObjects()
 def _failure(update_rule: Any, device: torch.device) -> Exception | None:
     """What a rule's kernel fails with in this version of PyTorch, before anything is changed."""
     rule, weight_decay = update_rule.optimizer, update_rule.weight_decay
-    key = (weight_decay, device)
+    key = (weight_decay, device, settings_of(rule))
     return _FAILURES[_FAILURES.number(rule, key, lambda: _tried(rule, weight_decay, device))]
 
 
@@ -175,7 +176,7 @@ def _try_on_one_number(
     kernel: Callable[..., None], rule: Any, weight_decay: float, device: torch.device
 ) -> None:
     def one() -> torch.Tensor:
-        return torch.ones(1, device=device)
+        return torch.ones(1, dtype=torch.float32, device=device)
 
     slots = {name: [one()] for name in rule.slot_shapes((1,))}
     with torch.no_grad():

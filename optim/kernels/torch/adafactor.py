@@ -201,7 +201,7 @@ def _run(
     largest = max(p.numel() for p in parameters)
     width = tile_width(_TILE, largest, step.device)
     longest = max((p.shape[-1] for p in parameters if p.dim() > 1), default=0)
-    buffer = torch.empty(max(width, longest), device=step.device)
+    buffer = torch.empty(max(width, longest), dtype=torch.float32, device=step.device)
     share = torch.exp(numbers.beta_2_decay * torch.log(step))
     update = _Update(numbers, share, learning_rate, weight_decay, width, buffer)
     given = iter(slots)
@@ -241,11 +241,8 @@ def run_adafactor(
         learning_rate: float32 scalar.
         weight_decay: A Python number.
     """
-    number = _HYPERPARAMETERS.number(
-        rule,
-        None,
-        lambda: _Hyperparameters(*(getattr(rule, name) for name in _Hyperparameters._fields)),
-    )
+    numbers = _Hyperparameters(*(getattr(rule, name) for name in _Hyperparameters._fields))
+    number = _HYPERPARAMETERS.number(rule, numbers, lambda: numbers)
     left = {name: iter(tensors) for name, tensors in slots.items()}
     flat = []
     for parameter in parameters:

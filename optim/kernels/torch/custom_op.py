@@ -6,6 +6,7 @@ captured step runs. Its arguments are tensors and numbers only: other objects ar
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -30,9 +31,33 @@ def define_in_place(signature: str, run: Callable[..., None]) -> None:
     """
     LIBRARY.define(signature)
     name = signature.partition("(")[0]
+    schema = getattr(torch.ops.optim, name).default._schema
+    changed = [i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+    def run_and_note(*args: Any, **kwargs: Any) -> None:
+        run(*args, **kwargs)
+        # Autograd has to notice that what it kept for a backward pass is not the same any more.
+        torch.autograd.graph.increment_version([t for i in changed for t in args[i]])
+
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
-    LIBRARY.impl(name, lambda *args: None, "Meta")
+        LIBRARY.impl(name, run_and_note, key)
+    LIBRARY.impl(name, lambda *args, **kwargs: None, "Meta")
+
+
+def settings_of(rule: Any) -> tuple[Any, ...]:
+    """The hyperparameters of a rule as they are now: what is made of them is made for these.
+
+    Args:
+        rule: An optimizer. What is a variable of it is not among them, as the learning rate, which
+            would be read from the device.
+    """
+    return tuple((name, x) for name, x in vars(rule).items() if _is_setting(x))
+
+
+def _is_setting(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -60,6 +85,7 @@ class NumberedObjects(Generic[T]):
 
     def __init__(self) -> None:
         self._objects: list[T] = []
+        self._lock = threading.Lock()
         self._numbers: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 
     def __getitem__(self, number: int) -> T:
@@ -73,8 +99,11 @@ class NumberedObjects(Generic[T]):
             key: Hashable.
             make: Makes the object.
         """
-        numbers = self._numbers.setdefault(owner, {})
+        with self._lock:
+            numbers = self._numbers.setdefault(owner, {})
         if key not in numbers:
-            self._objects.append(make())
-            numbers[key] = len(self._objects) - 1
+            made = make()  # which may ask for other objects
+            with self._lock:
+                self._objects.append(made)
+                numbers.setdefault(key, len(self._objects) - 1)
         return numbers[key]

@@ -250,7 +250,7 @@ def _run(
     largest = max(math.ceil(p.numel() / BLOCK) * BLOCK for p in parameters)
     width = tile_width(_TILE, largest, step.device)
     integers = torch.empty(2, width, dtype=torch.int32, device=step.device)
-    floats = torch.empty(len(what.slots), width, device=step.device)
+    floats = torch.empty(len(what.slots), width, dtype=torch.float32, device=step.device)
     tools: dict[int, tuple[Codec, list[SlotBuffer]]] = {}
     count = len(parameters)
     for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
@@ -302,7 +302,7 @@ def run_eight_bit(
         kinds = {name: (name in rule.squares, name in rule.dithered) for name in names}
         return _FullPrecision(rule.full, kernel, kinds)
 
-    number = _FULL_PRECISION.number(rule, None, make)
+    number = _FULL_PRECISION.number(rule, kernel, make)
     stored = [slot for n in names for part in ("codes", "scales") for slot in slots[f"{n}_{part}"]]
     torch.ops.optim.run_eight_bit(
         parameters, gradients, stored, step, learning_rate, weight_decay, number

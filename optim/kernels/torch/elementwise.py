@@ -23,7 +23,12 @@ from torch.fx import Node
 
 from optim.kernels.torch import custom_op, foreach
 from optim.kernels.torch.codegen import CallFusion, name_of
-from optim.kernels.torch.custom_op import NumberedObjects, define_in_place, tile_width
+from optim.kernels.torch.custom_op import (
+    NumberedObjects,
+    define_in_place,
+    settings_of,
+    tile_width,
+)
 from optim.kernels.torch.recording import EXAMPLE, RecordedRule
 from optim.kernels.torch.tiles import TileFunction, TileWriter
 
@@ -57,9 +62,10 @@ class ElementwiseProgram:
 
     def _try(self, shapes: dict[str, Any], device: torch.device) -> None:
         """Run it on examples: what fails in this version of PyTorch fails before any update."""
-        wide = [torch.full((EXAMPLE,), 0.5, device=device) for _ in range(2)]
-        scalars = [torch.ones((), device=device) for _ in range(2)]
-        slots = [torch.full(tuple(shapes[name]), 0.5, device=device) for name in self.slots]
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        wide = [torch.full((EXAMPLE,), 0.5, **options) for _ in range(2)]
+        scalars = [torch.ones((), **options) for _ in range(2)]
+        slots = [torch.full(tuple(shapes[name]), 0.5, **options) for name in self.slots]
         self.run(wide[:1], wide[1:], slots, *scalars)
 
     # ---- from the graph to two functions ---------------------------------------------------------
@@ -136,8 +142,9 @@ class ElementwiseProgram:
         buffers = max(self._first.buffers, self._second.buffers)
         if not buffers:
             width = largest  # nothing has to stay in the cache
-        memory = [torch.empty(width, device=step.device) for _ in range(buffers)]
-        scratch = [torch.empty(largest, device=step.device) for _ in range(self._scratch)]
+        options: dict[str, Any] = {"dtype": torch.float32, "device": step.device}
+        memory = [torch.empty(width, **options) for _ in range(buffers)]
+        scratch = [torch.empty(largest, **options) for _ in range(self._scratch)]
         known: dict[Any, dict[Any, Any]] = {}
         for i, parameter in enumerate(parameters):
             narrow = [by_name[name][i] for name in self._narrow]
@@ -247,14 +254,13 @@ define_in_place(
 
 
 def record_program(rule: Any, weight_decay: float, device: torch.device) -> int:
-    """The number of the program of a rule, which is recorded the first time.
+    """The number of the program of a rule, recorded the first time, and for new hyperparameters.
 
     Raises:
         NotElementwise: If the rule is not elementwise.
     """
-    return _PROGRAMS.number(
-        rule, (weight_decay, device), lambda: ElementwiseProgram(rule, weight_decay, device)
-    )
+    key = weight_decay, device, settings_of(rule)
+    return _PROGRAMS.number(rule, key, lambda: ElementwiseProgram(rule, weight_decay, device))
 
 
 def run_elementwise(

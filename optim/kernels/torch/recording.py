@@ -81,7 +81,7 @@ class RecordedRule:
             return [*(new_slots[name] for name in names), new]
 
         def example(shape: Any) -> torch.Tensor:
-            return torch.full(tuple(shape), 0.5, device=device)
+            return torch.full(tuple(shape), 0.5, dtype=torch.float32, device=device)
 
         from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -15,7 +15,7 @@ import torch
 
 from optim.core.fallback import logger, report
 from optim.kernels.torch import custom_op
-from optim.kernels.torch.custom_op import NumberedObjects
+from optim.kernels.torch.custom_op import NumberedObjects, settings_of
 from optim.kernels.torch.recording import EXAMPLE, NotElementwise, RecordedRule
 from optim.kernels.torch.triton_launch import Group, GroupKernels, is_available, number_of
 from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
@@ -38,7 +38,8 @@ class RuleGroups:
     """The tensors of an update that kernels made of their rules will update."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[Any, Storage], _Tensors] = {}
+        self._tensors: dict[tuple[Any, Storage, torch.device], _Tensors] = {}
+        self._settings: dict[Any, tuple[Any, ...]] = {}
 
     def add(
         self,
@@ -55,13 +56,18 @@ class RuleGroups:
             gradient: Of the same shape.
             slots: Slot name -> tensor, with the residual of a low-precision parameter.
         """
+        device = parameter.device
         storage = storage_of(parameter, gradient)
-        if storage is None or not _has_triton():
+        if storage is None or any(slot.device != device for slot in slots.values()):
             return False
         rule, decay = update_rule.optimizer, update_rule.weight_decay
-        if _source(rule, decay, storage, parameter.device) is None:
+        if not _has_triton():
             return False
-        tensors = self._tensors.setdefault((rule, storage), _Tensors())
+        if rule not in self._settings:  # once for all tensors of an update
+            self._settings[rule] = settings_of(rule)
+        if _source(rule, decay, storage, device, self._settings[rule]) is None:
+            return False
+        tensors = self._tensors.setdefault((rule, storage, device), _Tensors())
         tensors.parameters.append(parameter)
         tensors.gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
         tensors.slots.append(slots)
@@ -72,30 +78,35 @@ class RuleGroups:
     def run(self, step: torch.Tensor, learning_rate: torch.Tensor) -> None:
         """Update them, in place: one call for all that have the same kernels."""
         calls: dict[Any, tuple[Any, RuleSource, list[Any]]] = {}
-        for (rule, storage), tensors in self._tensors.items():
-            device = tensors.parameters[0].device
-            found = _numbers(rule, storage, device, tuple(sorted(set(tensors.decays))))
+        for (rule, storage, device), tensors in self._tensors.items():
+            decays = tuple(sorted(set(tensors.decays)))
+            found = _numbers(rule, storage, device, decays, self._settings[rule])
             for i, decay in enumerate(tensors.decays):
                 source, numbers = found[decay]
-                key = source.text, storage, source.slots
+                key = source.text, storage, source.slots, device
                 _, _, members = calls.setdefault(key, (rule, source, []))
                 members.append((tensors, i, (tensors.multipliers[i], *numbers[1:])))
-        for rule, source, members in calls.values():
+        for (*_, device), (rule, source, members) in calls.items():
             group = Group.of(source, [numbers for _, _, numbers in members])
             slots = [t.slots[i][name] for name in source.slots for t, i, _ in members]
             torch.ops.optim.run_rules(
                 [t.parameters[i] for t, i, _ in members],
                 [t.gradients[i] for t, i, _ in members],
                 slots,
-                step,
-                learning_rate,
+                on_device(step, device),
+                on_device(learning_rate, device),
                 number_of(rule, group),
             )
 
 
+def on_device(scalar: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A scalar of an update, on the device of some of its tensors."""
+    return scalar if scalar.device == device else scalar.to(device)
+
+
 def storage_of(parameter: torch.Tensor, gradient: torch.Tensor) -> Storage | None:
     """How two tensors are stored; None if no kernels are made for that."""
-    if not custom_op.on_gpu(parameter.device):
+    if not custom_op.on_gpu(parameter.device) or gradient.device != parameter.device:
         return None
     kinds = [t.dtype for t in (parameter, gradient)]
     if any(kind not in (torch.float32, *_LOW_PRECISION) for kind in kinds):
@@ -125,10 +136,14 @@ _FOUND: NumberedObjects[dict[float, tuple[RuleSource, list[float]]]] = NumberedO
 
 
 def _source(
-    rule: Any, weight_decay: float, storage: Storage, device: torch.device
+    rule: Any,
+    weight_decay: float,
+    storage: Storage,
+    device: torch.device,
+    settings: tuple[Any, ...],
 ) -> RuleSource | None:
-    """The source for a rule, tried on one number; None if there is none, which is reported."""
-    key = weight_decay, storage, device
+    """The source for a rule, tried on a few numbers; None if there is none, which is reported."""
+    key = weight_decay, storage, device, settings
     return _SOURCES[_SOURCES.number(rule, key, lambda: _made(rule, weight_decay, storage, device))]
 
 
@@ -170,12 +185,14 @@ def check(
     """
     from optim.core.rule import advance  # it imports the kernels
 
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+
     def ramp(size: int, low: float, high: float, kind: str = "float32") -> torch.Tensor:
-        return torch.linspace(low, high, size, device=device).to(getattr(torch, kind))
+        return torch.linspace(low, high, size, **options).to(getattr(torch, kind))
 
     def slot(name: str, size: int) -> torch.Tensor:
         wide = name in shapes and tuple(shapes[name]) != ()
-        return ramp(size, 0.2, 0.7) if wide else torch.full((), 0.5, device=device)
+        return ramp(size, 0.2, 0.7) if wide else torch.full((), 0.5, **options)
 
     with torch.no_grad():
         shapes = {name: getattr(s, "shape", s) for name, s in rule.slot_shapes((EXAMPLE,)).items()}
@@ -183,11 +200,11 @@ def check(
         before = [ramp(size, -2.0, 3.0, storage.parameter) for size in sizes]
         gradients = [ramp(size, 1.0, -0.9, storage.gradient) for size in sizes]
         slots = {
-            name: [torch.zeros(n, device=device) if name == "residual" else slot(name, n)
+            name: [torch.zeros(n, **options) if name == "residual" else slot(name, n)
                    for n in sizes]
             for name in source.slots
         }  # fmt: skip
-        step, rate = torch.full((), 3.0, device=device), torch.full((), 0.1, device=device)
+        step, rate = torch.full((), 3.0, **options), torch.full((), 0.1, **options)
         expected = []
         for i, parameter in enumerate(before):
             own = {name: values[i].clone() for name, values in slots.items()}
@@ -215,19 +232,29 @@ def check(
 
 
 def _numbers(
-    rule: Any, storage: Storage, device: torch.device, decays: tuple[float, ...]
+    rule: Any,
+    storage: Storage,
+    device: torch.device,
+    decays: tuple[float, ...],
+    settings: tuple[Any, ...],
 ) -> dict[float, tuple[RuleSource, list[float]]]:
     """For each decay that is used together with others a source, and the numbers in it."""
-    key = storage, device, decays
-    return _FOUND[_FOUND.number(rule, key, lambda: _find_numbers(rule, storage, device, decays))]
+    key = storage, device, decays, settings
+    return _FOUND[
+        _FOUND.number(rule, key, lambda: _find_numbers(rule, storage, device, decays, settings))
+    ]
 
 
 def _find_numbers(
-    rule: Any, storage: Storage, device: torch.device, decays: tuple[float, ...]
+    rule: Any,
+    storage: Storage,
+    device: torch.device,
+    decays: tuple[float, ...],
+    settings: tuple[Any, ...],
 ) -> dict[float, tuple[RuleSource, list[float]]]:
     found = {}
     for decay in decays:
-        source = _source(rule, decay, storage, device)
+        source = _source(rule, decay, storage, device, settings)
         assert source is not None  # it was asked for when the tensor was added
         found[decay] = source, source.numbers
     some = max(decays)

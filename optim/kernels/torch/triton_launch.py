@@ -155,10 +155,12 @@ class GroupKernels:
         from_where = [g.data_ptr() for g in gradients]
         aligned = not any(at % 16 for at in where) and not any(at % 16 for at in from_where)
         blocks = sum(math.ceil(size / BLOCK) for size in sizes)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
         with _on(device):
             table = self._table(sizes, where, device)
-            noted = torch.empty(max(count, self._pointers), dtype=torch.int64, device=device)
-            values = torch.empty(max(group.values, 1) * count, device=device)
+            # `fill` writes as many numbers as it can, wherever it begins.
+            noted = torch.empty(count + POINTERS, dtype=torch.int64, device=device)
+            values = torch.empty(max(group.values, 1) * count, **floats)
             for at in range(self._pointers, count, POINTERS):
                 self._write(noted[at:], from_where[at : at + POINTERS])
             given = from_where[: self._pointers]
@@ -172,7 +174,7 @@ class GroupKernels:
             options = {"N": self._lanes, "BLOCK": BLOCK, "ALIGNED": aligned}
             options |= {"FLAGGED": flagged, "SCALED": scaled, "num_warps": WARPS}
             if group.partials:
-                partials = torch.empty(group.partials * max(blocks, 1), device=device)
+                partials = torch.empty(group.partials * max(blocks, 1), **floats)
                 if blocks:
                     self._launch(
                         self._kernels["sums"], blocks, table, noted, values, skip, scale, partials,

@@ -290,3 +290,23 @@ def test_the_gradient_is_left_as_it_is(tools, rng):
     rule(1e-3).apply([gradient], [variable])
     np.testing.assert_array_equal(tools.to_numpy(gradient), [1.0, np.inf, -2.0, 0.0])
     assert np.isfinite(tools.to_numpy(variable)[[0, 2, 3]]).all()
+
+
+def test_a_changed_hyperparameter_counts_from_the_next_update(tools, rng):
+    start, *gradients = (rng.standard_normal(7).astype("float32") for _ in range(5))
+    variable, other = keras.Variable(start, name="v"), keras.Variable(start, name="w")
+    lion, adafactor = optim.Lion(0.1, beta_1=0.9, beta_2=0.7), optim.Adafactor(0.1)
+    p, m, q, v = start.astype("float64"), 0.0, start.astype("float64"), 0.0
+    for i, g in enumerate(gradients, 1):
+        if i == 3:
+            lion.beta_1, adafactor.clip_threshold = 0.1, 0.25
+        tools.run(lion, [variable], [[g]])
+        tools.run(adafactor, [other], [[g]])
+        beta_1, threshold = (0.9, 1.0) if i < 3 else (0.1, 0.25)
+        p = p - 0.1 * np.sign(beta_1 * m + (1 - beta_1) * g)
+        m = 0.7 * m + 0.3 * g
+        v = v + i**-0.8 * (g.astype("float64") ** 2 - v)
+        delta = g / np.sqrt(v)
+        q = q - 0.1 * delta / max(1.0, np.sqrt(np.mean(delta**2)) / threshold)
+        np.testing.assert_allclose(tools.to_numpy(variable), p, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(tools.to_numpy(other), q, rtol=1e-5, atol=1e-5)

@@ -48,8 +48,13 @@ def simplify(module: torch.nn.Module) -> None:
     graph = module.graph
     analysis = AliasAnalysis(graph)
     constants = {n: getattr(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    # An undeclared variable is a constant in the graph, but may be assigned elsewhere.
-    constants = {n: t for n, t in constants.items() if not isinstance(t, torch.nn.Parameter)}
+    # An undeclared variable is a constant in the graph, but may be assigned elsewhere, and a tensor
+    # that the step itself changes is none.
+    constants = {
+        n: t
+        for n, t in constants.items()
+        if not isinstance(t, torch.nn.Parameter) and not analysis.writes[n]
+    }
     # Results of a step must not share memory: changing one must not change another.
     output = next(node for node in graph.nodes if node.op == "output")
     leaving = {owner for node in nodes_in(output.args[0]) for owner in analysis.owners(node)}

@@ -41,26 +41,33 @@ def _gradients(node: Node) -> list[Node]:
 def pass_flags(graph: Graph) -> None:
     """Give ``found_inf`` to operations all of whose changes are selected by one condition.
 
+    They are between the copies of the old state and the selections; what has changed the same
+    variables before or after is not undone.
+
     The selections are then redundant (``predication.drop_selections``).
 
     Args:
         graph: A recorded graph; changed in place.
     """
     analysis = AliasAnalysis(graph)
-    condition_of = {}
+    at = analysis.position
+    selections: dict[Node, list[tuple[int, int, Node]]] = {}
     for node in graph.nodes:
         if (found := selection(node, analysis)) is not None:
-            condition_of[found.owner] = found.condition
+            selections.setdefault(found.owner, []).append(
+                (at[found.old], at[node], found.condition)
+            )
     skip_of: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if not _takes(node, "found_inf"):
             continue
         written = {o for target in aliases(node, write=True) for o in analysis.owners(target)}
-        conditions = {condition_of.get(owner) for owner in written}
+        conditions = {
+            next((c for old, new, c in selections.get(owner, ()) if old < at[node] < new), None)
+            for owner in written
+        }
         condition = next(iter(conditions), None)
-        if condition is None or len(conditions) > 1:
-            continue
-        if analysis.position[condition] > analysis.position[node]:
+        if condition is None or len(conditions) > 1 or at[condition] > at[node]:
             continue
         if condition not in skip_of:
             with graph.inserting_after(condition):

@@ -40,7 +40,7 @@ def kernel(seed, given, out, count, a, b, KIND: tl.constexpr, DIGITS: tl.constex
     inside = places < count
     z = shuffled(key + (places + 1).to(tl.uint64, bitcast=True) * step)
     if KIND == "integer":
-        width = (b - a).to(tl.int64)
+        width = tl.full((), 0, tl.int64) + b - a  # which 32 bits may not hold
         x = (z >> 1).to(tl.int64, bitcast=True) % width + a
     elif KIND == "normal":
         low = (z & tl.full((), 0xFFFFFFFF, tl.uint64)).to(tl.int64, bitcast=True)

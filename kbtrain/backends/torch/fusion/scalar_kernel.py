@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import linecache
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,8 +138,16 @@ _TABLES: tuple[Any, ...] = (
 )
 
 
-def is_supported(node: Node) -> bool:
-    """Whether an operation can be a part of a kernel."""
+def is_supported(
+    node: Node, device: torch.device | None = None, numbers: Container[Node] = ()
+) -> bool:
+    """Whether an operation can be a part of a kernel.
+
+    Args:
+        node: The operation.
+        device: Where the kernel runs; None for the device of the result.
+        numbers: Nodes whose values are written into the kernel, wherever they are.
+    """
     target = node.target
     if not any(target in table for table in _TABLES):
         return False
@@ -150,7 +158,9 @@ def is_supported(node: Node) -> bool:
     tensors = [value for value in (result, *values) if isinstance(value, torch.Tensor)]
     if len(tensors) < len(values) + 1 or any(tensor.dtype not in _DTYPES for tensor in tensors):
         return False
-    if result.dim():
+    device = device or result.device
+    read = [n.meta["val"] for n in node.all_input_nodes if n not in numbers]
+    if result.dim() or any(tensor.device != device for tensor in (result, *read)):
         return False
     if target in _SUMS:
         (value,) = values

@@ -8,11 +8,12 @@ results is needed. What has come together then is one call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
 
+from kbtrain.backends.torch import fusion
 from kbtrain.backends.torch.capture.aliasing import AliasAnalysis
 from kbtrain.backends.torch.fusion.order import Effects, Waiting
 from kbtrain.backends.torch.fusion.scalar_kernel import Scalars, is_supported
@@ -31,8 +32,22 @@ def fuse_scalars(operations: Sequence[Node], constants: dict[Node, torch.Tensor]
         Operations with the same results, in order.
     """
     graph = operations[0].graph
-    effects = Effects(AliasAnalysis(graph))
-    numbers = {node: tensor for node, tensor in constants.items() if tensor.dim() == 0}
+    analysis = AliasAnalysis(graph)
+    effects = Effects(analysis)
+    # A tensor on the device may be changed by anyone who has it; a kernel reads it there.
+    numbers = {
+        node: tensor
+        for node, tensor in constants.items()
+        if not tensor.dim() and tensor.device.type != fusion.KIND and not analysis.writes[node]
+    }
+    values = [node.meta.get("val") for node in operations]
+    devices = [v.device for v in values if torch.is_tensor(v) and v.device.type == fusion.KIND]
+    if not devices:
+        return list(operations)
+
+    def is_scalar(node: Node) -> bool:
+        return is_supported(node, devices[0], numbers)
+
     waiting = Waiting(effects)
     order: list[Node] = []
 
@@ -42,14 +57,14 @@ def fuse_scalars(operations: Sequence[Node], constants: dict[Node, torch.Tensor]
             waiting.remove(node)
         order.extend(_fused(group, numbers))
 
-    for node in _assignments_early(operations, effects):
+    for node in _assignments_early(operations, effects, is_scalar):
         before = waiting.before(node)
-        if is_supported(node) and not any(map(_is_assignment, before)):
+        if is_scalar(node) and not any(map(_is_assignment, before)):
             waiting.add(node)
             continue
         if before:
             run()
-        if is_supported(node):
+        if is_scalar(node):
             waiting.add(node)
         else:
             order.append(node)
@@ -57,13 +72,15 @@ def fuse_scalars(operations: Sequence[Node], constants: dict[Node, torch.Tensor]
     return order
 
 
-def _assignments_early(operations: Sequence[Node], effects: Effects) -> list[Node]:
+def _assignments_early(
+    operations: Sequence[Node], effects: Effects, is_scalar: Callable[[Node], bool]
+) -> list[Node]:
     """Counters are assigned last, behind the optimizer; here, as soon as nothing needs the old."""
     order: list[Node] = []
     for node in operations:
         place = len(order)
-        if is_supported(node):
-            while place and not is_supported(order[place - 1]):
+        if is_scalar(node):
+            while place and not is_scalar(order[place - 1]):
                 if effects.conflict(order[place - 1], node):
                     break
                 place -= 1

@@ -116,3 +116,13 @@ def test_an_input_that_is_assigned_twice_is_assigned_once_at_the_end(torch):
     with pytest.raises(importlib.import_module(f"{package}.guard").GuardFailed):
         made.run(-x, state)
     assert state.tolist() == [6.0] * 3
+
+
+def test_a_tensor_that_the_step_changes_is_no_constant(torch, simplified):
+    count = torch.zeros(())
+
+    def fn(x):
+        count.add_(1.0)
+        return [x * (count * 3.0)]
+
+    assert simplified(fn, torch.ones(3)) == ["add_", "mul", "mul"]

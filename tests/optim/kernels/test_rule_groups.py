@@ -1,0 +1,48 @@
+"""What the kernels that are made of rules are given, without Triton and without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT, SUPPORT
+
+pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
+
+
+@pytest.fixture(scope="module")
+def found():
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environ = {**os.environ, "KERAS_BACKEND": "torch", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, str(SUPPORT / "helpers_rule_groups.py")],
+        env=environ, cwd=SUPPORT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_table_has_room_for_all_that_a_kernel_writes_into_it(found):
+    """However many tensors there are: one launch writes 448 numbers, wherever it begins."""
+    assert {count: room for count, room in found["room"].items() if room < 448} == {}
+
+
+def test_a_changed_hyperparameter_is_in_the_next_kernel(found):
+    (before,), (after,), again = found["changed"]
+    assert 0.5 not in before
+    assert 0.5 in after
+    assert again == []  # the same ones
+
+
+def test_tensors_on_several_devices_get_no_kernel(found):
+    assert found["devices"] == [True, False, False]
+
+
+def test_autograd_notices_an_update(found):
+    assert min(found["versions"].values()) >= 1
+    assert found["versions on a GPU"] >= 1
+
+
+def test_the_default_dtype_changes_nothing(found):
+    assert all(found["default dtype"].values())
