@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -228,6 +228,9 @@ def compiled(
         keras.config.set_dtype_policy(policy)
 
 
+COLLECTIVE = ("kind", "size", "group", "loops", "rounds", "overlapped", "scalar", "sent")
+
+
 def facts(step: StepProgram, count: int) -> dict[str, Any]:
     """What is known of a compiled step: bytes per device, and its collectives."""
     program = Program(step.text, count)
@@ -238,7 +241,9 @@ def facts(step: StepProgram, count: int) -> dict[str, Any]:
         "temporary": step.temporary_bytes,
         "donated": program.donated(),
         "host_transfers": program.host_transfers(),
-        "collectives": [asdict(each) | {"sent": each.sent} for each in program.collectives()],
+        "collectives": [
+            {name: getattr(each, name) for name in COLLECTIVE} for each in program.collectives()
+        ],
     }
 
 

@@ -11,11 +11,9 @@ model's values with optax, gradients and donated state. Time is not measured.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
@@ -89,7 +87,6 @@ class Row:
         policy: Dtype policy of the model.
         accumulation: Micro-batches of an update.
         evaluates: Whether it is an evaluation.
-        fused_attention: Whether JAX finds cuDNN: Keras uses its kernel then.
     """
 
     native: Callable[[keras.Model], native.Step]
@@ -99,20 +96,6 @@ class Row:
     policy: str = "mixed_bfloat16"
     accumulation: int = 1
     evaluates: bool = False
-    fused_attention: bool = False
-
-
-@contextlib.contextmanager
-def _cudnn_is_there() -> Iterator[None]:
-    """Answer what JAX asks the GPU of this machine before it uses cuDNN's attention."""
-    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    answers: dict[str, Any] = {
-        "check_cudnn_version": lambda: 91000,
-        "check_compute_capability": lambda least: True,
-        "is_cuda_compute_capability_equal": lambda one: False,
-    }
-    with mock.patch.multiple(module, **answers):
-        yield
 
 
 def _recomputed(size: Size) -> dict[str, Any]:
@@ -131,7 +114,6 @@ ROWS = {
     "EMA": Row(native.averaging, {"ema": 0.999}),
     "remat": Row(native.recomputing),
     "evaluation": Row(native.evaluating, evaluates=True),
-    "cuDNN's attention": Row(native.checking, fused_attention=True),  # on GPUs
 }
 """From "clipping and check" on, kbtrain runs with its defaults: gradients are clipped, and an
 update that is not finite changes nothing. The hand-written steps do the same."""
@@ -191,7 +173,8 @@ def native_program(row: Row, size: Size, kind: CompilerTarget) -> Any:
         options = OPTIONS.get(kind.platform)
         found.append(jitted.lower(*arguments).compile(compiler_options=options))
 
-    jax.eval_shape(run)
+    with target.attention_on(kind.compute_capability):
+        jax.eval_shape(run)
     return found[0]
 
 
@@ -256,12 +239,10 @@ def compared(name: str, size: Size, machine: str) -> dict[str, Any]:
     """The facts of both programs of a row."""
     row, (kind, _) = ROWS[name], machine_of(machine)
     policy = keras.config.dtype_policy()
-    scope = _cudnn_is_there() if row.fused_attention else contextlib.nullcontext()
     try:
         keras.config.set_dtype_policy(row.policy)
-        with scope:
-            hand = native_facts(native_program(row, size, kind), kind.platform)
-            own = kbtrain_facts(kbtrain_program(row, size, kind))
+        hand = native_facts(native_program(row, size, kind), kind.platform)
+        own = kbtrain_facts(kbtrain_program(row, size, kind))
     finally:
         keras.config.set_dtype_policy(policy)
     return {"row": name, "machine": machine, "native": asdict(hand), "kbtrain": asdict(own)}
@@ -297,8 +278,6 @@ def main() -> None:
     print(HEAD)
     for machine in options.machine:
         for name in options.row:
-            if ROWS[name].fused_attention and machine_of(machine)[0].platform != "cuda":
-                continue
             result = compared(name, SIZES[options.size], machine)
             show(result)
             if options.json:

@@ -28,6 +28,7 @@ class CompilerTarget:
     topology: str = ""
     config: str = ""
     per_host: int = 8
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,18 @@ class StepProgram:
         alias_bytes: How much of the results takes the place of inputs.
         temporary_bytes: What is needed besides them at the fullest moment.
         program_bytes: The machine code.
-        flops: Operations of products and convolutions.
+        flops: Operations of products and convolutions, a device's part of all: what each device
+            computes whole, as an optimizer's products of weights that are not divided, is not told
+            apart, so that a device computes at least this.
         bytes_accessed: What kernels read and write.
         collectives: Kind of a collective operation -> how many there are, and the bytes that a
             device sends in them, as in a ring.
+        unknown_collectives: What could not be read of them, so that ``collectives`` is empty.
+        sent_over: Number of devices of a machine -> the bytes that a device sends inside of its
+            machine, and out of it, at least.
+        attention: How attention is computed: "cudnn" by cuDNN's kernel, "scores" with all scores
+            in memory, "refused: ..." likewise, as the compiler here cannot compile cuDNN's;
+            "unknown"; "" without attention that a kernel might compute.
         text: The program, as XLA prints it.
     """
 
@@ -61,6 +70,9 @@ class StepProgram:
     flops: float
     bytes_accessed: float
     collectives: Mapping[str, tuple[int, int]]
+    unknown_collectives: str
+    sent_over: Callable[[int], tuple[float, float]]
+    attention: str
     text: str
 
     @property

@@ -135,8 +135,13 @@ def compiler_target(device: DeviceSpec | None) -> CompilerTarget | None:
         return None
     platform = str(device.target["platform"])
     if platform == "cuda":
+        major, _, minor = str(device.target["compute_capability"]).partition(".")
         return CompilerTarget(
-            device.name, platform, config=target_config(device), per_host=device.linked_devices
+            device.name,
+            platform,
+            config=target_config(device),
+            per_host=device.linked_devices,
+            compute_capability=(int(major), int(minor or 0)),
         )
     return CompilerTarget(device.name, platform, topology=str(device.target["topology"]))
 
@@ -274,6 +279,7 @@ def _facts(
             others += size
     flops = program.flops if model_flops is None else model_flops * accumulation / count
     here = program.platform == CPU
+    links, network = program.sent_over(count if device is None else device.linked_devices)
     return ProgramFacts(
         compiled_for=CPU if here or device is None else device.name,
         device_count=count,
@@ -295,7 +301,9 @@ def _facts(
         program_flops=program.flops,
         bytes_accessed=program.bytes_accessed,
         collectives=dict(program.collectives),
-        exact=_exact(device, here, model_flops is None),
+        link_bytes=links,
+        network_bytes=network,
+        exact=_exact(device, program, count, model_flops is None),
         compile_seconds=seconds,
     )
 
@@ -331,8 +339,11 @@ def _divided_by_variables(
     )
 
 
-def _exact(device: DeviceSpec | None, here: bool, whole: bool) -> dict[str, str]:
+def _exact(
+    device: DeviceSpec | None, program: StepProgram, count: int, whole: bool
+) -> dict[str, str]:
     """For each group of figures, whether it is a fact or an estimate."""
+    here = program.platform == CPU
     found = {
         "state": "compiled: the shapes of the step's state and inputs",
         "flops": "compiled: products and convolutions of the whole program, as those of the model "
@@ -340,10 +351,20 @@ def _exact(device: DeviceSpec | None, here: bool, whole: bool) -> dict[str, str]
         if whole
         else "compiled: products and convolutions, counted as it was traced",
     }
+    if count > 1:
+        found["flops"] += (
+            f"; all of them divided by {count} devices, so that a device which computes some whole "
+            "(an optimizer's products of weights that are not divided) computes more"
+        )
+    if attention := _attention(device, program):
+        found["attention"] = attention
+    unknown = f"unknown: the program's text has {program.unknown_collectives}; times are without"
     if not here or device is None:
         return found | {
             "memory": "compiled: what XLA has planned in this program",
-            "collectives": "compiled: the operations of this program",
+            "collectives": unknown
+            if program.unknown_collectives
+            else "compiled: the operations of this program",
         }
     extra = "plan-gpu" if device.kind == "gpu" else "plan-tpu"
     why = (
@@ -354,8 +375,41 @@ def _exact(device: DeviceSpec | None, here: bool, whole: bool) -> dict[str, str]
     return found | {
         "memory": "estimated: activations and scratch memory are those of the program for this "
         f"machine's processor; {why}",
-        "collectives": "estimated: the operations are those of the program for as many processors",
+        "collectives": unknown
+        if program.unknown_collectives
+        else "estimated: the operations are those of the program for as many processors",
     }
+
+
+def _attention(device: DeviceSpec | None, program: StepProgram) -> str:
+    """How attention was compiled, if a run on the device may compute it differently."""
+    how, _, reason = program.attention.partition(": ")
+    scores = "with all scores in memory"
+    if device is None or how not in ("cudnn", "scores", "refused", "unknown"):
+        return ""
+    if how == "cudnn":
+        return "compiled: cuDNN's kernel, which Keras uses on this GPU in half precision"
+    if how == "refused":
+        return (
+            f"estimated: {scores}, as XLA cannot compile cuDNN's kernel here ({reason}); Keras "
+            "uses it on this GPU, which takes less memory"
+        )
+    if how == "unknown":
+        return (
+            "unknown: whether Keras would use a kernel of cuDNN's on this device, which this JAX "
+            f"decides elsewhere; compiled {scores} if not"
+        )
+    if device.kind == "tpu":
+        return (
+            f"estimated: {scores}; on a TPU Keras uses a kernel for lengths that fit it, which "
+            "takes less memory"
+        )
+    if program.platform == CPU:
+        return (
+            f"estimated: {scores}; on GPUs of compute capability 8.0 and above Keras uses cuDNN's "
+            "kernel in half precision, which takes less memory"
+        )
+    return ""
 
 
 def _tokens(trainer: TrainerBase, block: Block) -> int | None:

@@ -34,10 +34,13 @@ class ProgramFacts(JsonDataclass):
         flops: Operations of products and convolutions of an update on one device, forward and
             backward, as the MFU counts them: what is computed again does not count.
         program_flops: The same of the whole program: also the optimizer, and what is computed
-            again.
+            again. Of several devices each computes at least that: all divided by their number,
+            though an optimizer may compute products of whole weights on each.
         bytes_accessed: Memory traffic of an update, as XLA counts it; None where it does not.
         collectives: For each kind of collective operation: how many an update has, and the bytes
             that a device sends in them, as in a ring.
+        link_bytes: What a device sends inside of its machine, over its links; None: all of that.
+        network_bytes: What it sends out of it, where several machines train together.
         exact: For each group of figures, whether it is a fact of the program for the device or an
             estimate, in a sentence.
         compile_seconds: How long tracing and compiling took.
@@ -63,6 +66,8 @@ class ProgramFacts(JsonDataclass):
     program_flops: float
     bytes_accessed: float | None = None
     collectives: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    link_bytes: float | None = None
+    network_bytes: float = 0.0
     exact: Mapping[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
 

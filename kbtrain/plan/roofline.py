@@ -11,8 +11,8 @@ from kbtrain.utils.json_types import JsonDataclass
 
 ASSUMPTION = (
     "Times: every operation at the published peak, all transfers behind computation, and memory "
-    "answers what kernels read (caches may be faster for small tensors). Collectives go around "
-    "rings through all devices, over all links and network cards at once."
+    "answers what kernels read (caches may be faster for small tensors). Collectives use all "
+    "links and network cards at once, and each part of a value leaves a machine once."
 )
 
 
@@ -24,8 +24,8 @@ class Roofline(JsonDataclass):
         dtype: The dtype of the products, which the peak is of.
         compute_seconds: Operations of the program, divided by the peak; None without a peak.
         memory_seconds: Memory traffic divided by the bandwidth; None if the traffic is unknown.
-        network_seconds: What a device sends, divided by the bandwidth of its links, or by that of
-            the network where several groups of linked devices train together, if that is longer.
+        network_seconds: What a device sends over its links, divided by their bandwidth, or what
+            leaves a group of linked devices, divided by that of the network, if that is longer.
         seconds: The longest of these.
         bound_by: "compute", "memory" or "network".
         samples_per_second: Samples of all devices at that time: the run is not faster.
@@ -77,16 +77,13 @@ def roofline(facts: ProgramFacts, device: DeviceSpec, dtype: str, tf32: bool = T
 
 
 def network_seconds(facts: ProgramFacts, device: DeviceSpec) -> float:
-    """The least time of all collectives of an update.
-
-    A ring that goes through the devices group after group leaves a group once: what a device
-    sends is also what a group sends, over the network cards of all its devices.
-    """
-    sent = float(sum(size for _, size in facts.collectives.values()))
+    """The least time of all collectives of an update: of links and network, both at once."""
+    sent = facts.link_bytes
+    if sent is None:
+        sent = float(sum(size for _, size in facts.collectives.values()))
     seconds = sent / device.link_bandwidth
-    if facts.device_count > device.linked_devices:
-        group = device.linked_devices * device.network_bandwidth
-        seconds = max(seconds, sent / group)
+    if facts.network_bytes:
+        seconds = max(seconds, facts.network_bytes / device.network_bandwidth)
     return seconds
 
 

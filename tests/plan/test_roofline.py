@@ -67,10 +67,12 @@ def test_collectives_go_over_the_links_within_a_group():
     assert bound.bound_by == "network"
 
 
-def test_between_groups_they_share_the_network_cards_of_a_group():
-    # A ring leaves each group of 4 once, with 200 bytes over 4 cards of 2 bytes a second.
-    bound = roofline(facts(device_count=8, collectives={"all-reduce": (1, 200)}), DEVICE, "float16")
-    assert bound.network_seconds == 25.0
+def test_what_leaves_a_machine_goes_over_the_network():
+    sent = {"collectives": {"all-reduce": (1, 200)}, "link_bytes": 160.0}
+    within = roofline(facts(device_count=8, **sent), DEVICE, "float16")
+    assert within.network_seconds == 8.0  # 160 / 20
+    across = roofline(facts(device_count=8, network_bytes=50.0, **sent), DEVICE, "float16")
+    assert across.network_seconds == 25.0  # 50 / 2
 
 
 def test_unknown_traffic_is_no_zero():

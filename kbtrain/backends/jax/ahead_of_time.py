@@ -6,12 +6,14 @@ needs the device, or its driver. For a CPU it needs nothing.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,21 +21,19 @@ from jax.experimental import topologies
 
 from kbtrain.backends.jax import target
 from kbtrain.backends.jax.flops import flops_of_jaxpr
-from kbtrain.backends.jax.hlo import Program
+from kbtrain.backends.jax.hlo import Program, UnknownGroupsError
 from kbtrain.backends.step_program import CompilerTarget, StepProgram
 from kbtrain.errors import ConfigurationError, OutOfMemoryError, first_lines
 
 # How machine code is optimized changes neither memory nor operations, and takes half of the time.
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_backend_optimization_level": 0},
-    # Without a GPU no kernel can be tried out. The scheduler that hides transfers behind work is
-    # what JAX recommends for training; it is not the default.
-    "cuda": {
-        "xla_backend_optimization_level": 0,
-        "xla_gpu_autotune_level": 0,
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-    },
+    # Without a GPU no kernel can be tried out.
+    "cuda": {"xla_backend_optimization_level": 0, "xla_gpu_autotune_level": 0},
 }
+
+LEAST_CAPABILITY = (8, 0)
+"""Keras computes attention with cuDNN's kernel on GPUs from this one on, in half precision."""
 
 GRIDS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
 """The number of dimensions in which the chips of a kind of TPU are connected."""
@@ -49,7 +49,28 @@ def compile_step_for(
     run: Callable[[], Any], kind: CompilerTarget | None, count: int
 ) -> StepProgram:
     """Compile the first step that ``run`` would compile; see the protocol of backends."""
-    with target.compiling_for(devices_of(kind, count)):
+    capability = None if kind is None else kind.compute_capability
+    if capability is not None and capability >= LEAST_CAPABILITY:
+        try:
+            return _compile(run, kind, count, capability)
+        except _NotWithCudnn as error:
+            said = str(error)
+        return dataclasses.replace(_compile(run, kind, count, None), attention=f"refused: {said}")
+    return _compile(run, kind, count, None)
+
+
+class _NotWithCudnn(Exception):
+    """XLA cannot compile a step with cuDNN's attention here."""
+
+
+def _compile(
+    run: Callable[[], Any], kind: CompilerTarget | None, count: int, cudnn: tuple[int, int] | None
+) -> StepProgram:
+    """Compile the step, with cuDNN for a GPU of that compute capability, or without it."""
+    with (
+        target.compiling_for(devices_of(kind, count)),
+        target.attention_on(cudnn) as attention,
+    ):
         try:
             jax.eval_shape(run)
         except target.StepFound as found:
@@ -61,9 +82,14 @@ def compile_step_for(
         try:
             compiled = traced.lower().compile(compiler_options=OPTIONS.get(platform))
         except jax.errors.JaxRuntimeError as error:
-            raise _in_words(error, kind) from error
+            said = _in_words(error, kind)
+            if cudnn and attention.asked and not isinstance(said, OutOfMemoryError):
+                raise _NotWithCudnn(first_lines(error, 1)) from error
+            raise said from error
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(text, count)
+    sent, unknown = _sent(program)
+    scores = "scores" if attention.asked else ""
     values, *inputs = step.arguments
     return StepProgram(
         platform=platform,
@@ -79,9 +105,22 @@ def compile_step_for(
         program_bytes=memory.generated_code_size_in_bytes,
         flops=flops_of_jaxpr(traced.jaxpr) / count,
         bytes_accessed=program.bytes_accessed(),
-        collectives=program.sent(),
+        collectives=sent,
+        unknown_collectives=unknown,
+        sent_over=(lambda machine: (0.0, 0.0)) if unknown else program.sent_over,
+        attention=(
+            "unknown" if not attention.answered else "cudnn" if "__cudnn$fmha" in text else scores
+        ),
         text=text,
     )
+
+
+def _sent(program: Program) -> tuple[dict[str, tuple[int, int]], str]:
+    """What devices send to each other, and what is not known of it."""
+    try:
+        return program.sent(), ""
+    except UnknownGroupsError as error:
+        return {}, str(error)
 
 
 def _bytes(x: Any, layout: Any) -> int:
@@ -137,16 +176,26 @@ def devices_of(kind: CompilerTarget | None, count: int) -> list[Any]:
             )
         options = {"target_config": kind.config, "topology": f"{hosts}x1x{count // hosts}"}
         return _topology("cuda", f"{kind.name}:{count}", kind, **options)
-    # There is no machine to ask for its place, and no device to share.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     family = kind.topology
     grid = grid_of(family, count)
     name = f"{family}:{'x'.join(map(str, grid))}"
-    if count == 1:  # a host has four chips at least, unless told otherwise
-        one = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1}
+    # A host has four chips at least, unless told otherwise.
+    one = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if count == 1 else {}
+    # There is no machine to ask for its place, and no device to share.
+    with _environment(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"):
         return _topology("tpu", name, kind, **one)
-    return _topology("tpu", name, kind)
+
+
+@contextlib.contextmanager
+def _environment(**defaults: str) -> Iterator[None]:
+    """Context with environment variables that are set if the user has not set them."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _topology(platform: str, name: str, kind: CompilerTarget, **options: Any) -> list[Any]:

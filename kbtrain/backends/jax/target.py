@@ -7,7 +7,9 @@ that would be compiled ends the attempt: ``StepFound`` has it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -52,6 +54,61 @@ def compiling_for(devices: list[Any]) -> Iterator[None]:
             yield
     finally:
         _devices = before
+
+
+CUDNN = 91000
+"""The version of cuDNN that GPUs are taken to have; the description for XLA says the same."""
+
+
+@dataclass
+class Attention:
+    """What Keras asks about the device where a model has attention.
+
+    Attributes:
+        asked: Whether it asked for cuDNN: there is attention that could be its kernel.
+        answered: Whether the answer was that of the target. If not, JAX has moved the question,
+            and the answer was that of this machine.
+    """
+
+    asked: bool = False
+    answered: bool = True
+
+
+@contextlib.contextmanager
+def attention_on(capability: tuple[int, int] | None) -> Iterator[Attention]:
+    """Context in which Keras and JAX are told of the target's cuDNN, not of this machine's.
+
+    Args:
+        capability: The compute capability of the GPU; None: there is no cuDNN.
+    """
+    found = Attention()
+
+    def version() -> int:
+        found.asked = True
+        if capability is None:
+            raise RuntimeError("cuDNN is not there.")
+        return CUDNN
+
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    answers = {
+        "check_cudnn_version": version,
+        "check_compute_capability": lambda least: (capability or (0, 0)) >= number(least),
+        "is_cuda_compute_capability_equal": lambda one: capability == number(one),
+    }
+    try:
+        module: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+        before = {name: getattr(module, name) for name in answers}
+    except (ImportError, AttributeError):  # no public part of JAX
+        module, before, found.answered = object(), {}, False
+    try:
+        for name in before:
+            setattr(module, name, answers[name])
+        yield found
+    finally:
+        for name, answer in before.items():
+            setattr(module, name, answer)
 
 
 def shape_of(x: Any, layout: Any = None) -> Any:

@@ -1,74 +1,34 @@
-"""What a compiled XLA program does, read from its text: collectives, bytes, and their order.
-
-Only the text of a scheduled module (``compiled.as_text()``) is read, so that programs for devices
-that are not there can be read, too.
-"""
+"""A scheduled module of XLA: its collectives, the bytes that it moves, and their order."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-    "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
-
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+from kbtrain.backends.jax.hlo.collective import KINDS, Collective
+from kbtrain.backends.jax.hlo.groups import groups_of
+from kbtrain.backends.jax.hlo.shapes import arrays, result_of
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
-_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _WORK = frozenset({"fusion", "convolution", "dot", "custom-call", "while", "conditional", "sort"})
 _CONTROL = frozenset({"while", "conditional", "call"})
 _FREE = _CONTROL | {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id"),
 }
-_SLICING = frozenset({"dynamic-slice", "gather", "slice"})
+_SLICING = frozenset({"dynamic-slice", "gather", "slice", "slice-start"})
 _UPDATING = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what they write
-_TRIVIAL_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """An operation between devices.
-
-    Attributes:
-        kind: One of ``KINDS``.
-        size: Bytes of the whole value: what is added up, gathered or scattered.
-        group: Number of devices that take part together.
-        loops: Number of loops that it is in.
-        rounds: How often it runs, as far as the lengths of these loops are known.
-        overlapped: Pieces of work (fusions, products, kernels) between its start and its end; None
-            if the device waits for it.
-        scalar: Whether its largest array has a single element.
-    """
-
-    kind: str
-    size: int
-    group: int
-    loops: int
-    rounds: int
-    overlapped: int | None
-    scalar: bool
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device sends, at least: those of a ring."""
-        if self.kind == "collective-permute":
-            return self.size
-        once = self.size * (self.group - 1) / self.group
-        return 2 * once if self.kind == "all-reduce" else once
+_TRIVIAL_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
 
 
 @dataclass(frozen=True)
@@ -91,9 +51,14 @@ class Instruction:
         return _OPERAND.findall(self.rest)
 
     @property
+    def result(self) -> str:
+        """The shape of what it makes."""
+        return result_of(self.operation, self.shape)
+
+    @property
     def bytes(self) -> int:
         """The size of its result."""
-        return sum(size for size, _ in _sizes(self.shape))
+        return sum(each.bytes for each in arrays(self.result))
 
 
 class Program:
@@ -101,11 +66,12 @@ class Program:
 
     Args:
         text: The text of the scheduled module.
-        devices: Number of devices, the size of a group that is not listed.
+        devices: Number of devices.
     """
 
     def __init__(self, text: str, devices: int) -> None:
         self.text, self.devices = text, devices
+        self._tiled = ":T(" in text  # layouts of a TPU
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] = []
@@ -155,14 +121,33 @@ class Program:
                 yield from instructions
 
     def collectives(self) -> list[Collective]:
-        """All collectives, in the order of their computations."""
-        loops = self.loops()
-        return [
-            each
-            for name, instructions in self.computations.items()
-            if name in loops
-            for each in self._collectives(instructions, *loops[name])
-        ]
+        """All collectives, in the order of their computations.
+
+        Inside of kernels a TPU has the same one, with its channel, in each stage of it: where it
+        starts, beside other work, and where it ends.
+
+        Raises:
+            UnknownGroupsError: The devices of one are printed in a form that is not known.
+        """
+        loops, inside, started = self.loops(), self._inside_kernels(), self._started()
+        found: list[Collective] = []
+        places: dict[tuple[str, str], int] = {}
+        stages: dict[tuple[str, str], int] = {}
+        for name, instructions in self.computations.items():
+            if name not in loops or name in started:
+                continue
+            for each, channel in self._collectives(instructions, *loops[name]):
+                key = each.kind, channel
+                if name not in inside or not channel:
+                    found.append(each)
+                elif key not in places:
+                    places[key], stages[key] = len(found), 1
+                    found.append(each)
+                else:
+                    place, stages[key] = places[key], stages[key] + 1
+                    often = max(found[place], each, key=lambda one: one.rounds)
+                    found[place] = dataclasses.replace(often, overlapped=stages[key] - 2)
+        return found
 
     def sent(self) -> dict[str, tuple[int, int]]:
         """For each kind of collective how often it runs, and the bytes that each device sends."""
@@ -172,10 +157,26 @@ class Program:
             found[each.kind] = count + each.rounds, size + int(each.rounds * each.sent)
         return found
 
+    def sent_over(self, machine: int) -> tuple[float, float]:
+        """The bytes that a device sends inside of its machine and out of it, at least.
+
+        Args:
+            machine: Number of devices of a machine, or of a pod of TPUs, at most.
+        """
+        machines = math.ceil(self.devices / machine)
+        each = math.ceil(self.devices / machines)
+        sent = [
+            (one.rounds * inside, one.rounds * outside)
+            for one in self.collectives()
+            for inside, outside in (one.sent_over(each, self.devices),)
+        ]
+        return sum(inside for inside, _ in sent), sum(outside for _, outside in sent)
+
     def bytes_accessed(self) -> int:
         """The bytes that all kernels read and write, each time that they run.
 
         A fusion reads its operands once, of those that it only takes slices or rows from, these.
+        What a TPU holds in the memory of the chip costs nothing.
         """
         loops = self.loops()
         inside = self._inside_kernels()
@@ -203,18 +204,35 @@ class Program:
                     waiting += _called(each.rest)
         return found
 
+    def _started(self) -> set[str]:
+        """The computations that an instruction starts and another waits for."""
+        return {
+            called
+            for instructions in self.computations.values()
+            for each in instructions
+            if each.operation.startswith("async-")
+            for called in _called(each.rest)
+        }
+
+    def _in_memory(self, each: Instruction) -> int:
+        """The bytes of a result that lie in the device's memory."""
+        found = arrays(each.result)
+        return sum(one.bytes for one in found if not (self._tiled and one.on_chip))
+
     def _bytes_accessed(self, instructions: list[Instruction]) -> int:
-        sizes = {each.name: each.bytes for each in instructions}
+        sizes = {each.name: self._in_memory(each) for each in instructions}
         return sum(sum(self._transfers(each, sizes)) for each in instructions if _is_work(each))
 
     def _transfers(self, each: Instruction, sizes: dict[str, int]) -> tuple[int, int]:
         """The bytes that an instruction reads and writes."""
         written = sizes[each.name]
+        if any(name in each.rest for name in _TRIVIAL_CALLS):
+            return 0, 0
         if each.operation in _SLICING:
-            return written, written
+            return min(each.bytes, sizes.get(each.operands[0], 0)), written
         if each.operation in _UPDATING:
             update = sizes.get(each.operands[_UPDATING[each.operation]], 0)
-            return update, update
+            return update, min(update, written)
         read = [sizes.get(name, 0) for name in each.operands]
         called = _called(each.rest) if each.operation == "fusion" else []
         body = self.computations.get(called[0], []) if called else []
@@ -234,49 +252,56 @@ class Program:
                 read[number] = min(read[number], sum(inner_sizes[user.name] for user in of))
             elif len(of) == 1 and of[0].operation in _UPDATING:
                 name = of[0].operands[_UPDATING[of[0].operation]]
-                read[number] = inner_sizes.get(name, 0)
-                if written == inner.bytes:
-                    written = read[number]
+                update = inner_sizes.get(name, 0)
+                read[number] = min(read[number], update)
+                if each.bytes == inner.bytes:
+                    written = min(written, update)
         return sum(read), written
 
     def _collectives(
         self, instructions: list[Instruction], loops: int, rounds: int
-    ) -> Iterator[Collective]:
+    ) -> Iterator[tuple[Collective, str]]:
+        """Those of a computation, with their channels."""
         for i, instruction in enumerate(instructions):
-            kind, start = self._kind(instruction)
-            if kind is None:
+            of = self._collective_of(instruction)
+            if of is None:
                 continue
-            overlapped = _work_until_done(instructions, i) if start else None
-            sizes = _sizes(instruction.shape)
-            if start and len(sizes) > 1 and kind != "all-reduce":
-                sizes = sizes[len(sizes) // 2 :] or sizes  # a start returns operands and results
-            size = sum(bytes_ for bytes_, _ in sizes)
-            group = self._group(instruction.rest)
+            kind = of.operation.removesuffix("-start")
+            overlapped = (
+                _work_until_done(instructions, i)
+                if instruction.operation.endswith("-start")
+                else None
+            )
+            sizes = list(arrays(of.result))
+            size = sum(each.bytes for each in sizes)
+            groups = groups_of(of.rest, self.devices)
+            members = max(map(len, groups))
             if kind == "reduce-scatter":
-                size *= group
-            largest = max((elements for _, elements in sizes), default=0)
-            yield Collective(kind, size, group, loops, rounds, overlapped, largest <= 1)
+                size *= members
+            elif kind == "all-reduce" and self._scatters(instructions, members, size):
+                kind = "reduce-scatter"
+            scalar = max((each.elements for each in sizes), default=0) <= 1
+            channel = _CHANNEL.search(of.rest)
+            yield (
+                Collective(kind, size, groups, loops, rounds, overlapped, scalar),
+                channel[1] if channel else "",
+            )
 
-    def _kind(self, instruction: Instruction) -> tuple[str | None, bool]:
-        """The kind of a collective, None for other instructions, and whether it only starts it."""
-        operation = instruction.operation
-        start = operation.endswith("-start")
-        base = operation.removesuffix("-start")
-        if base in KINDS:
-            return base, start
-        if base == "async":
+    def _scatters(self, instructions: list[Instruction], members: int, size: int) -> bool:
+        """Whether a computation is a kernel of a TPU that leaves each device its part of a sum."""
+        sliced = any(each.operation == "dynamic-slice" for each in instructions)
+        return sliced and members > 1 and instructions[-1].bytes * members < 1.5 * size
+
+    def _collective_of(self, instruction: Instruction) -> Instruction | None:
+        """The collective that an instruction is or starts."""
+        if instruction.operation.removesuffix("-start") in KINDS:
+            return instruction
+        if instruction.operation == "async-start":
             for called in _called(instruction.rest):
                 for inner in self.computations.get(called, []):
                     if inner.operation in KINDS:
-                        return inner.operation, start
-        return None, False
-
-    def _group(self, rest: str) -> int:
-        if found := _IOTA_GROUPS.search(rest):
-            return int(found[2])
-        if found := _GROUPS.search(rest):
-            return found[1].count(",") + 1
-        return self.devices
+                        return inner
+        return None
 
     def host_transfers(self) -> list[str]:
         """Instructions that exchange data with the host."""
@@ -305,16 +330,6 @@ def _called(rest: str) -> list[str]:
     for branches in _BRANCHES.findall(rest):
         found += [name.strip().lstrip("%") for name in branches.split(",")]
     return found
-
-
-def _sizes(shape: str) -> list[tuple[int, int]]:
-    """Bytes and elements of each array in a shape."""
-    result = []
-    for dtype, dimensions in _ARRAY.findall(shape):
-        if dtype in BYTES:
-            elements = math.prod(int(d) for d in dimensions.split(",") if d)
-            result.append((elements * BYTES[dtype], elements))
-    return result
 
 
 def _work_until_done(instructions: list[Instruction], start: int) -> int:
