@@ -141,6 +141,7 @@ WITH_A_PLAIN_WAY = {
     "kbtrain/checkpoint/load_weights.py",
     "kbtrain/backends/whole_batch.py",
     "kbtrain/backends/jax/conv_layout.py",
+    "kbtrain/backends/jax/target.py",
     "kbtrain/backends/tensorflow/device.py",
     "kbtrain/backends/tensorflow/flops.py",
     "kbtrain/backends/tensorflow/optimizer.py",
