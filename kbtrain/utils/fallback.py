@@ -92,6 +92,10 @@ class PrivateApi:
         instead: What happens when ``fast`` fails, as a sentence.
         passes: Whether to raise an exception of ``fast`` without a fallback, such as running out
             of memory.
+
+    Attributes:
+        plain: As given.
+        is_broken: Whether the fast implementation has failed.
     """
 
     def __init__(
@@ -104,14 +108,14 @@ class PrivateApi:
         passes: Callable[[BaseException], bool] = lambda error: False,
     ) -> None:
         self._name, self._package, self._instead = name, package, instead
-        self._fast, self._plain = fast, plain
+        self._fast, self.plain = fast, plain
         self._passes = passes
         self.is_broken = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result for these arguments."""
         if self.is_broken:
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         try:
             return self._fast(*args, **kwargs)
         except (NoFallback, KbtrainError):
@@ -120,7 +124,7 @@ class PrivateApi:
             if self._passes(error):
                 raise
             failure = error
-        result = self._plain(*args, **kwargs)
+        result = self.plain(*args, **kwargs)
         self.is_broken = True
         report(self._name, self._package, failure, self._instead)
         return result

@@ -108,7 +108,7 @@ def distance(name, **settings):
             gpu_counts.pretending(),
             mock.patch.object(gpu_counts.fusion, "applies_to", plain),
             # Without Triton, its operations one by one.
-            mock.patch.object(Scalars, "_launch", lambda self, *inputs: self._run._plain(*inputs)),
+            mock.patch.object(Scalars, "_launch", lambda self, *inputs: self._run.plain(*inputs)),
         ):
             found.append(train(f"{name} {applies}", **settings))
     return max(float(np.nanmax(np.abs(a - b))) for a, b in zip(*found, strict=True))
@@ -222,7 +222,8 @@ def random_numbers():
             ("bernoulli", p),
             ("bernoulli", p.bfloat16()),
         ):
-            plain, kernel = getattr(random, f"_{kind}"), getattr(random_kernel, kind)
+            plain = getattr(random, f"_{kind}")
+            kernel = random.checked(getattr(random_kernel, kind), plain)
             both = plain(seed, *arguments), kernel(seed, *arguments)
             errors.setdefault(kind, []).append(both)
     assert all(x.dtype is y.dtype for pairs in errors.values() for x, y in pairs)
@@ -230,6 +231,31 @@ def random_numbers():
         kind: max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
         for kind, pairs in errors.items()
     }
+
+
+def wrong_kernels():
+    """What is said of kernels that give wrong numbers, and what is computed all the same."""
+    graph = Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta["val"] = torch.tensor(2.0)
+    total = graph.call_function(aten.add.Tensor, (x, y))
+    assigned = graph.call_function(aten.copy_.default, (y, total))
+    total.meta["val"] = assigned.meta["val"] = torch.tensor(4.0)
+    scalars = Scalars([total, assigned], [x, y], [total], [y], {})
+    scalars.text = scalars.text.replace("a0 + a1", "a0 - a1")
+    messages = []
+    with mock.patch(
+        "kbtrain.utils.fallback.logger.warning", lambda *a: messages.append(a[0] % a[1:])
+    ):
+        value, seed = torch.tensor(5.0), torch.tensor([1, 2])
+        (result,) = scalars(torch.tensor(3.0), value)
+        shifted = random.checked(lambda *a: random._normal(*a) + 0.01, random._normal)
+        try:
+            shifted(seed, 0.0, 1.0, [5], torch.float32)
+        except RuntimeError as error:
+            messages.append(str(error))
+    return [float(result), float(value), *messages]
 
 
 def machine_code():
@@ -274,5 +300,7 @@ def machine_code():
 
 
 if __name__ == "__main__":
-    results = {"steps": steps, "numbers": lambda: [numbers(), random_numbers()]}[WHAT]()
+    results = {"steps": steps, "numbers": lambda: [numbers(), random_numbers(), wrong_kernels()]}[
+        WHAT
+    ]()
     sys.__stdout__.write("\n" + json.dumps(results))

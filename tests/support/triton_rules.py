@@ -161,6 +161,24 @@ def recorded_inside(mode):
     return 0.1 in source.numbers
 
 
+def wrong_rules():
+    """What is said of kernels with a wrong number, and of right ones."""
+    device, found = torch.device("cpu"), []
+    for name, number in (("adamw", 0.01), ("lion", 0.01), ("radam", None)):
+        rule = optim.get(name)
+        source = RuleSource(RecordedRule(rule, 0.01, device), Storage())
+        if number is None:  # of the branch that is not taken in the first updates
+            (number,) = (x for x in source.numbers if 5.0e-4 < x < 5.1e-4)
+        for factor in (1.0, 2.0):
+            source.numbers = [factor * x if x == number else x for x in source.numbers]
+            try:
+                rule_groups.check(rule, 0.01, source, Storage(), device)
+                found.append("")
+            except RuntimeError as error:
+                found.append(str(error))
+    return found
+
+
 def numbers(names):
     together = stacked()
     custom_op.on_gpu = lambda device: True
@@ -182,6 +200,7 @@ def numbers(names):
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
                 "stacked": together,
                 "without": without,
+                "wrong": wrong_rules(),
                 "inside": recorded_inside(FakeTensorMode()),
                 "tanh": [variable.value.detach()[0].item(), *log],
             }
@@ -202,7 +221,10 @@ def compile_for(kernel, capability):
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    pointer = {name: "i64" if re.fullmatch(r"p\d+", name) else "*fp32" for name in names}
+    # As Triton itself finds them when the kernel is launched.
+    given = {param.name: param.annotation_type for param in kernel.params}
+    pointer = {name: given[name] or "*fp32" for name in names}
+    assert all(param.do_not_specialize for param in kernel.params if given[param.name] == "i64")
     types = {n: "constexpr" if n in CONSTANTS else TYPES.get(n, pointer[n]) for n in names}
     constants = {(i,): CONSTANTS[n] for i, n in enumerate(names) if n in CONSTANTS}
     made = triton.compile(

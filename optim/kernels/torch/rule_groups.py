@@ -16,9 +16,10 @@ import torch
 from optim.core.fallback import logger, report
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.custom_op import NumberedObjects, settings_of
-from optim.kernels.torch.recording import EXAMPLE, NotElementwise, RecordedRule
-from optim.kernels.torch.triton_launch import Group, GroupKernels, is_available, number_of
-from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
+from optim.kernels.torch.recording import NotElementwise, RecordedRule
+from optim.kernels.torch.triton_check import check
+from optim.kernels.torch.triton_launch import Group, is_available, number_of
+from optim.kernels.torch.triton_source import RuleSource, Storage
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -166,69 +167,6 @@ def _made(
         )
         return None
     return source
-
-
-def check(
-    rule: Any, weight_decay: float, source: RuleSource, storage: Storage, device: torch.device
-) -> None:
-    """Update two small tensors by the kernels and by the rule as it is written, and compare.
-
-    Args:
-        rule: The rule.
-        weight_decay: Its decay.
-        source: The kernels.
-        storage: How the tensors are stored.
-        device: Where.
-
-    Raises:
-        RuntimeError: If the results differ.
-    """
-    from optim.core.rule import advance  # it imports the kernels
-
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-
-    def ramp(size: int, low: float, high: float, kind: str = "float32") -> torch.Tensor:
-        return torch.linspace(low, high, size, **options).to(getattr(torch, kind))
-
-    def slot(name: str, size: int) -> torch.Tensor:
-        wide = name in shapes and tuple(shapes[name]) != ()
-        return ramp(size, 0.2, 0.7) if wide else torch.full((), 0.5, **options)
-
-    with torch.no_grad():
-        shapes = {name: getattr(s, "shape", s) for name, s in rule.slot_shapes((EXAMPLE,)).items()}
-        sizes = (BLOCK + 5, 3)  # one whole block, and two that are not
-        before = [ramp(size, -2.0, 3.0, storage.parameter) for size in sizes]
-        gradients = [ramp(size, 1.0, -0.9, storage.gradient) for size in sizes]
-        slots = {
-            name: [torch.zeros(n, **options) if name == "residual" else slot(name, n)
-                   for n in sizes]
-            for name in source.slots
-        }  # fmt: skip
-        step, rate = torch.full((), 3.0, **options), torch.full((), 0.1, **options)
-        expected = []
-        for i, parameter in enumerate(before):
-            own = {name: values[i].clone() for name, values in slots.items()}
-            new, new_slots = advance(
-                rule, parameter, gradients[i].float(), own, step, rate, weight_decay
-            )
-            expected.append({"parameter": new, **new_slots})
-        parameters = [p.clone() for p in before]
-        GroupKernels(Group.of(source, [source.numbers] * len(sizes))).run(
-            parameters,
-            gradients,
-            [value for values in slots.values() for value in values],
-            step,
-            rate,
-            None,
-            None,
-        )
-        for i, values in enumerate(expected):
-            result = {"parameter": parameters[i], **{n: slots[n][i] for n in source.slots}}
-            for part in (result, values):
-                part["parameter"] = part["parameter"].float() + part.pop("residual", 0.0)
-            for name, value in values.items():
-                if not torch.allclose(result[name], value, rtol=1e-4, atol=1e-5, equal_nan=True):
-                    raise RuntimeError(f"its results are not those of the rule ({name})")
 
 
 def _numbers(

@@ -1,8 +1,8 @@
 """ATen operations of a recorded rule as expressions of Triton's language.
 
-Division and roots are the rounded ones, as PyTorch's own kernels have them: what a rule computes is
-waited for memory in any case. Functions that Triton has only as approximations (exponentials,
-logarithms) are computed in float64. Maximum and minimum pass a NaN on.
+Division and square roots round to the nearest number, as in PyTorch's own kernels; this costs no
+time, because the kernels wait for memory anyway. Functions that Triton only approximates in float32
+(exponentials, logarithms) are computed in float64. Maximum and minimum pass a NaN on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from optim.kernels.torch.codegen import SAME, name_of
 from optim.kernels.torch.recording import RecordedRule
+from optim.kernels.torch.triton_text import literal
 
 
 class Untranslatable(Exception):
@@ -81,6 +82,13 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "ones_like": lambda x: "tl.full((), 1.0, tl.float32)",
     "full_like": lambda x, value: f"tl.full((), {value}, tl.float32)",
 }
+
+
+_ARGUMENTS = {"alpha": "alpha", "value": "value"}
+"""Arguments with a name, and their names here."""
+
+_OF_RESULTS = ("dtype", "layout", "device", "pin_memory", "memory_format")
+"""Arguments that say what the result is like, which its record says too."""
 
 
 class Constants:
@@ -158,13 +166,15 @@ class Lines:
         args = [self._argument(node, i, value) for i, value in enumerate(node.args)]
         if name == "pow":
             return self._power(node, args)
-        if name not in _FUNCTIONS or getattr(node.target, "_overloadname", "") == "Tensor_mode":
+        if name not in _FUNCTIONS:
             raise Untranslatable(f"{node.target} is not among the operations")
-        kwargs = {
-            key: self._argument(node, key, value)
-            for key, value in node.kwargs.items()
-            if key in ("alpha", "value") and value != 1
-        }
+        kwargs = {}
+        for key, value in node.kwargs.items():
+            if key in _ARGUMENTS:
+                if value != 1:
+                    kwargs[_ARGUMENTS[key]] = self._argument(node, key, value)
+            elif key not in _OF_RESULTS and value is not None:
+                raise Untranslatable(f"{node.target} has the argument {key}={value!r}")
         return str(_FUNCTIONS[name](*args, **kwargs))
 
     def _argument(self, node: Node, place: Any, value: Any) -> str:
@@ -175,7 +185,7 @@ class Lines:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise Untranslatable(f"{node.target} has the argument {value!r}")
         if not math.isfinite(value):
-            return f"float('{value}')"
+            return literal(value)
         return self._constants.name((node, place), value)
 
     def _power(self, node: Node, args: list[str]) -> str:

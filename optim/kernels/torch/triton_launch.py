@@ -8,9 +8,11 @@ as arguments of kernels, which a graph keeps.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import linecache
 import math
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ _TABLES = 4
 _NAMES = ("prepare", "sums_tile", "sums", "totals", "update_tile", "update", "fill")
 
 
+@functools.cache
 def is_available() -> bool:
     """Whether Triton is installed; PyTorch brings it along where it has CUDA, on Linux."""
     return importlib.util.find_spec("triton") is not None
@@ -52,9 +55,14 @@ def compiled(source: str) -> dict[str, Any]:
     file = f"<optim {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
-    exec(compile(source, file, "exec"), scope)
+    # As this module is compiled, types of arguments would be text of text, and not read.
+    exec(compile(source, file, "exec", dont_inherit=True), scope)
     names = [name for name in scope if name.startswith(_NAMES)]
-    scope.update({name: triton.jit(scope[name]) for name in names})
+    for name in names:
+        arguments = scope[name].__code__.co_varnames[: scope[name].__code__.co_argcount]
+        # No kernel of its own for pointers that are not multiples of 16, or numbers that are 1.
+        plain = [argument for argument in arguments if re.fullmatch(r"p\d+", argument)]
+        scope[name] = triton.jit(scope[name], do_not_specialize=plain)
     return {name: scope[name] for name in names}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,11 @@ POINTERS = 448
 def function(name: str, arguments: str, body: Iterable[str]) -> str:
     """The text of a function."""
     return f"def {name}({arguments}):\n" + "\n".join(f"    {line}" for line in body)
+
+
+def literal(number: float) -> str:
+    """A number as it is written in Triton's language."""
+    return repr(number) if math.isfinite(number) else f"float('{number}')"
 
 
 def specialized(text: str, numbers: Sequence[float], columns: Sequence[int], rows: int) -> str:
@@ -36,7 +42,7 @@ def specialized(text: str, numbers: Sequence[float], columns: Sequence[int], row
         start, body = _after_indices(body)
         body = re.sub(
             r"\bc(\d+)\b",
-            lambda m: m[0] if int(m[1]) in columns else repr(numbers[int(m[1])]),
+            lambda m: m[0] if int(m[1]) in columns else literal(numbers[int(m[1])]),
             body,
         )
         return "\n".join([head, *start, *reads, body])

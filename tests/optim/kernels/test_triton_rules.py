@@ -60,6 +60,11 @@ def test_matrices_that_are_updated_together_are_those_that_are_updated_one_by_on
     assert {name: x for name, x in found.items() if not x < 1e-6} == {}
 
 
+def test_wrong_kernels_are_found_before_they_update_anything(numbers):
+    """A decay, and a branch that is taken late."""
+    assert numbers["wrong"] == ["", "its results are not those of the rule (parameter)"] * 3
+
+
 def test_without_triton_rules_run_on_lists_and_one_warning_says_so(numbers):
     log = [x for x in numbers["without"] if isinstance(x, str)]
     distances = [x for x in numbers["without"] if not isinstance(x, str)]

@@ -30,7 +30,7 @@ from keras.src.random.seed_generator import draw_seed
 
 from kbtrain.backends.torch.device import is_oom
 from kbtrain.backends.torch.fusion import random_kernel
-from kbtrain.backends.torch.fusion.scalar_kernel import is_available
+from kbtrain.backends.torch.fusion.scalar_kernel import is_available, is_capturing
 from kbtrain.utils.fallback import PrivateApi
 
 
@@ -164,6 +164,51 @@ _KERNELS: dict[str, Callable[..., torch.Tensor]] = {
 """Where Triton is installed."""
 
 
+def checked(
+    kernel: Callable[..., torch.Tensor], operations: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """A kernel that is compared with PyTorch's operations the first time, for each dtype.
+
+    Args:
+        kernel: ``kernel(seed, *args)``.
+        operations: The same by operations of PyTorch.
+
+    Returns:
+        The kernel, which raises a `RuntimeError` if its first numbers are not the same.
+    """
+    seen: set[torch.dtype] = set()
+
+    def run(seed: torch.Tensor, *args: Any) -> torch.Tensor:
+        dtypes = (getattr(a, "dtype", a) for a in args)
+        (dtype,) = (found for found in dtypes if isinstance(found, torch.dtype))
+        if dtype not in seen and not is_capturing(seed.device):
+            few = [_few(argument) for argument in args]
+            if not _are_close(kernel(seed, *few), operations(seed, *few)):
+                raise RuntimeError("its numbers are not those of the operations")
+            seen.add(dtype)
+        return kernel(seed, *args)
+
+    return run
+
+
+def _are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Up to a rounding in their dtype, and those of a logarithm and a cosine."""
+    if found.dtype is not expected.dtype or not found.is_floating_point():
+        return torch.equal(found, expected)
+    limit = (1e-5 + 4 * torch.finfo(found.dtype).eps) * expected.abs().max().double()
+    return bool(((found.double() - expected.double()).abs() <= limit).all())
+
+
+def _few(argument: Any) -> Any:
+    """A shape or a tensor of two blocks of a kernel."""
+    if isinstance(argument, torch.Tensor):
+        return argument.reshape(-1)[:_FEW]
+    return [_FEW] if isinstance(argument, list | tuple) else argument
+
+
+_FEW = 1100
+
+
 # --- as operations --------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("kbtrain_random", "DEF")
@@ -180,7 +225,7 @@ def _define(
     in_one_kernel = PrivateApi(
         "Drawing random numbers in one kernel",
         "triton",
-        _KERNELS.get(name, on_device),
+        checked(_KERNELS[name], on_device) if name in _KERNELS else on_device,
         on_device,
         "They are drawn in several, which takes longer.",
         passes=is_oom,

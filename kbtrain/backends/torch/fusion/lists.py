@@ -148,7 +148,7 @@ def kind_of(node: Node) -> Hashable | None:
         if condition.meta["val"].dim() or not _are_like([s.meta["val"] for s in sides], value):
             return None
         return (target, condition, value.dtype, place) if value.is_contiguous() else None
-    if target in _IN_PLACE and len(node.args) == 2 and not node.kwargs:
+    if target in _IN_PLACE and len(operands) == len(node.args) == 2 and not node.kwargs:
         return (target, value.dtype, place) if _are_like(tensors, value) else None
     return None
 

@@ -1,8 +1,9 @@
 """Operations on scalars as the text of a Triton kernel.
 
-One program of one warp loads all scalars, computes, and stores the results. Each operation rounds
-as PyTorch's kernel does (no fused multiply-add, division and root to the nearest), except for the
-order of a sum.
+One program of one warp loads all scalars, computes, and stores the results. Arithmetic, divisions
+and square roots round as PyTorch's kernels do: there is no fused multiply-add. Sums are added in
+another order, and a sine, a cosine or a power may differ in the last digit. The first result of a
+kernel is compared with that of the operations.
 """
 
 from __future__ import annotations
@@ -284,6 +285,21 @@ def compiled(text: str) -> Any:
     return scope["kernel"]
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be read from the device."""
+    return device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
+
+
+def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a kernel's results are those of PyTorch's operations, up to a few roundings."""
+    if found.dtype is not expected.dtype or found.shape != expected.shape:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    both = found.double(), expected.double()
+    return torch.allclose(*both, rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
 # --- a kernel -------------------------------------------------------------------------------------
 
 
@@ -332,6 +348,7 @@ class Scalars:
             passes=is_oom,
         )
         self._kernel: Any = None
+        self._is_checked = False
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """The results for these inputs, some of which are assigned."""
@@ -341,6 +358,20 @@ class Scalars:
     def _launch(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         if self._kernel is None:
             self._kernel = compiled(self.text)
+        if not self._is_checked and not is_capturing(inputs[0].device):
+            self._check(inputs)
+            self._is_checked = True
+        return self._compute(inputs)
+
+    def _check(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Compare the kernel with the operations one by one, before anything is assigned."""
+        copies, others = ([tensor.clone() for tensor in inputs] for _ in range(2))
+        found, expected = self._compute(copies), self._run.plain(*others)
+        for x, y in zip([*found, *copies], [*expected, *others], strict=True):
+            if not are_close(x, y):
+                raise RuntimeError("its results are not those of the operations")
+
+    def _compute(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         device = inputs[0].device
         results = [torch.empty((), dtype=dtype, device=device) for dtype in self._dtypes]
         # Triton launches on the current device.

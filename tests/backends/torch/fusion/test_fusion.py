@@ -84,17 +84,25 @@ def numbers(tmp_path_factory):
 
 
 def test_random_numbers_are_those_of_the_operations(numbers):
-    _, errors = numbers
+    _, errors, _ = numbers
     normal = errors.pop("normal")
     assert errors == {"uniform": 0, "randint": 0, "bernoulli": 0}
     assert normal < 2e-6  # a standard deviation is 2
 
 
 def test_operations_on_scalars_round_as_those_of_pytorch(numbers):
-    errors, _ = numbers
+    errors, *_ = numbers
     assert len(errors) == 33
     assert min(tried for tried, _ in errors.values()) >= 9
     inexact = {name: error for name, (_, error) in errors.items() if error > 0}
     # The last digit of float32, and of float64.
     limits = {"cos": 2e-7, "sin": 2e-7, "pow.Tensor_Tensor": 1e-15, "pow.Tensor_Scalar": 1e-15}
     assert {name: x for name, x in inexact.items() if not x < limits.get(name, 0)} == {}
+
+
+def test_a_kernel_that_gives_other_numbers_is_not_used(numbers):
+    result, assigned, *messages = numbers[2]
+    assert result == assigned == 8  # nothing was assigned before
+    assert len(messages) == 2
+    assert "scalars of a step in one kernel does not work" in messages[0]
+    assert "not those of the operations" in messages[1]
