@@ -163,8 +163,7 @@ class Run:
             else:
                 how = "done" if status == 0 else f"failed with status {status}"
             self.rows += read_rows(each.rows)
-            failed = how != "done"
-            said = each.output.read_text("utf-8", "replace")[-TAIL:] if failed else ""
+            said = each.output.read_text("utf-8", "replace")[-TAIL:]
             if status == NO_DEVICE:
                 how, self.unusable[each.part.backend] = "left out", said.strip()
             self._ended(each.part, how, said, seconds)

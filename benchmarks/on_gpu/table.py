@@ -65,7 +65,8 @@ def table(
     for part, outcome in outcomes.items():
         yield ""
         yield f"{part} ({outcome['how']}, {outcome['seconds']:.0f} s)"
-        for line in outcome["said"].strip().splitlines()[-4:]:
+        said = outcome["said"].strip() if outcome["how"] != "done" else ""
+        for line in said.splitlines()[-4:]:
             yield f"    | {line[:110]}"
         own = [row for row in rows if row["part"] in outcome["parts"]]
         for i, row in enumerate(own):

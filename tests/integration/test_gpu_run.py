@@ -1,13 +1,16 @@
 """`benchmarks/gpu_run.py`: whatever happens to a part, the others run and the file is whole."""
 
+import dataclasses
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
 
 import keras
+import numpy as np
 import pytest
 from paths import ROOT
 
@@ -109,6 +112,23 @@ def test_optimizers_are_found_where_kbtrain_is_only_on_the_path(gpu_run, monkeyp
     (found,) = metadata.distributions(path=[str(tmp_path)])
     written = {e.name: e.value for e in found.entry_points if e.group == "kbtrain.optimizers"}
     assert {e.name: e.value for e in installed} == written
+
+
+@pytest.mark.neutral
+def test_an_optimizer_that_does_nothing_or_falls_back_fails(gpu_run, monkeypatch):
+    correctness = importlib.import_module("on_gpu.correctness")
+    start, moved = np.zeros(3), np.full(3, 1e-3)
+    cpu = correctness.Outcome(np.ones(2), [start], [moved], [moved], [])
+    for end, way in ((moved, 0.0), (start, 1.0), (1.005 * moved, 0.005), (moved * np.nan, np.inf)):
+        here = dataclasses.replace(cpu, end=[end])
+        assert correctness.way_apart(here, cpu) == pytest.approx(way, abs=1e-9)
+    with correctness.Listener() as listener:
+        logging.getLogger("optim").warning("Making a kernel does not work with triton 3")
+        logging.getLogger("kbtrain").warning("Drawing random numbers does not work with triton 3")
+        logging.getLogger("kbtrain").info("The step runs as a CUDA graph")
+        logging.getLogger("kbtrain").info("of no interest")
+    assert len(listener.messages) == 3
+    assert [correctness.is_broken([m]) for m in listener.messages] == [True, True, False]
 
 
 @pytest.mark.neutral

@@ -161,6 +161,24 @@ def recorded_inside(mode):
     return 0.1 in source.numbers
 
 
+def many():
+    """The largest error of an update of 450 tensors, one without elements, some not aligned."""
+    rule, device = optim.get("lion"), torch.device("cpu")
+    source = RuleSource(RecordedRule(rule, 0.1, device), Storage())
+    memory = torch.linspace(-1.0, 1.0, 3 * 450 * 4 + 1)[1:]
+    sizes = [i % 4 for i in range(450)]
+    lists = [[x[i, :n] for i, n in enumerate(sizes)] for x in memory.view(3, 450, 4)]
+    expected = []
+    for p, g, m in zip(*lists, strict=True):
+        moved = torch.sign(0.9 * m + 0.1 * g) + 0.1 * p
+        expected += [p - 0.5 * moved, 0.99 * m + 0.01 * g]
+    numbers = [source.numbers] * 450
+    kernels = triton_launch.GroupKernels(triton_launch.Group.of(source, numbers))
+    kernels.run(*lists, torch.ones(()), torch.tensor(0.5), None, None)
+    found = [x for p, _, m in zip(*lists, strict=True) for x in (p, m)]
+    return max(float((x - y).abs().max()) for x, y in zip(found, expected, strict=True) if len(x))
+
+
 def wrong_rules():
     """What is said of kernels with a wrong number, and of right ones."""
     device, found = torch.device("cpu"), []
@@ -200,6 +218,7 @@ def numbers(names):
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
                 "stacked": together,
                 "without": without,
+                "many": many(),
                 "wrong": wrong_rules(),
                 "inside": recorded_inside(FakeTensorMode()),
                 "tanh": [variable.value.detach()[0].item(), *log],

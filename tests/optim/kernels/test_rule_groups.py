@@ -25,7 +25,15 @@ def found():
 
 def test_a_table_has_room_for_all_that_a_kernel_writes_into_it(found):
     """However many tensors there are: one launch writes 448 numbers, wherever it begins."""
-    assert {count: room for count, room in found["room"].items() if room < 448} == {}
+    assert {count: room for count, (room, *_) in found["room"].items() if room < 448} == {}
+
+
+def test_as_many_kernels_are_launched_as_are_counted(found):
+    launches = {int(count): pair for count, (_, *pair) in found["room"].items()}
+    assert launches == {
+        **{1: [2, 2], 128: [2, 2], 129: [2, 2], 448: [2, 2]},
+        **{449: [3, 3], 450: [3, 3], 897: [4, 4]},
+    }
 
 
 def test_a_changed_hyperparameter_is_in_the_next_kernel(found):

@@ -60,6 +60,10 @@ def test_matrices_that_are_updated_together_are_those_that_are_updated_one_by_on
     assert {name: x for name, x in found.items() if not x < 1e-6} == {}
 
 
+def test_more_tensors_than_a_launch_has_pointers_for(numbers):
+    assert numbers["many"] < 1e-6
+
+
 def test_wrong_kernels_are_found_before_they_update_anything(numbers):
     """A decay, and a branch that is taken late."""
     assert numbers["wrong"] == ["", "its results are not those of the rule (parameter)"] * 3

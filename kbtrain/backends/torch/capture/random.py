@@ -194,7 +194,7 @@ def checked(
 def _are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Up to a rounding in their dtype, and those of a logarithm and a cosine."""
     if found.dtype is not expected.dtype or not found.is_floating_point():
-        return torch.equal(found, expected)
+        return bool(torch.equal(found, expected))
     limit = (1e-5 + 4 * torch.finfo(found.dtype).eps) * expected.abs().max().double()
     return bool(((found.double() - expected.double()).abs() <= limit).all())
 

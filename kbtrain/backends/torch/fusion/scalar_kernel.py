@@ -295,9 +295,9 @@ def are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.dtype is not expected.dtype or found.shape != expected.shape:
         return False
     if not found.is_floating_point():
-        return torch.equal(found, expected)
+        return bool(torch.equal(found, expected))
     both = found.double(), expected.double()
-    return torch.allclose(*both, rtol=1e-4, atol=1e-7, equal_nan=True)
+    return bool(torch.allclose(*both, rtol=1e-4, atol=1e-7, equal_nan=True))
 
 
 # --- a kernel -------------------------------------------------------------------------------------
