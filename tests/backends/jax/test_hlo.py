@@ -115,6 +115,8 @@ dynamic_slice_sizes={32,256}
     line = "%f = f32[32,256]{1,0:T(8,128)S(1)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter"
     size = 4 * 256 * 256
     assert program(line, others).sent() == {"reduce-scatter": (1, size * 7 // 8)}
+    inside = others.partition("{\n")[2].rpartition("}")[0]
+    assert program(inside).sent() == {"all-reduce": (1, 2 * size * 7 // 8)}  # not in a kernel
 
 
 def test_what_starts_asynchronously_counts_once(program):

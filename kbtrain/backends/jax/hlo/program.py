@@ -136,7 +136,7 @@ class Program:
         for name, instructions in self.computations.items():
             if name not in loops or name in started:
                 continue
-            for each, channel in self._collectives(instructions, *loops[name]):
+            for each, channel in self._collectives(instructions, name in inside, *loops[name]):
                 key = each.kind, channel
                 if name not in inside or not channel:
                     found.append(each)
@@ -259,7 +259,7 @@ class Program:
         return sum(read), written
 
     def _collectives(
-        self, instructions: list[Instruction], loops: int, rounds: int
+        self, instructions: list[Instruction], kernel: bool, loops: int, rounds: int
     ) -> Iterator[tuple[Collective, str]]:
         """Those of a computation, with their channels."""
         for i, instruction in enumerate(instructions):
@@ -278,7 +278,7 @@ class Program:
             members = max(map(len, groups))
             if kind == "reduce-scatter":
                 size *= members
-            elif kind == "all-reduce" and self._scatters(instructions, members, size):
+            elif kind == "all-reduce" and kernel and self._scatters(instructions, members, size):
                 kind = "reduce-scatter"
             scalar = max((each.elements for each in sizes), default=0) <= 1
             channel = _CHANNEL.search(of.rest)
@@ -288,7 +288,7 @@ class Program:
             )
 
     def _scatters(self, instructions: list[Instruction], members: int, size: int) -> bool:
-        """Whether a computation is a kernel of a TPU that leaves each device its part of a sum."""
+        """Whether a kernel, of a TPU, leaves each device its part of a sum."""
         sliced = any(each.operation == "dynamic-slice" for each in instructions)
         return sliced and members > 1 and instructions[-1].bytes * members < 1.5 * size
 
