@@ -14,6 +14,9 @@ recording a step                 backends/torch/runner            the step runs 
 kbtrain's own recorder           backends/torch/capture           ``make_fx`` records
 predicated optimizer updates     backends/torch                   old values are selected
 norm and product of a list       backends/torch                   one tensor after the other
+scalars of a step in a kernel    backends/torch/fusion            operations one by one
+random numbers in a kernel       backends/torch/capture/random    several operations
+small operations put together    backends/torch/fusion            they stay as recorded
 a user's ``tf.function``         backends/tensorflow/autograph    ``tf.autograph.to_graph``
 whether XLA compiles             backends/tensorflow/optimizer    treated as not compiled
 switching determinism off        backends/tensorflow/device       it stays on

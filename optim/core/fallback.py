@@ -5,7 +5,8 @@ with the same result, and the log says so once. These are all uses:
 
 - ``kernels/jax/``: results in the order in which they overwrite their old values;
 - ``kernels/tensorflow/``: the same, and whether XLA compiles;
-- ``kernels/torch/``: PyTorch's fused optimizers, recorded rules, Keras' stateless scope;
+- ``kernels/torch/``: PyTorch's fused optimizers, recorded rules and leaving the modes that record a
+  step (``_disable_current_modes``), kernels by Triton, Keras' stateless scope;
 - ``core/precision.py``: the table by which Keras makes float32 of float64;
 - here: iterating over a model's layers.
 

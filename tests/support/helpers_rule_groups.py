@@ -3,6 +3,7 @@
 Kernels are noted and do nothing. Prints one JSON object.
 """
 
+import gc
 import json
 import sys
 
@@ -65,9 +66,27 @@ def changed(name, attribute, value):
         assert groups.add(rule, variable.value, torch.ones(3), slots)
         before = len(triton_launch._GROUPS._objects)
         groups.run(torch.ones(()), torch.ones(()))
-        made = triton_launch._GROUPS._objects[before:]
+        made = [*triton_launch._GROUPS._objects.values()][before:]
         found.append([kernels.group.numbers[0] for kernels in made])
     return found
+
+
+def of_many_numbers():
+    """Texts of kernels while a hyperparameter changes with every update, and what stays of them."""
+    variable = keras.Variable(np.ones(3), dtype="float32", name="v")
+    optimizer = optim.get("lion", learning_rate=0.1)
+    texts = []
+    triton_launch.compiled = lambda text: texts.append(text) or dict.fromkeys(triton_launch._NAMES)
+    triton_launch._launch = lambda *args, **constants: None
+    gc.collect()
+    before = len(triton_launch._GROUPS._objects)
+    for i in range(20):
+        optimizer.beta_1 = 0.5 + i / 64
+        optimizer.apply([torch.ones(3)], [variable])
+    made = len(triton_launch._GROUPS._objects) - before
+    del optimizer, variable
+    gc.collect()
+    return [made, len({*texts}), len(triton_launch._GROUPS._objects) - before]
 
 
 def devices():
@@ -121,6 +140,7 @@ def main():
             "changed": changed("adamw", "beta_1", 0.5),
             "devices": devices(),
             "versions on a GPU": versions("lion"),
+            "many numbers": of_many_numbers(),
         }
     print(json.dumps(found))
 

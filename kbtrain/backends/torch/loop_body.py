@@ -19,7 +19,8 @@ class LoopBody:
 
     On a GPU the tensors of the carry, which are sums of gradients, are state of the body: it adds
     to them in place. As inputs and results they would be as large as the model, twice, and copied
-    to the memory of a CUDA graph and back for each micro-batch.
+    to the memory of a CUDA graph and back for each micro-batch. Each is assigned in turn, so a body
+    must not return the tensors of its carry in other places.
 
     Args:
         fn: The body.

@@ -6,6 +6,7 @@ captured step runs. Its arguments are tensors and numbers only: other objects ar
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -80,11 +81,19 @@ def tile_width(each: int, largest: int, device: torch.device) -> int:
     return min(most, largest)
 
 
+MOST_OBJECTS = 1024
+"""Of an owner, whose hyperparameters may change with every update."""
+
+
 class NumberedObjects(Generic[T]):
-    """Objects by number, which an operation can take in their place."""
+    """Objects by number, which an operation can take in their place.
+
+    They go with their owner; of one that has very many, those that were asked for the longest ago.
+    """
 
     def __init__(self) -> None:
-        self._objects: list[T] = []
+        self._objects: dict[int, T] = {}
+        self._next = itertools.count()
         self._lock = threading.Lock()
         self._numbers: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 
@@ -100,10 +109,24 @@ class NumberedObjects(Generic[T]):
             make: Makes the object.
         """
         with self._lock:
-            numbers = self._numbers.setdefault(owner, {})
-        if key not in numbers:
-            made = make()  # which may ask for other objects
-            with self._lock:
-                self._objects.append(made)
-                numbers.setdefault(key, len(self._objects) - 1)
-        return numbers[key]
+            numbers = self._numbers.get(owner)
+            if numbers is None:
+                numbers = self._numbers[owner] = {}
+                weakref.finalize(owner, _forget, self._objects, numbers).atexit = False
+            if key in numbers:
+                numbers[key] = numbers.pop(key)
+                return numbers[key]
+        made = make()  # which may ask for other objects
+        with self._lock:
+            if key not in numbers:
+                numbers[key] = next(self._next)
+                self._objects[numbers[key]] = made
+                if len(numbers) > MOST_OBJECTS:
+                    del self._objects[numbers.pop(next(iter(numbers)))]
+            return numbers[key]
+
+
+def _forget(objects: dict[int, Any], numbers: dict[Any, int]) -> None:
+    # Without the lock: a thread may hold it while memory is collected.
+    for number in numbers.values():
+        objects.pop(number, None)

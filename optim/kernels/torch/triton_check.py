@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from optim.kernels.torch.recording import EXAMPLE
-from optim.kernels.torch.triton_launch import Group, GroupKernels
+from optim.kernels.torch.triton_launch import Group, GroupKernels, with_few_kernels
 from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
 
 _SIZES = (BLOCK + 5, 3)  # one whole block, and two that are not
@@ -37,7 +37,8 @@ def check(
     Raises:
         RuntimeError: If the results differ.
     """
-    kernels = GroupKernels(Group.of(source, [(m, *source.numbers[1:]) for m in _MULTIPLES]))
+    group = Group.of(source, [(m, *source.numbers[1:]) for m in _MULTIPLES])
+    kernels = GroupKernels(with_few_kernels(rule, group))
     with torch.no_grad():
         for step in _STEPS:
             _check_at(step, rule, weight_decay, source, storage, device, kernels)

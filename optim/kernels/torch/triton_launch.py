@@ -14,10 +14,11 @@ import linecache
 import math
 import re
 import struct
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def is_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.lru_cache(256)
 def compiled(source: str) -> dict[str, Any]:
     """The kernels in some source, by name, ready to be launched.
 
@@ -77,6 +79,7 @@ class Group:
         partials: `RuleSource.partials`.
         bytes_per_element: `RuleSource.bytes_per_element`.
         numbers: For every tensor, those of its rule.
+        varying: Whether kernels read all numbers, so that others need no other kernels.
     """
 
     text: str
@@ -85,6 +88,7 @@ class Group:
     partials: int
     bytes_per_element: int
     numbers: tuple[tuple[float, ...], ...]
+    varying: bool = False
 
     @classmethod
     def of(cls, source: RuleSource, numbers: Sequence[Sequence[float]]) -> Group:
@@ -100,8 +104,10 @@ class Group:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Which numbers differ."""
+        """Which numbers are read: those that differ."""
         first = self.numbers[0]
+        if self.varying:
+            return tuple(range(len(first)))
         return tuple(i for i in range(len(first)) if any(n[i] != first[i] for n in self.numbers))
 
     def source(self, pointers: int) -> str:
@@ -250,6 +256,27 @@ def _power_of_two(count: int) -> int:
 _GROUPS: NumberedObjects[GroupKernels] = NumberedObjects()
 
 
+# Numbers for which a rule gets kernels of its own: more are a schedule of a hyperparameter.
+_MOST_NUMBERS = 8
+_WRITTEN: weakref.WeakKeyDictionary[Any, dict[Any, set[Any]]] = weakref.WeakKeyDictionary()
+
+
+def with_few_kernels(rule: Any, group: Group) -> Group:
+    """The group, whose kernels read all numbers if the rule had many others before.
+
+    Args:
+        rule: One of its rules.
+        group: The group.
+    """
+    columns = set(group.columns)
+    numbers = tuple(x for i, x in enumerate(group.numbers[0]) if i not in columns)
+    written = _WRITTEN.setdefault(rule, {}).setdefault((group.text, *sorted(columns)), set())
+    if numbers not in written and len(written) >= _MOST_NUMBERS:
+        return replace(group, varying=True)
+    written.add(numbers)
+    return group
+
+
 def number_of(rule: Any, group: Group) -> int:
     """The number by which the operation knows a group.
 
@@ -257,7 +284,7 @@ def number_of(rule: Any, group: Group) -> int:
         rule: One of its rules.
         group: The group.
     """
-    return _GROUPS.number(rule, group, lambda: GroupKernels(group))
+    return _GROUPS.number(rule, group, lambda: GroupKernels(with_few_kernels(rule, group)))
 
 
 def launches(group: int) -> int:

@@ -5,7 +5,7 @@ Pointers to the tensors are in a table, a row of it for every slot, a column for
 - row 0: the first block of a tensor, where all blocks of all tensors are numbered;
 - row 1: its number of elements;
 - row 2: the parameter; then the residual of a low-precision one, the slots with a value per
-  element (two rows for one in 8 bits: codes and scales), and those that are scalars;
+  element, and those that are scalars;
 - then numbers in which the tensors differ: decays, multiples of the learning rate.
 
 Two kernels make an update. ``prepare``, a single block, notes the pointers to the gradients, which

@@ -43,6 +43,14 @@ def test_a_changed_hyperparameter_is_in_the_next_kernel(found):
     assert again == []  # the same ones
 
 
+def test_a_hyperparameter_that_changes_with_every_update_needs_few_kernels(found):
+    """And nothing is left of them when their optimizer is gone."""
+    made, texts, left = found["many numbers"]
+    assert made == 20
+    assert texts <= 8 + 2  # one reads its numbers, one writes tables
+    assert left == 0
+
+
 def test_tensors_on_several_devices_get_no_kernel(found):
     assert found["devices"] == [True, False, False]
 

@@ -1,9 +1,12 @@
 """The factor of the gradients and the flag of the step as arguments of fused optimizers.
 
 Clipping multiplies all gradients by one number, which is a pass over them, and an update that must
-not happen is undone by selecting the old state, which is a dozen. PyTorch's fused optimizers, and
-any operation with the same arguments, divide by ``grad_scale`` as they read a gradient, and change
-nothing where ``found_inf`` is 1.
+not happen is undone by selecting the old state, which is a dozen. Operations with such arguments
+divide by ``grad_scale`` as they read a gradient, and change nothing where ``found_inf`` is 1.
+
+The flag is for operations that change nothing but state, as the kernels that ``optim`` makes of
+rules. PyTorch's fused optimizers write gradients too, which no selection restores; they get the
+flag where they are called (``capture.predication``).
 """
 
 from __future__ import annotations
