@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from keras import ops
@@ -98,6 +100,11 @@ def restored(codes: Tensor, scales: Tensor, shape: tuple[int, ...], signed: bool
     return ops.reshape(flat[: math.prod(shape)], shape)
 
 
+@functools.cache
+def _hyperparameters(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls).parameters) - {"name", "learning_rate"}
+
+
 class EightBit(Optimizer):
     r"""Mixin: the state of the optimizer it is combined with, in 8 bits.
 
@@ -133,6 +140,12 @@ class EightBit(Optimizer):
         for key in ("keep", "parameter_groups"):
             config.pop(key, None)
         self.full = self.full_precision.from_config(config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        full, cls = vars(self).get("full"), cast(Any, self.full_precision)
+        if full is not None and name in vars(full) and name in _hyperparameters(cls):
+            setattr(full, name, value)  # its rule is the one that is executed
 
     def rule_for(self, variable: Any) -> Optimizer:
         """This rule for large tensors; full precision for small ones, float64 and ``keep``.

@@ -294,14 +294,16 @@ def test_the_gradient_is_left_as_it_is(tools, rng):
 
 def test_a_changed_hyperparameter_counts_from_the_next_update(tools, rng):
     start, *gradients = (rng.standard_normal(7).astype("float32") for _ in range(5))
-    variable, other = keras.Variable(start, name="v"), keras.Variable(start, name="w")
+    variable, other, small = (keras.Variable(start, name=name) for name in "vws")
     lion, adafactor = optim.Lion(0.1, beta_1=0.9, beta_2=0.7), optim.Adafactor(0.1)
+    in_8_bits = optim.Lion8bit(0.1, beta_1=0.9, beta_2=0.7)  # its small tensors are in 32
     p, m, q, v = start.astype("float64"), 0.0, start.astype("float64"), 0.0
     for i, g in enumerate(gradients, 1):
         if i == 3:
-            lion.beta_1, adafactor.clip_threshold = 0.1, 0.25
+            lion.beta_1, adafactor.clip_threshold, in_8_bits.beta_1 = 0.1, 0.25, 0.1
         tools.run(lion, [variable], [[g]])
         tools.run(adafactor, [other], [[g]])
+        tools.run(in_8_bits, [small], [[g]])
         beta_1, threshold = (0.9, 1.0) if i < 3 else (0.1, 0.25)
         p = p - 0.1 * np.sign(beta_1 * m + (1 - beta_1) * g)
         m = 0.7 * m + 0.3 * g
@@ -309,4 +311,5 @@ def test_a_changed_hyperparameter_counts_from_the_next_update(tools, rng):
         delta = g / np.sqrt(v)
         q = q - 0.1 * delta / max(1.0, np.sqrt(np.mean(delta**2)) / threshold)
         np.testing.assert_allclose(tools.to_numpy(variable), p, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(tools.to_numpy(small), p, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(tools.to_numpy(other), q, rtol=1e-5, atol=1e-5)
