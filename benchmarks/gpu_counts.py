@@ -29,7 +29,7 @@ import keras
 import numpy as np
 import torch
 import workloads
-from optimizer_counts import NAMES, counted, pretended_gpu
+from optimizer_counts import NAMES, PER_LAUNCH, counted, pretended_gpu
 from torch.fx import Graph, Node
 
 from kbtrain import Trainer, TrainingArguments
@@ -74,9 +74,6 @@ class Count:
 # --- kernels of an operation ----------------------------------------------------------------------
 
 _NO_KERNEL = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
-_LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-"""Tensors that one launch of a foreach kernel takes, by the number of lists: their addresses are
-its arguments, which may have 4 KiB (PyTorch's MultiTensorApply.cuh)."""
 _BLOCKS, _CHUNK = 320, 1 << 16
 """Blocks of one launch, and elements of a block."""
 
@@ -105,7 +102,7 @@ def launches_over_lists(sizes: Sequence[int], lists: int) -> int:
         for chunk in range(chunks):
             blocks += 1
             last = chunk == chunks - 1
-            full = tensors == _LISTS[lists] and last or blocks == _BLOCKS
+            full = tensors == PER_LAUNCH[lists] and last or blocks == _BLOCKS
             if full or (last and not any(sizes[position + 1 :])):
                 launches += 1
                 blocks, tensors = 0, 0 if last else 1

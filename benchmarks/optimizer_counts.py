@@ -42,8 +42,9 @@ from optim.kernels.torch import (
 
 aten = torch.ops.aten
 
-_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-"""Tensors that a kernel over lists takes, by the number of lists (MultiTensorApply.cuh)."""
+PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+"""Tensors that one launch of a kernel over lists takes, by the number of lists: their addresses are
+its arguments, which may have 4 KiB (PyTorch's MultiTensorApply.cuh)."""
 _NOTHING = (
     "empty",
     "detach",
@@ -140,7 +141,7 @@ def _launches(name: str, args: Sequence[Any]) -> int:
         return 1
     pieces = sum(math.ceil(t.numel() / 65536) for t in lists[0])
     depth = min(max(len(lists) - name.startswith("_fused_ada"), 1), 5)  # the steps are no list
-    return int(max(math.ceil(pieces / 320), math.ceil(len(lists[0]) / _PER_LAUNCH[depth])))
+    return int(max(math.ceil(pieces / 320), math.ceil(len(lists[0]) / PER_LAUNCH[depth])))
 
 
 def _bytes(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
