@@ -141,10 +141,10 @@ def train(
             callbacks=list(callbacks),
         )
         trainer.fit(resume_from_checkpoint=True) if resume else trainer.fit()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     weights = [np.asarray(array, "float64") for array in trainer.model.get_weights()]
     messages = sorted(set(listener.messages))
-    losses = np.asarray(losses, "float64")
+    losses = np.asarray(logged, "float64")
     return Outcome(losses, start, _trainable(trainer.model), weights, messages)
 
 
