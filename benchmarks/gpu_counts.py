@@ -38,7 +38,7 @@ from kbtrain.backends.torch import fusion, runner
 from kbtrain.backends.torch.capture import codegen, program, random, step, trace
 from kbtrain.backends.torch.capture.aliasing import aliases
 from kbtrain.backends.torch.fusion import lists, scalar_kernel
-from optim.kernels.torch import triton_launch
+from optim.kernels.torch.triton_kernels import launch as triton_launch
 
 aten = torch.ops.aten
 

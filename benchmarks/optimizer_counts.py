@@ -37,8 +37,8 @@ from optim.kernels.torch import (
     eight_bit,
     elementwise,
     rule_groups,
-    triton_launch,
 )
+from optim.kernels.torch.triton_kernels import launch as triton_launch
 
 aten = torch.ops.aten
 

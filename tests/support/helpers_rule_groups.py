@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from optimizer_counts import pretended_gpu
 
 import optim
-from optim.kernels.torch import custom_op, rule_groups, triton_launch
+from optim.kernels.torch import custom_op, rule_groups
 from optim.kernels.torch.recording import RecordedRule
-from optim.kernels.torch.triton_launch import Group, GroupKernels
-from optim.kernels.torch.triton_source import RuleSource, Storage
-from optim.kernels.torch.triton_text import POINTERS
+from optim.kernels.torch.triton_kernels import launch as triton_launch
+from optim.kernels.torch.triton_kernels.launch import Group, GroupKernels
+from optim.kernels.torch.triton_kernels.source import RuleSource, Storage
+from optim.kernels.torch.triton_kernels.text import POINTERS
 
 CPU = torch.device("cpu")
 

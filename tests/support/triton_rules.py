@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
-from optim.kernels.torch import custom_op, rule_groups, triton_launch
+from optim.kernels.torch import custom_op, rule_groups
 from optim.kernels.torch.recording import RecordedRule
-from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
-from optim.kernels.torch.triton_text import POINTERS
+from optim.kernels.torch.triton_kernels import launch as triton_launch
+from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource, Storage
+from optim.kernels.torch.triton_kernels.text import POINTERS
 
 UPDATES = 3
 # A tensor that ends in a block, one of a single number, and one that is longer than a block.

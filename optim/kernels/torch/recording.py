@@ -3,7 +3,7 @@
 What depends on scalars only (the step, the learning rate, slots of shape ``()``) is told apart from
 what has a value per element, and what is summed over the tensor from what needs these sums. Kernels
 are made of such a graph: `optim.kernels.torch.elementwise` for tiles on a CPU,
-`optim.kernels.torch.triton_source` for a GPU.
+`optim.kernels.torch.triton_kernels.source` for a GPU.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from optim.core.fallback import logger, report
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.custom_op import NumberedObjects, settings_of
 from optim.kernels.torch.recording import NotElementwise, RecordedRule
-from optim.kernels.torch.triton_check import check
-from optim.kernels.torch.triton_launch import Group, is_available, number_of
-from optim.kernels.torch.triton_source import RuleSource, Storage
+from optim.kernels.torch.triton_kernels.check import check
+from optim.kernels.torch.triton_kernels.launch import Group, is_available, number_of
+from optim.kernels.torch.triton_kernels.source import RuleSource, Storage
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 

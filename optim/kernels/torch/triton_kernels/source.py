@@ -27,8 +27,13 @@ from torch.fx import Node
 
 from optim.kernels.torch.codegen import SAME, name_of
 from optim.kernels.torch.recording import RecordedRule
-from optim.kernels.torch.triton_expressions import Constants, Lines, Untranslatable, needed_by
-from optim.kernels.torch.triton_text import function
+from optim.kernels.torch.triton_kernels.expressions import (
+    Constants,
+    Lines,
+    Untranslatable,
+    needed_by,
+)
+from optim.kernels.torch.triton_kernels.text import function
 
 BLOCK = 2048
 """Elements of a block of a kernel."""

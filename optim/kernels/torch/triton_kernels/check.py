@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from optim.kernels.torch.recording import EXAMPLE
-from optim.kernels.torch.triton_launch import Group, GroupKernels, with_few_kernels
-from optim.kernels.torch.triton_source import BLOCK, RuleSource, Storage
+from optim.kernels.torch.triton_kernels.launch import Group, GroupKernels, with_few_kernels
+from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource, Storage
 
 _SIZES = (BLOCK + 5, 3)  # one whole block, and two that are not
 _MULTIPLES = (1.0, 0.5)  # of the learning rate

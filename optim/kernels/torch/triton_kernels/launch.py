@@ -1,4 +1,4 @@
-"""Elementwise rules on a GPU: the kernels of `optim.kernels.torch.triton_source`, launched.
+"""Elementwise rules on a GPU: the kernels of `optim.kernels.torch.triton_kernels.source`, launched.
 
 The whole of an update is one operation to PyTorch, ``optim::run_rules``, so that it can be recorded
 as a part of a captured training step. It allocates memory with PyTorch's allocator, copies nothing
@@ -24,8 +24,13 @@ from typing import Any
 import torch
 
 from optim.kernels.torch.custom_op import NumberedObjects, define_in_place
-from optim.kernels.torch.triton_source import BLOCK, RuleSource
-from optim.kernels.torch.triton_text import POINTERS, fill_source, specialized, with_pointers
+from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource
+from optim.kernels.torch.triton_kernels.text import (
+    POINTERS,
+    fill_source,
+    specialized,
+    with_pointers,
+)
 
 WARPS = 8
 """Warps of a block."""
@@ -205,7 +210,7 @@ class GroupKernels:
                 )  # fmt: skip
 
     def _table(self, sizes: list[int], where: list[int], device: torch.device) -> torch.Tensor:
-        """The table of all that stays where it is, see `optim.kernels.torch.triton_source`."""
+        """The table of all that stays where it is, see `source.py` in this folder."""
         key = (*sizes, *where)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if key in self._tables:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from optim.kernels.torch.codegen import SAME, name_of
 from optim.kernels.torch.recording import RecordedRule
-from optim.kernels.torch.triton_text import literal
+from optim.kernels.torch.triton_kernels.text import literal
 
 
 class Untranslatable(Exception):

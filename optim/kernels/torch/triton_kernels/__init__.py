@@ -1,0 +1,1 @@
+"""Triton kernels that are made of elementwise rules: their text, their launch, their check."""
