@@ -39,6 +39,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests first: where processes take whole files, none begins with one late."""
+    for item in items:
+        # The core runs where one framework is installed.
+        if item.get_closest_marker("core") and item.get_closest_marker("cross"):
+            raise pytest.UsageError(f"{item.nodeid} cannot be of the core: it is marked cross")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

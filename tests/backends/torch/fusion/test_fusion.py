@@ -41,7 +41,6 @@ def steps(tmp_path_factory):
     return run("steps", tmp_path_factory.mktemp("steps"))
 
 
-@pytest.mark.core
 def test_what_is_computed_of_scalars_is_one_kernel(steps):
     """Two for the norms of the gradients, one that puts them together, and this one."""
     counts = steps["counts"]
