@@ -140,7 +140,7 @@ _FAILED: set[str] = set()
 def surviving(
     report: Reporter, name: str, run: Callable[[], None], turns: Rounds
 ) -> Callable[[], None]:
-    """A contender whose failure, for want of memory say, ends nobody else's race."""
+    """A contender whose failure, for lack of memory for example, does not end the others."""
 
     def round_() -> None:
         if name in _FAILED:

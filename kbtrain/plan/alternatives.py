@@ -23,7 +23,6 @@ LAUNCHING = 1e-4
 EIGHT_BIT = {"adam": "adamw_8bit"}
 """Optimizers whose 8-bit form is not called ``{name}_8bit``."""
 
-
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 """Fields for half precision and their dtypes, the better one first; old GPUs lack bfloat16."""
 

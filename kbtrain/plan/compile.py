@@ -239,7 +239,7 @@ def _first_update(trainer: TrainerBase, block: Block) -> None:
 
 
 def _model_flops(trainer: TrainerBase, batch: Any) -> float | None:
-    """The operations of forward and backward pass for a micro-batch; None if nobody knows."""
+    """The operations of forward and backward pass for a micro-batch; None if it is unknown."""
     if trainer.bound.overridden.train_step:
         return None
     try:

@@ -17,7 +17,6 @@ _NOT_PASSED_ON = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "KBTRAIN_ADDRESSES"),
 )
 
-
 LONGEST = 6 * 3600
 """Seconds after which a process that makes a plan is ended."""
 

@@ -12,12 +12,11 @@ from kbtrain.errors import DistributedError
 PORTS = range(16384, 32000)
 
 
-def free_ports(count: int = 1, host: str = "") -> int:
+def free_ports(count: int = 1) -> int:
     """The first of ``count`` consecutive ports that are free now, chosen at random.
 
     Args:
         count: The number of ports.
-        host: The address to listen at; "" for all of this machine.
 
     Raises:
         DistributedError: There are none.
@@ -26,7 +25,7 @@ def free_ports(count: int = 1, host: str = "") -> int:
         try:
             for port in range(base, base + count):
                 with socket.socket() as probe:
-                    probe.bind((host, port))
+                    probe.bind(("", port))
         except OSError:
             continue
         return base
