@@ -158,25 +158,38 @@ def in_new_process(folder, jobs, backend=None):
     return [load(job["result"]) for job in jobs]
 
 
-def run_script(script, arguments, backend=None):
-    """Run one of the helper scripts with the Python and the backend of this process."""
+def run_script(script, arguments, backend=None, path=(), timeout=540, **environ):
+    """Run one of the helper scripts with the Python and the backend of this process.
+
+    Args:
+        script: A file.
+        arguments: Its arguments.
+        backend: Another backend.
+        path: Folders from which it may import, besides this one.
+        timeout: Seconds after which the test fails.
+        environ: Further variables of its environment.
+
+    Returns:
+        What it prints.
+    """
+    folders = [Path(__file__).parent, *path, os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend or keras.backend.backend(),
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        **environ,
     }
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def load(path):

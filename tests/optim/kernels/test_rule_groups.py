@@ -1,11 +1,9 @@
 """What the kernels that are made of rules are given, without Triton and without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers_resume import run_script
 from paths import ROOT, SUPPORT
 
 pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
@@ -13,14 +11,9 @@ pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
 
 @pytest.fixture(scope="module")
 def found():
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environ = {**os.environ, "KERAS_BACKEND": "torch", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "helpers_rule_groups.py")],
-        env=environ, cwd=SUPPORT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(
+        run_script(SUPPORT / "helpers_rule_groups.py", [], "torch", [ROOT], timeout=300)
+    )
 
 
 def test_a_table_has_room_for_all_that_a_kernel_writes_into_it(found):

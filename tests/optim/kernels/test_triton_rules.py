@@ -1,11 +1,10 @@
 """The kernels that are made of rules for a GPU: run by Triton's interpreter, and compiled."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from helpers_resume import run_script
 from paths import ROOT, SUPPORT
 
 pytestmark = [
@@ -19,16 +18,7 @@ NAMES = ["nadam", "lamb", "rmsprop", "adamw"]
 
 def run(*arguments, program=SUPPORT / "triton_rules.py", **environ):
     """What a program prints, on PyTorch."""
-    environ |= {
-        "KERAS_BACKEND": "torch",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    done = subprocess.run(
-        [sys.executable, str(program), *arguments], cwd=SUPPORT,
-        env={**os.environ, **environ}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_script(program, arguments, "torch", [ROOT], **environ)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ operations on a CPU and repeats them.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from helpers_resume import run_script
 from paths import SUPPORT
 
 pytestmark = pytest.mark.cross  # needs PyTorch, whatever Keras runs on
@@ -19,18 +17,11 @@ AS_GRAPH = "The captured step runs as a CUDA graph, with 1 MiB of memory of its 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    script = SUPPORT / "helpers_graphs.py"
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("a"))]
-    result = subprocess.run(
-        command,
-        env={**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    folder = tmp_path_factory.mktemp("a")
+    printed = run_script(
+        SUPPORT / "helpers_graphs.py", [folder], "torch", timeout=300, OMP_NUM_THREADS="1"
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

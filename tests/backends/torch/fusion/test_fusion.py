@@ -4,11 +4,10 @@ No GPU is needed: the kernel is run by Triton's interpreter, and compiled for tw
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from helpers_resume import run_script
 from paths import ROOT, SUPPORT
 
 pytestmark = [
@@ -22,18 +21,10 @@ OPTIMIZER, STATE = "optimizer", "state, metrics, results"
 
 def run(what, folder, **environ):
     """What the program prints, on PyTorch."""
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environ |= {"KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(
-        [sys.executable, str(SUPPORT / "helpers_fusion.py"), what, str(folder)],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    environ["OMP_NUM_THREADS"] = "1"
+    program = SUPPORT / "helpers_fusion.py"
+    printed = run_script(program, [what, folder], "torch", [ROOT], timeout=300, **environ)
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
