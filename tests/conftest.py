@@ -4,6 +4,7 @@ KERAS_BACKEND alone decides which framework is tested.
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
@@ -25,6 +26,11 @@ settings.load_profile("suite")
 # Read by TensorFlow and by JAX's compiler when they are imported, here and in subprocesses. Only
 # fatal messages remain; an error of consequence is a Python exception, which this does not touch.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Where TensorFlow (2.20 on) is loaded first, Triton's library finds TensorFlow's LLVM in place of its
+# own and ends the process (tensorflow/tensorflow#124205). PyTorch imports it late, in some test.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 # The tests build the same small models again and again, and XLA takes most of their time on JAX. It
 # keeps what it compiled in this folder, for the workers and subprocesses of one run of the suite:
