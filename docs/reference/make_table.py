@@ -20,10 +20,10 @@ from typing import Any
 from kbtrain import Trainer, trackers
 from kbtrain.callbacks import base as callbacks
 from kbtrain.callbacks import state
-from kbtrain.config.migration import DROPPED, NOT_YET, RENAMED
+from kbtrain.config.migration import DROPPED, NOT_YET, OTHER_MEANING, RENAMED
 from kbtrain.config.migration import MEMBERS as ARGS_MEMBERS
+from kbtrain.config.trainer_names import MEMBERS, PARAMETERS
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.trainer.migration import MEMBERS, PARAMETERS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -97,6 +97,8 @@ def shown(default: Any) -> str:
 def judge(section: str, name: str, there: bool, data: dict[str, Any]) -> tuple[str, str]:
     """Status and remark for one name of Transformers."""
     remark = data["adapted"].get(section, {}).get(name, "")
+    if section == "arguments":
+        remark = remark or OTHER_MEANING.get(name, "")
     if there:
         names = data["sections"][section]
         if isinstance(names, dict):

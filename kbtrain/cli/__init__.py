@@ -1,4 +1,4 @@
-"""``python -m kbtrain COMMAND``: one file per command, imported when it is called.
+"""``kbtrain COMMAND``, or ``python -m kbtrain COMMAND``: one module each, imported when called.
 
 A command's module has a function ``run(words) -> exit status``, which gets the words after the
 command's name. A user's mistake is printed without a stack trace and gives status 2.
@@ -6,6 +6,7 @@ command's name. A user's mistake is printed without a stack trace and gives stat
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -15,10 +16,11 @@ from kbtrain.errors import KbtrainError
 
 COMMANDS = {
     "launch": "start a script as several processes that train together",
-    "plan": "whether a script's training fits on devices that are not here, and how fast",
-    "checkpoint": "list, verify, show and export checkpoints",
+    "plan": "predict whether a script's training fits on devices that are not here, and how fast",
     "report": "write the report of a run, or of several side by side, as one HTML page",
-    "args": "list the fields of TrainingArguments: type, default, meaning",
+    "checkpoint": "list, verify, show and export checkpoints",
+    "migrate": "show what to change in a script for the Trainer of Transformers",
+    "args": "explain the fields of TrainingArguments, and the names they had elsewhere",
     "env": "print versions, backend and devices, for bug reports",
 }
 """Command -> description; each module has the name of its command."""
@@ -28,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        words: The words after ``python -m kbtrain``; those of this process by default.
+        words: The words after ``kbtrain``; those of this process by default.
 
     Returns:
         The exit status: 0, or 2 after a mistake in the command line.
@@ -42,7 +44,13 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        print(f"kbtrain has no command {command!r}.\n{_usage()}", file=sys.stderr)
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"Did you mean {close[0]}? " if close else ""
+        print(
+            f"kbtrain: there is no command {command!r}. {meant}It has: {', '.join(COMMANDS)}.\n"
+            "See kbtrain --help.",
+            file=sys.stderr,
+        )
         return 2
     try:
         status = int(importlib.import_module(f"kbtrain.cli.{command}").run(rest))
@@ -58,4 +66,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
-    return f"usage: kbtrain COMMAND ...\n\n{listed}\n\nSee COMMAND --help. --version: the version."
+    return (
+        "usage: kbtrain COMMAND ...\n\nTrain Keras models on PyTorch, TensorFlow or JAX.\n\n"
+        f"commands:\n{listed}\n\n"
+        "kbtrain COMMAND --help explains one of them, kbtrain --version prints the version."
+    )

@@ -1,4 +1,4 @@
-"""``python -m kbtrain checkpoint ls|verify|show|export``: list, verify, inspect, export."""
+"""``kbtrain checkpoint ls|verify|show|export``: list, verify, inspect, export."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kbtrain.checkpoint.storage.folder_reader import find_problems
 from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
 from kbtrain.checkpoint.storage.outline import CheckpointOutline, read_outline
 from kbtrain.checkpoint.store import CheckpointStore
+from kbtrain.cli.parser import command_parser
 from kbtrain.errors import (
     CheckpointError,
     CheckpointFormatError,
@@ -24,15 +25,12 @@ from kbtrain.errors import (
 
 
 def run(words: Sequence[str]) -> int:
-    """Run ``python -m kbtrain checkpoint`` with the words after it.
+    """Run ``kbtrain checkpoint`` with the words after it.
 
     Returns:
         0; for ``verify`` 1 if a checkpoint is damaged, 2 if one could not be read.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m kbtrain checkpoint",
-        description="List, verify, inspect and export checkpoints.",
-    )
+    parser = command_parser("checkpoint", "List, verify, inspect and export checkpoints.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -50,8 +48,14 @@ def run(words: Sequence[str]) -> int:
         "Read all files and compare their checksums; exit code 1 if damaged, 2 if not readable.",
     )
     command("show", show, "Show step, best metric, versions, and all arrays with shape and dtype.")
-    added = command("export", export_model, "Write the model as .keras or .weights.h5.")
+    added = command(
+        "export",
+        export_model,
+        "Write the model as .keras or .weights.h5: of a run, that of the best checkpoint if there "
+        "is one, else of the last.",
+    )
     added.add_argument("target", type=Path, help="new file that ends in .keras or .weights.h5")
+    added.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of update N")
     added.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE",
         help="import a module first that registers the model's own classes (.keras only)",
@@ -137,14 +141,41 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def export_model(arguments: argparse.Namespace) -> int:
-    """Export the model of a checkpoint, or of the newest one of a run, to a Keras file."""
+    """Export the model of a checkpoint, or of one of a run's, to a Keras file."""
     from kbtrain.utils.tensorflow_import import not_imported
 
-    path = _checkpoints(arguments.path)[-1]
+    path, why = _to_export(arguments.path, arguments.step)
     with not_imported():
         export(path, arguments.target, arguments.modules)
-    print(f"Wrote {arguments.target} from {path}.")
+    print(f"Wrote {arguments.target} from {path}{why}.")
     return 0
+
+
+def _to_export(path: Path, step: int | None) -> tuple[Path, str]:
+    """The checkpoint to export, and why that one if there are several."""
+    found = _checkpoints(path)
+    if step is not None:
+        named = [folder for folder in found if folder.name == f"checkpoint-{step}"]
+        if not named:
+            listed = ", ".join(folder.name for folder in found)
+            raise CheckpointNotFoundError(f"{path} has no checkpoint of step {step}: {listed}.")
+        return named[0], ""
+    if found == [path]:
+        return path, ""
+    for folder in reversed(found):  # the newest one knows best, unless it is damaged
+        try:
+            state = read_outline(folder, arrays=False).state
+        except CheckpointError:
+            continue
+        # An evaluation may have been better still, without a checkpoint of that update.
+        saved = Path(str(state.get("best_model_checkpoint") or "")).name
+        best = f"checkpoint-{state.get('best_global_step')}"
+        for candidate in found:
+            if candidate.name == (saved or best):
+                value = f" ({state.get('best_metric')})" if candidate.name == best else ""
+                return candidate, f", the best{value}"
+        break
+    return found[-1], ", the last"
 
 
 def _facts(outline: CheckpointOutline) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""``python -m kbtrain env``: versions, backend and devices for bug reports."""
+"""``kbtrain env``: versions, backend and devices for bug reports."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+
+from kbtrain.cli.parser import command_parser
 
 PACKAGES = (
     *("kbtrain", "keras", "torch", "tensorflow", "jax", "jaxlib", "numpy", "h5py", "ml_dtypes"),
@@ -18,9 +19,9 @@ PACKAGES = (
 
 def run(words: Sequence[str]) -> int:
     """Print one ``name: value`` per line, to be pasted into a bug report."""
-    argparse.ArgumentParser(
-        "python -m kbtrain env", description="Print versions, backend and devices."
-    ).parse_args(words)
+    command_parser("env", "Print versions, backend and devices, for a bug report.").parse_args(
+        words
+    )
     for name, value in describe_environment().items():
         print(f"{name}: {value}")
     return 0

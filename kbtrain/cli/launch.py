@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kbtrain.cli.parser import command_parser
 from kbtrain.distributed.environment import endpoint
 from kbtrain.distributed.launch.local_processes import STOPPING_SECONDS, run_together
 from kbtrain.distributed.launch.rendezvous import Node, Rendezvous
@@ -111,10 +112,10 @@ def environments(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m kbtrain launch",
+    parser = command_parser(
+        "launch",
+        "Start a script as several processes that train together.",
         usage="%(prog)s -n N [options] (SCRIPT | -m MODULE) [ARGUMENT ...]",
-        description="Start a script as several processes that train together.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

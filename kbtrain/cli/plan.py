@@ -12,13 +12,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kbtrain.cli.parser import command_parser
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.process import backend_of, environment, run_process
-from kbtrain.plan.request import PlanRequest
 from kbtrain.utils.devices import known_devices
+
+if TYPE_CHECKING:
+    from kbtrain.plan.request import PlanRequest
 
 _EPILOG = """\
 examples:
@@ -43,6 +46,8 @@ def run(words: Sequence[str]) -> int:
     own = words.index("--") if "--" in words else len(words)
     options = _parser().parse_args(words[:own])
     program, is_module = _program(options)
+    from kbtrain.plan.request import PlanRequest  # it loads Keras, which --help need not
+
     device_named(options.device)
     request = PlanRequest(
         device=_absolute(options.device),
@@ -166,14 +171,13 @@ def _program(options: argparse.Namespace) -> tuple[str, bool]:
 
 def _parser() -> argparse.ArgumentParser:
     names = ", ".join(sorted(each.name for each in known_devices()))
-    parser = argparse.ArgumentParser(
-        "python -m kbtrain plan",
-        usage="%(prog)s (SCRIPT | -m MODULE) --device NAME [options] [-- ARGUMENT ...]",
-        description="Predict memory and speed of a training program on devices that are not here: "
+    parser = command_parser(
+        "plan",
+        "Predict memory and speed of a training program on devices that are not here: "
         "its step is compiled for them, and not run.",
+        usage="%(prog)s (SCRIPT | -m MODULE) --device NAME [options] [-- ARGUMENT ...]",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("script", nargs="?", metavar="SCRIPT", help="the program")
     parser.add_argument("-m", dest="module", metavar="MODULE", help="a module in its place")

@@ -1,19 +1,18 @@
-"""``python -m kbtrain report RUN...``: the report of a run, or of several side by side."""
+"""``kbtrain report RUN...``: the report of a run, or of several side by side."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from kbtrain.report.write import report_of_folders
+from kbtrain.cli.parser import command_parser
 
 
 def run(words: Sequence[str]) -> int:
     """Write a report and print its path."""
-    parser = argparse.ArgumentParser(
-        "python -m kbtrain report",
-        description="Write the report of a run as one HTML page that loads nothing: curves, "
+    parser = command_parser(
+        "report",
+        "Write the report of a run as one HTML page that loads nothing: curves, "
         "settings, time, checkpoints, how to go on. Of several runs: their curves in the same "
         "pictures, the settings that differ, and the first update at which they differ by more "
         "than rounding.",
@@ -33,5 +32,7 @@ def run(words: Sequence[str]) -> int:
         help="the page; by default report.html in the run's folder, or here for several runs",
     )
     arguments = parser.parse_args(words)
+    from kbtrain.report.write import report_of_folders  # it loads Keras, which --help need not
+
     print(report_of_folders(arguments.runs, arguments.output))
     return 0

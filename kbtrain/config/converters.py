@@ -440,5 +440,5 @@ def read_scalar(written: str) -> bool | int | float | str:
 
 def shown(value: Any) -> str:
     """The value's repr, truncated to keep messages short."""
-    written = repr(value)
+    written = "..." if value is ... else repr(value)
     return written if len(written) <= 200 else f"{written[:200]}..."

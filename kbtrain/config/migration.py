@@ -7,6 +7,7 @@ Users bring names from ``transformers`` 4.x and 5.x, Keras and Lightning. Each h
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from kbtrain.config.converters import shown
 # Other name -> what to write. "{value}" is the repr of the value given under that name.
 RENAMED: dict[str, str] = {
     # transformers 4.x
-    "adafactor": "It is now the name of an optimizer: write optim='adafactor' if it is installed.",
+    "adafactor": "Write optim='adafactor' (for True).",
     "evaluate_during_training": "Write eval_strategy='steps' (for True) or eval_strategy='no'.",
     "evaluation_strategy": "Write eval_strategy={value}.",
     "fp16_backend": "Drop it; there is one implementation of mixed precision. Write bf16=True.",
@@ -163,6 +164,26 @@ DROPPED: dict[str, str] = {
 }
 
 
+# Fields that Transformers has as well, where a value may have to be another one here.
+OTHER_MEANING: dict[str, str] = {
+    "optim_target_modules": "Regular expressions over variable paths, for `galore_adamw` and "
+    "`apollo_adamw`.",
+    "activation_checkpointing_kwargs": "`layer_names` or `every_n_layers`; torch's options "
+    "are refused.",
+    "gradient_checkpointing_kwargs": "`layer_names` or `every_n_layers`; torch's options are "
+    "refused.",
+    "dataloader_num_workers": "Worker processes through Grain, for map-style data sets; "
+    "arrays need none.",
+    "save_total_limit": "Means what it says; the best checkpoint is kept besides.",
+    "fsdp": "True, 'full_shard' or 'shard_grad_op' on JAX, 'shard_grad_op' elsewhere; no "
+    "offload. 'auto_wrap' changes nothing.",
+    "fsdp_config": "`min_num_params`, and kbtrain's own `layouts`; defaults of the others are "
+    "accepted.",
+    "parallelism_config": "The mesh of all devices on JAX: data, fsdp and tensor. "
+    "Accelerate's names are taken, but not cp_size and sp_size.",
+    "ddp_backend": "Checked: it must name what the device calls for.",
+}
+
 # Fields of Transformers that are planned -> what to do until then.
 NOT_YET: dict[str, str] = {}
 
@@ -197,27 +218,59 @@ def reason(name: str, value: Any) -> str:
     return DROPPED.get(name) or NOT_YET.get(name, "")
 
 
-def explain_unknown(name: str, value: Any, known: Sequence[str]) -> str:
+def rewritten(name: str, value: Any, source: str) -> tuple[str, str] | None:
+    """The argument to write in place of one with another name, where that needs no decision.
+
+    Args:
+        name: The other name.
+        value: Its value; None if that is not known.
+        source: The value as it is written in a program.
+
+    Returns:
+        The name of a field and its value, as written; None if a person has to decide.
+    """
+    found = _TO_WRITE.match(RENAMED.get(name, ""))
+    if found is None:
+        return None
+    field, new, for_true = found.groups()
+    if new == "{value}":
+        return field, source
+    # The other form of a flag: for another value than True the explanation does not hold.
+    return (field, new) if value is True or not for_true and value is not None else None
+
+
+_TO_WRITE = re.compile(r"Write (\w+)=(\{value\}|'\w+'|\['\w+'\]|True)(?: ?(\(?for True\)?))?[.,: ]")
+
+
+def mentioned(text: str) -> list[str]:
+    """The names that an explanation says to write, as in ``Write eval_strategy='steps'``."""
+    return list(dict.fromkeys(re.findall(r"\b(\w+)=", text)))
+
+
+def explain_unknown(
+    name: str, value: Any, known: Sequence[str], received: str | None = None
+) -> str:
     """Explain to a user that an argument does not exist.
 
     Args:
         name: The unknown name.
         value: The value given under that name.
         known: The names that exist.
+        received: What to say of the value; by default that it was received.
 
     Returns:
         What happened and what to write instead.
     """
     # An error message must not leak a secret into a log.
     written = f"<{name.upper()}>" if name.endswith("token") else shown(value)
-    received = f"Received: {name}={written}."
+    received = f" Received: {name}={written}." if received is None else received
     for table, said in (
         (RENAMED, "has another name or form here"),
         (DROPPED, "does not exist here"),
         (NOT_YET, "is not available in this version"),
     ):
         if name in table:
-            return f"`{name}` {said}. {received} {reason(name, value)}"
+            return f"`{name}` {said}.{received} {reason(name, value)}"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     meant = f"Did you mean {' or '.join(close)}?" if close else f"It has: {', '.join(known)}."
-    return f"TrainingArguments has no argument `{name}`. {received} {meant}"
+    return f"TrainingArguments has no argument `{name}`.{received} {meant}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 IMPORTS: dict[str, str] = {
     "Seq2SeqTrainer": "Write Trainer, with TrainingArguments(predict_with_generate=True).",
     "Seq2SeqTrainingArguments": "Write TrainingArguments, which has predict_with_generate.",
@@ -31,6 +33,29 @@ def import_hint(name: str) -> str:
         return IMPORTS[name]
     if name.startswith("get_") and "schedule" in name:
         return IMPORTS["get_scheduler"]
-    if name.startswith("AutoModel"):
-        return "Models are keras.Model: keras_hub loads the same models with from_preset(...)."
+    if is_model(name):
+        task = next((_TASKS[task] for task in _TASKS if name.endswith(task)), "Backbone")
+        return (
+            f"Models are keras.Model: keras_hub.models.{task}.from_preset('hf://...') loads the "
+            "weights of the families that KerasHub converts."
+        )
     return ""
+
+
+def is_model(name: str) -> bool:
+    """Whether a name of Transformers is that of a class of models."""
+    return bool(re.match(r"(?!DataCollator)\w+(Model|For[A-Z]\w+|Model\w*)$", name))
+
+
+_TASKS = {
+    "ForSequenceClassification": "TextClassifier",
+    "CausalLM": "CausalLM",
+    "LMHeadModel": "CausalLM",
+    "MaskedLM": "MaskedLM",
+    "Seq2SeqLM": "Seq2SeqLM",
+    "ConditionalGeneration": "Seq2SeqLM",
+    "ForImageClassification": "ImageClassifier",
+    "SemanticSegmentation": "ImageSegmenter",
+    "ObjectDetection": "ObjectDetector",
+}
+"""End of a class's name in Transformers -> the class of KerasHub for the same task."""

@@ -1,5 +1,6 @@
 """``python -m kbtrain checkpoint``: what it prints, its exit codes, and that it starts light."""
 
+import shutil
 import subprocess
 import sys
 
@@ -100,7 +101,52 @@ def test_arguments_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["checkpoint", *arguments])
     assert caught.value.code == 2
-    assert "usage: python -m kbtrain checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("kbtrain checkpoint")
+    assert said.endswith("--help.\n")
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """The checkpoints that were exported, without exporting them."""
+    found = []
+    monkeypatch.setattr("kbtrain.cli.checkpoint.export", lambda path, *rest: found.append(path))
+    return found
+
+
+def test_a_run_is_exported_from_its_best_checkpoint_if_there_is_one(run, capsys, exported):
+    said = called(capsys, "export", run, "a.keras")[1]
+    assert exported.pop() == run / "checkpoint-20"
+    assert said == [f"Wrote a.keras from {run / 'checkpoint-20'}, the best (0.25)."]
+
+    damage(run / "checkpoint-100")  # the one before knows, too
+    called(capsys, "export", run, "a.keras")
+    assert exported.pop() == run / "checkpoint-20"
+
+    shutil.rmtree(run / "checkpoint-20")
+    said = called(capsys, "export", run, "a.keras")[1]
+    assert exported.pop() == run / "checkpoint-100"
+    assert said[0].endswith("checkpoint-100, the last.")
+
+
+def test_the_best_that_was_saved_is_exported(tmp_path, capsys, exported):
+    store = CheckpointStore(tmp_path)
+    # The best evaluation was at update 7, of which there is no checkpoint.
+    state = {"best_global_step": 7, "best_metric": 0.1, "best_model_checkpoint": "/at/checkpoint-5"}
+    for step in (5, 10):
+        arrays = {"model": {"w": np.ones(2, "float32")}}
+        store.save(step, arrays, {"trainer_state": state}, {"backend": "any"})
+    assert called(capsys, "export", tmp_path, "a.keras")[1][0].endswith("checkpoint-5, the best.")
+    assert exported == [tmp_path / "checkpoint-5"]
+
+
+def test_a_step_to_export(run, capsys, exported):
+    assert called(capsys, "export", run, "a.keras", "--step", 5)[0] == 0
+    assert called(capsys, "export", run / "checkpoint-100", "a.keras")[0] == 0
+    assert exported == [run / "checkpoint-5", run / "checkpoint-100"]
+    code, _, err = called(capsys, "export", run, "a.keras", "--step", 6)
+    assert code == 2
+    assert "no checkpoint of step 6: checkpoint-5, checkpoint-20, checkpoint-100." in err
 
 
 def test_it_starts_without_keras_and_frameworks(run):

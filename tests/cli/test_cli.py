@@ -32,6 +32,34 @@ def test_args_of_some_fields(capsys):
     assert "learning_rate" not in printed
 
 
+@pytest.mark.parametrize("name", ["warmup_ratio", "--warmup-ratio"])
+def test_args_of_a_name_from_elsewhere_explains_the_field_it_became(capsys, name):
+    assert cli.main(["args", name]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("warmup_ratio is not a field here. Write warmup_steps=...: below 1")
+    assert "\nwarmup_steps: float = 0\n" in printed
+
+
+def test_args_of_a_name_that_was_dropped_says_why(capsys):
+    assert cli.main(["args", "deepspeed"]) == 0
+    printed = capsys.readouterr().out
+    assert "deepspeed is not a field here. DeepSpeed supports PyTorch models only." in printed
+    assert "\nbf16: bool = False\n" in printed
+
+
+def test_a_mistake_in_a_command_names_its_help(capsys):
+    for command in cli.COMMANDS:
+        if command == "args":  # an option may be the name of a field
+            continue
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--no-such-option"])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"kbtrain {command}")
+        assert error.endswith(f"See kbtrain {command} --help.\n")
+        assert "usage:" not in error
+
+
 def test_env_names_versions_backend_and_device(capsys):
     assert cli.main(["env"]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
@@ -54,9 +82,10 @@ def test_env_reports_a_backend_that_fails(capsys, monkeypatch):
     ("words", "status", "said"),
     [
         ([], 2, "usage"),
-        (["--help"], 0, "usage"),
-        (["nothing"], 2, "no command 'nothing'"),
-        (["args", "warmup_ratio"], 2, "warmup_steps"),
+        (["nothing"], 2, "no command 'nothing'. It has: launch"),
+        (["reprot"], 2, "Did you mean report?"),
+        (["args", "warmup_stps"], 2, "Did you mean warmup_steps"),
+        (["args", "evaluation_stratgy"], 2, "Did you mean evaluation_strategy"),
     ],
 )
 def test_exit_status_and_message_of_a_command(capsys, words, status, said):
@@ -74,18 +103,32 @@ def test_every_command_is_listed_and_has_help(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0
-        assert f"python -m kbtrain {command}" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith(f"usage: kbtrain {command}")
+
+
+def test_help_names_every_command_with_a_line_each(capsys):
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert found == list(cli.COMMANDS)
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.core
 def test_as_a_module_and_without_a_framework():
     program = (
-        "import runpy, sys; sys.argv = ['kbtrain', 'args', 'seed']\n"
-        "try: runpy.run_module('kbtrain', run_name='__main__')\n"
-        "except SystemExit as stop: print(stop.code, {'keras', 'torch', 'jax'} & set(sys.modules))"
+        "import runpy, sys\n"
+        "def run(*words):\n"
+        "    sys.argv = ['kbtrain', *words]\n"
+        "    try: runpy.run_module('kbtrain', run_name='__main__')\n"
+        "    except SystemExit as stop: return stop.code\n"
+        "codes = [run('args', 'seed'), run('--help')]\n"
+        f"codes += [run(command, '--help') for command in {list(cli.COMMANDS)}]\n"
+        "loaded = {'keras', 'torch', 'tensorflow', 'jax', 'pandas'} & set(sys.modules)\n"
+        "print(set(codes), loaded)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.startswith("seed: int = 42")
-    assert done.stdout.splitlines()[-1] == "0 set()"
+    assert done.stdout.splitlines()[-1] == "{0} set()"

@@ -8,8 +8,8 @@ import pytest
 from paths import GOLDEN, ROOT, TESTS
 
 from kbtrain import Trainer, TrainingArguments
+from kbtrain.config.trainer_names import MEMBERS, PARAMETERS
 from kbtrain.errors import ConfigurationError
-from kbtrain.trainer.migration import MEMBERS, PARAMETERS
 
 FOLDER = ROOT / "docs" / "reference"
 DATA = json.loads((FOLDER / "names.json").read_text(encoding="utf-8"))
