@@ -27,20 +27,27 @@ settings.load_profile("suite")
 # fatal messages remain; an error of consequence is a Python exception, which this does not touch.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Where TensorFlow (2.20 on) is loaded first, Triton's library finds TensorFlow's LLVM in place of its
-# own and ends the process (tensorflow/tensorflow#124205). PyTorch imports it late, in some test.
+# Where TensorFlow (2.20 on) is loaded first, Triton's library finds TensorFlow's LLVM in place of
+# its own and ends the process (tensorflow/tensorflow#124205). PyTorch imports it in some test.
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
 # The tests build the same small models again and again, and XLA takes most of their time on JAX. It
-# keeps what it compiled in this folder, for the workers and subprocesses of one run of the suite:
-# half of the processor time. What is traced, and how often, stays the same.
+# keeps what it compiled in this folder, for the workers and subprocesses of one run of the suite
+# (tox: of all its environments): half of the processor time. What is traced, and how often, stays
+# the same.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.mkdtemp(prefix="kbtrain-xla-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Programs that tests run find these modules, and start faster: see sitecustomize.py among them.
+SUPPORT = os.path.join(os.path.dirname(__file__), "support")
+inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+if SUPPORT not in inherited:
+    os.environ["PYTHONPATH"] = os.pathsep.join([*inherited, SUPPORT])
 
 
 def pytest_collection_modifyitems(items):

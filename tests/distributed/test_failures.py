@@ -9,6 +9,10 @@ from helpers_together import SUPPORT, run_processes
 
 pytestmark = pytest.mark.slow
 
+# Of what is compared or told through the control connection, between two updates, whatever the
+# backend is. What a backend has a part in is tested on each.
+neutral = pytest.mark.neutral
+
 
 def ended(folder, what, rank=1):
     script = SUPPORT / "distributed_failures.py"
@@ -30,6 +34,7 @@ def test_the_other_process_names_the_one_that_failed(tmp_path, what, words):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@neutral
 def test_the_first_process_leaves_in_the_middle(tmp_path):
     left, other = ended(tmp_path, "leaves", rank=0)
     now = time.monotonic()
@@ -39,6 +44,7 @@ def test_the_first_process_leaves_in_the_middle(tmp_path):
     assert now - float(re.search(r"^left at (.*)$", left.output, re.MULTILINE)[1]) < 15
 
 
+@neutral
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -62,6 +68,7 @@ def test_collectives_that_differ_are_named_before_anything_is_computed_with_them
         assert "update 0" in one.output
 
 
+@neutral
 def test_weights_that_a_callback_changes_in_one_process_are_noticed(tmp_path):
     for one in ended(tmp_path, "changes its weights before an evaluation"):
         assert one.status == 1
@@ -69,12 +76,14 @@ def test_weights_that_a_callback_changes_in_one_process_are_noticed(tmp_path):
         assert "bias of process 1" in one.output
 
 
+@neutral
 def test_a_stream_that_ends_earlier_in_one_process_is_named_by_all(tmp_path):
     for one in ended(tmp_path, "has a shorter stream"):
         assert one.status == 1
         assert "train_dataset is not the same on all processes" in one.output, one.output
 
 
+@neutral
 def test_a_signal_to_one_stops_all_at_the_same_update_with_one_checkpoint(tmp_path):
     both = ended(tmp_path, "is asked to stop")
     assert [one.status for one in both] == [128 + signal.SIGTERM] * 2, both[0].output

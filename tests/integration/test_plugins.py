@@ -122,6 +122,7 @@ def test_every_block_of_the_page_is_run():
     assert len(blocks("toml")) == 1
 
 
+@pytest.mark.neutral  # what packages offer is looked up by Python alone
 @pytest.mark.slow
 def test_packages_of_other_people(tmp_path):
     environment = Environment(tmp_path / "environment")

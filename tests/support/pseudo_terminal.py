@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 import pyte
-from paths import ROOT
+from paths import ROOT, SUPPORT
 
 LINES = 200
 
@@ -62,7 +62,12 @@ def record(command, columns=80, keys=(), env=None, cwd=None, timeout=120, lines=
         timeout: Seconds until the program is killed.
         lines: Height of the terminal.
     """
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **(env or {})}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}",
+        "TERM": "xterm-256color",
+        **(env or {}),
+    }
     environ = {name: value for name, value in environ.items() if value is not None}
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))

@@ -203,6 +203,7 @@ def run_script(tmp_path, text):
 
 
 @pytest.mark.slow
+@pytest.mark.neutral
 def test_trials_are_shared_by_processes(tmp_path):
     folder = str(tmp_path / "out")
     paths = [str(SUPPORT), str(Path(__file__).parent)]

@@ -457,6 +457,7 @@ print("the script went on")
 
 
 @pytest.mark.slow
+@pytest.mark.neutral
 def test_the_exit_code_of_a_program(tmp_path):
     codes = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: -signal.SIGINT}
     paths = os.pathsep.join([str(SUPPORT), str(Path(__file__).parent)])

@@ -92,6 +92,7 @@ with open(sys.argv[1] + "/end", "w") as file:
 """
 
 
+@pytest.mark.neutral
 def test_a_disk_that_takes_no_more_output(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(SUPPORT)])}
     with open("/dev/full", "w") as full:
