@@ -41,7 +41,7 @@ def test_the_first_process_leaves_in_the_middle(tmp_path):
     assert other.status == 1
     words = r"process 0 \(.*\) ended its program at update \d+ after SystemExit: 0, while process 1"
     assert re.search(words, other.output), other.output
-    assert now - float(re.search(r"^left at (.*)$", left.output, re.MULTILINE)[1]) < 15
+    assert now - float(re.search(r"^left at (.*)$", left.output, re.MULTILINE)[1]) < 60
 
 
 @neutral
