@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from kbtrain.errors import DataError as DataError
     from kbtrain.errors import FolderInUseError as FolderInUseError
     from kbtrain.errors import FrozenArgumentsError as FrozenArgumentsError
+    from kbtrain.errors import HubError as HubError
     from kbtrain.errors import KbtrainError as KbtrainError
     from kbtrain.errors import NonFiniteError as NonFiniteError
     from kbtrain.errors import OutputError as OutputError
@@ -98,6 +99,7 @@ _HOMES = {
         "FrozenArgumentsError",
         "KbtrainError",
         "NonFiniteError",
+        "HubError",
         "OutputError",
         "TrainingInterrupted",
     ),

@@ -73,6 +73,10 @@ class OutputError(KbtrainError, OSError):
     """An output file (results, a model, a model card) could not be written."""
 
 
+class HubError(KbtrainError, OSError):
+    """A push to the Hub, or a download from it, failed."""
+
+
 class OutOfMemoryError(KbtrainError, MemoryError):
     """A micro-batch of the training, or a batch of an evaluation, did not fit into memory.
 

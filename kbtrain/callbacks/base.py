@@ -210,7 +210,7 @@ class TrainerCallback:
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """Reserved for uploads, as in Transformers; kbtrain itself never uploads."""
+        """A push to the Hub begins."""
 
     # Transformers has none of the following.
 

@@ -67,6 +67,7 @@ class _Job:
     snapshot: Snapshot
     on_error: OnError
     failed: Callable[[], None]
+    written: Callable[[], None] | None = None
     error: BaseException | None = None
     thread: threading.Thread | None = field(default=None)
 
@@ -175,6 +176,7 @@ class AsyncCheckpointer:
         background: bool,
         on_error: OnError,
         failed: Callable[[], None] = lambda: None,
+        written: Callable[[], None] | None = None,
     ) -> bool:
         """Write a checkpoint, after waiting for a pending save.
 
@@ -183,6 +185,7 @@ class AsyncCheckpointer:
             background: Whether to return before it is written.
             on_error: ``"warn"`` or ``"raise"``, for storage errors; other errors are always raised.
             failed: Called in the training thread if it could not be written.
+            written: Called when it is complete, in the thread that has written it.
 
         Returns:
             Whether it is written (in the background: whether writing has started).
@@ -193,7 +196,7 @@ class AsyncCheckpointer:
         self.wait()
         if not self._takes_part:
             return True
-        job = _Job(_new_key(self.peers), snapshot, on_error, failed)
+        job = _Job(_new_key(self.peers), snapshot, on_error, failed, written)
         self._job = job
         if background:
             # A daemon thread: a process that must stop at once does not wait for it, and the next
@@ -250,6 +253,8 @@ class AsyncCheckpointer:
         try:
             self._save(job.snapshot, job.key)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
+            if job.written is not None:
+                job.written()
         except BaseException as error:
             if job.thread is None and not isinstance(error, Exception):
                 self._job = None

@@ -142,7 +142,7 @@ class Immutable(metaclass=ImmutableMeta):
         def __getattr__(self, name: str) -> Any:
             """The inactive value of a Transformers setting that kbtrain does not have.
 
-            Scripts read ``args.push_to_hub`` and the like.
+            Scripts read ``args.deepspeed`` and the like.
             """
             if name in NEUTRAL:
                 return NEUTRAL[name]

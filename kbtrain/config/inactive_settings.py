@@ -1,6 +1,6 @@
 """Settings of Transformers that kbtrain does not have, with a value that leaves them inactive.
 
-Scripts and configuration files often spell them out: ``push_to_hub=False``, ``local_rank=-1``. Such
+Scripts and configuration files often spell them out: ``deepspeed=None``, ``local_rank=-1``. Such
 a value is accepted, since it changes nothing; any other value is an error that names the
 alternative.
 """
@@ -32,11 +32,8 @@ _ALSO: dict[str, tuple[Any, ...]] = {
     "ddp_static_graph": (True,),
     "eval_use_gather_object": (0,),
     "fsdp_min_num_params": (0,),
-    "hub_strategy": ("every_save",),
-    "hub_token": ("<HUB_TOKEN>",),
     "local_rank": (-1, 0),
     "past_index": (-1,),
-    "push_to_hub_token": ("<PUSH_TO_HUB_TOKEN>",),
     "ray_scope": ("last",),
     "tpu_num_cores": (0,),
 }  # fmt: skip
@@ -57,6 +54,9 @@ _OF_RENAMED: dict[str, tuple[Any, ...]] = {
     # update, and a NaN that is allowed is logged as NaN, as with False.
     "logging_nan_inf_filter": (True, False),
     "no_cuda": (False,),
+    "push_to_hub_model_id": ("",),
+    "push_to_hub_organization": ("",),
+    "push_to_hub_token": ("<PUSH_TO_HUB_TOKEN>", ""),
     "sortish_sampler": (False,),
     "torch_compile": (False,),
     "torchdynamo": (False, ""),
@@ -66,13 +66,12 @@ _OF_RENAMED: dict[str, tuple[Any, ...]] = {
 
 _BY_DEFAULT = {
     "dataloader_in_order": True,
-    "hub_strategy": "every_save",
     "local_rank": -1,
     "past_index": -1,
     "ray_scope": "last",
     **dict.fromkeys(
         [
-            *("eval_use_gather_object", "hub_always_push", "push_to_hub", "use_cache"),
+            *("eval_use_gather_object", "use_cache"),
             *("use_liger_kernel", "overwrite_output_dir", "save_safetensors", "tpu_metrics_debug"),
             *("use_ipex", "use_legacy_prediction_loop"),
         ],

@@ -36,6 +36,9 @@ RENAMED: dict[str, str] = {
     "use_mps_device": "The backend chooses the device. Remove it, or write use_cpu=True to use the "
     "CPU.",
     "warmup_ratio": "Write warmup_steps={value}: below 1 it is a ratio of all steps.",
+    "push_to_hub_model_id": "Write hub_model_id={value}, with the organization: 'owner/name'.",
+    "push_to_hub_organization": "Write hub_model_id='owner/name', with the organization as owner.",
+    "push_to_hub_token": "Write hub_token=...",
     # Seq2SeqTrainingArguments
     "generation_config": "Write generation_kwargs={{'max_length': 64}}: the keyword arguments of "
     "the model's generate.",
@@ -99,7 +102,6 @@ RENAMED: dict[str, str] = {
     "sample_weight": "It is part of the data. Use Trainer(train_dataset=(x, y, sample_weight)).",
 }
 
-_HUB = "kbtrain does not upload models. Save with `trainer.save_model(path)` and upload that."
 _DDP = "It belongs to torch's DistributedDataParallel, which kbtrain does not use. Remove it."
 _COMPILER = "It is a setting of torch.compile. Use jit_compile, which works on every backend."
 _LAUNCHER = "The launcher says it, by variables of the environment. Remove it."
@@ -122,15 +124,8 @@ DROPPED: dict[str, str] = {
     "deepspeed": "DeepSpeed supports PyTorch models only. Remove it; to save memory, use "
     "bf16=True and gradient_accumulation_steps.",
     "eval_use_gather_object": "Predictions are arrays (or nested structures of arrays). Remove it.",
-    "hub_always_push": _HUB,
-    "hub_model_id": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_revision": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
     "liger_kernel_config": _LIGER,
     "local_rank": _LAUNCHER,
-    "push_to_hub": _HUB,
     "torch_compile_backend": _COMPILER,
     "torch_compile_mode": _COMPILER,
     "torch_empty_cache_steps": "It empties the cache of one backend's memory allocator. Remove "
@@ -151,9 +146,6 @@ DROPPED: dict[str, str] = {
     "overwrite_output_dir": "kbtrain never empties output_dir. Choose a new output_dir, or resume "
     "with resume_from_checkpoint.",
     "past_index": "It carried state between batches for models of 2019. Remove it.",
-    "push_to_hub_model_id": _HUB,
-    "push_to_hub_organization": _HUB,
-    "push_to_hub_token": _HUB,
     "ray_scope": "It belongs to hyperparameter search with Ray. Remove it.",
     "save_safetensors": "Checkpoints are HDF5 and JSON on every backend. Remove it.",
     "tpu_metrics_debug": "It belongs to PyTorch/XLA. Remove it.",
@@ -199,7 +191,7 @@ MEMBERS: dict[str, str] = {
     "set_testing": "Arguments are frozen: `args.replace(...)`.",
     "set_save": "Arguments are frozen: `args.replace(...)`.",
     "set_logging": "Arguments are frozen: `args.replace(...)`.",
-    "set_push_to_hub": "kbtrain uploads nothing.",
+    "set_push_to_hub": "Arguments are frozen: `args.replace(push_to_hub=True, hub_model_id=...)`.",
     "set_optimizer": "Arguments are frozen: `args.replace(...)`.",
     "set_lr_scheduler": "Arguments are frozen: `args.replace(...)`.",
     "set_dataloader": "Arguments are frozen: `args.replace(...)`.",

@@ -18,8 +18,16 @@ class Serializable:
     """Base of an immutable dataclass whose values JSON can represent."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as a new dict of JSON values, which the caller may change."""
-        return {f.name: converters.thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """All fields as a new dict of JSON values, which the caller may change.
+
+        A token is replaced by ``<HUB_TOKEN>``, which the constructor takes as none.
+        """
+        values = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = converters.thaw(getattr(self, field.name))
+            hidden = field.metadata.get("secret") and value is not None
+            values[field.name] = f"<{field.name.upper()}>" if hidden else value
+        return values
 
     def to_json_string(self) -> str:
         """All fields as an indented JSON object; floats survive the round trip exactly.

@@ -43,8 +43,9 @@ def normalise(field: dataclasses.Field[Any], value: Any) -> Any:
     try:
         return converter(value)
     except InvalidValue as refusal:
+        written = f"<{field.name.upper()}>" if field.metadata.get("secret") else shown(value)
         raise ConfigurationError(
-            f"`{field.name}` must be {refusal}. Received: {field.name}={shown(value)} "
+            f"`{field.name}` must be {refusal}. Received: {field.name}={written} "
             f"(type {type(value).__name__}).{_hint(value, str(refusal))} "
             f"Meaning: {field.metadata['help']}"
         ) from None

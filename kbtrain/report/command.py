@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from kbtrain.utils.notebook import is_notebook
@@ -25,9 +26,22 @@ def _arguments(main: Any) -> list[str]:
     """What follows ``python`` in the command."""
     spec = getattr(main, "__spec__", None)
     if spec is not None:
-        return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+        return ["-m", spec.name.removesuffix(".__main__"), *_without_secrets(sys.argv[1:])]
     # A program that a tool runs (a debugger, a test) has an argv of its own.
-    return list(sys.argv) if sys.argv and sys.argv[0] else [str(main.__file__)]
+    return _without_secrets(sys.argv) if sys.argv and sys.argv[0] else [str(main.__file__)]
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """The words of a command without a token, which must not get into a log or a report."""
+    shown, hides = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = name.lstrip("-").replace("-", "_") == "hub_token" and name.startswith("-")
+        shown.append(
+            "<HUB_TOKEN>" if hides else f"{name}=<HUB_TOKEN>" if secret and equals else word
+        )
+        hides = secret and not equals
+    return shown
 
 
 def resume_command(resume: Any, backend: str) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def create_model_card(trainer: Any, facts: CardFacts) -> Path:
         facts.origin(),
         _results("evaluation", evaluated, step),
         _results("test", tests, None),
-        "## Usage\n\n" + _usage(trainer.model, folder) + "\n",
+        "## Usage\n\n" + _usage(trainer.model, folder, trainer.pusher) + "\n",
         _data(trainer.record.facts),
         "## Training results\n\n" + results_table(history, best) + "\n",
         f"![Loss]({plot.name})\n" if plot else "",
@@ -169,8 +169,18 @@ def _results(split: str, values: Mapping[str, Any], step: int | None) -> str:
     return f"These weights on the {split} set{where}:\n\n{rows}\n"
 
 
-def _usage(model: Any, folder: Path) -> str:
-    """A program that loads the model and calls it."""
+def _usage(model: Any, folder: Path, pusher: Any) -> str:
+    """A program that loads the model and calls it.
+
+    Args:
+        model: The model.
+        folder: ``output_dir``.
+        pusher: What pushes the model to the Hub; None if nothing does.
+    """
+    if pusher is not None and pusher.preset is not None:
+        load = f'keras_hub.models.{type(model).__name__}.from_preset("{pusher.preset}")'
+        return f"```python\nimport keras_hub\n\nmodel = {load}\n```"
+    repository = "" if pusher is None or "/" not in pusher.name else pusher.name
     inputs = getattr(model, "inputs", None) or []
     shapes = [
         f"{one.dtype} ({', '.join('n' if d is None else str(d) for d in one.shape)})"
@@ -179,9 +189,13 @@ def _usage(model: Any, folder: Path) -> str:
     comment = f"  # x: {'; '.join(shapes)}" if shapes else ""
     written = (folder / MODEL_FILE).exists()
     note = "" if written else f"`trainer.save_model()` writes `{MODEL_FILE}`.\n\n"
+    imported, path = "", f'"{MODEL_FILE}"'
+    if repository:
+        imported = "from huggingface_hub import hf_hub_download\n"
+        path = f'hf_hub_download("{repository}", "{MODEL_FILE}")'
     return (
-        f"{note}```python\nimport keras\n\n"
-        f'model = keras.models.load_model("{MODEL_FILE}")\n'
+        f"{note}```python\nimport keras\n{imported}\n"
+        f"model = keras.models.load_model({path})\n"
         f"predictions = model.predict(x){comment}\n```"
     )
 
@@ -291,7 +305,7 @@ def results_table(history: Sequence[Mapping[str, Any]], best_step: int | None = 
 
 
 def _settings(args: TrainingArguments) -> str:
-    changed = {k: v for k, v in args.changed().items() if k != "output_dir"}
+    changed = {k: v for k, v in args.changed().items() if k not in ("output_dir", "hub_token")}
     return "\n".join(f"- {name}: {value!r}" for name, value in changed.items()) or "- none"
 
 

@@ -6,10 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbtrain.config.training_args import TrainingArguments
+from kbtrain.hub import push
+from kbtrain.hub.pusher import HubPusher
+from kbtrain.plan import request as planning
 from kbtrain.report import model_card, write
 from kbtrain.trainer import reports
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
+
+
+def make_pusher(args: TrainingArguments) -> HubPusher | None:
+    """What pushes to the Hub, if the arguments ask for it; not in a program that is planned.
+
+    Raises:
+        ConfigurationError: A setting is wrong, or the package or a token is missing.
+    """
+    wanted = args.push_to_hub and not planning.pending()
+    return HubPusher(args, reports.save_model) if wanted else None
 
 
 class RunArtifacts(TrainerBase):
@@ -21,7 +35,8 @@ class RunArtifacts(TrainerBase):
         Args:
             output_dir: A folder, which gets ``model.keras``, ``training_args.json`` and the files
                 of ``processing_class``, or a path that ends in ``.keras``. The default is
-                ``args.output_dir``.
+                ``args.output_dir``. With ``args.push_to_hub`` the model is also pushed, as in
+                Transformers; if that fails, there is a warning.
 
         Returns:
             The path of the ``.keras`` file.
@@ -30,7 +45,45 @@ class RunArtifacts(TrainerBase):
             ConfigurationError: ``output_dir`` is not a path.
             OutputError: It cannot be written to.
         """
-        return reports.save_model(self, output_dir)
+        path = reports.save_model(self, output_dir)
+        push.push_saved(self)
+        return path
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Push the model, a model card and the files of ``output_dir`` to the Hugging Face Hub.
+
+        The repository is ``args.hub_model_id``; ``args.push_to_hub`` need not be set. Checkpoints,
+        hidden files and those that begin with an underscore stay here. With several processes all
+        of them make the call, and the first one pushes. Needs the extra ``hub``.
+
+        Args:
+            commit_message: The commit message.
+            blocking: Whether to wait until everything has arrived.
+            token: A token in place of ``args.hub_token``.
+            revision: A branch in place of ``args.hub_revision``.
+            private: Whether a new repository is private, in place of ``args.hub_private_repo``.
+            **card: Arguments of ``create_model_card``.
+
+        Returns:
+            The ``CommitInfo`` of ``huggingface_hub``, or with ``blocking=False`` a future of it;
+            None in other processes than the first.
+
+        Raises:
+            ConfigurationError: A setting is wrong, or the package or a token is missing.
+            HubError: The Hub cannot be reached, or fails.
+            OutputError: The model cannot be written to ``output_dir``.
+        """
+        pusher = self.pusher or HubPusher(self.args, reports.save_model)
+        changes = {"token": token, "revision": revision, "private": private}
+        return push.push_to_hub(self, pusher, commit_message, blocking, card, changes)
 
     def save_state(self) -> Path:
         """Write ``trainer_state.json`` into the output directory."""

@@ -59,11 +59,17 @@ def run_session(
         saving = trainer.saver.running(args.save_strategy != "no", args.on_save_error)
         with distributed.working("the start of fit"), signals, saving:
             handler.tell("phase", "looking for a checkpoint" if resume else "preparing")
+            if trainer.pusher is not None:
+                trainer.pusher.begin(trainer.model)
+                resume = trainer.pusher.fetch(resume)
             checkpoint = resolve_together(trainer, resume)
             trainer.resumed_from = None if checkpoint is None else checkpoint.path
             with placement.settings(trainer.backend, args, trainer.model):
                 train = find_and_fit if args.auto_find_batch_size else fit
                 output = train(trainer, checkpoint)
+        if trainer.pusher is not None and trainer.interruption is None and trainer.trial is None:
+            handler.tell("phase", f"pushing to {trainer.pusher.name}")
+            trainer.pusher.finish(functools.partial(trainer.push_to_hub, "End of training"))
         newest = actions.last_checkpoint(trainer) if trainer.interruption else None
         signals.raise_received(trainer.state.global_step, newest, trainer.interruption)
         return output
@@ -71,6 +77,8 @@ def run_session(
         failure = error
         raise
     finally:
+        if trainer.pusher is not None:
+            trainer.pusher.close(waits=not isinstance(failure, KeyboardInterrupt))
         _tell_ending(trainer, failure)
         trainer.is_in_train, trainer.current_run = False, None
         handler.close()

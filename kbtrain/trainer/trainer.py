@@ -35,7 +35,7 @@ from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.trackers import make_trackers
 from kbtrain.trainer import argument_checks, lr_finder, planning, search, session
-from kbtrain.trainer.artifacts import RunArtifacts
+from kbtrain.trainer.artifacts import RunArtifacts, make_pusher
 from kbtrain.trainer.migration import KnownNames
 from kbtrain.trainer.unused_arguments import warn_about_unused
 from kbtrain.training.dataloaders import evaluation_set, is_named_datasets
@@ -152,6 +152,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         self.adopt(self.call_model_init() if self.model_init is not None else model)
         self.store = CheckpointStore(self.args.output_dir)
         self.saver = make_saver(self.store, self.args)
+        self.pusher = make_pusher(self.args)
         self.stop_signals = StopSignals(False, None)
         self.state = TrainerState()
         self.control = TrainerControl()

@@ -166,13 +166,14 @@ def save(trainer: TrainerBase, run: Run) -> None:
     trainer.saver.wait()
     former_best = best_model.begin_saving(trainer, run)
     trainer.callback_handler.tell("saving", f"checkpoint-{step}")
+    push = None if trainer.pusher is None else trainer.pusher.at_save(trainer)
 
     def failed() -> None:
         best_model.take_back(trainer, run, step, former_best)
 
     listened_to = bool(trainer.callback_handler.listeners("on_save"))
     background = args.save_async and not listened_to
-    if trainer.saver.save(_snapshot(trainer, run), background, args.on_save_error, failed):
+    if trainer.saver.save(_snapshot(trainer, run), background, args.on_save_error, failed, push):
         trainer.fire("on_save")
 
 

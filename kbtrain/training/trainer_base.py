@@ -27,6 +27,7 @@ from kbtrain.data import ColumnFilter, Loader, as_loader, task_preprocessing
 from kbtrain.data.plain_values import plain_values
 from kbtrain.distributed import placement
 from kbtrain.errors import CheckpointError, ConfigurationError
+from kbtrain.hub.pusher import HubPusher
 from kbtrain.model import build as building
 from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.forward import default_loss
@@ -61,6 +62,7 @@ class TrainerBase(ABC):
         position: The position of the run, for traced code.
         store: The checkpoints of ``args.output_dir``.
         saver: Writes checkpoints.
+        pusher: Pushes to the Hub; None without ``push_to_hub``.
         stop_signals: Requests to stop, from signals and ``max_time``.
         agreement: What several processes decide together in the running ``fit``.
         interruption: The reason why the run ended early, or None.
@@ -100,6 +102,7 @@ class TrainerBase(ABC):
     position: Position
     store: CheckpointStore
     saver: AsyncCheckpointer
+    pusher: HubPusher | None = None
     stop_signals: StopSignals
     agreement: Agreement
     interruption: str | None = None

@@ -197,7 +197,7 @@ def test_an_option_takes_what_the_argument_takes(line, given):
         ("--evaluation_strategy epoch", "Write eval_strategy='epoch'"),
         ("--warmup-ratio=0.1", "Write warmup_steps="),
         ("--no_cuda", "Write use_cpu"),
-        ("--hub_token abc", "<HUB_TOKEN>"),
+        ("--push_to_hub_token abc", "<PUSH_TO_HUB_TOKEN>"),
         ("--learnin_rate 3", "Did you mean learning_rate"),
         ("--learning_rate fast", "learning_rate"),
         ("--learning_rate -1", "at least 0"),

@@ -22,7 +22,7 @@ X, Y = make_data(8)
         ({"verbose": 0}, "Write disable_tqdm="),
         ({"learning_rate": 0.1}, r"use TrainingArguments\(learning_rate=...\)"),
         ({"steps_per_epoch": 3}, "field of TrainingArguments"),
-        ({"push_to_hub": True}, "does not upload"),
+        ({"push_to_hub": True}, r"use TrainingArguments\(push_to_hub=...\)"),
         ({"optimizer": "adam"}, r"optimizers=\(optimizer, schedule\)"),
         ({"collate_fn": list}, "data_collator"),
         ({"compute_metric": len}, "Did you mean compute_metrics"),

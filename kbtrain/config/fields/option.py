@@ -34,6 +34,7 @@ def option(
     on_resume: str,
     command_line: Any = None,
     by_position: bool = False,
+    secret: bool = False,
 ) -> Any:
     """Declare a field of ``TrainingArguments``.
 
@@ -45,8 +46,12 @@ def option(
             a warning; ``HARMLESS`` if nothing.
         command_line: The type of its command-line option, if that accepts more than is stored.
         by_position: Whether it may be given by position.
+        secret: Whether its value must not be saved or shown; ``<NAME>`` is written in its place.
     """
-    metadata = {"converter": converter, "help": help, "on_resume": on_resume}
+    metadata: dict[str, Any] = {"converter": converter, "help": help, "on_resume": on_resume}
     if command_line is not None:
         metadata["command_line"] = command_line
-    return dataclasses.field(default=default, metadata=Metadata(metadata), kw_only=not by_position)
+    metadata["secret"] = secret
+    return dataclasses.field(
+        default=default, metadata=Metadata(metadata), kw_only=not by_position, repr=not secret
+    )

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: what a run pushes to it, when, and resuming from what was pushed."""
