@@ -70,7 +70,6 @@ def test_what_a_person_has_to_decide_is_listed_by_line():
         ("paged_adamw_8bit", "optim='paged_adamw_8bit'"),
         ("dataloader_num_workers", "dataloader_num_workers"),
         ("use_mps_device", "use_mps_device"),
-        ("push_to_hub_model_id", "push_to_hub_model_id"),
         ("**settings,", "The"),
         ("optimizers=(", "optimizers"),
         ("save_pretrained", "Save"),
@@ -85,6 +84,7 @@ def test_what_a_person_has_to_decide_is_listed_by_line():
     assert "import kbtrain\nimport transformers\n" in done.text
     assert "class WeightedTrainer(kbtrain.Trainer)" in done.text
     assert "args = TrainingArguments(" in done.text
+    assert 'hub_model_id="vit"' in done.text
     assert "push_to_hub_model_id" not in done.text
     assert "ddp_find_unused_parameters=False" in done.text  # asks for nothing, and is accepted
 
