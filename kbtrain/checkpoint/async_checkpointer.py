@@ -69,6 +69,7 @@ class _Job:
     failed: Callable[[], None]
     written: Callable[[], None] | None = None
     error: BaseException | None = None
+    saved: bool = False
     thread: threading.Thread | None = field(default=None)
 
 
@@ -147,6 +148,7 @@ class AsyncCheckpointer:
             self._clean()
             yield
             self.wait()
+            self._send_rest(on_error)
         except KeyboardInterrupt:
             self._abandon()  # without waiting: the write ends by itself, or with the process
             raise
@@ -161,6 +163,17 @@ class AsyncCheckpointer:
             with self._guard:
                 if not self._abandoned:
                     self._lock.release()
+
+    def _send_rest(self, on_error: OnError) -> None:
+        """At the end of a run: upload what could not be uploaded before."""
+        if not self.store.is_remote:
+            return
+        try:
+            self._on_writers(_new_key(self.peers), self.store.send)
+        except CheckpointError as error:
+            if on_error == "raise" or not is_storage_error(error):
+                raise
+            logger.warning("The run is over, and not all of it is there. %s", error)
 
     def _clean(self) -> None:
         if not self.writes:
@@ -237,7 +250,8 @@ class AsyncCheckpointer:
         job, self._job = self._job, None
         if job is None or job.error is None:
             return True
-        job.failed()
+        if not job.saved:
+            job.failed()
         if _is_raised(job, job.error):
             raise job.error
         logger.warning(
@@ -245,13 +259,13 @@ class AsyncCheckpointer:
             "due.",
             job.error,
         )
-        return False
+        return job.saved
 
     def _write(self, job: _Job) -> None:
         """Write, verify, rotate; runs in the thread of a background save."""
         start = time.perf_counter()
         try:
-            self._save(job.snapshot, job.key)
+            self._save(job)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
             if job.written is not None:
                 job.written()
@@ -266,7 +280,8 @@ class AsyncCheckpointer:
                     if self._abandoned:
                         self._lock.release()
 
-    def _save(self, one: Snapshot, key: str) -> None:
+    def _save(self, job: _Job) -> None:
+        one, key = job.snapshot, job.key
         contents = (one.arrays, one.documents, one.info, one.places, one.other_files)
         if self.peers is not None and distributed.is_divided(one.arrays):
             lock, whole = self._lock_folder, Contents(*contents)
@@ -282,8 +297,13 @@ class AsyncCheckpointer:
             rotates = self.writes
             if not rotates:
                 self.store.written(self.store.path(one.step))
-        if rotates:
-            self._rotate(one)
+        job.saved = True
+        try:
+            if self.store.is_remote:
+                self._on_writers(f"{key}/upload", self.store.send)
+        finally:
+            if rotates:
+                self._rotate(one)
 
     def _on_writers(self, key: str, action: Callable[[], None]) -> None:
         """Call a function on the processes that write, and raise its error on all."""
@@ -307,7 +327,7 @@ class AsyncCheckpointer:
 
     def _take_folder(self, on_error: OnError) -> None:
         try:
-            self._on_writers(_new_key(self.peers), self._lock_folder)
+            self._on_writers(_new_key(self.peers), self._begin_writing)
         except CheckpointError as error:
             if on_error == "raise" or not is_storage_error(error):
                 raise
@@ -316,6 +336,10 @@ class AsyncCheckpointer:
                 "is fixed.",
                 error,
             )
+
+    def _begin_writing(self) -> None:
+        self._lock_folder()
+        self.store.check_access()
 
     def _lock_folder(self) -> None:
         try:

@@ -141,7 +141,7 @@ def resolve(
             told = _unpack(peers.announce(f"{key}/{number}"))
             if "chosen" in told:
                 return store.follow(told["chosen"], lazy)
-            problem = _problem_with(store.directory / told["verify"], is_mine)
+            problem = _problem_with(store, told["verify"], is_mine)
             peers.gather(f"{key}/{number}/verified", _pack(peers, problem))
 
     numbers = itertools.count()
@@ -178,9 +178,13 @@ def _place(store: CheckpointStore, path: Path) -> str:
     return path.name if path.parent == store.directory.absolute() else str(path)
 
 
-def _problem_with(path: Path, is_mine: Callable[[int], bool]) -> Exception | None:
+def _problem_with(
+    store: CheckpointStore, place: str, is_mine: Callable[[int], bool]
+) -> Exception | None:
     """What is wrong with this process's share of a checkpoint that process 0 has found."""
+    path = store.directory / place
     try:
+        store.bring(place)
         verify_blocks(path, is_mine)
     except CheckpointNotFoundError:
         # Not the class: process 0 would take an older one instead.

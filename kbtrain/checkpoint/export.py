@@ -29,8 +29,8 @@ from kbtrain.errors import (
     ConfigurationError,
     first_lines,
 )
+from kbtrain.utils.addresses import check_local
 from kbtrain.utils.filesystem import replacing
-from kbtrain.utils.local_path import check_local
 
 if TYPE_CHECKING:
     import keras

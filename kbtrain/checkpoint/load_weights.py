@@ -31,7 +31,7 @@ from kbtrain.errors import (
 )
 from kbtrain.model.build import check_model
 from kbtrain.model.variables import refresh_derived_values
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import scheme_of
 
 logger = logging.getLogger("kbtrain")
 
@@ -71,8 +71,8 @@ def load_weights(
 
     Args:
         model: A built model.
-        source: A checkpoint, the folder of a run (its newest intact checkpoint is used), a
-            ``.weights.h5`` or a ``.keras`` file.
+        source: A checkpoint, the folder of a run (its newest intact checkpoint is used), or the
+            address of either; a ``.weights.h5`` or a ``.keras`` file.
         strict: Whether names and shapes must match exactly. If False, matching values are loaded,
             and the report, which is logged as a warning, lists the rest.
 
@@ -101,7 +101,10 @@ def load_weights(
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
             "or give it a keras.Input as its first layer."
         )
-    check_local("source", source)
+    if scheme_of(source) is not None:
+        from kbtrain.checkpoint.remote.store import staged
+
+        source = staged(os.fspath(source))
     path = Path(source)
     named = name_variables(model_variables(model))
     if is_folder(path):

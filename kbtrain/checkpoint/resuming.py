@@ -22,7 +22,7 @@ from kbtrain.errors import (
     ConfigurationError,
 )
 from kbtrain.utils import filesystem
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import check_local
 
 Log = Callable[[str], None]
 Read = Callable[[Path], Checkpoint]

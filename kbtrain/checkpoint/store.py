@@ -11,7 +11,7 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from kbtrain.checkpoint import resuming
 from kbtrain.checkpoint.ownership import Ownership
 from kbtrain.checkpoint.resuming import Log
 from kbtrain.checkpoint.storage import run_folder as folder
-from kbtrain.checkpoint.storage.faults import exists, is_folder
+from kbtrain.checkpoint.storage.faults import exists, explain_failure, is_folder
 from kbtrain.checkpoint.storage.folder_reader import (
     Checkpoint,
     everything,
@@ -45,7 +45,7 @@ from kbtrain.errors import (
     ConfigurationError,
 )
 from kbtrain.utils import filesystem
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import check_local
 
 Paths = list[Path]
 Problems = list[str]
@@ -73,9 +73,13 @@ class CheckpointStore:
         ('checkpoint-10', array([1., 1.]))
     """
 
+    is_remote = False
+    """Whether checkpoints are uploaded from the folder; see ``remote/store.py``."""
+
     def __init__(self, directory: str | os.PathLike[str], shard_bytes: int = SHARD_BYTES) -> None:
         check_local("directory", directory)
         self.directory = Path(directory).absolute()  # the program may change its folder later
+        self.place = str(self.directory)  # where checkpoints are kept, for messages
         self.shard_bytes = shard_bytes
         self._begin()
 
@@ -193,32 +197,7 @@ class CheckpointStore:
             what: The checkpoint, or the run's folder.
             error: The error of the operating system.
         """
-        reason = error.strerror or str(error)
-        text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
-        text += " The partial checkpoint was removed; earlier checkpoints are untouched."
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            space = filesystem.describe_space(what.parent)
-            return CheckpointError(f"{text} {space} {self._describe_checkpoints()}")
-        return CheckpointError(
-            f"{text} {filesystem.describe_space(what.parent)} Make {self.directory} a folder that "
-            "this process can write to, or choose another output_dir."
-        )
-
-    def _describe_checkpoints(self) -> str:
-        with suppress(OSError, CheckpointError):
-            if present := self.list():
-                size = sum(filesystem.tree_size(path) for _, path in present)
-                first, last = present[0][1].name, present[-1][1].name
-                there = (
-                    f"The checkpoint there ({first}) takes"
-                    if len(present) == 1
-                    else f"The checkpoints there ({first} to {last}, {len(present)} in all) take"
-                )
-                return (
-                    f"{there} {size / 1e6:,.0f} MB: free space by deleting old "
-                    "ones (save_total_limit does so), or choose another output_dir."
-                )
-        return "Free space or choose another output_dir."
+        return explain_failure(self.directory, what, error)
 
     def path(self, step: int) -> Path:
         """The path of the checkpoint of ``step``, whether or not it exists."""
@@ -358,7 +337,7 @@ class CheckpointStore:
                 f"Received: save_total_limit={limit!r}"
             )
         protected = {_protected_step(item) for item in protect}
-        present = [(step, path) for step, path in self.list() if path in self._own]
+        present = self.own_checkpoints()
         sound = [path for _, path in present if path not in self._damaged]
         keep = {path for step, path in present if step in protected}
         keep.update(sound[-1:])
@@ -376,10 +355,14 @@ class CheckpointStore:
         Returns:
             The deleted folders.
         """
-        present = [(step, path) for step, path in self.list() if path in self._own]
+        present = self.own_checkpoints()
         if best.name not in [path.name for _, path in present]:
             return []
         return self.delete([item for item in present if item[1].name != best.name])
+
+    def own_checkpoints(self) -> Listing:
+        """(step, folder) of the checkpoints that this run owns, by ascending step."""
+        return [(step, path) for step, path in self.list() if path in self._own]
 
     def owns(self, path: Path) -> bool:
         """Whether this run owns a checkpoint of the folder, so that it may be deleted."""
@@ -424,6 +407,24 @@ class CheckpointStore:
             CheckpointUnreadableError: If the folder cannot be listed now.
         """
         return folder.list_checkpoints(self.directory)
+
+    # --- for stores that keep checkpoints elsewhere; nothing to do for a folder
+
+    def kept(self) -> Listing:
+        """(step, folder) of all checkpoints where they are kept, by ascending step."""
+        return self.list()
+
+    def bring(self, place: str) -> None:
+        """Make a checkpoint that process 0 has found present on this machine."""
+
+    def check_access(self) -> None:
+        """Check that checkpoints can be kept; raises a ``CheckpointError`` otherwise."""
+
+    def send(self) -> None:
+        """Take what was saved to where it is kept; raises a ``CheckpointError`` otherwise."""
+
+    def send_files(self, once: bool = False) -> None:
+        """Take logs and other files there."""
 
     def temporary_folder(self, step: int) -> AbstractContextManager[Path]:
         """Make a hidden folder, and remove it at the end if it still exists.

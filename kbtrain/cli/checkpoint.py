@@ -22,6 +22,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
+from kbtrain.utils.addresses import scheme_of
 
 
 def run(words: Sequence[str]) -> int:
@@ -37,7 +38,11 @@ def run(words: Sequence[str]) -> int:
         name: str, does: Callable[[argparse.Namespace], int], help: str
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help)
-        added.add_argument("path", type=Path, help="a run's folder, or one checkpoint")
+        added.add_argument(
+            "path",
+            help="a run's folder, or one checkpoint; or the address of one (s3://...): the newest "
+            "checkpoint there is downloaded",
+        )
         added.set_defaults(does=does)
         return added
 
@@ -61,6 +66,12 @@ def run(words: Sequence[str]) -> int:
         help="import a module first that registers the model's own classes (.keras only)",
     )  # fmt: skip
     arguments = parser.parse_args(words)
+    if scheme_of(arguments.path) is None:
+        arguments.path = Path(arguments.path)
+    else:
+        from kbtrain.checkpoint.remote.store import staged
+
+        arguments.path = staged(arguments.path)
     return int(arguments.does(arguments))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from kbtrain.config.fields import Fields
@@ -18,6 +19,7 @@ from kbtrain.config.validation import (
     normalise,
     resolve_steps,
 )
+from kbtrain.utils.addresses import local_folder
 from kbtrain.utils.html import notebook_table, setting
 
 
@@ -82,6 +84,20 @@ class TrainingArguments(ProcessProperties, Serializable, Fields):
         for name, value in derived_values(self).items():
             object.__setattr__(self, name, value)
         check_consistency(self)
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder of the run on this machine: ``output_dir``, if that is not an address.
+
+        The files of a run at an address are written to a folder of the user's cache first, and
+        uploaded from there; see docs/checkpoints.md.
+
+        Example:
+            >>> from kbtrain import TrainingArguments
+            >>> TrainingArguments(output_dir="s3://bucket/digits").output_folder.name
+            'digits-cfb654f387'
+        """
+        return local_folder(self.output_dir)
 
     @property
     def train_batch_size(self) -> int:

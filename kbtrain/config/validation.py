@@ -12,7 +12,7 @@ from typing import Any
 from kbtrain.config.converters import FrozenDict, InvalidValue, shown, steps
 from kbtrain.config.fields import Fields
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import check_address
 
 METRIC_DRIVEN = ("reduce_lr_on_plateau", "greedy")
 """Schedules that are driven by ``metric_for_best_model`` after each evaluation."""
@@ -100,8 +100,8 @@ def check_consistency(args: Fields) -> None:
     Raises:
         ConfigurationError: Two or more fields contradict each other.
     """
-    check_local("output_dir", args.output_dir)
-    check_local("resume_from_checkpoint", args.resume_from_checkpoint)
+    check_address("output_dir", args.output_dir)
+    check_address("resume_from_checkpoint", args.resume_from_checkpoint)
     if args.max_steps == -1 and args.num_train_epochs <= 0:
         raise ConfigurationError(
             "`num_train_epochs` must be above 0 unless `max_steps` sets the length of the run. "

@@ -12,6 +12,7 @@ from kbtrain.callbacks.base import evaluation_name
 from kbtrain.display.view import Evaluation
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
+from kbtrain.utils.addresses import scheme_of
 from kbtrain.utils.readable import duration, memory
 
 Row = tuple[str, str]
@@ -64,7 +65,9 @@ def _epochs_in_words(value: float) -> str:
 
 
 def short_path(path: str | os.PathLike[str]) -> str:
-    """A path relative to the working directory, where that is shorter."""
+    """A path relative to the working directory, where that is shorter; an address as it is."""
+    if scheme_of(path) is not None:
+        return str(path)
     try:
         relative = os.path.relpath(path)
     except ValueError:  # another drive

@@ -9,6 +9,7 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import keras
@@ -16,6 +17,7 @@ import numpy as np
 
 from kbtrain.data import as_source
 from kbtrain.report.command import command_line
+from kbtrain.utils.addresses import beneath
 from kbtrain.utils.json_types import JsonDataclass
 from kbtrain.utils.layers import innermost_optimizer
 from kbtrain.utils.processes import current
@@ -94,6 +96,14 @@ class RunFacts(JsonDataclass):
     host: str = ""
 
 
+def _resumed_from(trainer: Any) -> str | None:
+    path, store = trainer.resumed_from, trainer.store
+    if path is None:
+        return None
+    # Of a run at an address, `directory` is where its files are on this machine.
+    return beneath(store.place, path.name) if path.parent == store.directory else str(path)
+
+
 def facts_of(trainer: Any) -> RunFacts:
     """Describe the run that a Trainer is about to begin; valid from ``on_train_begin`` on.
 
@@ -102,12 +112,12 @@ def facts_of(trainer: Any) -> RunFacts:
     """
     args, model, state = trainer.args, trainer.model, trainer.state
     variables = model.weights  # without the state of random generators
-    path = trainer.store.directory.absolute()
+    place = trainer.store.place
     return RunFacts(
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         command=command_line(),
-        output_dir=str(path),
-        run_name=args.run_name or path.name,
+        output_dir=place,
+        run_name=args.run_name or PurePath(place).name,
         model=str(model.name),
         model_class=type(model).__name__,
         parameters=sum(map(_size, variables)),
@@ -130,7 +140,7 @@ def facts_of(trainer: Any) -> RunFacts:
         device=trainer.backend.device_info(args.chosen_device),
         processes=current().size,
         start_step=state.global_step,
-        resumed_from=None if trainer.resumed_from is None else str(trainer.resumed_from),
+        resumed_from=_resumed_from(trainer),
         changed=args.changed(),
         versions=dict(environment(trainer.backend.name)["versions"]),
         host=platform.node(),

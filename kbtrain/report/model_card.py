@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kbtrain.callbacks.state import TrainerState
@@ -94,11 +94,12 @@ def create_model_card(trainer: Any, facts: CardFacts) -> Path:
     Returns:
         The path of the card.
     """
-    folder = Path(trainer.args.output_dir)
+    folder: Path = trainer.args.output_folder
     path = folder / "README.md"
     if not trainer.args.should_save:
         return path
-    name = facts.model_name or trainer.args.run_name or folder.absolute().name or "model"
+    folder_name = PurePath(trainer.store.place).name
+    name = facts.model_name or trainer.args.run_name or folder_name or "model"
     plot = _plot(trainer, folder / "loss.png")
     versions = environment(trainer.backend.name)["versions"]
     step = held_step(trainer)

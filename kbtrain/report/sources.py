@@ -17,8 +17,8 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
 from kbtrain.report.style import DATA
+from kbtrain.utils.addresses import check_local
 from kbtrain.utils.filesystem import entries, parse_checkpoint_name, process_is_alive
-from kbtrain.utils.local_path import check_local
 
 logger = logging.getLogger("kbtrain")
 

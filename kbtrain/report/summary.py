@@ -7,11 +7,11 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from kbtrain.report.curves import series
 from kbtrain.report.record import RunRecord, is_evaluation
+from kbtrain.utils.addresses import beneath
 from kbtrain.utils.html import number
 from kbtrain.utils.readable import duration
 
@@ -245,7 +245,7 @@ def commands(record: RunRecord) -> list[Command]:
         text = command or 'trainer.fit(resume_from_checkpoint="auto")'
         found.append(Command("Go on", text, note))
         title, chosen, other = _to_load(record)
-        path = str(PurePath(folder) / chosen)
+        path = beneath(folder, chosen)
         load = f"import kbtrain\n\nkbtrain.load_weights(model, {path!r})"
         note = f"model: built as in training.{other}"
         found.append(Command(f"Load {title}", load, note))

@@ -13,7 +13,7 @@ from kbtrain.report.page import render
 from kbtrain.report.record import RunRecord
 from kbtrain.report.recorder import update
 from kbtrain.report.sources import load_runs
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import check_local
 from kbtrain.utils.output_files import save_text
 
 FILE_NAME = "report.html"
@@ -21,7 +21,7 @@ FILE_NAME = "report.html"
 
 def report_of_trainer(trainer: Any, path: Any) -> Path:
     """Write the report of a Trainer's run; see ``Trainer.report``."""
-    target = _target(path, Path(trainer.args.output_dir))
+    target = _target(path, trainer.args.output_folder)
     record: RunRecord = trainer.record
     if not trainer.state.is_world_process_zero:
         return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
@@ -32,7 +31,7 @@ class CometCallback(Tracker):
         active, fresh = self._library.get_running_experiment(), self.run is None
         self._own = active is None or active.ended
         if self._own:
-            folder = Path(args.output_dir).absolute()
+            folder = args.output_folder.absolute()
             folder.mkdir(parents=True, exist_ok=True)
             # Without its own logging, which would add names and steps of its own.
             settings = self._library.ExperimentConfig(

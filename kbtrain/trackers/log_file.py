@@ -111,7 +111,7 @@ class LogFile(TrainerCallback):
 
     def _path_of(self, args: TrainingArguments) -> Path:
         # Absolute, because the program may change its working folder.
-        return (Path(args.output_dir) / self.file_name).absolute()
+        return (args.output_folder / self.file_name).absolute()
 
     def _known(self, records: list[Any], state: TrainerState) -> list[Any]:
         """The records covered by the resumed state, which may have been saved between two logs."""

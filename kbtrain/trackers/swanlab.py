@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
@@ -27,7 +26,7 @@ class SwanLabCallback(Tracker):
 
     def open(self, args: TrainingArguments, trainer: Any) -> None:
         """Start a run, or continue one."""
-        folder = Path(args.output_dir).absolute() / "swanlog"
+        folder = args.output_folder.absolute() / "swanlog"
         folder.mkdir(parents=True, exist_ok=True)
         self._run = self._library.init(
             project=args.project,

@@ -8,7 +8,6 @@ import platform
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
@@ -42,7 +41,7 @@ class TensorBoardCallback(Tracker):
         now, host, fresh = time.time(), platform.node(), self.run is None
         if fresh:
             self.run = args.run_name or f"{time.strftime('%b%d_%H-%M-%S')}_{host}"
-        folder = Path(args.output_dir) / "runs" / self.run
+        folder = args.output_folder / "runs" / self.run
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(now)}.{host}.{time.time_ns()}"
         self._writer = self._library.RecordWriter(str(folder / name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
@@ -32,12 +31,12 @@ class WandbCallback(Tracker):
         """Start a run, or use the active one."""
         self._own = self._library.run is None
         if self._own:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            args.output_folder.mkdir(parents=True, exist_ok=True)
             self._run = self._library.init(
                 project=args.project,
                 name=args.run_name,
                 config=args.to_sanitized_dict(),
-                dir=args.output_dir,
+                dir=str(args.output_folder),
                 id=self.run,
                 resume="allow",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.hub import push
@@ -14,6 +14,8 @@ from kbtrain.report import model_card, write
 from kbtrain.trainer import reports
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
+
+T = TypeVar("T")
 
 
 def make_pusher(args: TrainingArguments) -> HubPusher | None:
@@ -28,6 +30,16 @@ def make_pusher(args: TrainingArguments) -> HubPusher | None:
 
 class RunArtifacts(TrainerBase):
     """The methods of ``Trainer`` that write files for people and other programs."""
+
+    def uploaded(self, written: T) -> T:
+        """Upload the files of the run, if ``output_dir`` is an address and no training runs.
+
+        Args:
+            written: The result of what has written them, which is returned.
+        """
+        if self.args.should_save and not self.is_in_train:
+            self.store.send_files()
+        return written
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Save the model for use without kbtrain.
@@ -47,7 +59,7 @@ class RunArtifacts(TrainerBase):
         """
         path = reports.save_model(self, output_dir)
         push.push_saved(self)
-        return path
+        return self.uploaded(path)
 
     def push_to_hub(
         self,
@@ -87,7 +99,7 @@ class RunArtifacts(TrainerBase):
 
     def save_state(self) -> Path:
         """Write ``trainer_state.json`` into the output directory."""
-        return reports.save_state(self)
+        return self.uploaded(reports.save_state(self))
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Format metrics for reading: MB, h:mm:ss, four decimals."""
@@ -100,7 +112,8 @@ class RunArtifacts(TrainerBase):
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
         """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
-        return reports.save_metrics(Path(self.args.output_dir), split, metrics, combined)
+        path = reports.save_metrics(self.args.output_folder, split, metrics, combined)
+        return self.uploaded(path)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report of the run: one HTML page with curves, settings and how to go on.
@@ -119,7 +132,7 @@ class RunArtifacts(TrainerBase):
             ConfigurationError: ``fit`` was not called yet.
             OutputError: It cannot be written.
         """
-        return write.report_of_trainer(self, path)
+        return self.uploaded(write.report_of_trainer(self, path))
 
     def create_model_card(
         self,
@@ -161,4 +174,4 @@ class RunArtifacts(TrainerBase):
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
             dataset_args,
         )  # fmt: skip
-        return model_card.create_model_card(self, facts)
+        return self.uploaded(model_card.create_model_card(self, facts))

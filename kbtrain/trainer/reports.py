@@ -16,7 +16,7 @@ from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.report.model_card import MODEL_FILE, shown
 from kbtrain.trainer.first_process import written_by_first
-from kbtrain.utils.local_path import check_local
+from kbtrain.utils.addresses import check_local
 from kbtrain.utils.output_files import explained, read_json, save_json, save_text
 from kbtrain.utils.processes import current
 
@@ -62,7 +62,7 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any], combined:
 
 def save_state(trainer: TrainerBase) -> Path:
     """Write ``trainer_state.json`` into the output directory."""
-    path = Path(trainer.args.output_dir) / "trainer_state.json"
+    path = trainer.args.output_folder / "trainer_state.json"
     if trainer.args.should_save:
         save_json(path, trainer.state.to_dict())
     return path
@@ -75,7 +75,7 @@ def save_model(trainer: TrainerBase, output_dir: str | Path | None) -> Path:
             f"save_model takes the path of a folder or of a .keras file. Received: {output_dir!r}."
         )
     check_local("output_dir", output_dir)
-    target = Path(trainer.args.output_dir if output_dir is None else output_dir).expanduser()
+    target = Path(trainer.args.output_folder if output_dir is None else output_dir).expanduser()
     with written_by_first(str(target)):
         return _save_model(trainer, target)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.remote import open_store
 from kbtrain.errors import ConfigurationError, NonFiniteError
 from kbtrain.optimization import registry
 from kbtrain.plan import request as planning
@@ -24,6 +24,7 @@ from kbtrain.trainer.search_results import best
 from kbtrain.training.dataloaders import is_named_datasets
 from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
+from kbtrain.utils.addresses import beneath
 from kbtrain.utils.optional_imports import require
 from kbtrain.utils.processes import current
 from kbtrain.utils.timing import without_durations
@@ -175,7 +176,7 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
     display.results(study)
-    picture = save_plot(optuna, study, Path(trainer.args.output_dir))
+    picture = save_plot(optuna, study, trainer.args.output_folder)
     if picture is not None:
         logger.info("A picture of the search is in %s.", picture)
     return best(optuna, study)
@@ -294,10 +295,10 @@ def _adjust(
             "model_init takes no argument that could use it. Write model_init(trial)."
         )
     name = s.hp_name(trial) if s.hp_name is not None else f"run-{trial.number}"
-    folder = Path(args.output_dir) / f"run-{trial.number}"
-    trainer.args = args.replace(**changes, output_dir=str(folder), run_name=name)
+    folder = beneath(args.output_dir, f"run-{trial.number}")
+    trainer.args = args.replace(**changes, output_dir=folder, run_name=name)
     registry.find(registry.OPTIMIZERS, trainer.args.optim, "optim")
-    trainer.store = CheckpointStore(trainer.args.output_dir)
+    trainer.store = open_store(trainer.args.output_dir)
     trainer.saver = make_saver(trainer.store, trainer.args)
     trainer.trial = trial
     trainer.state, trainer.control = TrainerState(), TrainerControl()
@@ -392,7 +393,7 @@ def _storage(optuna: Any, trainer: TrainerBase, settings: Settings) -> Any:
     """The storage of the study: a file in the output directory if several processes share it."""
     if settings.storage is not None or settings.n_jobs == 1:
         return settings.storage
-    path = Path(trainer.args.output_dir) / "study.journal"
+    path = trainer.args.output_folder / "study.journal"
     path.parent.mkdir(parents=True, exist_ok=True)
     return _journal(optuna, str(path))
 
@@ -404,7 +405,7 @@ def _journal(optuna: Any, path: str) -> Any:
 
 def _start_worker(trainer: TrainerBase, study: Any, share: int) -> subprocess.Popen[bytes]:
     """Start this program again; when it reaches its search, it runs ``share`` trials."""
-    folder = str(Path(trainer.args.output_dir).resolve())
+    folder = str(trainer.args.output_folder.resolve())
     order = {"study": study.study_name, "share": share, "output_dir": folder}
     environment = os.environ | {WORKER: json.dumps(order)}
     return subprocess.Popen([sys.executable, *sys.argv], env=environment)
@@ -412,7 +413,7 @@ def _start_worker(trainer: TrainerBase, study: Any, share: int) -> subprocess.Po
 
 def _work(optuna: Any, trainer: TrainerBase, settings: Settings, order: Mapping[str, Any]) -> None:
     """In a worker process: run its share of trials and exit the program."""
-    folder = str(Path(trainer.args.output_dir).resolve())
+    folder = str(trainer.args.output_folder.resolve())
     if folder != order["output_dir"]:
         raise ConfigurationError(
             "A program can have one search with n_jobs > 1: a process started for the search in "

@@ -80,6 +80,8 @@ def run_session(
         if trainer.pusher is not None:
             trainer.pusher.close(waits=not isinstance(failure, KeyboardInterrupt))
         _tell_ending(trainer, failure)
+        if args.should_save:
+            trainer.store.send_files(once=failure is not None)
         trainer.is_in_train, trainer.current_run = False, None
         handler.close()
 

@@ -12,7 +12,7 @@ from kbtrain import backends, distributed
 from kbtrain.callbacks import by_argument
 from kbtrain.callbacks.handler import CallbackHandler
 from kbtrain.callbacks.state import TrainerControl, TrainerState
-from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.remote import open_store
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.data import ColumnFilter
 from kbtrain.display import make_display
@@ -150,7 +150,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         self.captured = CapturedValues(self)
         self.traces = Traces(self.backend, self.position, self.captured, lambda: self.state)
         self.adopt(self.call_model_init() if self.model_init is not None else model)
-        self.store = CheckpointStore(self.args.output_dir)
+        self.store = open_store(self.args.output_dir)
         self.saver = make_saver(self.store, self.args)
         self.pusher = make_pusher(self.args)
         self.stop_signals = StopSignals(False, None)
@@ -208,7 +208,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         Args:
             resume_from_checkpoint: True continues from the newest intact checkpoint of
                 ``output_dir`` (an error if there is none), ``"auto"`` does so if there is one, a
-                path names one. The default is ``args.resume_from_checkpoint``.
+                path or an address names one. The default is ``args.resume_from_checkpoint``.
             ignore_keys_for_eval: ``ignore_keys`` of the evaluations in this call.
 
         Returns:
@@ -264,7 +264,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         output.metrics.update(memory, epoch=self.state.epoch)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
-        return Results(output.metrics)
+        return self.uploaded(Results(output.metrics))
 
     @concise
     def predict(

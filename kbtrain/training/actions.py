@@ -293,7 +293,7 @@ def _processing_files(
 def warn_of_former_run(trainer: TrainerBase) -> None:
     """Warn if a run that starts from scratch will save beside checkpoints of an earlier run."""
     try:
-        listed = trainer.store.list()
+        listed = trainer.store.kept()
     except CheckpointUnreadableError as error:
         logger.warning("%s A fresh run does not need them.", error)
         return
@@ -303,7 +303,7 @@ def warn_of_former_run(trainer: TrainerBase) -> None:
             "those of its own steps and deletes no others: until it is further than they are, "
             "resume_from_checkpoint=True would go on from the former run. Resume, delete them, or "
             "choose another output_dir.",
-            trainer.store.directory,
+            trainer.store.place,
             listed[0][1].name,
             listed[-1][1].name,
         )

@@ -10,6 +10,8 @@ from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.distributed import get_peers
 from kbtrain.training import actions
+from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase
@@ -35,6 +37,10 @@ def resolve_together(trainer: TrainerBase, resume: Any) -> Checkpoint | None:
 def _resolve(store: CheckpointStore, resume: Any) -> Checkpoint | None:
     """Find the checkpoint: process 0 chooses, and all verify it together."""
     peers = get_peers()
+    if scheme_of(resume) is not None and not store.is_remote and current().rank == 0:
+        from kbtrain.checkpoint.remote.store import staged
+
+        resume = staged(resume)
     if peers is None:
         return store.resolve(resume)
     # Lazy: of variables that are divided, each process reads its blocks.

@@ -205,7 +205,7 @@ class Quota(io.FileIO):
 
 class Settings:
     def __init__(self, folder):
-        self.output_dir = str(folder)
+        self.output_folder = folder
 
 
 def lines(folder):
@@ -354,37 +354,3 @@ def test_a_callbacks_state_that_is_no_json(tmp_path, caplog, policy):
     train(tmp_path, [Stateful()], **settings)
     assert "The state of the callback Stateful cannot be saved" in caplog.text
     assert train(tmp_path, [Stateful()], resume=True, max_steps=4, **settings)
-
-
-# --- addresses ------------------------------------------------------------------------------------
-
-ADDRESSES = ["s3://b/run", "gs://b", "hf://u/r", "memory://x", "hdfs://n/x", "file:///x", "dbfs:/x",
-             "simplecache::s3://b/r", "S3://b/run", Path("s3://b/run")]  # fmt: skip
-
-
-@pytest.mark.parametrize("address", ADDRESSES, ids=str)
-def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
-    import kbtrain
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError, match="output_dir.*must be a path"):
-        kbtrain.TrainingArguments(output_dir=address)
-    with pytest.raises(ConfigurationError, match="resume_from_checkpoint"):
-        kbtrain.TrainingArguments(output_dir="x", resume_from_checkpoint=str(address))
-    with pytest.raises(ConfigurationError, match="must be a path"):
-        CheckpointStore(address)
-    with pytest.raises(ConfigurationError, match="must be a path"):
-        kbtrain.load_weights(linear_model(), address)
-    trainer = Trainer(linear_model(), arguments(tmp_path), train_dataset=make_data(), loss="mse")
-    with pytest.raises(ConfigurationError, match="must be a path"):
-        trainer.save_model(address)
-    with pytest.raises(ConfigurationError, match="must be a path"):
-        trainer.fit(resume_from_checkpoint=str(address))
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("path", ["run", "a:b/run", "C:/run", "C:\\run", "~/x", "/a/b:c", "a/s3:x"])
-def test_local_paths_are_accepted(path):
-    from kbtrain.utils.local_path import check_local
-
-    check_local("output_dir", path)

@@ -97,7 +97,7 @@ class ProfilerCallback(TrainerCallback):
                 "updates. Give them steps that do not overlap."
             )
             return
-        folder = Path(args.output_dir) / "profile" if self.folder is None else Path(self.folder)
+        folder = args.output_folder / "profile" if self.folder is None else Path(self.folder)
         folder = _new(folder.absolute(), state.global_step + 1)
         try:
             trainer.backend.synchronize()

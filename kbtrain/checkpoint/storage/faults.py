@@ -12,10 +12,15 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kbtrain.errors import CheckpointDamagedError, CheckpointUnreadableError
+from kbtrain.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointUnreadableError,
+)
+from kbtrain.utils import filesystem
 from kbtrain.utils.filesystem import entries, parse_checkpoint_name
 
 _DAMAGE = {
@@ -133,3 +138,43 @@ def _not_there(path: Path, error: OSError) -> bool:
     if is_damage(error):
         return False
     raise unreadable(path, error) from error
+
+
+def explain_failure(directory: Path, what: Path, error: OSError) -> CheckpointError:
+    """Explain why a folder of a run cannot be written, and what to do about it.
+
+    Args:
+        directory: The run's folder.
+        what: The checkpoint, or the run's folder.
+        error: The error of the operating system.
+    """
+    reason = error.strerror or str(error)
+    text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
+    text += " The partial checkpoint was removed; earlier checkpoints are untouched."
+    space = filesystem.describe_space(what.parent)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CheckpointError(f"{text} {space} {_size_of_checkpoints(directory)}")
+    return CheckpointError(
+        f"{text} {space} Make {directory} a folder that this process can write to, or choose "
+        "another output_dir."
+    )
+
+
+def _size_of_checkpoints(directory: Path) -> str:
+    with suppress(OSError, CheckpointError):
+        names = filesystem.entries(directory)
+        steps = [parse_checkpoint_name(name) for name in names]
+        present = [filesystem.checkpoint_name(s) for s in sorted(s for s in steps if s is not None)]
+        if present:
+            size = sum(filesystem.tree_size(directory / name) for name in present)
+            there = (
+                f"The checkpoint there ({present[0]}) takes"
+                if len(present) == 1
+                else f"The checkpoints there ({present[0]} to {present[-1]}, {len(present)} in all)"
+                " take"
+            )
+            return (
+                f"{there} {size / 1e6:,.0f} MB: free space by deleting old "
+                "ones (save_total_limit does so), or choose another output_dir."
+            )
+    return "Free space or choose another output_dir."

@@ -215,7 +215,19 @@ def read_manifest(folder: Path) -> Manifest:
             program.
         CheckpointUnreadableError: If it cannot be read now.
     """
-    data = _read_manifest_bytes(folder / MANIFEST_NAME)
+    return parse_manifest(_read_manifest_bytes(folder / MANIFEST_NAME), str(folder))
+
+
+def parse_manifest(data: bytes, folder: str) -> Manifest:
+    """Check the bytes of a ``manifest.json`` and convert them.
+
+    Args:
+        data: The bytes.
+        folder: Where they are from, for messages.
+
+    Raises:
+        CheckpointError: As for ``read_manifest``.
+    """
     # The checksum covers bytes, so it works for manifests of any version and any JSON writer.
     match = _OWN_CHECKSUM.search(data)
     value = parse_json(MANIFEST_NAME, data)

@@ -317,8 +317,8 @@ class OutputFields(Immutable):
         None,
         _resume,
         "Checkpoint to resume from: True for the newest intact one in output_dir, 'auto' for the "
-        "same or a fresh start if there is none, the path of a checkpoint, or None for a fresh "
-        "start.",
+        "same or a fresh start if there is none, the path or address of a checkpoint, or None for "
+        "a fresh start.",
         command_line=bool | str | None,
         on_resume=HARMLESS,
     )

@@ -38,7 +38,8 @@ class TrainingFields(Immutable):
         None,
         lambda value: converters.path("trainer_output" if value is None else value),
         "Directory for checkpoints, state and metrics; created on the first write. A leading ~ is "
-        "expanded; None means 'trainer_output'.",
+        "expanded; None means 'trainer_output'. Or an address (s3://bucket/run), where they are "
+        "uploaded (requires the extra cloud).",
         by_position=True,
         on_resume=HARMLESS,
     )

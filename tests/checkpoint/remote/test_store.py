@@ -1,0 +1,209 @@
+"""Runs at an address: trained, lost, resumed, rotated; what a failed upload means for a run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from faulty_files import FaultyFiles
+from helpers import arguments, linear_model, make_data, same, weights, without_timings
+
+from kbtrain import Trainer, TrainerCallback, load_weights
+from kbtrain.checkpoint.remote import files as remote_files
+from kbtrain.checkpoint.remote.store import RemoteStore
+from kbtrain.errors import CheckpointError, CheckpointNotFoundError
+
+ADDRESS = "faulty://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    FaultyFiles.wipe()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote_files, "_pause", lambda seconds: None)
+    return tmp_path / "cache"
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def run(output_dir=ADDRESS, resume=None, callbacks=(), **changes):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+        "save_async": False,
+    } | changes
+    args = arguments(output_dir, per_device_train_batch_size=4, report_to="json", **settings)
+    trainer = Trainer(
+        linear_model(), args, train_dataset=make_data(), eval_dataset=make_data(), loss="mse",
+        callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(resume)
+    return trainer
+
+
+def there(address=ADDRESS):
+    """The names at the address, without the files of checkpoints."""
+    start = "/" + address.partition("://")[2].rstrip("/") + "/"
+    inside = (path.removeprefix(start) for path in FaultyFiles.store if path.startswith(start))
+    return sorted({path.split("/")[0] for path in inside})
+
+
+def lines():
+    return [
+        json.loads(line)
+        for line in FaultyFiles.store["/bucket/run/log.jsonl"].getvalue().splitlines()
+    ]
+
+
+class Preempted(Exception):
+    pass
+
+
+@pytest.mark.core
+def test_a_run_whose_machine_is_lost_goes_on_from_the_address(tmp_path, cache):
+    whole = run(tmp_path / "whole")
+
+    def lose():
+        raise Preempted
+
+    with pytest.raises(Preempted):
+        run(callbacks=[At(5, lose)])
+    shutil.rmtree(cache)
+    resumed = run(resume=True)
+    assert resumed.state.global_step == 6
+    assert same(weights(resumed.model), weights(whole.model))
+    assert there() == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "log.jsonl", "run.json"]
+    expected = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert without_timings(lines()) == without_timings(map(json.loads, expected))
+    # On this machine: the newest one only.
+    assert [path.name for _, path in resumed.store.list()] == ["checkpoint-6"]
+    fresh = linear_model(seed=9)
+    load_weights(fresh, ADDRESS)
+    assert same(weights(fresh), weights(whole.model))
+
+
+@pytest.mark.neutral
+def test_the_best_model_is_there_after_the_machine_is_lost(cache):
+    best = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1,
+        "load_best_model_at_end": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    worse = dict(best, learning_rate=50.0)
+    first = run(**best, max_steps=2)
+    assert first.state.best_model_checkpoint.endswith("checkpoint-2")
+    shutil.rmtree(cache)
+    resumed = run(resume=True, **worse)
+    assert resumed.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert same(weights(resumed.model), weights(first.model))
+    assert there() == ["checkpoint-2", "log.jsonl", "run.json"]
+
+
+def failing(number=1, last=10**6, error=ConnectionError):
+    return lambda: FaultyFiles.reset("error", number, last, error)
+
+
+@pytest.mark.neutral
+def test_an_upload_that_fails_does_not_end_a_run(caplog):
+    trainer = run(callbacks=[At(3, failing()), At(5, FaultyFiles.reset)])
+    assert trainer.state.global_step == 6
+    assert "Could not upload checkpoint-4 to faulty://bucket/run" in caplog.text
+    assert "Training continues (on_save_error='warn')" in caplog.text
+    assert there()[:3] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.neutral
+def test_an_upload_that_fails_to_the_end_is_said_at_the_end(caplog):
+    trainer = run(callbacks=[At(3, failing())])
+    assert trainer.state.global_step == 6
+    said = [r.getMessage() for r in caplog.records if "The run is over" in r.getMessage()]
+    assert len(said) == 1
+    assert "Could not upload checkpoint-4" in said[0]
+    assert str(trainer.store.directory) in said[0]
+    assert "logs in" in caplog.text
+    assert [step for step, _ in trainer.store.list()] == [4, 6]
+    FaultyFiles.reset()
+    assert RemoteStore(ADDRESS).resolve(True).step == 6  # on this machine
+
+
+@pytest.mark.neutral
+def test_an_upload_that_fails_ends_a_run_that_wants_it():
+    with pytest.raises(CheckpointError, match="Could not upload checkpoint-4"):
+        run(callbacks=[At(3, failing())], on_save_error="raise", max_steps=20)
+
+
+@pytest.mark.neutral
+def test_an_address_that_cannot_be_written_to_is_said_before_training():
+    steps = []
+    FaultyFiles.reset("error", 1, 10**6, PermissionError)
+    with pytest.raises(CheckpointError, match="Could not write to faulty://bucket/run"):
+        run(callbacks=[At(1, lambda: steps.append(1))], on_save_error="raise")
+    assert steps == []
+
+
+@pytest.mark.neutral
+def test_a_run_deletes_only_what_it_wrote_there(caplog):
+    run(max_steps=2)
+    FaultyFiles.store["/bucket/run/checkpoint-3/notes.txt"] = FaultyFiles.store[
+        "/bucket/run/run.json"
+    ]
+    run(save_steps=1, save_total_limit=1, max_steps=4, callbacks=[])
+    assert "faulty://bucket/run holds checkpoints of a former run" in caplog.text
+    assert [n for n in there() if n.startswith("check")] == ["checkpoint-4"]
+
+
+@pytest.mark.neutral
+def test_checkpoints_of_another_run_stay(caplog):
+    run(max_steps=3, save_steps=3)
+    run(max_steps=4, save_total_limit=1)
+    assert [n for n in there() if n.startswith("check")] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.neutral
+def test_resume_from_an_address(tmp_path):
+    run(max_steps=4)
+    one = run(tmp_path / "one", resume=f"{ADDRESS}/checkpoint-4")
+    other = run("faulty://bucket/other/", resume=ADDRESS)
+    assert same(weights(one.model), weights(other.model))
+    assert there("faulty://bucket/other") == ["checkpoint-6", "log.jsonl", "run.json"]
+    with pytest.raises(CheckpointNotFoundError, match="no complete checkpoint faulty://.*-3"):
+        run(tmp_path / "two", resume=f"{ADDRESS}/checkpoint-3")
+    with pytest.raises(CheckpointNotFoundError, match="faulty://bucket/none holds no complete one"):
+        run("faulty://bucket/none", resume=True)
+    assert run("faulty://bucket/none", resume="auto", max_steps=2).state.global_step == 2
+
+
+@pytest.mark.neutral
+def test_what_is_written_after_a_run_is_there_too():
+    trainer = run(save_strategy="no")
+    trainer.save_model()
+    trainer.save_metrics("train", {"loss": 1.0})
+    (trainer.args.output_folder / "mine").mkdir()
+    (trainer.args.output_folder / "mine" / "plot.svg").write_text("<svg/>")
+    trainer.evaluate()
+    expected = ["all_results.json", "log.jsonl", "mine", "model.keras", "run.json"]
+    assert there() == [*expected, "train_results.json", "training_args.json"]
+    FaultyFiles.calls.clear()
+    trainer.save_state()  # and only what has changed
+    assert [call for call in FaultyFiles.calls if call.startswith("put")] == [
+        "put /bucket/run/trainer_state.json"
+    ]
+
+
+@pytest.mark.neutral
+def test_files_on_a_disk_by_their_address(tmp_path, cache):
+    run(f"file://{tmp_path}/kept", max_steps=2)
+    shutil.rmtree(cache)
+    assert run(f"file://{tmp_path}/kept", resume=True).state.global_step == 6
+    as_folder = run(tmp_path / "kept", resume=True, max_steps=8)  # it is a run's folder as any
+    assert as_folder.state.global_step == 8
+    assert np.isfinite(weights(as_folder.model)[0]).all()

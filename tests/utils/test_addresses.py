@@ -1,0 +1,92 @@
+"""Which text is an address, where it may stand, and the local folder that belongs to it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import arguments, linear_model, make_data
+
+import kbtrain
+from kbtrain import Trainer
+from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.remote import files, open_store
+from kbtrain.errors import ConfigurationError
+from kbtrain.utils.addresses import beneath, check_local, local_folder
+
+pytestmark = pytest.mark.neutral
+
+ADDRESSES = ["s3://b/run", "gs://b", "hf://u/r", "memory://x", "hdfs://n/x", "file:///x", "S3://b"]
+MALFORMED = ["dbfs:/x", "simplecache::s3://b/r", Path("s3://b/run"), "s3://"]
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, *MALFORMED], ids=str)
+def test_an_address_is_no_path(address):
+    with pytest.raises(ConfigurationError, match="must be a path in the file system"):
+        CheckpointStore(address)
+
+
+def test_what_takes_no_address_creates_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(linear_model(), arguments(tmp_path), train_dataset=make_data(), loss="mse")
+    with pytest.raises(ConfigurationError, match="must be a path in the file system"):
+        trainer.save_model("s3://b/run")
+    with pytest.raises(ConfigurationError, match="pathlib.Path takes one away"):
+        trainer.fit(resume_from_checkpoint=Path("s3://b/run"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("address", MALFORMED, ids=str)
+def test_an_address_that_is_none(address):
+    with pytest.raises(ConfigurationError, match="output_dir.*two slashes"):
+        kbtrain.TrainingArguments(output_dir=address)
+    with pytest.raises(ConfigurationError, match="resume_from_checkpoint"):
+        kbtrain.TrainingArguments(resume_from_checkpoint=str(address))
+
+
+@pytest.mark.parametrize("path", ["run", "a:b/run", "C:/run", "C:\\run", "~/x", "/a/b:c", "a/s3:x"])
+def test_local_paths_are_accepted(path):
+    check_local("output_dir", path)
+    assert local_folder(path) == Path(path)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_the_local_folder_of_an_address(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    args = kbtrain.TrainingArguments(output_dir=address)
+    assert args.output_dir == address
+    assert args.output_folder.parent == tmp_path / "kbtrain" / "runs"
+    assert args.output_folder == args.replace(output_dir=address + "/").output_folder
+    assert args.output_folder != args.replace(output_dir=address + "2").output_folder
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert args.output_folder.parent == Path.home() / ".cache" / "kbtrain" / "runs"
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_of_a_trial_is_beneath_that_of_the_search(tmp_path):
+    assert beneath("s3://b/run/", "run-3") == "s3://b/run/run-3"
+    assert beneath(str(tmp_path), "run-3") == str(tmp_path / "run-3")
+
+
+def test_a_scheme_that_nobody_knows():
+    with pytest.raises(ConfigurationError, match=r"cannot open 'nope://b/run'.*Expected s3://"):
+        open_store("nope://b/run")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import fsspec.core
+
+    def missing(address, **options):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(
+        ConfigurationError, match=r"besides 'kbtrain\[cloud\]'. Install it: pip inst"
+    ):
+        open_store("s3://b/run")
+    assert files.PACKAGES["gs"] == "gcsfs"
+
+
+def test_without_fsspec_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
+    with pytest.raises(ConfigurationError, match=r"output_dir='s3://b/run'.*kbtrain\[cloud\]"):
+        open_store("s3://b/run")
