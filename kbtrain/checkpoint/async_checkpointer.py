@@ -267,8 +267,6 @@ class AsyncCheckpointer:
         try:
             self._save(job)
             self.longest = max(self.longest or 0.0, time.perf_counter() - start)
-            if job.written is not None:
-                job.written()
         except BaseException as error:
             if job.thread is None and not isinstance(error, Exception):
                 self._job = None
@@ -298,6 +296,8 @@ class AsyncCheckpointer:
             if not rotates:
                 self.store.written(self.store.path(one.step))
         job.saved = True
+        if job.written is not None:
+            job.written()
         try:
             if self.store.is_remote:
                 self._on_writers(f"{key}/upload", self.store.send)

@@ -244,8 +244,9 @@ def _contribute(
     try:
         if not is_folder(folder):
             raise CheckpointError(
-                f"There is no {folder}, which process 0 has made: output_dir must be on a disk "
-                "that all processes share."
+                f"There is no {folder}, which process 0 has made: "
+                f"{'XDG_CACHE_HOME' if store.is_remote else 'output_dir'} must be on a disk that "
+                "all processes share."
             )
         report = _pack_part(peers, write_blocks(folder, peers.rank, _blocks_of(contents.arrays)))
     except OSError as error:

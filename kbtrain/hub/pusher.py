@@ -49,7 +49,7 @@ class HubPusher:
     def __init__(self, args: TrainingArguments, save_model: SaveModel) -> None:
         self._args = args
         self._save_model = save_model
-        self._folder = Path(args.output_dir).absolute()
+        self._folder = args.output_folder.absolute()
         self._stages = self._folder / staging.FOLDER
         self._uploads = Uploads()
         self._pushes = self._failures = 0

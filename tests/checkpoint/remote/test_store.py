@@ -1,12 +1,14 @@
 """Runs at an address: trained, lost, resumed, rotated; what a failed upload means for a run."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from faulty_files import FaultyFiles
 from helpers import arguments, linear_model, make_data, same, weights, without_timings
+from paths import ROOT
 
 from kbtrain import Trainer, TrainerCallback, load_weights
 from kbtrain.checkpoint.remote import files as remote_files
@@ -207,3 +209,20 @@ def test_files_on_a_disk_by_their_address(tmp_path, cache):
     as_folder = run(tmp_path / "kept", resume=True, max_steps=8)  # it is a run's folder as any
     assert as_folder.state.global_step == 8
     assert np.isfinite(weights(as_folder.model)[0]).all()
+
+
+@pytest.mark.neutral
+def test_the_program_of_the_page():
+    page = (ROOT / "docs" / "cloud-storage.md").read_text("utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    program = program.replace("s3://", "faulty://").replace("20_000", "4").replace("500", "2")
+    exec(
+        compile(program, "cloud-storage.md", "exec"),
+        {"make_model": linear_model, "data": make_data()},
+    )
+    assert there("faulty://bucket/digits") == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "log.csv",
+        "run.json",
+    ]
