@@ -172,6 +172,8 @@ class NotebookView(View):
 
     def close(self) -> None:
         """Nothing more comes for now."""
+        if self._facts is not None and self._trial:
+            self._put_status(Shown("", ""))  # what became of a trial is a row of the search
         self._facts = None
 
     # --- the output -------------------------------------------------------------------------------

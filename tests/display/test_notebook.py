@@ -137,6 +137,16 @@ def test_the_output_is_not_updated_at_every_step(cell, monkeypatch):
     assert len(cell.outputs[0]) == 1
 
 
+def test_a_trial_of_a_search_leaves_an_empty_output(cell, monkeypatch):
+    """Its row in the table of trials says what became of it."""
+    view = NotebookView()
+    monkeypatch.setattr(view, "_head", lambda: "model")
+    view.begin(None, object(), trial=True)
+    assert "compiling" in cell.plain(0)
+    view.close()
+    assert (cell.html(0), cell.plain(0)) == ("", "")
+
+
 def test_only_a_kernel_is_a_notebook(monkeypatch):
     shell = types.ModuleType("IPython")
     shell.get_ipython = lambda: types.SimpleNamespace()

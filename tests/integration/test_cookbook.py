@@ -1,7 +1,8 @@
 """The recipes of docs/cookbook run as they are printed, and print what the page says.
 
-Those of a page run in one process, after the lines at its top. PyTorch, where compiling costs least,
-runs all of them; the other backends those whose own code is traced, and those about the backend.
+Those of a page run in one process, after the lines at its top. PyTorch, which compiles least, runs
+all of them; the other backends those with code of their own in the step, and those about the
+backend.
 """
 
 import re

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import pytest
 from paths import ROOT
 
-for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml", "nbconvert"):
     pytest.importorskip(package, reason="needs the extra `docs`: tox -e docs")
 
 BROWSER = next(
