@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from kbtrain.errors import KbtrainError
 
 COMMANDS = {
+    "train": "train, evaluate and save a model from a file of settings",
     "launch": "start a script as several processes that train together",
     "plan": "predict whether a script's training fits on devices that are not here, and how fast",
     "report": "write the report of a run, or of several side by side, as one HTML page",

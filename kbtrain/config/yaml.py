@@ -63,6 +63,38 @@ def loads(text: str, source: str) -> dict[str, Any]:
     return values
 
 
+def lines_of(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line of each key and each item of a list in a YAML text, for error messages.
+
+    Args:
+        text: The YAML, which can be read.
+
+    Returns:
+        Keys from the outermost on -> line, from 1.
+    """
+    found: dict[tuple[str | int, ...], int] = {}
+
+    def visit(node: Any, place: tuple[str | int, ...]) -> None:
+        for index, item in enumerate(node.value if isinstance(node.value, list) else ()):
+            # A mapping has pairs of nodes, a list has nodes.
+            key, value = item if isinstance(item, tuple) else (None, item)
+            inner = (*place, index if key is None else str(key.value))
+            found[inner] = (item if key is None else key).start_mark.line + 1
+            visit(value, inner)
+
+    if (root := _yaml().compose(text, Loader=_loader())) is not None:
+        visit(root, ())
+    return found
+
+
+def value_of(text: str) -> Any:
+    """The value that a text has in a YAML file: a number, true, a list; else the text itself."""
+    try:
+        return loads(f"value: {text}", "")["value"]
+    except ConfigurationError:
+        return text
+
+
 def _yaml() -> Any:
     return require("yaml", "cli", "Reading or writing YAML")
 

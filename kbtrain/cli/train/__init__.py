@@ -1,0 +1,119 @@
+"""``kbtrain train CONFIG``: train, evaluate and save a model from a file of settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kbtrain.cli.parser import command_parser
+from kbtrain.cli.train.settings import OTHERS, SECTIONS, Place, Settings
+from kbtrain.config import yaml
+from kbtrain.errors import ConfigurationError
+
+_OWN = ("--help", "--dry-run", "--print-config")
+
+
+def run(words: Sequence[str]) -> int:
+    """Train as a file says."""
+    own, changes = _split(words)
+    parser = command_parser(
+        "train",
+        "Train, evaluate and save a model from a file of settings, and write the report of the "
+        "run. Started again, it resumes. Any setting may be changed on the command line: "
+        "--args.learning_rate 1e-3, --model.arguments '{width: 64}'.",
+        usage="%(prog)s CONFIG [--dry-run] [--print-config] [--SECTION.NAME VALUE ...]",
+        epilog=_settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML or JSON file")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read the data, build the model, say what would run"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all that is set, as YAML, and stop"
+    )
+    options = parser.parse_args(own)
+    if not options.config.is_file():
+        raise ConfigurationError(f"there is no file {str(options.config)!r} in {Path.cwd()}.")
+    settings = Settings(options.config, changes)
+    if options.print_config:
+        print(yaml.dumps(settings.values), end="")
+        return 0
+    choose_backend(settings)
+    sys.path.insert(0, "")  # for functions of the user's, as `python -m` does
+    from kbtrain.cli.train.pipeline import (
+        train,  # it imports Keras, for which the backend is chosen
+    )
+
+    train(settings, options.dry_run)
+    return 0
+
+
+def choose_backend(settings: Settings) -> None:
+    """Set the backend of this process.
+
+    Raises:
+        ConfigurationError: It is not installed, or Keras runs on another one already.
+    """
+    wanted = settings.get("backend")
+    if wanted is None:
+        return
+    if importlib.util.find_spec(wanted) is None:
+        raise settings.error(
+            ("backend",), f"{wanted} is not installed: pip install 'kbtrain[{wanted}]'."
+        )
+    before = os.environ.get("KERAS_BACKEND", wanted)
+    if "keras" in sys.modules and sys.modules["keras"].backend.backend() != wanted:
+        raise settings.error(
+            ("backend",),
+            f"Keras runs on {sys.modules['keras'].backend.backend()} in this process already.",
+        )
+    if before != wanted:
+        print(f"backend {wanted}, from {settings.where(('backend',))}; not {before}, the value "
+              "of KERAS_BACKEND", file=sys.stderr)  # fmt: skip
+    os.environ["KERAS_BACKEND"] = wanted
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[Place, Any]]:
+    """The words of the command itself, and the settings."""
+    own: list[str] = []
+    changes: dict[Place, Any] = {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        option, equals, value = word.partition("=")
+        name = option[2:]
+        section = name.partition(".")[0]
+        if not option.startswith("--") or option in _OWN or section not in {*SECTIONS, *OTHERS}:
+            own.append(word)
+            continue
+        if not equals:
+            value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+        changes[tuple(name.replace("-", "_").split("."))] = yaml.value_of(value)
+    for word in own:
+        if word.startswith("--") and word not in _OWN:
+            raise ConfigurationError(
+                f"there is no option {word}. A setting is written with its section, such as "
+                f"--args.{word[2:].replace('-', '_')}. See kbtrain train --help."
+            )
+    return own, changes
+
+
+def _settings_help() -> str:
+    """The settings of the file, for ``--help``."""
+    lines = []
+    for name, section in SECTIONS.items():
+        lines.append(f"{name}:")
+        lines += [_line(f"  {f.name}", f.metadata["help"]) for f in dataclasses.fields(section)]
+    return "\n".join(["settings:", *lines, *(_line(n, about) for n, about in OTHERS.items())])
+
+
+def _line(name: str, about: str) -> str:
+    return textwrap.fill(about, 96, initial_indent=f"{name:<16}", subsequent_indent=" " * 16)

@@ -1,0 +1,250 @@
+"""From the section data to arrays: features, tokens or images, and labels as classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kbtrain.cli.train.settings import Settings
+from kbtrain.cli.train.tables import ImageFolder, column, image_files, kind_of, read_table
+from kbtrain.utils.optional_imports import require
+
+SETS = ("train", "eval", "test")
+UNKNOWN, PADDING = "[UNK]", "[PAD]"
+
+
+@dataclasses.dataclass
+class Data:
+    """Data sets for the Trainer, and what a model has to know of them.
+
+    Attributes:
+        task: "classification", "regression" or "language_modeling".
+        kind: "features", "tokens", "images" or "strings" (for a preset's own preprocessing).
+        shape: Shape of a sample.
+        sets: Name -> data set.
+        outputs: Classes, targets, or tokens to choose from.
+        tokens: Size of the vocabulary; 0 where there are no tokens.
+        classes: Names of the classes.
+        features: Names of the columns.
+        tokenizer: The tokenizer, if one was made.
+        preprocessor: That of a preset.
+    """
+
+    task: str
+    kind: str
+    shape: tuple[int, ...]
+    sets: dict[str, Any]
+    outputs: int
+    tokens: int = 0
+    classes: list[Any] | None = None
+    features: list[str] | None = None
+    tokenizer: Any = None
+    preprocessor: Any = None
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write ``preprocessing.json`` and the tokenizer, which using the model needs."""
+        known = {name: getattr(self, name) for name in ("task", "kind", "classes", "features")}
+        text = json.dumps(known | {"shape": list(self.shape)}, indent=1)
+        (Path(folder) / "preprocessing.json").write_text(text + "\n", encoding="utf-8")
+        if self.preprocessor is not None:
+            self.preprocessor.save_to_preset(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def read_data(settings: Settings, prepare_image: Callable[[Any], Any]) -> Data:
+    """Read the data sets.
+
+    Args:
+        settings: The settings.
+        prepare_image: What the model does with the pixels of an image first.
+
+    Raises:
+        ConfigurationError: A file, a column or a value does not fit; the message has the line.
+    """
+    if settings.data.train is None:
+        raise settings.error(("data",), "train is missing: a file, or a folder, to train on.")
+    given = [name for name in SETS if getattr(settings.data, name) is not None]
+    kinds = {name: kind_of(settings, name) for name in given}
+    for name, kind in kinds.items():
+        if ("table" if kind == "dataset" else kind) != (
+            "table" if kinds["train"] == "dataset" else kinds["train"]
+        ):
+            raise settings.error(("data", name), f"must be like train, {kinds['train']}: {kind}.")
+    if settings.data.eval is not None and settings.data.eval_fraction is not None:
+        raise settings.error(("data", "eval_fraction"), "is for a run without data.eval.")
+    if kinds["train"] == "text":
+        return _plain_text(settings, given)
+    if kinds["train"] == "images":
+        return _images(settings, given, prepare_image)
+    return _tables(settings, given)
+
+
+def _tables(settings: Settings, given: list[str]) -> Data:
+    chosen = settings.data
+    if chosen.label is None:
+        raise settings.error(("data",), "label is missing: the column to predict.")
+    tables = {name: read_table(settings, name) for name in given}
+    frames = {name: table for name, (table, _) in tables.items()}
+    names = tables["train"][1]
+    targets = {
+        name: column(settings, name, table, chosen.label, "label") for name, table in frames.items()
+    }
+    task = chosen.task or _task_of(targets["train"])
+    if task not in ("classification", "regression"):
+        raise settings.error(("data", "task"), "must be classification or regression.")
+    classes = None
+    if task == "classification":
+        classes = sorted(set(targets["train"].tolist()))
+        y = {name: _codes(settings, name, target, classes) for name, target in targets.items()}
+    else:
+        y = {name: _numbers(settings, name, t, "label")[:, None] for name, t in targets.items()}
+    outputs = 1 if classes is None else len(classes)
+    data = Data(task, "features", (), {}, outputs, classes=classes)
+    if names is not None and classes is not None:
+        data.classes = [names[int(number)] for number in classes]
+    if chosen.text is not None:
+        if chosen.features is not None:
+            raise settings.error(("data", "features"), "is for a run without data.text.")
+        texts = {
+            name: column(settings, name, table, chosen.text, "text").astype(str).tolist()
+            for name, table in frames.items()
+        }
+        x = _tokens(settings, texts, data)
+    else:
+        x = {name: _features(settings, name, table, data) for name, table in frames.items()}
+        data.shape = x["train"].shape[1:]
+    data.sets = {name: (x[name], y[name]) for name in frames}
+    return _split(settings, data)
+
+
+def _task_of(target: Any) -> str:
+    fractions = target.dtype.kind == "f" and bool((target % 1 != 0).any())
+    return "regression" if fractions else "classification"
+
+
+def _codes(settings: Settings, name: str, target: Any, classes: list[Any]) -> Any:
+    """Labels as indices of classes."""
+    index = {label: number for number, label in enumerate(classes)}
+    if unknown := sorted({str(label) for label in target.tolist() if label not in index}):
+        raise settings.error(
+            ("data", name), f"labels that are not in the training set: {', '.join(unknown[:10])}."
+        )
+    return np.array([index[label] for label in target.tolist()], "int32")
+
+
+def _features(settings: Settings, name: str, table: Any, data: Data) -> Any:
+    """The columns with numbers, side by side; one with lists of numbers by itself."""
+    chosen = settings.data
+    if data.features is None:
+        data.features = chosen.features or [c for c in table.columns if c != chosen.label]
+    if not data.features:
+        raise settings.error(("data",), "there is no column besides the label.")
+    columns = [column(settings, name, table, c, "features") for c in data.features]
+    if len(columns) == 1 and columns[0].dtype == object and hasattr(columns[0].iloc[0], "__len__"):
+        try:
+            return np.stack([np.stack(list(row)) for row in columns[0]]).astype("float32")
+        except (ValueError, TypeError):
+            pass  # texts, or rows of different lengths
+    return np.stack([_numbers(settings, name, c, "features") for c in columns], axis=1)
+
+
+def _numbers(settings: Settings, name: str, values: Any, place: str) -> Any:
+    try:
+        numbers = values.to_numpy().astype("float32")
+    except (ValueError, TypeError):
+        raise settings.error(
+            ("data", place),
+            f"column {values.name!r} of {getattr(settings.data, name)} has values that are not "
+            f"numbers, such as {values.iloc[0]!r}. Name the columns to use, data.features: [...], "
+            "or the one with a text, data.text.",
+        ) from None
+    if not np.isfinite(numbers).all():
+        raise settings.error(("data", name), f"column {values.name!r} has infinite values.")
+    return numbers
+
+
+def _tokens(settings: Settings, texts: dict[str, list[str]], data: Data) -> dict[str, Any]:
+    """Texts as token ids of a tokenizer learned from those to train on."""
+    chosen = settings.data
+    if settings.model.preset is not None:
+        data.kind = "strings"
+        return {name: np.array(values, dtype=object) for name, values in texts.items()}
+    tokenizers = require("tokenizers", "train", "A column with texts")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=chosen.vocabulary, special_tokens=[PADDING, UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts["train"], trainer)
+    tokenizer.enable_truncation(chosen.length)
+    tokenizer.enable_padding(length=chosen.length, pad_id=0, pad_token=PADDING)
+    data.kind, data.shape, data.tokenizer = "tokens", (chosen.length,), tokenizer
+    data.tokens = tokenizer.get_vocab_size()
+    return {
+        name: np.array([encoded.ids for encoded in tokenizer.encode_batch(values)], "int32")
+        for name, values in texts.items()
+    }
+
+
+def _plain_text(settings: Settings, given: list[str]) -> Data:
+    """Bytes of a text, each sample followed by the one that begins where it ends."""
+    length = settings.data.length
+    parts = {name: Path(getattr(settings.data, name)).expanduser().read_bytes() for name in given}
+    if fraction := settings.data.eval_fraction:
+        cut = int(len(parts["train"]) * (1 - fraction))
+        parts["eval"], parts["train"] = parts["train"][cut:], parts["train"][:cut]
+    sets = {}
+    for name, part in parts.items():
+        count = (len(part) - 1) // length
+        if count < 1:
+            where = name if name in given else "eval_fraction"
+            raise settings.error(
+                ("data", where), f"{len(part)} bytes are less than one sample of {length} + 1."
+            )
+        ids = np.frombuffer(part, np.uint8)[: count * length + 1].astype("int32")
+        sets[name] = (ids[:-1].reshape(count, length), ids[1:].reshape(count, length))
+    return Data("language_modeling", "tokens", (length,), sets, 256, 256)
+
+
+def _images(settings: Settings, given: list[str], prepare: Callable[[Any], Any]) -> Data:
+    size = settings.data.image_size
+    if size is None:
+        raise settings.error(("data",), "image_size is missing: [height, width].")
+    found = {name: image_files(settings, name) for name in given}
+    classes = found["train"][1]
+    sets = {}
+    for name, (files, folders) in found.items():
+        if unknown := sorted(set(folders) - set(classes)):
+            listed = ", ".join(unknown)
+            raise settings.error(("data", name), f"classes that train does not have: {listed}.")
+        labeled = [(path, classes.index(folder)) for path, folder in files]
+        sets[name] = ImageFolder(labeled, size, prepare)
+    data = Data("classification", "images", (*size, 3), sets, len(classes), classes=classes)
+    return _split(settings, data)
+
+
+def _split(settings: Settings, data: Data) -> Data:
+    """Hold out a random part of the training set, if asked to."""
+    fraction, whole = settings.data.eval_fraction, data.sets["train"]
+    if fraction is None:
+        return data
+    is_images = isinstance(whole, ImageFolder)
+    count = len(whole) if is_images else len(whole[1])
+    held_out = max(1, round(count * fraction))
+    if held_out == count:
+        raise settings.error(("data", "eval_fraction"), f"leaves nothing of {count} samples.")
+    order = np.random.default_rng(settings.data.split_seed).permutation(count)
+    for name, rows in (("eval", order[:held_out]), ("train", np.sort(order[held_out:]))):
+        if is_images:
+            files = [whole.files[row] for row in rows]
+            data.sets[name] = ImageFolder(files, whole.size, whole.prepare)
+        else:
+            data.sets[name] = tuple(part[rows] for part in whole)
+    return data
