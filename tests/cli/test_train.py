@@ -388,7 +388,7 @@ def test_the_backend_of_the_file(here, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "tensorflow" or None)
     with pytest.raises(ConfigurationError, match=r"pip install 'kbtrain\[tensorflow\]'"):
         choose_backend(settings("tensorflow"))
-    with pytest.raises(ConfigurationError, match=r"line 1, backend: Keras runs on"):
+    with pytest.raises(ConfigurationError, match=r"line 1, backend: this process runs Keras on"):
         choose_backend(settings(other))
     monkeypatch.delitem(sys.modules, "keras")
     monkeypatch.setenv("KERAS_BACKEND", "unset")

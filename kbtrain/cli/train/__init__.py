@@ -69,15 +69,15 @@ def choose_backend(settings: Settings) -> None:
         raise settings.error(
             ("backend",), f"{wanted} is not installed: pip install 'kbtrain[{wanted}]'."
         )
+    if "keras" in sys.modules:
+        from kbtrain import backends
+
+        if (running := backends.load().name) != wanted:
+            raise settings.error(("backend",), f"this process runs Keras on {running} already.")
     before = os.environ.get("KERAS_BACKEND", wanted)
-    if "keras" in sys.modules and sys.modules["keras"].backend.backend() != wanted:
-        raise settings.error(
-            ("backend",),
-            f"Keras runs on {sys.modules['keras'].backend.backend()} in this process already.",
-        )
     if before != wanted:
-        print(f"backend {wanted}, from {settings.where(('backend',))}; not {before}, the value "
-              "of KERAS_BACKEND", file=sys.stderr)  # fmt: skip
+        where = settings.where(("backend",))
+        print(f"backend {wanted}, from {where}; not KERAS_BACKEND={before}", file=sys.stderr)
     os.environ["KERAS_BACKEND"] = wanted
 
 
