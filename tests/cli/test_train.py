@@ -15,7 +15,8 @@ import pytest
 from paths import ROOT
 
 from kbtrain.cli import main
-from kbtrain.cli.train import _split, choose_backend
+from kbtrain.cli.train import _split
+from kbtrain.cli.train.backend import choose_backend
 from kbtrain.cli.train.settings import OTHERS, SECTIONS, Settings
 from kbtrain.errors import ConfigurationError
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.cli.parser import command_parser
+from kbtrain.cli.train.backend import choose_backend
 from kbtrain.cli.train.settings import OTHERS, SECTIONS, Place, Settings
 from kbtrain.config import yaml
 from kbtrain.errors import ConfigurationError
@@ -54,31 +53,6 @@ def run(words: Sequence[str]) -> int:
 
     train(settings, options.dry_run)
     return 0
-
-
-def choose_backend(settings: Settings) -> None:
-    """Set the backend of this process.
-
-    Raises:
-        ConfigurationError: It is not installed, or Keras runs on another one already.
-    """
-    wanted = settings.get("backend")
-    if wanted is None:
-        return
-    if importlib.util.find_spec(wanted) is None:
-        raise settings.error(
-            ("backend",), f"{wanted} is not installed: pip install 'kbtrain[{wanted}]'."
-        )
-    if "keras" in sys.modules:
-        from kbtrain import backends
-
-        if (running := backends.load().name) != wanted:
-            raise settings.error(("backend",), f"this process runs Keras on {running} already.")
-    before = os.environ.get("KERAS_BACKEND", wanted)
-    if before != wanted:
-        where = settings.where(("backend",))
-        print(f"backend {wanted}, from {where}; not KERAS_BACKEND={before}", file=sys.stderr)
-    os.environ["KERAS_BACKEND"] = wanted
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[Place, Any]]:
