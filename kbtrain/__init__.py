@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.library.weight_averaging import WeightAveraging as WeightAveraging
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
     from kbtrain.callbacks.state import TrainerState as TrainerState
+    from kbtrain.checkpoint.export import export as export
+    from kbtrain.checkpoint.formats.adapters import load_adapters as load_adapters
+    from kbtrain.checkpoint.formats.adapters import save_adapters as save_adapters
     from kbtrain.checkpoint.load_weights import LoadReport as LoadReport
     from kbtrain.checkpoint.load_weights import load_weights as load_weights
     from kbtrain.config.argument_parser import ArgumentParser as ArgumentParser
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from kbtrain.evaluation.gather import EvalPrediction as EvalPrediction
     from kbtrain.evaluation.results import EvalLoopOutput as EvalLoopOutput
     from kbtrain.evaluation.results import PredictionOutput as PredictionOutput
+    from kbtrain.model.lora import enable_lora as enable_lora
+    from kbtrain.model.lora import merge_lora as merge_lora
     from kbtrain.report.plots import plot_history as plot_history
     from kbtrain.trainer.trainer import Trainer as Trainer
     from kbtrain.training.fit import TrainOutput as TrainOutput
@@ -116,7 +121,10 @@ _HOMES = {
     "callbacks.state": ("TrainerControl", "TrainerState"),
     "trainer.trainer": ("Trainer",),
     "config.training_args": ("TrainingArguments",),
+    "checkpoint.export": ("export",),
+    "checkpoint.formats.adapters": ("load_adapters", "save_adapters"),
     "checkpoint.load_weights": ("LoadReport", "load_weights"),
+    "model.lora": ("enable_lora", "merge_lora"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,8 +1,9 @@
-"""Exports the model of a checkpoint to a plain Keras file: ``.keras`` or ``.weights.h5``."""
+"""Exports a model, or that of a checkpoint, to files that other programs read."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from kbtrain.checkpoint import validated_json
 from kbtrain.checkpoint.distributed import KERAS_LAYOUT
+from kbtrain.checkpoint.formats import adapters, safetensors_file
 from kbtrain.checkpoint.storage.block_index import files_with_blocks
 from kbtrain.checkpoint.storage.dtypes import NATIVE
 from kbtrain.checkpoint.storage.faults import reading
@@ -27,10 +29,12 @@ from kbtrain.errors import (
     CheckpointDamagedError,
     CheckpointError,
     ConfigurationError,
+    concise,
     first_lines,
 )
 from kbtrain.utils.addresses import check_local
-from kbtrain.utils.filesystem import replacing
+from kbtrain.utils.output_files import writing
+from kbtrain.utils.tensorflow_import import not_imported
 
 if TYPE_CHECKING:
     import keras
@@ -38,38 +42,163 @@ if TYPE_CHECKING:
 _OWN = ("arrays", "index")
 
 
-def export(path: Path, target: Path, modules: Sequence[str] = ()) -> None:
-    """Write the model of a checkpoint to a new file, atomically.
+@concise
+def export(
+    source: str | os.PathLike[str] | keras.Model,
+    target: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    modules: Sequence[str] = (),
+    **options: Any,
+) -> Path:
+    """Write a model to a file or folder that other programs read, complete or not at all.
+
+    | format | the target | what reads it |
+    |---|---|---|
+    | `keras` | `.keras` | `keras.saving.load_model` |
+    | `weights` | `.weights.h5` | `model.load_weights` |
+    | `safetensors` | `.safetensors` | `kbtrain.load_weights`, safetensors; named by variable path |
+    | `adapters` | `.safetensors`, `.weights.h5` | `kbtrain.load_adapters`, of a model with LoRA |
+    | `onnx` | `.onnx` | ONNX Runtime |
+    | `litert` | `.tflite` | LiteRT (TensorFlow Lite) |
+    | `saved_model` | a folder | TensorFlow, TensorFlow Serving |
+    | `transformers` | a folder | `from_pretrained` of Transformers |
+
+    Of a checkpoint, `weights` has the weights in training and all others those used for evaluation.
+    The adapters of a model with LoRA are added to the kernels, except in `adapters`.
 
     Args:
-        path: A checkpoint's folder.
-        target: A file ending in ``.weights.h5`` (the training weights, as ``load_weights`` reads
-            them) or in ``.keras`` (the whole model, with the weights used for evaluation).
-        modules: For ``.keras``: modules to import first, which register the model's own classes.
+        source: A model, or the folder of a checkpoint.
+        target: The file or folder.
+        format: The format; by default that of the target's ending.
+        modules: For a checkpoint: modules to import first, which register the model's own classes.
+        **options: Arguments of ``keras.Model.export`` for `onnx`, `litert` and `saved_model`, such
+            as ``input_signature``.
+
+    Returns:
+        The target.
 
     Raises:
-        ConfigurationError: The file has a different extension, or a module cannot be imported.
+        ConfigurationError: The format is unknown, does not fit the target, or cannot be written on
+            this backend or without a package.
         CheckpointError: The checkpoint is damaged, or lacks data that the file needs.
+        OutputError: The target cannot be written.
+
+    Example:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> export(model, "model.weights.h5").name
+        'model.weights.h5'
     """
     check_local("target", target)
-    weights = target.name.endswith(".weights.h5")
-    if not weights and target.suffix != ".keras":
+    target = Path(target)
+    format = _format_of(target, format)
+    if options and format not in ("onnx", "litert", "saved_model"):
         raise ConfigurationError(
-            f"The file to write must end in .keras or .weights.h5. Received: {target}"
+            f"The format {format!r} takes no options. Received: {', '.join(options)}"
         )
-    try:
-        with replacing(target) as temporary:
-            if weights:
-                _export_weights(path, temporary)
-            else:
-                _import(modules)
-                rebuild_model(path).save(temporary)
-    except CheckpointError:
-        raise  # CheckpointNotFoundError is an OSError too
-    except OSError as error:
-        raise CheckpointError(
-            f"Could not write {target}: {error.strerror or error}. Choose another place."
-        ) from error
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if _of_checkpoint(path, target, format):
+            return target
+        _import(modules)
+        source = rebuild_model(path)
+    _of_model(source, target, format, options)
+    return target
+
+
+ENDINGS = {
+    "keras": (".keras",),
+    "weights": (".weights.h5",),
+    "safetensors": (".safetensors",),
+    "adapters": (".safetensors", ".weights.h5"),
+    "onnx": (".onnx",),
+    "litert": (".tflite",),
+    "saved_model": (),
+    "transformers": (),
+}
+"""Formats, and the endings of their files; those without are folders."""
+
+
+def _format_of(target: Path, format: str | None) -> str:
+    """The format of a target.
+
+    Raises:
+        ConfigurationError: It is unknown, or the target has another ending.
+    """
+    if format is None:
+        fitting = [f for f, endings in ENDINGS.items() if target.name.endswith(endings or "/")]
+        if not fitting:
+            raise ConfigurationError(
+                "The file to write must end in .keras, .weights.h5, .safetensors, .onnx or "
+                ".tflite; for a folder, name the format: 'saved_model' or 'transformers'. "
+                f"Received: {target}"
+            )
+        return fitting[0]
+    if format not in ENDINGS:
+        raise ConfigurationError(
+            f"format must be one of {', '.join(ENDINGS)}. Received: {format!r}"
+        )
+    endings = ENDINGS[format]
+    if endings and not target.name.endswith(endings):
+        raise ConfigurationError(
+            f"A file of the format {format!r} ends in {' or '.join(endings)}. Received: {target}"
+        )
+    return format
+
+
+def _of_checkpoint(path: Path, target: Path, format: str) -> bool:
+    """Write what needs no model; returns whether that was possible."""
+    about = None
+    if "frozen_base.json" in read_manifest(path).files:
+        about = read_checkpoint(path).documents["frozen_base"]
+    if format == "adapters":
+        if about is None:
+            raise ConfigurationError(
+                f"{path} is not of a run with kbtrain.enable_lora: choose another format."
+            )
+        adapters.write_adapters(target, read_checkpoint(path).arrays["model"], about)
+    elif about is not None:
+        raise ConfigurationError(
+            f"{path} holds LoRA adapters and not the frozen weights. Export the adapters "
+            "(format='adapters', --format adapters); or, in Python, build the model with its "
+            "pretrained weights, kbtrain.load_adapters(model, checkpoint), and export the model."
+        )
+    elif format == "weights":
+        with writing(target) as temporary:
+            _export_weights(path, temporary)
+    else:
+        return False
+    return True
+
+
+def _of_model(model: Any, target: Path, format: str, options: dict[str, Any]) -> None:
+    # Not at the top of the file: they load a framework.
+    from kbtrain.checkpoint.formats import deployment, keras_file
+    from kbtrain.checkpoint.run_state import gather_model
+    from kbtrain.model.build import check_model
+
+    check_model(model)
+    if not model.built:
+        raise ConfigurationError(
+            f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
+            "or give it a keras.Input as its first layer."
+        )
+    if format == "adapters":
+        adapters.save_adapters(model, target)
+    elif format == "keras":
+        keras_file.save_keras_file(model, target)
+    elif format == "weights":
+        with writing(target) as temporary:
+            model.save_weights(temporary)
+    elif format == "safetensors":
+        with writing(target) as temporary:
+            arrays = gather_model(keras_file.without_adapters(model))
+            safetensors_file.write(temporary, arrays, {"format": "kbtrain"})
+    elif format == "transformers":
+        deployment.write_transformers(keras_file.without_adapters(model), target)
+    else:
+        deployment.write_serving(keras_file.without_adapters(model), target, format, options)
 
 
 def rebuild_model(path: Path) -> keras.Model:
@@ -91,7 +220,8 @@ def rebuild_model(path: Path) -> keras.Model:
             "the weights with kbtrain.load_weights(model, path)."
         )
     try:
-        model = keras.saving.deserialize_keras_object(config)
+        with not_imported():
+            model = keras.saving.deserialize_keras_object(config)
     except Exception as error:
         raise CheckpointError(
             f"Keras cannot build the model of {path}: {first_lines(error)} If it uses custom "

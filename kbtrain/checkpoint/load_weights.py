@@ -1,4 +1,4 @@
-"""Loads weights into a model from a checkpoint, a ``.weights.h5`` or a ``.keras`` file."""
+"""Loads weights into a model from a checkpoint or a file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 
 from kbtrain.checkpoint import (
     CheckpointStore,
     RestorePlan,
+    frozen_base,
     keras_weights,
     name_variables,
     plan_restore,
-    read_arrays,
 )
+from kbtrain.checkpoint.formats import adapters, safetensors_file
 from kbtrain.checkpoint.keras_layout import keras_layout
 from kbtrain.checkpoint.run_state import model_variables
 from kbtrain.checkpoint.storage.faults import exists, is_damage, is_folder, unreadable
@@ -72,7 +74,8 @@ def load_weights(
     Args:
         model: A built model.
         source: A checkpoint, the folder of a run (its newest intact checkpoint is used), or the
-            address of either; a ``.weights.h5`` or a ``.keras`` file.
+            address of either; a ``.weights.h5``, ``.keras`` or ``.safetensors`` file; the last with
+            the names that ``kbtrain.export`` gives the arrays.
         strict: Whether names and shapes must match exactly. If False, matching values are loaded,
             and the report, which is logged as a warning, lists the rest.
 
@@ -101,25 +104,33 @@ def load_weights(
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
             "or give it a keras.Input as its first layer."
         )
-    if scheme_of(source) is not None:
-        from kbtrain.checkpoint.remote.store import staged
-
-        source = staged(os.fspath(source))
-    path = Path(source)
+    path = _here(source)
     named = name_variables(model_variables(model))
     if is_folder(path):
         checkpoint = CheckpointStore(path).resolve(path)
         assert checkpoint is not None  # resolving a path returns a checkpoint or raises
         saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
+        frozen_base.read(model)
+        saved |= frozen_base.in_checkpoint(checkpoint, model)
         plan = plan_restore(named, saved, strict=strict)
     else:
         plan = _plan_from_file(model, path, named, strict)
     plan.apply()
     refresh_derived_values(model)
-    report = LoadReport(tuple(plan.names), plan.missing, plan.unexpected, plan.different)
+    loaded = tuple(name for name in plan.names if name not in plan.frozen)
+    report = LoadReport(loaded, plan.missing, plan.unexpected, plan.different)
     if report.missing or report.unexpected or report.different:
         logger.warning("%s: %s.", path, report)
     return report
+
+
+def _here(source: str | os.PathLike[str]) -> Path:
+    """A local path; what is at an address is downloaded."""
+    if scheme_of(source) is None:
+        return Path(source)
+    from kbtrain.checkpoint.remote.store import staged
+
+    return Path(staged(os.fspath(source)))
 
 
 def _plan_from_file(
@@ -128,15 +139,17 @@ def _plan_from_file(
     """Read the matching values from a Keras file; shapes are compared before anything is read."""
     if not exists(path):
         raise CheckpointNotFoundError(f"There is no {path}.")
-    if not path.name.endswith((".weights.h5", ".keras")):
+    if not path.name.endswith((".weights.h5", ".keras", safetensors_file.SUFFIX)):
         raise CheckpointError(
-            "Expected a checkpoint's or a run's folder, or a file that ends in .weights.h5 or "
-            f".keras. Received: {path}"
+            "Expected a checkpoint's or a run's folder, or a file that ends in .weights.h5, .keras "
+            f"or .safetensors. Received: {path}"
         )
+    if path.suffix == safetensors_file.SUFFIX:
+        return plan_restore(named, _named_arrays(model, path), strict=strict)
     try:
         with keras_weights.opened(path) as file:
             if file.attrs.get("format") == ARRAYS_FORMAT:
-                return plan_restore(named, read_arrays(path), strict=strict)
+                return plan_restore(named, _named_arrays(model, path), strict=strict)
             # Keras does not store the states of seed generators: those stay unchanged.
             links = keras_layout(model, named).links
             variables = {path: named[name] for path, name in links.items()}
@@ -150,4 +163,18 @@ def _plan_from_file(
             raise unreadable(path, error) from error
         raise CheckpointDamagedError(
             f"{path} is not a readable Keras file ({type(error).__name__}: {first_lines(error)})."
+        ) from error
+
+
+def _named_arrays(model: keras.Model, path: Path) -> dict[str, Any]:
+    """The arrays of a file by their own names; of a file of adapters, the frozen base as well."""
+    arrays, about = adapters.parse(*adapters.read(path), path)
+    if about is None:
+        return dict(arrays)
+    frozen_base.read(model)
+    try:
+        return {**arrays, **frozen_base.arrays_of(about, model)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointDamagedError(
+            f"{path} is not as kbtrain wrote it: {adapters.ABOUT} ({first_lines(error)})."
         ) from error

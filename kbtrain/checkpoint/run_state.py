@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -19,6 +18,7 @@ from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint import (
     Checkpoint,
     capture,
+    frozen_base,
     name_optimizer_variables,
     name_variables,
     plan_restore,
@@ -29,6 +29,7 @@ from kbtrain.checkpoint.divided_state import capture_divided, without_others
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
 from kbtrain.errors import CheckpointMismatchError
+from kbtrain.model.lora import lora_of
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
@@ -37,7 +38,6 @@ from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.utils import rng, tensorflow_import
 from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
-from kbtrain.utils.output_files import writing
 from kbtrain.utils.versions import environment as environment
 
 logger = logging.getLogger("kbtrain")
@@ -123,7 +123,14 @@ def gather_model(
         buffers: Host memory to copy into; new memory by default.
         divided_only: Whether to leave out variables that are whole on every process.
     """
-    return capture(name_variables(model_variables(model)), buffers, "model", divided_only)
+    return capture(_saved_variables(model), buffers, "model", divided_only)
+
+
+def _saved_variables(model: keras.Model) -> dict[str, keras.Variable]:
+    """Those that a checkpoint holds, by name."""
+    named = name_variables(model_variables(model))
+    names = frozen_base.left_out(model, named)
+    return {name: variable for name, variable in named.items() if name not in names}
 
 
 _layouts: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()
@@ -135,6 +142,8 @@ def cached_keras_layout(model: keras.Model) -> KerasLayout:
     Keras takes milliseconds to traverse a model, so the result is cached, unless layers store more
     than variables, which may change each time.
     """
+    if lora_of(model) is not None:
+        return KerasLayout()  # Keras reads whole kernels, which are not in the checkpoint
     variables = model_variables(model)
     identities = [id(variable) for variable in variables]
     known, layout = _layouts.get(model, ([], KerasLayout()))
@@ -172,14 +181,14 @@ def gather_evaluation(
     divided_only: bool = False,
 ) -> dict[str, Any]:
     """Host copies of the evaluation weights that differ from the trained ones, by path."""
-    named = name_variables(model_variables(model))
+    named = _saved_variables(model)
     return differing(optimizer, named, trained, buffers, divided_only)
 
 
 def saved_names(model: keras.Model, checkpoint: Checkpoint) -> Mapping[str, str]:
     """Names of the model's variables in this process -> in the checkpoint."""
     named = name_variables(model_variables(model))
-    return plan_restore(named, _arrays_of(checkpoint, "model"), what="model").names
+    return plan_restore(named, _model_arrays(model, checkpoint), what="model").names
 
 
 def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
@@ -188,7 +197,7 @@ def restore_model(model: keras.Model, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointMismatchError: The checkpoint has a different architecture; nothing was changed.
     """
-    arrays = {**_arrays_of(checkpoint, "model"), **checkpoint.arrays.get("evaluation", {})}
+    arrays = {**_model_arrays(model, checkpoint), **checkpoint.arrays.get("evaluation", {})}
     restore(name_variables(model_variables(model)), arrays, what="model")
     refresh_derived_values(model)
 
@@ -275,7 +284,7 @@ def restore_run(
     variables = model_variables(model)
     aside = [] if (known := trained_in(checkpoint)) is None else known[1]
     named = name_variables(variables)
-    model_plan = plan_restore(named, _arrays_of(checkpoint, "model"), what="model")
+    model_plan = plan_restore(named, _model_arrays(model, checkpoint), what="model")
     kept = {
         group: without_others(
             division_of(each), _arrays_of(checkpoint, group), named, model_plan.names
@@ -399,21 +408,9 @@ def _arrays_of(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
         ) from None
 
 
-def save_keras_file(
-    model: keras.Model,
-    path: Path,
-    values: Sequence[tuple[keras.Variable, np.ndarray]] = (),
-) -> None:
-    """Write ``model`` as a ``.keras`` file, atomically.
-
-    Args:
-        model: The model.
-        path: The file.
-        values: The values of variables that are divided among processes.
-    """
-    whole = keras.StatelessScope(list(values)) if values else contextlib.nullcontext()
-    with writing(path) as temporary, tensorflow_import.not_imported(), whole:
-        model.save(temporary)
+def _model_arrays(model: keras.Model, checkpoint: Checkpoint) -> dict[str, Any]:
+    saved = _arrays_of(checkpoint, "model")
+    return {**saved, **frozen_base.in_checkpoint(checkpoint, model)}
 
 
 def differing(

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from kbtrain import backends
+from kbtrain.checkpoint.frozen_base import FrozenArray
 from kbtrain.checkpoint.storage.blocks import StoredArray
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.variable_names import name_variables
@@ -43,6 +44,8 @@ class RestorePlan:
             empty.
         unexpected: Keys of the checkpoint that are not used.
         different: Descriptions of values that do not fit their variable.
+        frozen: Keys of variables that the checkpoint leaves out, and that have the value they had
+            when it was saved. They are in ``names`` too.
     """
 
     names: dict[str, str]
@@ -50,6 +53,7 @@ class RestorePlan:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def apply(self) -> None:
         """Assign the values."""
@@ -120,7 +124,8 @@ def plan_restore(
 
     Args:
         named: As in ``restore``.
-        saved: As in ``restore``, or objects with a shape that NumPy can convert to arrays.
+        saved: As in ``restore``, or objects with a shape that NumPy can convert to arrays; a
+            ``FrozenArray`` is compared with its variable.
         what: As in ``restore``.
         model_names: As in ``restore``; the optimizer's slots then follow the match of their model
             variable, rather than being renumbered themselves.
@@ -138,12 +143,21 @@ def plan_restore(
     used = set(names.values())
     unexpected = [key for key in saved if key not in used]
     different: list[str] = []
-    values = []
+    values, frozen = [], []
     for key, saved_key in names.items():
         variable, shape = named[key], tuple(np.shape(saved[saved_key]))
         label = key if key == saved_key else f"{key} (saved as {saved_key})"
         if tuple(variable.shape) != shape:  # checked first: the array may not have been read yet
             different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
+            continue
+        if isinstance(saved[saved_key], FrozenArray):
+            if saved[saved_key].is_value_of(variable):
+                frozen.append(key)
+            else:
+                different.append(
+                    f"{label}: it was frozen and is not in the checkpoint, and has another value "
+                    "now"
+                )
             continue
         dtype = _dtype_of(variable)
         if isinstance(saved[saved_key], StoredArray) and saved[saved_key].dtype == dtype:
@@ -159,9 +173,11 @@ def plan_restore(
         raise CheckpointMismatchError(
             _mismatch_message(what, len(named), len(saved), missing, unexpected, different)
         )
-    planned = {id(variable) for variable, _ in values}
+    planned = {id(variable) for variable, _ in values} | {id(named[key]) for key in frozen}
     names = {key: found for key, found in names.items() if id(named[key]) in planned}
-    return RestorePlan(names, values, tuple(missing), tuple(unexpected), tuple(different))
+    return RestorePlan(
+        names, values, tuple(missing), tuple(unexpected), tuple(different), tuple(frozen)
+    )
 
 
 def restore_model_arrays(
@@ -382,6 +398,8 @@ def _mismatch_message(
             lines += [f"  {item}" for item in items[:_SHOWN]]
             if len(items) > _SHOWN:
                 lines.append(f"  ... and {len(items) - _SHOWN} more")
+    if any("it was frozen" in item for item in different):
+        lines.append("Load the pretrained weights that the run had before you resume it.")
     lines.append(
         f"Build the {what} with the code and settings of the run that saved it, or train from the "
         "beginning without resuming."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kbtrain.checkpoint.export import export
+from kbtrain.checkpoint.export import ENDINGS, export
 from kbtrain.checkpoint.storage.faults import exists, reading
 from kbtrain.checkpoint.storage.folder_reader import find_problems
 from kbtrain.checkpoint.storage.manifest import MANIFEST_NAME
@@ -32,6 +32,7 @@ def run(words: Sequence[str]) -> int:
         0; for ``verify`` 1 if a checkpoint is damaged, 2 if one could not be read.
     """
     parser = command_parser("checkpoint", "List, verify, inspect and export checkpoints.")
+    endings = ", ".join(dict.fromkeys(e for known in ENDINGS.values() for e in known))
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -56,14 +57,15 @@ def run(words: Sequence[str]) -> int:
     added = command(
         "export",
         export_model,
-        "Write the model as .keras or .weights.h5: of a run, that of the best checkpoint if there "
-        "is one, else of the last.",
+        "Write the model for Keras, safetensors, ONNX and others: of a run, that of the best "
+        "checkpoint if there is one, else of the last.",
     )
-    added.add_argument("target", type=Path, help="new file that ends in .keras or .weights.h5")
+    added.add_argument("target", type=Path, help=f"file ({endings}), or folder with --format")
+    added.add_argument("--format", choices=ENDINGS, help="by default that of the target's ending")
     added.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of update N")
     added.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE",
-        help="import a module first that registers the model's own classes (.keras only)",
+        help="import a module first that registers the model's own classes",
     )  # fmt: skip
     arguments = parser.parse_args(words)
     if scheme_of(arguments.path) is None:
@@ -152,12 +154,9 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def export_model(arguments: argparse.Namespace) -> int:
-    """Export the model of a checkpoint, or of one of a run's, to a Keras file."""
-    from kbtrain.utils.tensorflow_import import not_imported
-
+    """Export the model of a checkpoint, or of one of a run's."""
     path, why = _to_export(arguments.path, arguments.step)
-    with not_imported():
-        export(path, arguments.target, arguments.modules)
+    export(path, arguments.target, arguments.format, modules=arguments.modules)
     print(f"Wrote {arguments.target} from {path}{why}.")
     return 0
 

@@ -24,10 +24,8 @@ from kbtrain.data.batch_loader import BatchLoader, as_loader
 from kbtrain.data.blocks import Batches, Block, micro_batches
 from kbtrain.data.class_weight import check_class_weight, weighted
 from kbtrain.data.collators.default import Collate, default_collate, default_data_collator
-from kbtrain.data.collators.language_modeling import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForPacking,
-)
+from kbtrain.data.collators.language_modeling import DataCollatorForLanguageModeling
+from kbtrain.data.collators.packing import DataCollatorForPacking
 from kbtrain.data.collators.sequence import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,

@@ -117,7 +117,7 @@ class DataLoader:
         self.strategy = strategy
         self.seed = int(seed)
         self.drop_last = drop_last
-        self._collate: Any = _with_label_names(collate, label_names)
+        self._collate: Any = _bound(collate, label_names, columns)
         self._positioned = callable(getattr(collate, "at", None))
         self._said_skipping = False
         # Called with the first sample, if there is no user's collator.
@@ -338,12 +338,17 @@ class DataLoader:
         return DataError(f"Batch {number} of {self.source.name}: {error}")
 
 
-def _with_label_names(collate: Collate | None, names: LabelNames) -> Collate | None:
-    """Bind the label names to a collator of kbtrain, so that it does not rename model inputs."""
+def _bound(
+    collate: Collate | None, names: LabelNames, columns: ColumnFilter | None
+) -> Collate | None:
+    """A collator of kbtrain with what is known: names of the labels, inputs of the model."""
     if collate is default_collate:
         return functools.partial(default_collate, label_names=names)
-    bind = getattr(collate, "with_label_names", None)
-    return collate if bind is None else bind(names)
+    if (bind := getattr(collate, "with_label_names", None)) is not None:
+        collate = bind(names)
+    if columns is not None and (bind := getattr(collate, "with_inputs", None)) is not None:
+        collate = bind(columns.inputs)
+    return collate
 
 
 def every_column(batch: Any, name: str, taken: Collection[str] = ()) -> Any:

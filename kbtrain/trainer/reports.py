@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kbtrain.checkpoint import divided_state, run_state
+from kbtrain.checkpoint import divided_state
 from kbtrain.checkpoint import processing_class as processing
+from kbtrain.checkpoint.formats.keras_file import save_keras_file
 from kbtrain.data.plain_values import plain_values
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.division import division_of
@@ -94,5 +95,5 @@ def _save_model(trainer: TrainerBase, target: Path) -> Path:
     with swapped_in(optimizer, trainer.model.variables):
         values = [(v, trainer.backend.whole_value(v)) for v in divided]
         if writes:
-            run_state.save_keras_file(trainer.model, target, values)
+            save_keras_file(trainer.model, target, values)
     return target

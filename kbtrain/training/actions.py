@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain import distributed
 from kbtrain.callbacks.state import to_json_value
-from kbtrain.checkpoint import processing_class, run_state
+from kbtrain.checkpoint import frozen_base, name_variables, processing_class, run_state
 from kbtrain.checkpoint.async_checkpointer import Snapshot
 from kbtrain.errors import CheckpointError, CheckpointUnreadableError
 from kbtrain.optimization import changing_variables, metric_driven
@@ -200,6 +200,9 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     documents = {"trainer_state": state.to_dict(), "training_args": args.to_dict()}
     if (config := run_state.model_config(trainer.model)) is not None:
         documents["model_config"] = config
+    named = name_variables(run_state.model_variables(trainer.model))
+    if (frozen := frozen_base.document(trainer.model, named)) is not None:
+        documents[frozen_base.DOCUMENT] = frozen
     if not args.save_only_model:
         more_arrays, more_documents = run_state.gather_training(
             trainer.backend,

@@ -10,7 +10,7 @@ import keras
 from kbtrain.callbacks.state import TrainingPlan
 from kbtrain.checkpoint.run_state import Progress
 from kbtrain.errors import ConfigurationError
-from kbtrain.model import custom_steps
+from kbtrain.model import custom_steps, lora
 from kbtrain.model.forward import ForwardPass, items_counter
 from kbtrain.model.variables import unique
 from kbtrain.optimization import changing_variables
@@ -72,6 +72,7 @@ def live_train_step(
         args, bound, optimizer = trainer.args, trainer.bound, trainer.optimizer
         assert optimizer is not None
         trained = trained_variables(bound.model)
+        lora.note_trained(bound.model, trained)
         if follows and not trainer.other_optimizers:
             changing_variables.sync_variables(optimizer, bound.model)
         optimizers = [optimizer, *trainer.other_optimizers.values()]

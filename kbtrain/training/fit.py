@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import keras
 
 from kbtrain.callbacks.state import TrainerState, TrainingPlan, make_plan, steps_until_due
-from kbtrain.checkpoint import Checkpoint, run_state, validated_json
+from kbtrain.checkpoint import Checkpoint, frozen_base, run_state, validated_json
 from kbtrain.checkpoint.storage.faults import is_folder
 from kbtrain.config.diff import compare_arguments
 from kbtrain.config.validation import check_saves_follow_evaluations, resolve_steps
@@ -190,6 +190,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     check_alike(trainer, loader, first, plan.max_steps)
     trainer.captured.new_fit()
     trainer.agreement = Agreement(trainer)
+    frozen_base.read(bound.model)
     placement.divide(trainer.backend, args, bound.model)
     optimizer = build_optimizer(trainer, plan.max_steps)
     if (

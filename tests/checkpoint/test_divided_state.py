@@ -15,12 +15,8 @@ from helpers_saving import At
 from kbtrain import Trainer, backends, load_weights
 from kbtrain.checkpoint import CheckpointStore, distributed, plan_restore
 from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
-from kbtrain.checkpoint.run_state import (
-    gather_model,
-    model_variables,
-    restore_model,
-    save_keras_file,
-)
+from kbtrain.checkpoint.formats.keras_file import save_keras_file
+from kbtrain.checkpoint.run_state import gather_model, model_variables, restore_model
 from kbtrain.checkpoint.storage import blocks
 from kbtrain.checkpoint.storage.folder_writer import Contents
 from kbtrain.errors import CheckpointMismatchError

@@ -130,7 +130,7 @@ def test_what_cannot_be_loaded(sources, tmp_path):
     with pytest.raises(CheckpointNotFoundError):
         load_weights(model, tmp_path)
     (tmp_path / "x.npz").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"ends in \.weights\.h5 or"):
+    with pytest.raises(CheckpointError, match=r"ends in \.weights\.h5, \.keras or"):
         load_weights(model, tmp_path / "x.npz")
     with pytest.raises(ConfigurationError, match="no variables yet"):
         load_weights(keras.Sequential([LAYERS.Dense(1)]), sources[0]["weights"])
@@ -236,8 +236,10 @@ def test_export_says_what_is_missing(tmp_path, capsys):
     for target, words in (("x.keras", "no model_config.json"), ("x.weights.h5", "has format 1")):
         assert main(["checkpoint", "export", str(old), str(tmp_path / target)]) == 2
         assert words in capsys.readouterr().err
-    assert main(["checkpoint", "export", str(old), str(tmp_path / "x.onnx")]) == 2
-    assert "must end in .keras or .weights.h5" in capsys.readouterr().err
+    assert main(["checkpoint", "export", str(old), str(tmp_path / "x.pt")]) == 2
+    assert (
+        "must end in .keras, .weights.h5, .safetensors, .onnx or .tflite" in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
 
 

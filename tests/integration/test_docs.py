@@ -64,7 +64,7 @@ def trained(
 # Pages whose programs run one after the other, in one namespace.
 GUIDES = (
     "checkpoints", "debugging-nan", "extending", "faq", "from-keras-fit", "index",
-    "mixed-precision", "performance",
+    "mixed-precision", "performance", "weights",
 )  # fmt: skip
 
 

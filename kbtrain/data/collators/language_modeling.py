@@ -1,14 +1,14 @@
-"""Collators for language models: masked, causal, and packing of several texts into one row."""
+"""The collator for language models, masked and causal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from kbtrain.data.collators.padding import IGNORED, check_positive, fields, lengths, token_id
+from kbtrain.data.collators.padding import IGNORED, check_positive, fields, token_id
 from kbtrain.data.collators.sequence import DataCollatorWithPadding
 from kbtrain.errors import ConfigurationError, DataError
 
@@ -187,120 +187,3 @@ def _next_tokens(ids: np.ndarray, real: np.ndarray) -> np.ndarray:
     both = real[:, 1:] & real[:, :-1]
     labels[:, :-1][both] = ids[:, 1:][both]
     return labels
-
-
-@dataclass(frozen=True)
-class DataCollatorForPacking:
-    """Packs several texts into one row, for causal language models: little padding, one shape.
-
-    Texts are placed in order into the first row with enough space. Each has its own positions from
-    0, and its last token has no label, so nothing is predicted across a boundary.
-
-    Args:
-        max_length: Tokens of a row; a longer text is an error.
-        rows: Rows of a batch, including empty ones, so that all batches have one shape. None
-            creates as many as needed.
-        pad_token_id: The padding token.
-        return_attention_mask: Add ``attention_mask``, booleans of shape ``(rows, max_length,
-            max_length)`` for ``keras.layers.MultiHeadAttention``: true where the query (second
-            axis) may attend to the key (third axis), which is in the same text and not later.
-            Padding attends to itself, so that no softmax is empty.
-
-    Returns (when called with a list of samples):
-        ``input_ids``, ``position_ids``, ``segment_ids`` (1, 2, ... within a row; 0 is padding) and
-        ``labels`` (the next token, or the samples' own next ``labels``), of shape
-        ``(rows, max_length)``.
-
-    Raises:
-        ConfigurationError: An argument is not a positive integer.
-        DataError: A text is longer than a row, or the texts need more than ``rows`` rows.
-
-    Example:
-        >>> batch = DataCollatorForPacking(max_length=6)([[5, 6, 7], [8, 9], [1, 2]])
-        >>> batch["input_ids"].tolist(), batch["segment_ids"].tolist()
-        ([[5, 6, 7, 8, 9, 0], [1, 2, 0, 0, 0, 0]], [[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
-        >>> batch["labels"][0].tolist()
-        [6, 7, -100, 9, -100, -100]
-    """
-
-    max_length: int
-    rows: int | None = None
-    pad_token_id: int = 0
-    return_attention_mask: bool = False
-    takes: ClassVar[frozenset[str]] = frozenset(("input_ids",))
-    """The columns it uses, besides labels."""
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        if self.max_length is None:
-            raise ConfigurationError("max_length must be an integer. Received: None")
-        check_positive("max_length", self.max_length)
-        check_positive("rows", self.rows)
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Pack samples; see the class."""
-        columns = fields(samples)
-        places = self._places(lengths(columns))
-        texts = columns["input_ids"]
-        targets = columns.get("labels", texts)
-        needed = 1 + max(row for row, _ in places)
-        if self.rows is not None and needed > self.rows:
-            raise DataError(
-                f"The texts of a batch need {needed} rows of {self.max_length} tokens, but "
-                f"rows={self.rows}. Increase rows, or reduce per_device_train_batch_size."
-            )
-        shape = (self.rows or needed, self.max_length)
-        kind = texts[0].dtype
-        batch = {
-            "input_ids": np.full(shape, self.pad_token_id, kind),
-            "position_ids": np.zeros(shape, kind),
-            "segment_ids": np.zeros(shape, kind),
-            "labels": np.full(shape, IGNORED, kind),
-        }
-        for text, target, (row, start) in zip(texts, targets, places, strict=True):
-            if target.shape != text.shape:
-                raise DataError(
-                    "A text must have as many labels as input_ids. "
-                    f"Received: shapes {target.shape} and {text.shape}"
-                )
-            stop = start + len(text)
-            batch["input_ids"][row, start:stop] = text
-            batch["position_ids"][row, start:stop] = np.arange(len(text))
-            batch["segment_ids"][row, start:stop] = 1 + batch["segment_ids"][row].max()
-            batch["labels"][row, start : max(start, stop - 1)] = target[1:]
-        if self.return_attention_mask:
-            batch["attention_mask"] = causal_segments(batch["segment_ids"])
-        return batch
-
-    def _places(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
-        """Row and start of each text, in the first row with enough space."""
-        used: list[int] = []
-        places = []
-        for length in lengths:
-            if length > self.max_length:
-                raise DataError(
-                    f"A text has {length} tokens, more than max_length={self.max_length}. Split "
-                    "long texts before packing, or increase max_length."
-                )
-            fitting = (row for row, start in enumerate(used) if start + length <= self.max_length)
-            row = next(fitting, len(used))
-            if row == len(used):
-                used.append(0)
-            places.append((row, used[row]))
-            used[row] += length
-        return places
-
-
-def causal_segments(segment_ids: np.ndarray) -> np.ndarray:
-    """The causal attention mask of packed rows.
-
-    Args:
-        segment_ids: Indices of the texts, shape ``(rows, length)``.
-
-    Returns:
-        Booleans of shape ``(rows, length, length)``: [row, query, key] is true if both belong to
-        the same text and the key is not later.
-    """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    result: np.ndarray = same & np.tri(segment_ids.shape[1], dtype=bool)
-    return result

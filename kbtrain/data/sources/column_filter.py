@@ -35,6 +35,11 @@ class ColumnFilter:
         self._others = frozenset((*usual, *(label_names or ())))
         self._said: set[Any] = set()
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of the model's inputs."""
+        return self._inputs
+
     def __call__(self, batch: Any, name: str, taken: Collection[str] = ()) -> Any:
         """The batch (or sample, or columns) without unused entries.
 

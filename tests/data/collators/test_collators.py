@@ -9,6 +9,7 @@ import pytest
 from helpers import StopAt, arguments, same, weights, with_weights
 
 import kbtrain.data.collators.language_modeling
+import kbtrain.data.collators.packing
 import kbtrain.data.collators.padding
 import kbtrain.data.collators.sequence
 import kbtrain.data.prefetch
@@ -23,7 +24,6 @@ from kbtrain import (
     Trainer,
 )
 from kbtrain.data import DataLoader
-from kbtrain.data.collators.language_modeling import causal_segments
 from kbtrain.errors import ConfigurationError, DataError
 
 SAMPLES = [
@@ -62,6 +62,7 @@ def test_numbers_of_several_kinds_keep_their_values():
     [
         kbtrain.data.collators.sequence,
         kbtrain.data.collators.language_modeling,
+        kbtrain.data.collators.packing,
         kbtrain.data.sampling.by_length,
         kbtrain.data.collators.padding,
         kbtrain.data.sampling.permutation,
@@ -360,70 +361,3 @@ def test_a_masked_language_model_resumes_exactly(tmp_path):
     np.random.seed(99)
     resumed.fit(resume_from_checkpoint=True)
     assert same(weights(whole.model), weights(resumed.model))
-
-
-# ------------------------------------------------------------------------------------------ packing
-
-
-def test_packing_fills_rows_and_numbers_segments():
-    texts = [[5, 6, 7], [8, 9], [1], [2, 3, 4, 5]]
-    batch = DataCollatorForPacking(5, rows=3, pad_token_id=99)(texts)
-    no = -100
-    assert lists(batch) == {
-        "input_ids": [[5, 6, 7, 8, 9], [1, 2, 3, 4, 5], [99] * 5],
-        "position_ids": [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3], [0] * 5],
-        "segment_ids": [[1, 1, 1, 2, 2], [1, 2, 2, 2, 2], [0] * 5],
-        "labels": [[6, 7, no, 9, no], [no, 3, 4, 5, no], [no] * 5],
-    }
-
-
-def test_packing_looks_for_the_first_row_with_room():
-    batch = DataCollatorForPacking(4)([[1] * 3, [2] * 3, [3], [4]])
-    assert batch["input_ids"].tolist() == [[1, 1, 1, 3], [2, 2, 2, 4]]
-
-
-def test_labels_of_the_samples_are_packed():
-    batch = DataCollatorForPacking(4)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 8]}])
-    assert batch["labels"].tolist() == [[6, 8, -100, -100]]
-
-
-def test_packed_texts_do_not_see_each_other():
-    mask = causal_segments(np.array([[1, 1, 2, 0]])).astype(int).tolist()
-    assert mask == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
-    batch = DataCollatorForPacking(4, return_attention_mask=True)([[5, 6], [7]])
-    np.testing.assert_array_equal(batch["attention_mask"], np.array(mask, bool))
-
-
-def test_a_packed_text_is_computed_as_if_it_were_alone():
-    """Through Keras' attention: the mask keeps the texts of a row apart."""
-    texts = [[5, 6, 7], [8, 9], [4, 3]]
-    embedding = with_weights(
-        keras.Sequential([keras.Input((None,)), keras.layers.Embedding(10, 4)])
-    )
-    attention = keras.layers.MultiHeadAttention(1, 4)
-
-    def outputs(ids, mask):
-        x = embedding(np.array(ids))
-        return keras.ops.convert_to_numpy(attention(x, x, attention_mask=mask))
-
-    packed = DataCollatorForPacking(8, return_attention_mask=True)(texts)
-    together = outputs(packed["input_ids"], packed["attention_mask"])[0]
-    start = 0
-    for text in texts:
-        alone = outputs([text], np.tri(len(text), dtype=bool)[None])[0]
-        np.testing.assert_allclose(together[start : start + len(text)], alone, atol=1e-5)
-        start += len(text)
-
-
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        ([[1] * 5], "5 tokens, more than max_length=4"),
-        ([[1] * 3, [2] * 3, [3] * 3], "need 3 rows of 4 tokens, but rows=2"),
-        ([{"x": [1]}], "need the field 'input_ids'"),
-        ([{"input_ids": [1, 2], "labels": [1]}], "as many labels as input_ids"),
-    ],
-)
-def test_texts_are_checked(samples, message):
-    with pytest.raises(DataError, match=message):
-        DataCollatorForPacking(4, rows=2)(samples)

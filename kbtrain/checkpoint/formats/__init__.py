@@ -1,0 +1,1 @@
+"""Files that other programs read: those of Keras, safetensors, and models for serving."""
