@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerControl as TrainerControl
     from kbtrain.callbacks.state import TrainerState as TrainerState
     from kbtrain.checkpoint.export import export as export
-    from kbtrain.checkpoint.formats.adapters import load_adapters as load_adapters
     from kbtrain.checkpoint.formats.adapters import save_adapters as save_adapters
     from kbtrain.checkpoint.load_weights import LoadReport as LoadReport
+    from kbtrain.checkpoint.load_weights import load_adapters as load_adapters
     from kbtrain.checkpoint.load_weights import load_weights as load_weights
     from kbtrain.config.argument_parser import ArgumentParser as ArgumentParser
     from kbtrain.config.argument_parser import HfArgumentParser as HfArgumentParser
@@ -122,8 +122,8 @@ _HOMES = {
     "trainer.trainer": ("Trainer",),
     "config.training_args": ("TrainingArguments",),
     "checkpoint.export": ("export",),
-    "checkpoint.formats.adapters": ("load_adapters", "save_adapters"),
-    "checkpoint.load_weights": ("LoadReport", "load_weights"),
+    "checkpoint.formats.adapters": ("save_adapters",),
+    "checkpoint.load_weights": ("LoadReport", "load_adapters", "load_weights"),
     "model.lora": ("enable_lora", "merge_lora"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

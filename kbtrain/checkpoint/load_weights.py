@@ -17,6 +17,7 @@ from kbtrain.checkpoint import (
     keras_weights,
     name_variables,
     plan_restore,
+    validated_json,
 )
 from kbtrain.checkpoint.formats import adapters, safetensors_file
 from kbtrain.checkpoint.keras_layout import keras_layout
@@ -32,6 +33,7 @@ from kbtrain.errors import (
     first_lines,
 )
 from kbtrain.model.build import check_model
+from kbtrain.model.lora import enable_lora, lora_of
 from kbtrain.model.variables import refresh_derived_values
 from kbtrain.utils.addresses import scheme_of
 
@@ -131,6 +133,50 @@ def _here(source: str | os.PathLike[str]) -> Path:
     from kbtrain.checkpoint.remote.store import staged
 
     return Path(staged(os.fspath(source)))
+
+
+@concise
+def load_adapters(model: keras.Model, path: str | os.PathLike[str]) -> LoadReport:
+    """Load adapters into a model that holds the pretrained weights they were trained on.
+
+    Args:
+        model: A built model; without adapters, it gets those of the file by ``enable_lora``.
+        path: A file of ``save_adapters``, a checkpoint of a run with ``enable_lora``, or the folder
+            of such a run.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        CheckpointMismatchError: They belong to another model, or to other pretrained weights; the
+            model's weights are unchanged.
+        CheckpointError: The file is missing, damaged, or holds no adapters.
+        ConfigurationError: The model is not built, or lacks the adapted layers.
+    """
+    path = _here(path)
+    if is_folder(path):
+        checkpoint = CheckpointStore(path).resolve(path)
+        assert checkpoint is not None  # resolving a path returns a checkpoint or raises
+        path, about = checkpoint.path, checkpoint.documents.get(frozen_base.DOCUMENT)
+        if about is not None:
+            about = validated_json.mapping(checkpoint, frozen_base.DOCUMENT)
+    else:
+        about = adapters.parse(*adapters.read(path), path)[1]
+    if about is None:
+        raise ConfigurationError(
+            f"{path} holds no LoRA adapters. Received a file of another kind: load it with "
+            "kbtrain.load_weights."
+        )
+    if lora_of(model) is None:
+        try:
+            rank, alpha = int(about["rank"]), float(about["alpha"])
+            patterns, train = ([str(p) for p in about[key]] for key in ("patterns", "train"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointDamagedError(
+                f"{path} is not as kbtrain wrote it: {adapters.ABOUT} lacks {error}."
+            ) from error
+        enable_lora(model, rank, patterns, alpha=alpha, train=train)
+    return load_weights(model, path)
 
 
 def _plan_from_file(

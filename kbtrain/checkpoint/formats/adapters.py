@@ -26,8 +26,6 @@ from kbtrain.utils.output_files import writing
 if TYPE_CHECKING:
     import keras
 
-    from kbtrain.checkpoint.load_weights import LoadReport
-
 ABOUT = "lora.json"
 """What the file says about the adapters: a text of a safetensors header, or an array of bytes."""
 
@@ -79,56 +77,6 @@ def write_adapters(path: Path, arrays: Mapping[str, np.ndarray], about: Any) -> 
             temporary.unlink(missing_ok=True)  # it must not exist
             write_arrays(temporary, {**arrays, ABOUT: np.frombuffer(text.encode(), np.uint8)})
     return path
-
-
-@concise
-def load_adapters(model: keras.Model, path: str | os.PathLike[str]) -> LoadReport:
-    """Load adapters into a model that holds the pretrained weights they were trained on.
-
-    Args:
-        model: A built model; without adapters, it gets those of the file by ``enable_lora``.
-        path: A file of ``save_adapters``, a checkpoint of a run with ``enable_lora``, or the folder
-            of such a run.
-
-    Returns:
-        What was loaded.
-
-    Raises:
-        CheckpointMismatchError: They belong to another model, or to other pretrained weights; the
-            model's weights are unchanged.
-        CheckpointError: The file is missing, damaged, or holds no adapters.
-        ConfigurationError: The model is not built, or lacks the adapted layers.
-    """
-    from kbtrain.checkpoint import CheckpointStore, frozen_base, validated_json
-    from kbtrain.checkpoint.load_weights import load_weights
-    from kbtrain.checkpoint.storage.faults import is_folder
-    from kbtrain.model.lora import enable_lora, lora_of
-
-    check_local("path", path)
-    path = Path(path)
-    if is_folder(path):
-        checkpoint = CheckpointStore(path).resolve(path)
-        assert checkpoint is not None  # resolving a path returns a checkpoint or raises
-        path, about = checkpoint.path, checkpoint.documents.get(frozen_base.DOCUMENT)
-        if about is not None:
-            about = validated_json.mapping(checkpoint, frozen_base.DOCUMENT)
-    else:
-        about = parse(*read(path), path)[1]
-    if about is None:
-        raise ConfigurationError(
-            f"{path} holds no LoRA adapters. Received a file of another kind: load it with "
-            "kbtrain.load_weights."
-        )
-    if lora_of(model) is None:
-        try:
-            rank, alpha = int(about["rank"]), float(about["alpha"])
-            patterns, train = ([str(p) for p in about[key]] for key in ("patterns", "train"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointDamagedError(
-                f"{path} is not as kbtrain wrote it: {ABOUT} lacks {error}."
-            ) from error
-        enable_lora(model, rank, patterns, alpha=alpha, train=train)
-    return load_weights(model, path)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

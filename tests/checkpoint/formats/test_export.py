@@ -241,7 +241,5 @@ def test_transformers_reads_what_kerashub_converts(tmp_path):
     ids = np.arange(10).reshape(2, 5)
     ours = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()(torch.tensor(ids)).logits
-    np.testing.assert_allclose(
-        theirs.detach().numpy(), keras.ops.convert_to_numpy(ours), atol=1e-4
-    )
+    np.testing.assert_allclose(theirs.detach().numpy(), keras.ops.convert_to_numpy(ours), atol=1e-4)
     shutil.rmtree(tmp_path / "gpt2")
