@@ -98,6 +98,7 @@ def export(
             f"The format {format!r} takes no options. Received: {', '.join(options)}"
         )
     if isinstance(source, str | os.PathLike):
+        check_local("source", source)
         path = Path(source)
         if _of_checkpoint(path, target, format):
             return target

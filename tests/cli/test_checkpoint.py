@@ -110,7 +110,7 @@ def test_arguments_that_make_no_sense(arguments, capsys):
 def exported(monkeypatch):
     """The checkpoints that were exported, without exporting them."""
     found = []
-    monkeypatch.setattr("kbtrain.cli.checkpoint.export", lambda path, *rest: found.append(path))
+    monkeypatch.setattr("kbtrain.cli.checkpoint.export", lambda path, *_, **__: found.append(path))
     return found
 
 
