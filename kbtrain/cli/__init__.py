@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: The words after ``kbtrain``; those of this process by default.
 
     Returns:
-        The exit status: 0, or 2 after a mistake in the command line.
+        The exit status: 0, 2 after a mistake in the command line, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
@@ -60,6 +61,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader is done, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # a run has said what it saved, as far as it had begun
+        print(f"kbtrain {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (KbtrainError, OSError) as problem:  # the output may go to a file on a full disk
         print(f"kbtrain {command}: {problem}", file=sys.stderr)
         return 2

@@ -93,6 +93,15 @@ def test_exit_status_and_message_of_a_command(capsys, words, status, said):
     assert said in "".join(capsys.readouterr())
 
 
+def test_ctrl_c_ends_a_command_without_a_stack_trace(capsys, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kbtrain.cli.env.run", interrupted)
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "kbtrain env: interrupted\n"
+
+
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kbtrain {importlib.metadata.version('kbtrain')}\n"

@@ -89,6 +89,7 @@ def test_what_a_person_has_to_decide_is_listed_by_line():
     assert "ddp_find_unused_parameters=False" in done.text  # asks for nothing, and is accepted
 
 
+@pytest.mark.neutral
 def test_a_migrated_script_runs(tmp_path):
     done = migrate(read("language_modeling"))
     assert "# every half" in done.text

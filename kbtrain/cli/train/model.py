@@ -17,6 +17,7 @@ from kbtrain.cli.train.data import Data
 from kbtrain.cli.train.settings import Place, Settings
 from kbtrain.errors import first_lines
 from kbtrain.utils.optional_imports import require
+from kbtrain.utils.tensorflow_import import not_imported
 
 _SOURCES = ("layers", "file", "function", "application", "preset")
 
@@ -204,9 +205,10 @@ def _from_layers(settings: Settings, data: Data) -> keras.Model:
 def _from_file(settings: Settings, data: Data) -> Any:
     path = Path(str(settings.model.file)).expanduser()
     try:
-        if path.suffix == ".json":
-            return keras.models.model_from_json(path.read_text(encoding="utf-8"))
-        return keras.saving.load_model(path, compile=False)
+        with not_imported():
+            if path.suffix == ".json":
+                return keras.models.model_from_json(path.read_text(encoding="utf-8"))
+            return keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, TypeError) as problem:
         raise settings.error(("model", "file"), f"{path}: {first_lines(problem)}") from None
 

@@ -14,6 +14,7 @@ from kbtrain.cli.train.settings import Settings
 from kbtrain.config import yaml
 from kbtrain.errors import ConfigurationError
 from kbtrain.trainer.trainer import Trainer
+from kbtrain.utils import rng
 from kbtrain.utils.output_files import save_text
 
 
@@ -25,7 +26,7 @@ def train(settings: Settings, dry_run: bool) -> None:
         dry_run: Whether to stop before training, with nothing written.
     """
     models.check_model(settings)
-    keras.utils.set_random_seed(settings.args.seed)
+    rng.set_seed(settings.args.seed)
     data = read_data(settings, models.image_preparation(settings))
     model = models.make_model(settings, data)
     trainer = _make_trainer(settings, data, model)
