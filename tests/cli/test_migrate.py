@@ -192,6 +192,46 @@ def test_a_change_of_arguments_made_elsewhere_is_left_to_a_person():
 
 
 @pytest.mark.neutral
+def test_a_name_that_also_holds_something_else_is_left_alone():
+    text = (
+        "from transformers import TrainingArguments\n"
+        "def main(parser):\n    args = parser.parse_args()\n    return args.warmup_ratio\n"
+        "def train():\n    args = TrainingArguments('a')\n    args.warmup_ratio\n"
+    )
+    assert migrate(text).text == text.replace("transformers", "kbtrain")
+    only = text.replace("args = parser.parse_args()", "pass")
+    assert migrate(only).text.count("args.warmup_steps") == 2
+
+
+@pytest.mark.neutral
+def test_the_call_of_the_base_class_is_one_of_the_trainer():
+    text = (
+        "import transformers\nclass Mine(transformers.Trainer):\n"
+        "    def __init__(self, tokenizer):\n        super().__init__(tokenizer=tokenizer)\n"
+        "class Other:\n"
+        "    def __init__(self, tokenizer):\n        super().__init__(tokenizer=tokenizer)\n"
+    )
+    done = migrate(text)
+    assert done.text.count("super().__init__(processing_class=tokenizer)") == 1
+    assert done.notes == []
+
+
+@pytest.mark.neutral
+@pytest.mark.parametrize("name", ["text_classification", "image_classification"])
+def test_what_is_undecided_is_listed_again_for_the_migrated_script(name):
+    first = migrate(read(name))
+    second = migrate(first.text)
+    assert (second.changes, second.text) == (0, first.text)
+    left_out = [note for note in first.notes if " is left out" in note.text]
+    expected = [(note.new_line, note.text) for note in first.notes if note not in left_out]
+
+    def without_lines(notes):
+        return [(line, re.sub(r"used in lines.*?\)", "", text)) for line, text in notes]
+
+    assert without_lines((note.line, note.text) for note in second.notes) == without_lines(expected)
+
+
+@pytest.mark.neutral
 def test_classes_of_models_are_known_by_their_names():
     models = ["AutoModel", "BertModel", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
     assert all(map(is_model, models))

@@ -32,12 +32,14 @@ class Imports:
         classes: Name in the script -> name of the class that kbtrain has.
         models: Name in the script -> name of a model class of Transformers.
         modules: Name under which the script has ``transformers`` itself -> the import.
+        ours: Names under which it has ``kbtrain`` itself.
         frameworks: Name in the script -> the package it is from.
     """
 
     classes: dict[str, str] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     modules: dict[str, ast.Import] = field(default_factory=dict)
+    ours: set[str] = field(default_factory=set)
     frameworks: dict[str, str] = field(default_factory=dict)
 
     def add(self, statement: ast.Import | ast.ImportFrom) -> None:
@@ -48,6 +50,11 @@ class Imports:
             name = alias.asname or alias.name.partition(".")[0]
             if package in FRAMEWORK_CODE:
                 self.frameworks[name] = package
+            elif package == "kbtrain":  # of a script that is partly migrated
+                if isinstance(statement, ast.Import):
+                    self.ours.add(name)
+                else:
+                    self.classes[name] = alias.name
             elif package != "transformers":
                 continue
             elif isinstance(statement, ast.Import):

@@ -110,6 +110,7 @@ class _Script(ast.NodeVisitor):
         # Variables by what they hold. Scripts give these names to function parameters, too.
         self.args, self.trainers, self.models = {"training_args"}, {"trainer"}, {"model"}
         self.scope: list[ast.AST] = []
+        self.classes: list[str] = []
         self.made_in: dict[str, ast.AST | None] = {}
         self.by_module: set[str] = set()
 
@@ -122,6 +123,7 @@ class _Script(ast.NodeVisitor):
                 for base in node.bases:
                     if (known := self.class_of(base)) in ("Trainer", "TrainingArguments"):
                         self.imports.classes[node.name] = known
+        other = set()  # what `args` also is in the script: the result of argparse, say
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Assign) and len(node.targets) == 1):
                 continue
@@ -136,12 +138,16 @@ class _Script(ast.NodeVisitor):
                 self.trainers |= set(names)
             elif isinstance(value.func, ast.Attribute) and self._is_model(value.func.value):
                 self.models |= set(names)
+            elif isinstance(target, ast.Name) and getattr(value.func, "attr", "") != "replace":
+                other.add(target.id)
+        self.args -= other
 
     def class_of(self, node: ast.AST) -> str | None:
         """The class of kbtrain that an expression names, if it does."""
         if isinstance(node, ast.Name):
             return self.imports.classes.get(node.id)
-        if isinstance(node, ast.Attribute) and _name(node.value) in self.imports.modules:
+        modules = {*self.imports.modules, *self.imports.ours}
+        if isinstance(node, ast.Attribute) and _name(node.value) in modules:
             return moved().get(node.attr)
         return None
 
@@ -167,12 +173,10 @@ class _Script(ast.NodeVisitor):
             return
         self.changes += rewrite_import(node, self.edits)
         for alias in node.names:
-            if (
-                alias.name in IMPORTS
-                and alias.name not in moved()
-                and alias.name != "AutoTokenizer"
-            ):
-                self.note(alias, f"{alias.name}: {IMPORTS[alias.name]}")
+            name, hint = alias.name, import_hint(alias.name)
+            # A tokenizer is of Transformers here, too. Models are noted where they are used.
+            if hint and name not in moved() and name != "AutoTokenizer" and not is_model(name):
+                self.note(alias, f"{name}: {hint}")
 
     def visit_FunctionDef(self, node: Any) -> None:
         """Remember in which function a statement is."""
@@ -199,7 +203,9 @@ class _Script(ast.NodeVisitor):
                     )
                 elif method.name != "__init__":
                     self.note(method, f"{node.name}.{method.name}: compare it with Trainer's here.")
+        self.classes.append(self.imports.classes.get(node.name, ""))
         self.generic_visit(node)
+        self.classes.pop()
 
     def visit_Assign(self, node: ast.Assign) -> None:
         """Turn a change of arguments, which are immutable, into a changed copy."""
@@ -241,10 +247,19 @@ class _Script(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """Change the arguments of our classes."""
         known = self.class_of(node.func)
+        of_base = self.classes and ast.unparse(node.func) == "super().__init__"
+        if of_base:
+            known = self.classes[-1]
         if known == "TrainingArguments":
             self._training_arguments(node)
         elif known == "Trainer":
             self._trainer(node)
+            if not of_base and not {k.arg for k in node.keywords} & {
+                "loss",
+                "compute_loss_func",
+                None,
+            }:
+                self.note(node, _NO_LOSS)
         for keyword in node.keywords:
             value = keyword.value
             if keyword.arg == "return_tensors" and getattr(value, "value", "np") == "pt":
@@ -310,8 +325,6 @@ class _Script(ast.NodeVisitor):
                 self.note(keyword, f"{name}: write it in keras.ops.")
             elif name == "optimizers":
                 self.note(keyword, "optimizers: one of Keras or optim, and a schedule of optim.")
-        if not given & {"loss", "compute_loss_func", None}:
-            self.note(node, _NO_LOSS)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         """Look at what is read from arguments, Trainers, models and transformers itself."""
