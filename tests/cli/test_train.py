@@ -333,6 +333,13 @@ def test_a_table_of_tokens_that_is_too_small_is_told(here, capsys):
 
 
 @pytest.mark.neutral
+def test_a_missing_package_is_told_with_the_extra(here, table, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert main(["train", table, "--model.file", "m.json"]) == 2
+    assert "pip install 'kbtrain[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.neutral
 def test_what_a_function_of_the_user_raises_is_shown_as_it_is(here, table):
     with pytest.raises(KeyError, match="of the user's own"):
         main(["train", table, "--model.function", "my_models.py:broken"])

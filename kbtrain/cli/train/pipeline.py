@@ -36,9 +36,9 @@ def train(settings: Settings, dry_run: bool) -> None:
         return
     resume = None if settings.args.is_set("resume_from_checkpoint") else "auto"
     result = trainer.fit(resume_from_checkpoint=resume)
-    trainer.save_metrics("train", result.metrics)
     if trainer.is_world_process_zero():
-        save_text(Path(settings.args.output_dir) / "config.yaml", yaml.dumps(settings.values))
+        save_text(Path(settings.args.output_folder) / "config.yaml", yaml.dumps(settings.values))
+    trainer.save_metrics("train", result.metrics)
     if "eval" in data.sets:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -49,7 +49,8 @@ def train(settings: Settings, dry_run: bool) -> None:
         trainer.save_metrics("test", metrics)
     saved, report = trainer.save_model(), trainer.report()
     if trainer.is_world_process_zero():
-        print(f"model   {saved}\nreport  {report}")
+        folder = settings.args.output_dir  # it may be an address, whose files are uploaded
+        print(f"model   {folder}/{saved.name}\nreport  {folder}/{report.name}")
 
 
 def _make_trainer(settings: Settings, data: Data, model: keras.Model) -> Trainer:
