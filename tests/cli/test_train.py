@@ -181,7 +181,7 @@ class Classifier:
         self = cls()
         if name != "tiny":
             raise ValueError(f"Unknown preset: {name}")
-        self.input = {"token_ids": keras.Input((4,), name="token_ids", dtype="int32")}
+        self.input = {"token_ids": keras.Input((None,), name="token_ids", dtype="int32")}
         pooled = keras.ops.mean(keras.layers.Embedding(5, 2)(self.input["token_ids"]), axis=1)
         self.output = keras.layers.Dense(num_classes)(pooled)
         return self
@@ -191,7 +191,8 @@ class Classifier:
         return self
 
     def __call__(self, texts):
-        return {"token_ids": [[len(text) % 5] * 4 for text in texts]}
+        assert self.sequence_length == 7
+        return {"token_ids": [[len(text) % 5] * 7 for text in texts]}
 
     def save_to_preset(self, folder):
         write(Path(folder) / "preprocessor.json", "{}")
@@ -204,7 +205,8 @@ def test_a_preset_makes_its_own_tokens_and_is_saved_with_its_preprocessor(
     hub = types.SimpleNamespace(models=types.SimpleNamespace(TextClassifier=Classifier))
     monkeypatch.setitem(sys.modules, "keras_hub", hub)
     words = ["train", str(CONFIGS / "docstrings.yaml"), "--args.output_dir", str(tmp_path), *QUICK]
-    words += ["--model.layers", "null", "--model.preset"]
+    words += ["--model.layers", "null", "--data.vocabulary", "null", "--data.length", "7"]
+    words += ["--model.preset"]
     assert main([*words, "tiny"]) == 0
     assert (tmp_path / "preprocessor.json").exists()
     assert not (tmp_path / "tokenizer.json").exists()
@@ -255,6 +257,7 @@ args:
         ("label: y", "label: y\n  length: x", "line 4, data.length: must be a whole number"),
         ("label: y", "label: y\n  eval_fraction: 2", "line 4, data.eval_fraction: must be"),
         ("label: y", "label: y\n  eval: data", "line 4, data.eval: must be like train"),
+        ("label: y", "label: y\n  image_size: [1, 1]", "line 4, data.image_size: has no"),
         ("label: y", "label: y\n  task: rank", "line 4, data.task: must be classification"),
         ("label: y", "label: a\n  features: [b, d]", "data.features: r.parquet has no column 'd'"),
         ("Dense", "Dens", "line 6, model.layers.0: there is no 'Dens' in keras.layers. Did"),
@@ -322,7 +325,9 @@ def test_values_that_do_not_fit_the_data_are_told(here, tmp_path, capsys):
     )
     assert "leaves nothing of 1 samples" in refusal("x,y\n1,a\n", eval_fraction=0.5)
     assert "train.csv cannot be read" in refusal("")
-    assert "is for columns with numbers" in refusal("x,y\nu,a\nv,b\n", text="x", standardize="true")
+    assert "data.standardize: has no effect on a table with data.text" in refusal(
+        "x,y\nu,a\nv,b\n", text="x", standardize="true"
+    )
 
 
 @pytest.mark.neutral

@@ -19,6 +19,7 @@ FRAMEWORK_CODE = {
     "accelerate": "of Accelerate, which kbtrain does not use",
     "deepspeed": "of DeepSpeed, which takes PyTorch modules",
     "bitsandbytes": "for PyTorch alone; optim has 8-bit optimizers",
+    "trl": "for the Trainer of Transformers, which its own ones derive from",
     "peft": "for PyTorch modules; a layer of Keras has enable_lora(rank)",
 }
 """Packages whose use a person has to look at."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.cli.train.settings import Settings
-from kbtrain.cli.train.tables import ImageFolder, column, image_files, kind_of, read_table
+from kbtrain.cli.train.tables import TABLES, ImageFolder, column, image_files, kind_of, read_table
 from kbtrain.utils.optional_imports import require
 
 SETS = ("train", "eval", "test")
@@ -72,17 +72,36 @@ def read_data(settings: Settings, prepare_image: Callable[[Any], Any]) -> Data:
     given = [name for name in SETS if getattr(settings.data, name) is not None]
     kinds = {name: kind_of(settings, name) for name in given}
     for name, kind in kinds.items():
-        if ("table" if kind == "dataset" else kind) != (
-            "table" if kinds["train"] == "dataset" else kinds["train"]
-        ):
+        if (kind in TABLES) != (kinds["train"] in TABLES) or kind not in (*TABLES, kinds["train"]):
             raise settings.error(("data", name), f"must be like train, {kinds['train']}: {kind}.")
     if settings.data.eval is not None and settings.data.eval_fraction is not None:
         raise settings.error(("data", "eval_fraction"), "is for a run without data.eval.")
+    _check_used(settings, kinds["train"])
     if kinds["train"] == "text":
         return _plain_text(settings, given)
     if kinds["train"] == "images":
         return _images(settings, given, prepare_image)
     return _tables(settings, given)
+
+
+def _check_used(settings: Settings, kind: str) -> None:
+    """Refuse what would have no effect on data of this kind."""
+    used = {*SETS, "eval_fraction", "split_seed"}
+    what = {"images": "folders of images", "text": "a plain text"}.get(kind, "a table")
+    if kind == "images":
+        used |= {"image_size"}
+    elif kind == "text":
+        used |= {"length"}
+    elif settings.data.text is None:
+        used |= {"label", "task", "features", "standardize"}
+        what += " without data.text"
+    else:
+        preset = settings.model.preset is not None
+        used |= {"label", "task", "text", "length", *(() if preset else ("vocabulary",))}
+        what += " with data.text" + (" and a preset" if preset else "")
+    for name, value in (settings.get("data") or {}).items():
+        if name not in used and value not in (None, False):
+            raise settings.error(("data", name), f"has no effect on {what}. Remove it.")
 
 
 def _tables(settings: Settings, given: list[str]) -> Data:
@@ -100,7 +119,8 @@ def _tables(settings: Settings, given: list[str]) -> Data:
         raise settings.error(("data", "task"), "must be classification or regression.")
     classes = None
     if task == "classification":
-        classes = sorted(set(targets["train"].tolist()))
+        found = set(targets["train"].tolist())
+        classes = sorted(found, key=lambda label: (type(label).__name__, label))
         y = {name: _codes(settings, name, target, classes) for name, target in targets.items()}
     else:
         y = {name: _numbers(settings, name, t, "label")[:, None] for name, t in targets.items()}
@@ -109,8 +129,6 @@ def _tables(settings: Settings, given: list[str]) -> Data:
     if names is not None and classes is not None:
         data.classes = [names[int(number)] for number in classes]
     if chosen.text is not None:
-        if chosen.features is not None:
-            raise settings.error(("data", "features"), "is for a run without data.text.")
         texts = {
             name: column(settings, name, table, chosen.text, "text").astype(str).tolist()
             for name, table in frames.items()

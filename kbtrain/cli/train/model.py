@@ -69,8 +69,6 @@ def make_model(settings: Settings, data: Data) -> keras.Model:
         received = f"Received: {type(model).__name__}."
         raise settings.error(("model", source), f"must give a keras.Model. {received}")
     if settings.data.standardize:
-        if data.kind != "features":
-            raise settings.error(("data", "standardize"), "is for columns with numbers.")
         x = data.sets["train"][0].astype("float64")
         variance = x.var(axis=0)
         scaled = keras.layers.Normalization(
@@ -272,6 +270,8 @@ def _from_preset(settings: Settings, data: Data) -> Any:
         classifier = hub.models.TextClassifier.from_preset(
             str(settings.model.preset), num_classes=data.outputs, **(settings.model.arguments or {})
         )
+        if "length" in settings.get("data"):
+            classifier.preprocessor.sequence_length = settings.data.length
         for name, (texts, labels) in data.sets.items():
             x = classifier.preprocessor(texts.tolist())
             data.sets[name] = ({n: np.asarray(part) for n, part in x.items()}, labels)

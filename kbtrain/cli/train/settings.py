@@ -81,7 +81,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda v: type(v) is int and v >= 0, "a whole number"),
     "float": (lambda v: type(v) in (int, float) and 0 < v < 1, "a number between 0 and 1"),
     "bool": (lambda v: isinstance(v, bool), "true or false"),
-    "list[str]": (_listed := lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    "list[str]": (lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
                   "a list of names, [a, b]"),
     "list[int]": (lambda v: isinstance(v, list) and len(v) == 2
                   and all(type(x) is int and x > 0 for x in v), "[height, width]"),
@@ -161,11 +161,11 @@ class Settings:
         for key, value in given.items():
             if key not in fields:
                 self._refuse_name((name, key), list(fields), f"{name} has no setting")
-            kind = str(fields[key].type)
-            fits, words = _KINDS[kind.removesuffix(" | None")]
-            if not fits(value) and not (value is None and kind.endswith("None")):
+            fits, words = _KINDS[str(fields[key].type).removesuffix(" | None")]
+            if value is not None and not fits(value):
                 raise self.error((name, key), f"must be {words}. Received: {value!r}.")
-        return SECTIONS[name](**given)
+        # null takes a setting back.
+        return SECTIONS[name](**{key: value for key, value in given.items() if value is not None})
 
     def _training_arguments(self) -> TrainingArguments:
         given: Any = self.values.get("args") or {}

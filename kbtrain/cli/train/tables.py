@@ -11,7 +11,9 @@ from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.utils.optional_imports import require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = ("table", "dataset")
+"""The kinds that are read as a table."""
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def kind_of(settings: Settings, name: str) -> str:
@@ -29,7 +31,7 @@ def kind_of(settings: Settings, name: str) -> str:
     place = ("data", name)
     if not path.exists():
         raise settings.error(place, f"there is no {written!r} here, in {Path.cwd()}.")
-    if path.is_file() and path.suffix.lower() in _TABLES:
+    if path.is_file() and path.suffix.lower() in _SUFFIXES:
         return "table"
     if path.is_file() and path.suffix.lower() in (".txt", ".md"):
         return "text"
@@ -43,7 +45,7 @@ def kind_of(settings: Settings, name: str) -> str:
             return "images"
     raise settings.error(
         place,
-        f"{written} is none of: a table ({', '.join(_TABLES)}), a text (.txt), a folder with a "
+        f"{written} is none of: a table ({', '.join(_SUFFIXES)}), a text (.txt), a folder with a "
         "folder of images for each class, a data set saved to disk by the package datasets.",
     )
 
