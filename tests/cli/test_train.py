@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import keras
+import matplotlib.image
 import numpy as np
 import pandas
 import pytest
@@ -17,6 +18,8 @@ from paths import ROOT
 from kbtrain.cli import main
 from kbtrain.cli.train import _split
 from kbtrain.cli.train.backend import choose_backend
+from kbtrain.cli.train.data import Data, read_data
+from kbtrain.cli.train.model import image_preparation, make_loss
 from kbtrain.cli.train.settings import OTHERS, SECTIONS, Settings
 from kbtrain.errors import ConfigurationError
 
@@ -171,6 +174,18 @@ def test_a_model_of_keras_applications(here, capsys):
     words += ["--model.application", "MobileNetV2", "--model.arguments", "{alpha: 0.35}"]
     assert main([*words, "--data.image_size", "[32, 32]"]) == 0
     assert "40 samples (train), 10 samples (eval)" in capsys.readouterr().out
+
+
+@pytest.mark.neutral
+def test_images_are_prepared_as_an_application_wants_them(here):
+    where = {("model", "application"): "MobileNetV2", ("model", "layers"): None}
+    settings = Settings(CONFIGS / "images.yaml", where)
+    data = read_data(settings, image_preparation(settings))
+    image, label = data.sets["train"][0]
+    path, expected = data.sets["train"].files[0]
+    assert label == expected == int(path.parent.name)
+    pixels = matplotlib.image.imread(path)[..., :3]  # from 0 to 1, where MobileNetV2 has -1 to 1
+    np.testing.assert_allclose(image, pixels * 2 - 1, atol=1e-6)
 
 
 class Classifier:
@@ -352,9 +367,6 @@ def test_what_a_function_of_the_user_raises_is_shown_as_it_is(here, table):
 
 @pytest.mark.neutral
 def test_the_default_loss_takes_logits_unless_the_model_ends_in_softmax(here):
-    from kbtrain.cli.train.data import Data
-    from kbtrain.cli.train.model import make_loss
-
     settings = Settings(CONFIGS / "digits.yaml", {})
     data = Data("classification", "features", (2,), {}, 3)
     logits = np.array([[2.0, 1.0, 0.0]], "float32")

@@ -33,6 +33,7 @@ class Data:
         features: Names of the columns.
         tokenizer: The tokenizer, if one was made.
         preprocessor: That of a preset.
+        prepared_by: The function that images go through first.
     """
 
     task: str
@@ -45,10 +46,12 @@ class Data:
     features: list[str] | None = None
     tokenizer: Any = None
     preprocessor: Any = None
+    prepared_by: str | None = None
 
     def save_pretrained(self, folder: str) -> None:
         """Write ``preprocessing.json`` and the tokenizer, which using the model needs."""
-        known = {name: getattr(self, name) for name in ("task", "kind", "classes", "features")}
+        names = ("task", "kind", "classes", "features", "prepared_by")
+        known = {name: getattr(self, name) for name in names}
         text = json.dumps(known | {"shape": list(self.shape)}, indent=1)
         (Path(folder) / "preprocessing.json").write_text(text + "\n", encoding="utf-8")
         if self.preprocessor is not None:

@@ -44,10 +44,7 @@ def image_preparation(settings: Settings) -> Callable[[Any], Any]:
     """What the model wants to be done with pixels from 0 to 255."""
     if settings.model.application is None:
         return lambda pixels: pixels
-    kind = _application(settings)
-    module = importlib.import_module(kind.__module__.replace(".src", ""))
-    name = kind.__module__.rpartition(".")[2]
-    module = getattr(keras.applications, name, module)
+    module = getattr(keras.applications, _application_module(settings))
     return lambda pixels: module.preprocess_input(np.array(pixels))
 
 
@@ -245,6 +242,11 @@ def _application(settings: Settings) -> Any:
     return kind
 
 
+def _application_module(settings: Settings) -> str:
+    """The module of ``keras.applications`` with the preprocessing of an application."""
+    return str(_application(settings).__module__).rpartition(".")[2]
+
+
 def _from_application(settings: Settings, data: Data) -> Any:
     place = ("model", "application")
     if data.kind != "images":
@@ -257,6 +259,7 @@ def _from_application(settings: Settings, data: Data) -> Any:
     model = _called(
         settings, place, str(settings.model.application), _application(settings), arguments
     )
+    data.prepared_by = f"keras.applications.{_application_module(settings)}.preprocess_input"
     if arguments["weights"] is None:
         return model
     return keras.Model(model.input, keras.layers.Dense(data.outputs)(model.output))
