@@ -423,6 +423,9 @@ class CheckpointStore:
     def send(self) -> None:
         """Take what was saved to where it is kept; raises a ``CheckpointError`` otherwise."""
 
+    def bring_files(self) -> None:
+        """Bring the logs that will be continued from there."""
+
     def send_files(self, once: bool = False) -> None:
         """Take logs and other files there."""
 

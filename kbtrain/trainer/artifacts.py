@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.hub import push
@@ -14,8 +15,6 @@ from kbtrain.report import model_card, write
 from kbtrain.trainer import reports
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.best_effort import print_line
-
-T = TypeVar("T")
 
 
 def make_pusher(args: TrainingArguments) -> HubPusher | None:
@@ -31,15 +30,18 @@ def make_pusher(args: TrainingArguments) -> HubPusher | None:
 class RunArtifacts(TrainerBase):
     """The methods of ``Trainer`` that write files for people and other programs."""
 
-    def uploaded(self, written: T) -> T:
-        """Upload the files of the run, if ``output_dir`` is an address and no training runs.
+    @contextlib.contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Context that uploads the files written in it, if ``output_dir`` is an address.
 
-        Args:
-            written: The result of what has written them, which is returned.
+        During a training they are uploaded with the next checkpoint, and at its end.
         """
-        if self.args.should_save and not self.is_in_train:
+        outside = self.args.should_save and not self.is_in_train
+        if outside:
+            self.store.bring_files()
+        yield
+        if outside:
             self.store.send_files()
-        return written
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Save the model for use without kbtrain.
@@ -57,9 +59,10 @@ class RunArtifacts(TrainerBase):
             ConfigurationError: ``output_dir`` is not a path.
             OutputError: It cannot be written to.
         """
-        path = reports.save_model(self, output_dir)
+        with self.uploading():
+            path = reports.save_model(self, output_dir)
         push.push_saved(self)
-        return self.uploaded(path)
+        return path
 
     def push_to_hub(
         self,
@@ -99,7 +102,8 @@ class RunArtifacts(TrainerBase):
 
     def save_state(self) -> Path:
         """Write ``trainer_state.json`` into the output directory."""
-        return self.uploaded(reports.save_state(self))
+        with self.uploading():
+            return reports.save_state(self)
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """Format metrics for reading: MB, h:mm:ss, four decimals."""
@@ -112,8 +116,8 @@ class RunArtifacts(TrainerBase):
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> Path:
         """Write ``{split}_results.json``, and update ``all_results.json`` if ``combined``."""
-        path = reports.save_metrics(self.args.output_folder, split, metrics, combined)
-        return self.uploaded(path)
+        with self.uploading():
+            return reports.save_metrics(self.args.output_folder, split, metrics, combined)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write the report of the run: one HTML page with curves, settings and how to go on.
@@ -132,7 +136,8 @@ class RunArtifacts(TrainerBase):
             ConfigurationError: ``fit`` was not called yet.
             OutputError: It cannot be written.
         """
-        return self.uploaded(write.report_of_trainer(self, path))
+        with self.uploading():
+            return write.report_of_trainer(self, path)
 
     def create_model_card(
         self,
@@ -174,4 +179,5 @@ class RunArtifacts(TrainerBase):
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
             dataset_args,
         )  # fmt: skip
-        return self.uploaded(model_card.create_model_card(self, facts))
+        with self.uploading():
+            return model_card.create_model_card(self, facts)

@@ -176,7 +176,9 @@ def search(trainer: TrainerBase, settings: Settings) -> BestRun | list[BestRun]:
             f"above. The trials that were finished are in the study {study.study_name!r}."
         )
     display.results(study)
+    trainer.store.bring_files()
     picture = save_plot(optuna, study, trainer.args.output_folder)
+    trainer.store.send_files()
     if picture is not None:
         logger.info("A picture of the search is in %s.", picture)
     return best(optuna, study)

@@ -262,9 +262,10 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
             output = self._evaluate(loader, metric_key_prefix, not loss_only, False, ignore_keys)
         output.metrics.update(memory, epoch=self.state.epoch)
-        self.log(output.metrics)
-        self.fire("on_evaluate", metrics=output.metrics)
-        return self.uploaded(Results(output.metrics))
+        with self.uploading():
+            self.log(output.metrics)
+            self.fire("on_evaluate", metrics=output.metrics)
+        return Results(output.metrics)
 
     @concise
     def predict(

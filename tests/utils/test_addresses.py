@@ -75,7 +75,7 @@ def test_a_scheme_that_nobody_knows():
 def test_a_missing_package_is_named(monkeypatch):
     import fsspec.core
 
-    def missing(address, **options):
+    def missing(address):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)

@@ -7,8 +7,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,15 +119,6 @@ class RemoteFiles:
             with suppress(FileNotFoundError):
                 self._retried(lambda: self._fs.rm(self._path(folder), recursive=True))
 
-    @contextmanager
-    def trying_once(self) -> Iterator[None]:
-        """Context without second tries, for what must not take long."""
-        self.tries = 1
-        try:
-            yield
-        finally:
-            self.tries = ATTEMPTS
-
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
@@ -135,7 +126,7 @@ class RemoteFiles:
         try:
             self._retried(write)
         except FileNotFoundError:
-            # Some file systems (SFTP, HDFS) want the folders first. Not `makedirs`, which on S3
+            # Some file systems (file://, SFTP) want the folders first. Not `makedirs`, which on S3
             # would create a bucket.
             parts = self._path(path).split("/")[:-1]
             for count in range(2, len(parts) + 1):
@@ -174,9 +165,8 @@ def _open(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     scheme = str(scheme_of(address))
-    options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
     try:
-        files, root = url_to_fs(scheme + address[len(scheme) :], **options)
+        files, root = url_to_fs(scheme + address[len(scheme) :])
     except ImportError as error:
         package = PACKAGES.get(scheme)
         remedy = f"Install it: pip install {package}." if package else "Install what it names."

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
-from kbtrain.checkpoint.remote.files import RemoteFiles
+from kbtrain.checkpoint.remote.files import ATTEMPTS, RemoteFiles
 from kbtrain.utils.filesystem import parse_checkpoint_name
 
 CONTINUED = (".csv", ".json", ".jsonl")
@@ -16,6 +15,9 @@ CONTINUED = (".csv", ".json", ".jsonl")
 class Mirror:
     """The files of a run's folder, at its address.
 
+    Only what is written from ``begin`` on is uploaded: what was left here before may be older than
+    what is at the address, if the run went on elsewhere.
+
     Args:
         files: The address.
         folder: The folder.
@@ -24,8 +26,29 @@ class Mirror:
     def __init__(self, files: RemoteFiles, folder: Path) -> None:
         self._files, self._folder = files, folder
         self._sent: dict[str, tuple[int, int] | None] = {}
+        self.has_begun = False
 
-    def send(self, once: bool = False) -> None:
+    def begin(self, bring: bool) -> None:
+        """Begin to upload what changes from now on.
+
+        Args:
+            bring: Whether to download first what will be continued; it replaces what is here.
+
+        Raises:
+            OSError: A file cannot be read now.
+        """
+        if bring:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, size in self._files.names().items():
+                if size is not None and name.endswith(CONTINUED) and not name.startswith("."):
+                    beside = self._folder / f".download-{os.getpid()}"
+                    self._files.get(name, beside)
+                    beside.replace(self._folder / name)
+        self._sent.clear()
+        self._sent.update({path: self._version(path) for path in self._changed()})
+        self.has_begun = True
+
+    def send(self, once: bool) -> None:
         """Upload what has changed; hidden files and checkpoints are left out.
 
         Args:
@@ -34,25 +57,11 @@ class Mirror:
         Raises:
             OSError: A file could not be uploaded.
         """
-        with self._files.trying_once() if once else nullcontext():
-            for path in sorted(self._changed()):
-                version = self._version(path)
-                self._files.put(self._folder / path, path)
-                self._sent[path] = version
-
-    def bring_back(self) -> None:
-        """Download what the resumed run continues; it replaces what is here.
-
-        Raises:
-            OSError: A file cannot be read now.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for name, size in self._files.names().items():
-            if size is not None and name.endswith(CONTINUED) and not name.startswith("."):
-                beside = self._folder / f".download-{os.getpid()}"
-                self._files.get(name, beside)
-                beside.replace(self._folder / name)
-                self._sent[name] = self._version(name)
+        self._files.tries = 1 if once else ATTEMPTS
+        for path in sorted(self._changed()):
+            version = self._version(path)
+            self._files.put(self._folder / path, path)
+            self._sent[path] = version
 
     def _changed(self) -> list[str]:
         found = []

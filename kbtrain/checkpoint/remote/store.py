@@ -61,7 +61,7 @@ class RemoteStore(CheckpointStore):
         self.place = self.files.address
         self._runs: dict[str, str | None] = {}  # checkpoints there -> the run that wrote them
         self._broken: set[str] = set()  # checkpoints there that were found damaged
-        self._mirror = Mirror(self.files, self.directory)
+        self._mirror = Mirror(RemoteFiles(address), self.directory)
 
     # --- from the address -------------------------------------------------------------------------
 
@@ -81,6 +81,7 @@ class RemoteStore(CheckpointStore):
         self._begin()
         self._runs.clear()
         if resume is None or resume is False:
+            self._mirror.begin(bring=False)
             return super().resolve(resume)
         found, unfinished = None, list[int]()
         if resume is True or resume == "auto":
@@ -93,6 +94,8 @@ class RemoteStore(CheckpointStore):
         self._damaged |= damaged
         if found is not None and found.parent == self.directory:
             self._continue_here(found, unfinished)
+        else:
+            self._mirror.begin(bring=False)
         return checkpoint
 
     def _newest(self, log: Log | None, must: bool) -> tuple[Path | None, list[int]]:
@@ -188,10 +191,11 @@ class RemoteStore(CheckpointStore):
         """Make the folder that of the run found at the address."""
         if (found / UPLOADED).exists():
             try:
-                self._mirror.bring_back()
+                self._mirror.begin(bring=True)
             except OSError as error:
                 raise self._unreadable(self.place, error) from error
         else:
+            self._mirror.begin(bring=False)
             try:
                 self.send()
             except CheckpointError as error:
@@ -249,12 +253,27 @@ class RemoteStore(CheckpointStore):
                 ) from error
         self.send_files()
 
+    def bring_files(self) -> None:
+        """Before files are written outside of a training: download those that are continued."""
+        if not self._mirror.has_begun:
+            try:
+                self._mirror.begin(bring=True)
+            except OSError as error:
+                logger.warning(
+                    "The files in %s cannot be read now (%s): what is written stays in %s.",
+                    self.place,
+                    error.strerror or error,
+                    self.directory,
+                )
+
     def send_files(self, once: bool = False) -> None:
         """Upload the logs and other files that have changed; a failure is a warning.
 
         Args:
             once: Whether to try only once.
         """
+        if not self._mirror.has_begun:
+            return
         try:
             self._mirror.send(once)
         except OSError as error:

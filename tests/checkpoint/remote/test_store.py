@@ -13,7 +13,7 @@ from paths import ROOT
 from kbtrain import Trainer, TrainerCallback, load_weights
 from kbtrain.checkpoint.remote import files as remote_files
 from kbtrain.checkpoint.remote.store import RemoteStore
-from kbtrain.errors import CheckpointError, CheckpointNotFoundError
+from kbtrain.errors import CheckpointError, CheckpointNotFoundError, CheckpointUnreadableError
 
 ADDRESS = "faulty://bucket/run"
 
@@ -199,6 +199,27 @@ def test_what_is_written_after_a_run_is_there_too():
     assert [call for call in FaultyFiles.calls if call.startswith("put")] == [
         "put /bucket/run/trainer_state.json"
     ]
+
+
+@pytest.mark.neutral
+def test_what_was_left_on_a_machine_does_not_replace_newer_files(cache, monkeypatch):
+    run(max_steps=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "other"))
+    run(max_steps=4, resume=True)
+    expected = lines()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    FaultyFiles.reset("error", 3, 4)  # the first machine cannot read: its log is shorter
+    monkeypatch.setattr(remote_files, "ATTEMPTS", 1)
+    with pytest.raises(CheckpointUnreadableError):
+        run(max_steps=6, resume=True)
+    assert lines() == expected
+    FaultyFiles.reset()
+    again = Trainer(
+        linear_model(), arguments(ADDRESS, report_to="json"), eval_dataset=make_data(), loss="mse"
+    )
+    again.evaluate()
+    assert lines()[:-1] == expected
+    assert "eval_loss" in lines()[-1]
 
 
 @pytest.mark.neutral
