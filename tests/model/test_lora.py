@@ -138,6 +138,7 @@ def test_another_base_is_refused(run):
     assert same(weights(model), before)
 
 
+@pytest.mark.neutral
 def test_what_is_trained_later_is_saved(tmp_path):
     def make():
         model = adapted()

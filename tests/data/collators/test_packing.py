@@ -124,6 +124,7 @@ def test_packed_and_unpacked_batches_have_equal_losses_and_gradients(tmp_path):
         np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.neutral
 def test_a_run_over_packed_rows_resumes_exactly(tmp_path, caplog):
     def make(folder, *callbacks):
         return trainer_of(
