@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         DataCollatorForTokenClassification as DataCollatorForTokenClassification,
     )
     from kbtrain.data import DataCollatorWithPadding as DataCollatorWithPadding
+    from kbtrain.data import TarShards as TarShards
     from kbtrain.data import default_collate as default_collate
     from kbtrain.data import default_data_collator as default_data_collator
     from kbtrain.display.callbacks import PrinterCallback as PrinterCallback
@@ -88,6 +89,7 @@ _HOMES = {
         "DataCollatorForSeq2Seq",
         "DataCollatorForTokenClassification",
         "DataCollatorWithPadding",
+        "TarShards",
         "default_collate",
         "default_data_collator",
     ),

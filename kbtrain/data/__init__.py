@@ -43,6 +43,7 @@ from kbtrain.data.sources.base import (
 )
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.infer import as_source
+from kbtrain.data.sources.tar_shards import TarShards
 from kbtrain.data.sources.validation_split import split_for_validation
 from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.data.tree import map_structure, to_numpy, with_none, without_none
@@ -70,6 +71,7 @@ __all__ = [
     "ModelInputs",
     "Source",
     "StreamLoader",
+    "TarShards",
     "UnsizedDataError",
     "as_loader",
     "as_source",
