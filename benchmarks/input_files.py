@@ -214,7 +214,7 @@ def main() -> None:
                      kind, folder, str(workers)],
                     env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3",
                          "OMP_NUM_THREADS": "1"},
-                    capture_output=True, text=True, check=True,
+                    capture_output=True, text=True, check=True, timeout=600,
                 )  # fmt: skip
                 rate = json.loads(done.stdout.splitlines()[-1])
                 found[f"{library} {kind} {workers}"] = rate

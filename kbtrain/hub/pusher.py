@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -263,6 +264,8 @@ class HubPusher:
                 raise
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._stages.rmdir()  # unless another push is set aside
             self._last_failure = None
             logger.info("Pushed to %s: %s", target.name, message)
             return info

@@ -176,6 +176,19 @@ def test_resuming_from_a_repository_without_a_checkpoint(hub, tmp_path):
 
 
 @pytest.mark.neutral
+def test_a_run_whose_folder_is_an_address(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    address = f"memory://{tmp_path.name}/digits"
+    settings = {**RUN, **PUSHED, "hub_strategy": "checkpoint", "hub_always_push": True}
+    args = TrainingArguments(address, disable_tqdm=True, **{**settings, "hub_model_id": None})
+    trainer = Trainer(linear_model(), args, train_dataset=(X, Y), loss="mse")
+    trainer.fit()
+    files = hub.files("ada/digits")
+    assert same(weights(loaded(files, tmp_path)), weights(trainer.model))
+    assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 4
+
+
+@pytest.mark.neutral
 def test_the_programs_of_the_page(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

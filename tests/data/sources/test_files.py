@@ -98,7 +98,11 @@ def test_data_that_is_read_by_index_gives_the_numbers_of_arrays(tmp_path, made):
 
 @pytest.mark.cross
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_stream_resumes_exactly_also_from_within_a_shuffle_buffer(tmp_path, shuffled):
+def test_a_stream_resumes_exactly_also_from_within_a_shuffle_buffer(
+    tmp_path, shuffled, monkeypatch
+):
+    # It sleeps where several files have been read in threads.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     whole = run(streamed(tmp_path, shuffled), tmp_path / "run")
     checkpoint = str(tmp_path / "run" / "checkpoint-5")
     assert same(run(streamed(tmp_path, shuffled), tmp_path / "run", checkpoint), whole)
