@@ -201,6 +201,18 @@ def test_a_copy_that_was_deleted_at_the_address_does_not_come_back(machine):
     assert read(machine(name)) is None
 
 
+def test_another_machine_of_the_run_brings_what_process_0_has_found(machine):
+    prepared(machine)
+    other = machine()
+    other.bring("checkpoint-1")
+    FaultyFiles.reset()
+    np.testing.assert_array_equal(
+        other.follow("checkpoint-1").arrays["model"]["w"], np.arange(5) / 2
+    )
+    other.bring("checkpoint-1")  # it is there, and nothing is asked for
+    assert FaultyFiles.calls == []
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
