@@ -56,7 +56,7 @@ class HubPusher:
         self._pushes = self._failures = 0
         self._last_failure: str | None = None
         self._skipped: Path | None = None
-        self._last_commit: Any = None
+        self._closed = True
         self.pushing = False
         """Whether a call of ``push_to_hub`` is saving the model."""
         name = repository_name(args)
@@ -94,6 +94,7 @@ class HubPusher:
             return
         self._pushes = self._failures = 0
         self._last_failure = self._skipped = None
+        self._closed = False
         shutil.rmtree(self._stages, ignore_errors=True)
         try:
             self._uploads.submit(self.repository.create).result(ANSWERS_WITHIN)
@@ -182,12 +183,12 @@ class HubPusher:
                 self._failed(error, "The last push")
 
     def close(self, waits: bool) -> None:
-        """Wait for the pushes in flight, and say what has not arrived.
+        """Wait for the pushes in flight, and say what has not arrived, once per ``begin``.
 
         Args:
             waits: Whether to wait; if not, the process may end before they have.
         """
-        if self.repository is None:
+        if self.repository is None or self._closed:
             return
         if self._uploads.busy:
             if not waits:
@@ -198,6 +199,7 @@ class HubPusher:
             logger.info("Waiting at most %.0f s for the push to %s.", limit, self.name)
             if not self._uploads.wait(limit):
                 self._failed(TimeoutError("It takes too long."), "The last push")
+        self._closed = True
         shutil.rmtree(self._stages, ignore_errors=True)
         if self._last_failure is not None:
             logger.warning(

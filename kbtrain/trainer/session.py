@@ -67,9 +67,11 @@ def run_session(
             with placement.settings(trainer.backend, args, trainer.model):
                 train = find_and_fit if args.auto_find_batch_size else fit
                 output = train(trainer, checkpoint)
-        if trainer.pusher is not None and trainer.interruption is None and trainer.trial is None:
+        if trainer.pusher is not None and trainer.trial is None:
             handler.tell("phase", f"pushing to {trainer.pusher.name}")
-            trainer.pusher.finish(functools.partial(trainer.push_to_hub, "End of training"))
+            if trainer.interruption is None:
+                trainer.pusher.finish(functools.partial(trainer.push_to_hub, "End of training"))
+            trainer.pusher.close(waits=True)  # another Ctrl-C ends it
         newest = actions.last_checkpoint(trainer) if trainer.interruption else None
         signals.raise_received(trainer.state.global_step, newest, trainer.interruption)
         return output

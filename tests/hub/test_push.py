@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import re
+import signal
 import threading
 
 import keras
@@ -14,7 +15,7 @@ from hub_server import TOKEN
 from paths import ROOT
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.errors import ConfigurationError, HubError
+from kbtrain.errors import ConfigurationError, HubError, TrainingInterrupted
 
 # huggingface_hub 2.4 passes bytes in a way that its own package for requests warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -205,6 +206,32 @@ def test_the_programs_of_the_page(hub, tmp_path, monkeypatch):
     names["trainer"].args = names["trainer"].args.replace(num_train_epochs=2)
     exec(resume, names)
     assert names["trainer"].state.epoch == 2
+
+
+@pytest.mark.neutral
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_waits_for_its_last_push(hub, tmp_path, sent):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                signal.raise_signal(sent)
+
+    gate = threading.Event()
+    hub.fail("/commit/", gate)
+    changes = {"hub_strategy": "checkpoint", "save_steps": 3, "max_steps": 9}
+    trainer = trainer_in(tmp_path / "run", callbacks=[Stop()], **changes)
+    close = trainer.pusher.close
+
+    def opened(waits):
+        gate.set()  # only now can a push be over
+        close(waits)
+
+    trainer.pusher.close = opened
+    with pytest.raises((TrainingInterrupted, KeyboardInterrupt)):
+        trainer.fit()
+    assert messages(hub) == ["Training in progress, step 3"]
+    assert "last-checkpoint/manifest.json" in hub.files("ada/digits")
+    assert not (tmp_path / "run" / ".hub").exists()
 
 
 # --- trainer.push_to_hub and save_model ----------------------------------------------------------
