@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,18 +52,18 @@ class ImageFiles:
 class Decoded:
     """A data set of (bytes, label) as one of (array, label)."""
 
-    def __init__(self, data: object, read: Callable[[object], tuple[bytes, int]]) -> None:
+    def __init__(self, data: Any, read: Callable[[Any], tuple[bytes, int]]) -> None:
         self.data, self.read = data, read
 
     def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
+        return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.int64]:
-        data, label = self.read(self.data[index])  # type: ignore[index]
+        data, label = self.read(self.data[index])
         return decode(data), np.int64(label)
 
 
-def from_tar(sample: dict) -> tuple[np.ndarray, np.int64]:
+def from_tar(sample: dict[str, Any]) -> tuple[np.ndarray, np.int64]:
     return sample["jpg"], np.int64(sample["cls"])
 
 
@@ -70,7 +71,7 @@ def from_record(record: bytes) -> tuple[bytes, int]:
     return record[1:], record[0]
 
 
-def from_row(row: dict) -> tuple[bytes, int]:
+def from_row(row: dict[str, Any]) -> tuple[bytes, int]:
     return row["image"], row["label"]
 
 
@@ -124,7 +125,7 @@ def dataset(kind: str, folder: Path) -> object:
     return Decoded(rows, from_row)
 
 
-def kbtrain_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator]:
+def kbtrain_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator[Any]]:
     from kbtrain import TrainingArguments
     from kbtrain.training.dataloaders import make_loader
 
@@ -141,7 +142,7 @@ def kbtrain_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator]:
         epoch += 1
 
 
-def torch_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator]:
+def torch_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator[Any]]:
     import torch
 
     loader = torch.utils.data.DataLoader(
@@ -154,7 +155,7 @@ def torch_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator]:
         yield iter(loader)
 
 
-def tf_data_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator]:
+def tf_data_passes(kind: str, folder: Path, workers: int) -> Iterator[Iterator[Any]]:
     import tensorflow as tf
 
     assert kind == "files"
