@@ -10,6 +10,7 @@ import keras
 from kbtrain.backends.protocol import Backend
 from kbtrain.checkpoint.storage.dtypes import DTYPES
 from kbtrain.checkpoint.variables import capture
+from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.division import Division
 from kbtrain.utils.array_blocks import Block, OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
@@ -74,3 +75,17 @@ def divided_variables(backend: Backend, model: keras.Model) -> list[keras.Variab
     optimizer = getattr(model, "optimizer", None)
     saved = [*model.variables, *(optimizer.variables if optimizer else [])]
     return [v for v in saved if backend.owned_blocks(v) is not None]
+
+
+def check_whole(backend: Backend, model: keras.Model) -> None:
+    """Check that this process has all values of a model.
+
+    Raises:
+        ConfigurationError: Some are divided among processes.
+    """
+    if divided := divided_variables(backend, model):
+        raise ConfigurationError(
+            f"Variables of the model {model.name!r} are divided among processes "
+            f"({divided[0].path}, ...), so none can export it. Export a checkpoint of the run, or "
+            "call trainer.save_model() on all processes."
+        )

@@ -175,6 +175,8 @@ def _of_checkpoint(path: Path, target: Path, format: str) -> bool:
 
 def _of_model(model: Any, target: Path, format: str, options: dict[str, Any]) -> None:
     # Not at the top of the file: they load a framework.
+    from kbtrain import backends
+    from kbtrain.checkpoint.divided_state import check_whole
     from kbtrain.checkpoint.formats import deployment, keras_file
     from kbtrain.checkpoint.run_state import gather_model
     from kbtrain.model.build import check_model
@@ -185,6 +187,7 @@ def _of_model(model: Any, target: Path, format: str, options: dict[str, Any]) ->
             f"The model {model.name!r} has no variables yet. Build it first: call it on a batch, "
             "or give it a keras.Input as its first layer."
         )
+    check_whole(backends.load(), model)
     if format == "adapters":
         adapters.save_adapters(model, target)
     elif format == "keras":

@@ -40,8 +40,11 @@ class FrozenArray:
 
     @classmethod
     def of(cls, variable: keras.Variable) -> FrozenArray:
-        """Read the current value of a variable."""
-        value = np.ascontiguousarray(backends.load().host_view(variable.value))
+        """Read the current value of a variable; if it is divided, all processes must do so."""
+        backend = backends.load()
+        divided = backend.owned_blocks(variable) is not None
+        whole = backend.whole_value(variable) if divided else backend.host_view(variable.value)
+        value = np.ascontiguousarray(whole)
         digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
         return cls(tuple(map(int, variable.shape)), value.dtype.name, digest)
 

@@ -44,10 +44,13 @@ def save_adapters(model: keras.Model, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        ConfigurationError: ``enable_lora`` was not called, or the file has another ending.
+        ConfigurationError: ``enable_lora`` was not called, the file has another ending, or the
+            model is divided among processes.
         OutputError: The file cannot be written.
     """
+    from kbtrain import backends
     from kbtrain.checkpoint import frozen_base, name_variables, run_state
+    from kbtrain.checkpoint.divided_state import check_whole
 
     check_local("path", path)
     about = frozen_base.document(model, name_variables(run_state.model_variables(model)))
@@ -55,6 +58,7 @@ def save_adapters(model: keras.Model, path: str | os.PathLike[str]) -> Path:
         raise ConfigurationError(
             f"The model {model.name!r} has no adapters. Call kbtrain.enable_lora first."
         )
+    check_whole(backends.load(), model)
     return write_adapters(Path(path), run_state.gather_model(model), about)
 
 

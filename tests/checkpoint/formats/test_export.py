@@ -13,7 +13,7 @@ import pytest
 from helpers import arguments, make_data, with_weights
 
 import kbtrain
-from kbtrain import Trainer, export, load_weights
+from kbtrain import Trainer, backends, export, load_weights
 from kbtrain.checkpoint.formats import deployment, safetensors_file
 from kbtrain.errors import (
     CheckpointDamagedError,
@@ -155,6 +155,14 @@ def test_what_a_converter_cannot_do_is_said_in_words(tmp_path, monkeypatch, erro
         export(model, tmp_path / "a.onnx")
     assert "KERAS_BACKEND=tensorflow all formats can be written" in str(info.value)
     assert len(str(info.value)) < 600
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.neutral
+def test_a_divided_model_is_exported_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends.load(), "owned_blocks", lambda variable: object())
+    with pytest.raises(ConfigurationError, match=r"divided among processes \(net/"):
+        export(network(), tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
