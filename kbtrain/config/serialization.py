@@ -14,6 +14,29 @@ from kbtrain.config import yaml as yaml_text
 from kbtrain.errors import ConfigurationError
 
 
+def secret_names(kind: type) -> frozenset[str]:
+    """The names of the fields whose values must not be saved or shown."""
+    fields = dataclasses.fields(kind)
+    return frozenset(field.name for field in fields if field.metadata.get("secret"))
+
+
+def without_secrets(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of fields as they may be saved or shown.
+
+    Args:
+        kind: The dataclass.
+        values: Field names with values, of any of its fields.
+
+    Returns:
+        The same with ``<NAME>`` in place of each secret, which the constructor takes as none.
+    """
+    secret = secret_names(kind)
+    return {
+        name: f"<{name.upper()}>" if name in secret and value is not None else value
+        for name, value in values.items()
+    }
+
+
 class Serializable:
     """Base of an immutable dataclass whose values JSON can represent."""
 
@@ -22,12 +45,11 @@ class Serializable:
 
         A token is replaced by ``<HUB_TOKEN>``, which the constructor takes as none.
         """
-        values = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = converters.thaw(getattr(self, field.name))
-            hidden = field.metadata.get("secret") and value is not None
-            values[field.name] = f"<{field.name.upper()}>" if hidden else value
-        return values
+        values = {
+            field.name: converters.thaw(getattr(self, field.name))
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return without_secrets(type(self), values)
 
     def to_json_string(self) -> str:
         """All fields as an indented JSON object; floats survive the round trip exactly.

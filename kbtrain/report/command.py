@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from kbtrain.config.serialization import secret_names
+from kbtrain.config.training_args import TrainingArguments
 from kbtrain.utils.notebook import is_notebook
 from kbtrain.utils.processes import current
+
+_SECRETS = secret_names(TrainingArguments)
+_IN_MAPPING = re.compile(
+    rf"""(({"|".join(sorted(_SECRETS))})["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}}\]]+)"""
+)
+"""A secret in ``--args '{hub_token: X}'``."""
 
 
 def command_line() -> str:
@@ -32,15 +41,23 @@ def _arguments(main: Any) -> list[str]:
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
-    """The words of a command without a token, which must not get into a log or a report."""
-    shown, hides = [], False
+    """The words of a command without a token, which must not get into a log or a report.
+
+    Options may have a prefix (``--args.hub_token X``), and settings no dashes (``hub_token=X``).
+    """
+    shown, hides = [], ""
     for word in words:
-        name, equals, _ = word.partition("=")
-        secret = name.lstrip("-").replace("-", "_") == "hub_token" and name.startswith("-")
-        shown.append(
-            "<HUB_TOKEN>" if hides else f"{name}=<HUB_TOKEN>" if secret and equals else word
-        )
-        hides = secret and not equals
+        option, equals, _ = word.partition("=")
+        name = option.rpartition(".")[2].lstrip("-+").replace("-", "_").lower()
+        hidden = f"<{name.upper()}>"
+        secret = name in _SECRETS
+        if hides:
+            shown.append(hides)
+        elif secret and equals:
+            shown.append(f"{option}={hidden}")
+        else:
+            shown.append(_IN_MAPPING.sub(lambda m: f"{m[1]}<{m[2].upper()}>", word))
+        hides = hidden if secret and not equals and option.startswith("-") else ""
     return shown
 
 

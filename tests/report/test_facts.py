@@ -125,6 +125,27 @@ def test_the_command_and_how_to_go_on(monkeypatch):
 
 
 @pytest.mark.neutral
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--hub_token", "hf_X", "--seed", "1"], "--hub_token '<HUB_TOKEN>' --seed 1"),
+        (["--args.hub-token", "hf_X", "a"], "--args.hub-token '<HUB_TOKEN>' a"),
+        (["--training.hub_token=hf_X"], "'--training.hub_token=<HUB_TOKEN>'"),
+        (["args.hub_token=hf_X", "b=1"], "'args.hub_token=<HUB_TOKEN>' b=1"),
+        (["+args.hub_token=hf_X"], "'+args.hub_token=<HUB_TOKEN>'"),
+        (["--args", "{hub_token: hf_X, seed: 1}"], "--args '{hub_token: <HUB_TOKEN>, seed: 1}'"),
+        (["--args={'hub_token': 'hf_X'}"], None),
+        (["--hub_token", "--hub_token", "hf_X"], None),
+    ],
+)
+def test_a_command_is_shown_without_a_token(monkeypatch, words, shown):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "__main__": Main()})
+    assert "hf_X" not in command_line()
+    assert shown is None or command_line() == f"python train.py {shown}"
+
+
+@pytest.mark.neutral
 def test_a_notebook_has_no_command(monkeypatch):
     monkeypatch.setattr("kbtrain.report.command.is_notebook", lambda: True)
     assert command_line() == ""

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
         raise ConfigurationError(f"there is no file {str(options.config)!r} in {Path.cwd()}.")
     settings = Settings(options.config, changes)
     if options.print_config:
-        print(yaml.dumps(settings.values), end="")
+        print(settings.shown(), end="")
         return 0
     choose_backend(settings)
     sys.path.insert(0, "")  # for functions of the user's, as `python -m` does

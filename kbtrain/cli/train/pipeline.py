@@ -11,7 +11,6 @@ import kbtrain
 from kbtrain.cli.train import model as models
 from kbtrain.cli.train.data import Data, read_data
 from kbtrain.cli.train.settings import Settings
-from kbtrain.config import yaml
 from kbtrain.errors import ConfigurationError
 from kbtrain.trainer.trainer import Trainer
 from kbtrain.utils import rng
@@ -37,7 +36,7 @@ def train(settings: Settings, dry_run: bool) -> None:
     resume = None if settings.args.is_set("resume_from_checkpoint") else "auto"
     result = trainer.fit(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
-        save_text(Path(settings.args.output_folder) / "config.yaml", yaml.dumps(settings.values))
+        save_text(Path(settings.args.output_folder) / "config.yaml", settings.shown())
     trainer.save_metrics("train", result.metrics)
     if "eval" in data.sets:
         metrics = trainer.evaluate()

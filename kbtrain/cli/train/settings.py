@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.config import yaml
+from kbtrain.config.serialization import without_secrets
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 
@@ -101,7 +102,7 @@ class Settings:
         data: The section data.
         model: The section model.
         args: The section args.
-        values: All that was set, by section.
+        values: All that was set, by section; tokens included.
 
     Raises:
         ConfigurationError: A setting is unknown or invalid; the message begins with its line.
@@ -140,6 +141,12 @@ class Settings:
             place = place[:-1]
         line = f", line {self._lines[place]}" if place else ""
         return f"{self.path}{line}, {name}" if name else f"{self.path}{line}"
+
+    def shown(self) -> str:
+        """All that was set, as YAML without tokens; the same file of settings, otherwise."""
+        args = self.values.get("args")
+        hidden = {"args": without_secrets(TrainingArguments, args)} if args else {}
+        return yaml.dumps(self.values | hidden)
 
     def get(self, name: str) -> Any:
         """The value of a setting outside of the sections, or None."""
