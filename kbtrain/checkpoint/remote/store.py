@@ -61,6 +61,8 @@ class RemoteStore(CheckpointStore):
         self.place = self.files.address
         self._runs: dict[str, str | None] = {}  # checkpoints there -> the run that wrote them
         self._broken: set[str] = set()  # checkpoints there that were found damaged
+        self._refused: set[Path] = set()  # checkpoints here whose place there is taken
+        self._shared = False  # whether another run was found to write there
         self._mirror = Mirror(RemoteFiles(address), self.directory)
 
     # --- from the address -------------------------------------------------------------------------
@@ -238,6 +240,8 @@ class RemoteStore(CheckpointStore):
         Raises:
             CheckpointError: Something could not be uploaded, and is not there.
         """
+        refused: CheckpointError | None = None
+        self._refused.clear()
         for step, path in self._unsent():
             name = checkpoint_name(step)
             try:
@@ -246,12 +250,17 @@ class RemoteStore(CheckpointStore):
                 (path / UPLOADED).touch()
             except CheckpointDamagedError as error:
                 logger.warning("%s was not uploaded, as it is damaged: %s", path, error)
+            except CheckpointError as error:  # the place is taken; those of other steps go on
+                refused = refused or error
+                self._refused.add(path)
             except OSError as error:
                 raise CheckpointError(
                     f"Could not upload {name} to {self.place}: {error.strerror or error}. It is "
                     f"kept in {self.directory}, and uploaded with the next one."
                 ) from error
         self.send_files()
+        if refused is not None:
+            raise refused
 
     def bring_files(self) -> None:
         """Before files are written outside of a training: download those that are continued."""
@@ -289,12 +298,15 @@ class RemoteStore(CheckpointStore):
         named = [(step, path) for step, path in own if path.name == checkpoint_name(step)]
         return [item for item in named if not (item[1] / UPLOADED).exists()]
 
+    def _waiting(self) -> Listing:
+        return [item for item in self._unsent() if item[1] not in self._refused]
+
     # --- deleting ---------------------------------------------------------------------------------
 
     def own_checkpoints(self) -> Listing:
         """(step, local path) of what this run may delete, here and at the address."""
         found = dict(super().own_checkpoints())
-        if not self._unsent():  # until then, those there are the newest that are safe
+        if not self._waiting():  # until then, those there are the newest that are safe
             for step, path in self.kept():
                 if self._run_of(step) == self._own.run:
                     found[step] = path
@@ -306,7 +318,7 @@ class RemoteStore(CheckpointStore):
         if name not in self._runs:
             data, run = committed(self.files, name), None
             if data is None and left_by(self.files, name) == self._own.run:
-                remove(self.files, name)
+                remove(self.files, name, self._own.run)
             elif data is not None:
                 with suppress(CheckpointError):
                     run = parse_manifest(data, name).run
@@ -315,14 +327,41 @@ class RemoteStore(CheckpointStore):
 
     def delete(self, doomed: Listing) -> Paths:
         """Delete checkpoints at the address, what makes them one first, and on this machine."""
-        deleted = super().delete(doomed)
-        if not self._unsent():
+        here = [item for item in doomed if item[1] in self._own or (item[1] / UPLOADED).exists()]
+        deleted = super().delete(here)
+        if not self._waiting():
             for step, path in doomed:
-                if self._runs.get(checkpoint_name(step)) == self._own.run:
-                    remove(self.files, checkpoint_name(step))
-                    del self._runs[checkpoint_name(step)]
+                name = checkpoint_name(step)
+                if self._runs.get(name) == self._own.run and self._is_still_own(name):
+                    remove(self.files, name, self._own.run)
+                    del self._runs[name]
                     deleted += [] if path in deleted else [path]
         return deleted
+
+    def _is_still_own(self, name: str) -> bool:
+        """Read again whose a checkpoint there is: another machine may have replaced it."""
+        data = committed(self.files, name)
+        if data is None:
+            run = left_by(self.files, name)
+        else:
+            try:
+                run = parse_manifest(data, name).run
+            except CheckpointDamagedError:
+                run = left_by(self.files, name)
+            except CheckpointError:
+                run = None
+        if run == self._own.run:
+            return True
+        self._runs[name] = run
+        if not self._shared and (data is not None or run is not None):
+            self._shared = True
+            logger.warning(
+                "Another run writes to %s: %s there is no longer that of this run, and is left. "
+                "Give each run an output_dir of its own.",
+                self.place,
+                name,
+            )
+        return False
 
     def rotate(self, limit: int | None, protect: Collection[int | str | Path] = ()) -> Paths:
         """Delete the oldest checkpoints of this run beyond a number, and copies of older ones."""

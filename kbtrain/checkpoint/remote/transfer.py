@@ -11,23 +11,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
 from kbtrain.checkpoint.remote.files import RemoteFiles
 from kbtrain.checkpoint.storage.manifest import (
+    ARRAYS_SUFFIX,
     MANIFEST_NAME,
     Manifest,
     parse_manifest,
     read_manifest,
 )
-from kbtrain.errors import CheckpointDamagedError
+from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
 from kbtrain.utils.filesystem import FileEntry
 
 logger = logging.getLogger("kbtrain")
 
 UPLOADING = ".kbtrain-uploading"
-"""Beside the files of an upload in progress: the run, which may remove what is left of it."""
+"""In a folder that is being uploaded or deleted: the run, which may remove what is left of it."""
 
 
 def upload(files: RemoteFiles, folder: Path, name: str, anew: bool = False) -> Manifest:
@@ -36,24 +38,28 @@ def upload(files: RemoteFiles, folder: Path, name: str, anew: bool = False) -> M
     Args:
         files: Where to.
         folder: The checkpoint, complete.
-        name: Its name there. A checkpoint of that name is deleted first, unless it is this one.
-        anew: Whether to delete it even so, as it is known to be damaged.
+        name: Its name there. A checkpoint of that name is replaced, unless it is this one.
+        anew: Whether to replace it even so, as it is known to be damaged.
 
     Returns:
         Its manifest.
 
     Raises:
         CheckpointDamagedError: It is damaged.
+        CheckpointError: What has that name there was not written by kbtrain, or by a newer one; its
+            cause is a ``FileExistsError``.
         OSError: It could not be uploaded, and is not there.
     """
     manifest = read_manifest(folder)
     data = (folder / MANIFEST_NAME).read_bytes()
-    if not anew and committed(files, name) == data:
+    former = committed(files, name)
+    if not anew and former == data:
         there = files.sizes(name)
         if all(there.get(path) == entry.size for path, entry in manifest.all_files):
             return manifest  # the process ended before it knew
-    remove(files, name)
+    _check_place(files, name, former)
     files.write(f"{name}/{UPLOADING}", (manifest.run or "").encode())
+    files.remove(f"{name}/{MANIFEST_NAME}")
     missing = dict(manifest.all_files)
     for _ in range(files.tries):
         for path in missing:
@@ -64,6 +70,8 @@ def upload(files: RemoteFiles, folder: Path, name: str, anew: bool = False) -> M
             break
     else:
         raise OSError(errno.EIO, f"{', '.join(missing)} did not arrive whole")
+    for path in there.keys() - dict(manifest.all_files).keys() - {UPLOADING}:
+        files.remove(f"{name}/{path}")  # of the checkpoint that was replaced
     for _ in range(files.tries):
         files.write(f"{name}/{MANIFEST_NAME}", data)
         if committed(files, name) == data:
@@ -87,21 +95,64 @@ def committed(files: RemoteFiles, name: str) -> bytes | None:
         return None
 
 
-def remove(files: RemoteFiles, name: str) -> None:
-    """Delete a checkpoint: first what makes it one.
+def _check_place(files: RemoteFiles, name: str, data: bytes | None) -> None:
+    """Check that an upload would replace nothing but a checkpoint, or what is left of one.
+
+    Args:
+        files: The address.
+        name: The checkpoint.
+        data: The manifest there, from ``committed``.
+    """
+    why = ""
+    try:
+        if data is not None:
+            parse_manifest(data, f"{files.address}/{name}")
+            return
+    except CheckpointFormatError as error:
+        why = f"{error} "
+    except CheckpointDamagedError:
+        if any(path.endswith(ARRAYS_SUFFIX) for path in files.sizes(name)):
+            return
+    if not why:
+        found = sorted(files.sizes(name))
+        if not found or UPLOADING in found:
+            return
+        why = f"It holds {', '.join(found[:8])} and no intact {MANIFEST_NAME}. "
+    raise CheckpointError(
+        f"Could not upload {name} to {files.address}: a folder has that name, and this kbtrain "
+        f"must not replace it. {why}It was left unchanged; move it elsewhere, or choose another "
+        "output_dir."
+    ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{files.address}/{name}")
+
+
+def remove(files: RemoteFiles, name: str, run: str) -> None:
+    """Delete a checkpoint, or what is left of one: first what makes it one.
+
+    Args:
+        files: The address.
+        name: The checkpoint, which the caller knows to be of this run.
+        run: The run, which can tell what is left if this ends early.
 
     Raises:
         OSError: It is not deleted, or not all of it.
     """
+    files.write(f"{name}/{UPLOADING}", run.encode())
     files.remove(f"{name}/{MANIFEST_NAME}")
+    for path in files.sizes(name):
+        if path != UPLOADING:  # which goes last
+            files.remove(f"{name}/{path}")
     files.remove_folder(name)
 
 
 def left_by(files: RemoteFiles, name: str) -> str | None:
-    """The run whose upload ended before it was complete; None if that is not known."""
+    """The run that has not completed an upload or a deletion; None if that is not known.
+
+    Raises:
+        OSError: It cannot be read now.
+    """
     try:
         return files.read(f"{name}/{UPLOADING}").decode(errors="replace")
-    except OSError:
+    except FileNotFoundError:
         return None
 
 

@@ -152,15 +152,53 @@ def test_an_address_that_cannot_be_written_to_is_said_before_training():
     assert steps == []
 
 
+def put(path, data=b"precious"):
+    FaultyFiles().pipe_file(path, data)
+
+
 @pytest.mark.neutral
 def test_a_run_deletes_only_what_it_wrote_there(caplog):
     run(max_steps=2)
-    FaultyFiles.store["/bucket/run/checkpoint-3/notes.txt"] = FaultyFiles.store[
-        "/bucket/run/run.json"
-    ]
-    run(save_steps=1, save_total_limit=1, max_steps=4, callbacks=[])
+    put("/bucket/run/checkpoint-3/pytorch_model.bin")
+    run(save_steps=1, save_total_limit=1, max_steps=4)
     assert "faulty://bucket/run holds checkpoints of a former run" in caplog.text
-    assert [n for n in there() if n.startswith("check")] == ["checkpoint-4"]
+    assert "this kbtrain must not replace it. It holds pytorch_model.bin" in caplog.text
+    assert [n for n in there() if n.startswith("check")] == ["checkpoint-3", "checkpoint-4"]
+    assert FaultyFiles.store["/bucket/run/checkpoint-3/pytorch_model.bin"].getvalue() == b"precious"
+
+
+@pytest.mark.neutral
+@pytest.mark.parametrize("manifest", [b'{"format": "other"}', b"{", None], ids=str)
+def test_a_checkpoint_of_another_program_or_a_newer_kbtrain_is_not_replaced(manifest):
+    put("/bucket/run/checkpoint-2/weights.pt")
+    if manifest is not None:
+        put("/bucket/run/checkpoint-2/manifest.json", manifest)
+    before = dict(FaultyFiles.store)
+    store = RemoteStore(ADDRESS)
+    store.save(2, {"model": {"w": np.ones(3)}})
+    with pytest.raises(CheckpointError, match="must not replace it") as info:
+        store.send()
+    assert isinstance(info.value.__cause__, FileExistsError)
+    assert FaultyFiles.store == before
+
+
+@pytest.mark.neutral
+def test_two_machines_at_one_address_do_not_delete_each_others(cache, monkeypatch, caplog):
+    stores = []
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache / name))
+        store = RemoteStore(ADDRESS)
+        for step in (2, 3):
+            store.save(step, {"model": {"w": np.full(3, value)}})
+        store.send()
+        stores.append(store)
+    first, second = stores
+    first.save(4, {"model": {"w": np.ones(3)}})
+    first.send()
+    assert [path.name for path in first.rotate(1)] == ["checkpoint-2", "checkpoint-3"]  # here
+    assert there() == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert caplog.text.count("Another run writes to faulty://bucket/run") == 1
+    assert [path.name for path in second.rotate(1)] == ["checkpoint-2"]
 
 
 @pytest.mark.neutral
