@@ -1,12 +1,14 @@
 """Variables that a checkpoint leaves out because they never change: the frozen base of LoRA.
 
 In their place it has a document with their names, shapes and checksums. A resumed run must have the
-same values in them: its script builds the model with the same pretrained weights.
+same values in them: its script builds the model with the same pretrained weights. One that does
+change during a run, because a callback assigns to it, is saved from then on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +18,15 @@ import numpy as np
 
 from kbtrain import backends
 from kbtrain.checkpoint import Checkpoint, validated_json
-from kbtrain.model.lora import lora_of
+from kbtrain.errors import CheckpointMismatchError
+from kbtrain.model.lora import Lora, lora_of, note_trained
 from kbtrain.utils.processes import current
 
+logger = logging.getLogger("kbtrain")
+
 DOCUMENT = "frozen_base"
+
+_WORDS = 4096  # of 8 bytes, in a sum of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,38 +37,114 @@ class FrozenArray:
         shape: Its shape.
         dtype: Name of its dtype.
         checksum: SHA-256 of its bytes.
-        known: The current values of a model's variables, by their ``id``, where they are known.
+        fingerprint: Of the same bytes, computed ten times as fast; only to notice a change.
     """
 
     shape: tuple[int, ...]
     dtype: str
     checksum: str
-    known: Mapping[int, FrozenArray] = field(default_factory=dict, compare=False, repr=False)
+    fingerprint: bytes = field(default=b"", compare=False, repr=False)
 
     @classmethod
     def of(cls, variable: keras.Variable) -> FrozenArray:
         """Read the current value of a variable; if it is divided, all processes must do so."""
         backend = backends.load()
-        divided = backend.owned_blocks(variable) is not None
+        divided = _is_divided(variable)
         whole = backend.whole_value(variable) if divided else backend.host_view(variable.value)
         value = np.ascontiguousarray(whole)
-        digest = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
-        return cls(tuple(map(int, variable.shape)), value.dtype.name, digest)
+        digest = hashlib.sha256(_bytes_of(value).data).hexdigest()
+        shape = tuple(map(int, variable.shape))
+        return cls(shape, value.dtype.name, digest, _fingerprint(value))
+
+
+@dataclass(frozen=True)
+class ExpectedArray:
+    """An array that is not in a checkpoint, to be compared with the variable of a model.
+
+    Attributes:
+        saved: What the checkpoint says about it.
+        lora: What is known about the model's adapters and frozen variables.
+    """
+
+    saved: FrozenArray
+    lora: Lora | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.saved.shape
 
     def is_value_of(self, variable: keras.Variable) -> bool:
         """Whether a variable has this value. Other processes than the first get theirs from it."""
-        if current().rank:
-            return True
-        return self == (self.known.get(id(variable)) or FrozenArray.of(variable))
+        return bool(current().rank) or self.saved == _now(self.lora, variable)
+
+
+def _is_divided(variable: keras.Variable) -> bool:
+    return backends.load().owned_blocks(variable) is not None
+
+
+def _bytes_of(value: np.ndarray) -> np.ndarray:
+    found: np.ndarray = value.reshape(-1).view(np.uint8)
+    return found
+
+
+def _fingerprint(value: np.ndarray) -> bytes:
+    """Sums over pieces of an array's bytes, hashed."""
+    raw = _bytes_of(np.ascontiguousarray(value))
+    whole = raw.size - raw.size % (8 * _WORDS)
+    sums = raw[:whole].view(np.uint64).reshape(-1, _WORDS).sum(axis=1, dtype=np.uint64)
+    return hashlib.sha256(sums.tobytes() + raw[whole:].tobytes()).digest()
+
+
+def _is_unchanged(known: FrozenArray, variable: keras.Variable) -> bool:
+    """Whether a variable has its value of the start of the run; of a divided one, that is taken."""
+    if _is_divided(variable):
+        return True
+    return known.fingerprint == _fingerprint(backends.load().host_view(variable.value))
+
+
+def _now(lora: Lora | None, variable: keras.Variable) -> FrozenArray:
+    """What a variable is now: as at the start of the run, where it has not changed since."""
+    known: FrozenArray | None = None if lora is None else lora.checksums.get(id(variable))
+    if known is not None and _is_unchanged(known, variable):
+        return known
+    return FrozenArray.of(variable)
 
 
 def read(model: keras.Model) -> None:
-    """Compute the checksums of the frozen base, at the start of a run: it will not change.
+    """Compute the checksums of the frozen base, at the start of a run.
 
     Afterwards it may be divided among processes, none of which has all of it.
     """
     if (lora := lora_of(model)) is not None:
         lora.checksums = {id(v): FrozenArray.of(v) for v in lora.base}
+
+
+def forget(model: keras.Model) -> None:
+    """Forget the checksums at the end of a run, but for variables that are divided since."""
+    if (lora := lora_of(model)) is not None:
+        divided = {id(v) for v in lora.base if _is_divided(v)}
+        lora.checksums = {v: known for v, known in lora.checksums.items() if v in divided}
+
+
+def note_changes(model: keras.Model) -> None:
+    """Save from now on what was frozen and has changed since the start of the run.
+
+    The first process decides, because others get their values from it.
+    """
+    lora = lora_of(model)
+    if lora is None or current().rank:
+        return
+    known = lora.checksums
+    changed = [v for v in lora.base if id(v) in known and not _is_unchanged(known[id(v)], v)]
+    if changed:
+        logger.warning(
+            "Frozen variables were changed during training (%s%s). Checkpoints hold them from now "
+            "on; earlier ones lack the change.",
+            ", ".join(v.path for v in changed[:5]),
+            ", ..." if len(changed) > 5 else "",
+        )
+        note_trained(model, changed)
 
 
 def left_out(model: keras.Model, named: Mapping[str, keras.Variable]) -> set[str]:
@@ -82,7 +165,7 @@ def document(model: keras.Model, named: Mapping[str, keras.Variable]) -> dict[st
         return None
     arrays = {}
     for name in sorted(names):
-        array = lora.checksums.get(id(named[name])) or FrozenArray.of(named[name])
+        array = _now(lora, named[name])
         arrays[name] = [list(array.shape), array.dtype, array.checksum]
     return {
         "rank": lora.rank,
@@ -93,24 +176,33 @@ def document(model: keras.Model, named: Mapping[str, keras.Variable]) -> dict[st
     }
 
 
-def arrays_of(document: Any, model: keras.Model) -> dict[str, FrozenArray]:
+def arrays_of(document: Any, model: keras.Model) -> dict[str, ExpectedArray]:
     """The arrays that a document describes, to be compared with the variables of a model.
 
     Raises:
+        CheckpointMismatchError: The model's adapters have another scale.
         KeyError, TypeError, ValueError: kbtrain did not write it.
     """
-    lora, found = lora_of(model), dict[str, FrozenArray]()
-    known = {} if lora is None else lora.checksums
+    lora, found = lora_of(model), dict[str, ExpectedArray]()
+    rank, alpha = int(document["rank"]), float(document["alpha"])
+    if lora is not None and lora.rank == rank and lora.alpha != alpha:
+        raise CheckpointMismatchError(
+            f"The adapters were trained with alpha={alpha:g}, and those of the model have "
+            f"alpha={lora.alpha:g}, so it would compute something else with them. Nothing was "
+            f"changed. Call enable_lora(..., rank={rank}, alpha={alpha:g})."
+        )
     for name, (shape, dtype, checksum) in document["arrays"].items():
-        found[name] = FrozenArray(tuple(map(int, shape)), str(dtype), str(checksum), known)
+        saved = FrozenArray(tuple(map(int, shape)), str(dtype), str(checksum))
+        found[name] = ExpectedArray(saved, lora)
     return found
 
 
-def in_checkpoint(checkpoint: Checkpoint, model: keras.Model) -> dict[str, FrozenArray]:
+def in_checkpoint(checkpoint: Checkpoint, model: keras.Model) -> dict[str, ExpectedArray]:
     """The arrays that a checkpoint leaves out, to be compared with the variables of a model.
 
     Raises:
         CheckpointDamagedError: The document is inconsistent.
+        CheckpointMismatchError: The model's adapters have another scale.
     """
     if DOCUMENT not in checkpoint.documents:
         return {}

@@ -52,8 +52,9 @@ class StoredArray:
         array = np.empty(self.shape, self._dataset.dtype)
         if array.size:
             self._dataset.read_direct(array)
-        if self._dataset.attrs.get("dtype") == "bfloat16":  # as Keras marks what HDF5 lacks
-            array = array.astype(ml_dtypes.bfloat16)
+        if _is_bfloat16(self._dataset):
+            bits = array.dtype.kind == "V"
+            array = array.view(ml_dtypes.bfloat16) if bits else array.astype(ml_dtypes.bfloat16)
         return array if dtype is None else array.astype(dtype)
 
 
@@ -97,12 +98,18 @@ def values(file: h5py.File) -> dict[str, StoredArray]:
     return found
 
 
+def _is_bfloat16(dataset: h5py.Dataset) -> bool:
+    """Whether Keras marked a dataset as of this type, which HDF5 lacks; it stores the bits."""
+    return bool(dataset.attrs.get("dtype") == "bfloat16")
+
+
 def _problem(dataset: h5py.Dataset) -> str | None:
     """Why a dataset cannot be read within the memory its shape implies; None if it can."""
     needed = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
     if dataset.external is not None or dataset.is_virtual:
         return "its values are in other files"
-    if dataset.dtype.kind not in "biufc":
+    bits = dataset.dtype == np.dtype("V2") and _is_bfloat16(dataset)
+    if dataset.dtype.kind not in "biufc" and not bits:
         return f"it holds {dataset.dtype}, not numbers"
     if dataset.chunks is None:
         stored = dataset.id.get_storage_size()

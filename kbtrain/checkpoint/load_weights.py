@@ -33,7 +33,7 @@ from kbtrain.errors import (
     first_lines,
 )
 from kbtrain.model.build import check_model
-from kbtrain.model.lora import enable_lora, lora_of
+from kbtrain.model.lora import enable_lora, lora_of, note_trained
 from kbtrain.model.variables import refresh_derived_values
 from kbtrain.utils.addresses import scheme_of
 
@@ -89,8 +89,8 @@ def load_weights(
         CheckpointNotFoundError: There is no such file or checkpoint.
         CheckpointDamagedError: The file is damaged, or declares more data than it holds.
         CheckpointUnreadableError: The file cannot be read now.
-        CheckpointMismatchError: The weights do not fit the model (``strict``), or none of them do.
-            The model is unchanged.
+        CheckpointMismatchError: The weights do not fit the model (``strict``), or none of them do;
+            or LoRA adapters were trained with another ``alpha``. The model is unchanged.
 
     Example:
         >>> import keras
@@ -112,12 +112,13 @@ def load_weights(
         checkpoint = CheckpointStore(path).resolve(path)
         assert checkpoint is not None  # resolving a path returns a checkpoint or raises
         saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
-        frozen_base.read(model)
         saved |= frozen_base.in_checkpoint(checkpoint, model)
         plan = plan_restore(named, saved, strict=strict)
     else:
         plan = _plan_from_file(model, path, named, strict)
     plan.apply()
+    if plan.frozen:  # the source is of adapters: what it holds of the base is not the pretrained
+        note_trained(model, [variable for variable, _ in plan.values])
     refresh_derived_values(model)
     loaded = tuple(name for name in plan.names if name not in plan.frozen)
     report = LoadReport(loaded, plan.missing, plan.unexpected, plan.different)
@@ -148,8 +149,8 @@ def load_adapters(model: keras.Model, path: str | os.PathLike[str]) -> LoadRepor
         What was loaded.
 
     Raises:
-        CheckpointMismatchError: They belong to another model, or to other pretrained weights; the
-            model's weights are unchanged.
+        CheckpointMismatchError: They belong to another model, to other pretrained weights, or to
+            adapters of another ``alpha``; the model's weights are unchanged.
         CheckpointError: The file is missing, damaged, or holds no adapters.
         ConfigurationError: The model is not built, or lacks the adapted layers.
     """
@@ -217,9 +218,10 @@ def _named_arrays(model: keras.Model, path: Path) -> dict[str, Any]:
     arrays, about = adapters.parse(*adapters.read(path), path)
     if about is None:
         return dict(arrays)
-    frozen_base.read(model)
     try:
         return {**arrays, **frozen_base.arrays_of(about, model)}
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointDamagedError(
             f"{path} is not as kbtrain wrote it: {adapters.ABOUT} ({first_lines(error)})."

@@ -29,7 +29,7 @@ from kbtrain.checkpoint.divided_state import capture_divided, without_others
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.checkpoint.storage.format import dump_json
 from kbtrain.errors import CheckpointMismatchError
-from kbtrain.model.lora import lora_of
+from kbtrain.model.lora import lora_of, note_trained
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
@@ -307,6 +307,8 @@ def restore_run(
         checkpoint, "rng", lambda: rng.restore_random_state(backend, *random_state)
     )
     model_plan.apply()
+    if model_plan.frozen:  # what the checkpoint holds of the base had been changed or trained
+        note_trained(model, [variable for variable, _ in model_plan.values])
     for plan in optimizer_plans:
         plan.apply()
     own = kept["optimizer"]

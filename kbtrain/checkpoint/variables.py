@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from kbtrain import backends
-from kbtrain.checkpoint.frozen_base import FrozenArray
+from kbtrain.checkpoint.frozen_base import ExpectedArray
 from kbtrain.checkpoint.storage.blocks import StoredArray
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.variable_names import name_variables
@@ -125,7 +125,7 @@ def plan_restore(
     Args:
         named: As in ``restore``.
         saved: As in ``restore``, or objects with a shape that NumPy can convert to arrays; a
-            ``FrozenArray`` is compared with its variable.
+            ``ExpectedArray`` is compared with its variable.
         what: As in ``restore``.
         model_names: As in ``restore``; the optimizer's slots then follow the match of their model
             variable, rather than being renumbered themselves.
@@ -150,7 +150,7 @@ def plan_restore(
         if tuple(variable.shape) != shape:  # checked first: the array may not have been read yet
             different.append(f"{label}: {shape} saved, {tuple(variable.shape)} expected")
             continue
-        if isinstance(saved[saved_key], FrozenArray):
+        if isinstance(saved[saved_key], ExpectedArray):
             if saved[saved_key].is_value_of(variable):
                 frozen.append(key)
             else:

@@ -5,8 +5,11 @@ What is frozen here for good is left out of checkpoints (``checkpoint.frozen_bas
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
+import math
+import numbers
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from kbtrain.errors import ConfigurationError, concise, first_lines
 from kbtrain.utils import tensorflow_import
@@ -33,8 +37,8 @@ class Lora:
         alpha: Their scale is ``alpha / rank``.
         patterns: Names of the adapted layers.
         train: Names of further layers that are trained.
-        base: The variables that it froze. One that is trained later is removed.
-        checksums: Of these, by the variable's ``id``; see ``checkpoint.frozen_base``.
+        base: The variables that it froze. One that is trained or changed later is removed.
+        checksums: Of these, by the variable's ``id``, during a run; see ``checkpoint.frozen_base``.
     """
 
     rank: int
@@ -78,8 +82,8 @@ def enable_lora(
         The paths of the adapted layers.
 
     Raises:
-        ConfigurationError: The model is not built, no layer fits a pattern, or Keras cannot adapt
-            one.
+        ConfigurationError: The model is not built, rank or alpha make no sense, no layer fits a
+            pattern, or Keras cannot adapt one.
 
     Example:
         >>> import keras
@@ -98,14 +102,13 @@ def enable_lora(
             "enable_lora needs a keras.Model that is built: call it on a batch first, or give it a "
             f"keras.Input. Received: {type(model).__name__}."
         )
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigurationError(f"rank must be a positive integer. Received: rank={rank!r}")
+    alpha = _checked_scale(rank, alpha)
     names, kept_names = _as_patterns("patterns", patterns), _as_patterns("train", train)
     layers = list(walk_layers(model))
     able = [x for x in layers if hasattr(x, "enable_lora") and not isinstance(x, keras.Model)]
     adapted = _matching(names, able, "Layers that Keras can adapt")
     kept = _matching(kept_names, layers[1:], "The layers")
-    _check_adaptable(adapted, kept)
+    _check_adaptable(adapted, kept, rank)
     before = {id(v) for v in model.variables}
     flags = [(x, x.trainable) for x in (*layers, *model.variables)]
     _unfreeze(model)  # so that all that could be trained is listed
@@ -127,7 +130,7 @@ def enable_lora(
         ) from error
     added = {id(v) for v in model.variables if id(v) not in before}
     _freeze(model, {id(x) for x in (*adapted, *kept)}, added | stays)
-    _known[model] = Lora(rank, float(rank if alpha is None else alpha), names, kept_names, base)
+    _known[model] = Lora(rank, alpha, names, kept_names, base)
     return [_path(layer) for layer in adapted]
 
 
@@ -159,6 +162,17 @@ def merge_lora(model: keras.Model) -> keras.Model:
     Raises:
         ConfigurationError: The model has no adapters, or Keras cannot rebuild it.
     """
+    return merged_copy(model)
+
+
+def merged_copy(
+    model: keras.Model, values: Sequence[tuple[keras.Variable, np.ndarray]] = ()
+) -> keras.Model:
+    """``merge_lora`` with other values of some variables: of those that are divided, the whole.
+
+    Raises:
+        ConfigurationError: The model has no adapters, or Keras cannot rebuild it.
+    """
     if not has_adapters(model):
         raise ConfigurationError(
             f"The model {model.name!r} has no LoRA adapters to merge. Call enable_lora first."
@@ -170,7 +184,8 @@ def merge_lora(model: keras.Model) -> keras.Model:
             _quantize_like(merged, model)
             _unfreeze(merged)
             path = Path(folder) / "merged.weights.h5"
-            model.save_weights(path)  # Keras writes the kernels with the adapters added
+            with keras.StatelessScope(list(values)) if values else contextlib.nullcontext():
+                model.save_weights(path)  # Keras writes the kernels with the adapters added
             merged.load_weights(path)
     except Exception as error:  # a model's get_config may raise anything
         raise ConfigurationError(
@@ -185,6 +200,26 @@ def merge_lora(model: keras.Model) -> keras.Model:
 def has_adapters(model: keras.Model) -> bool:
     """Whether any layer has an adapter, whoever added it."""
     return any(getattr(layer, "lora_enabled", False) for layer in walk_layers(model))
+
+
+def _checked_scale(rank: Any, alpha: Any) -> float:
+    """Alpha as a number.
+
+    Raises:
+        ConfigurationError: The rank or alpha make no sense.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigurationError(f"rank must be a positive integer. Received: rank={rank!r}")
+    if alpha is None:
+        return float(rank)
+    # A NumPy number is a Real too.
+    is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha) or alpha <= 0:
+        raise ConfigurationError(
+            "alpha must be a positive number, or None for the rank: adapters are scaled by "
+            f"alpha / rank. Received: alpha={alpha!r}"
+        )
+    return float(alpha)
 
 
 def _as_patterns(name: str, given: Any) -> tuple[str, ...]:
@@ -218,12 +253,13 @@ def _matching(
 
 
 def _check_adaptable(
-    adapted: Sequence[keras.layers.Layer], kept: Sequence[keras.layers.Layer]
+    adapted: Sequence[keras.layers.Layer], kept: Sequence[keras.layers.Layer], rank: int
 ) -> None:
     """Check what can be known before anything is changed.
 
     Raises:
-        ConfigurationError: A layer has an adapter, is to be trained as well, or nothing is adapted.
+        ConfigurationError: A layer has an adapter, is to be trained as well, or is smaller than the
+            rank; or nothing is adapted.
     """
     if not adapted:
         raise ConfigurationError("enable_lora needs patterns of layers to adapt. Received: none")
@@ -244,6 +280,20 @@ def _check_adaptable(
                 f"The layer {layer.path!r} fits both patterns and train: it can be adapted, or "
                 "trained as it is."
             )
+        if rank > (limit := _largest_rank(layer)):
+            raise ConfigurationError(
+                f"The kernel of {layer.path!r} has at most {limit} rows or columns, so an adapter "
+                f"of a larger rank adds nothing. Received: rank={rank}"
+            )
+
+
+def _largest_rank(layer: keras.layers.Layer) -> int:
+    """The larger side of a layer's kernel, as Keras' adapters see it."""
+    shapes = (tuple(map(int, v.shape)) for v in layer.variables)
+    shape = max(shapes, key=math.prod, default=(1,))
+    packed = getattr(layer, "quantization_mode", None) == "int4"  # two numbers in a byte
+    side: int = max(math.prod(shape[:-1]), shape[-1])
+    return side * (2 if packed else 1)
 
 
 def _path(layer: keras.layers.Layer) -> str:

@@ -188,6 +188,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     if not trainer.bound.overridden.train_step and trainer.optimizer is not None:
         # A callback may have frozen or unfrozen layers after the newest update.
         changing_variables.sync_variables(trainer.optimizer, trainer.model)
+    frozen_base.note_changes(trainer.model)
     buffers = trainer.saver.buffers
     trained = run_state.gather_model(trainer.model, buffers, blocks_only)
     evaluated = run_state.gather_evaluation(

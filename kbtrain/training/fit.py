@@ -85,6 +85,15 @@ def fit(
         checkpoint: The checkpoint to resume from, or None.
         prepared: Called when everything is ready for the first update.
     """
+    try:
+        return _fit(trainer, checkpoint, prepared)
+    finally:
+        frozen_base.forget(trainer.model)
+
+
+def _fit(
+    trainer: TrainerBase, checkpoint: Checkpoint | None, prepared: Callable[[], None]
+) -> TrainOutput:
     args = trainer.args
     with measured(trainer.backend, "train", args.skip_memory_metrics) as memory:
         run = prepare(trainer, checkpoint)

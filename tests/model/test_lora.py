@@ -11,6 +11,7 @@ from helpers import arguments, same, weights, with_weights
 
 from kbtrain import (
     Trainer,
+    TrainerCallback,
     enable_lora,
     export,
     load_adapters,
@@ -19,6 +20,7 @@ from kbtrain import (
     save_adapters,
 )
 from kbtrain.checkpoint import read_arrays
+from kbtrain.checkpoint.formats.keras_file import save_keras_file
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 
 TOKENS = np.random.default_rng(0).integers(0, 12, (8, 4)).astype("int32")
@@ -138,6 +140,63 @@ def test_another_base_is_refused(run):
     assert same(weights(model), before)
 
 
+def test_adapters_of_another_alpha_are_refused(run, tmp_path):
+    trainer, folder, _ = run
+    model = language_model()
+    enable_lora(model, 2, ["value", "up"], alpha=2, train="head")
+    before = weights(model)
+    words = r"alpha=4, and those of the model have alpha=2.*enable_lora\(..., rank=2, alpha=4\)"
+    file = save_adapters(trainer.model, tmp_path / "a.weights.h5")
+    for load in (
+        lambda: trainer_of(folder, model).fit(resume_from_checkpoint=True),
+        lambda: load_weights(model, folder, strict=False),
+        lambda: load_adapters(model, folder),
+        lambda: load_adapters(model, file),
+    ):
+        with pytest.raises(CheckpointMismatchError, match=words):
+            load()
+    assert same(weights(model), before)
+
+
+class Shift(TrainerCallback):
+    """Adds 1 to a frozen bias after the first update."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            bias = model.get_layer("up").bias
+            bias.assign(bias + 1)
+
+
+def test_a_frozen_variable_that_changes_in_training_is_saved(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, adapted(), Shift(), max_steps=2)
+    trainer.fit()
+    assert "Frozen variables were changed during training (up/bias)" in caplog.text
+    assert "up/bias" in read_arrays(tmp_path / "checkpoint-2" / "model.weights.h5")
+    fresh = language_model()
+    load_adapters(fresh, tmp_path)
+    np.testing.assert_array_equal(outputs(fresh), outputs(trainer.model))
+    resumed = trainer_of(tmp_path, adapted(), max_steps=4)
+    resumed.fit(resume_from_checkpoint=True)
+    assert "up/bias" in read_arrays(tmp_path / "checkpoint-4" / "model.weights.h5")
+    biases = [keras.ops.convert_to_numpy(t.model.get_layer("up").bias) for t in (trainer, resumed)]
+    np.testing.assert_array_equal(*biases)
+
+
+@pytest.mark.neutral
+def test_adapters_are_saved_for_the_base_of_now(tmp_path):
+    """After a run, other pretrained weights are assigned to the model."""
+    model = adapted()
+    trainer_of(tmp_path, model, max_steps=1).fit()
+    other = language_model()
+    for each in (model, other):
+        each.get_layer("up").bias.assign(np.ones(6))
+    path = save_adapters(model, tmp_path / "a.safetensors")
+    load_adapters(other, path)
+    np.testing.assert_array_equal(outputs(other), outputs(model))
+    with pytest.raises(CheckpointMismatchError, match="up/bias: it was frozen"):
+        load_adapters(language_model(), path)
+
+
 @pytest.mark.neutral
 def test_what_is_trained_later_is_saved(tmp_path):
     def make():
@@ -174,6 +233,16 @@ def test_merging_gives_a_plain_model(run, tmp_path):
     assert len(loaded.trainable_variables) == len(language_model().trainable_variables)
 
 
+def test_a_divided_model_is_saved_merged(run, tmp_path):
+    """The whole values of its variables come from all processes, not from the variables."""
+    model, other = run[0].model, adapted()
+    values = zip(other.variables, weights(model), strict=True)
+    save_keras_file(other, tmp_path / "a.keras", list(values))
+    loaded = keras.saving.load_model(tmp_path / "a.keras")
+    np.testing.assert_array_equal(outputs(loaded), outputs(merge_lora(model)))
+    assert not any("lora" in v.path for v in loaded.variables)
+
+
 def test_a_checkpoint_of_adapters_is_exported_as_such(run, tmp_path):
     trainer, folder, _ = run
     path = export(folder / "checkpoint-4", tmp_path / "a.safetensors", "adapters")
@@ -191,6 +260,11 @@ def test_a_checkpoint_of_adapters_is_exported_as_such(run, tmp_path):
         ({"patterns": []}, "needs patterns"),
         ({"patterns": 3}, "patterns must be a list of layers' names"),
         ({"rank": 0}, "rank must be a positive integer"),
+        ({"rank": 10**6, "patterns": "up"}, "'up' has at most 6 rows or columns.* rank=1000000"),
+        ({"alpha": "x"}, "alpha must be a positive number.* alpha='x'"),
+        ({"alpha": 0}, "alpha must be a positive number"),
+        ({"alpha": -1.0}, "alpha must be a positive number"),
+        ({"alpha": float("nan")}, "alpha must be a positive number"),
         ({"patterns": "up", "train": "heads"}, "No layer fits the pattern 'heads'. The layers: "),
         ({"patterns": "up", "train": "up"}, "fits both patterns and train"),
     ],
@@ -219,5 +293,5 @@ def test_more_mistakes(tmp_path):
         [keras.Input((2,)), keras.layers.Dense(2, kernel_constraint="non_neg", name="value")]
     )
     with pytest.raises(ConfigurationError, match="Keras cannot add an adapter to .*value'"):
-        enable_lora(constrained, patterns="value")
+        enable_lora(constrained, 2, patterns="value")
     assert constrained.trainable_variables

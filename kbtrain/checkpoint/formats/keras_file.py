@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from kbtrain.model.lora import has_adapters, lora_of, merge_lora
+from kbtrain.model.lora import has_adapters, lora_of, merge_lora, merged_copy
 from kbtrain.utils import tensorflow_import
 from kbtrain.utils.output_files import writing
 
@@ -26,11 +26,12 @@ def save_keras_file(
         path: The file.
         values: The values of variables that are divided among processes.
     """
-    whole = keras.StatelessScope(list(values)) if values else contextlib.nullcontext()
-    with writing(path) as temporary, tensorflow_import.not_imported(), whole:
+    if lora_of(model) is not None:
         # Keras would add adapters too, but the loaded model would have some that are zero and
         # cannot be trained.
-        model = model if values or lora_of(model) is None else merge_lora(model)
+        model, values = merged_copy(model, values), ()
+    whole = keras.StatelessScope(list(values)) if values else contextlib.nullcontext()
+    with writing(path) as temporary, tensorflow_import.not_imported(), whole:
         model.save(temporary)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from kbtrain.data.collators.padding import IGNORED, check_positive, fields, lengths
+from kbtrain.data.collators.padding import IGNORED, check_positive, fields, lengths, widened
 from kbtrain.errors import ConfigurationError, DataError
 
 logger = logging.getLogger("kbtrain")
@@ -42,11 +42,12 @@ class DataCollatorForPacking:
     Returns (when called with a list of samples):
         ``input_ids``, ``position_ids``, ``segment_ids`` (1, 2, ... within a row; 0 is padding) and
         ``labels`` (the next token, or the samples' own next ``labels``), of shape
-        ``(rows, max_length)``.
+        ``(rows, max_length)``; int32, or int64 where the samples have wider integers.
 
     Raises:
         ConfigurationError: An argument is not a positive integer.
-        DataError: A text is longer than a row, or the texts need more than ``rows`` rows.
+        DataError: A text is longer than a row, its tokens are not integers, or the texts need more
+            than ``rows`` rows.
 
     Example:
         >>> batch = DataCollatorForPacking(max_length=6)([[5, 6, 7], [8, 9], [1, 2]])
@@ -92,7 +93,12 @@ class DataCollatorForPacking:
         columns = fields(samples)
         places = self._places(lengths(columns))
         texts = columns["input_ids"]
-        targets = columns.get("labels", texts)
+        targets = widened(columns.get("labels", texts))
+        for name, arrays in (("input_ids", texts), ("labels", targets)):
+            if arrays[0].dtype.kind != "i":
+                raise DataError(
+                    f"Texts to pack need integers as {name}. Received: {arrays[0].dtype}"
+                )
         needed = 1 + max(row for row, _ in places)
         if self.rows is not None and needed > self.rows:
             raise DataError(
@@ -100,12 +106,12 @@ class DataCollatorForPacking:
                 f"rows={self.rows}. Increase rows, or reduce per_device_train_batch_size."
             )
         shape = (self.rows or needed, self.max_length)
-        kind = texts[0].dtype
+        kind = texts[0].dtype  # int32 or int64
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, kind),
             "position_ids": np.zeros(shape, kind),
             "segment_ids": np.zeros(shape, kind),
-            "labels": np.full(shape, IGNORED, kind),
+            "labels": np.full(shape, IGNORED, targets[0].dtype),
         }
         for text, target, (row, start) in zip(texts, targets, places, strict=True):
             if target.shape != text.shape:

@@ -50,7 +50,18 @@ def fields(samples: Sequence[Any], label_names: LabelNames = None) -> dict[str, 
         if name in columns:
             raise DataError(f"A sample may have one of the keys {LABEL_KEYS}. Received: {keys}")
         columns[name] = _alike([as_array(sample[key], f"sample[{key!r}]") for sample in samples])
+    if "input_ids" in columns:
+        columns["input_ids"] = widened(columns["input_ids"])
     return columns
+
+
+def widened(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Token ids or labels in int32, or int64 where they are wider, so that -100 can be stored."""
+    dtype = arrays[0].dtype
+    if dtype.kind not in "biu" or dtype in (np.int32, np.int64):
+        return arrays
+    wide = np.int32 if np.can_cast(dtype, np.int32) else np.int64
+    return [array.astype(wide) for array in arrays]
 
 
 def _is_alias(key: Any, known: LabelKeys) -> bool:
@@ -115,12 +126,17 @@ def pad(arrays: Sequence[np.ndarray], value: float, length: int, side: str = "ri
         side: ``"right"`` or ``"left"``.
 
     Returns:
-        An array of shape ``(len(arrays), length, ...)``.
+        An array of shape ``(len(arrays), length, ...)``, of a wider dtype if that of the arrays
+        cannot hold the padding value.
+
+    Raises:
+        DataError: The arrays hold integers, and the padding value is none.
 
     Example:
         >>> pad([np.array([1, 2]), np.array([3])], value=0, length=3).tolist()
         [[1, 2, 0], [3, 0, 0]]
     """
+    arrays = _with_room_for(value, list(arrays))
     result = np.full((len(arrays), length, *arrays[0].shape[1:]), value, arrays[0].dtype)
     for row, array in zip(result, arrays, strict=True):
         if side == "right":
@@ -128,6 +144,17 @@ def pad(arrays: Sequence[np.ndarray], value: float, length: int, side: str = "ri
         else:
             row[length - len(array) :] = array
     return result
+
+
+def _with_room_for(value: float, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays in a dtype that can hold a padding value."""
+    dtype = arrays[0].dtype
+    if dtype.kind not in "biu":
+        return arrays
+    if not float(value).is_integer():
+        raise DataError(f"Integers ({dtype}) cannot be padded with {value!r}: pass an integer.")
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return arrays if low <= value <= high else widened(arrays)
 
 
 def round_up(length: int, multiple: int | None) -> int:

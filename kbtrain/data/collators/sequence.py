@@ -23,6 +23,7 @@ from kbtrain.data.collators.padding import (
     round_up,
     stack_field,
     token_id,
+    widened,
 )
 from kbtrain.errors import ConfigurationError, DataError
 
@@ -129,6 +130,7 @@ class DataCollatorWithPadding:
                     f"{name!r} must have one value for each of the sample's input_ids. Received: "
                     f"lengths {[a.shape[:1] for a in arrays][:4]} and {counts[:4]}"
                 )
+            arrays = widened(arrays) if name == "labels" else arrays
             batch[name] = pad(arrays, fill[name], length, str(self.padding_side))
         return batch
 
@@ -205,7 +207,7 @@ class DataCollatorForSeq2Seq(DataCollatorWithPadding):
             raise DataError("The labels of each sample must be a list of token ids.")
         width = self.length(max(len(array) for array in labels))
         side = str(self.padding_side)
-        batch["labels"] = pad(labels, self.label_pad_token_id, width, side)
+        batch["labels"] = pad(widened(labels), self.label_pad_token_id, width, side)
         if self.decoder_start_token_id is not None:
             shifted = np.full_like(batch["labels"], self.decoder_start_token_id)
             shifted[:, 1:] = batch["labels"][:, :-1]

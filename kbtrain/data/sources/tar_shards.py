@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.errors import DataError
+from kbtrain.errors import DataError, first_lines
 from kbtrain.utils.optional_imports import require
 
 Decoder = Callable[[bytes], Any]
@@ -32,12 +32,15 @@ def _array(data: bytes) -> np.ndarray:
 
 DECODERS: Mapping[str, Decoder] = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp"), _image),
-    **dict.fromkeys(("cls", "cls2", "index", "id"), int),
-    **dict.fromkeys(("txt", "text", "transcript"), bytes.decode),
+    **dict.fromkeys(("cls", "cls2", "index"), int),
+    **dict.fromkeys(("id", "txt", "text", "transcript"), bytes.decode),
     "json": json.loads,
     "npy": _array,
 }
-"""What the files of a sample become, by the last part of their extension: images are RGB uint8."""
+"""What the files of a sample become, by the last part of their extension: images are RGB uint8.
+
+Unlike in WebDataset, ``id`` is text: not all are numbers, and zeros in front count.
+"""
 
 
 class TarShards:
@@ -58,7 +61,9 @@ class TarShards:
             no decoder stays bytes.
 
     Raises:
-        DataError: There is no such file, or one is compressed or no tar file.
+        DataError: There is no such file, one is compressed, no tar file or not laid out like this,
+            or there are no samples. When a sample is read: a file was changed since, or cannot be
+            decoded.
 
     Example:
         >>> import io, tarfile, tempfile
@@ -83,6 +88,7 @@ class TarShards:
         self._transform = transform
         self._decoders = {**DECODERS, **(decoders or {})}
         self._extensions: list[str] = []
+        self._sizes: list[tuple[int, int]] = []
         self._open: dict[int, int] = {}
         self._read_headers()
 
@@ -100,7 +106,15 @@ class TarShards:
             name = self._extensions[kind]
             if len(data) < size:
                 raise DataError(f"{self.paths[shard]} is shorter than it was: cannot read .{name}.")
-            sample[name] = self._decoded(name, data)
+            try:
+                sample[name] = self._decoded(name, data)
+            except Exception as error:  # a decoder may raise anything
+                member = _member_at(self.paths[shard], offset) or f".{name}"
+                raise DataError(
+                    f"{self.paths[shard]}: {member} cannot be decoded "
+                    f"({type(error).__name__}: {first_lines(error)}). What else the files .{name} "
+                    f"are to become: decoders={{{name!r}: function}}."
+                ) from error
         return sample if self._transform is None else self._transform(sample)
 
     def _decoded(self, name: str, data: bytes) -> Any:
@@ -112,26 +126,53 @@ class TarShards:
         kinds: dict[str, int] = {}
         files, starts = [], [0]
         for shard, path in enumerate(self.paths):
-            former = None
+            former, seen, extensions = None, set[tuple[str, str]](), set[str]()
             for name, offset, size in _members(path):
                 folder, _, base = name.rpartition("/")
                 key, dot, extension = base.partition(".")
                 if not dot or not key:
                     continue  # as in WebDataset: a hidden file, or one without an extension
-                if former not in (None, (folder, key)):
-                    starts.append(len(files))
-                former = folder, key
+                if former != (sample := (folder, key)):
+                    if sample in seen:
+                        raise DataError(
+                            f"{path}: {name} comes after files of another sample. The files of a "
+                            "sample must be next to each other: tar --sort=name."
+                        )
+                    if former is not None:
+                        starts.append(len(files))
+                    former, extensions = sample, set()
+                    seen.add(sample)
+                if extension in extensions:
+                    raise DataError(
+                        f"{path}: there are two files {name}. A sample has one of each extension."
+                    )
+                extensions.add(extension)
                 files.append((shard, kinds.setdefault(extension, len(kinds)), offset, size))
             if former is not None:
                 starts.append(len(files))
+            self._sizes.append(_size_and_time(os.stat(path)))
+        if not files:
+            raise DataError(
+                "There is no sample: none of the files has a member with a name such as 0001.jpg. "
+                f"Received: {[str(path) for path in self.paths]}"
+            )
         self._extensions = list(kinds)
-        self._files = np.array(files, np.int64).reshape(-1, 4)
+        self._files = np.array(files, np.int64)
         self._starts = np.array(starts, np.int64)
 
     def _descriptor(self, shard: int) -> int:
         """The open file of a shard; reading at a place moves no position, so threads may share."""
-        if shard not in self._open:
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        path = self.paths[shard]
+        try:
+            if shard not in self._open:
+                self._open[shard] = os.open(path, os.O_RDONLY)
+            status = os.fstat(self._open[shard])
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if _size_and_time(status) != self._sizes[shard]:
+            raise DataError(
+                f"{path} was changed since its headers were read. Create TarShards again."
+            )
         return self._open[shard]
 
     def close(self) -> None:
@@ -146,6 +187,20 @@ class TarShards:
     def __getstate__(self) -> dict[str, Any]:
         """A copy for another process, which opens the files itself."""
         return {**self.__dict__, "_open": {}}
+
+
+def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+    """What a file has that changes when it is written or replaced."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _member_at(path: Path, offset: int) -> str | None:
+    """The name of the file at a place of a tar file, for a message."""
+    found = (name for name, at, _ in _members(path) if at == offset)
+    try:
+        return next(found, None)
+    except DataError:
+        return None
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -178,6 +233,8 @@ def _expanded(paths: Any) -> list[Path]:
         DataError: There is none.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given:
+        raise DataError(f"TarShards needs at least one file. Received: {paths!r}")
     found: list[Path] = []
     for one in given:
         for pattern in _braces(os.fspath(one)):

@@ -66,6 +66,20 @@ def test_a_file_holds_the_model(trained, tmp_path, name, source):
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["a.keras", "a.weights.h5", "a.safetensors"])
+def test_bfloat16_is_read_again(tmp_path, name):
+    """HDF5 lacks the type: Keras stores the bits, with a note."""
+    model, other = (
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype="bfloat16")], name="net")
+        for _ in range(2)
+    )
+    load_weights(other, export(model, tmp_path / name))
+    for one, two in zip(model.weights, other.weights, strict=True):
+        assert one.dtype == two.dtype == "bfloat16"
+        values = [keras.ops.convert_to_numpy(keras.ops.cast(v, "float32")) for v in (one, two)]
+        np.testing.assert_array_equal(*values)
+
+
 def test_arrays_of_safetensors_have_the_names_of_the_variables(trained, tmp_path):
     from safetensors.numpy import load_file
 

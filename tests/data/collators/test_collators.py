@@ -141,6 +141,44 @@ def test_fields_of_other_kinds():
     assert batch["box"].dtype == batch["image"].dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize(
+    "collate",
+    [
+        DataCollatorForLanguageModeling(mlm=False, pad_token_id=0),
+        DataCollatorForLanguageModeling(mlm=False, padding=False),
+        DataCollatorForLanguageModeling(
+            pad_token_id=0, mask_token_id=50_000, vocab_size=50_001, mlm_probability=1.0
+        ),
+        DataCollatorForTokenClassification(pad_token_id=50_000),
+        DataCollatorForSeq2Seq(pad_token_id=50_000, decoder_start_token_id=50_000),
+        DataCollatorForPacking(300),
+    ],
+)
+def test_narrow_integers_have_room_for_labels_and_positions(kind, collate):
+    size = 200
+    other = 1 if getattr(collate, "padding", True) else size
+    samples = [{"input_ids": np.ones(n, kind), "labels": np.ones(n, kind)} for n in (size, other)]
+    batch = collate(samples)
+    wide = "int32" if np.can_cast(kind, "int32") else "int64"
+    assert {batch[name].dtype.name for name in ("input_ids", "labels")} == {wide}
+    if isinstance(collate, DataCollatorForPacking):
+        assert batch["position_ids"][0, :size].tolist() == list(range(size))
+    assert set(np.unique(batch["labels"])) <= {-100, 1}
+
+
+def test_a_padding_value_that_does_not_fit_widens_the_field():
+    collate = DataCollatorWithPadding(pad_token_id=0, padding_values={"x": -1, "m": 0})
+    samples = [
+        {"input_ids": [1] * n, "x": np.ones(n, "uint8"), "m": np.ones(n, bool)} for n in (2, 1)
+    ]
+    batch = collate(samples)
+    assert batch["x"].tolist() == [[1, 1], [1, -1]]
+    assert batch["m"].dtype == bool
+    with pytest.raises(DataError, match=r"Integers \(uint8\) cannot be padded with 0.5"):
+        DataCollatorWithPadding(pad_token_id=0, padding_values={"x": 0.5, "m": 0})(samples)
+
+
 def test_no_padding_stacks():
     collate = DataCollatorWithPadding(padding=False)
     assert collate([[1, 2], [3, 4]])["input_ids"].tolist() == [[1, 2], [3, 4]]

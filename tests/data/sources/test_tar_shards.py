@@ -141,13 +141,54 @@ def test_what_is_refused(tmp_path, shards):
         TarShards(packed)
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         TarShards([tmp_path])
-    changed = TarShards(tmp_path / "part-01.tar")
-    (tmp_path / "part-01.tar").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"part-01.tar is shorter than it was"):
-        changed[3]
+    with pytest.raises(DataError, match="at least one file"):
+        TarShards([])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.txt", "a.txt"], "there are two files a.txt"),
+        (["a.txt", "b.txt", "a.cls", "b.cls"], "a.cls comes after files of another sample"),
+        (["README", ".hidden.txt"], "There is no sample"),
+        ([], "There is no sample"),
+    ],
+)
+def test_files_that_are_not_laid_out_as_samples_are_refused(tmp_path, names, message):
+    path = write(tmp_path / "a.tar", [(name, b"1") for name in names])
+    with pytest.raises(DataError, match=message):
+        TarShards(path)
+
+
+def test_a_decoders_error_names_the_file(tmp_path):
+    path = write(tmp_path / "a.tar", [("x/0.id", b"007"), ("x/1.cls", b"cat"), ("x/2.png", b"?")])
+    data = TarShards(path)
+    assert data[0] == {"id": "007"}
+    with pytest.raises(DataError, match=r"a.tar: x/1.cls cannot be decoded \(ValueError: .*'cat'"):
+        data[1]
+    with pytest.raises(DataError, match=r"x/2.png cannot .*decoders=\{'png': function\}"):
+        data[2]
+
+
+def test_a_file_that_is_changed_later_is_refused(tmp_path, shards):
+    path = tmp_path / "part-01.tar"
+    data, other, gone = (TarShards(path) for _ in range(3))
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DataError, match=r"part-01.tar cannot be read: No such file"):
+        gone[0]
+    path.write_bytes(content)  # as long as before
+    with pytest.raises(DataError, match=r"part-01.tar was changed since"):
+        data[0]
+    again = TarShards(path)
+    _ = again[0]
+    path.write_bytes(b"short")
+    for each in (again, other):
+        with pytest.raises(DataError, match=r"was changed since"):
+            each[3]
 
 
 def test_pickled_arrays_are_not_loaded(tmp_path):
     path = write(tmp_path / "a.tar", [("0.npy", array_bytes(np.array([{}], dtype=object)))])
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(DataError, match="allow_pickle"):
         TarShards(path)[0]
