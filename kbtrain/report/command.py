@@ -10,6 +10,7 @@ from typing import Any
 
 from kbtrain.config.serialization import secret_names
 from kbtrain.config.training_args import TrainingArguments
+from kbtrain.utils.addresses import without_credentials
 from kbtrain.utils.notebook import is_notebook
 from kbtrain.utils.processes import current
 
@@ -41,7 +42,7 @@ def _arguments(main: Any) -> list[str]:
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
-    """The words of a command without a token, which must not get into a log or a report.
+    """The words of a command without tokens and passwords, which no log or report may show.
 
     Options may have a prefix (``--args.hub_token X``), and settings no dashes (``hub_token=X``).
     """
@@ -56,7 +57,8 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
         elif secret and equals:
             shown.append(f"{option}={hidden}")
         else:
-            shown.append(_IN_MAPPING.sub(lambda m: f"{m[1]}<{m[2].upper()}>", word))
+            word = _IN_MAPPING.sub(lambda m: f"{m[1]}<{m[2].upper()}>", word)
+            shown.append(without_credentials(word))
         hides = hidden if secret and not equals and option.startswith("-") else ""
     return shown
 

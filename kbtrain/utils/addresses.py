@@ -10,6 +10,7 @@ from typing import Any
 
 from kbtrain.errors import ConfigurationError
 
+_SECRET = re.compile(r"(?P<user>:/+[^\s/:@]*(?:@[^\s/:@]+)*):[^\s]*@|\?.*", re.DOTALL)
 # `Path` turns "s3://b" into "s3:/b"; a single letter is a Windows drive.
 _ADDRESS = re.compile(r"\s*(?:[A-Za-z0-9]+::)*([A-Za-z][A-Za-z0-9+.-]+):/")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s:]", re.ASCII)
@@ -27,6 +28,22 @@ def scheme_of(path: Any) -> str | None:
     except TypeError:
         return None
     return match[1].lower() if match else None
+
+
+def without_credentials(text: str) -> str:
+    """An address, or an option with one, without a password and a query, as it may be shown.
+
+    Example:
+        >>> without_credentials("--data=sftp://ada:secret@host/run?key=secret")
+        '--data=sftp://ada:<PASSWORD>@host/run?<QUERY>'
+        >>> without_credentials("is it a:b@c?")
+        'is it a:b@c?'
+    """
+    if ":/" not in text:
+        return text
+    return _SECRET.sub(
+        lambda found: f"{found['user']}:<PASSWORD>@" if found["user"] else "?<QUERY>", text
+    )
 
 
 def check_local(name: str, path: Any) -> None:
@@ -48,7 +65,7 @@ def check_local(name: str, path: Any) -> None:
         )
         raise ConfigurationError(
             f"`{name}` must be a path in the file system, not an address of {scheme}://. {instead} "
-            f"Received: {name}={os.fsdecode(os.fspath(path))!r}"
+            f"Received: {name}={without_credentials(os.fsdecode(os.fspath(path)))!r}"
         )
 
 
@@ -61,13 +78,24 @@ def check_address(name: str, path: Any) -> None:
 
     Raises:
         ConfigurationError: It is a chain (``simplecache::s3://...``), or lacks a slash, as after
-            ``Path("s3://bucket/run")``.
+            ``Path("s3://bucket/run")``; or it has a password or a query, which would be saved with
+            the arguments, in checkpoints and in reports.
     """
-    if scheme_of(path) is not None and not _PLAIN.match(os.fsdecode(os.fspath(path))):
+    scheme = scheme_of(path)
+    if scheme is None:
+        return
+    text = os.fsdecode(os.fspath(path))
+    if (shown := without_credentials(text)) != text:
+        raise ConfigurationError(
+            f"`{name}` must not hold a password or a query (?...), as it is saved with the run. "
+            f"Give credentials in the environment, as FSSPEC_{scheme.upper()}_PASSWORD, or in "
+            f"fsspec's configuration. Received: {name}={shown!r}"
+        )
+    if not _PLAIN.match(text):
         raise ConfigurationError(
             f"`{name}` must be a path, or an address like s3://bucket/run as text: with two "
             "slashes (pathlib.Path takes one away), and with one scheme. "
-            f"Received: {name}={os.fsdecode(os.fspath(path))!r}"
+            f"Received: {name}={without_credentials(os.fsdecode(os.fspath(path)))!r}"
         )
 
 

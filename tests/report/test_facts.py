@@ -136,6 +136,8 @@ def test_the_command_and_how_to_go_on(monkeypatch):
         (["--args", "{hub_token: hf_X, seed: 1}"], "--args '{hub_token: <HUB_TOKEN>, seed: 1}'"),
         (["--args={'hub_token': 'hf_X'}"], None),
         (["--hub_token", "--hub_token", "hf_X"], None),
+        (["--data=sftp://ada:hf_X@host/d"], "'--data=sftp://ada:<PASSWORD>@host/d'"),
+        (["https://host/d?key=hf_X"], "'https://host/d?<QUERY>'"),
     ],
 )
 def test_a_command_is_shown_without_a_token(monkeypatch, words, shown):

@@ -1,6 +1,7 @@
 """Which text is an address, where it may stand, and the local folder that belongs to it."""
 
 import os
+import traceback
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import kbtrain
 from kbtrain import Trainer
 from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.remote import files, open_store
+from kbtrain.cli import checkpoint as cli
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.addresses import beneath, check_local, local_folder
 
@@ -41,6 +43,49 @@ def test_an_address_that_is_none(address):
         kbtrain.TrainingArguments(output_dir=address)
     with pytest.raises(ConfigurationError, match="resume_from_checkpoint"):
         kbtrain.TrainingArguments(resume_from_checkpoint=str(address))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "address",
+    [
+        "sftp://ada:geheim@host/run",
+        "sftp://:geheim@host/run",
+        "SFTP://ada@corp:ge/he:im@geheim@host/run",
+        "ftp://ada:geheim@host:21/run",
+        "simplecache::sftp://ada:geheim@host/run",
+        "sftp:/ada:geheim@host/run",
+        "https://host/run?token=geheim&b",
+        "s3://b/run/?key=geheim",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_never_shown(tmp_path, address):
+    model = linear_model()
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=make_data(), loss="mse")
+    attempts = [
+        lambda: kbtrain.TrainingArguments(output_dir=address),
+        lambda: kbtrain.TrainingArguments(resume_from_checkpoint=address),
+        lambda: trainer.args.replace(output_dir=address),
+        lambda: trainer.fit(resume_from_checkpoint=address),
+        lambda: trainer.save_model(address),
+        lambda: kbtrain.load_weights(model, address),
+        lambda: open_store(address),
+        lambda: cli.run(["ls", address]),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ConfigurationError) as info:
+            attempt()
+        shown = "".join(traceback.format_exception(info.value))
+        assert "geheim" not in shown
+        assert "<PASSWORD>" in shown or "<QUERY>" in shown
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["sftp://ada@host:22/run", "abfs://box@account/run", "hf://datasets/u/r@v1/run"]
+)
+def test_a_user_a_port_and_a_revision_are_no_password(address):
+    assert kbtrain.TrainingArguments(output_dir=address).output_dir == address
 
 
 @pytest.mark.parametrize("path", ["run", "a:b/run", "C:/run", "C:\\run", "~/x", "/a/b:c", "a/s3:x"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.addresses import check_address, scheme_of
 from kbtrain.utils.optional_imports import require
 
 logger = logging.getLogger("kbtrain")
@@ -51,13 +51,15 @@ class RemoteFiles:
         address: ``scheme://place``.
 
     Raises:
-        ConfigurationError: fsspec does not know the scheme, or a package is missing.
+        ConfigurationError: fsspec does not know the scheme, a package is missing, or the address
+            holds a password.
 
     Attributes:
         tries: How often an operation is tried.
     """
 
     def __init__(self, address: str) -> None:
+        check_address("address", address)
         self.address = address.strip().rstrip("/")
         self.tries = ATTEMPTS
         self._fs, self._root = _open(self.address)
