@@ -15,6 +15,9 @@ _SECRET = re.compile(r"(?P<user>:/+[^\s/:@]*(?:@[^\s/:@]+)*):[^\s]*@|\?.*", re.D
 _ADDRESS = re.compile(r"\s*(?:[A-Za-z0-9]+::)*([A-Za-z][A-Za-z0-9+.-]+):/")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s:]", re.ASCII)
 
+_SAME = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
+"""Schemes that are other names of one."""
+
 
 def scheme_of(path: Any) -> str | None:
     """The scheme of an address, in lower case; None for a path.
@@ -99,12 +102,24 @@ def check_address(name: str, path: Any) -> None:
         )
 
 
+def normalised(address: str) -> str:
+    """An address with its scheme in lower case and single slashes, without one at the end.
+
+    Example:
+        >>> normalised("S3://bucket//run/"), normalised("file:///run")
+        ('s3://bucket/run', 'file:///run')
+    """
+    scheme, _, place = address.strip().partition("://")
+    return f"{scheme.lower()}://{re.sub('/+', '/', place).rstrip('/')}"
+
+
 def local_folder(output_dir: str) -> Path:
     """The folder of a run on this machine.
 
     Args:
         output_dir: Its path, which is the folder; or an address. Then it is a folder in
-            ``$XDG_CACHE_HOME/kbtrain/runs`` (by default ``~/.cache/kbtrain/runs``) named after it.
+            ``$XDG_CACHE_HOME/kbtrain/runs`` (by default ``~/.cache/kbtrain/runs``) named after it,
+            the same one however the address is written, as a lock in it keeps out other runs.
 
     Example:
         >>> local_folder("s3://bucket/digits").name
@@ -114,7 +129,8 @@ def local_folder(output_dir: str) -> Path:
     """
     if scheme_of(output_dir) is None:
         return Path(output_dir)
-    address = output_dir.strip().rstrip("/")
+    scheme, _, place = normalised(output_dir).partition("://")
+    address = f"{_SAME.get(scheme, scheme)}://{place}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", address.rpartition("/")[2]).lstrip(".")[:60]
     digest = hashlib.sha256(address.encode()).hexdigest()[:10]

@@ -107,6 +107,13 @@ def test_the_local_folder_of_an_address(tmp_path, monkeypatch, address):
     assert os.listdir(tmp_path) == []
 
 
+def test_one_place_has_one_folder_however_it_is_written():
+    same = ["s3://b/run", "S3://b/run", "s3a://b/run", "s3://b//run", "s3://b/run//", " s3://b/run"]
+    assert len({local_folder(address) for address in same}) == 1
+    assert len({local_folder(address) for address in ("s3://b/run", "gs://b/run", "s3://b/r")}) == 3
+    assert open_store("MEMORY://b//run/").place == "memory://b/run"
+
+
 def test_the_folder_of_a_trial_is_beneath_that_of_the_search(tmp_path):
     assert beneath("s3://b/run/", "run-3") == "s3://b/run/run-3"
     assert beneath(str(tmp_path), "run-3") == str(tmp_path / "run-3")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.addresses import check_address, scheme_of
+from kbtrain.utils.addresses import check_address, normalised, scheme_of
 from kbtrain.utils.optional_imports import require
 
 logger = logging.getLogger("kbtrain")
@@ -60,7 +60,7 @@ class RemoteFiles:
 
     def __init__(self, address: str) -> None:
         check_address("address", address)
-        self.address = address.strip().rstrip("/")
+        self.address = normalised(address)
         self.tries = ATTEMPTS
         self._fs, self._root = _open(self.address)
 
@@ -168,7 +168,7 @@ def _open(address: str) -> tuple[Any, str]:
 
     scheme = str(scheme_of(address))
     try:
-        files, root = url_to_fs(scheme + address[len(scheme) :])
+        files, root = url_to_fs(address)
     except ImportError as error:
         package = PACKAGES.get(scheme)
         remedy = f"Install it: pip install {package}." if package else "Install what it names."

@@ -31,7 +31,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
-from kbtrain.utils.addresses import check_address, local_folder, scheme_of
+from kbtrain.utils.addresses import check_address, local_folder, normalised, scheme_of
 from kbtrain.utils.filesystem import checkpoint_name, parse_checkpoint_name
 
 logger = logging.getLogger("kbtrain")
@@ -211,11 +211,18 @@ class RemoteStore(CheckpointStore):
         state = parse_json(TRAINER_STATE, (found / TRAINER_STATE).read_bytes())
         best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
         step = parse_checkpoint_name(Path(best).name) if isinstance(best, str) else None
-        if step is not None and best != found.name:
-            try:
-                self.fetch(step)
-            except CheckpointDamagedError as error:
-                logger.warning("%s It held the best model.", error)
+        if step is None or checkpoint_name(step) == found.name:
+            return
+        try:
+            if self.fetch(step) is None and not self.path(step).is_dir():
+                logger.warning(
+                    "%s, which held the best model, is no longer in %s. The best of those that "
+                    "are left counts as the best from now on.",
+                    checkpoint_name(step),
+                    self.place,
+                )
+        except CheckpointDamagedError as error:
+            logger.warning("%s It held the best model.", error)
 
     # --- to the address ---------------------------------------------------------------------------
 
@@ -255,8 +262,9 @@ class RemoteStore(CheckpointStore):
                 self._refused.add(path)
             except OSError as error:
                 raise CheckpointError(
-                    f"Could not upload {name} to {self.place}: {error.strerror or error}. It is "
-                    f"kept in {self.directory}, and uploaded with the next one."
+                    f"Could not upload {name} to {self.place}: {error.strerror or error}. As many "
+                    f"as save_total_limit are kept in {self.directory}, the newest at least, and "
+                    "uploaded with the next one."
                 ) from error
         self.send_files()
         if refused is not None:
@@ -402,10 +410,11 @@ def staged(address: str, log: Log | None = None, own: RemoteStore | None = None)
         CheckpointError: As for ``RemoteStore.fetch``, or there is none.
     """
     check_address("address", address)
-    run, _, name = address.strip().rstrip("/").rpartition("/")
+    run, _, name = normalised(address).rpartition("/")
     step = parse_checkpoint_name(name)
     run = address if step is None else run
-    store = own if own is not None and own.place == run.rstrip("/") else RemoteStore(run)
+    is_own = own is not None and own.directory == local_folder(run).absolute()
+    store = own if own is not None and is_own else RemoteStore(run)
     found = store._newest(log, must=True)[0] if step is None else store.fetch(step)
     if found is None:
         raise CheckpointNotFoundError(

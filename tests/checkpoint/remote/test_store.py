@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_the_best_model_is_there_after_the_machine_is_lost(cache):
     assert there() == ["checkpoint-2", "log.jsonl", "run.json"]
 
 
+@pytest.mark.neutral
+def test_a_best_checkpoint_that_is_gone_is_said(cache, caplog):
+    best = {
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "learning_rate": 50.0, "metric_for_best_model": "loss", "greater_is_better": True,
+    }  # fmt: skip
+    first = run(**best, max_steps=4)
+    assert Path(first.state.best_model_checkpoint).name == "checkpoint-2"
+    shutil.rmtree(cache)
+    for path in [path for path in FaultyFiles.store if "/checkpoint-2/" in path]:
+        del FaultyFiles.store[path]
+    resumed = run(resume=True, **best)
+    assert "checkpoint-2, which held the best model, is no longer in faulty://" in caplog.text
+    assert Path(resumed.state.best_model_checkpoint).name in ("checkpoint-4", "checkpoint-6")
+
+
 def failing(number=1, last=10**6, error=ConnectionError):
     return lambda: FaultyFiles.reset("error", number, last, error)
 
@@ -132,6 +149,7 @@ def test_an_upload_that_fails_to_the_end_is_said_at_the_end(caplog):
     assert "Could not upload checkpoint-4" in said[0]
     assert str(trainer.store.directory) in said[0]
     assert "logs in" in caplog.text
+    assert "As many as save_total_limit are kept in" in said[0]
     assert [step for step, _ in trainer.store.list()] == [4, 6]
     FaultyFiles.reset()
     assert RemoteStore(ADDRESS).resolve(True).step == 6  # on this machine
