@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ class KaggleModel:
         require("kagglehub", "kaggle", f"hub_model_id={uri!r}")
         self._keras_hub = require("keras_hub", "kaggle", f"hub_model_id={uri!r}")
         self.name = uri
+        self.created = True
 
     def create(self) -> None:
         """Kaggle creates a model with its first version."""
 
-    def commit(self, stage: Path, message: str, replacing: str | None = None) -> Any:
+    def commit(self, stage: Path, message: str, replacing: Sequence[str] = ()) -> Any:
         """Upload a preset with ``keras_hub.upload_preset``.
 
         Args:

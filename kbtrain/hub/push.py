@@ -41,7 +41,8 @@ def push_to_hub(
         trainer.save_model()
         if repository is None:
             return None
-        repository.create()
+        if blocking:  # a push in the background creates it itself
+            pusher.create(repository)
         if pusher.repository is not None:
             pusher.repository.name = repository.name  # in full, for the card
         trainer.create_model_card(**{"model_name": repository.name.split("/")[-1], **card})

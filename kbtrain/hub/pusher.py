@@ -7,14 +7,16 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.errors import ConfigurationError, first_lines
+from kbtrain.errors import ConfigurationError, HubError, first_lines
 from kbtrain.hub import staging
 from kbtrain.hub.presets import HUGGING_FACE, KAGGLE, KaggleModel, check_preset, is_preset
 from kbtrain.hub.repository import Repository
+from kbtrain.hub.unpushed import UnpushedCheckpoints
 from kbtrain.hub.uploads import Uploads
 from kbtrain.report.model_card import MODEL_FILE
 from kbtrain.utils.filesystem import tree_size
@@ -27,7 +29,7 @@ ANSWERS_WITHIN = 60.0
 """Seconds to wait for the Hub before training."""
 
 PATIENCE, SLOWEST = 600.0, 1e6
-"""How long to wait at the end: seconds, and bytes per second for what has to be uploaded."""
+"""How long to wait for a push: seconds, and bytes per second for what has to be uploaded."""
 
 SaveModel = Callable[[Any, Path], Any]
 
@@ -55,7 +57,7 @@ class HubPusher:
         self._uploads = Uploads()
         self._pushes = self._failures = 0
         self._last_failure: str | None = None
-        self._skipped: Path | None = None
+        self._unpushed = UnpushedCheckpoints()
         self._closed = True
         self.pushing = False
         """Whether a call of ``push_to_hub`` is saving the model."""
@@ -93,7 +95,7 @@ class HubPusher:
         if self.repository is None:
             return
         self._pushes = self._failures = 0
-        self._last_failure = self._skipped = None
+        self._last_failure, self._unpushed = None, UnpushedCheckpoints()
         self._closed = False
         shutil.rmtree(self._stages, ignore_errors=True)
         try:
@@ -112,32 +114,33 @@ class HubPusher:
             trainer: The Trainer, at the step of the checkpoint.
 
         Returns:
-            What to call when the checkpoint is complete; None if nothing is to be pushed.
+            What to call when the checkpoint is complete; None if there is nothing to be done.
         """
         args, step = self._args, trainer.state.global_step
         if args.hub_strategy == "end" or trainer.trial is not None:
             return None
+        checkpoint = trainer.store.path(step)
+        later = functools.partial(self._unpushed.add, self._folders(checkpoint))
         # The newest state of a run that must stop is what it will be resumed from.
         wanted = args.hub_always_push or trainer.interruption is not None or not self._uploads.busy
         if self.repository is not None and not wanted:
-            self._skipped = self._folder / f"checkpoint-{step}"
             logger.info("No push of step %d: an earlier one is still running.", step)
             if current().size == 1:
-                return None
+                return later
         stage = self._stages / f"step-{step}"
         try:
             self._save_model(trainer, stage)
             self._save_preset(trainer, stage)
         except Exception as error:  # Keras, and the classes of a model, may raise anything
             self._failed(error, f"Saving the model of step {step} for a push")
+            return None if self.repository is None else later
+        if self.repository is None:
             return None
-        if self.repository is None or not wanted:
-            return None
+        if not wanted:
+            return later
         trainer.fire("on_push_begin")
-        self._skipped = None
         by_epoch = args.save_strategy == "epoch"
         when = f"epoch {int(trainer.state.epoch)}" if by_epoch else f"step {step}"
-        checkpoint = trainer.store.path(step)
         return functools.partial(self._push_checkpoint, stage, checkpoint, when)
 
     def _save_preset(self, trainer: Any, stage: Path) -> None:
@@ -152,29 +155,30 @@ class HubPusher:
 
     def _push_checkpoint(self, stage: Path, checkpoint: Path, when: str) -> None:
         """Submit the push of a complete checkpoint; runs in the thread that has written it."""
+        checkpoints = self._folders(checkpoint)
         try:
-            replacing = self._add_checkpoint(checkpoint, stage)
+            for folder, path in checkpoints.items():
+                staging.set_aside_checkpoint(path, stage / folder)
             staging.set_aside_run(self._folder, stage)
         except OSError as error:
+            self._unpushed.add(checkpoints)
             self._failed(error, f"Setting {checkpoint.name} aside for a push")
             return
-        self._submit(stage, f"Training in progress, {when}", replacing)
+        self._submit(stage, f"Training in progress, {when}", checkpoints)
 
-    def _add_checkpoint(self, checkpoint: Path, stage: Path) -> str | None:
-        """Set a checkpoint aside if the strategy wants it; return the folder that it replaces."""
+    def _folders(self, checkpoint: Path) -> dict[str, Path]:
+        """The folder of the repository that a checkpoint becomes, if the strategy wants it."""
         if self._args.hub_strategy == "checkpoint":
-            staging.set_aside_checkpoint(checkpoint, stage / staging.LAST_CHECKPOINT)
-            return staging.LAST_CHECKPOINT
+            return {staging.LAST_CHECKPOINT: checkpoint}
         if self._args.hub_strategy == "all_checkpoints":
-            staging.set_aside_checkpoint(checkpoint, stage / checkpoint.name)
-            return checkpoint.name
-        return None
+            return {checkpoint.name: checkpoint}
+        return {}
 
     def finish(self, push: Callable[[], Any]) -> None:
-        """At the end of ``fit``: push the final model, and wait for all pushes.
+        """At the end of ``fit``: push the final model; ``close`` waits for it.
 
         Args:
-            push: Pushes the final model.
+            push: Submits the push of the final model.
         """
         try:
             push()
@@ -194,23 +198,50 @@ class HubPusher:
             if not waits:
                 logger.warning("A push to %s was not waited for.", self.name)
                 return
-            # No request has a time limit of its own, and a run must not hang at its end.
-            limit = PATIENCE + tree_size(self._stages) / SLOWEST
+            limit = self._limit()
             logger.info("Waiting at most %.0f s for the push to %s.", limit, self.name)
             if not self._uploads.wait(limit):
                 self._failed(TimeoutError("It takes too long."), "The last push")
         self._closed = True
         shutil.rmtree(self._stages, ignore_errors=True)
-        if self._last_failure is not None:
+        missing = ", ".join(self._unpushed.names())
+        if self._last_failure is not None or missing:
             logger.warning(
-                "%s on the Hub is not up to date (failures: %d). %s Everything is in %s; "
+                "%s on the Hub is not up to date (failures: %d). %s%s Everything is in %s; "
                 "trainer.push_to_hub() tries again.",
-                *(self.name, self._failures, self._last_failure, self._folder),
+                *(self.name, self._failures, self._last_failure or ""),
+                *(f" Not pushed: {missing}." if missing else "", self._folder),
             )
         elif self._failures:
             logger.info("%d pushes to %s failed, a later one did not.", self._failures, self.name)
 
+    def _limit(self) -> float:
+        """Seconds to wait for what is set aside: no request has a time limit of its own."""
+        return PATIENCE + tree_size(self._stages) / SLOWEST
+
     # --- any time -------------------------------------------------------------------------------
+
+    def create(self, repository: Repository | KaggleModel) -> None:
+        """Create a repository, after the pushes in flight, and wait for it.
+
+        Args:
+            repository: The repository.
+
+        Raises:
+            ConfigurationError, HubError: It failed.
+        """
+        if not repository.created:
+            self._result(self._uploads.submit(repository.create), repository.name)
+
+    def _result(self, future: Future[Any], name: str) -> Any:
+        limit = self._limit()
+        try:
+            return future.result(limit)
+        except TimeoutError:
+            raise HubError(
+                f"{name} on the Hub: no answer within {limit:.0f} s. Everything is in "
+                f"{self._folder}; trainer.push_to_hub() tries again."
+            ) from None
 
     def push(
         self,
@@ -235,32 +266,35 @@ class HubPusher:
             OutputError: The files cannot be set aside.
         """
         stage = self._stages / f"push-{self._pushes}"
-        replacing = None
         with explained(stage):
             staging.set_aside_run(self._folder, stage)
             self._save_preset(trainer, stage)
-            if self._skipped is not None and self._skipped.is_dir():
-                replacing = self._add_checkpoint(self._skipped, stage)
-        self._skipped = None
-        future = self._submit(stage, message, replacing, repository, told=not blocking)
-        return future.result() if blocking else future
+        target = self.repository if repository is None else repository
+        assert target is not None
+        future = self._submit(stage, message, {}, target, told=not blocking)
+        return self._result(future, target.name) if blocking else future
 
     def _submit(
         self,
         stage: Path,
         message: str,
-        replacing: str | None,
+        checkpoints: Mapping[str, Path],
         repository: Repository | KaggleModel | None = None,
         told: bool = True,
-    ) -> Any:
+    ) -> Future[Any]:
         target = self.repository if repository is None else repository
         assert target is not None
+        own = target is self.repository
         self._pushes += 1
 
         def upload() -> Any:
+            pushed = dict(checkpoints)
             try:
-                info = target.commit(stage, message, replacing)
+                if own:  # only now is it known what became of the pushes before this one
+                    pushed |= self._unpushed.set_aside(stage, checkpoints)
+                info = target.commit(stage, message, list(pushed))
             except Exception as error:
+                self._unpushed.add(checkpoints)
                 if told:
                     self._failed(error, "A push")
                 raise
@@ -268,7 +302,10 @@ class HubPusher:
                 shutil.rmtree(stage, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self._stages.rmdir()  # unless another push is set aside
-            self._last_failure = None
+            if own:
+                self._unpushed.remove(pushed)
+                if not self._unpushed.names():
+                    self._last_failure = None
             logger.info("Pushed to %s: %s", target.name, message)
             return info
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,13 +94,13 @@ class Repository:
             raise self._explained("reach", error) from error
         self.created = True
 
-    def commit(self, stage: Path, message: str, replacing: str | None = None) -> Any:
+    def commit(self, stage: Path, message: str, replacing: Sequence[str] = ()) -> Any:
         """Add the files of a folder in one commit, which others see completely or not at all.
 
         Args:
             stage: The folder.
             message: The commit message.
-            replacing: A folder of the repository whose other files are deleted.
+            replacing: Folders of the repository whose other files are deleted.
 
         Returns:
             The ``CommitInfo`` of ``huggingface_hub``.
@@ -112,7 +112,7 @@ class Repository:
         hub, files = self._hub, staged(stage)
 
         def commit() -> Any:
-            old = () if replacing is None else self._files_in(replacing)
+            old = self._files_in(replacing) if replacing else ()
             operations = [
                 *(hub.CommitOperationAdd(name, str(path)) for name, path in files.items()),
                 *(hub.CommitOperationDelete(name) for name in old if name not in files),
@@ -170,9 +170,9 @@ class Repository:
         if "/" not in self.name:
             self.name = f"{self._repeated(self._api.whoami)['name']}/{self.name}"
 
-    def _files_in(self, folder: str) -> list[str]:
+    def _files_in(self, folders: Sequence[str]) -> list[str]:
         listed = self._api.list_repo_files(self.name, revision=self.revision)
-        return [name for name in listed if name.startswith(f"{folder}/")]
+        return [name for name in listed if name.partition("/")[0] in folders]
 
     def _repeated(self, request: Callable[[], T]) -> T:
         """Make a request again after a failure that may pass; ``huggingface_hub`` repeats some."""

@@ -70,7 +70,8 @@ def run_session(
         if trainer.pusher is not None and trainer.trial is None:
             handler.tell("phase", f"pushing to {trainer.pusher.name}")
             if trainer.interruption is None:
-                trainer.pusher.finish(functools.partial(trainer.push_to_hub, "End of training"))
+                push = functools.partial(trainer.push_to_hub, "End of training", blocking=False)
+                trainer.pusher.finish(push)
             trainer.pusher.close(waits=True)  # another Ctrl-C ends it
         newest = actions.last_checkpoint(trainer) if trainer.interruption else None
         signals.raise_received(trainer.state.global_step, newest, trainer.interruption)

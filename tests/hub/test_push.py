@@ -334,21 +334,6 @@ def test_a_hub_that_is_down_all_the_time(hub, tmp_path, caplog, fault):
 
 
 @pytest.mark.neutral
-def test_a_hub_that_never_answers(hub, tmp_path, caplog, monkeypatch):
-    gate = threading.Event()
-    hub.fail("/api/", *[gate] * 1000)
-    monkeypatch.setattr("kbtrain.hub.pusher.ANSWERS_WITHIN", 0.05)
-    monkeypatch.setattr("kbtrain.hub.pusher.PATIENCE", 0.05)
-    trainer = trainer_in(tmp_path / "run", hub_strategy="every_save")
-    monkeypatch.setattr(trainer.pusher, "finish", lambda push: None)
-    trainer.fit()
-    gate.set()
-    assert "The Hub does not answer." in caplog.text
-    assert "It takes too long." in caplog.text
-    assert trainer.pusher._uploads.wait(60)
-
-
-@pytest.mark.neutral
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
