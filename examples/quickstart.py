@@ -17,6 +17,10 @@ from typing import Any
 
 import kbtrain  # noqa: F401  (before Keras: without the messages of TensorFlow's start)
 
+if __name__ == "__main__":
+    print("importing Keras and its backend takes some seconds", flush=True)
+
+# ruff: noqa: E402
 # isort: split
 
 import keras
