@@ -53,6 +53,7 @@ class HubPusher:
         self._args = args
         self._save_model = save_model
         self._folder = args.output_folder.absolute()
+        staging.check_folder(self._folder)
         self._stages = self._folder / staging.FOLDER
         self._uploads = Uploads()
         self._pushes = self._failures = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME as RECORD
+from kbtrain.report.sources import ARGUMENTS
 from kbtrain.utils.filesystem import parse_checkpoint_name
 
 FOLDER = ".hub"
@@ -68,6 +71,42 @@ def set_aside_run(folder: Path, stage: Path) -> None:
     for name, path in files_of_run(folder):
         if not (stage / name).exists():
             set_aside(path, stage / name)
+    hide_folders(stage)
+
+
+def hide_folders(stage: Path) -> None:
+    """Keep only the last part of the paths in ``training_args.json``: they are of this machine."""
+    path = stage / ARGUMENTS
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):  # none, or a file of the user's
+        return
+    for name in ("output_dir", "resume_from_checkpoint"):
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            values[name] = PurePath(values[name]).name
+    path.unlink()  # it may be a second name of the run's own file
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a push, which takes all files of a folder, would take those of a run only.
+
+    Args:
+        folder: ``output_dir``.
+
+    Raises:
+        ConfigurationError: It is the folder of a project.
+    """
+    if (folder / ".git").exists():
+        found = "is a Git repository"
+    elif Path.cwd().is_relative_to(folder.resolve()):
+        found = f"holds the folder that this program runs in, {Path.cwd()}"
+    else:
+        return
+    raise ConfigurationError(
+        f"A push takes all files of output_dir, and {folder} {found}. Give the run a folder of its "
+        "own, such as output_dir='runs/digits'."
+    )
 
 
 def set_aside_checkpoint(checkpoint: Path, stage: Path) -> None:

@@ -1,5 +1,6 @@
 """What is checked before a run that is to push, and pushes of presets."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -97,6 +98,31 @@ def test_files_of_a_run_that_are_pushed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert [name for name, _ in files_of_run(tmp_path)] == pushed
+
+
+@pytest.mark.parametrize("given", [".", "..", "clone"])
+def test_a_folder_that_is_not_the_runs_own_is_refused(hub, tmp_path, monkeypatch, given):
+    here = tmp_path / "project" / "scripts"
+    (here / "clone" / ".git").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigurationError, match="takes all files of output_dir.*of its own"):
+        trainer_in(given, hub_model_id="ada/digits")
+    with pytest.raises(ConfigurationError, match="takes all files of output_dir"):
+        trainer_in(given, hub_model_id="ada/digits", push_to_hub=False).push_to_hub()
+
+
+def test_folders_of_this_machine_stay_here(hub, tmp_path):
+    """But for those of a checkpoint, which has checksums, and of the report, which shows them."""
+    changes = {"save_strategy": "steps", "save_steps": 1, "report_to": ["html", "csv"]}
+    trainer = trainer_in(tmp_path / "run", hub_strategy="checkpoint", **changes)
+    trainer.fit()
+    trainer.push_to_hub()
+    files = hub.files("ada/run")
+    assert json.loads(files["training_args.json"])["output_dir"] == "run"
+    told = sorted(name for name, content in files.items() if str(tmp_path).encode() in content)
+    assert told == ["last-checkpoint/training_args.json", "report.html"]
+    here = TrainingArguments.from_json_file(tmp_path / "run" / "training_args.json")
+    assert here.output_dir == str(tmp_path / "run")
 
 
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
