@@ -37,7 +37,7 @@ class FrozenArray:
         shape: Its shape.
         dtype: Name of its dtype.
         checksum: SHA-256 of its bytes.
-        fingerprint: Of the same bytes, computed ten times as fast; only to notice a change.
+        fingerprint: Of the same bytes, several times as fast; shows whether they changed.
     """
 
     shape: tuple[int, ...]
@@ -127,16 +127,19 @@ def forget(model: keras.Model) -> None:
         lora.checksums = {v: known for v, known in lora.checksums.items() if v in divided}
 
 
-def note_changes(model: keras.Model) -> None:
+def note_changes(model: keras.Model) -> dict[int, FrozenArray]:
     """Save from now on what was frozen and has changed since the start of the run.
 
     The first process decides, because others get their values from it.
+
+    Returns:
+        What is known of the rest, by the variables' ``id``.
     """
     lora = lora_of(model)
     if lora is None or current().rank:
-        return
-    known = lora.checksums
-    changed = [v for v in lora.base if id(v) in known and not _is_unchanged(known[id(v)], v)]
+        return {}
+    read = [(v, lora.checksums[id(v)]) for v in lora.base if id(v) in lora.checksums]
+    changed = [variable for variable, known in read if not _is_unchanged(known, variable)]
     if changed:
         logger.warning(
             "Frozen variables were changed during training (%s%s). Checkpoints hold them from now "
@@ -145,6 +148,7 @@ def note_changes(model: keras.Model) -> None:
             ", ..." if len(changed) > 5 else "",
         )
         note_trained(model, changed)
+    return {id(v): known for v, known in read if not any(v is other for other in changed)}
 
 
 def left_out(model: keras.Model, named: Mapping[str, keras.Variable]) -> set[str]:
@@ -154,8 +158,17 @@ def left_out(model: keras.Model, named: Mapping[str, keras.Variable]) -> set[str
     return {name for name, variable in named.items() if id(variable) in frozen}
 
 
-def document(model: keras.Model, named: Mapping[str, keras.Variable]) -> dict[str, Any] | None:
+def document(
+    model: keras.Model,
+    named: Mapping[str, keras.Variable],
+    known: Mapping[int, FrozenArray] | None = None,
+) -> dict[str, Any] | None:
     """What a checkpoint says about the adapters, and about the variables that it leaves out.
+
+    Args:
+        model: The model.
+        named: Its variables by name.
+        known: The result of ``note_changes``, just called.
 
     Returns:
         JSON values; None if it leaves out nothing.
@@ -165,7 +178,8 @@ def document(model: keras.Model, named: Mapping[str, keras.Variable]) -> dict[st
         return None
     arrays = {}
     for name in sorted(names):
-        array = _now(lora, named[name])
+        variable = named[name]
+        array = (known or {}).get(id(variable)) or _now(lora, variable)
         arrays[name] = [list(array.shape), array.dtype, array.checksum]
     return {
         "rank": lora.rank,

@@ -188,7 +188,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     if not trainer.bound.overridden.train_step and trainer.optimizer is not None:
         # A callback may have frozen or unfrozen layers after the newest update.
         changing_variables.sync_variables(trainer.optimizer, trainer.model)
-    frozen_base.note_changes(trainer.model)
+    unchanged = frozen_base.note_changes(trainer.model)
     buffers = trainer.saver.buffers
     trained = run_state.gather_model(trainer.model, buffers, blocks_only)
     evaluated = run_state.gather_evaluation(
@@ -202,7 +202,7 @@ def _snapshot(trainer: TrainerBase, run: Run) -> Snapshot:
     if (config := run_state.model_config(trainer.model)) is not None:
         documents["model_config"] = config
     named = name_variables(run_state.model_variables(trainer.model))
-    if (frozen := frozen_base.document(trainer.model, named)) is not None:
+    if (frozen := frozen_base.document(trainer.model, named, unchanged)) is not None:
         documents[frozen_base.DOCUMENT] = frozen
     if not args.save_only_model:
         more_arrays, more_documents = run_state.gather_training(
