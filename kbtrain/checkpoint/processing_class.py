@@ -35,6 +35,12 @@ def save_processing_class(processing: Any, folder: Path) -> None:
         getattr(processing, name)(str(folder))
 
 
+def check_resumed(processing: Any, folder: Path) -> None:
+    """Let the processing class refuse a checkpoint, with its own ``check_resumed(folder)``."""
+    if (check := getattr(processing, "check_resumed", None)) is not None:
+        check(folder)
+
+
 def files_of(
     processing: Any, store: CheckpointStore, step: int, documents: Iterable[str]
 ) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kbtrain.errors import (
     CheckpointFormatError,
     CheckpointNotFoundError,
     CheckpointUnreadableError,
+    ConfigurationError,
 )
 from kbtrain.utils.addresses import scheme_of
 
@@ -68,6 +69,11 @@ def run(words: Sequence[str]) -> int:
         help="import a module first that registers the model's own classes",
     )  # fmt: skip
     arguments = parser.parse_args(words)
+    if arguments.does is ls and scheme_of(arguments.path) is not None:
+        raise ConfigurationError(
+            "ls lists checkpoints on this machine. Of those at an address, show and verify "
+            f"download the newest. Received: {arguments.path}"
+        )
     if scheme_of(arguments.path) is None:
         arguments.path = Path(arguments.path)
     else:
@@ -80,7 +86,9 @@ def run(words: Sequence[str]) -> int:
 def ls(arguments: argparse.Namespace) -> int:
     """Print one line per checkpoint, by step; reads manifests and states only."""
     rows = [("checkpoint", "size", "saved", "backend", "")]
-    for path in _checkpoints(arguments.path):
+    found = _checkpoints(arguments.path)
+    newest = _newest_state(found)
+    for path in found:
         try:
             outline = read_outline(path, arrays=False)
             with reading(path / MANIFEST_NAME, MANIFEST_NAME):
@@ -89,14 +97,14 @@ def ls(arguments: argparse.Namespace) -> int:
             rows.append((path.name, "?", "?", "?", f"{_state_of(error)}: {error}"))
             continue
         saved = datetime.datetime.fromtimestamp(written)
-        best = outline.state.get("best_global_step") == outline.step
+        best = newest.get("best_global_step") == outline.step
         rows.append(
             (
                 path.name,
                 f"{outline.size / 1e6:.1f} MB",
                 f"{saved:%Y-%m-%d %H:%M:%S}",
                 str(outline.info.get("backend", "?")),
-                f"best ({outline.state.get('best_metric')})" if best else "",
+                f"best ({newest.get('best_metric')})" if best else "",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -172,11 +180,7 @@ def _to_export(path: Path, step: int | None) -> tuple[Path, str]:
         return named[0], ""
     if found == [path]:
         return path, ""
-    for folder in reversed(found):  # the newest one knows best, unless it is damaged
-        try:
-            state = read_outline(folder, arrays=False).state
-        except CheckpointError:
-            continue
+    if state := _newest_state(found):
         # An evaluation may have been better still, without a checkpoint of that update.
         saved = Path(str(state.get("best_model_checkpoint") or "")).name
         best = f"checkpoint-{state.get('best_global_step')}"
@@ -184,8 +188,17 @@ def _to_export(path: Path, step: int | None) -> tuple[Path, str]:
             if candidate.name == (saved or best):
                 value = f" ({state.get('best_metric')})" if candidate.name == best else ""
                 return candidate, f", the best{value}"
-        break
     return found[-1], ", the last"
+
+
+def _newest_state(found: Sequence[Path]) -> Mapping[str, Any]:
+    """The state of the newest checkpoint, which knows which is the best, unless it is damaged."""
+    for folder in reversed(found):
+        try:
+            return read_outline(folder, arrays=False).state
+        except CheckpointError:
+            continue
+    return {}
 
 
 def _facts(outline: CheckpointOutline) -> dict[str, Any]:

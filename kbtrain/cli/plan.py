@@ -166,6 +166,11 @@ def _program(options: argparse.Namespace) -> tuple[str, bool]:
         raise ConfigurationError("Name the program: `kbtrain plan train.py --device h100`.")
     if not Path(options.script).is_file():
         raise ConfigurationError(f"There is no script {options.script!r}.")
+    if Path(options.script).suffix.lower() in (".yaml", ".yml", ".json"):
+        raise ConfigurationError(
+            f"{options.script} is no program. Of a file of settings: `kbtrain plan -m kbtrain "
+            f"--device {options.device} -- train {options.script}`."
+        )
     return options.script, False
 
 

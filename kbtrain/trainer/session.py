@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import distributed
+from kbtrain.checkpoint.processing_class import check_resumed
 from kbtrain.distributed import placement
 from kbtrain.evaluation import evaluate as evaluation
 from kbtrain.plan import request as planning
@@ -64,6 +65,8 @@ def run_session(
                 resume = trainer.pusher.fetch(resume)
             checkpoint = resolve_together(trainer, resume)
             trainer.resumed_from = None if checkpoint is None else checkpoint.path
+            if checkpoint is not None:
+                check_resumed(trainer.processing_class, checkpoint.path)
             with placement.settings(trainer.backend, args, trainer.model):
                 train = find_and_fit if args.auto_find_batch_size else fit
                 output = train(trainer, checkpoint)

@@ -160,3 +160,15 @@ def test_it_starts_without_keras_and_frameworks(run):
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ls_marks_one_checkpoint_and_refuses_an_address(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "run")
+    for step in (1, 2, 3):  # each one was the best when it was saved, but the last
+        best = {"best_global_step": min(step, 2), "best_metric": 1 / min(step, 2)}
+        store.save(step, {"model": {"k": np.ones(1, "float32")}}, {"trainer_state": best}, {})
+    _, lines, _ = called(capsys, "ls", store.directory)
+    assert [line.endswith("best (0.5)") for line in lines[1:]] == [False, True, False]
+    code, _, error = called(capsys, "ls", "memory://run")
+    assert code == 2
+    assert "ls lists checkpoints on this machine" in error

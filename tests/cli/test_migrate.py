@@ -281,3 +281,34 @@ def test_the_line_of_a_note_in_the_changed_script():
         old = text.splitlines()[note.line - 1]
         new = done.text.splitlines()[note.new_line - 1]
         assert old.replace("AutoModel, ", "") == new or old == new
+
+
+@pytest.mark.neutral
+def test_what_is_of_trainers_and_models_of_torch_is_listed():
+    text = """
+from transformers import AutoModel, Trainer, TrainingArguments
+
+args = TrainingArguments("runs")
+model = AutoModel.from_pretrained("bert").to("cuda")
+trainer = Trainer(model, args, loss="mse")
+trainer.args.learning_rate = 3
+trainer.args.per_gpu_train_batch_size = 3
+print(args.logging_dir)
+trainer.lr_scheduler.step()
+trainer.model.push_to_hub("me/model")
+"""
+    said = {note.line: note.text for note in migrate(text).notes}
+    assert ".to is of Transformers" in " ".join(n.text for n in migrate(text).notes)
+    assert "trainer.args.replace(learning_rate=...)" in said[7]
+    assert "replace(per_gpu" not in said[8]
+    assert "args.logging_dir: There is no separate directory" in said[9]
+    assert "trainer.lr_scheduler is a schedule" in said[10]
+    assert "trainer.push_to_hub()" in said[11]
+
+
+@pytest.mark.neutral
+def test_a_folder_or_a_missing_script_is_told(tmp_path, capsys):
+    assert main(["migrate", str(tmp_path)]) == 2
+    assert "is a folder. Name one script" in capsys.readouterr().err
+    assert main(["migrate", str(tmp_path / "no.py")]) == 2
+    assert "There is no script" in capsys.readouterr().err

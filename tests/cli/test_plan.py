@@ -180,3 +180,11 @@ def test_a_program_of_each_backend_has_the_same_plan(tmp_path):
         said = [note for note in plan["notes"] if "was compiled with JAX" in note]
         assert [f"runs on {own}" in note for note in said] == [True] * bool(own)
     assert np.isfinite(found["jax"]["run"]["roofline"]["seconds"])
+
+
+@pytest.mark.neutral
+def test_a_file_of_settings_is_no_program(tmp_path, capsys):
+    config = tmp_path / "base.yaml"
+    config.write_text("data: {}")
+    assert cli.main(["plan", str(config), "--device", "h100"]) == 2
+    assert f"-m kbtrain --device h100 -- train {config}`" in capsys.readouterr().err

@@ -338,7 +338,7 @@ def test_values_that_do_not_fit_the_data_are_told(here, tmp_path, capsys):
     assert "there are 3 classes. Give its last layer as many, or write data.task" in refusal(
         "x,y\n1,0\n2,1\n3,2\n"
     )
-    assert "leaves nothing of 1 samples" in refusal("x,y\n1,a\n", eval_fraction=0.5)
+    assert "leaves nothing of 2 samples" in refusal("x,y\n1,a\n2,b\n", eval_fraction=0.9)
     assert "train.csv cannot be read" in refusal("")
     assert "data.standardize: has no effect on a table with data.text" in refusal(
         "x,y\nu,a\nv,b\n", text="x", standardize="true"

@@ -83,23 +83,29 @@ def _attempt(format: str, action: Callable[[], None]) -> None:
     except ImportError as error:
         raise ConfigurationError(
             f"Exporting as {format} on {backend} needs a package that is not installed: "
-            f"{_first_line(error)} The extras 'onnx' and 'safetensors' of kbtrain have what most "
-            f"formats need.{elsewhere}"
+            f"{_sentence(error)} The extras 'onnx' and 'safetensors' of kbtrain have what most "
+            "formats need."
         ) from error
     except (OSError, MemoryError, OutputError):
         raise
     except Exception as error:  # converters raise all kinds of errors
         raise ConfigurationError(
             f"This model cannot be exported as {format} on {backend}: {type(error).__name__}: "
-            f"{_first_line(error)}{elsewhere}"
+            f"{_sentence(error)}{elsewhere}"
         ) from error
 
 
 _ELSEWHERE = (
     " Shapes of fixed sizes may help: input_signature=[keras.InputSpec(shape, dtype)]. With "
-    "KERAS_BACKEND=tensorflow all formats can be written, also of this model: from a checkpoint, "
-    "or from a .keras file."
+    "KERAS_BACKEND=tensorflow Keras' own formats, SavedModel, ONNX and TFLite can be written, also "
+    "of this model: from a checkpoint, or from a .keras file."
 )
+
+
+def _sentence(error: Exception) -> str:
+    """Its first line, with a full stop."""
+    line = _first_line(error)
+    return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
 def _first_line(error: Exception) -> str:

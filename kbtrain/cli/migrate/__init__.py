@@ -49,6 +49,12 @@ def run(words: Sequence[str]) -> int:
 
 def _read(path: Path) -> tuple[str, str]:
     """The text of a script with its line ends, and its encoding."""
+    if path.is_dir():
+        raise ConfigurationError(
+            f"{path} is a folder. Name one script at a time: `kbtrain migrate {path / 'train.py'}`."
+        )
+    if not path.exists():
+        raise ConfigurationError(f"There is no script {str(path)!r} in {Path.cwd()}.")
     try:
         with open(path, "rb") as file:
             encoding, _ = tokenize.detect_encoding(file.readline)

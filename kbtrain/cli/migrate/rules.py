@@ -224,16 +224,31 @@ class _Script(ast.NodeVisitor):
                 self.edits.replace(stop, stop, ")")
                 self.changes += 1
             else:
-                self.note(
-                    node,
-                    f"Arguments are immutable: make a copy, {owner}.replace({target.attr}=...), "
-                    "and pass that on.",
-                )
+                self._note_assigned(node, owner, target.attr)
             self.visit(node.value)
             return
+        if isinstance(target, ast.Attribute) and self._is_trainer_args(target.value):
+            self._note_assigned(node, ast.unparse(target.value), target.attr)
         if self._is_labels(target) and "input_ids" in ast.dump(node.value):
             self.note(node, _SHIFTED)
         self.generic_visit(node)
+
+    def _is_trainer_args(self, node: ast.AST) -> bool:
+        """Whether it is ``trainer.args``."""
+        return (
+            isinstance(node, ast.Attribute)
+            and node.attr == "args"
+            and _name(node.value) in self.trainers
+        )
+
+    def _note_assigned(self, node: ast.Assign, owner: str, name: str) -> None:
+        if name not in _FIELDS and (name in RENAMED or name in DROPPED):
+            self.note(node, f"Arguments are immutable, and {name}: {reason_for(name, ...)}")
+            return
+        self.note(
+            node,
+            f"Arguments are immutable: make a copy, {owner}.replace({name}=...), and pass that on.",
+        )
 
     def _is_labels(self, target: ast.AST) -> bool:
         return (
@@ -268,6 +283,13 @@ class _Script(ast.NodeVisitor):
             owner = node.func.value
             if _name(owner) in self.models or getattr(owner, "attr", "") == "model":
                 self.note(node, "Save the model with trainer.save_model(folder).")
+        if isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if node.func.attr == "push_to_hub" and getattr(owner, "attr", "") == "model":
+                self.note(node, "Push the model with trainer.push_to_hub().")
+            made = owner.func if isinstance(owner, ast.Call) else None
+            if isinstance(made, ast.Attribute) and self._is_model(made.value):
+                self.note(node, f".{node.func.attr} is of Transformers; a keras.Model has none.")
         self.generic_visit(node)
 
     def _training_arguments(self, node: ast.Call) -> None:
@@ -335,6 +357,12 @@ class _Script(ast.NodeVisitor):
             self.note(node, f"trainer.{node.attr}: {TRAINER_MEMBERS[node.attr]}")
         elif owner in self.trainers and node.attr in OLD_MEMBERS:
             self.note(node, f"trainer.{node.attr}: {OLD_MEMBERS[node.attr]}")
+        elif owner in self.trainers and node.attr == "lr_scheduler":
+            self.note(
+                node,
+                "trainer.lr_scheduler is a schedule of Keras or optim here: a function of the "
+                "update's number, without step() and get_last_lr().",
+            )
         elif owner in self.imports.modules:
             if node.attr in moved():
                 self.edits.replace(
@@ -356,8 +384,8 @@ class _Script(ast.NodeVisitor):
             self.changes += 1
         elif name in RENAMED:
             self.note(node, f"{_name(node.value)}.{name}: {reason_for(name, ...)}")
-        elif name in MEMBERS:
-            self.note(node, f"{_name(node.value)}.{name}: {MEMBERS[name]}")
+        elif why := MEMBERS.get(name) or DROPPED.get(name):
+            self.note(node, f"{_name(node.value)}.{name}: {why}")
 
     def visit_Name(self, node: ast.Name) -> None:
         """Follow renamed classes, and collect where models and other frameworks are used."""

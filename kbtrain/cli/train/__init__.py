@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from kbtrain.cli.parser import command_parser
 from kbtrain.cli.train.backend import choose_backend
 from kbtrain.cli.train.settings import OTHERS, SECTIONS, Place, Settings
 from kbtrain.config import yaml
+from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 
 _OWN = ("--help", "--dry-run", "--print-config")
@@ -68,16 +70,32 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[Place, Any]]:
         if not option.startswith("--") or option in _OWN or section not in {*SECTIONS, *OTHERS}:
             own.append(word)
             continue
-        if not equals:
-            value = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+        if not equals and waiting and not waiting[0].startswith("--"):
+            value = waiting.pop(0)
+        elif not equals:
+            if not _is_flag(name):
+                raise ConfigurationError(f"{option} needs a value: {option} VALUE.")
+            value = "true"
         changes[tuple(name.replace("-", "_").split("."))] = yaml.value_of(value)
     for word in own:
         if word.startswith("--") and word not in _OWN:
+            if close := difflib.get_close_matches(word, _OWN, n=1):
+                raise ConfigurationError(f"there is no option {word}. Did you mean {close[0]}?")
             raise ConfigurationError(
                 f"there is no option {word}. A setting is written with its section, such as "
                 f"--args.{word[2:].replace('-', '_')}. See kbtrain train --help."
             )
     return own, changes
+
+
+def _is_flag(name: str) -> bool:
+    """Whether a setting may stand without a value, for true; unknown names are told later."""
+    section, _, field = name.replace("-", "_").partition(".")
+    kinds = {"args": TrainingArguments, **SECTIONS}
+    if section not in kinds:
+        return False
+    fields = {f.name: str(f.type) for f in dataclasses.fields(kinds[section])}
+    return "bool" in fields.get(field, "bool")
 
 
 def _settings_help() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kbtrain.cli.train.preparation import PREPROCESSING, TOKENIZER, check_alike
 from kbtrain.cli.train.settings import Settings
 from kbtrain.cli.train.tables import TABLES, ImageFolder, column, image_files, kind_of, read_table
 from kbtrain.utils.optional_imports import require
@@ -34,6 +35,7 @@ class Data:
         tokenizer: The tokenizer, if one was made.
         preprocessor: That of a preset.
         prepared_by: The function that images go through first.
+        standardized: Mean and variance of the features, if the model scales them.
     """
 
     task: str
@@ -47,17 +49,32 @@ class Data:
     tokenizer: Any = None
     preprocessor: Any = None
     prepared_by: str | None = None
+    standardized: dict[str, Any] | None = None
 
     def save_pretrained(self, folder: str) -> None:
         """Write ``preprocessing.json`` and the tokenizer, which using the model needs."""
-        names = ("task", "kind", "classes", "features", "prepared_by")
-        known = {name: getattr(self, name) for name in names}
-        text = json.dumps(known | {"shape": list(self.shape)}, indent=1)
-        (Path(folder) / "preprocessing.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.known(), indent=1)
+        (Path(folder) / PREPROCESSING).write_text(text + "\n", encoding="utf-8")
         if self.preprocessor is not None:
             self.preprocessor.save_to_preset(folder)
         if self.tokenizer is not None:
-            self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+            self.tokenizer.save(str(Path(folder) / TOKENIZER))
+
+    def known(self) -> dict[str, Any]:
+        """What ``preprocessing.json`` holds."""
+        names = ("task", "kind", "classes", "features", "prepared_by", "standardized")
+        return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
+
+    def check_resumed(self, folder: Path) -> None:
+        """Check that a checkpoint was trained on data prepared as these are.
+
+        Args:
+            folder: The checkpoint's.
+
+        Raises:
+            CheckpointMismatchError: The same numbers would mean something else.
+        """
+        check_alike(self, folder)
 
 
 def read_data(settings: Settings, prepare_image: Callable[[Any], Any]) -> Data:
@@ -114,6 +131,12 @@ def _tables(settings: Settings, given: list[str]) -> Data:
     tables = {name: read_table(settings, name) for name in given}
     frames = {name: table for name, (table, _) in tables.items()}
     names = tables["train"][1]
+    for place in ("text", "features"):
+        used = getattr(chosen, place) or ()
+        if chosen.label == used or (place == "features" and chosen.label in used):
+            raise settings.error(
+                ("data", place), f"has the column to predict, {chosen.label!r}. Leave it out."
+            )
     targets = {
         name: column(settings, name, table, chosen.label, "label") for name, table in frames.items()
     }
@@ -122,7 +145,7 @@ def _tables(settings: Settings, given: list[str]) -> Data:
         raise settings.error(("data", "task"), "must be classification or regression.")
     classes = None
     if task == "classification":
-        found = set(targets["train"].tolist())
+        found = _distinct(settings, targets["train"])
         classes = sorted(found, key=lambda label: (type(label).__name__, label))
         y = {name: _codes(settings, name, target, classes) for name, target in targets.items()}
     else:
@@ -149,10 +172,34 @@ def _task_of(target: Any) -> str:
     return "regression" if fractions else "classification"
 
 
+def _distinct(settings: Settings, target: Any) -> set[Any]:
+    """The different labels, of which there must be two."""
+    place, values = ("data", "label"), target.tolist()
+    try:
+        found = set(values)
+    except TypeError:
+        raise settings.error(
+            place,
+            f"column {target.name!r} must have one label in each row, a text or a number, or with "
+            f"data.task: regression a number. Its first: {values[0]!r:.60}.",
+        ) from None
+    if len(found) == 1:
+        raise settings.error(
+            place, f"column {target.name!r} has only one value, {values[0]}: nothing to tell apart."
+        )
+    return found
+
+
 def _codes(settings: Settings, name: str, target: Any, classes: list[Any]) -> Any:
     """Labels as indices of classes."""
     index = {label: number for number, label in enumerate(classes)}
-    if unknown := sorted({str(label) for label in target.tolist() if label not in index}):
+    try:
+        unknown = sorted({str(label) for label in target.tolist() if label not in index})
+    except TypeError:
+        raise settings.error(
+            ("data", name), f"column {target.name!r} has lists; in data.train it has labels."
+        ) from None
+    if unknown:
         raise settings.error(
             ("data", name), f"labels that are not in the training set: {', '.join(unknown[:10])}."
         )
@@ -200,10 +247,7 @@ def _tokens(settings: Settings, texts: dict[str, list[str]], data: Data) -> dict
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=UNKNOWN))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=chosen.vocabulary, special_tokens=[PADDING, UNKNOWN], show_progress=False
-    )
-    tokenizer.train_from_iterator(texts["train"], trainer)
+    tokenizer = _learned(tokenizer, texts["train"], chosen.vocabulary)
     tokenizer.enable_truncation(chosen.length)
     tokenizer.enable_padding(length=chosen.length, pad_id=0, pad_token=PADDING)
     data.kind, data.shape, data.tokenizer = "tokens", (chosen.length,), tokenizer
@@ -212,6 +256,28 @@ def _tokens(settings: Settings, texts: dict[str, list[str]], data: Data) -> dict
         name: np.array([encoded.ids for encoded in tokenizer.encode_batch(values)], "int32")
         for name, values in texts.items()
     }
+
+
+def _learned(tokenizer: Any, texts: list[str], size: int) -> Any:
+    """A tokenizer with the vocabulary of texts: the same tokens and numbers in every process.
+
+    The library numbers continuations of words, such as ``##a``, in the order of a hash table that
+    differs from process to process, and with them merges of equal frequency. A resumed run would
+    read other tokens. Those known in advance keep their order.
+    """
+    tokenizers = require("tokenizers", "train", "A column with texts")
+    normalize = tokenizer.normalizer.normalize_str
+    characters = set[str]().union(*map(normalize, texts))
+    continued = [f"##{one}" for one in sorted(characters) if not one.isspace()]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=[PADDING, UNKNOWN, *continued], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    learned = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=vocabulary, unk_token=UNKNOWN))
+    learned.normalizer, learned.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    learned.add_special_tokens([PADDING, UNKNOWN])
+    return learned
 
 
 def _plain_text(settings: Settings, given: list[str]) -> Data:
@@ -240,11 +306,17 @@ def _images(settings: Settings, given: list[str], prepare: Callable[[Any], Any])
         raise settings.error(("data",), "image_size is missing: [height, width].")
     found = {name: image_files(settings, name) for name in given}
     classes = found["train"][1]
+    if len(classes) == 1:
+        raise settings.error(
+            ("data", "train"), f"has images of only one class, {classes[0]}: nothing to tell apart."
+        )
     sets = {}
     for name, (files, folders) in found.items():
         if unknown := sorted(set(folders) - set(classes)):
-            listed = ", ".join(unknown)
-            raise settings.error(("data", name), f"classes that train does not have: {listed}.")
+            there, here = ", ".join(unknown), ", ".join(classes)
+            raise settings.error(
+                ("data", name), f"classes that train does not have: {there}. It has: {here}."
+            )
         labeled = [(path, classes.index(folder)) for path, folder in files]
         sets[name] = ImageFolder(labeled, size, prepare)
     data = Data("classification", "images", (*size, 3), sets, len(classes), classes=classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -67,10 +68,10 @@ def make_model(settings: Settings, data: Data) -> keras.Model:
         raise settings.error(("model", source), f"must give a keras.Model. {received}")
     if settings.data.standardize:
         x = data.sets["train"][0].astype("float64")
-        variance = x.var(axis=0)
-        scaled = keras.layers.Normalization(
-            mean=x.mean(axis=0), variance=np.where(variance == 0, 1.0, variance)
-        )
+        mean, variance = x.mean(axis=0), x.var(axis=0)
+        variance = np.where(variance == 0, 1.0, variance)
+        scaled = keras.layers.Normalization(mean=mean, variance=variance)
+        data.standardized = {"mean": mean.tolist(), "variance": variance.tolist()}
         model = keras.Sequential([keras.Input(data.shape), scaled, model])
     shape = getattr(model, "output_shape", None)
     outputs = shape[-1] if isinstance(shape, tuple) else data.outputs
@@ -87,13 +88,35 @@ def make_model(settings: Settings, data: Data) -> keras.Model:
 
 
 def make_loss(settings: Settings, data: Data, model: keras.Model) -> Any:
-    """The loss that is set, or that of the task."""
+    """The loss that is set, or that of the task.
+
+    A cross-entropy takes the model's outputs for logits unless the model ends in a softmax or a
+    sigmoid, or its ``from_logits`` is set.
+    """
     given = settings.get("loss")
     if given is not None:
-        return _made(settings, ("loss",), given, keras.losses)
+        loss = _made(settings, ("loss",), _with_logits(given, model), keras.losses)
+        is_binary = isinstance(loss, keras.losses.BinaryCrossentropy)
+        if is_binary and data.task == "classification" and data.outputs != 2:
+            raise settings.error(
+                ("loss",), f"{loss.name} is for two classes, and there are {data.outputs}."
+            )
+        return loss
     if data.task == "regression":
         return keras.losses.MeanSquaredError()
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=not _ends_in_softmax(model))
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=not _ends_in(model, "softmax"))
+
+
+def default_metrics(data: Data, loss: Any) -> list[Any]:
+    """The metrics of the task."""
+    if data.task == "regression":
+        return ["mae"]
+    if data.task != "classification":
+        return []
+    if isinstance(loss, keras.losses.BinaryCrossentropy) and loss.from_logits:
+        # Of a logit, the middle is 0: `accuracy` compares with 0.5.
+        return [keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)]
+    return ["accuracy"]
 
 
 def make_list(settings: Settings, name: str, modules: Sequence[Any], default: list[Any]) -> Any:
@@ -111,11 +134,34 @@ def make_list(settings: Settings, name: str, modules: Sequence[Any], default: li
     return [one() if isinstance(one, type) else one for one in made]
 
 
-def _ends_in_softmax(layer: Any) -> bool:
+def _with_logits(given: Any, model: keras.Model) -> Any:
+    """A cross-entropy of Keras with its ``from_logits``, which is False there unless it is set."""
+    name, arguments, kind = given, None, None
+    if isinstance(given, dict) and len(given) == 1:
+        ((name, arguments),) = given.items()
+    if isinstance(name, str):
+        with contextlib.suppress(ValueError):  # it is told where the loss is made
+            kind = keras.losses.get(name)
+    if inspect.isroutine(kind):  # sparse_categorical_crossentropy -> that class
+        kind = getattr(keras.losses, kind.__name__.title().replace("_", ""), None)
+    elif isinstance(kind, keras.losses.Loss):
+        kind = type(kind)
+    if not inspect.isclass(kind) or not isinstance(arguments, dict | None):
+        return given
+    if "from_logits" not in inspect.signature(kind).parameters:
+        return given
+    last = "sigmoid" if kind.__name__.startswith("Binary") else "softmax"
+    return {kind.__name__: {"from_logits": not _ends_in(model, last)} | (arguments or {})}
+
+
+def _ends_in(layer: Any, activation: str) -> bool:
     while inner := getattr(layer, "layers", None):
         layer = inner[-1]
-    softmax = getattr(layer, "activation", None) is keras.activations.softmax
-    return softmax or isinstance(layer, keras.layers.Softmax)
+    if isinstance(layer, keras.layers.Softmax):
+        return activation == "softmax"
+    applied = layer if isinstance(layer, keras.layers.Activation) else None
+    function = getattr(applied or layer, "activation", None)
+    return function is getattr(keras.activations, activation)
 
 
 def _made(settings: Settings, place: Place, given: Any, *modules: Any) -> Any:
@@ -150,7 +196,20 @@ def _called(
     try:
         return made(**arguments)
     except (TypeError, ValueError) as problem:  # as Keras refuses arguments
-        raise settings.error(place, f"{name} cannot be made: {first_lines(problem)}") from None
+        why = _misspelt(made, arguments) or first_lines(problem)
+        raise settings.error(place, f"{name} cannot be made: {why}") from None
+
+
+def _misspelt(made: Any, arguments: dict[str, Any]) -> str | None:
+    """What an argument that is not there seems to mean."""
+    try:
+        known = list(inspect.signature(made).parameters)
+    except (TypeError, ValueError):
+        return None
+    for name in arguments:
+        if name not in known and (close := difflib.get_close_matches(name, known, n=1)):
+            return f"it has no argument {name!r}. Did you mean {close[0]}?"
+    return None
 
 
 def _imported(settings: Settings, place: Place, written: str) -> Any:

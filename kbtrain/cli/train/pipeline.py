@@ -11,7 +11,7 @@ import kbtrain
 from kbtrain.cli.train import model as models
 from kbtrain.cli.train.data import Data, read_data
 from kbtrain.cli.train.settings import Settings
-from kbtrain.errors import ConfigurationError
+from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.trainer.trainer import Trainer
 from kbtrain.utils import rng
 from kbtrain.utils.output_files import save_text
@@ -34,7 +34,14 @@ def train(settings: Settings, dry_run: bool) -> None:
     if dry_run:
         return
     resume = None if settings.args.is_set("resume_from_checkpoint") else "auto"
-    result = trainer.fit(resume_from_checkpoint=resume)
+    try:
+        result = trainer.fit(resume_from_checkpoint=resume)
+    except CheckpointMismatchError as problem:
+        if "args.output_dir" in str(problem):
+            raise
+        raise CheckpointMismatchError(
+            f"{problem} For a new run use another args.output_dir."
+        ) from None
     if trainer.is_world_process_zero():
         save_text(Path(settings.args.output_folder) / "config.yaml", settings.shown())
     trainer.save_metrics("train", result.metrics)
@@ -53,20 +60,64 @@ def train(settings: Settings, dry_run: bool) -> None:
 
 
 def _make_trainer(settings: Settings, data: Data, model: keras.Model) -> Trainer:
-    metrics: list[Any] = {"classification": ["accuracy"], "regression": ["mae"]}.get(data.task, [])
+    _check_evaluation(settings, data)
+    loss = models.make_loss(settings, data, model)
+    metrics = models.default_metrics(data, loss)
     given = {
-        "loss": models.make_loss(settings, data, model),
+        "loss": loss,
         "metrics": models.make_list(settings, "metrics", (keras.metrics,), metrics),
         "callbacks": models.make_list(settings, "callbacks", (kbtrain, keras.callbacks), []),
     }
     sets = {"train_dataset": data.sets["train"], "eval_dataset": data.sets.get("eval")}
     try:
-        return Trainer(model, settings.args, processing_class=data, **sets, **given)
+        trainer = Trainer(model, settings.args, processing_class=data, **sets, **given)
     except ConfigurationError as problem:
         name = str(problem).partition("=")[0].partition(":")[0]
         if settings.get(name) is None:
             raise
         raise settings.error((name,), str(problem)) from None
+    _check_best(settings, model, given["metrics"])
+    return trainer
+
+
+def _check_evaluation(settings: Settings, data: Data) -> None:
+    """Refuse evaluations without data."""
+    args = settings.args
+    if "eval" in data.sets:
+        return
+    for name, off in (("eval_strategy", "no"), ("eval_minutes", None), ("eval_on_start", False)):
+        if (value := getattr(args, name)) != off:
+            raise settings.error(
+                ("args", name),
+                f"{value} needs data to evaluate with: data.eval, or data.eval_fraction, a part of "
+                "the training set.",
+            )
+
+
+def _check_best(settings: Settings, model: keras.Model, metrics: list[Any]) -> None:
+    """Refuse a ``metric_for_best_model`` that no evaluation will have."""
+    wanted = settings.args.metric_for_best_model
+    if wanted is None or any(":" in str(one) for one in settings.get("callbacks") or []):
+        return  # a callback of the user's own may add results
+    names = ["loss"]
+    for one in metrics:
+        names.append(one if isinstance(one, str) else getattr(one, "name", str(one)))
+    others = [metric.name for metric in model.metrics]
+    if any(isinstance(one, str) for one in metrics):
+        others += [
+            keras.metrics.get(one).name
+            for one in metrics
+            if isinstance(one, str) and one in dir(keras.metrics)
+        ]
+    short = wanted.removeprefix("eval_")
+    known = [*names, *others]
+    several = any(short.startswith(f"{name}_") for name in known)  # one for each class
+    if short not in known and not several and not short.endswith(("_per_second", "runtime")):
+        raise settings.error(
+            ("args", "metric_for_best_model"),
+            f"{wanted!r} is none of the results of an evaluation: {', '.join(names)}. Name one of "
+            "them, or add the metric to metrics.",
+        )
 
 
 def _summary(settings: Settings, data: Data, trainer: Trainer) -> str:
@@ -80,6 +131,8 @@ def _summary(settings: Settings, data: Data, trainer: Trainer) -> str:
         names = ", ".join(map(str, data.classes[:10]))
         task += f" into {len(data.classes)} classes ({names}{', ...' if data.outputs > 10 else ''})"
     loss = getattr(trainer.given_loss, "name", trainer.given_loss)
+    if hasattr(trainer.given_loss, "from_logits"):
+        loss += f" (from_logits={trainer.given_loss.from_logits})"
     return (
         f"{settings.path}: {task}; {listed}; {trainer.model.count_params():,} parameters; "
         f"loss {loss}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
+_LEAST = {"length": 1, "vocabulary": 3}  # padding, unknown, and a token
+
+
 class Settings:
     """A file with settings, and those of the command line, which win.
 
@@ -111,6 +115,11 @@ class Settings:
     def __init__(self, path: Path, changes: Mapping[Place, Any]) -> None:
         text = path.read_text(encoding="utf-8")
         self.path, self.changes = path, dict(changes)
+        if path.suffix == ".json":
+            try:
+                json.loads(text)
+            except json.JSONDecodeError as problem:
+                raise ConfigurationError(f"{path} is not JSON: {problem}.") from None
         self.values: dict[str, Any] = yaml.loads(text, str(path))
         self._lines = yaml.lines_of(text)
         for place, value in changes.items():
@@ -171,6 +180,10 @@ class Settings:
             fits, words = _KINDS[str(fields[key].type).removesuffix(" | None")]
             if value is not None and not fits(value):
                 raise self.error((name, key), f"must be {words}. Received: {value!r}.")
+            if value is not None and key in _LEAST and value < _LEAST[key]:
+                raise self.error(
+                    (name, key), f"must be at least {_LEAST[key]}. Received: {value!r}."
+                )
         # null takes a setting back.
         return SECTIONS[name](**{key: value for key, value in given.items() if value is not None})
 

@@ -61,19 +61,34 @@ def read_table(settings: Settings, name: str) -> tuple[Any, list[str] | None]:
     if kind_of(settings, name) == "dataset":
         data = require("datasets", "datasets", "A data set on disk").load_from_disk(str(path))
         column = data.features.get(settings.data.label)
-        return data.to_pandas(), getattr(column, "names", None)
+        return _with_rows(settings, name, data.to_pandas()), getattr(column, "names", None)
     try:
         suffix = path.suffix.lower()
         if suffix == ".jsonl":
-            return pandas.read_json(path, lines=True), None
-        if suffix == ".parquet":
+            table = pandas.read_json(path, lines=True)
+        elif suffix == ".parquet":
             require("pyarrow", "train", "A Parquet file")
-            return pandas.read_parquet(path), None
-        return pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ","), None
+            table = pandas.read_parquet(path)
+        else:
+            table = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
     except ConfigurationError:
         raise
     except (ValueError, OSError) as problem:  # of pandas and pyarrow alike
         raise settings.error(("data", name), f"{path} cannot be read: {problem}") from None
+    if len(table.columns) == 1 and ";" in (only := str(table.columns[0])):
+        raise settings.error(
+            ("data", name),
+            f"{path} has one column, {only[:20]!r}...: it is separated by semicolons. Write it "
+            "with commas, or as a .tsv with tabs.",
+        )
+    return _with_rows(settings, name, table), None
+
+
+def _with_rows(settings: Settings, name: str, table: Any) -> Any:
+    if not len(table):
+        path = getattr(settings.data, name)
+        raise settings.error(("data", name), f"{path} has no rows.")
+    return table
 
 
 def column(settings: Settings, name: str, table: Any, wanted: str, place: str) -> Any:
@@ -137,10 +152,9 @@ def image_files(settings: Settings, name: str) -> tuple[list[tuple[Path, str]], 
     """
     require("PIL", "train", "Reading images")
     root = Path(getattr(settings.data, name)).expanduser()
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
     files = [
         (path, folder)
-        for folder in classes
+        for folder in sorted(p.name for p in root.iterdir() if p.is_dir())
         for path in sorted((root / folder).rglob("*"))
         if path.suffix.lower() in IMAGES
     ]
@@ -148,4 +162,4 @@ def image_files(settings: Settings, name: str) -> tuple[list[tuple[Path, str]], 
         raise settings.error(
             ("data", name), f"{root} has no images ({', '.join(IMAGES)}) in its folders."
         )
-    return files, classes
+    return files, sorted({folder for _, folder in files})  # an empty folder is no class
