@@ -120,6 +120,36 @@ def read(model: keras.Model) -> None:
         lora.checksums = {id(v): FrozenArray.of(v) for v in lora.base}
 
 
+def read_blocks(model: keras.Model) -> None:
+    """Read this process's blocks of what has been divided, once all values are there."""
+    if (lora := lora_of(model)) is not None:
+        lora.blocks = {id(v): _of_blocks(v) for v in lora.base if _is_divided(v)}
+
+
+def _of_blocks(variable: keras.Variable) -> list[bytes]:
+    backend = backends.load()
+    owned = backend.owned_blocks(variable)
+    blocks = [] if owned is None else owned.blocks
+    return [_fingerprint(backend.host_view(values)) for _, values in blocks]
+
+
+def _warn_of_lost_changes(lora: Lora) -> None:
+    """Warn of divided variables that have changed: processes may not agree on that, so each does.
+
+    They are not saved, because all processes would have to save them.
+    """
+    for variable in lora.base:
+        known = lora.blocks.get(id(variable))
+        if known is not None and known != (now := _of_blocks(variable)):
+            lora.blocks[id(variable)] = now
+            logger.warning(
+                "The frozen variable %s was changed during training. It is divided among "
+                "processes, so checkpoints do not hold it, and a resumed run has its former value. "
+                "Set variable.trainable = True before fit, to have it saved.",
+                variable.path,
+            )
+
+
 def forget(model: keras.Model) -> None:
     """Forget the checksums at the end of a run, but for variables that are divided since."""
     if (lora := lora_of(model)) is not None:
@@ -136,6 +166,8 @@ def note_changes(model: keras.Model) -> dict[int, FrozenArray]:
         What is known of the rest, by the variables' ``id``.
     """
     lora = lora_of(model)
+    if lora is not None:
+        _warn_of_lost_changes(lora)
     if lora is None or current().rank:
         return {}
     read = [(v, lora.checksums[id(v)]) for v in lora.base if id(v) in lora.checksums]

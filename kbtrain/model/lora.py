@@ -39,6 +39,7 @@ class Lora:
         train: Names of further layers that are trained.
         base: The variables that it froze. One that is trained or changed later is removed.
         checksums: Of these, by the variable's ``id``, during a run; see ``checkpoint.frozen_base``.
+        blocks: Of what this process has of those that are divided, too.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Lora:
     train: tuple[str, ...]
     base: list[keras.Variable]
     checksums: dict[int, Any] = field(default_factory=dict)
+    blocks: dict[int, list[bytes]] = field(default_factory=dict)
 
 
 _known: weakref.WeakKeyDictionary[keras.layers.Layer, Lora] = weakref.WeakKeyDictionary()

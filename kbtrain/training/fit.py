@@ -215,6 +215,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
         progress = _restore(trainer, checkpoint, optimizer, loader)
         progress.move_to(loader.batch_size)
     start_alike(trainer, optimizer)
+    frozen_base.read_blocks(bound.model)
 
     halted = keras.Variable(0, dtype="int32", trainable=False, name="halted")
     step = live_train_step(trainer, forward, halted, plan, progress)

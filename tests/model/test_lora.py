@@ -12,6 +12,7 @@ from helpers import arguments, same, weights, with_weights
 from kbtrain import (
     Trainer,
     TrainerCallback,
+    backends,
     enable_lora,
     export,
     load_adapters,
@@ -22,6 +23,7 @@ from kbtrain import (
 from kbtrain.checkpoint import read_arrays
 from kbtrain.checkpoint.formats.keras_file import save_keras_file
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
+from kbtrain.utils.array_blocks import Block, OwnedBlocks
 
 TOKENS = np.random.default_rng(0).integers(0, 12, (8, 4)).astype("int32")
 
@@ -180,6 +182,17 @@ def test_a_frozen_variable_that_changes_in_training_is_saved(tmp_path, caplog):
     assert "up/bias" in read_arrays(tmp_path / "checkpoint-4" / "model.weights.h5")
     biases = [keras.ops.convert_to_numpy(t.model.get_layer("up").bias) for t in (trainer, resumed)]
     np.testing.assert_array_equal(*biases)
+
+
+@pytest.mark.neutral
+def test_a_change_of_a_divided_frozen_variable_is_warned_about(tmp_path, caplog, monkeypatch):
+    def owned(variable):
+        block = Block((0,), variable.value)
+        return OwnedBlocks((6,), "float32", [block]) if variable.path == "up/bias" else None
+
+    monkeypatch.setattr(backends.load(), "owned_blocks", owned)
+    trainer_of(tmp_path, adapted(), Shift(), max_steps=4).fit()
+    assert caplog.text.count("up/bias was changed during training. It is divided") == 1
 
 
 @pytest.mark.neutral
