@@ -7,6 +7,7 @@ matching built-in exception, so ``except ValueError`` and the like work.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import inspect
 import re
@@ -128,6 +129,17 @@ def is_storage_error(error: BaseException) -> bool:
     return isinstance(error, CheckpointDamagedError) or (
         isinstance(error, CheckpointError) and isinstance(error.__cause__, OSError)
     )
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether a folder could not be written to for a reason that does not pass by itself.
+
+    A full disk or an error of the hardware or the network may pass.
+    """
+    cause = error.__cause__
+    kinds = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)
+    numbers = (errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG)
+    return isinstance(cause, kinds) or (isinstance(cause, OSError) and cause.errno in numbers)
 
 
 def concise(function: Callable[P, R]) -> Callable[P, R]:

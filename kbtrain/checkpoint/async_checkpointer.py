@@ -24,7 +24,7 @@ from kbtrain.checkpoint import CheckpointStore, distributed
 from kbtrain.checkpoint.storage.folder_writer import Contents, ExternalLayout
 from kbtrain.checkpoint.storage.lock import RunLock
 from kbtrain.distributed.control.peers import Peers
-from kbtrain.errors import CheckpointError, is_storage_error
+from kbtrain.errors import CheckpointError, is_lasting, is_storage_error
 from kbtrain.utils.array_blocks import OwnedBlocks
 from kbtrain.utils.host_buffers import HostBuffers
 
@@ -134,8 +134,8 @@ class AsyncCheckpointer:
 
         Raises:
             FolderInUseError: Another run has locked the folder.
-            CheckpointError: The folder cannot be written to, or the last save failed, and
-                ``on_error`` is ``"raise"``.
+            CheckpointError: The folder is none that this process may write to. Or it cannot be
+                written to now, or the last save failed, and ``on_error`` is ``"raise"``.
         """
         if not self._takes_part:
             yield
@@ -329,7 +329,7 @@ class AsyncCheckpointer:
         try:
             self._on_writers(_new_key(self.peers), self._begin_writing)
         except CheckpointError as error:
-            if on_error == "raise" or not is_storage_error(error):
+            if on_error == "raise" or not is_storage_error(error) or is_lasting(error):
                 raise
             logger.warning(
                 "%s Training continues (on_save_error='warn'), but nothing can be saved until this "

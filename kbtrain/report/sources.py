@@ -17,7 +17,7 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
 from kbtrain.report.style import DATA
-from kbtrain.utils.addresses import check_local
+from kbtrain.utils.addresses import check_local, local_folder, scheme_of, without_credentials
 from kbtrain.utils.filesystem import entries, parse_checkpoint_name, process_is_alive
 
 logger = logging.getLogger("kbtrain")
@@ -38,6 +38,13 @@ def load_run(path: str | os.PathLike[str]) -> RunRecord:
     Raises:
         ConfigurationError: There is no run.
     """
+    if (scheme := scheme_of(path)) is not None and scheme != "file":
+        address = os.fspath(path)
+        raise ConfigurationError(
+            "A report is made of files on this machine, not of an address. Those of a run that "
+            f"was here are in {local_folder(address)}; otherwise copy the run's folder here first. "
+            f"Received: {without_credentials(address)}"
+        )
     check_local("path", path)
     place = Path(path).expanduser()
     if not place.exists():

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 
 import pytest
@@ -153,3 +154,10 @@ def test_the_page_is_in_the_folder_of_the_run_unless_there_are_several(copy, fol
     assert main(["report", str(copy), str(folder)]) == 0
     text = Page((copy.parent / "report.html").read_text(encoding="utf-8")).text
     assert "that both have logged" in text
+
+
+@pytest.mark.neutral
+def test_an_address_is_refused_with_the_folder_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigurationError, match=re.escape(str(tmp_path / "kbtrain" / "runs"))):
+        load_run("s3://bucket/digits")

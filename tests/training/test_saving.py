@@ -1,5 +1,6 @@
 """Saving while training: in the background, failures of the disk, folders that go away."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from helpers_saving import FULL, READ_ONLY, At, full_disk, train
 
 from kbtrain import Trainer, TrainerCallback
 from kbtrain.checkpoint import CheckpointStore
+from kbtrain.checkpoint.storage.lock import RunLock
 from kbtrain.errors import CheckpointError, FolderInUseError
 from kbtrain.training import best_model
 
@@ -124,15 +126,22 @@ def test_the_folder_may_be_deleted_under_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["warn", "raise"])
-def test_an_output_dir_that_cannot_be_written_to(tmp_path, caplog, policy):
+def test_an_output_dir_that_is_no_folder_is_refused_before_training(tmp_path, policy):
+    steps = []
     (tmp_path / "file").write_text("in the way")
-    if policy == "raise":
-        with pytest.raises(CheckpointError, match="Could not write"):
-            train(tmp_path / "file" / "run", on_save_error=policy)
-        return
-    trainer = train(tmp_path / "file" / "run", on_save_error=policy)
-    assert trainer.state.global_step == 8
-    assert "Could not write" in caplog.text
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError, match="Could not write .*choose another output_dir"):
+            train(folder, [At(1, steps.append)], on_save_error=policy)
+    assert steps == []
+
+
+def test_a_disk_that_is_full_at_the_start_is_a_warning(tmp_path, caplog, monkeypatch):
+    def full(lock):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLock, "acquire", full)
+        assert train(tmp_path / "run", save_strategy="epoch").state.global_step == 8
     assert "nothing can be saved until this is fixed" in caplog.text
 
 

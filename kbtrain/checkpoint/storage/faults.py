@@ -150,7 +150,8 @@ def explain_failure(directory: Path, what: Path, error: OSError) -> CheckpointEr
     """
     reason = error.strerror or str(error)
     text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
-    text += " The partial checkpoint was removed; earlier checkpoints are untouched."
+    if what != directory:
+        text += " The partial checkpoint was removed; earlier checkpoints are untouched."
     space = filesystem.describe_space(what.parent)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(f"{text} {space} {_size_of_checkpoints(directory)}")
