@@ -32,6 +32,8 @@ def shown(book):
     found = []
     for number, cell in enumerate(book.cells):
         for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                continue  # some packages say what else is not installed
             kinds = sorted(output.get("data", [output.get("name")]))
             text = output.get("text") or output["data"].get("text/plain", "")
             # What depends on the weights, or on the version of Python.
