@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ COMMANDS = {
     "env": "print versions, backend and devices, for bug reports",
 }
 """Command -> description; each module has the name of its command."""
+
+FRAMEWORKS = ("torch", "tensorflow", "jax")
+"""What Keras can run on, by the names of their packages."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -64,9 +68,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # a run has said what it saved, as far as it had begun
         print(f"kbtrain {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as problem:
+        if problem.name not in FRAMEWORKS or "keras" in sys.modules:
+            raise
+        print(f"kbtrain {command}: {_no_backend(problem.name)}", file=sys.stderr)
+        return 2
     except (KbtrainError, OSError) as problem:  # the output may go to a file on a full disk
         print(f"kbtrain {command}: {problem}", file=sys.stderr)
         return 2
+
+
+def _no_backend(name: str) -> str:
+    """Why Keras could not be imported: its backend is not installed."""
+    chosen = (
+        "by KERAS_BACKEND" if os.environ.get("KERAS_BACKEND") else "unless it is told otherwise"
+    )
+    here = [each for each in FRAMEWORKS if importlib.util.find_spec(each) is not None]
+    ways = [f"set KERAS_BACKEND={each}" for each in here] or [f"pip install 'kbtrain[{name}]'"]
+    return f"Keras runs on {name} {chosen}, and {name} is not installed: {', or '.join(ways)}."
 
 
 def _usage() -> str:

@@ -102,6 +102,24 @@ def test_ctrl_c_ends_a_command_without_a_stack_trace(capsys, monkeypatch):
     assert capsys.readouterr().err == "kbtrain env: interrupted\n"
 
 
+@pytest.mark.parametrize("installed", [["jax", "torch"], []])
+def test_a_backend_that_is_not_installed_is_named_with_those_that_are(
+    capsys, monkeypatch, installed
+):
+    def run(words):
+        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+    monkeypatch.setattr("kbtrain.cli.env.run", run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.delitem(sys.modules, "keras")
+    assert cli.main(["env"]) == 2
+    said = capsys.readouterr().err
+    assert "Keras runs on tensorflow unless it is told otherwise" in said
+    ways = ["KERAS_BACKEND=torch, or set KERAS_BACKEND=jax"] if installed else ["pip install"]
+    assert all(way in said for way in ways)
+
+
 def test_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kbtrain {importlib.metadata.version('kbtrain')}\n"
