@@ -218,18 +218,22 @@ def document(
         "alpha": lora.alpha,
         "patterns": list(lora.patterns),
         "train": list(lora.train),
+        # Of all variables, by which automatic names (dense_9, dense_10) are matched.
+        "order": list(named),
         "arrays": arrays,
     }
 
 
-def arrays_of(document: Any, model: keras.Model) -> dict[str, ExpectedArray]:
-    """The arrays that a document describes, to be compared with the variables of a model.
+def completed(arrays: Mapping[str, Any], document: Any, model: keras.Model) -> dict[str, Any]:
+    """Arrays with those that a document describes, in the order of the variables.
+
+    The latter are ``ExpectedArray``, to be compared with the variables of a model.
 
     Raises:
         CheckpointMismatchError: The model's adapters have another scale.
         KeyError, TypeError, ValueError: kbtrain did not write it.
     """
-    lora, found = lora_of(model), dict[str, ExpectedArray]()
+    lora, found = lora_of(model), dict(arrays)
     rank, alpha = int(document["rank"]), float(document["alpha"])
     if lora is not None and lora.rank == rank and lora.alpha != alpha:
         raise CheckpointMismatchError(
@@ -240,17 +244,20 @@ def arrays_of(document: Any, model: keras.Model) -> dict[str, ExpectedArray]:
     for name, (shape, dtype, checksum) in document["arrays"].items():
         saved = FrozenArray(tuple(map(int, shape)), str(dtype), str(checksum))
         found[name] = ExpectedArray(saved, lora)
-    return found
+    places = {str(name): place for place, name in enumerate(document["order"])}
+    return {name: found[name] for name in sorted(found, key=lambda n: places.get(n, len(places)))}
 
 
-def in_checkpoint(checkpoint: Checkpoint, model: keras.Model) -> dict[str, ExpectedArray]:
-    """The arrays that a checkpoint leaves out, to be compared with the variables of a model.
+def completed_from(
+    arrays: Mapping[str, Any], checkpoint: Checkpoint, model: keras.Model
+) -> dict[str, Any]:
+    """The arrays of a checkpoint with those that it leaves out; see ``completed``.
 
     Raises:
         CheckpointDamagedError: The document is inconsistent.
         CheckpointMismatchError: The model's adapters have another scale.
     """
     if DOCUMENT not in checkpoint.documents:
-        return {}
+        return dict(arrays)
     found = validated_json.mapping(checkpoint, DOCUMENT)
-    return validated_json.attempt(checkpoint, DOCUMENT, lambda: arrays_of(found, model))
+    return validated_json.attempt(checkpoint, DOCUMENT, lambda: completed(arrays, found, model))

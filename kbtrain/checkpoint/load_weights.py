@@ -112,7 +112,7 @@ def load_weights(
         checkpoint = CheckpointStore(path).resolve(path)
         assert checkpoint is not None  # resolving a path returns a checkpoint or raises
         saved = {**checkpoint.arrays.get("model", {}), **checkpoint.arrays.get("evaluation", {})}
-        saved |= frozen_base.in_checkpoint(checkpoint, model)
+        saved = frozen_base.completed_from(saved, checkpoint, model)
         plan = plan_restore(named, saved, strict=strict)
     else:
         plan = _plan_from_file(model, path, named, strict)
@@ -219,7 +219,7 @@ def _named_arrays(model: keras.Model, path: Path) -> dict[str, Any]:
     if about is None:
         return dict(arrays)
     try:
-        return {**arrays, **frozen_base.arrays_of(about, model)}
+        return frozen_base.completed(arrays, about, model)
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -412,7 +412,7 @@ def _arrays_of(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 def _model_arrays(model: keras.Model, checkpoint: Checkpoint) -> dict[str, Any]:
     saved = _arrays_of(checkpoint, "model")
-    return {**saved, **frozen_base.in_checkpoint(checkpoint, model)}
+    return frozen_base.completed_from(saved, checkpoint, model)
 
 
 def differing(

@@ -23,7 +23,7 @@ from kbtrain.errors import (
     CheckpointUnreadableError,
     ConfigurationError,
 )
-from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.addresses import check_address, scheme_of
 
 
 def run(words: Sequence[str]) -> int:
@@ -69,6 +69,7 @@ def run(words: Sequence[str]) -> int:
         help="import a module first that registers the model's own classes",
     )  # fmt: skip
     arguments = parser.parse_args(words)
+    check_address("path", arguments.path)
     if arguments.does is ls and scheme_of(arguments.path) is not None:
         raise ConfigurationError(
             "ls lists checkpoints on this machine. Of those at an address, show and verify "

@@ -308,3 +308,28 @@ def test_more_mistakes(tmp_path):
     with pytest.raises(ConfigurationError, match="Keras cannot add an adapter to .*value'"):
         enable_lora(constrained, 2, patterns="value")
     assert constrained.trainable_variables
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.weights.h5", "run"])
+def test_layers_that_keras_numbers_are_found_by_their_order(tmp_path, name):
+    """As text, dense_10 stands before dense_9; and a layer may be frozen as a whole."""
+
+    def model(first):
+        layers = [keras.layers.Dense(3, name=f"dense_{first + i}") for i in range(3)]
+        built = keras.Sequential([keras.Input((3,)), *layers], name="net")
+        with_weights(built, 0)
+        enable_lora(built, 2, [f"dense_{first + 1}", f"dense_{first + 2}"])
+        return built
+
+    trained, other = model(9), model(2)
+    if name == "run":
+        data = np.ones((8, 3), "float32")
+        args = arguments(tmp_path / name, max_steps=2, save_strategy="steps", save_steps=2)
+        Trainer(trained, args, train_dataset=(data, data), loss="mse").fit()
+    else:
+        for variable in trained.trainable_variables:
+            variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+        save_adapters(trained, tmp_path / name)
+    load_adapters(other, tmp_path / name)
+    for one, two in zip(trained.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFo
 from kbtrain.utils.optional_imports import require
 
 SUFFIX = ".safetensors"
+
+ORDER = "kbtrain.order"
+"""Text of the header with the names in their order, which the format does not keep. Automatic names
+(``dense_9``, ``dense_10``) are matched by it."""
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -32,7 +37,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     # The library writes memory as it lies there; a scalar must be an array.
     plain = {name: np.ascontiguousarray(a).reshape(np.shape(a)) for name, a in arrays.items()}
     try:
-        library.save_file(plain, path, metadata=dict(metadata))
+        texts = {**metadata, ORDER: json.dumps(list(plain))}
+        library.save_file(plain, path, metadata=texts)
     except OSError:
         raise
     except Exception as error:  # SafetensorError derives from Exception alone
@@ -55,8 +61,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         try:
             # Not mapped into memory: an I/O error must not become a SIGBUS.
             with library.safe_open(path, framework="np", backend="pread") as file:
-                metadata: dict[str, Any] = file.metadata() or {}
-                return file.get_tensors(), dict(metadata)
+                metadata = dict(file.metadata() or {})
+                order = metadata.pop(ORDER, "")
+                return _in_order(file.get_tensors(), order), metadata
         except library.SafetensorError as error:
             raise CheckpointDamagedError(
                 f"{path} is not a readable safetensors file ({error})."
@@ -65,3 +72,18 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise CheckpointFormatError(
                 f"{path} has an array of a type that NumPy lacks: {error}."
             ) from error
+
+
+def _in_order(arrays: Mapping[str, np.ndarray], text: str) -> dict[str, np.ndarray]:
+    """The arrays as they were written; those of other programs by name, with numbers as numbers."""
+    try:
+        order = json.loads(text)
+    except ValueError:
+        order = None
+    if not isinstance(order, list) or {*map(str, order)} != arrays.keys():
+        order = sorted(arrays, key=_by_numbers)
+    return {str(name): arrays[str(name)] for name in order}
+
+
+def _by_numbers(name: str) -> list[tuple[str, int]]:
+    return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
