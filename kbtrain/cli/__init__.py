@@ -80,12 +80,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _no_backend(name: str) -> str:
     """Why Keras could not be imported: its backend is not installed."""
-    chosen = (
-        "by KERAS_BACKEND" if os.environ.get("KERAS_BACKEND") else "unless it is told otherwise"
-    )
     here = [each for each in FRAMEWORKS if importlib.util.find_spec(each) is not None]
     ways = [f"set KERAS_BACKEND={each}" for each in here] or [f"pip install 'kbtrain[{name}]'"]
-    return f"Keras runs on {name} {chosen}, and {name} is not installed: {', or '.join(ways)}."
+    return f"Keras would run on {name}, which is not installed: {', or '.join(ways)}."
 
 
 def _usage() -> str:

@@ -111,11 +111,10 @@ def test_a_backend_that_is_not_installed_is_named_with_those_that_are(
 
     monkeypatch.setattr("kbtrain.cli.env.run", run)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
-    monkeypatch.delenv("KERAS_BACKEND")
     monkeypatch.delitem(sys.modules, "keras")
     assert cli.main(["env"]) == 2
     said = capsys.readouterr().err
-    assert "Keras runs on tensorflow unless it is told otherwise" in said
+    assert "Keras would run on tensorflow, which is not installed: " in said
     ways = ["KERAS_BACKEND=torch, or set KERAS_BACKEND=jax"] if installed else ["pip install"]
     assert all(way in said for way in ways)
 
