@@ -229,9 +229,25 @@ def remove_tree(path: Path) -> None:
 
 
 def tree_size(path: Path) -> int:
-    """Return the total size of the regular files in a folder and below it."""
-    regular = [e for e in path.rglob("*") if e.is_file() and not e.is_symlink()]
-    return sum(file.stat().st_size for file in regular)
+    """Return the total size of the regular files in a folder and below it.
+
+    What another thread or process removes meanwhile counts nothing.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    total = 0
+    for folder, _, names in os.walk(path, onerror=unreadable):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(folder, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def describe_space(directory: Path) -> str:
