@@ -107,22 +107,6 @@ def test_files_that_others_keep_in_a_checkpoint(store):
     assert names(store.directory) == ["checkpoint-8"]
 
 
-def test_what_is_removed_while_sizes_are_added_counts_nothing(tmp_path, monkeypatch):
-    (tmp_path / "below").mkdir()
-    for name, size in (("gone", 3), ("below/kept", 4)):
-        (tmp_path / name).write_bytes(bytes(size))
-    lstat = os.lstat
-
-    def removes_first(path, **options):
-        if str(path).endswith("gone"):
-            os.unlink(path)
-        return lstat(path, **options)
-
-    monkeypatch.setattr(os, "lstat", removes_first)
-    assert filesystem.tree_size(tmp_path) == 4
-    assert filesystem.tree_size(tmp_path / "nothing") == 0
-
-
 @pytest.mark.parametrize(
     "path", ["Manifest.json", "trainer_STATE.json", "optimizer.h5", "model.weights.json/x"]
 )
