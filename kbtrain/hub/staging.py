@@ -1,4 +1,4 @@
-"""The files of a push, set aside so that the run can go on writing its own."""
+"""The files of a push, set aside so that the run can keep writing its own."""
 
 from __future__ import annotations
 

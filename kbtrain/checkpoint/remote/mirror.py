@@ -9,14 +9,14 @@ from kbtrain.checkpoint.remote.files import ATTEMPTS, RemoteFiles
 from kbtrain.utils.filesystem import parse_checkpoint_name
 
 CONTINUED = (".csv", ".json", ".jsonl")
-"""Files that a resumed run goes on writing, or reads to add to them."""
+"""Files that a resumed run keeps writing, or reads to add to them."""
 
 
 class Mirror:
     """The files of a run's folder, at its address.
 
     Only what is written from ``begin`` on is uploaded: what was left here before may be older than
-    what is at the address, if the run went on elsewhere.
+    what is at the address, if the run was continued elsewhere.
 
     Args:
         files: The address.

@@ -257,7 +257,9 @@ class RemoteStore(CheckpointStore):
                 (path / UPLOADED).touch()
             except CheckpointDamagedError as error:
                 logger.warning("%s was not uploaded, as it is damaged: %s", path, error)
-            except CheckpointError as error:  # the place is taken; those of other steps go on
+            except (
+                CheckpointError
+            ) as error:  # of other steps, they are uploaded
                 refused = refused or error
                 self._refused.add(path)
             except OSError as error:

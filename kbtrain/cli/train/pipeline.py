@@ -99,16 +99,10 @@ def _check_best(settings: Settings, model: keras.Model, metrics: list[Any]) -> N
     wanted = settings.args.metric_for_best_model
     if wanted is None or any(":" in str(one) for one in settings.get("callbacks") or []):
         return  # a callback of the user's own may add results
-    names = ["loss"]
-    for one in metrics:
-        names.append(one if isinstance(one, str) else getattr(one, "name", str(one)))
+    names = ["loss", *(getattr(one, "name", str(one)) for one in metrics)]
     others = [metric.name for metric in model.metrics]
-    if any(isinstance(one, str) for one in metrics):
-        others += [
-            keras.metrics.get(one).name
-            for one in metrics
-            if isinstance(one, str) and one in dir(keras.metrics)
-        ]
+    by_name = [one for one in metrics if isinstance(one, str) and one in dir(keras.metrics)]
+    others += [keras.metrics.get(one).name for one in by_name]
     short = wanted.removeprefix("eval_")
     known = [*names, *others]
     several = any(short.startswith(f"{name}_") for name in known)  # one for each class

@@ -29,7 +29,7 @@ def check_alike(data: Data, folder: Path) -> None:
     """Check that a checkpoint's preprocessing is that of these data.
 
     Args:
-        data: The data to go on with.
+        data: The data to continue with.
         folder: The checkpoint's folder.
 
     Raises:

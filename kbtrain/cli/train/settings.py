@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kbtrain.cli import FRAMEWORKS
 from kbtrain.config import yaml
 from kbtrain.config.serialization import without_secrets
 from kbtrain.config.training_args import TrainingArguments
@@ -201,10 +202,9 @@ class Settings:
             raise self.error(("args", *named[:1]), str(problem)) from None
 
     def _check_backend(self) -> None:
-        known = ("torch", "tensorflow", "jax")
-        if "backend" in self.values and self.values["backend"] not in known:
+        if "backend" in self.values and self.values["backend"] not in FRAMEWORKS:
             received = f"Received: {self.values['backend']!r}."
-            raise self.error(("backend",), f"must be {', '.join(known)}. {received}")
+            raise self.error(("backend",), f"must be {', '.join(FRAMEWORKS)}. {received}")
 
     def _refuse_name(self, place: Place, known: Sequence[str], said: str) -> None:
         name = str(place[-1])

@@ -49,7 +49,7 @@ class TarShards:
     Files in a row whose names differ only after the first dot are a sample: ``0001.jpg`` and
     ``0001.cls`` become ``{"jpg": array, "cls": 3}``. The headers of all files are read once, at
     the start. After that a sample is one read at a known place, so the order is shuffled over all
-    shards (not within a buffer), a resumed run goes on without reading what came before, and
+    shards (not within a buffer), a resumed run continues without reading what came before, and
     worker processes (``dataloader_num_workers``) share the work of decoding.
 
     Args:

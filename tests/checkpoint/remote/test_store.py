@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from faulty_files import FaultyFiles
 from helpers import arguments, linear_model, make_data, same, weights, without_timings
+from helpers_saving import train
 from paths import ROOT
 
 from kbtrain import Trainer, TrainerCallback, load_weights
@@ -39,19 +40,8 @@ class At(TrainerCallback):
 
 
 def run(output_dir=ADDRESS, resume=None, callbacks=(), **changes):
-    settings = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "max_steps": 6,
-        "save_async": False,
-    } | changes
-    args = arguments(output_dir, per_device_train_batch_size=4, report_to="json", **settings)
-    trainer = Trainer(
-        linear_model(), args, train_dataset=make_data(), eval_dataset=make_data(), loss="mse",
-        callbacks=list(callbacks),
-    )  # fmt: skip
-    trainer.fit(resume)
-    return trainer
+    settings = {"max_steps": 6, "save_async": False, "report_to": "json"} | changes
+    return train(output_dir, callbacks, resume, **settings)
 
 
 def there(address=ADDRESS):
