@@ -257,9 +257,7 @@ class RemoteStore(CheckpointStore):
                 (path / UPLOADED).touch()
             except CheckpointDamagedError as error:
                 logger.warning("%s was not uploaded, as it is damaged: %s", path, error)
-            except (
-                CheckpointError
-            ) as error:  # of other steps, they are uploaded
+            except CheckpointError as error:  # the place is taken; other steps are uploaded
                 refused = refused or error
                 self._refused.add(path)
             except OSError as error:
