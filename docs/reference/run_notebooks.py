@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOT_FOR_KERNELS = {"KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL"}
@@ -24,6 +25,16 @@ def environment() -> dict[str, str]:
     """That of a kernel: without this terminal's choice of a backend and of messages."""
     kept = {name: os.environ[name] for name in os.environ.keys() - NOT_FOR_KERNELS}
     return kept | {"PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, without ipywidgets
+
+
+def sockets(folder: str) -> Config:
+    """Settings of a kernel that talks through files in a folder, where the system can do that.
+
+    Another program could take a port between its choice here and its use by the kernel.
+    """
+    if os.name != "posix":
+        return Config()
+    return Config({"KernelManager": {"transport": "ipc", "ip": os.path.join(folder, "kernel")}})
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -36,9 +47,10 @@ def run(path: Path) -> nbformat.NotebookNode:
         The notebook with its outputs and without what differs in every run.
     """
     book = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as own:
         NotebookClient(
             book,
+            config=sockets(own),
             timeout=300,
             kernel_name="python3",
             record_timing=False,

@@ -111,7 +111,8 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path, whole, 
     assert different(found, alike(tmp_path / "undisturbed", 2)) == []
     assert_close(found, whole)
     if "torch.distributed.run" not in command:  # torchrun ends the other before it can say why
-        named = r"process 1 .* failed: it was killed.* last seen at (update|saving)"
+        # Its last report is up to a second old, in which this run comes a long way.
+        named = r"process 1 .* failed: it was killed.* last seen .*, a second before or less"
         assert re.search(named, done.stderr), done.stderr
 
 
