@@ -23,12 +23,15 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 # isort: split
 
-import keras
-import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from rich.console import Console
 
-from kbtrain import EarlyStoppingCallback, Trainer, TrainingArguments, plot_history
+with Console().status("importing"):  # moves on a terminal, and shows nothing elsewhere
+    import keras
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    from kbtrain import EarlyStoppingCallback, Trainer, TrainingArguments, plot_history
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
