@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kbtrain import moved
-from kbtrain.utils import tensorflow_start
+from kbtrain.utils.packages import tensorflow_start
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.base import EarlyStoppingCallback as EarlyStoppingCallback
@@ -138,7 +138,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         if name.startswith("_"):
             raise AttributeError(f"module 'kbtrain' has no attribute {name!r}")
-        reason = importlib.import_module("kbtrain.utils.import_hints").import_hint(name)
+        reason = importlib.import_module("kbtrain.utils.packages.import_hints").import_hint(name)
         if reason:
             # `from kbtrain import name` would replace the message of an AttributeError.
             raise ImportError(f"kbtrain has no {name!r}. {reason}")

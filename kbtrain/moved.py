@@ -48,9 +48,11 @@ _BY_FOLDER = {
         "actions batch_size:auto_batch_size fitting:fit interruption:stop_signals "
         "loaders:dataloaders loop run step:train_step"
     ),
-    ("kbtrain", "kbtrain.utils"): (
-        "extras:optional_imports lazy_tensorflow:tensorflow_import memory output_files rng "
-        "step_times:timing verbosity:logging"
+    ("kbtrain", "kbtrain.utils"): ("rng step_times:timing verbosity:logging"),
+    ("kbtrain", "kbtrain.utils.files"): ("output_files"),
+    ("kbtrain", "kbtrain.utils.machine"): ("memory"),
+    ("kbtrain", "kbtrain.utils.packages"): (
+        "extras:optional_imports lazy_tensorflow:tensorflow_import"
     ),
     ("kbtrain.backends", "kbtrain.backends"): ("scope:scopes"),
     ("kbtrain.backends", "kbtrain.backends.jax"): (
@@ -70,7 +72,7 @@ _BY_FOLDER = {
         "contents:folder_writer dtypes format lock manifest places:array_index "
         "reading:folder_reader writing:array_writer"
     ),
-    ("kbtrain.checkpoint", "kbtrain.utils"): ("disk:filesystem"),
+    ("kbtrain.checkpoint", "kbtrain.utils.files"): ("disk:filesystem"),
     ("kbtrain.data", "kbtrain.data"): ("epochs:fixed_epochs shapes:shape_monitor structure:tree"),
     ("kbtrain.data", "kbtrain.data.collators"): (
         "collate:default collators_lm:language_modeling padding"

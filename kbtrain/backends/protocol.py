@@ -17,8 +17,8 @@ import numpy as np
 from kbtrain.backends.rows import LocalRows
 from kbtrain.backends.step_program import CompilesAhead
 from kbtrain.utils.array_blocks import OwnedBlocks, ReadBlock
-from kbtrain.utils.chrome_trace import Span
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.files.chrome_trace import Span
+from kbtrain.utils.machine.processes import ProcessGroup
 
 Updates = Sequence[tuple[keras.Variable, Any]]
 """Variables with the values to assign to them."""

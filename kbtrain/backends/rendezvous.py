@@ -17,8 +17,8 @@ import time
 from typing import IO, Any
 
 from kbtrain.errors import DistributedError
-from kbtrain.utils.ports import free_ports
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.ports import free_ports
+from kbtrain.utils.machine.processes import ProcessGroup
 
 logger = logging.getLogger("kbtrain")
 

@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 
 from kbtrain.data.tree import map_structure
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 _BATCH, _ROWS = "kbtrain_batch", "kbtrain_rows"
 

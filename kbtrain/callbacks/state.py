@@ -15,10 +15,10 @@ import numpy as np
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.tracing.position import Position
+from kbtrain.utils.files.output_files import save_json
 from kbtrain.utils.html import notebook_table, number
 from kbtrain.utils.json_types import matches_type
-from kbtrain.utils.output_files import save_json
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 from kbtrain.utils.timing import SPEED_SUFFIXES
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from kbtrain.checkpoint.storage.folder_reader import Checkpoint
 from kbtrain.checkpoint.storage.format import read_arrays
 from kbtrain.checkpoint.storage.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 if TYPE_CHECKING:
     from kbtrain.checkpoint.variables import RestorePlan, capture, plan_restore, restore

@@ -26,7 +26,7 @@ from kbtrain.checkpoint.storage.lock import RunLock
 from kbtrain.distributed.control.peers import Peers
 from kbtrain.errors import CheckpointError, is_lasting, is_storage_error
 from kbtrain.utils.array_blocks import OwnedBlocks
-from kbtrain.utils.host_buffers import HostBuffers
+from kbtrain.utils.machine.host_buffers import HostBuffers
 
 logger = logging.getLogger("kbtrain")
 

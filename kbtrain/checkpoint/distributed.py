@@ -37,8 +37,8 @@ from kbtrain.checkpoint.storage.manifest import (
 from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.distributed.control.peers import Peers
 from kbtrain.errors import CheckpointError, CheckpointNotFoundError, DistributedError
-from kbtrain.utils import filesystem
 from kbtrain.utils.array_blocks import OwnedBlocks
+from kbtrain.utils.files import filesystem
 
 Groups = Mapping[str, Mapping[str, Any]]
 

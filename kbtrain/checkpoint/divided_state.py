@@ -13,7 +13,7 @@ from kbtrain.checkpoint.variables import capture
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.division import Division
 from kbtrain.utils.array_blocks import Block, OwnedBlocks
-from kbtrain.utils.host_buffers import HostBuffers
+from kbtrain.utils.machine.host_buffers import HostBuffers
 
 
 def capture_divided(

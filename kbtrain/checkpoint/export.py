@@ -32,9 +32,9 @@ from kbtrain.errors import (
     concise,
     first_lines,
 )
-from kbtrain.utils.addresses import check_local
-from kbtrain.utils.output_files import writing
-from kbtrain.utils.tensorflow_import import not_imported
+from kbtrain.utils.files.addresses import check_local
+from kbtrain.utils.files.output_files import writing
+from kbtrain.utils.packages.tensorflow_import import not_imported
 
 if TYPE_CHECKING:
     import keras

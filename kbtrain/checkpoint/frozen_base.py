@@ -20,7 +20,7 @@ from kbtrain import backends
 from kbtrain.checkpoint import Checkpoint, validated_json
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.lora import Lora, lora_of, note_trained
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

@@ -35,7 +35,7 @@ from kbtrain.errors import (
 from kbtrain.model.build import check_model
 from kbtrain.model.lora import enable_lora, lora_of, note_trained
 from kbtrain.model.variables import refresh_derived_values
-from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.files.addresses import scheme_of
 
 logger = logging.getLogger("kbtrain")
 

@@ -21,8 +21,8 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
 )
-from kbtrain.utils import filesystem
-from kbtrain.utils.addresses import check_local
+from kbtrain.utils.files import filesystem
+from kbtrain.utils.files.addresses import check_local
 
 Log = Callable[[str], None]
 Read = Callable[[Path], Checkpoint]

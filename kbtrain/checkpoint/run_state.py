@@ -35,10 +35,11 @@ from kbtrain.model.variables import refresh_derived_values, state_variables
 from kbtrain.optimization import changing_variables
 from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
-from kbtrain.utils import rng, tensorflow_import
+from kbtrain.utils import rng
 from kbtrain.utils.array_blocks import OwnedBlocks
-from kbtrain.utils.host_buffers import HostBuffers
-from kbtrain.utils.versions import environment as environment
+from kbtrain.utils.machine.host_buffers import HostBuffers
+from kbtrain.utils.packages import tensorflow_import
+from kbtrain.utils.packages.versions import environment as environment
 
 logger = logging.getLogger("kbtrain")
 

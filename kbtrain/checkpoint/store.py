@@ -44,8 +44,8 @@ from kbtrain.errors import (
     CheckpointFormatError,
     ConfigurationError,
 )
-from kbtrain.utils import filesystem
-from kbtrain.utils.addresses import check_local
+from kbtrain.utils.files import filesystem
+from kbtrain.utils.files.addresses import check_local
 
 Paths = list[Path]
 Problems = list[str]

@@ -25,7 +25,7 @@ from kbtrain.checkpoint.storage.blocks import StoredArray
 from kbtrain.errors import CheckpointMismatchError
 from kbtrain.model.variable_names import name_variables
 from kbtrain.utils.array_blocks import Block, OwnedBlocks, ReadBlock
-from kbtrain.utils.host_buffers import HostBuffers
+from kbtrain.utils.machine.host_buffers import HostBuffers
 
 _AUTO_SUFFIX = re.compile(r"(.+?)_(\d+)(#\d+)?", re.ASCII)
 _SHOWN = 10

@@ -23,7 +23,7 @@ from kbtrain.errors import (
     CheckpointUnreadableError,
     ConfigurationError,
 )
-from kbtrain.utils.addresses import check_address, scheme_of
+from kbtrain.utils.files.addresses import check_address, scheme_of
 
 
 def run(words: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from kbtrain.distributed.environment import endpoint
 from kbtrain.distributed.launch.local_processes import STOPPING_SECONDS, run_together
 from kbtrain.distributed.launch.rendezvous import Node, Rendezvous
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.ports import free_ports
+from kbtrain.utils.machine.ports import free_ports
 
 _LOCALHOST = "127.0.0.1"
 

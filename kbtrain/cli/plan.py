@@ -18,7 +18,7 @@ from kbtrain.cli.parser import command_parser
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_named
 from kbtrain.plan.process import backend_of, environment, run_process
-from kbtrain.utils.devices import known_devices
+from kbtrain.utils.machine.devices import known_devices
 
 if TYPE_CHECKING:
     from kbtrain.plan.request import PlanRequest

@@ -17,7 +17,7 @@ from kbtrain.config.converters import read_scalar
 from kbtrain.config.inactive_settings import is_inactive
 from kbtrain.config.migration import explain_unknown
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 
 class ArgumentParser:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kbtrain.config.converters import plain
 from kbtrain.config.migration import DROPPED, RENAMED
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], (), {})
 _SPLITTING = {

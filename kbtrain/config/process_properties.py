@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from kbtrain.utils.processes import current, one_after_the_other
+from kbtrain.utils.machine.processes import current, one_after_the_other
 
 
 class ProcessProperties:

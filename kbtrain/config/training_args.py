@@ -19,7 +19,7 @@ from kbtrain.config.validation import (
     normalise,
     resolve_steps,
 )
-from kbtrain.utils.addresses import local_folder
+from kbtrain.utils.files.addresses import local_folder
 from kbtrain.utils.html import notebook_table, setting
 
 

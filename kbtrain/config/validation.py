@@ -12,7 +12,7 @@ from typing import Any
 from kbtrain.config.converters import FrozenDict, InvalidValue, shown, steps
 from kbtrain.config.fields import Fields
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.addresses import check_address
+from kbtrain.utils.files.addresses import check_address
 
 METRIC_DRIVEN = ("reduce_lr_on_plateau", "greedy")
 """Schedules that are driven by ``metric_for_best_model`` after each evaluation."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(

@@ -43,9 +43,9 @@ from kbtrain.data.sources.base import (
 )
 from kbtrain.data.sources.column_filter import ColumnFilter
 from kbtrain.data.sources.infer import as_source
+from kbtrain.data.sources.stream import ModelInputs, StreamLoader
 from kbtrain.data.sources.tar_shards import TarShards
 from kbtrain.data.sources.validation_split import split_for_validation
-from kbtrain.data.stream import ModelInputs, StreamLoader
 from kbtrain.data.tree import map_structure, to_numpy, with_none, without_none
 
 __all__ = [

@@ -20,7 +20,7 @@ import numpy as np
 from kbtrain.data import DataLoader
 from kbtrain.data.tree import keeping_float64, keeps_float64
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 ENDLESS = 2**62
 """Number of batches for workers that persist across epochs."""

@@ -12,7 +12,7 @@ from kbtrain.callbacks.base import evaluation_name
 from kbtrain.display.view import Evaluation
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import RunFacts
-from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.files.addresses import scheme_of
 from kbtrain.utils.readable import duration, memory
 
 Row = tuple[str, str]

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kbtrain.utils import processes
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine import processes
+from kbtrain.utils.machine.processes import ProcessGroup
 
 if TYPE_CHECKING:
     from kbtrain.distributed.control.channel import Channel

@@ -15,7 +15,7 @@ from typing import Any
 
 from kbtrain.backends.collective_check import Operation
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives the messages of all processes, in order of rank; all processes call it alike."""

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 
 from kbtrain.distributed.slurm import hosts_of_tasks
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 _LOCALHOST = "127.0.0.1"
 

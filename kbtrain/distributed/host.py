@@ -12,7 +12,7 @@ import numpy as np
 
 from kbtrain.backends.protocol import Backend
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 _messages = itertools.count(1)
 

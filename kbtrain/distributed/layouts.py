@@ -18,7 +18,7 @@ import keras
 from kbtrain.config.sharding import AXES
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

@@ -19,7 +19,7 @@ from kbtrain.distributed.agreement import CollectiveSequence
 from kbtrain.distributed.layouts import StateLayout, state_layout
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils import float64
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from kbtrain.utils.ports import free_ports
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.ports import free_ports
+from kbtrain.utils.machine.processes import ProcessGroup
 
 
 def detect() -> ProcessGroup | None:

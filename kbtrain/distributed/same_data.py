@@ -14,7 +14,7 @@ from kbtrain.data import Block, Loader
 from kbtrain.data.batch import named_leaves
 from kbtrain.distributed import host
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 
 def described(batch: Any) -> dict[str, str]:

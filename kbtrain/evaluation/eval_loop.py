@@ -39,7 +39,7 @@ from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
 from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model.losses.label_check import LabelCheck
 from kbtrain.model.metrics import MetricSet
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 from kbtrain.utils.timing import speed
 
 logger = logging.getLogger("kbtrain")

@@ -22,7 +22,7 @@ from kbtrain.evaluation.results import EvalLoopOutput
 from kbtrain.model import precision
 from kbtrain.tracing.moment import Moment
 from kbtrain.training.agreement import check_weights
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

@@ -19,7 +19,7 @@ from kbtrain.data import map_structure
 from kbtrain.distributed import host
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.evaluation.gather import PADDING, Rows
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 
 def check_generates(model: keras.Model, args: TrainingArguments) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError, HubError, first_lines
-from kbtrain.utils.optional_imports import require
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
+from kbtrain.utils.packages.optional_imports import require
 
 HUGGING_FACE, KAGGLE = "hf://", "kaggle://"
 

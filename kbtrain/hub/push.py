@@ -8,7 +8,7 @@ from typing import Any
 
 from kbtrain.errors import HubError, OutputError
 from kbtrain.hub.pusher import HubPusher, make_repository
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

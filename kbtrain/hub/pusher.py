@@ -19,9 +19,9 @@ from kbtrain.hub.repository import Repository
 from kbtrain.hub.unpushed import UnpushedCheckpoints
 from kbtrain.hub.uploads import Uploads
 from kbtrain.report.model_card import MODEL_FILE
-from kbtrain.utils.filesystem import tree_size
-from kbtrain.utils.output_files import explained
-from kbtrain.utils.processes import current
+from kbtrain.utils.files.filesystem import tree_size
+from kbtrain.utils.files.output_files import explained
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from kbtrain.errors import ConfigurationError, HubError, first_lines
 from kbtrain.hub.staging import staged
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 T = TypeVar("T")
 

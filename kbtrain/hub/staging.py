@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME as RECORD
 from kbtrain.report.sources import ARGUMENTS
-from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
 
 FOLDER = ".hub"
 """The folder within ``output_dir`` for files of pushes in flight."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kbtrain.hub.staging import set_aside_checkpoint
-from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
 
 
 class UnpushedCheckpoints:

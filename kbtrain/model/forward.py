@@ -39,7 +39,7 @@ from kbtrain.model.losses.pairs import (
     count_items,
 )
 from kbtrain.model.method_overrides import overrides
-from kbtrain.utils.keras_private import get_keras_mask
+from kbtrain.utils.packages.keras_private import get_keras_mask
 
 ComputeLoss = Callable[..., Any]
 

@@ -21,8 +21,8 @@ import keras
 import numpy as np
 
 from kbtrain.errors import ConfigurationError, concise, first_lines
-from kbtrain.utils import tensorflow_import
 from kbtrain.utils.layers import walk_layers
+from kbtrain.utils.packages import tensorflow_import
 
 DEFAULT_PATTERNS = ("query", "value")
 """The layers that the paper adapts, by the names they have in Keras and KerasHub."""

@@ -20,7 +20,7 @@ from kbtrain.distributed import host
 from kbtrain.distributed.partition import owners_of
 from kbtrain.errors import ConfigurationError
 from kbtrain.utils.layers import innermost_optimizer
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 
 class Division:

@@ -9,7 +9,7 @@ from kbtrain.optimization import registry
 from kbtrain.plan.fitting import LargestBatch
 from kbtrain.plan.plan import BATCH, Advice, Case
 from kbtrain.plan.run_backend import JAX, RunBackend
-from kbtrain.utils.devices import DeviceSpec
+from kbtrain.utils.machine.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

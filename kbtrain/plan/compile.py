@@ -42,9 +42,10 @@ from kbtrain.tracing.captured import CapturedValues
 from kbtrain.tracing.position import Position
 from kbtrain.tracing.retrace import Traces
 from kbtrain.training.fit import prepare, wrapped_calls
-from kbtrain.utils import float64, keras_private, rng
-from kbtrain.utils.devices import DeviceSpec
-from kbtrain.utils.processes import current
+from kbtrain.utils import float64, rng
+from kbtrain.utils.machine.devices import DeviceSpec
+from kbtrain.utils.machine.processes import current
+from kbtrain.utils.packages import keras_private
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

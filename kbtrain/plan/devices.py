@@ -12,7 +12,7 @@ from typing import Any
 
 from kbtrain.config import yaml
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.devices import DeviceSpec, known_devices
+from kbtrain.utils.machine.devices import DeviceSpec, known_devices
 
 RESERVES = {"gpu": 0.08, "tpu": 0.03}
 """The part of the memory that is kept for the framework, where a file does not say it."""

@@ -10,7 +10,7 @@ from kbtrain.plan import text
 from kbtrain.plan.fitting import LargestBatch
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.roofline import Roofline
-from kbtrain.utils.devices import DeviceSpec
+from kbtrain.utils.machine.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -15,7 +15,7 @@ from kbtrain.plan.plan import BATCH, Advice, Case, Plan
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.roofline import roofline
 from kbtrain.plan.run_backend import JAX, RunBackend
-from kbtrain.utils.devices import DeviceSpec
+from kbtrain.utils.machine.devices import DeviceSpec
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

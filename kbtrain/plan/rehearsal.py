@@ -16,7 +16,8 @@ from kbtrain.data import Batches, as_loader
 from kbtrain.errors import ConfigurationError
 from kbtrain.model import custom_steps
 from kbtrain.model.variables import unique
-from kbtrain.utils import keras_private, rng
+from kbtrain.utils import rng
+from kbtrain.utils.packages import keras_private
 
 if TYPE_CHECKING:
     from kbtrain.backends.protocol import Backend

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from kbtrain.plan.program import ProgramFacts
-from kbtrain.utils.devices import DeviceSpec
 from kbtrain.utils.json_types import JsonDataclass
+from kbtrain.utils.machine.devices import DeviceSpec
 
 ASSUMPTION = (
     "Times: every operation at the published peak, all transfers behind computation, and memory "

@@ -20,7 +20,7 @@ from kbtrain.errors import KbtrainError, causes, first_lines, user_line
 from kbtrain.plan.process import chosen_by_program
 from kbtrain.plan.request import FRAMEWORKS, PlanMade, PlanRequest, requested
 from kbtrain.plan.request import outcome as outcome_of_fit
-from kbtrain.utils.output_files import save_json
+from kbtrain.utils.files.output_files import save_json
 
 
 def main(words: Sequence[str], leave: Callable[[int], object] | None = None) -> int:

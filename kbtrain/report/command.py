@@ -10,9 +10,9 @@ from typing import Any
 
 from kbtrain.config.serialization import secret_names
 from kbtrain.config.training_args import TrainingArguments
-from kbtrain.utils.addresses import without_credentials
+from kbtrain.utils.files.addresses import without_credentials
+from kbtrain.utils.machine.processes import current
 from kbtrain.utils.notebook import is_notebook
-from kbtrain.utils.processes import current
 
 _SECRETS = secret_names(TrainingArguments)
 _IN_MAPPING = re.compile(

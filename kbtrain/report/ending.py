@@ -10,7 +10,7 @@ from typing import Any
 from kbtrain.callbacks.base import evaluation_name
 from kbtrain.errors import NonFiniteError, first_lines
 from kbtrain.report.command import resume_command
-from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
 from kbtrain.utils.json_types import JsonDataclass
 
 REASONS = {

@@ -17,11 +17,11 @@ import numpy as np
 
 from kbtrain.data import as_source
 from kbtrain.report.command import command_line
-from kbtrain.utils.addresses import beneath
+from kbtrain.utils.files.addresses import beneath
 from kbtrain.utils.json_types import JsonDataclass
 from kbtrain.utils.layers import innermost_optimizer
-from kbtrain.utils.processes import current
-from kbtrain.utils.versions import environment
+from kbtrain.utils.machine.processes import current
+from kbtrain.utils.packages.versions import environment
 
 logger = logging.getLogger("kbtrain")
 

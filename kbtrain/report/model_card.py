@@ -17,8 +17,8 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.report.ending import held_step
 from kbtrain.report.page import is_result
 from kbtrain.report.plots import plot_history
-from kbtrain.utils.output_files import save_text
-from kbtrain.utils.versions import environment
+from kbtrain.utils.files.output_files import save_text
+from kbtrain.utils.packages.versions import environment
 
 logger = logging.getLogger("kbtrain")
 

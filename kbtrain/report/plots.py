@@ -13,8 +13,8 @@ from kbtrain.callbacks.state import TrainerState
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.curves import loss_names, metric_names, series, wants_log_scale
 from kbtrain.report.sources import load_run
-from kbtrain.utils.optional_imports import require
-from kbtrain.utils.output_files import writing
+from kbtrain.utils.files.output_files import writing
+from kbtrain.utils.packages.optional_imports import require
 
 TRAINING, EVALUATION = "#7a8ca3", "#c8553d"
 OTHERS = ("#2f8f6b", "#8a5fb5", "#b58a1f", "#4a8fa8")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kbtrain.utils.filesystem import replacing
+from kbtrain.utils.files.filesystem import replacing
 
 FILE_NAME = "run.json"
 FORMAT = 1

@@ -17,8 +17,8 @@ from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
 from kbtrain.report.style import DATA
-from kbtrain.utils.addresses import check_local, local_folder, scheme_of, without_credentials
-from kbtrain.utils.filesystem import entries, parse_checkpoint_name, process_is_alive
+from kbtrain.utils.files.addresses import check_local, local_folder, scheme_of, without_credentials
+from kbtrain.utils.files.filesystem import entries, parse_checkpoint_name, process_is_alive
 
 logger = logging.getLogger("kbtrain")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kbtrain.report.curves import series
 from kbtrain.report.record import RunRecord, is_evaluation
-from kbtrain.utils.addresses import beneath
+from kbtrain.utils.files.addresses import beneath
 from kbtrain.utils.html import number
 from kbtrain.utils.readable import duration
 

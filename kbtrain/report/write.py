@@ -13,8 +13,8 @@ from kbtrain.report.page import render
 from kbtrain.report.record import RunRecord
 from kbtrain.report.recorder import update
 from kbtrain.report.sources import load_runs
-from kbtrain.utils.addresses import check_local
-from kbtrain.utils.output_files import save_text
+from kbtrain.utils.files.addresses import check_local
+from kbtrain.utils.files.output_files import save_text
 
 FILE_NAME = "report.html"
 

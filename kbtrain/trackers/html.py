@@ -12,7 +12,7 @@ from kbtrain.report.page import render
 from kbtrain.report.recorder import update
 from kbtrain.report.write import FILE_NAME
 from kbtrain.utils.best_effort import best_effort
-from kbtrain.utils.filesystem import replacing
+from kbtrain.utils.files.filesystem import replacing
 from kbtrain.utils.timing import SparingPace
 
 if TYPE_CHECKING:

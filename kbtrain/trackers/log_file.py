@@ -17,7 +17,7 @@ from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.trackers.completed import is_summary, nothing_to_do
 from kbtrain.utils.best_effort import best_effort
-from kbtrain.utils.filesystem import replacing
+from kbtrain.utils.files.filesystem import replacing
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments

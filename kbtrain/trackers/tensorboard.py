@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
 from kbtrain.utils.best_effort import best_effort
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbtrain.trackers.base import Tracker
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 if TYPE_CHECKING:
     from kbtrain.config.training_args import TrainingArguments

@@ -20,8 +20,8 @@ from kbtrain.plan.planner import plan_run
 from kbtrain.plan.request import other_backend
 from kbtrain.plan.run_backend import run_backend
 from kbtrain.trainer.trainer import Trainer
-from kbtrain.utils.devices import DeviceSpec
-from kbtrain.utils.output_files import save_json
+from kbtrain.utils.files.output_files import save_json
+from kbtrain.utils.machine.devices import DeviceSpec
 
 
 def _deserialized(config: Mapping[str, Any]) -> Any:

@@ -17,9 +17,9 @@ from kbtrain.optimization.division import division_of
 from kbtrain.optimization.evaluation_weights import swapped_in
 from kbtrain.report.model_card import MODEL_FILE, shown
 from kbtrain.trainer.first_process import written_by_first
-from kbtrain.utils.addresses import check_local
-from kbtrain.utils.output_files import explained, read_json, save_json, save_text
-from kbtrain.utils.processes import current
+from kbtrain.utils.files.addresses import check_local
+from kbtrain.utils.files.output_files import explained, read_json, save_json, save_text
+from kbtrain.utils.machine.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

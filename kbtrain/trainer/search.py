@@ -24,9 +24,9 @@ from kbtrain.trainer.search_results import best
 from kbtrain.training.dataloaders import is_named_datasets
 from kbtrain.training.resuming import make_saver
 from kbtrain.training.trainer_base import TrainerBase, takes_trial
-from kbtrain.utils.addresses import beneath
-from kbtrain.utils.optional_imports import require
-from kbtrain.utils.processes import current
+from kbtrain.utils.files.addresses import beneath
+from kbtrain.utils.machine.processes import current
+from kbtrain.utils.packages.optional_imports import require
 from kbtrain.utils.timing import without_durations
 
 if TYPE_CHECKING:

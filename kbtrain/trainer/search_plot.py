@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.errors import first_lines
-from kbtrain.utils.output_files import writing
+from kbtrain.utils.files.output_files import writing
 
 logger = logging.getLogger("kbtrain")
 

@@ -45,7 +45,7 @@ from kbtrain.training.stop_signals import StopSignals
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils import rng
 from kbtrain.utils.logging import set_log_level
-from kbtrain.utils.memory import measured
+from kbtrain.utils.machine.memory import measured
 
 
 class Trainer(KnownNames, RunArtifacts, TrainerBase):

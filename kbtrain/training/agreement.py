@@ -22,7 +22,7 @@ from kbtrain.distributed import host
 from kbtrain.distributed.agreement import agree
 from kbtrain.distributed.same_data import described
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

@@ -23,8 +23,8 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
-from kbtrain.utils.filesystem import parse_checkpoint_name
-from kbtrain.utils.processes import current
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
+from kbtrain.utils.machine.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.callbacks.state import TrainerState

@@ -24,7 +24,7 @@ from kbtrain.data import (
 )
 from kbtrain.data.batch import LABEL_KEYS
 from kbtrain.data.sources.interop import yields_batches
-from kbtrain.data.stream import check_sample
+from kbtrain.data.sources.stream import check_sample
 from kbtrain.data.tree import has_array, is_sparse_matrix
 from kbtrain.data.workers import WorkerLoader
 from kbtrain.errors import ConfigurationError

@@ -42,10 +42,10 @@ from kbtrain.training.loop import train_loop
 from kbtrain.training.optimizer import build_optimizer, why_total_is_needed
 from kbtrain.training.run import Run
 from kbtrain.utils import rng
-from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
 from kbtrain.utils.html import notebook_table, number
-from kbtrain.utils.memory import measured
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.memory import measured
+from kbtrain.utils.machine.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

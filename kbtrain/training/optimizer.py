@@ -16,7 +16,7 @@ from kbtrain.optimization.division import Division, division_of, set_division
 from kbtrain.optimization.factory import RATE, RULE, make_schedule
 from kbtrain.training.trainer_base import TrainerBase
 from kbtrain.utils.layers import innermost_optimizer
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

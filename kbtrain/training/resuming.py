@@ -10,8 +10,8 @@ from kbtrain.checkpoint.async_checkpointer import AsyncCheckpointer
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.distributed import get_peers
 from kbtrain.training import actions
-from kbtrain.utils.addresses import scheme_of
-from kbtrain.utils.processes import current
+from kbtrain.utils.files.addresses import scheme_of
+from kbtrain.utils.machine.processes import current
 
 if TYPE_CHECKING:
     from kbtrain.training.trainer_base import TrainerBase

@@ -13,8 +13,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from kbtrain.errors import TrainingInterrupted
-from kbtrain.utils.quiet_interrupt import quiet
-from kbtrain.utils.signal_watch import SignalWatch
+from kbtrain.utils.machine.quiet_interrupt import quiet
+from kbtrain.utils.machine.signal_watch import SignalWatch
 
 logger = logging.getLogger("kbtrain")
 

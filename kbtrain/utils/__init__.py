@@ -1,1 +1,1 @@
-"""Small helpers that do not depend on training: files, logging, randomness, timing, memory."""
+"""Small helpers that do not depend on training: randomness, logging, timing, text."""

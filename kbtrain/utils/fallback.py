@@ -26,7 +26,7 @@ averages of ``use_ema``          optimization/evaluation_weights  Keras swaps th
 moving variables                 backends/tensorflow/device       they stay on their device
 counting recorded operations     backends/torch/flops             the step runs once more
 functions of a graph             backends/tensorflow/flops        what they compute does not count
-Keras' masks, scopes, values     utils/keras_private              see there
+Keras' masks, scopes, values     utils/packages/keras_private     see there
 ===============================  ===============================  ==================================
 """
 

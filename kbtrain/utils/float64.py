@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kbtrain.utils.keras_private import flatten_layers, narrowing_table
+from kbtrain.utils.packages.keras_private import flatten_layers, narrowing_table
 
 
 def computes_in_float64(model: keras.Model) -> bool:

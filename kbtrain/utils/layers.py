@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from kbtrain.utils.keras_private import flatten_layers
+from kbtrain.utils.packages.keras_private import flatten_layers
 
 
 def walk_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:

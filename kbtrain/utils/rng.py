@@ -12,8 +12,8 @@ import keras
 import numpy as np
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils import tensorflow_import
-from kbtrain.utils.keras_private import global_seed_generator
+from kbtrain.utils.packages import tensorflow_import
+from kbtrain.utils.packages.keras_private import global_seed_generator
 
 MAX_SEED = 2**32 - 1  # the limit of the seeding functions of NumPy and Keras
 

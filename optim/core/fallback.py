@@ -10,8 +10,8 @@ with the same result, and the log says so once. These are all uses:
 - ``core/precision.py``: the table by which Keras makes float32 of float64;
 - here: iterating over a model's layers.
 
-`kbtrain.utils.fallback` has the same two functions, and `kbtrain.utils.keras_private` Keras' table
-too: neither package imports the other, so these few lines are written twice.
+`kbtrain.utils.fallback` has the same two functions, and `kbtrain.utils.packages.keras_private`
+Keras' table too: neither package imports the other, so these few lines are written twice.
 """
 
 from __future__ import annotations

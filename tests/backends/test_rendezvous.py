@@ -12,8 +12,8 @@ import pytest
 from kbtrain.backends import rendezvous
 from kbtrain.backends.rendezvous import meet
 from kbtrain.errors import DistributedError
-from kbtrain.utils.ports import free_ports
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.ports import free_ports
+from kbtrain.utils.machine.processes import ProcessGroup
 
 pytestmark = pytest.mark.core
 

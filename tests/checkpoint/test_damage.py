@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kbtrain.checkpoint import MANIFEST_NAME, CheckpointStore
 from kbtrain.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 FILES = (

@@ -23,7 +23,7 @@ from kbtrain import (
     load_weights,
 )
 from kbtrain.checkpoint.storage.manifest import read_manifest, write_manifest
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 LAYERS = keras.layers
 

@@ -17,7 +17,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
 )
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 pytestmark = pytest.mark.core
 

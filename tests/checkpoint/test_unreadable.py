@@ -21,7 +21,7 @@ from kbtrain.errors import (
     CheckpointUnreadableError,
     is_storage_error,
 )
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 TRANSIENT = ["EIO", "ESTALE", "EMFILE", "ENFILE", "EACCES", "EPERM", "ENOMEM", "ETIMEDOUT"]
 

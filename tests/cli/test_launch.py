@@ -13,7 +13,7 @@ from kbtrain import cli
 from kbtrain.cli.launch import environments
 from kbtrain.distributed.environment import detect
 from kbtrain.distributed.launch.rendezvous import Node
-from kbtrain.utils.ports import free_ports
+from kbtrain.utils.machine.ports import free_ports
 
 pytestmark = pytest.mark.neutral
 

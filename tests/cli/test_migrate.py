@@ -13,7 +13,7 @@ from kbtrain import TrainingArguments
 from kbtrain.cli import main
 from kbtrain.cli.migrate.rules import migrate
 from kbtrain.config.migration import DROPPED, RENAMED, rewritten
-from kbtrain.utils.import_hints import is_model
+from kbtrain.utils.packages.import_hints import is_model
 
 SCRIPTS = GOLDEN / "transformers_scripts"
 

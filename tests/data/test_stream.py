@@ -14,7 +14,7 @@ from kbtrain.data import as_loader, default_collate
 from kbtrain.data.loader import DataLoader
 from kbtrain.data.sources.base import IterableSource
 from kbtrain.data.sources.interop import is_endless
-from kbtrain.data.stream import ModelInputs, StreamLoader
+from kbtrain.data.sources.stream import ModelInputs, StreamLoader
 from kbtrain.errors import ConfigurationError, DataError
 from kbtrain.evaluation import evaluate
 

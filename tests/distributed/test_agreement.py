@@ -8,7 +8,7 @@ import pytest
 
 from kbtrain.distributed.agreement import CollectiveSequence, agree
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 pytestmark = pytest.mark.core
 

@@ -21,7 +21,7 @@ from kbtrain.distributed.control.reports import Report
 from kbtrain.distributed.control.server import ControlServer
 from kbtrain.distributed.control.states import Watcher
 from kbtrain.distributed.control.watcher import process_state
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 pytestmark = pytest.mark.neutral
 

@@ -19,7 +19,7 @@ pytestmark = [
 HEAD = """
 import json, sys
 from kbtrain import Trainer, TrainingArguments
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 import keras, numpy as np
 
 folder, layers = sys.argv[1], keras.layers

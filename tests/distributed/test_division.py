@@ -8,7 +8,7 @@ from kbtrain import Trainer, TrainingArguments, backends
 from kbtrain.distributed.partition import owners_of
 from kbtrain.errors import ConfigurationError
 from kbtrain.optimization.division import Division, own_variables, set_division
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 
 @pytest.mark.core

@@ -8,7 +8,7 @@ import pytest
 from kbtrain.distributed.control.channel import Channel
 from kbtrain.distributed.control.mailbox import Mailbox
 from kbtrain.errors import DistributedError
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 pytestmark = [pytest.mark.core, pytest.mark.neutral]
 

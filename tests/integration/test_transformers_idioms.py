@@ -18,7 +18,7 @@ from kbtrain import (
     TrainingArguments,
     set_seed,
 )
-from kbtrain.utils.import_hints import IMPORTS
+from kbtrain.utils.packages.import_hints import IMPORTS
 
 
 def make(tmp_path, cls=Trainer, **changes):

@@ -5,7 +5,7 @@ from paths import ROOT
 
 from kbtrain.errors import ConfigurationError
 from kbtrain.plan.devices import device_from, device_named, target_config
-from kbtrain.utils.devices import known_devices
+from kbtrain.utils.machine.devices import known_devices
 
 pytestmark = pytest.mark.neutral
 

@@ -6,7 +6,7 @@ import pytest
 
 from kbtrain.plan.program import ProgramFacts
 from kbtrain.plan.roofline import roofline
-from kbtrain.utils.devices import DeviceSpec
+from kbtrain.utils.machine.devices import DeviceSpec
 
 pytestmark = pytest.mark.neutral
 

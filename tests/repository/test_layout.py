@@ -20,8 +20,6 @@ MOST_LINES_OF_A_TEST = 600
 # A folder is read from top to bottom: from 3 to 16 files.
 SIZES = range(3, 17)
 OTHER_SIZES = {
-    "kbtrain/data": "loaders, blocks and batches, below them three folders of one kind each",
-    "kbtrain/utils": "small helpers that have nothing to do with each other",
     "optim/algorithms": "one file an algorithm",
     "optim/kernels/tensorflow": "the rule is traced as it is; only XLA's order needs a file",
 }

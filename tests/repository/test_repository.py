@@ -136,8 +136,8 @@ def test_optim_needs_keras_and_numpy_only(path):
 
 PRIVATE = ("keras.src", "jax._src", "jax.extend", "tensorflow.python", "torch._")
 WITH_A_PLAIN_WAY = {
-    "kbtrain/utils/keras_private.py",
-    "kbtrain/utils/tensorflow_import.py",
+    "kbtrain/utils/packages/keras_private.py",
+    "kbtrain/utils/packages/tensorflow_import.py",
     "kbtrain/checkpoint/keras_layout.py",
     "kbtrain/checkpoint/load_weights.py",
     "kbtrain/backends/whole_batch.py",
@@ -207,7 +207,7 @@ def functions_of(backend: str) -> dict[str, ast.FunctionDef | ast.ImportFrom]:
     """The functions that a backend's modules define, by name."""
     folder = ROOT / "kbtrain" / "backends"
     found = {}
-    shared = [*folder.glob("*.py"), ROOT / "kbtrain" / "utils" / "keras_private.py"]
+    shared = [*folder.glob("*.py"), ROOT / "kbtrain" / "utils" / "packages" / "keras_private.py"]
     for path in [*(folder / backend).rglob("*.py"), *shared]:
         for node in parse(path).body:
             if isinstance(node, ast.FunctionDef):

@@ -18,7 +18,7 @@ import keras  # isort: skip: the processes are joined by the first name of kbtra
 import numpy as np  # isort: skip
 from keras import ops  # isort: skip
 
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 FOLDER = Path()
 

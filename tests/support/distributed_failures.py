@@ -17,7 +17,7 @@ from kbtrain import Trainer, TrainerCallback, TrainingArguments
 import keras  # isort: skip: the processes are joined by the first name of kbtrain
 import numpy as np  # isort: skip
 
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 folder, what, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mine = current().rank == rank

@@ -18,7 +18,7 @@ from kbtrain import Trainer, TrainerCallback
 import numpy as np  # isort: skip
 
 from kbtrain import backends
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 
 def options(divided: bool, megabytes: float | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 EXCHANGE = """
 import atexit, json, os, sys, time
 from pathlib import Path
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 folder, rank, size, timeout, address = sys.argv[1:]
 folder, rank, size = Path(folder), int(rank), int(size)

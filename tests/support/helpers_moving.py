@@ -15,7 +15,7 @@ import numpy as np
 from helpers import StopAt, arguments, make_data, train_logs, with_weights
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 STEPS = 12
 

@@ -6,7 +6,7 @@ import os
 from helpers import arguments, linear_model, make_data
 
 from kbtrain import Trainer, TrainerCallback
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kbtrain.utils.ports import free_ports
+from kbtrain.utils.machine.ports import free_ports
 
 SUPPORT = Path(__file__).parent
 JOINED = ("KBTRAIN_JOINED_PID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -18,7 +18,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.plan import planner, process
 from kbtrain.plan.rehearsal import SEED_GENERATOR, rehearsing
 from kbtrain.trainer import planned_elsewhere
-from kbtrain.utils import keras_private
+from kbtrain.utils.packages import keras_private
 
 X, Y = np.zeros((12, 4), "float32"), np.zeros((12, 2), "float32")
 

@@ -17,7 +17,7 @@ from kbtrain.errors import DataError
 from kbtrain.report import model_card
 from kbtrain.trainer import reports
 from kbtrain.utils import logging as verbosity
-from kbtrain.utils import memory
+from kbtrain.utils.machine import memory
 
 X, Y = make_data(16)
 

@@ -13,7 +13,7 @@ from kbtrain.checkpoint import CheckpointStore
 from kbtrain.checkpoint.remote import files, open_store
 from kbtrain.cli import checkpoint as cli
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.addresses import beneath, check_local, local_folder
+from kbtrain.utils.files.addresses import beneath, check_local, local_folder
 
 pytestmark = pytest.mark.neutral
 

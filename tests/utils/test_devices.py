@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 
-from kbtrain.utils.devices import known_devices, recognized
+from kbtrain.utils.machine.devices import known_devices, recognized
 
 pytestmark = pytest.mark.neutral
 
@@ -35,7 +35,9 @@ def test_a_device_has_all_figures_and_says_where_they_are_from(device):
 
 
 def test_the_notes_explain_every_figure():
-    table = json.loads(resources.files("kbtrain.utils").joinpath("devices.json").read_text("utf-8"))
+    table = json.loads(
+        resources.files("kbtrain.utils.machine").joinpath("devices.json").read_text("utf-8")
+    )
     explained = {note.partition(":")[0] for note in table["notes"]}
     figures = {"memory_bytes", "reserve", "peak_flops", "bandwidth", "link_bandwidth"}
     assert explained >= figures | {"linked_devices", "network_bandwidth", "target"}

@@ -14,8 +14,9 @@ from kbtrain import Trainer, TrainingArguments, backends
 from kbtrain.checkpoint import name_variables
 from kbtrain.checkpoint.keras_layout import KerasLayout, keras_layout
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils import fallback, keras_private
+from kbtrain.utils import fallback
 from kbtrain.utils.fallback import ISSUES, NoFallback, PrivateApi
+from kbtrain.utils.packages import keras_private
 
 BACKEND = backends.load()
 
@@ -95,9 +96,9 @@ ATTRIBUTES = {
     # what breaks: module, attribute, and the backends that use it
     "masks, read": ("keras.src.backend.common.masking", "get_keras_mask", None),
     "scopes": ("kbtrain.model.wrappers.gradient_checkpointing", "stateless_scope", "recompute"),
-    "surroundings": ("kbtrain.utils.keras_private", "get_global_attribute", "recompute"),
-    "values, read": ("kbtrain.utils.keras_private", "read_values._fast", "recompute"),
-    "values, put": ("kbtrain.utils.keras_private", "write_values._fast", "jax"),
+    "surroundings": ("kbtrain.utils.packages.keras_private", "get_global_attribute", "recompute"),
+    "values, read": ("kbtrain.utils.packages.keras_private", "read_values._fast", "recompute"),
+    "values, put": ("kbtrain.utils.packages.keras_private", "write_values._fast", "jax"),
     "values, recorded": ("kbtrain.backends.torch.capture.step", "held_values", "torch"),
     "convolutions": ("kbtrain.backends.jax.conv_layout", "_rewritten", "jax"),
     "jaxpr": ("kbtrain.backends.jax.conv_layout", "jaxpr_as_fun", "jax"),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 pytestmark = pytest.mark.neutral
 

@@ -10,7 +10,8 @@ from keras import layers, ops
 
 from kbtrain import Trainer
 from kbtrain.data.tree import to_numpy
-from kbtrain.utils import fallback, float64, keras_private
+from kbtrain.utils import fallback, float64
+from kbtrain.utils.packages import keras_private
 
 
 @pytest.fixture(autouse=True)

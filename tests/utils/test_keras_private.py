@@ -8,8 +8,9 @@ import pytest
 
 from kbtrain.model import metrics
 from kbtrain.optimization import evaluation_weights
-from kbtrain.utils import fallback, keras_private
+from kbtrain.utils import fallback
 from kbtrain.utils.fallback import ISSUES
+from kbtrain.utils.packages import keras_private
 
 
 def broken(*args, **kwargs):

@@ -5,8 +5,8 @@ import socket
 import pytest
 
 from kbtrain.errors import DistributedError
-from kbtrain.utils import ports
-from kbtrain.utils.ports import free_ports
+from kbtrain.utils.machine import ports
+from kbtrain.utils.machine.ports import free_ports
 
 pytestmark = pytest.mark.neutral
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from keras.src.utils import module_utils
 
-from kbtrain.utils.tensorflow_import import not_imported
+from kbtrain.utils.packages.tensorflow_import import not_imported
 
 
 def test_keras_takes_it_for_not_installed_and_only_inside(monkeypatch):

@@ -7,8 +7,8 @@ import sys
 import pytest
 from paths import ROOT
 
-from kbtrain.utils import tensorflow_start
-from kbtrain.utils.tensorflow_start import filtered_stderr
+from kbtrain.utils.packages import tensorflow_start
+from kbtrain.utils.packages.tensorflow_start import filtered_stderr
 
 pytestmark = pytest.mark.neutral
 

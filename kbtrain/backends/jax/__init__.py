@@ -78,7 +78,7 @@ from kbtrain.backends.jax.state_blocks import (  # noqa: F401
 from kbtrain.backends.jax.trace import on_cpu, trace
 from kbtrain.backends.scopes import is_overwritten
 from kbtrain.backends.state_blocks import check_model  # noqa: F401
-from kbtrain.utils.keras_private import read_values, stateless_scope
+from kbtrain.utils.packages.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""

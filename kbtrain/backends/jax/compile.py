@@ -27,7 +27,7 @@ from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.jax.trace import on_gpu, trace
 from kbtrain.data import signature
 from kbtrain.errors import EAGER, ConcreteValueNeeded, ConfigurationError, causes, user_line
-from kbtrain.utils.keras_private import read_values, write_values
+from kbtrain.utils.packages.keras_private import read_values, write_values
 
 logger = logging.getLogger("kbtrain")
 

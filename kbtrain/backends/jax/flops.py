@@ -14,7 +14,7 @@ import keras
 
 from kbtrain.backends.jax.scope import context, run_stateless
 from kbtrain.backends.uncounted import warn_of_uncounted
-from kbtrain.utils.keras_private import read_values
+from kbtrain.utils.packages.keras_private import read_values
 
 
 def count_flops(

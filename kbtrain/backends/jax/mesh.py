@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kbtrain.backends.jax import target
 from kbtrain.backends.protocol import StateLayout
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.keras_private import get_layout, set_layout
+from kbtrain.utils.packages.keras_private import get_layout, set_layout
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kbtrain.backends.exchange_settings import check_library, refuse_bucket_size
 from kbtrain.backends.rendezvous import REMINDER_SECONDS, check_port, meet
 from kbtrain.backends.rows import LocalRows, whole
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 logger = logging.getLogger("kbtrain")
 

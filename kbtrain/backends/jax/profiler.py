@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from kbtrain.utils import chrome_trace
-from kbtrain.utils.chrome_trace import Span
+from kbtrain.utils.files import chrome_trace
+from kbtrain.utils.files.chrome_trace import Span
 
 CONTAINERS = frozenset(["while", "conditional", "call", "async-start", "async-done", "copy-done"])
 """Operations of XLA that wait for others, whose time is counted by themselves."""

@@ -11,7 +11,7 @@ import keras
 
 from kbtrain.backends.jax.mesh import gathered_weight, layout_of
 from kbtrain.backends.scopes import LossScope
-from kbtrain.utils.keras_private import autocast, has_value
+from kbtrain.utils.packages.keras_private import autocast, has_value
 
 
 @dataclass

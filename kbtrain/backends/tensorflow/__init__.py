@@ -77,7 +77,7 @@ from kbtrain.backends.tensorflow.processes import (  # noqa: F401
 from kbtrain.backends.tensorflow.profiler import start_profile  # noqa: F401
 from kbtrain.backends.tensorflow.scope import context
 from kbtrain.backends.tensorflow.state_blocks import checksums, whole_value  # noqa: F401
-from kbtrain.utils.keras_private import read_values, stateless_scope
+from kbtrain.utils.packages.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = True
 """Whether tensors can hold strings and be ragged."""

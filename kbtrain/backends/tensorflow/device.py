@@ -18,7 +18,7 @@ from kbtrain.backends.protocol import StateLayout
 from kbtrain.backends.rows import own_share
 from kbtrain.errors import ConfigurationError, first_lines
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.keras_private import held_values
+from kbtrain.utils.packages.keras_private import held_values
 
 
 def to_device(tree: Any, pin: bool = False) -> Any:

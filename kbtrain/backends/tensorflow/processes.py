@@ -25,7 +25,7 @@ from kbtrain.backends.tensorflow.owners import reduce_to_owners, values_of_owner
 from kbtrain.backends.whole_batch import rows_of
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 START_TIMEOUT = 300.0
 """Seconds that a process waits at most for the others to start."""

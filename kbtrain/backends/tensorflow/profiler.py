@@ -9,8 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from kbtrain.utils import chrome_trace
-from kbtrain.utils.chrome_trace import Span
+from kbtrain.utils.files import chrome_trace
+from kbtrain.utils.files.chrome_trace import Span
 
 CONTAINERS = frozenset(
     ["while", "conditional", "call", "PartitionedCall", "StatefulPartitionedCall", "While"]

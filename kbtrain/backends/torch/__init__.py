@@ -76,7 +76,7 @@ from kbtrain.backends.torch.runner import (  # noqa: F401
 )
 from kbtrain.backends.torch.state_blocks import check_model, checksums, whole_value  # noqa: F401
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.keras_private import read_values, stateless_scope
+from kbtrain.utils.packages.keras_private import read_values, stateless_scope
 
 TAKES_STRINGS = False
 """Whether tensors can hold strings."""

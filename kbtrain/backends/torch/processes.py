@@ -20,7 +20,7 @@ from kbtrain.backends.torch.collectives import all_sum, bucket_size, shards
 from kbtrain.backends.whole_batch import rows_of
 from kbtrain.errors import ConfigurationError, DistributedError, first_lines
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.processes import ProcessGroup, current
+from kbtrain.utils.machine.processes import ProcessGroup, current
 
 
 def joined_processes() -> tuple[int, int] | None:

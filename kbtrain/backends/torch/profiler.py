@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kbtrain.utils import chrome_trace
-from kbtrain.utils.chrome_trace import Span
+from kbtrain.utils.files import chrome_trace
+from kbtrain.utils.files.chrome_trace import Span
 
 ON_DEVICE = frozenset(["kernel", "gpu_memcpy", "gpu_memset"])
 """Categories of what a GPU runs."""

@@ -18,7 +18,7 @@ from kbtrain.backends.torch.loop_body import LoopBody
 from kbtrain.data import signature
 from kbtrain.errors import KbtrainError
 from kbtrain.utils.fallback import report
-from kbtrain.utils.keras_private import read_values
+from kbtrain.utils.packages.keras_private import read_values
 
 logger = logging.getLogger("kbtrain")
 

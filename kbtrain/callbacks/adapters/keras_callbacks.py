@@ -14,7 +14,7 @@ from kbtrain.callbacks.adapters import keras_facts as facts
 from kbtrain.callbacks.adapters.epoch_results import EpochResults
 from kbtrain.callbacks.base import TrainerCallback
 from kbtrain.errors import ConfigurationError, KbtrainError, first_lines
-from kbtrain.utils.processes import current
+from kbtrain.utils.machine.processes import current
 
 logger = logging.getLogger("kbtrain")
 

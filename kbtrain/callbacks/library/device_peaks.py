@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kbtrain.utils.devices import recognized
+from kbtrain.utils.machine.devices import recognized
 
 
 def peak_flops(device: str, dtype: str, tf32: bool) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kbtrain.utils.chrome_trace import Span, busy_time, own_times
+from kbtrain.utils.files.chrome_trace import Span, busy_time, own_times
 
 SLOWEST = 10
 """Operations that a summary names."""

@@ -20,8 +20,8 @@ from kbtrain.errors import (
     ConfigurationError,
     concise,
 )
-from kbtrain.utils.addresses import check_local
-from kbtrain.utils.output_files import writing
+from kbtrain.utils.files.addresses import check_local
+from kbtrain.utils.files.output_files import writing
 
 if TYPE_CHECKING:
     import keras

@@ -20,7 +20,7 @@ import keras
 
 from kbtrain.errors import ConfigurationError, OutputError
 from kbtrain.model.forward import inputs_of
-from kbtrain.utils.output_files import explained, writing
+from kbtrain.utils.files.output_files import explained, writing
 
 KERAS_FORMATS = {"saved_model": "tf_saved_model", "onnx": "onnx", "litert": "litert"}
 """Our names of formats -> those of ``keras.Model.export``."""

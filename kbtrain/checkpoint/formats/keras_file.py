@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from kbtrain.model.lora import has_adapters, lora_of, merge_lora, merged_copy
-from kbtrain.utils import tensorflow_import
-from kbtrain.utils.output_files import writing
+from kbtrain.utils.files.output_files import writing
+from kbtrain.utils.packages import tensorflow_import
 
 
 def save_keras_file(

@@ -11,7 +11,7 @@ import numpy as np
 
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 SUFFIX = ".safetensors"
 

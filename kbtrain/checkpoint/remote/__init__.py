@@ -7,7 +7,7 @@ one checkpoint in either direction. ``store`` is the ``CheckpointStore`` of such
 from __future__ import annotations
 
 from kbtrain.checkpoint.store import CheckpointStore
-from kbtrain.utils.addresses import scheme_of
+from kbtrain.utils.files.addresses import scheme_of
 
 
 def open_store(output_dir: str) -> CheckpointStore:

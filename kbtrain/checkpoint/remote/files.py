@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.addresses import check_address, normalised, scheme_of
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.files.addresses import check_address, normalised, scheme_of
+from kbtrain.utils.packages.optional_imports import require
 
 logger = logging.getLogger("kbtrain")
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kbtrain.checkpoint.remote.files import ATTEMPTS, RemoteFiles
-from kbtrain.utils.filesystem import parse_checkpoint_name
+from kbtrain.utils.files.filesystem import parse_checkpoint_name
 
 CONTINUED = (".csv", ".json", ".jsonl")
 """Files that a resumed run keeps writing, or reads to add to them."""

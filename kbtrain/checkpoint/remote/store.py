@@ -31,8 +31,8 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
-from kbtrain.utils.addresses import check_address, local_folder, normalised, scheme_of
-from kbtrain.utils.filesystem import checkpoint_name, parse_checkpoint_name
+from kbtrain.utils.files.addresses import check_address, local_folder, normalised, scheme_of
+from kbtrain.utils.files.filesystem import checkpoint_name, parse_checkpoint_name
 
 logger = logging.getLogger("kbtrain")
 

@@ -24,7 +24,7 @@ from kbtrain.checkpoint.storage.manifest import (
     read_manifest,
 )
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 logger = logging.getLogger("kbtrain")
 

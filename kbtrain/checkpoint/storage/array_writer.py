@@ -23,7 +23,7 @@ from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.storage.format import ARRAYS_FORMAT, ARRAYS_VERSION
 from kbtrain.checkpoint.storage.hdf5_files import DeferredErrorFile, open_for_writing
 from kbtrain.errors import CheckpointError
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 CHUNK_BYTES = 2**22
 DIRECT_BYTES = 2**16  # smaller arrays are written faster by libhdf5

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from kbtrain.checkpoint.storage.array_index import MAX_DIMENSIONS, ArrayOutline, is_count
 from kbtrain.checkpoint.storage.dtypes import DTYPES
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 MAX_CUT_AXES = 8
 """Along so many axes an array may be divided; a mesh has as many axes at most."""

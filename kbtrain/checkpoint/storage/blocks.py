@@ -31,7 +31,7 @@ from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.manifest import block_file, open_verified
 from kbtrain.errors import CheckpointDamagedError
 from kbtrain.utils.array_blocks import OwnedBlocks
-from kbtrain.utils.filesystem import FileEntry, fsync_directory, open_regular
+from kbtrain.utils.files.filesystem import FileEntry, fsync_directory, open_regular
 
 
 class Part(NamedTuple):

@@ -20,8 +20,8 @@ from kbtrain.errors import (
     CheckpointError,
     CheckpointUnreadableError,
 )
-from kbtrain.utils import filesystem
-from kbtrain.utils.filesystem import entries, parse_checkpoint_name
+from kbtrain.utils.files import filesystem
+from kbtrain.utils.files.filesystem import entries, parse_checkpoint_name
 
 _DAMAGE = {
     None,  # raised by `filesystem.open_regular`: not a regular file

@@ -39,7 +39,7 @@ from kbtrain.errors import (
     CheckpointNotFoundError,
     CheckpointUnreadableError,
 )
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 
 @dataclass(frozen=True)

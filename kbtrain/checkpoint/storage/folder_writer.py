@@ -18,7 +18,7 @@ from kbtrain.checkpoint.storage.manifest import (
     check_stems,
     write_manifest,
 )
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 SHARD_BYTES = 4 * 2**30
 

@@ -28,7 +28,7 @@ from kbtrain.checkpoint.storage.dtypes import DTYPES, NATIVE
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.hdf5_files import open_for_reading
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.filesystem import FileEntry, open_regular, write_bytes
+from kbtrain.utils.files.filesystem import FileEntry, open_regular, write_bytes
 
 ARRAYS_FORMAT = "kbtrain-arrays"
 ARRAYS_VERSION = 1

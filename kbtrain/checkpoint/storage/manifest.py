@@ -22,7 +22,7 @@ from kbtrain.checkpoint.storage.block_index import Arrays, dump_arrays, parse_ar
 from kbtrain.checkpoint.storage.faults import reading
 from kbtrain.checkpoint.storage.format import dump_json, parse_json
 from kbtrain.errors import CheckpointDamagedError, CheckpointError, CheckpointFormatError
-from kbtrain.utils.filesystem import FileEntry, open_regular, write_bytes
+from kbtrain.utils.files.filesystem import FileEntry, open_regular, write_bytes
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kbtrain-checkpoint"

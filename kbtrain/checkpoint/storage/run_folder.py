@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kbtrain.checkpoint.storage.faults import is_folder, names_in
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 logger = logging.getLogger("kbtrain")
 

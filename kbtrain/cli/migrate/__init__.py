@@ -12,7 +12,7 @@ from pathlib import Path
 from kbtrain.cli.migrate.rules import migrate
 from kbtrain.cli.parser import command_parser
 from kbtrain.errors import ConfigurationError
-from kbtrain.utils.output_files import writing
+from kbtrain.utils.files.output_files import writing
 
 
 def run(words: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import kbtrain
 from kbtrain.cli.migrate.edits import Edits
-from kbtrain.utils.import_hints import is_model
+from kbtrain.utils.packages.import_hints import is_model
 
 RENAMED_CLASSES = {"Seq2SeqTrainer": "Trainer", "Seq2SeqTrainingArguments": "TrainingArguments"}
 """Classes that are part of another one here."""

@@ -21,7 +21,7 @@ from kbtrain.config.trainer_names import MEMBERS as TRAINER_MEMBERS
 from kbtrain.config.trainer_names import OLD_MEMBERS, PARAMETERS
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import KERAS, ConfigurationError
-from kbtrain.utils.import_hints import IMPORTS, import_hint, is_model
+from kbtrain.utils.packages.import_hints import IMPORTS, import_hint, is_model
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 _NO_LOSS = (

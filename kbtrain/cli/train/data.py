@@ -13,7 +13,7 @@ import numpy as np
 from kbtrain.cli.train.preparation import PREPROCESSING, TOKENIZER, check_alike
 from kbtrain.cli.train.settings import Settings
 from kbtrain.cli.train.tables import TABLES, ImageFolder, column, image_files, kind_of, read_table
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 SETS = ("train", "eval", "test")
 UNKNOWN, PADDING = "[UNK]", "[PAD]"

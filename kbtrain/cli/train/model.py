@@ -17,8 +17,8 @@ import numpy as np
 from kbtrain.cli.train.data import Data
 from kbtrain.cli.train.settings import Place, Settings
 from kbtrain.errors import first_lines
-from kbtrain.utils.optional_imports import require
-from kbtrain.utils.tensorflow_import import not_imported
+from kbtrain.utils.packages.optional_imports import require
+from kbtrain.utils.packages.tensorflow_import import not_imported
 
 _SOURCES = ("layers", "file", "function", "application", "preset")
 

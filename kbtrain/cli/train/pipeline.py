@@ -14,7 +14,7 @@ from kbtrain.cli.train.settings import Settings
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.trainer.trainer import Trainer
 from kbtrain.utils import rng
-from kbtrain.utils.output_files import save_text
+from kbtrain.utils.files.output_files import save_text
 
 
 def train(settings: Settings, dry_run: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kbtrain.cli.train.settings import Settings
 from kbtrain.errors import ConfigurationError, DataError
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TABLES = ("table", "dataset")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kbtrain.errors import DataError, first_lines
-from kbtrain.utils.optional_imports import require
+from kbtrain.utils.packages.optional_imports import require
 
 Decoder = Callable[[bytes], Any]
 

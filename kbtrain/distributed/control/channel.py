@@ -43,7 +43,7 @@ from kbtrain.distributed.control.reports import Report, machine, needs, network
 from kbtrain.distributed.control.server import ControlServer
 from kbtrain.distributed.control.states import States, Watcher
 from kbtrain.errors import DistributedError, first_lines
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 logger = logging.getLogger("kbtrain")
 

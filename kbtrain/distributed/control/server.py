@@ -16,7 +16,7 @@ from kbtrain.distributed.control.client import keep_alive
 from kbtrain.distributed.control.mailbox import Mailbox
 from kbtrain.distributed.control.members import HEARTBEAT, LOST, Failure, Members
 from kbtrain.distributed.control.reports import Report
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 TELLING = 1.5
 """Seconds that a failing process 0 waits for the others to hear the reason."""

@@ -24,7 +24,7 @@ from kbtrain.model.losses.pairs import (
     as_pair,
     weighted_sum,
 )
-from kbtrain.utils.keras_private import get_keras_mask
+from kbtrain.utils.packages.keras_private import get_keras_mask
 
 
 def resolve_loss(loss: Any) -> Any:

@@ -12,7 +12,7 @@ from keras.losses import CategoricalCrossentropy, SparseCategoricalCrossentropy
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.losses.keras_losses import NamedLoss
 from kbtrain.model.losses.pairing import mapped
-from kbtrain.utils.keras_private import get_keras_mask, set_keras_mask
+from kbtrain.utils.packages.keras_private import get_keras_mask, set_keras_mask
 
 
 def smoothed(loss: Any, factor: float) -> Any:

@@ -14,7 +14,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
 from kbtrain.utils import rng
 from kbtrain.utils.fallback import PrivateApi
-from kbtrain.utils.keras_private import (
+from kbtrain.utils.packages.keras_private import (
     functional_class,
     get_global_attribute,
     get_keras_mask,

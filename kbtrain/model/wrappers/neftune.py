@@ -12,8 +12,8 @@ from keras import ops
 from kbtrain.errors import ConfigurationError
 from kbtrain.model.wrappers.layer_calls import Call, replaced_calls
 from kbtrain.utils import rng
-from kbtrain.utils.keras_private import get_keras_mask, in_training, set_keras_mask
 from kbtrain.utils.layers import walk_layers
+from kbtrain.utils.packages.keras_private import get_keras_mask, in_training, set_keras_mask
 
 
 def noise(model: keras.Model, alpha: float | None) -> contextlib.AbstractContextManager[None]:

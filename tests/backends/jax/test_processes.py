@@ -6,8 +6,8 @@ import socket
 import pytest
 
 from kbtrain.errors import ConfigurationError, DistributedError
-from kbtrain.utils.ports import free_ports
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.ports import free_ports
+from kbtrain.utils.machine.processes import ProcessGroup
 
 pytestmark = pytest.mark.cross  # needs JAX, whatever Keras runs on
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from helpers_together import run_processes
 
-from kbtrain.utils.ports import free_ports
+from kbtrain.utils.machine.ports import free_ports
 
 pytestmark = [pytest.mark.cross, pytest.mark.slow]
 
@@ -16,7 +16,7 @@ import keras, tensorflow as tf
 from kbtrain.backends import tensorflow as backend
 from kbtrain.backends.tensorflow.collectives import Members, naming_failures
 from kbtrain.errors import ConfigurationError, DistributedError
-from kbtrain.utils.processes import ProcessGroup
+from kbtrain.utils.machine.processes import ProcessGroup
 
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 port = int(os.environ["MASTER_PORT"])

@@ -13,8 +13,8 @@ from helpers import arguments, same, weights
 from kbtrain import ConfigurationError, ProfilerCallback, Trainer
 from kbtrain.callbacks.library.profile_summary import summarize
 from kbtrain.training.run import Run
-from kbtrain.utils import chrome_trace
-from kbtrain.utils.chrome_trace import Span
+from kbtrain.utils.files import chrome_trace
+from kbtrain.utils.files.chrome_trace import Span
 
 
 def make(tmp_path, callbacks=(), **changes):

@@ -12,8 +12,9 @@ from kbtrain import ConfigurationError, ThroughputCallback, Trainer, TrainerCall
 from kbtrain.backends.uncounted import warn_of_uncounted
 from kbtrain.callbacks.library.device_peaks import peak_flops
 from kbtrain.callbacks.library.throughput import count_flops
-from kbtrain.utils import fallback, keras_private
+from kbtrain.utils import fallback
 from kbtrain.utils.fallback import PrivateApi
+from kbtrain.utils.packages import keras_private
 
 layers = keras.layers
 

@@ -15,7 +15,7 @@ from kbtrain.checkpoint.storage.block_index import (
     find_misfit,
     parse_arrays,
 )
-from kbtrain.utils.filesystem import FileEntry
+from kbtrain.utils.files.filesystem import FileEntry
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 FILES = {

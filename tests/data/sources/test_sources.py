@@ -383,7 +383,11 @@ def test_the_package_imports_neither_keras_nor_a_framework():
                 names = [node.module or ""]
                 if node.module and node.module.startswith("kbtrain"):
                     assert node.module.startswith(
-                        ("kbtrain.data", "kbtrain.errors", "kbtrain.utils.optional_imports")
+                        (
+                            "kbtrain.data",
+                            "kbtrain.errors",
+                            "kbtrain.utils.packages.optional_imports",
+                        )
                     ), file
             for name in names:
                 top = name.partition(".")[0]

@@ -32,7 +32,7 @@ from kbtrain.backends.torch.capture.program import (
 from kbtrain.backends.torch.capture.trace import Unrecorded, record
 from kbtrain.errors import causes, first_lines, user_line
 from kbtrain.utils.fallback import report
-from kbtrain.utils.keras_private import held_values
+from kbtrain.utils.packages.keras_private import held_values
 
 logger = logging.getLogger("kbtrain")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kbtrain.errors import OutputError
-from kbtrain.utils import filesystem
+from kbtrain.utils.files import filesystem
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class DeviceSpec(JsonDataclass):
 @functools.cache
 def known_devices() -> tuple[DeviceSpec, ...]:
     """The devices of the table; of two whose patterns match a name the first is meant."""
-    text = resources.files("kbtrain.utils").joinpath(TABLE).read_text(encoding="utf-8")
+    text = resources.files("kbtrain.utils.machine").joinpath(TABLE).read_text(encoding="utf-8")
     return tuple(DeviceSpec.from_dict(row) for row in json.loads(text)["devices"])
 
 

@@ -1,0 +1,1 @@
+"""Files: safe ways to open, write, replace and address them, and a format of others."""

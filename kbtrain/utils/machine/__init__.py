@@ -1,0 +1,1 @@
+"""What a run needs of the machine: processes, ports, signals, memory and devices."""
