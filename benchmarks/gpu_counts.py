@@ -37,7 +37,7 @@ from kbtrain.backends import torch as backend
 from kbtrain.backends.torch import fusion, runner
 from kbtrain.backends.torch.capture import codegen, program, random, step, trace
 from kbtrain.backends.torch.capture.aliasing import aliases
-from kbtrain.backends.torch.fusion import lists, scalar_kernel
+from kbtrain.backends.torch.fusion import lists, norm_kernel, scalar_kernel
 from optim.kernels.torch.triton_kernels import launch as triton_launch
 
 aten = torch.ops.aten
@@ -124,6 +124,8 @@ def kernels_of(node: Node) -> int:
         return 2 * math.ceil(len(node.args[1]) / 128) + 1
     if node.target is torch.ops.optim.run_rules.default:
         return triton_launch.launches(node.args[5])
+    if isinstance(node.target, norm_kernel.GlobalNorm):
+        return node.target.launches
     if "_fused_" in name and isinstance(node.args[0], list | tuple):
         given = [each for each in node.args if isinstance(each, list | tuple) and each]
         counted = len(given) - ("_fused_ada" in name)  # but the counts of updates

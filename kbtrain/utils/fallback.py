@@ -15,6 +15,7 @@ kbtrain's own recorder           backends/torch/capture           ``make_fx`` re
 predicated optimizer updates     backends/torch                   old values are selected
 norm and product of a list       backends/torch                   one tensor after the other
 scalars of a step in a kernel    backends/torch/fusion            operations one by one
+norm of gradients in kernels     backends/torch/fusion            norms of the tensors
 random numbers in a kernel       backends/torch/capture/random    several operations
 small operations put together    backends/torch/fusion            they stay as recorded
 a user's ``tf.function``         backends/tensorflow/autograph    ``tf.autograph.to_graph``

@@ -26,7 +26,8 @@ from torch.fx import Graph
 
 from kbtrain import Trainer, TrainingArguments
 from kbtrain.backends.torch.capture import random
-from kbtrain.backends.torch.fusion import random_kernel, scalar_kernel
+from kbtrain.backends.torch.fusion import norm_kernel, random_kernel, scalar_kernel
+from kbtrain.backends.torch.fusion.norm_kernel import GlobalNorm
 from kbtrain.backends.torch.fusion.scalar_kernel import Scalars, is_supported
 
 WHAT, FOLDER = sys.argv[1:]
@@ -46,6 +47,14 @@ def normalized(depth):
     return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling2D()(h)))
 
 
+def deep():
+    """A network of 148 tensors."""
+    h = inputs = keras.Input((16,))
+    for _ in range(74):
+        h = layers.Dense(2)(h)
+    return keras.Model(inputs, h)
+
+
 def kernels(make, data, **arguments):
     counts = gpu_counts.count(gpu_counts.recorded_nodes(make, *data, **arguments))
     return {part: found.kernels for part, found in counts.items()}
@@ -55,6 +64,7 @@ def counts():
     images = np.zeros((4, 8, 8, 4), "float32"), np.zeros(4, "int32")
     return {
         "mlp": kernels(workloads.mlp, MLP),
+        "deep": kernels(deep, MLP),
         "cosine": kernels(workloads.mlp, MLP, lr_scheduler_type="cosine", warmup_steps=1),
         "accumulated": kernels(
             workloads.mlp, MLP, gradient_accumulation_steps=2, per_device_train_batch_size=16
@@ -109,6 +119,7 @@ def distance(name, **settings):
             mock.patch.object(gpu_counts.fusion, "applies_to", plain),
             # Without Triton, its operations one by one.
             mock.patch.object(Scalars, "_launch", lambda self, *inputs: self._run.plain(*inputs)),
+            mock.patch.object(GlobalNorm, "_launch", GlobalNorm._plain),
         ):
             found.append(train(f"{name} {applies}", **settings))
     return max(float(np.nanmax(np.abs(a - b))) for a, b in zip(*found, strict=True))
@@ -258,8 +269,47 @@ def wrong_kernels():
     return [float(result), float(value), *messages]
 
 
+def norms():
+    """Of norms by Triton: the largest relative error, and what is odd about others."""
+    draw = np.random.default_rng(0)
+    sizes = [(0,), (3,), (20_001,), (), (2, 3, 4), (16_384,), (1,), (0, 2)]
+    lists = {"float32": [torch.from_numpy(draw.normal(size=n).astype("f")) for n in sizes]}
+    lists["bfloat16"] = [x.bfloat16() for x in lists["float32"]]
+    lists["mixed"] = [x if i % 2 else x.half() for i, x in enumerate(lists["float32"])]
+    lists["float64"] = [x.double() for x in lists["float32"][:3]] + lists["bfloat16"][:3]
+    memory = torch.from_numpy(draw.normal(size=(460, 9)).astype("f"))
+    lists["many, unaligned, with gaps"] = [x[1 : 1 + i % 9] for i, x in enumerate(memory)]
+    lists["gaps"] = [memory[:, ::2], memory.t(), memory[::3]]
+    errors, odd = {}, {}
+    for name, tensors in lists.items():
+        wide = torch.float64 if any(x.dtype is torch.float64 for x in tensors) else torch.float32
+        found = GlobalNorm(tensors, wide)._launch(tensors)
+        expected = math.sqrt(sum(np.square(x.double().numpy()).sum() for x in tensors))
+        assert found.dtype is wide
+        assert found.shape == ()
+        errors[name] = abs(float(found) - expected) / expected
+    for name, value in (("nan", math.nan), ("inf", math.inf), ("too large", 1e30)):
+        tensors = [torch.ones(3), torch.tensor([1.0, value]), torch.ones(20_000)]
+        odd[name] = repr(float(GlobalNorm(tensors, torch.float32)._launch(tensors)))
+    empty = [torch.ones(0)]
+    odd["launches for 460 tensors"] = GlobalNorm(
+        lists["many, unaligned, with gaps"], torch.float32
+    ).launches
+    odd["empty"] = repr(float(GlobalNorm(empty, torch.float32)._launch(empty)))
+    messages = []
+    wrong = GlobalNorm([torch.ones(4)], torch.float32)
+    with (
+        mock.patch.object(norm_kernel, "_TOTAL", norm_kernel._TOTAL.replace("ROOT", "0.0 + ")),
+        mock.patch(
+            "kbtrain.utils.fallback.logger.warning", lambda *a: messages.append(a[0] % a[1:])
+        ),
+    ):
+        values = [float(wrong([torch.ones(4)])), float(wrong([torch.ones(4)]))]
+    return errors, odd, [*values, *messages]
+
+
 def machine_code():
-    """Bytes of a step's kernel, compiled, and of one that draws random numbers."""
+    """Bytes of a step's kernels, compiled, and of one that draws random numbers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -281,6 +331,27 @@ def machine_code():
                 options={"num_warps": 1, "enable_fp_fusion": False},
             )
             sizes[f"{schedule}, sm_{arch}"] = len(code.asm["cubin"])
+    kinds = list(norm_kernel._TYPES)[:3]
+    for arch in (80, 90):
+        for name, text, given in (
+            ("fill", norm_kernel.fill_text(norm_kernel.POINTERS), ["*i64"]),
+            ("squares", norm_kernel.sums_text(kinds, torch.float32), ["*i64", "*i64", "*fp32"]),
+            ("norm", norm_kernel.total_text(torch.float32), ["*fp32", "*fp32"]),
+        ):
+            kernel = scalar_kernel.compiled(text)
+            numbers = {"N": 256, "BLOCK": norm_kernel.BLOCK, "CHUNK": norm_kernel.CHUNK}
+            numbers["ALIGNED"] = True
+            rest = kernel.arg_names[len(given) :]
+            kept = ["constexpr" if n in numbers else "i64" if n[0] == "p" else "i32" for n in rest]
+            constants = {(i,): numbers[n] for i, n in enumerate(kernel.arg_names) if n in numbers}
+            code = triton.compile(
+                ASTSource(
+                    kernel, dict(zip(kernel.arg_names, given + kept, strict=True)), constants
+                ),
+                target=GPUTarget("cuda", arch, 32),
+                options={"num_warps": norm_kernel.WARPS, "enable_fp_fusion": False},
+            )
+            sizes[f"{name}, sm_{arch}"] = len(code.asm["cubin"])
     types = {"uniform": ("*bf16", "fp32"), "normal": ("*fp32", "fp32"), "choice": ("*fp32", "fp32")}
     for kind, (out, number) in (types | {"integer": ("*i32", "i32")}).items():
         kernel = scalar_kernel.compiled(random_kernel.text())
@@ -299,8 +370,10 @@ def machine_code():
     return sizes
 
 
+def all_numbers():
+    return [numbers(), random_numbers(), wrong_kernels(), norms()]
+
+
 if __name__ == "__main__":
-    results = {"steps": steps, "numbers": lambda: [numbers(), random_numbers(), wrong_kernels()]}[
-        WHAT
-    ]()
+    results = {"steps": steps, "numbers": all_numbers}[WHAT]()
     sys.__stdout__.write("\n" + json.dumps(results))

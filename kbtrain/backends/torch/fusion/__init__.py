@@ -2,10 +2,11 @@
 
 A GPU takes two microseconds for a kernel, however small its tensors are, so the scalars of a step
 and the statistics of its normalization layers can take longer than its products. Of a recorded
-step, in which all operations and their order are known, three things change here. Small operations
-of one kind become one operation over a list of tensors (``lists``). Everything that is computed of
-scalars becomes one kernel (``scalars``, ``scalar_kernel``). A fused optimizer reads the factor of
-its gradients and the flag of the step, in place of passes of their own (``optimizer_arguments``).
+step, in which all operations and their order are known, four things change here. Small operations
+of one kind become one operation over a list of tensors (``lists``). The norm of all gradients is
+taken by three kernels (``norm_kernel``), and everything that is computed of scalars becomes one
+(``scalars``, ``scalar_kernel``). A fused optimizer reads the factor of its gradients and the flag
+of the step, in place of passes of their own (``optimizer_arguments``).
 
 Each falls back to the operations as they were recorded.
 """
@@ -84,11 +85,13 @@ def fewer_kernels(
     """
     from kbtrain.backends.torch.fusion import scalar_kernel
     from kbtrain.backends.torch.fusion.lists import use_lists
+    from kbtrain.backends.torch.fusion.norm_kernel import use_norm_kernel
     from kbtrain.backends.torch.fusion.scalars import fuse_scalars
 
     with _failures():
         operations = use_lists(pure, late, analysis)
         if scalar_kernel.is_available():
+            operations = use_norm_kernel(operations, KIND)
             operations = fuse_scalars(operations, constants)
     return operations
 

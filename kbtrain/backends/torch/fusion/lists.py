@@ -126,7 +126,7 @@ def kind_of(node: Node) -> Hashable | None:
         return None
     given = [operand.meta.get("val") for operand in operands]
     tensors = [t for t in given if isinstance(t, torch.Tensor) and t.device == value.device]
-    if len(tensors) < len(given) or not _is_dense(value):
+    if len(tensors) < len(given) or not is_dense(value):
         return None
     target, place = node.target, value.device
     if target in _BINARY and not node.kwargs and value.is_floating_point():
@@ -153,7 +153,7 @@ def kind_of(node: Node) -> Hashable | None:
     return None
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor has its memory for itself, in whatever order of its axes."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -281,7 +281,8 @@ def compiled(text: str) -> Any:
     name = f"<kbtrain kernel {next(_NUMBERS)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     scope: dict[str, Any] = {"__name__": "kbtrain_kernel"}
-    exec(compile(text, name, "exec"), scope)
+    # As this module is compiled, types of arguments would be text of text, and not read.
+    exec(compile(text, name, "exec", dont_inherit=True), scope)
     return scope["kernel"]
 
 

@@ -33,9 +33,9 @@ def steps(tmp_path_factory):
 
 
 def test_what_is_computed_of_scalars_is_one_kernel(steps):
-    """Two for the norms of the gradients, one that puts them together, and this one."""
+    """Three for the norm of all gradients, however many there are, and this one."""
     counts = steps["counts"]
-    assert counts["mlp"][TAIL] == counts["cosine"][TAIL] == 4
+    assert counts["mlp"][TAIL] == counts["cosine"][TAIL] == counts["deep"][TAIL] == 4
     assert counts["mlp"][STATE] == 0
     assert counts["mlp"][FORWARD_BACKWARD] <= 24
     assert sum(counts["mlp"].values()) <= 30  # 67 operations were recorded
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_step_as_recorded(steps):
 
 
 def test_kernels_compile_for_gpus(steps):
-    assert len(steps["compiled"]) == 4 + 4
+    assert len(steps["compiled"]) == 4 + 6 + 4
     assert all(size > 1000 for size in steps["compiled"].values())
 
 
@@ -74,7 +74,7 @@ def numbers(tmp_path_factory):
 
 
 def test_random_numbers_are_those_of_the_operations(numbers):
-    _, errors, _ = numbers
+    _, errors, *_ = numbers
     normal = errors.pop("normal")
     assert errors == {"uniform": 0, "randint": 0, "bernoulli": 0}
     assert normal < 2e-6  # a standard deviation is 2
@@ -96,3 +96,15 @@ def test_a_kernel_that_gives_other_numbers_is_not_used(numbers):
     assert len(messages) == 2
     assert "scalars of a step in one kernel does not work" in messages[0]
     assert "not those of the operations" in messages[1]
+
+
+def test_the_norm_of_all_gradients_by_kernels_is_that_of_numpy(numbers):
+    errors, odd, wrong = numbers[3]
+    assert errors.pop("float64") < 1e-15
+    assert len(errors) == 5
+    assert all(error < 2e-7 for error in errors.values())
+    assert odd.pop("launches for 460 tensors") == 4
+    assert odd == {"nan": "nan", "inf": "inf", "too large": "inf", "empty": "0.0"}
+    value, again, message = wrong  # one warning, and the right number
+    assert value == again == 2
+    assert "norm of all gradients in a kernel does not work" in message
