@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -336,6 +336,22 @@ class AsyncCheckpointer:
                 "is fixed.",
                 error,
             )
+
+    def check_folder(self) -> None:
+        """Check that a run may begin to write to the folder, and leave it as it was.
+
+        Raises:
+            CheckpointError: As for ``running``.
+        """
+        folder = self.store.directory
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        try:
+            self._on_writers(_new_key(self.peers), self._begin_writing)
+        finally:
+            self._lock.release()
+            for one in missing:
+                with suppress(OSError):  # not made, or another run writes there by now
+                    one.rmdir()
 
     def _begin_writing(self) -> None:
         self._lock_folder()

@@ -200,7 +200,9 @@ def evaluation_parts(result: Evaluation) -> tuple[str, list[str], str]:
     values = [f"{name} {number(value)}" for name, value in result.metrics.items()]
     if "loss" in result.training:
         values.insert(0, f"loss {number(result.training['loss'])}")
-    notes = (["best"] if result.best else []) + ([result.saved] if result.saved else [])
+    notes = ["best"] if result.best else []
+    # It is written in the background, and that may fail.
+    notes += [f"saving {result.saved}"] if result.saved else []
     return where, values, ", ".join(notes)
 
 

@@ -8,7 +8,7 @@ from kbtrain.display import format as text
 from kbtrain.display.view import Evaluation
 
 LEAST_WIDTH = 8
-NOTES = len("  best  checkpoint-")
+NOTES = len("  best  saving")
 REPEAT = 30
 """Rows after which the names of the columns are repeated."""
 
@@ -41,8 +41,7 @@ class EvaluationTable:
         heads = ["update", "epoch", *names]
         widths = [max(len("update"), len(str(result.updates))), len("epoch")]
         widths += [max(len(name), LEAST_WIDTH) for name in names]
-        notes = "  ".join([*(["best"] if result.best else []), *filter(None, [result.saved])])
-        if sum(widths) + 2 * len(widths) + NOTES + len(str(result.updates)) > columns:
+        if sum(widths) + 2 * len(widths) + NOTES > columns:
             where, values, notes = text.evaluation_parts(result)
             return Row("", f"{where}: {', '.join(values)}", f"({notes})" if notes else "")
         known = {**result.metrics}
@@ -55,7 +54,9 @@ class EvaluationTable:
             self._names, self._rows = names, 0
             header = _line(heads, widths)
         self._rows += 1
-        return Row(header, _line(cells, widths), notes)
+        # The row has the update, so the checkpoint need not be named.
+        marks = (["best"] if result.best else []) + (["saving"] if result.saved else [])
+        return Row(header, _line(cells, widths), "  ".join(marks))
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

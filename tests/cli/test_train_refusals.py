@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tokenizers
 
+from kbtrain.checkpoint.storage.lock import RunLock
 from kbtrain.cli import main
 from kbtrain.cli.train import data as preparing
-from kbtrain.cli.train.model import default_metrics, image_preparation, make_loss
+from kbtrain.cli.train.metrics import default_metrics, for_logits
+from kbtrain.cli.train.model import image_preparation, make_list, make_loss
 from kbtrain.cli.train.settings import Settings
 
 pytestmark = pytest.mark.neutral
@@ -103,6 +105,105 @@ def test_a_cross_entropy_takes_logits_unless_the_model_ends_in_probabilities(her
     loss, data = made("binary_crossentropy", 1, "sigmoid")
     assert not loss.from_logits
     assert default_metrics(data, loss) == ["accuracy"]
+
+
+LOGITS, LABELS = np.array([[0.2], [-0.2], [0.4]]), np.array([[1.0], [0.0], [0.0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "expected"),
+    [
+        ("accuracy", "accuracy", 2 / 3),
+        ("acc", "acc", 2 / 3),
+        ("BinaryAccuracy", "BinaryAccuracy", 2 / 3),
+        ("{BinaryAccuracy: {name: own}}", "own", 2 / 3),
+        ("{BinaryAccuracy: {threshold: 0.3}}", "binary_accuracy", 1 / 3),
+        ("{Precision: {name: p}}", "p", 1 / 2),
+        ("recall", "recall", 1.0),
+        ("{AUC: {name: auc}}", "auc", 0.5),
+        # log(1 + e^-0.2), twice, and log(1 + e^0.4)
+        ("{BinaryCrossentropy: {name: bce}}", "bce", 0.7031),
+    ],
+)
+def test_binary_metrics_take_the_logits_that_the_loss_takes(here, given, name, expected):
+    Path("c.yaml").write_text(CONFIG + f"metrics: [{given}]\n")
+    settings = Settings(Path("c.yaml"), {})
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+
+    def adapt(place, one):
+        return for_logits(settings, place, one, loss)
+
+    (metric,) = make_list(settings, "metrics", (keras.metrics,), [], adapt)
+    metric.update_state(LABELS, LOGITS)
+    assert metric.name == name
+    assert float(metric.result()) == pytest.approx(expected, abs=1e-4)
+    one = settings.get("metrics")[0]
+    assert for_logits(settings, (), one, keras.losses.BinaryCrossentropy()) == one
+
+
+def test_metrics_of_classes_take_logits_too_and_others_are_refused(here):
+    settings, place = Settings(Path("c.yaml"), {}), ("metrics", 0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for same in ("accuracy", "AUC", {"TopKCategoricalAccuracy": {"k": 2}}):
+        assert for_logits(settings, place, same, loss) == same
+    assert for_logits(settings, place, {"SparseCategoricalCrossentropy": None}, loss) == {
+        "SparseCategoricalCrossentropy": {"from_logits": True}
+    }
+    loss = keras.losses.BinaryFocalCrossentropy(from_logits=True)
+    with pytest.raises(ValueError, match="F1Score compares probabilities with thresholds"):
+        for_logits(settings, place, "F1Score", loss)
+
+
+def test_a_dry_run_checks_the_output_folder_and_leaves_it(refusal):
+    assert main(["train", "c.yaml", "--dry-run", "--args.output_dir", "new/run"]) == 0
+    assert not Path("new").exists()
+    Path("file").write_text("")
+    assert "file" in refusal("--args.output_dir", "file/run")
+    assert "fsspec" in refusal("--args.output_dir", "nothing://bucket/run")
+    assert main(["train", "c.yaml"]) == 0
+    before = sorted(Path("run").rglob("*"))
+    assert main(["train", "c.yaml", "--dry-run"]) == 0
+    assert "the features were u, v" in refusal(table="v,u,y\n" + ROWS)
+    layers = "[Dense: {units: 2}, Dense: {units: 3}]"
+    assert "The checkpoint does not fit this model" in refusal(
+        "--model.layers", layers, table="u,v,y\n" + ROWS
+    )
+    lock = RunLock("run")
+    lock.acquire()
+    assert "Another run is writing to" in refusal()
+    lock.release()
+    assert sorted(Path("run").rglob("*")) == before
+
+
+def test_a_run_resumes_only_with_the_tokenizer_of_its_preset(here):
+    class Tokenizer:
+        def __init__(self, lowercase, words):
+            self.lowercase, self.words = lowercase, words
+
+        def get_config(self):
+            return {"name": f"tokenizer_{id(self)}", "lowercase": self.lowercase}
+
+        def get_vocabulary(self):
+            return self.words
+
+    class Preprocessor:
+        def __init__(self, *words, lowercase=True):
+            self.tokenizer = Tokenizer(lowercase, words)
+
+        def save_to_preset(self, folder):
+            pass
+
+    def data(*words, **options):
+        preprocessor = Preprocessor(*words, **options)
+        return preparing.Data(
+            "classification", "tokens", (), {}, 2, preprocessor=preprocessor, classes=[0, 1]
+        )
+
+    data("a", "b").save_pretrained(".")
+    data("a", "b").check_resumed(Path())
+    for other in (data("b", "a"), data("a", "b", lowercase=False)):
+        with pytest.raises(ValueError, match="the preset's tokenizer is another"):
+            other.check_resumed(Path())
 
 
 def test_data_that_would_train_and_mean_nothing_are_refused(refusal):

@@ -42,10 +42,10 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     first, second = (e for e in trainer.state.log_history if "eval_loss" in e)
     evaluated = [line for line in lines if "eval_loss" in line and line.startswith("step")]
     assert evaluated[0] == (
-        f"step 4/8, epoch 1: eval_loss {first['eval_loss']:.4g} (best, checkpoint-4)"
+        f"step 4/8, epoch 1: eval_loss {first['eval_loss']:.4g} (best, saving checkpoint-4)"
     )
     best = second["eval_loss"] < first["eval_loss"]
-    assert evaluated[1].endswith("(best, checkpoint-8)" if best else "(checkpoint-8)")
+    assert evaluated[1].endswith("(best, saving checkpoint-8)" if best else "(saving checkpoint-8)")
     logs = [line for line in lines if line.startswith("step 4/8: loss ")]
     assert len(logs) == 1
     assert "Finished: all updates are done." in lines

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from kbtrain.cli.train.preparation import PREPROCESSING, TOKENIZER, check_alike
+from kbtrain.cli.train.preparation import (
+    DIGEST,
+    PREPROCESSING,
+    TOKENIZER,
+    check_alike,
+    tokenizer_digest,
+)
 from kbtrain.cli.train.settings import Settings
 from kbtrain.cli.train.tables import TABLES, ImageFolder, column, image_files, kind_of, read_table
 from kbtrain.utils.packages.optional_imports import require
@@ -63,7 +69,10 @@ class Data:
     def known(self) -> dict[str, Any]:
         """What ``preprocessing.json`` holds."""
         names = ("task", "kind", "classes", "features", "prepared_by", "standardized")
-        return {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
+        known = {name: getattr(self, name) for name in names} | {"shape": list(self.shape)}
+        if (digest := tokenizer_digest(self.preprocessor)) is not None:
+            known[DIGEST] = digest
+        return known
 
     def check_resumed(self, folder: Path) -> None:
         """Check that a checkpoint was trained on data prepared as these are.

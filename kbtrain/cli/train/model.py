@@ -107,20 +107,21 @@ def make_loss(settings: Settings, data: Data, model: keras.Model) -> Any:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=not _ends_in(model, "softmax"))
 
 
-def default_metrics(data: Data, loss: Any) -> list[Any]:
-    """The metrics of the task."""
-    if data.task == "regression":
-        return ["mae"]
-    if data.task != "classification":
-        return []
-    if isinstance(loss, keras.losses.BinaryCrossentropy) and loss.from_logits:
-        # Of a logit, the middle is 0: `accuracy` compares with 0.5.
-        return [keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)]
-    return ["accuracy"]
-
-
-def make_list(settings: Settings, name: str, modules: Sequence[Any], default: list[Any]) -> Any:
+def make_list(
+    settings: Settings,
+    name: str,
+    modules: Sequence[Any],
+    default: list[Any],
+    adapt: Callable[[Place, Any], Any] = lambda place, given: given,
+) -> Any:
     """The metrics or callbacks that are set.
+
+    Args:
+        settings: The settings.
+        name: ``"metrics"`` or ``"callbacks"``.
+        modules: Where names are looked up.
+        default: What there is if nothing is set.
+        adapt: Called with the place and the setting of each before it is made.
 
     Raises:
         ConfigurationError: It is not a list, or one of them is not known.
@@ -130,7 +131,8 @@ def make_list(settings: Settings, name: str, modules: Sequence[Any], default: li
         return default
     if not isinstance(given, list):
         raise settings.error((name,), f"must be a list, [a, b]. Received: {given!r}.")
-    made = [_made(settings, (name, n), one, *modules) for n, one in enumerate(given)]
+    places = [((name, n), one) for n, one in enumerate(given)]
+    made = [_made(settings, place, adapt(place, one), *modules) for place, one in places]
     return [one() if isinstance(one, type) else one for one in made]
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import keras
 
 import kbtrain
+from kbtrain.checkpoint import run_state
+from kbtrain.cli.train import metrics as measures
 from kbtrain.cli.train import model as models
 from kbtrain.cli.train.data import Data, read_data
-from kbtrain.cli.train.settings import Settings
+from kbtrain.cli.train.settings import Place, Settings
 from kbtrain.errors import CheckpointMismatchError, ConfigurationError
 from kbtrain.trainer.trainer import Trainer
+from kbtrain.training.resuming import resolve_together
 from kbtrain.utils import rng
 from kbtrain.utils.files.output_files import save_text
 
@@ -22,7 +25,7 @@ def train(settings: Settings, dry_run: bool) -> None:
 
     Args:
         settings: The settings.
-        dry_run: Whether to stop before training, with nothing written.
+        dry_run: Whether to stop before training, with the output folder checked and unchanged.
     """
     models.check_model(settings)
     rng.set_seed(settings.args.seed)
@@ -31,10 +34,11 @@ def train(settings: Settings, dry_run: bool) -> None:
     trainer = _make_trainer(settings, data, model)
     if trainer.is_world_process_zero():
         print(_summary(settings, data, trainer), flush=True)
-    if dry_run:
-        return
     resume = None if settings.args.is_set("resume_from_checkpoint") else "auto"
     try:
+        if dry_run:
+            _check_folder(trainer, data, resume or settings.args.resume_from_checkpoint)
+            return
         result = trainer.fit(resume_from_checkpoint=resume)
     except CheckpointMismatchError as problem:
         if "args.output_dir" in str(problem):
@@ -59,13 +63,38 @@ def train(settings: Settings, dry_run: bool) -> None:
         print(f"model   {folder}/{saved.name}\nreport  {folder}/{report.name}")
 
 
+def _check_folder(trainer: Trainer, data: Data, resume: Any) -> None:
+    """What a run checks of ``output_dir`` before its first update, with nothing left behind.
+
+    The checkpoints at an address are not downloaded: only the access is checked.
+
+    Raises:
+        CheckpointError: The folder is in use or cannot be written to, or it has a checkpoint that
+            this run cannot continue from.
+    """
+    trainer.saver.check_folder()
+    if trainer.store.is_remote:
+        return
+    checkpoint = resolve_together(trainer, resume)
+    if checkpoint is None:
+        return
+    data.check_resumed(checkpoint.path)
+    run_state.restore_model(trainer.model, checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"It would continue from {checkpoint.path}.", flush=True)
+
+
 def _make_trainer(settings: Settings, data: Data, model: keras.Model) -> Trainer:
     _check_evaluation(settings, data)
     loss = models.make_loss(settings, data, model)
-    metrics = models.default_metrics(data, loss)
+    metrics = measures.default_metrics(data, loss)
+
+    def adapt(place: Place, one: Any) -> Any:
+        return measures.for_logits(settings, place, one, loss)
+
     given = {
         "loss": loss,
-        "metrics": models.make_list(settings, "metrics", (keras.metrics,), metrics),
+        "metrics": models.make_list(settings, "metrics", (keras.metrics,), metrics, adapt),
         "callbacks": models.make_list(settings, "callbacks", (kbtrain, keras.callbacks), []),
     }
     sets = {"train_dataset": data.sets["train"], "eval_dataset": data.sets.get("eval")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kbtrain.cli.train.data import Data
 
 PREPROCESSING, TOKENIZER = "preprocessing.json", "tokenizer.json"
+DIGEST = "preset_tokenizer"
+"""The entry with the digest of a preset's tokenizer."""
 
 _WORDS = {
     "task": "task was",
@@ -53,6 +56,10 @@ def check_alike(data: Data, folder: Path) -> None:
             "the mean and variance that data.standardize scales the features with are others: "
             "the rows to train on have changed, or the setting",
         )
+    if DIGEST in now and saved[DIGEST] != now[DIGEST]:
+        raise _refusal(
+            folder, "the preset's tokenizer is another: its vocabulary or its settings have changed"
+        )
     if data.tokenizer is not None and (folder / TOKENIZER).exists():
         before = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
         if before["model"]["vocab"] != data.tokenizer.get_vocab():
@@ -61,6 +68,25 @@ def check_alike(data: Data, folder: Path) -> None:
                 "the tokens learned from the texts are others: the texts to train on have changed, "
                 "or data.vocabulary",
             )
+
+
+def tokenizer_digest(preprocessor: Any) -> str | None:
+    """A digest of what the tokens of a preset depend on: vocabulary, merges and settings.
+
+    Args:
+        preprocessor: That of a preset, or None.
+    """
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    settings = {
+        name: value
+        for name, value in tokenizer.get_config().items()
+        if name not in ("name", "dtype") and isinstance(value, bool | int | str)
+    }
+    parts = [*tokenizer.get_vocabulary(), *(getattr(tokenizer, "merges", None) or ()), settings]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refusal(folder: Path, problem: str) -> CheckpointMismatchError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from kbtrain.data.batch import SAMPLE_WEIGHT_KEY as WEIGHT
 from kbtrain.data.collators.padding import IGNORED, check_positive, fields, lengths, widened
 from kbtrain.errors import ConfigurationError, DataError
 
@@ -39,6 +40,11 @@ class DataCollatorForPacking:
     embedding of positions; the sums of losses and gradients are then those of the texts one by one.
     One that takes neither is warned about.
 
+    Other fields of the samples are packed like the tokens if they have one value for each token, 0
+    on padding. ``sample_weight`` may also be one number for a text; as it belongs to the labels, it
+    moves with them: the weight of a token is at the position that predicts it. A field of any other
+    length cannot be packed and is an error.
+
     Returns (when called with a list of samples):
         ``input_ids``, ``position_ids``, ``segment_ids`` (1, 2, ... within a row; 0 is padding) and
         ``labels`` (the next token, or the samples' own next ``labels``), of shape
@@ -46,8 +52,8 @@ class DataCollatorForPacking:
 
     Raises:
         ConfigurationError: An argument is not a positive integer.
-        DataError: A text is longer than a row, its tokens are not integers, or the texts need more
-            than ``rows`` rows.
+        DataError: A text is longer than a row, its tokens are not integers, the texts need more
+            than ``rows`` rows, or a field cannot be packed.
 
     Example:
         >>> batch = DataCollatorForPacking(max_length=6)([[5, 6, 7], [8, 9], [1, 2]])
@@ -124,10 +130,15 @@ class DataCollatorForPacking:
             batch["position_ids"][row, start:stop] = np.arange(len(text))
             batch["segment_ids"][row, start:stop] = 1 + batch["segment_ids"][row].max()
             batch["labels"][row, start : max(start, stop - 1)] = target[1:]
+        for name, values in _others(columns).items():
+            batch[name] = np.zeros((*shape, *values[0].shape[1:]), values[0].dtype)
+            for value, (row, start) in zip(values, places, strict=True):
+                batch[name][row, start : start + len(value)] = value
         if self.return_attention_mask or "attention_mask" in self._inputs:
             batch["attention_mask"] = causal_segments(batch["segment_ids"])
         if self._inputs:
-            batch = {k: v for k, v in batch.items() if k in self._inputs or k == "labels"}
+            unused = {"position_ids", "segment_ids", "attention_mask"} - self._inputs
+            batch = {name: array for name, array in batch.items() if name not in unused}
         return batch
 
     def _places(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -147,6 +158,40 @@ class DataCollatorForPacking:
             places.append((row, used[row]))
             used[row] += length
         return places
+
+
+def _others(columns: Mapping[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """The fields besides tokens and labels, with one value for each token.
+
+    Raises:
+        DataError: A field has another length, or is one that packing makes.
+    """
+    texts, found = columns["input_ids"], {}
+    for name, values in columns.items():
+        if name in ("input_ids", "labels"):
+            continue
+        if name in ("position_ids", "segment_ids"):
+            raise DataError(f"Packing makes {name!r} itself. Remove this field of the samples.")
+        if name == WEIGHT:
+            values = [
+                np.full(len(text), value) if value.ndim == 0 else value
+                for text, value in zip(texts, values, strict=True)
+            ]
+        for text, value in zip(texts, values, strict=True):
+            if value.shape[:1] != (len(text),) or value.shape[1:] != values[0].shape[1:]:
+                raise DataError(
+                    f"{name!r} cannot be packed: a row has several texts, so a field needs one "
+                    "value for each token. Remove the field, or do not pack. Received: shape "
+                    f"{value.shape} for a text of {len(text)} tokens"
+                )
+            if name == "attention_mask" and not value.all():
+                raise DataError(
+                    "Texts to pack must be without padding: an 'attention_mask' has zeros. Turn "
+                    "off the tokenizer's padding."
+                )
+        if name != "attention_mask":  # of ones: packing makes that of the whole row
+            found[name] = [value[1:] for value in values] if name == WEIGHT else values
+    return found
 
 
 def causal_segments(segment_ids: np.ndarray) -> np.ndarray:

@@ -45,9 +45,38 @@ def test_the_mask_keeps_texts_apart():
     np.testing.assert_array_equal(batch["attention_mask"], np.array(mask, bool))
 
 
+def test_other_fields_are_packed_like_the_tokens():
+    samples = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "token_type_ids": [0, 1, 1]},
+        {"input_ids": [8, 9], "attention_mask": [1, 1], "token_type_ids": [1, 2]},
+    ]
+    vectors = [np.full((3, 2), 0.5), np.full((2, 2), 0.25)]
+    samples = [one | {"vectors": v} for one, v in zip(samples, vectors, strict=True)]
+    batch = DataCollatorForPacking(6)(samples)
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 1, 2, 0]]
+    assert batch["vectors"].tolist() == [[[0.5] * 2] * 3 + [[0.25] * 2] * 2 + [[0.0] * 2]]
+    assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize("weights", [[[9.0, 1.0, 2.0], [9.0, 3.0]], [1.5, 3.0]])
+def test_weights_stand_where_the_token_is_predicted(weights):
+    samples = [
+        {"input_ids": ids, "sample_weight": weight}
+        for ids, weight in zip([[5, 6, 7], [8, 9]], weights, strict=True)
+    ]
+    batch = DataCollatorForPacking(6)(samples)
+    assert batch["labels"].tolist() == [[6, 7, -100, 9, -100, -100]]
+    first = [1.0, 2.0] if isinstance(weights[0], list) else [1.5, 1.5]
+    assert batch["sample_weight"].tolist() == [[*first, 0.0, 3.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
+        ([{"input_ids": [1, 2], "score": 0.5}], r"'score' cannot be packed.*shape \(\) for a text"),
+        ([{"input_ids": [1, 2], "mask": [1]}], r"'mask' cannot be packed.*text of 2 tokens"),
+        ([{"input_ids": [1, 0], "attention_mask": [1, 0]}], "without padding"),
+        ([{"input_ids": [1, 2], "position_ids": [0, 1]}], "Packing makes 'position_ids' itself"),
         ([[1] * 5], "5 tokens, more than max_length=4"),
         ([[1] * 3, [2] * 3, [3] * 3], "need 3 rows of 4 tokens, but rows=2"),
         ([{"x": [1]}], "need the field 'input_ids'"),
