@@ -16,6 +16,7 @@ import pytest
 from helpers_channel import CHANNEL, ELSEWHERE, Processes
 from helpers_hosts import ip, two_hosts
 
+from kbtrain.distributed.control.addresses import listen_at
 from kbtrain.distributed.control.members import Members
 from kbtrain.distributed.control.reports import Report
 from kbtrain.distributed.control.server import ControlServer
@@ -340,7 +341,7 @@ def test_a_watcher_ends_with_its_process(end, tmp_path):
 
 
 def test_a_watcher_answers_nobody_without_the_token():
-    watcher = Watcher("token")
+    watcher = Watcher("token", "127.0.0.1")
     address = "127.0.0.1", watcher.port
     answers = []
     for question in (b"tokem", b"", b"token"):
@@ -351,6 +352,15 @@ def test_a_watcher_answers_nobody_without_the_token():
     watcher.close()
     assert answers[:2] == [b"", b""]
     assert answers[2] in (b"S", b"R")
+
+
+def test_a_watcher_listens_only_where_the_others_come_from(tmp_path):
+    with Processes(tmp_path, 2, ELSEWHERE) as processes:
+        processes.tell(1, "print(channel._own_address())")
+        assert processes[1].stdout.readline() == "127.0.0.1\n"
+    with listen_at("127.0.0.1") as one, listen_at("192.0.2.1") as anywhere:
+        assert one.getsockname()[0] == "127.0.0.1"
+        assert anywhere.getsockname()[0] in ("::", "0.0.0.0")  # that address is nobody's
 
 
 def test_an_exception_before_the_channel_is_there_ends_the_process_at_once(tmp_path):

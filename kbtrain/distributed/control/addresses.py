@@ -27,11 +27,18 @@ def listen(address: str, local: bool) -> tuple[socket.socket, list[str]]:
     except (ValueError, OSError):
         pass  # a name, or the address of a gateway
     found = dict.fromkeys([address, *_own_addresses()])
-    return listen_anywhere(), [_in_url(each) for each in list(found)[:3]]
+    return listen_at(""), [_in_url(each) for each in list(found)[:3]]
 
 
-def listen_anywhere() -> socket.socket:
-    """A listening socket at a free port of all addresses of this machine."""
+def listen_at(address: str) -> socket.socket:
+    """A listening socket at a free port of one address of this machine.
+
+    Args:
+        address: A number. All addresses if it is empty, or not one of this machine any more.
+    """
+    if address:
+        with contextlib.suppress(OSError):
+            return _server(address, 6 if ":" in address else 4)
     return _server("", 6 if socket.has_dualstack_ipv6() else 4)
 
 

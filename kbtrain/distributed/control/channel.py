@@ -115,10 +115,10 @@ class Channel:
             server = ControlServer(group, members, token, local)
         urls = gather(server.urls if server is not None else [])[0]
         channel = cls(report, group.size, urls[0], reports[0], server, timeout, states)
+        problem = channel._greet(urls) if server is None else ""
         asked_by = reports if group.rank == 0 else reports[:1]
         if report.machine and any(each.machine != report.machine for each in asked_by):
-            channel._watcher = Watcher(token)
-        problem = channel._greet(urls) if server is None else ""
+            channel._watcher = Watcher(token, channel._own_address())
         watcher = 0 if channel._watcher is None else channel._watcher.port
         answers = gather({"problem": problem, "watcher": watcher})
         problems = [answer["problem"] for answer in answers]
@@ -139,6 +139,12 @@ class Channel:
             self._states.watched(rank, self._server.addresses.get(rank, ""), port)
         elif rank == 0:
             self._states.watched(rank, urllib.parse.urlsplit(self._url).hostname or "", port)
+
+    def _own_address(self) -> str:
+        """The address of this machine over which the channel runs; empty if it may be any."""
+        if self._server is not None:
+            return self._server.listens_at
+        return self._connection.own_address
 
     def at(self, place: str) -> None:
         """Record what this process does now. It costs next to nothing and sends nothing.

@@ -37,6 +37,11 @@ class Connection:
         """The number of its open file; -1 if there is none."""
         return self._transport.fileno
 
+    @property
+    def own_address(self) -> str:
+        """The address of this machine that the connection was last made from; empty if never."""
+        return self._transport.own_address
+
     def call(self, method: str, *arguments: Any) -> dict[str, Any]:
         """Call a method of ``ControlServer``."""
         answer = getattr(self._proxy, method)(*arguments)
@@ -56,6 +61,7 @@ class _Transport(xmlrpc.client.Transport):
         super().__init__()
         self.opened = 0.0
         self.fileno = -1
+        self.own_address = ""
 
     def send_request(
         self, host: Any, handler: str, request_body: Any, debug: bool
@@ -67,6 +73,7 @@ class _Transport(xmlrpc.client.Transport):
             connection.connect()
             keep_alive(connection.sock)
             self.opened, self.fileno = time.monotonic(), connection.sock.fileno()
+            self.own_address = str(connection.sock.getsockname()[0])
         return super().send_request(host, handler, request_body, debug)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import selectors
 import socketserver
 import threading
@@ -157,6 +158,12 @@ class ControlServer:
         """Stop answering; open connections end with the process."""
         self._http.shutdown()
         self._http.server_close()
+
+    @property
+    def listens_at(self) -> str:
+        """The address of this machine at which it listens; empty for all of them."""
+        address = str(self._http.server_address[0])
+        return "" if ipaddress.ip_address(address).is_unspecified else address
 
     def file_numbers(self) -> list[int]:
         """The numbers of the sockets that are open."""

@@ -11,7 +11,7 @@ import threading
 import time
 
 from kbtrain.distributed.control import watcher
-from kbtrain.distributed.control.addresses import listen_anywhere
+from kbtrain.distributed.control.addresses import listen_at
 from kbtrain.distributed.control.members import LOST, UNANSWERED
 from kbtrain.distributed.control.reports import Report, state_here
 
@@ -28,6 +28,7 @@ class Watcher:
 
     Args:
         token: What a question consists of.
+        address: That of this machine at which others ask; see ``listen_at``.
 
     Attributes:
         port: Where it answers; 0 if it could not be started. Then other machines cannot tell why
@@ -35,12 +36,12 @@ class Watcher:
         pipe: The file number at whose end the watcher ends; -1 after ``close``.
     """
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, address: str) -> None:
         self.port, self.pipe = 0, -1
         # Without one the run goes on: the other processes are about to hear of the port.
         with (
             contextlib.suppress(OSError, TypeError, subprocess.SubprocessError),
-            listen_anywhere() as listening,
+            listen_at(address) as listening,
         ):
             reading, self.pipe = os.pipe()
             try:
