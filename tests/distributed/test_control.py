@@ -181,7 +181,8 @@ def test_the_failure_is_named(name, outcomes):
     ranks, seconds, found, errors = outcomes[name]
     _, codes, message = CASES[name]
     assert found == [code for code in codes if code is not None]
-    assert seconds < 10
+    # A pause takes 8.5 s by itself, and the processes of all cases share the machine here.
+    assert seconds < (15 if "paused" in name else 10)
     if message is None:
         assert set(errors) == {""}
         return
