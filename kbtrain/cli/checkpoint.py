@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kbtrain.checkpoint.export import ENDINGS, export
 from kbtrain.checkpoint.storage.faults import exists, reading
@@ -17,13 +19,17 @@ from kbtrain.checkpoint.storage.outline import CheckpointOutline, read_outline
 from kbtrain.checkpoint.store import CheckpointStore
 from kbtrain.cli.parser import command_parser
 from kbtrain.errors import (
+    CheckpointDamagedError,
     CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     CheckpointUnreadableError,
-    ConfigurationError,
 )
 from kbtrain.utils.files.addresses import check_address, scheme_of
+from kbtrain.utils.files.filesystem import checkpoint_name
+
+if TYPE_CHECKING:
+    from kbtrain.checkpoint.remote.inspection import RemoteCheckpoints
 
 
 def run(words: Sequence[str]) -> int:
@@ -42,10 +48,9 @@ def run(words: Sequence[str]) -> int:
         added = commands.add_parser(name, help=help, description=help)
         added.add_argument(
             "path",
-            help="a run's folder, or one checkpoint; or the address of one (s3://...): the newest "
-            "checkpoint there is downloaded",
+            help="a run's folder, or one checkpoint; or the address of one (s3://...)",
         )
-        added.set_defaults(does=does)
+        added.set_defaults(does=does, shown=None)
         return added
 
     command("ls", ls, "List the checkpoints of a run: step, size, date, obvious problems.")
@@ -70,18 +75,57 @@ def run(words: Sequence[str]) -> int:
     )  # fmt: skip
     arguments = parser.parse_args(words)
     check_address("path", arguments.path)
-    if arguments.does is ls and scheme_of(arguments.path) is not None:
-        raise ConfigurationError(
-            "ls lists checkpoints on this machine. Of those at an address, show and verify "
-            f"download the newest. Received: {arguments.path}"
-        )
     if scheme_of(arguments.path) is None:
         arguments.path = Path(arguments.path)
-    else:
-        from kbtrain.checkpoint.remote.store import staged
+        return int(arguments.does(arguments))
+    with tempfile.TemporaryDirectory(prefix="kbtrain-") as folder:
+        return _at_address(arguments, arguments.path, Path(folder))
 
-        arguments.path = staged(arguments.path)
-    return int(arguments.does(arguments))
+
+def _at_address(arguments: argparse.Namespace, address: str, folder: Path) -> int:
+    """Do a command for an address: with outlines of all checkpoints, or a copy of one."""
+    from kbtrain.checkpoint.remote.inspection import RemoteCheckpoints
+
+    there = RemoteCheckpoints(address)
+    if arguments.does is verify:
+        return _verify_copies(there, folder)
+    there.outline(folder)
+    arguments.path = folder
+    if arguments.does is ls:
+        return int(ls(arguments))
+    if arguments.does is show:
+        chosen, why = _checkpoints(folder)[-1], ""
+    else:
+        chosen, why = _to_export(folder, arguments.step, address)
+    copy = folder / "copy" / chosen.name
+    copy.mkdir(parents=True)
+    there.download(int(chosen.name.rpartition("-")[2]), copy)
+    arguments.path, arguments.step = copy, None
+    if arguments.does is show:
+        address = address.rstrip("/")
+        is_one = address.endswith(f"/{chosen.name}")
+        arguments.shown = address if is_one else f"{address}/{chosen.name}"
+        return int(show(arguments))
+    export(copy, arguments.target, arguments.format, modules=arguments.modules)
+    print(f"Wrote {arguments.target} from {chosen.name} of {address}{why}.")
+    return 0
+
+
+def _verify_copies(there: RemoteCheckpoints, folder: Path) -> int:
+    """Download one checkpoint after the other and compare it with its manifest."""
+    status = 0
+    for step in there.steps:
+        copy = folder / checkpoint_name(step)
+        copy.mkdir()
+        try:
+            there.download(step, copy)
+            print(f"{copy.name}: intact")
+        except CheckpointError as error:
+            damaged = isinstance(error, CheckpointDamagedError)
+            status = max(status, 1 if damaged else 2)
+            print(f"{copy.name}: {_state_of(error)}\n  {error}")
+        shutil.rmtree(copy)
+    return status
 
 
 def ls(arguments: argparse.Namespace) -> int:
@@ -97,13 +141,13 @@ def ls(arguments: argparse.Namespace) -> int:
         except CheckpointError as error:
             rows.append((path.name, "?", "?", "?", f"{_state_of(error)}: {error}"))
             continue
-        saved = datetime.datetime.fromtimestamp(written)
+        saved = f"{datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
         best = newest.get("best_global_step") == outline.step
         rows.append(
             (
                 path.name,
                 f"{outline.size / 1e6:.1f} MB",
-                f"{saved:%Y-%m-%d %H:%M:%S}",
+                saved if written else "?",
                 str(outline.info.get("backend", "?")),
                 f"best ({newest.get('best_metric')})" if best else "",
             )
@@ -142,7 +186,7 @@ def show(arguments: argparse.Namespace) -> int:
     """Print the contents of a checkpoint, or of the newest one of a run."""
     path = _checkpoints(arguments.path)[-1]
     outline = read_outline(path)
-    print(f"{path}\n")
+    print(f"{arguments.shown or path}\n")
     for name, value in _facts(outline).items():
         print(f"{name + ':':<18}{value}")
     for group, arrays in outline.arrays.items():
@@ -164,20 +208,26 @@ def show(arguments: argparse.Namespace) -> int:
 
 def export_model(arguments: argparse.Namespace) -> int:
     """Export the model of a checkpoint, or of one of a run's."""
-    path, why = _to_export(arguments.path, arguments.step)
+    path, why = _to_export(arguments.path, arguments.step, arguments.path)
     export(path, arguments.target, arguments.format, modules=arguments.modules)
     print(f"Wrote {arguments.target} from {path}{why}.")
     return 0
 
 
-def _to_export(path: Path, step: int | None) -> tuple[Path, str]:
-    """The checkpoint to export, and why that one if there are several."""
+def _to_export(path: Path, step: int | None, shown: Path | str) -> tuple[Path, str]:
+    """The checkpoint to export, and why that one if there are several.
+
+    Args:
+        path: The folder with the checkpoints, or one.
+        step: The one that is asked for.
+        shown: What the folder is called in a message.
+    """
     found = _checkpoints(path)
     if step is not None:
         named = [folder for folder in found if folder.name == f"checkpoint-{step}"]
         if not named:
             listed = ", ".join(folder.name for folder in found)
-            raise CheckpointNotFoundError(f"{path} has no checkpoint of step {step}: {listed}.")
+            raise CheckpointNotFoundError(f"{shown} has no checkpoint of step {step}: {listed}.")
         return named[0], ""
     if found == [path]:
         return path, ""

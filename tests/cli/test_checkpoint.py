@@ -162,13 +162,56 @@ def test_it_starts_without_keras_and_frameworks(run):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ls_marks_one_checkpoint_and_refuses_an_address(tmp_path, capsys):
+def test_ls_marks_one_checkpoint(tmp_path, capsys):
     store = CheckpointStore(tmp_path / "run")
     for step in (1, 2, 3):  # each one was the best when it was saved, but the last
         best = {"best_global_step": min(step, 2), "best_metric": 1 / min(step, 2)}
         store.save(step, {"model": {"k": np.ones(1, "float32")}}, {"trainer_state": best}, {})
     _, lines, _ = called(capsys, "ls", store.directory)
     assert [line.endswith("best (0.5)") for line in lines[1:]] == [False, True, False]
-    code, _, error = called(capsys, "ls", "memory://run")
+
+
+def test_checkpoints_at_an_address(run, tmp_path, capsys):
+    address = run.as_uri()
+    here, there = (called(capsys, "ls", place)[1] for place in (run, address))
+    assert here == there
+    assert called(capsys, "verify", address)[:2] == (
+        0,
+        ["checkpoint-5: intact", "checkpoint-20: intact", "checkpoint-100: intact"],
+    )
+    code, lines, _ = called(capsys, "show", f"{address}/checkpoint-20")
+    assert code == 0
+    assert lines[0] == f"{address}/checkpoint-20"
+    assert "step:             20 of 200" in lines
+    assert called(capsys, "show", address)[1][0] == f"{address}/checkpoint-100"
+    damage(run / "checkpoint-20")
+    assert "DAMAGED" in called(capsys, "ls", address)[1][2]
+    code, lines, _ = called(capsys, "verify", address)
+    assert code == 1
+    assert lines[0] == "checkpoint-5: intact"
+    assert lines[1] == "checkpoint-20: DAMAGED"
+    assert "optimizer.h5" in lines[2]
+    (run / "checkpoint-20" / "manifest.json").unlink()
+    code, lines, _ = called(capsys, "verify", f"{address}/checkpoint-20")
     assert code == 2
-    assert "ls lists checkpoints on this machine" in error
+    assert "is not complete: it has no manifest.json" in lines[1]
+    code, _, error = called(capsys, "ls", (tmp_path / "none").as_uri())
+    assert code == 2
+    assert "There is no checkpoint at file://" in error
+
+
+def test_an_export_from_an_address_takes_the_best_or_that_of_a_step(run, capsys, exported):
+    words = ("export", run.as_uri(), "a.keras")
+    said = called(capsys, *words)[1]
+    assert exported.pop().name == "checkpoint-20"
+    assert said == [f"Wrote a.keras from checkpoint-20 of {run.as_uri()}, the best (0.25)."]
+    assert called(capsys, *words, "--step", 5)[0] == 0
+    assert exported.pop().name == "checkpoint-5"
+    code, _, error = called(capsys, *words, "--step", 7)
+    assert code == 2
+    assert f"{run.as_uri()} has no checkpoint of step 7" in error
+    (run / "checkpoint-20" / "manifest.json").unlink()  # an upload that was not completed
+    assert called(capsys, *words)[1][0].endswith(
+        "checkpoint-100 of " + run.as_uri() + ", the last."
+    )
+    assert exported.pop().name == "checkpoint-100"

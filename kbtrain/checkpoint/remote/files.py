@@ -98,6 +98,13 @@ class RemoteFiles:
         """The content of a file."""
         return bytes(self._retried(lambda: self._fs.cat_file(self._path(path))))
 
+    def modified(self, path: str) -> float:
+        """When a file was written, in seconds since 1970; 0 where that is not known."""
+        try:
+            return float(self._retried(lambda: self._fs.modified(self._path(path))).timestamp())
+        except (NotImplementedError, OSError):
+            return 0.0
+
     def write(self, path: str, data: bytes) -> None:
         """Write a small file."""
         self._writing(path, lambda: self._fs.pipe_file(self._path(path), data))

@@ -157,7 +157,7 @@ class RemoteStore(CheckpointStore):
                 (folder / UPLOADED).touch()
                 run_folder.publish(folder, local, step)
         except OSError as error:
-            raise self._unreadable(f"{self.place}/{name}", error) from error
+            raise self.unreadable(f"{self.place}/{name}", error) from error
         return local
 
     def bring(self, place: str) -> None:
@@ -171,7 +171,7 @@ class RemoteStore(CheckpointStore):
         try:
             names = self.files.names()
         except OSError as error:
-            raise self._unreadable(self.place, error) from error
+            raise self.unreadable(self.place, error) from error
         steps = [parse_checkpoint_name(name) for name, size in names.items() if size is None]
         return [(step, self.path(step)) for step in sorted(s for s in steps if s is not None)]
 
@@ -195,7 +195,7 @@ class RemoteStore(CheckpointStore):
             try:
                 self._mirror.begin(bring=True)
             except OSError as error:
-                raise self._unreadable(self.place, error) from error
+                raise self.unreadable(self.place, error) from error
         else:
             self._mirror.begin(bring=False)
             try:
@@ -387,12 +387,21 @@ class RemoteStore(CheckpointStore):
             logger.warning("Old checkpoints were not deleted: %s", error)
             return []
 
-    def _unreadable(self, what: str, error: OSError) -> CheckpointUnreadableError:
+    def unreadable(self, what: str, error: OSError) -> CheckpointUnreadableError:
+        """The error of something at the address that cannot be read now."""
         return CheckpointUnreadableError(
             f"{what} cannot be read at the moment: {error.strerror or error}. Nothing was changed "
             "and training does not start over. Check the credentials and the connection, and start "
             "again."
         )
+
+
+def run_and_step(address: str) -> tuple[str, int | None]:
+    """The address of a run, and the step if it was that of one of its checkpoints."""
+    check_address("address", address)
+    run, _, name = normalised(address).rpartition("/")
+    step = parse_checkpoint_name(name)
+    return (address if step is None else run), step
 
 
 def staged(address: str, log: Log | None = None, own: RemoteStore | None = None) -> Path:
@@ -409,10 +418,7 @@ def staged(address: str, log: Log | None = None, own: RemoteStore | None = None)
     Raises:
         CheckpointError: As for ``RemoteStore.fetch``, or there is none.
     """
-    check_address("address", address)
-    run, _, name = normalised(address).rpartition("/")
-    step = parse_checkpoint_name(name)
-    run = address if step is None else run
+    run, step = run_and_step(address)
     is_own = own is not None and own.directory == local_folder(run).absolute()
     store = own if own is not None and is_own else RemoteStore(run)
     found = store._newest(log, must=True)[0] if step is None else store.fetch(step)

@@ -67,7 +67,7 @@ class DataCollatorForPacking:
     rows: int | None = None
     pad_token_id: int = 0
     return_attention_mask: bool = False
-    takes: ClassVar[frozenset[str]] = frozenset(("input_ids",))
+    takes: ClassVar[frozenset[str]] = frozenset(("input_ids", "attention_mask"))
     """The columns it uses, besides labels."""
     _inputs = frozenset[str]()
 
