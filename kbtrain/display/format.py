@@ -241,6 +241,8 @@ def ending_rows(ending: RunEnding) -> list[Row]:
     rows.append(("weights", f"the model holds {ending.weights}"))
     if ending.samples_per_second is not None:
         rows.append(("speed", _speed(ending)))
+    if ending.shares:
+        rows.append(("time", _shares(ending)))
     rows.append(("to go on", _going_on(ending)))
     if ending.resume_command:
         rows.append(("", f"$ {ending.resume_command}"))
@@ -269,9 +271,13 @@ def _speed(ending: RunEnding) -> str:
     text = f"{count(ending.samples_per_second)} samples/s"
     if ending.tokens_per_second is not None:
         text += f", {count(ending.tokens_per_second)} tokens/s"
+    return f"{text} (without compiling, eval, save)"
+
+
+def _shares(ending: RunEnding) -> str:
     names = {"compute": "compute", "data": "data", "host": "host", "other": "eval and save"}
     parts = [f"{round(100 * ending.shares[n])}% {names[n]}" for n in names if n in ending.shares]
-    return f"{text} ({', '.join(parts)})" if parts else text
+    return ", ".join(parts)
 
 
 def _going_on(ending: RunEnding) -> str:
@@ -282,5 +288,5 @@ def _going_on(ending: RunEnding) -> str:
         text += ", once the cause is mended"
     change = ending.resume_change
     if ending.completed and ending.step >= ending.updates:
-        change = "more epochs and " + (change or "the same call of fit()")
+        change = " and ".join(filter(None, (ending.resume_longer, change)))
     return f"{text}, with {change}" if change else text

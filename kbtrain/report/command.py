@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kbtrain.config.serialization import secret_names
@@ -22,14 +23,38 @@ _IN_MAPPING = re.compile(
 
 
 def command_line() -> str:
-    """The command that started this program; empty in a notebook or an interactive session."""
+    """The command that started this program; empty if it is none, as in a notebook."""
     main = sys.modules.get("__main__")
-    if getattr(main, "__file__", None) is None or is_notebook():
-        return ""
+    if getattr(main, "__file__", None) in (None, "<stdin>") or is_notebook():
+        return ""  # what was typed, or piped in, cannot be started again
     words = [word for word in _arguments(main) if word]
     if current().size > 1 and current().launcher == "kbtrain launch":
         return shlex.join(["kbtrain", "launch", "-n", str(current().local_size), *words])
+    if is_command() and getattr(main, "__spec__", None) is None:
+        return shlex.join(["kbtrain", *words[1:]])  # not the path of the installed script
     return shlex.join(["python", *words])
+
+
+def is_command(*names: str) -> bool:
+    """Whether this program is the command ``kbtrain``, or one of the commands named."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    program = Path(sys.argv[0]).stem if spec is None and sys.argv else ""
+    ours = program == "kbtrain" or getattr(spec, "name", None) == "kbtrain.__main__"
+    return ours and (not names or sys.argv[1:2] in [[name] for name in names])
+
+
+def longer(args: TrainingArguments) -> str:
+    """What to change to train longer than was planned, a phrase.
+
+    Args:
+        args: The arguments of the run.
+    """
+    steps = args.max_steps > 0
+    if not is_command("train"):
+        return "a larger max_steps" if steps else "more epochs"
+    name = "max_steps" if steps else "num_train_epochs"
+    return f"--args.{name} N (more than {getattr(args, name):g})"
 
 
 def _arguments(main: Any) -> list[str]:
@@ -80,5 +105,8 @@ def resume_command(resume: Any, backend: str) -> tuple[str, str]:
     if command:
         command = f"KERAS_BACKEND={backend} {command}"
     if resume == "auto" or resume is True:
-        return command, "" if command else "the same call of fit() again"
+        same = "the same command" if is_command("train") else "the same call of fit()"
+        return command, "" if command else f"{same} again"
+    if is_command("train"):
+        return command, "--args.resume_from_checkpoint auto"
     return command, 'fit(resume_from_checkpoint="auto")'

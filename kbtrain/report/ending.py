@@ -9,7 +9,7 @@ from typing import Any
 
 from kbtrain.callbacks.base import evaluation_name
 from kbtrain.errors import NonFiniteError, first_lines
-from kbtrain.report.command import resume_command
+from kbtrain.report.command import longer, resume_command
 from kbtrain.utils.files.filesystem import parse_checkpoint_name
 from kbtrain.utils.json_types import JsonDataclass
 
@@ -54,6 +54,7 @@ class RunEnding(JsonDataclass):
             or if the program was not started by a command.
         resume_change: What has to be changed for it in the program, a phrase; empty if nothing has
             to be.
+        resume_longer: What has to be changed for more updates than were planned, a phrase.
         error: The error that ended the run, its type and the first lines of its message; None
             after a signal.
         skipped: Those of the updates that were skipped because they were not finite.
@@ -79,6 +80,7 @@ class RunEnding(JsonDataclass):
     checkpoint: str | None = None
     resume_command: str = ""
     resume_change: str = ""
+    resume_longer: str = "more epochs"
     error: str | None = None
     skipped: int = 0
     weights_step: int | None = None
@@ -120,6 +122,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         checkpoint=checkpoint,
         resume_command=command,
         resume_change=change,
+        resume_longer=longer(args),
         error=None if failure is None else _described(failure),
         skipped=0 if run is None else run.progress.skipped,
         weights_step=held_step(trainer),
@@ -136,14 +139,13 @@ def _reason(trainer: Any, error: BaseException | None) -> str:
         return f"an error: {type(error).__name__}"
     if trainer.interruption is not None:
         return REASONS.get(trainer.interruption, str(trainer.interruption))
+    run = trainer.current_run
+    began = run is None or state.global_step > run.first_step
+    if began and 0 < state.max_steps <= state.global_step:
+        return "all updates are done"  # also if a callback asked to stop after the last one
     if control.stop_reason is not None:
         return str(control.stop_reason)
-    run = trainer.current_run
-    if run is not None and state.global_step == run.first_step:
-        return "there was nothing to do"
-    if 0 < state.max_steps <= state.global_step:
-        return "all updates are done"
-    return "the data has ended"
+    return "the data has ended" if began else "there was nothing to do"
 
 
 def _since_best(state: Any, metric: str | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import json
 import re
@@ -85,7 +86,6 @@ def document(
 
     The records are part of it, as JSON, so that a page can be compared with other runs.
     """
-    written = max((record.written for record in records), default="")
     data = json.dumps([record.to_dict() for record in records], default=str)
     data = data.replace("<", "\\u003c").encode("utf-8", "replace").decode("utf-8")
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -95,7 +95,8 @@ def document(
         f"script-src 'sha256-{digest}'"
     )
     again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
-    note = f"Written by kbtrain{f', {written}' if written else ''}."
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    note = f"Written by kbtrain, {now}."
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{again}'

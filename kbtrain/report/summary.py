@@ -241,7 +241,8 @@ def commands(record: RunRecord) -> list[Command]:
         over = bool(planned) and record.steps >= planned
         note = f"With {change} in the program." if command and change else ""
         if over:
-            note = f"All updates are done: set more epochs or max_steps first. {note}".strip()
+            more = ending.get("resume_longer") or "more epochs"
+            note = f"All updates are done: set {more} first. {note}".strip()
         text = command or 'trainer.fit(resume_from_checkpoint="auto")'
         found.append(Command("Go on", text, note))
         title, chosen, other = _to_load(record)

@@ -139,7 +139,9 @@ def _stop(trainer: TrainerBase, reason: str | None, saving: bool) -> None:
     """Make the loop save, if enabled, and end."""
     if trainer.interruption is None:
         trainer.interruption = reason
-        logger.warning(
+        told = trainer.stop_signals.announce()
+        logger.log(
+            logging.INFO if told else logging.WARNING,  # one line is enough
             "%s: %s at step %s, then stopping.",
             trainer.interruption,
             "saving" if saving else "not saving (save_strategy='no')",

@@ -67,6 +67,7 @@ class StopSignals:
         self._interrupts = 0
         self._may_abandon = False
         self._over = False
+        self._announced = False
 
     def __enter__(self) -> Self:
         self._start = self._last_poll = time.monotonic()
@@ -125,10 +126,21 @@ class StopSignals:
         if self._seen > 1 and interrupt:
             self._notify(f"{name}: stopping now, nothing more is saved.")
             return
+        if self.announce() and not interrupt:
+            return  # the loop, or an earlier signal, has said so
         does = "saving" if self._saves else "without saving"
         again = "stop now, nothing saved" if self._saves else "stop now"
         text = f"{name}: stopping after this update, {does}."
         self._notify(f"{text} Again = {again}." if interrupt else text)
+
+    def announce(self) -> bool:
+        """Note that the user is told that the run will stop.
+
+        Returns:
+            Whether that was already said.
+        """
+        before, self._announced = self._announced, True
+        return before
 
     def reason(self, saving: float | None) -> str | None:
         """The reason to stop now, or None. Called between two steps.

@@ -87,7 +87,8 @@ def test_a_run_from_start_to_end(tmp_path, columns):
     (best,) = [line for line in lines if line.startswith("  best ")]
     assert "eval_loss" in best
     assert any(line.startswith("  weights   the model holds the best, of") for line in lines)
-    assert any("% compute" in line and "samples/s" in line for line in lines)
+    assert any("samples/s (without compiling, eval, save)" in line for line in lines)
+    assert any(line.startswith("  time ") and "% compute" in line for line in lines)
     assert not any("training ━" in line or "compiling..." in line for line in lines), (
         "a bar is left"
     )

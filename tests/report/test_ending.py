@@ -97,6 +97,7 @@ def test_early_stopping_says_so(tmp_path):
 
 
 def test_a_callback_that_stops_is_named(tmp_path):
+    assert run(tmp_path / "last", [StopAt(4)]).reason == "all updates are done"
     ending = run(tmp_path, [StopAt(2)])
     assert ending.reason == "StopAt asked to stop"
     assert (ending.checkpoint, ending.resume_command) == (None, "")

@@ -1,6 +1,7 @@
 """What a run is, as the plain values that every screen and page shows."""
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from helpers import arguments, linear_model, make_data
 
 from kbtrain import Trainer, TrainerCallback, TrainingArguments
-from kbtrain.report.command import command_line, resume_command
+from kbtrain.report.command import command_line, longer, resume_command
 from kbtrain.report.facts import RunFacts, facts_of
 
 
@@ -117,7 +118,7 @@ def test_arguments_that_differ_from_their_defaults(tmp_path):
 @pytest.mark.neutral
 def test_the_command_and_how_to_go_on(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--name", "two words"])
-    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "__main__": Main()})
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": Main()})
     assert command_line() == "python train.py --name 'two words'"
     again = "KERAS_BACKEND=jax python train.py --name 'two words'"
     assert resume_command("auto", "jax") == resume_command(True, "jax") == (again, "")
@@ -142,7 +143,7 @@ def test_the_command_and_how_to_go_on(monkeypatch):
 )
 def test_a_command_is_shown_without_a_token(monkeypatch, words, shown):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
-    monkeypatch.setattr("sys.modules", {**__import__("sys").modules, "__main__": Main()})
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": Main()})
     assert "hf_X" not in command_line()
     assert shown is None or command_line() == f"python train.py {shown}"
 
@@ -154,5 +155,30 @@ def test_a_notebook_has_no_command(monkeypatch):
     assert resume_command(None, "jax") == ("", 'fit(resume_from_checkpoint="auto")')
 
 
+@pytest.mark.neutral
+def test_a_program_from_stdin_has_no_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["-"])
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": Main("<stdin>")})
+    assert command_line() == ""
+
+
+@pytest.mark.neutral
+def test_the_command_kbtrain_train_names_its_own_settings(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["/opt/env/bin/kbtrain", "train", "a.yaml"])
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": Main("/opt/env/bin/kbtrain")})
+    assert command_line() == "kbtrain train a.yaml"
+    again = "KERAS_BACKEND=jax kbtrain train a.yaml"
+    assert resume_command("auto", "jax") == (again, "")
+    assert resume_command(None, "jax") == (again, "--args.resume_from_checkpoint auto")
+    args = TrainingArguments(output_dir=str(tmp_path), num_train_epochs=5)
+    assert longer(args) == "--args.num_train_epochs N (more than 5)"
+    assert longer(args.replace(max_steps=9)) == "--args.max_steps N (more than 9)"
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert longer(args) == "more epochs"
+
+
 class Main:
-    __file__ = "train.py"
+    __spec__ = None
+
+    def __init__(self, file="train.py"):
+        self.__file__ = file

@@ -16,6 +16,7 @@ from paths import SUPPORT
 from kbtrain import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingInterrupted
 from kbtrain.checkpoint import CheckpointStore, async_checkpointer
 from kbtrain.training import stop_signals
+from kbtrain.training.stop_signals import StopSignals
 
 
 def make_trainer(folder, callbacks=(), **changes):
@@ -473,3 +474,16 @@ def test_the_exit_code_of_a_program(tmp_path):
         folder = tmp_path / str(int(number))
         assert saved_steps(folder) == [5]
         assert json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())
+
+
+@pytest.mark.neutral
+def test_a_stop_is_announced_once():
+    said: list[str] = []
+    with StopSignals(True, None, said.append) as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert said == ["SIGTERM: stopping after this update, saving."]
+    assert signals.announce()
+    with StopSignals(True, None, said.append) as signals:
+        assert not signals.announce()
+        signal.raise_signal(signal.SIGTERM)
+    assert len(said) == 1
