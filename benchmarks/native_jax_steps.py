@@ -31,7 +31,10 @@ class Step:
     donated: int
 
 
-OPTIMIZER = optax.adamw(5e-5, weight_decay=0.01)
+RATE = optax.linear_schedule(5e-5, 0.0, 1000)
+"""The learning rate falls to zero, as it does in kbtrain's runs unless told otherwise."""
+
+OPTIMIZER = optax.adamw(RATE, weight_decay=0.01)
 
 
 def _state(model: keras.Model) -> tuple[list[Any], list[Any], Any]:
@@ -209,3 +212,38 @@ def evaluating(model: keras.Model) -> Step:
         return losses.sum(), jnp.float32(losses.size)
 
     return Step(run, (trainable, fixed), 0)
+
+
+def several(step: Step) -> Step:
+    """The batches of a block one after the other: a TPU runs the loop without its host.
+
+    Args:
+        step: The step of a batch.
+
+    Returns:
+        A step that takes batches along a leading axis and, last, how many of them to run. Its
+        results other than the state have that axis, too.
+    """
+
+    def run(*arguments: Any) -> Any:
+        *state, x, y, count = arguments
+        fixed = state[step.donated :]
+
+        def one(state: Any, index: Any) -> tuple[Any, Any]:
+            row = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (x, y))
+            results = step.run(*state, *fixed, *row)
+            return results[: step.donated], results[step.donated :]
+
+        def body(loop: Any) -> Any:
+            index, state, results = loop
+            state, new = one(state, index)
+            return index + 1, state, jax.tree.map(lambda a, b: a.at[index].set(b), results, new)
+
+        given = tuple(state[: step.donated])
+        shapes = jax.eval_shape(one, given, jnp.int32(0))[1]
+        results = jax.tree.map(lambda s: jnp.zeros((len(x), *s.shape), s.dtype), shapes)
+        start = jnp.int32(0), given, results
+        _, given, results = jax.lax.while_loop(lambda loop: loop[0] < count, body, start)
+        return *given, *results
+
+    return Step(run, step.state, step.donated)

@@ -23,6 +23,7 @@ from kbtrain.model.losses.pairs import LossPair, as_dtype_of, as_float, divisor,
 from kbtrain.model.metrics import MetricSet
 from kbtrain.model.over_shards import OverShards
 from kbtrain.optimization.division import division_of
+from kbtrain.optimization.loss_scale import can_be_told, told_of_overflow
 from kbtrain.utils.float64 import float_dtype
 
 
@@ -226,18 +227,19 @@ def make_train_step(
         factor = per_item
         if max_grad_norm > 0:
             factor = factor * ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
-        if scales_itself and division is not None:
-            # The optimizer looks for an overflow in the gradients that it gets.
-            factor = ops.where(ops.isfinite(norm), factor, np.nan)
         learning_rate = as_float(optimizer.learning_rate)
         finite = ops.isfinite(loss)
+        usable = ops.isfinite(norm)
+        for new_value, whole in zip(gradients, given_whole, strict=True):
+            if whole:
+                usable = ops.logical_and(usable, ops.all(ops.isfinite(new_value)))
+        if any(replaced):
+            usable = shards.agreed(usable)
         if not scales_itself:
-            finite = ops.logical_and(finite, ops.isfinite(norm))
-            for new_value, whole in zip(gradients, given_whole, strict=True):
-                if whole:
-                    finite = ops.logical_and(finite, ops.all(ops.isfinite(new_value)))
-            if any(replaced):
-                finite = shards.agreed(finite)
+            finite = ops.logical_and(finite, usable)
+        elif division is not None and not can_be_told(optimizer):
+            # The optimizer looks for an overflow in the gradients that it gets.
+            factor = ops.where(usable, factor, np.nan)
 
         # A layer may assign its own weights: the optimizer updates the new values.
         own = [(v, value) for v, value in updates if id(v) in trained]
@@ -246,7 +248,8 @@ def make_train_step(
         def apply() -> None:
             for variable, value in own:
                 variable.assign(value)
-            backend.apply_optimizer(optimizer, gradients, factor, updated)
+            with told_of_overflow(optimizer, usable):
+                backend.apply_optimizer(optimizer, gradients, factor, updated)
 
         if on_nonfinite == "ignore":
             good = ops.ones_like(finite)

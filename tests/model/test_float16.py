@@ -70,3 +70,39 @@ def test_the_scale_is_part_of_a_checkpoint(tmp_path):
 def test_two_precisions_at_once_are_refused():
     with pytest.raises(ConfigurationError, match="bf16=True, fp16=True"):
         TrainingArguments(bf16=True, fp16=True)
+
+
+def scaled_run(folder, optimizer, **changes):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1} | changes
+    return Trainer(
+        model(),
+        arguments(folder, **settings),
+        train_dataset=data(),
+        loss="mse",
+        optimizers=(optimizer, None),
+    )
+
+
+def test_a_scale_under_which_the_norm_of_the_gradients_overflows_is_halved(tmp_path):
+    # Each gradient is a float32 number of about 2 ** 90; the sum of their squares is none.
+    sgd = keras.optimizers.SGD(0.1)
+    optimizer = keras.optimizers.LossScaleOptimizer(sgd, initial_scale=2.0**90)
+    run = scaled_run(tmp_path, optimizer)
+    before = weights(run.model)
+    run.fit()
+    assert train_logs(run, "loss_scale") == [2.0**90, 2.0**89, 2.0**88]
+    assert same(weights(run.model), before)
+
+
+class Refusing(keras.optimizers.LossScaleOptimizer):
+    def check_finite(self, grads):
+        return keras.ops.convert_to_tensor(False)
+
+
+def test_an_optimizer_that_looks_for_overflows_in_its_own_way_is_asked(tmp_path):
+    run = scaled_run(tmp_path, Refusing(keras.optimizers.SGD(0.1), initial_scale=8.0))
+    before = weights(run.model)
+    run.fit()
+    assert train_logs(run, "loss_scale") == [8.0, 4.0, 2.0]
+    assert same(weights(run.model), before)
+    assert "check_finite" not in vars(run.optimizer)
