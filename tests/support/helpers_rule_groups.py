@@ -21,7 +21,8 @@ from optim.kernels.torch import custom_op, rule_groups
 from optim.kernels.torch.recording import RecordedRule
 from optim.kernels.torch.triton_kernels import launch as triton_launch
 from optim.kernels.torch.triton_kernels.launch import Group, GroupKernels
-from optim.kernels.torch.triton_kernels.source import RuleSource, Storage
+from optim.kernels.torch.triton_kernels.source import RuleSource
+from optim.kernels.torch.triton_kernels.storage import Storage
 from optim.kernels.torch.triton_kernels.text import POINTERS
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def many_tensors():
 
 def changed(name, attribute, value):
     """Numbers that a rule's kernels have before and after a hyperparameter was changed."""
-    variable = keras.Variable(np.ones(3), dtype="float32", name="v")
+    variable = keras.Variable(np.ones((64, 64)), dtype="float32", name="v")
     optimizer = optim.get(name, learning_rate=0.1)
     found = []
     for number in (getattr(optimizer, attribute), value, value):
@@ -64,7 +65,7 @@ def changed(name, attribute, value):
         optimizer.build([variable]) if not optimizer.built else None
         slots = {n: slot.value for n, slot in optimizer.slots_of(variable).items()}
         rule = optimizer.update_rule_of(variable)
-        assert groups.add(rule, variable.value, torch.ones(3), slots)
+        assert groups.add(rule, variable.value, torch.ones(64, 64), slots)
         before = len(triton_launch._GROUPS._objects)
         groups.run(torch.ones(()), torch.ones(()))
         made = [*triton_launch._GROUPS._objects.values()][before:]
@@ -138,9 +139,9 @@ def main():
         assert custom_op.on_gpu(CPU)
         found |= {
             "room": many_tensors(),
-            "changed": changed("adamw", "beta_1", 0.5),
+            "changed": [changed(name, "beta_1", 0.5) for name in ("adamw", "adamw_8bit")],
             "devices": devices(),
-            "versions on a GPU": versions("lion"),
+            "versions on a GPU": min(map(versions, ("lion", "adamw_8bit"))),
             "many numbers": of_many_numbers(),
         }
     print(json.dumps(found))

@@ -23,7 +23,8 @@ import optim
 from optim.kernels.torch import custom_op, rule_groups
 from optim.kernels.torch.recording import RecordedRule
 from optim.kernels.torch.triton_kernels import launch as triton_launch
-from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource, Storage
+from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource
+from optim.kernels.torch.triton_kernels.storage import Storage
 from optim.kernels.torch.triton_kernels.text import POINTERS
 
 UPDATES = 3
@@ -143,6 +144,64 @@ def stacked():
     return {key: float(np.abs(a - b).max()) for key, (a, b) in results.items()}
 
 
+class Dithered(optim.AdamW8bit):
+    """A rule with both kinds of codes and with both ways of rounding."""
+
+    dithered = frozenset({"momentum"})
+
+
+def eight_bit():
+    """Rules with 8-bit state by kernels, against the same on lists of tensors.
+
+    For each the largest difference of a parameter, relative to its movement, the share of other
+    codes, and how far the parameters of the kernels are from the full-precision rule in float64.
+    """
+    # The last blocks are not full; two tensors have float32 state.
+    shapes = {"a": (64, 70), "b": (5,), "c": (2 * BLOCK + 33,), "embedding": (50, 90)}
+    groups = [{"match": "b", "weight_decay": 0.0}, {"match": "c", "lr_multiplier": 2.0}]
+    draw = np.random.default_rng(0)
+    starts = [0.1 * draw.standard_normal(n).astype("float32") for n in shapes.values()]
+    gradients = [
+        [draw.standard_normal(n).astype("float32") for n in shapes.values()] for _ in range(2)
+    ]
+    gradients[1][0][:4] = 0.0
+    found = {}
+    for name, updates in (("adamw_8bit", 2), ("lion_8bit", 1)):
+        values, codes = [], []
+        for on_gpu in (False, True):
+            custom_op.on_gpu = lambda device, on_gpu=on_gpu: on_gpu
+            variables = [
+                keras.Variable(start, dtype="float32", name=key)
+                for key, start in zip(shapes, starts, strict=True)
+            ]
+            optimizer = optim.get(name, learning_rate=1e-2, parameter_groups=groups)
+            for given in gradients[:updates]:
+                apply(optimizer, variables, given)
+            values.append([v.value.detach().double().numpy() for v in variables])
+            slots = [slot for v in variables for slot in optimizer.slots_of(v).items()]
+            codes.append([x.value.numpy().ravel() for n, x in slots if n.endswith("_codes")])
+        plain, kernels = values
+        moved = [np.abs(x - start).max() for x, start in zip(plain, starts, strict=True)]
+        changed = np.concatenate(codes[0]).astype(int) - np.concatenate(codes[1])
+        wide = []
+        for i, (key, start) in enumerate(zip(shapes, starts, strict=True)):
+            rate = 1e-2 * (2.0 if key == "c" else 1.0)
+            case = {"weight_decay": optimizer.weight_decay_of(variables[i])}
+            given = [g[i] for g in gradients[:updates]]
+            exact = trajectory(name.removesuffix("_8bit"), start, given, rate, **case)[-1]
+            error = np.linalg.norm(kernels[i] - exact) / np.linalg.norm(exact - start)
+            wide.append(float(error))
+        found[name] = {
+            "difference": max(
+                float(np.abs(x - y).max() / m)
+                for x, y, m in zip(plain, kernels, moved, strict=True)
+            ),
+            "other codes": float((changed != 0).mean()),
+            "from float64": wide,
+        }
+    return found
+
+
 class Kept(logging.Filter):
     """Keeps messages in a list."""
 
@@ -183,9 +242,9 @@ def many():
 def wrong_rules():
     """What is said of kernels with a wrong number, and of right ones."""
     device, found = torch.device("cpu"), []
-    for name, number in (("adamw", 0.01), ("lion", 0.01), ("radam", None)):
+    for name, number in (("adamw", 0.01), ("lion", 0.01), ("radam", None), ("adamw_8bit", 0.01)):
         rule = optim.get(name)
-        source = RuleSource(RecordedRule(rule, 0.01, device), Storage())
+        source = rule_groups.recorded_source(rule, 0.01, Storage(), device)
         if number is None:  # of the branch that is not taken in the first updates
             (number,) = (x for x in source.numbers if 5.0e-4 < x < 5.1e-4)
         for factor in (1.0, 2.0):
@@ -199,7 +258,7 @@ def wrong_rules():
 
 
 def numbers(names):
-    together = stacked()
+    together, coded = stacked(), eight_bit()
     custom_op.on_gpu = lambda device: True
     without = []
     logging.getLogger("optim").addFilter(without_triton := Kept(without))
@@ -218,6 +277,7 @@ def numbers(names):
                 "distance": found,
                 "flag and scale": {name: flag_and_scale(name) for name in names[:2]},
                 "stacked": together,
+                "eight bit": coded,
                 "without": without,
                 "many": many(),
                 "wrong": wrong_rules(),
@@ -266,9 +326,11 @@ def compiled(names):
     for name in names:
         for storage, capability in ((Storage(), 90), (Storage("bfloat16", "bfloat16"), 80)):
             pointers = POINTERS if capability == 90 else 8
-            rule = optim.get(name)
-            source = RuleSource(RecordedRule(rule, 0.01, torch.device("cpu")), storage)
+            rule = Dithered() if name == "dithered" else optim.get(name)
+            source = rule_groups.recorded_source(rule, 0.01, storage, torch.device("cpu"))
             other = [2.0 * x for x in source.numbers]
+            if source.is_coded:
+                other[1] = 0.0  # its state is float32
             group = triton_launch.Group.of(source, [source.numbers, other])
             kernels = triton_launch.compiled(group.source(pointers))
             for part in ("prepare", "sums", "totals", "update"):

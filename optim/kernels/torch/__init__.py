@@ -23,6 +23,7 @@ from optim.kernels.torch.recording import NotElementwise
 from optim.kernels.torch.refresh import refresh  # noqa: F401
 from optim.kernels.torch.rule_groups import RuleGroups, on_device
 from optim.kernels.torch.stacked import is_stackable, stacks, update_stack
+from optim.kernels.torch.triton_kernels.coded import coding_of
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -203,8 +204,9 @@ def _has_kernel_of_its_own(rule: Any, parameter: torch.Tensor) -> bool:
     Of those that PyTorch has kernels for as well: its own launch one for every 320 pieces, or 36
     tensors, have no other form for a tensor with a residual, and write scaled gradients back.
     """
+    full = rule.full if coding_of(rule) is not None else rule
     return custom_op.on_gpu(parameter.device) and bool(
-        getattr(type(rule).update, "elementwise", False)
+        getattr(type(full).update, "elementwise", False)
     )
 
 

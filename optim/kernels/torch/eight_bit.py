@@ -5,6 +5,8 @@ Keras. Here a tile of every slot is restored into a buffer, the kernel of the fu
 updates the tile in place, and the buffers become codes again. Two codes are restored by one
 look-up. Of a mean of squares the root is stored, but none is taken: the tables are of squares.
 
+On a GPU with Triton a kernel does the same for all tensors (`triton_kernels.coded`).
+
 The whole of it is one operation to PyTorch, ``optim::run_eight_bit``, so that it can be recorded as
 a part of a captured training step.
 """

@@ -16,12 +16,16 @@ import torch
 from optim.core.fallback import logger, report
 from optim.kernels.torch import custom_op
 from optim.kernels.torch.custom_op import NumberedObjects, settings_of
-from optim.kernels.torch.recording import NotElementwise, RecordedRule
+from optim.kernels.torch.recording import EXAMPLE, NotElementwise, RecordedRule
 from optim.kernels.torch.triton_kernels.check import check
+from optim.kernels.torch.triton_kernels.coded import coding_of
+from optim.kernels.torch.triton_kernels.expressions import Untranslatable
 from optim.kernels.torch.triton_kernels.launch import Group, is_available, number_of
-from optim.kernels.torch.triton_kernels.source import RuleSource, Storage
+from optim.kernels.torch.triton_kernels.source import RuleSource
+from optim.kernels.torch.triton_kernels.storage import Storage
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_PARTS = ("codes", "scales")
 
 
 @dataclass
@@ -33,6 +37,21 @@ class _Tensors:
     slots: list[dict[str, torch.Tensor]] = field(default_factory=list)
     decays: list[float] = field(default_factory=list)
     multipliers: list[float] = field(default_factory=list)
+    coded: list[bool] = field(default_factory=list)
+
+    def take(self, other: _Tensors, names: tuple[str, ...]) -> None:
+        """Take tensors of the same rule with float32 state, beside those with 8-bit state.
+
+        Args:
+            other: The tensors.
+            names: The names of their slots that have codes and scales here.
+        """
+        for each in ("parameters", "gradients", "decays", "multipliers"):
+            getattr(self, each).extend(getattr(other, each))
+        for slots in other.slots:
+            twice = {f"{name}_{part}": slots[name] for name in names for part in _PARTS}
+            self.slots.append(slots | twice)
+        self.coded += [False] * len(other.slots)
 
 
 class RuleGroups:
@@ -74,10 +93,25 @@ class RuleGroups:
         tensors.slots.append(slots)
         tensors.decays.append(decay)
         tensors.multipliers.append(update_rule.learning_rate_multiplier)
+        tensors.coded.append(coding_of(rule) is not None)
         return True
+
+    def _join(self) -> None:
+        """Give tensors with the full-precision rule of an 8-bit one to that, where both are there.
+
+        Their kernels are the same, so they need no launches of their own.
+        """
+        for (rule, storage, device), tensors in list(self._tensors.items()):
+            key = getattr(rule, "full", None), storage, device
+            if coding_of(rule) is None or key not in self._tensors:
+                continue
+            codes = [name for name in tensors.slots[0] if name.endswith("_codes")]
+            names = tuple(name.removesuffix("_codes") for name in codes)
+            tensors.take(self._tensors.pop(key), names)
 
     def run(self, step: torch.Tensor, learning_rate: torch.Tensor) -> None:
         """Update them, in place: one call for all that have the same kernels."""
+        self._join()
         calls: dict[Any, tuple[Any, RuleSource, list[Any]]] = {}
         for (rule, storage, device), tensors in self._tensors.items():
             decays = tuple(sorted(set(tensors.decays)))
@@ -86,7 +120,9 @@ class RuleGroups:
                 source, numbers = found[decay]
                 key = source.text, storage, source.slots, device
                 _, _, members = calls.setdefault(key, (rule, source, []))
-                members.append((tensors, i, (tensors.multipliers[i], *numbers[1:])))
+                first = [tensors.multipliers[i]]
+                first += [float(tensors.coded[i])] * source.is_coded
+                members.append((tensors, i, (*first, *numbers[len(first) :])))
         for (*_, device), (rule, source, members) in calls.items():
             group = Group.of(source, [numbers for _, _, numbers in members])
             slots = [t.slots[i][name] for name in source.slots for t, i, _ in members]
@@ -98,6 +134,29 @@ class RuleGroups:
                 on_device(learning_rate, device),
                 number_of(rule, group),
             )
+
+
+def recorded_source(
+    rule: Any, weight_decay: float, storage: Storage, device: torch.device
+) -> RuleSource:
+    """The kernels of a rule; of one with 8-bit state, those of its full-precision rule with codes.
+
+    Args:
+        rule: The rule.
+        weight_decay: Its decay.
+        storage: How its tensors are stored.
+        device: Where they are.
+
+    Raises:
+        Untranslatable: If it has an operation that is not written for Triton.
+    """
+    coding = coding_of(rule)
+    recorded = RecordedRule(rule if coding is None else rule.full, weight_decay, device)
+    if coding is not None:
+        coded = {f"{name}_{part}" for name in recorded.wide_slots for part in _PARTS}
+        if missing := coded - {*rule.slot_shapes((EXAMPLE,))}:
+            raise Untranslatable(f"it has no {', '.join(sorted(missing))}")
+    return RuleSource(recorded, storage, coding)
 
 
 def on_device(scalar: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -152,7 +211,7 @@ def _made(
     rule: Any, weight_decay: float, storage: Storage, device: torch.device
 ) -> RuleSource | None:
     try:
-        source = RuleSource(RecordedRule(rule, weight_decay, device), storage)
+        source = recorded_source(rule, weight_decay, storage, device)
         # In a thread: what records operations in this one does not see those of another.
         with ThreadPoolExecutor(1) as pool:
             pool.submit(check, rule, weight_decay, source, storage, device).result()
@@ -198,7 +257,7 @@ def _find_numbers(
     some = max(decays)
     if 0.0 in found and some:
         with_decay = found[some][0]
-        doubled = RuleSource(RecordedRule(rule, 2.0 * some, device), storage)
+        doubled = recorded_source(rule, 2.0 * some, storage, device)
         pairs = list(zip(with_decay.numbers, doubled.numbers, strict=False))
         # What is twice as much with twice the decay is nothing without.
         if doubled.text == with_decay.text and all(y in (x, 2.0 * x) for x, y in pairs):

@@ -56,7 +56,19 @@ def test_more_tensors_than_a_launch_has_pointers_for(numbers):
 
 def test_wrong_kernels_are_found_before_they_update_anything(numbers):
     """A decay, and a branch that is taken late."""
-    assert numbers["wrong"] == ["", "its results are not those of the rule (parameter)"] * 3
+    assert numbers["wrong"] == ["", "its results are not those of the rule (parameter)"] * 4
+
+
+def test_8_bit_state_is_that_of_operations_on_lists(numbers):
+    """Codes and scales, rounded to the nearest and at random, beside tensors in float32."""
+    found = numbers["eight bit"]
+    assert list(found) == ["adamw_8bit", "lion_8bit"]
+    for errors in found.values():
+        assert errors["difference"] < 1e-5
+        assert errors["other codes"] < 1e-3
+        a, b, c, embedding = errors["from float64"]
+        assert max(a, c) < 0.01  # as near as 8 bits are
+        assert max(b, embedding) < 1e-5
 
 
 def test_without_triton_rules_run_on_lists_and_one_warning_says_so(numbers):
@@ -69,8 +81,8 @@ def test_without_triton_rules_run_on_lists_and_one_warning_says_so(numbers):
 
 
 def test_compile_for_two_gpus():
-    found = json.loads(run("compile", "lamb", "schedule_free_radam"))
-    assert len(found) == 2 * (4 + 2)
+    found = json.loads(run("compile", "lamb", "schedule_free_radam", "dithered"))
+    assert len(found) == 2 * (4 + 2 + 2)
     for name, code in found.items():
         assert code["bytes"] > 1000, name
         assert code["spilled"] == 0, name
@@ -87,6 +99,9 @@ def test_kernels_and_bytes_of_an_update():
         **{"schedule_free_adamw": (5, 28), "schedule_free_radam": (5, 28)},
         # A norm of the parameter, or a mean, before anything is moved: two passes.
         **{"lamb": (7, 40), "stable_adamw": (7, 36)},
+        # Parameter twice, gradient, and twice 1.016 bytes a slot; biases have float32 state.
+        **{"adamw_8bit": (5, 16.1), "lion_8bit": (5, 14), "rmsprop_8bit": (5, 14)},
+        "ademamix_8bit": (5, 18.1),
     }
     lines = run(*expected, program=ROOT / "benchmarks" / "optimizer_counts.py").splitlines()
     found = {line.split()[0]: (int(line.split()[1]), float(line.split()[3])) for line in lines}

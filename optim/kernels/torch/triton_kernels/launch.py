@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from optim.kernels.torch.custom_op import NumberedObjects, define_in_place
+from optim.kernels.torch.triton_kernels.coded import lookup_on
 from optim.kernels.torch.triton_kernels.source import BLOCK, RuleSource
 from optim.kernels.torch.triton_kernels.text import (
     POINTERS,
@@ -40,6 +41,7 @@ _FEW = 128
 # Tables of pointers that are remembered for each group of tensors: variables seldom move.
 _TABLES = 4
 _NAMES = ("prepare", "sums_tile", "sums", "totals", "update_tile", "update", "fill")
+_OF_CODES = ("restored", "store_coded")
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def compiled(source: str) -> dict[str, Any]:
     scope: dict[str, Any] = {"tl": tl, "__name__": __name__}
     # As this module is compiled, types of arguments would be text of text, and not read.
     exec(compile(source, file, "exec", dont_inherit=True), scope)
-    names = [name for name in scope if name.startswith(_NAMES)]
+    names = [name for name in scope if name.startswith((*_NAMES, *_OF_CODES))]
     for name in names:
         arguments = scope[name].__code__.co_varnames[: scope[name].__code__.co_argcount]
         # No kernel of its own for pointers that are not multiples of 16, or numbers that are 1.
@@ -84,6 +86,8 @@ class Group:
         partials: `RuleSource.partials`.
         bytes_per_element: `RuleSource.bytes_per_element`.
         numbers: For every tensor, those of its rule.
+        bytes_of_float32: `RuleSource.bytes_of_float32`.
+        is_coded: `RuleSource.is_coded`.
         varying: Whether kernels read all numbers, so that others need no other kernels.
     """
 
@@ -91,8 +95,10 @@ class Group:
     rows: int
     values: int
     partials: int
-    bytes_per_element: int
+    bytes_per_element: float
     numbers: tuple[tuple[float, ...], ...]
+    bytes_of_float32: float = 0.0
+    is_coded: bool = False
     varying: bool = False
 
     @classmethod
@@ -105,6 +111,8 @@ class Group:
             source.partials,
             source.bytes_per_element,
             tuple(map(tuple, numbers)),
+            source.bytes_of_float32,
+            source.is_coded,
         )
 
     @property
@@ -119,6 +127,21 @@ class Group:
         """The source of the kernels, which get that many pointers to gradients as arguments."""
         text = specialized(self.text, self.numbers[0], self.columns, self.rows)
         return with_pointers(text, pointers)
+
+    def bytes_of(self, sizes: Sequence[int]) -> int:
+        """Bytes that an update reads and writes, without the tables.
+
+        Args:
+            sizes: The number of elements of each tensor.
+        """
+        narrow, wide = self.bytes_per_element, self.bytes_of_float32
+        coded = [self.is_coded and bool(each[1]) for each in self.numbers]
+        return round(
+            sum(
+                size * (narrow if of_codes or not self.is_coded else wide)
+                for size, of_codes in zip(sizes, coded, strict=True)
+            )
+        )
 
     @property
     def launches(self) -> int:
@@ -162,7 +185,8 @@ class GroupKernels:
             parameters: Contiguous.
             gradients: Contiguous, of the same shapes.
             slots: As many tensors as there are parameters for each of: the residual, the slots per
-                element, the scalar slots.
+                element (codes, then scales; of float32 state the same tensor twice), the scalar
+                slots.
             step: float32 scalar.
             learning_rate: float32 scalar.
             skip: float32 scalar, nothing is changed unless it is 0; None to change.
@@ -171,6 +195,8 @@ class GroupKernels:
         count, group, device = len(parameters), self.group, step.device
         sizes = [p.numel() for p in parameters]
         where = [t.data_ptr() for t in (*parameters, *slots)]
+        if group.is_coded:
+            where += [lookup_on(device).data_ptr()] * count
         from_where = [g.data_ptr() for g in gradients]
         aligned = not any(at % 16 for at in where) and not any(at % 16 for at in from_where)
         blocks = sum(math.ceil(size / BLOCK) for size in sizes)
@@ -300,7 +326,7 @@ def launches(group: int) -> int:
 
 def bytes_of(parameters: Sequence[torch.Tensor], group: int) -> int:
     """Bytes that one call of ``optim::run_rules`` reads and writes, without the tables."""
-    number: int = _GROUPS[group].group.bytes_per_element * sum(p.numel() for p in parameters)
+    number: int = _GROUPS[group].group.bytes_of([p.numel() for p in parameters])
     return number
 
 

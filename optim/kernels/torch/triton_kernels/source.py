@@ -5,7 +5,8 @@ Pointers to the tensors are in a table, a row of it for every slot, a column for
 - row 0: the first block of a tensor, where all blocks of all tensors are numbered;
 - row 1: its number of elements;
 - row 2: the parameter; then the residual of a low-precision one, the slots with a value per
-  element, and those that are scalars;
+  element (of 8-bit state two rows each, codes and scales), and those that are scalars;
+- with 8-bit state, the tables of codes, the same for every tensor;
 - then numbers in which the tensors differ: decays, multiples of the learning rate.
 
 Two kernels make an update. ``prepare``, a single block, notes the pointers to the gradients, which
@@ -20,39 +21,26 @@ gradients are divided by is read there too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
 from optim.kernels.torch.codegen import SAME, name_of
 from optim.kernels.torch.recording import RecordedRule
+from optim.kernels.torch.triton_kernels import coded
 from optim.kernels.torch.triton_kernels.expressions import (
     Constants,
     Lines,
     Untranslatable,
     needed_by,
 )
+from optim.kernels.torch.triton_kernels.storage import TYPES, Storage
 from optim.kernels.torch.triton_kernels.text import function
 
 BLOCK = 2048
 """Elements of a block of a kernel."""
 
-_TYPES = {"float32": "tl.float32", "bfloat16": "tl.bfloat16", "float16": "tl.float16"}
 _POINTER = "tl.load(table + {row} * n + {at}).to(tl.pointer_type({type}))"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the tensors that a kernel updates are stored.
-
-    Attributes:
-        parameter: dtype of the parameters; with one other than float32 there are residuals.
-        gradient: dtype of the gradients.
-    """
-
-    parameter: str = "float32"
-    gradient: str = "float32"
 
 
 class RuleSource:
@@ -61,29 +49,39 @@ class RuleSource:
     Args:
         recorded: The rule.
         storage: How its tensors are stored.
+        coding: How its slots are coded in 8 bits; None if they are float32.
 
     Raises:
         Untranslatable: If the rule has an operation that is not written for Triton here.
 
     Attributes:
         text: The source. Rules with the same one can share kernels.
-        numbers: The values of ``c0``, ``c1``... ``c0`` is the multiple of the learning rate.
+        numbers: The values of ``c0``, ``c1``... ``c0`` is the multiple of the learning rate; of
+            coded slots, ``c1`` is 0 for a tensor whose state is float32.
         rows: Rows of the table before those of numbers.
         values: Rows of the memory for scalars.
         partials: Rows of the memory for sums of blocks; 0 without sums.
         slots: The names of the slots, in the order of the table.
         bytes_per_element: What an update reads and writes.
+        is_coded: Whether slots are codes.
+        bytes_of_float32: `bytes_per_element` of a tensor whose state is float32 all the same.
     """
 
-    def __init__(self, recorded: RecordedRule, storage: Storage) -> None:
+    def __init__(
+        self, recorded: RecordedRule, storage: Storage, coding: coded.Coding | None = None
+    ) -> None:
         for name in recorded.narrow_slots:
             if tuple(recorded.shapes[name]) != ():
                 raise Untranslatable(f"the slot {name!r} is neither a scalar nor per element")
         if any(dtype != "float32" for dtype in recorded.slot_dtypes.values()):
             raise Untranslatable(f"the slots have the dtypes {recorded.slot_dtypes}")
-        self._recorded, self._storage = recorded, storage
-        self._constants = Constants([1.0])
-        self._bytes: list[int] = []
+        if coding is not None and recorded.sums:
+            raise Untranslatable("it sums over 8-bit state")
+        self._recorded, self._storage, self._coding = recorded, storage, coding
+        self.is_coded = coding is not None
+        self._constants = Constants([1.0] * (1 + self.is_coded))
+        self._bytes: list[float] = []
+        self._saved = 0.0
         self.partials = len(recorded.sums)
         inputs, outputs, wide = recorded.inputs, recorded.outputs, len(recorded.wide_slots)
         self._parameter, self._gradient, self._step, self._rate, *slots = inputs
@@ -92,9 +90,14 @@ class RuleSource:
         row = 3 + self._low_precision
         self._row = {self._parameter: 2}
         names = (*recorded.wide_slots, *recorded.narrow_slots)
+        if self.is_coded:
+            names = (*coded.names_of(recorded.wide_slots), *recorded.narrow_slots)
         self.slots = ("residual", *names) if self._low_precision else names
-        self._row |= {node: row + i for i, node in enumerate(slots)}
-        self.rows = row + len(slots)
+        width = 1 + self.is_coded
+        self._row |= {node: row + width * i for i, node in enumerate(self._slots)}
+        row += width * wide
+        self._row |= {node: row + i for i, node in enumerate(self._narrow)}
+        self.rows = row + len(self._narrow) + self.is_coded
         self._places = [*zip(outputs[:wide], self._slots, strict=True)]
         self._places.append((outputs[-1], self._parameter))
         self._stored_early = self._choose_stored_early()
@@ -104,9 +107,12 @@ class RuleSource:
         self.values = len(self._kept)
         if recorded.sums:
             parts = [self._totals(), *parts]
+        if self.is_coded:
+            parts = [*coded.functions(), *parts]
         self.text = "\n\n".join([self._prepare(), *parts])
         self.numbers = self._constants.values
         self.bytes_per_element = sum(self._bytes)
+        self.bytes_of_float32 = self.bytes_per_element + self._saved
 
     @property
     def _low_precision(self) -> bool:
@@ -141,6 +147,7 @@ class RuleSource:
             recorded = self._recorded
             late = {*recorded.late, *recorded.sums}
             found = [node for node, _ in self._places]
+            found += [self._step] if self._coding and self._coding.dithered else []
             for node in recorded.computed:
                 if recorded.is_wide[node] or node in recorded.sums:
                     found += node.all_input_nodes
@@ -159,7 +166,7 @@ class RuleSource:
     # ---- pieces of text --------------------------------------------------------------------------
 
     def _pointer(self, row: Any, at: str, kind: str = "float32") -> str:
-        return _POINTER.format(row=row, at=at, type=_TYPES[kind])
+        return _POINTER.format(row=row, at=at, type=TYPES[kind])
 
     def _value(self, node: Node, at: str = "t") -> str:
         """Reads a scalar of a tensor."""
@@ -250,8 +257,14 @@ class RuleSource:
             if place not in [*read, *written] and not source:
                 continue
             kind = self._storage.parameter if place is self._parameter else "float32"
-            body += self._base(f"at{i}", self._pointer(self._row[place], "t", kind))
-            if place in read or source:
+            if self._is_code(place):
+                body += coded.pointers(i, self._row[place], self.rows - 1)
+            else:
+                body += self._base(f"at{i}", self._pointer(self._row[place], "t", kind))
+            if self._is_code(place) and place in read:
+                names[place] = f"x{i}"
+                body += coded.read(i, self._is_square(place), masked)
+            elif place in read or source:
                 node = source[0] if source else place
                 names[node] = f"x{i}"
                 body.append(f"x{i} = tl.load(at{i} + lanes{mask})")
@@ -260,13 +273,14 @@ class RuleSource:
             elif place is self._parameter and self._low_precision:
                 body += self._base("left_at", self._pointer(3, "t"))
         if self._gradient in read:
-            kind = _TYPES[self._storage.gradient]
+            kind = TYPES[self._storage.gradient]
             body += self._base("from_at", f"tl.load(gradients + t).to(tl.pointer_type({kind}))")
             body.append(f"g = tl.load(from_at + lanes{mask}).to(tl.float32)")
             body += ["if SCALED:", "    g = tl.div_rn(g, tl.load(scale_at))"]
             names[self._gradient] = "g"
         for node in self._kept:
-            if node in inputs and node not in sums:
+            dithers = node is self._step and any(map(self._dithers, written))
+            if (node in inputs or dithers) and node not in sums:
                 names[node] = f"v{self._kept.index(node)}"
                 body.append(f"{names[node]} = {self._value(node)}")
         lines = Lines(recorded, self._constants, names)
@@ -279,17 +293,38 @@ class RuleSource:
             value = f"tl.where(inside, {value}, 0.0)" if masked else value
             body.append(f"tl.store(partials + {j} * blocks + pid, tl.sum({value}, axis=0))")
         for node, place in places:
-            body += self._stored(place, lines.value(node), mask)
+            if self._is_code(place):
+                i, step = 1 + self._slots.index(place), ""
+                if self._dithers(place):
+                    step = names[self._step]
+                body += coded.stored(i, lines.value(node), self._is_square(place), step, masked)
+            else:
+                body += self._stored(place, lines.value(node), mask)
         if not masked:
             again_read = [p for n, p in again.items() if n in inputs]
             self._bytes += map(self._size, [*read, *again_read, *written])
         return function(f"{name}{'_masked' * masked}", self._tile_arguments(name), body)
 
-    def _size(self, place: Node) -> int:
+    def _is_code(self, place: Node) -> bool:
+        return self.is_coded and place in self._slots
+
+    def _name(self, place: Node) -> str:
+        return str(self._recorded.wide_slots[self._slots.index(place)])
+
+    def _is_square(self, place: Node) -> bool:
+        return self._coding is not None and self._name(place) in self._coding.squares
+
+    def _dithers(self, place: Node) -> bool:
+        return self._is_code(place) and self._name(place) in getattr(self._coding, "dithered", ())
+
+    def _size(self, place: Node) -> float:
         """Bytes of an element of an input, with the residual of a low-precision parameter."""
         sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
         if place is self._gradient:
             return sizes[self._storage.gradient]
+        if self._is_code(place):
+            self._saved += 4 - coded.BYTES
+            return coded.BYTES
         if place is not self._parameter:
             return 4
         return sizes[self._storage.parameter] + 4 * self._low_precision
@@ -313,7 +348,7 @@ class RuleSource:
         """`optim.core.precision.join`."""
         if not self._low_precision:
             return []
-        kind = _TYPES[self._storage.parameter]
+        kind = TYPES[self._storage.parameter]
         return [
             "wide = x0.to(tl.float32)",
             *self._base("left_at", self._pointer(3, "t")),
@@ -328,7 +363,7 @@ class RuleSource:
         if not self._low_precision:
             return [f"tl.store(at0 + lanes, {value}{mask})"]
         return [
-            f"rounded = ({value}).to({_TYPES[self._storage.parameter]})",
+            f"rounded = ({value}).to({TYPES[self._storage.parameter]})",
             f"left = {value} - rounded.to(tl.float32)",
             "left = tl.where(tl.abs(left) <= 3.4028234663852886e38, left, 0.0)",
             f"tl.store(at0 + lanes, rounded{mask})",
