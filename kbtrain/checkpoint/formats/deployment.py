@@ -96,9 +96,9 @@ def _attempt(format: str, action: Callable[[], None]) -> None:
 
 
 _ELSEWHERE = (
-    " Shapes of fixed sizes may help: input_signature=[keras.InputSpec(shape, dtype)]. With "
-    "KERAS_BACKEND=tensorflow Keras' own formats, SavedModel, ONNX and TFLite can be written, also "
-    "of this model: from a checkpoint, or from a .keras file."
+    " Shapes of fixed sizes may help: input_signature=[keras.InputSpec(shape=..., dtype=...)]. "
+    "With KERAS_BACKEND=tensorflow Keras' own formats, SavedModel, ONNX and TFLite can be written, "
+    "also of this model: from a checkpoint, or from a .keras file."
 )
 
 

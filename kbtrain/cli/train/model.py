@@ -37,7 +37,12 @@ def check_model(settings: Settings) -> str:
     if settings.model.arguments and given[0] in ("layers", "file"):
         raise settings.error(("model", "arguments"), f"is not for model.{given[0]}.")
     if given[0] == "preset" and settings.data.text is None:
-        raise settings.error(("model", "preset"), "is for texts: name their column, data.text.")
+        raise settings.error(
+            ("model", "preset"),
+            "is for texts with labels: name their column, data.text. For images there is "
+            "model.application; any other model of KerasHub comes from a function of yours, "
+            "model.function.",
+        )
     return given[0]
 
 
