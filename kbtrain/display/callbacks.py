@@ -97,6 +97,7 @@ class _Display(TrainerCallback):
         """Show the log of the training; evaluations come in ``on_evaluate``."""
         logs = text.printable(kwargs["logs"])
         own = {name: value for name, value in logs.items() if not _is_of_evaluation(name, logs)}
+        own.pop("weights_step", None)  # of an evaluation after the run
         if not own.keys() - {"epoch"} or "train_runtime" in logs and "loss" not in logs:
             return
         self._flush()

@@ -56,9 +56,27 @@ class _TrainingScope(keras.layers.Layer):  # type: ignore[misc]
         self._function = function
         self.model = model  # tracked, so that the losses of add_loss are cleared for each call
         self.built = True
+        self._error: Exception | None = None
 
     def call(self, batch: Any, num_items: Any = None, training: bool | None = None) -> Any:
-        return self._function(batch, num_items)
+        try:
+            return self._function(batch, num_items)
+        except Exception as error:
+            self._error = error
+            raise
+
+    def run(self, batch: Any, num_items: Any, training: bool) -> Any:
+        """Call the layer. An error is the one that was raised, without Keras' words about a layer.
+
+        Keras replaces it by one that names this class, which the user has never heard of.
+        """
+        try:
+            return self(batch, num_items=num_items, training=training)
+        except Exception:
+            error, self._error = self._error, None  # its frames hold tensors
+            if error is None:
+                raise
+        raise error
 
 
 class ForwardPass:
@@ -120,7 +138,7 @@ class ForwardPass:
         result = (
             self.model_loss(batch)
             if self._by_model
-            else self._with_loss(batch, num_items=num_items, training=training)
+            else self._with_loss.run(batch, num_items, training)
         )
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(

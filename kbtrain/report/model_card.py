@@ -17,6 +17,7 @@ from kbtrain.errors import ConfigurationError
 from kbtrain.report.ending import held_step
 from kbtrain.report.page import is_result
 from kbtrain.report.plots import plot_history
+from kbtrain.report.record import on_curves
 from kbtrain.utils.files.output_files import save_text
 from kbtrain.utils.packages.versions import environment
 
@@ -285,7 +286,7 @@ def results_table(history: Sequence[Mapping[str, Any]], best_step: int | None = 
     rows: list[dict[str, Any]] = []
     loss: Any = "no log"
     evaluated = any("eval_loss" in entry for entry in history)
-    for entry in history:
+    for entry in filter(on_curves, history):
         loss = entry.get("loss", loss)
         if "eval_loss" in entry or (not evaluated and "loss" in entry):
             row = {"Training loss": loss, "Epoch": entry["epoch"], "Step": entry["step"]}

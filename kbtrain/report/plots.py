@@ -12,6 +12,7 @@ from typing import Any
 from kbtrain.callbacks.state import TrainerState
 from kbtrain.errors import ConfigurationError
 from kbtrain.report.curves import loss_names, metric_names, series, wants_log_scale
+from kbtrain.report.record import on_curves
 from kbtrain.report.sources import load_run
 from kbtrain.utils.files.output_files import writing
 from kbtrain.utils.packages.optional_imports import require
@@ -83,12 +84,12 @@ def _logs_of(run: Any) -> tuple[list[Mapping[str, Any]], int | None]:
     """The logs of a run, and the step of its best evaluation."""
     state = getattr(run, "state", run)
     if isinstance(state, TrainerState):
-        return list(state.log_history), state.best_global_step
+        return [log for log in state.log_history if on_curves(log)], state.best_global_step
     if isinstance(run, str | os.PathLike):
         record = load_run(run)
         return list(record.logs), None if record.best is None else int(record.best["step"])
     if isinstance(run, Sequence) and all(isinstance(e, Mapping) and "step" in e for e in run):
-        return list(run), None
+        return [log for log in run if on_curves(log)], None
     raise ConfigurationError(
         "plot_history takes a Trainer, its state, a log_history, or the folder of a run. "
         f"Received: {run!r:.100}"

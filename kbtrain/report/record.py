@@ -196,6 +196,15 @@ def is_evaluation(log: Log) -> bool:
     return any(name.startswith("eval_") for name in log)
 
 
+def on_curves(log: Log) -> bool:
+    """Whether a log is a point of the run's curves.
+
+    An evaluation after the run, of the best weights for example, is none: its step is the last one,
+    and its weights are those of ``weights_step``.
+    """
+    return "weights_step" not in log or not is_evaluation(log)
+
+
 def joined_logs(older: Iterable[Log], history: Sequence[Log], step: int) -> list[dict[str, Any]]:
     """The log history of a checkpoint at ``step``, after older logs that it no longer has."""
     first = history[0].get("step", 0) if history else step + 1

@@ -14,7 +14,7 @@ from kbtrain.callbacks.base import TrainerCallback, evaluation_name
 from kbtrain.callbacks.state import TrainerControl, TrainerState
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.facts import facts_of
-from kbtrain.report.record import FILE_NAME, RunRecord
+from kbtrain.report.record import FILE_NAME, RunRecord, on_curves
 from kbtrain.utils.best_effort import best_effort
 from kbtrain.utils.timing import SparingPace
 
@@ -103,7 +103,8 @@ class RecordCallback(TrainerCallback):
         """Add the log, with the speed since the one before."""
         if not state.is_world_process_zero or self._trainer is None:
             return
-        self.record.add_log({**kwargs["logs"], "step": state.global_step})
+        if on_curves(kwargs["logs"]):
+            self.record.add_log({**kwargs["logs"], "step": state.global_step})
         if not self._in_session:  # an evaluation after the run
             self._write(state, now=True)
             return

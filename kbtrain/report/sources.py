@@ -15,7 +15,7 @@ from typing import Any
 from kbtrain.callbacks.base import evaluation_name
 from kbtrain.config.training_args import TrainingArguments
 from kbtrain.errors import ConfigurationError
-from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, thinned_logs
+from kbtrain.report.record import FILE_NAME, RunRecord, joined_logs, on_curves, thinned_logs
 from kbtrain.report.style import DATA
 from kbtrain.utils.files.addresses import check_local, local_folder, scheme_of, without_credentials
 from kbtrain.utils.files.filesystem import entries, parse_checkpoint_name, process_is_alive
@@ -161,7 +161,7 @@ def _from_state(path: Path, state: Mapping[str, Any]) -> RunRecord:
     arguments = _json(folder / ARGUMENTS)
     info = _json(folder / "manifest.json").get("info")
     info = info if isinstance(info, dict) else {}
-    logs = [e for e in state["log_history"] if isinstance(e, dict) and "step" in e]
+    logs = [e for e in state["log_history"] if isinstance(e, dict) and "step" in e and on_curves(e)]
     record = RunRecord(arguments=arguments, logs=thinned_logs(logs))
     record.facts = {
         "output_dir": str(run),

@@ -19,7 +19,7 @@ from kbtrain.evaluation.gather import check_batchwise
 from kbtrain.optimization import registry
 from kbtrain.plan import request as planning
 from kbtrain.training.trainer_base import TrainerBase
-from kbtrain.utils.layers import walk_layers
+from kbtrain.utils.layers import ends_in, walk_layers
 
 logger = logging.getLogger("kbtrain")
 
@@ -63,6 +63,7 @@ def check(trainer: TrainerBase, model: Any, loss: Any, callbacks: Any, optimizer
     _check_compute_loss(trainer)
     _check_model(given, optimizers)
     _check_loss(trainer, given)
+    _warn_of_probabilities(model, loss)
     _check_evaluation(given, args)
     check_processing_class(given["processing_class"])
     if not planning.pending():  # its devices need not be here
@@ -247,6 +248,20 @@ def _check_model(given: Mapping[str, Any], optimizers: Any) -> None:
         )
     if given["loss"] is not None and given["compute_loss_func"] is not None:
         raise ConfigurationError("Pass either loss or compute_loss_func, not both.")
+
+
+def _warn_of_probabilities(model: keras.Model, loss: Any) -> None:
+    """Warn if a loss that expects logits gets probabilities: it trains, but badly."""
+    if not getattr(loss, "from_logits", False) or len(getattr(model, "outputs", None) or ()) != 1:
+        return
+    for activation in ("softmax", "sigmoid"):
+        if ends_in(model, activation):
+            logger.warning(
+                "%s(from_logits=True) expects logits, and the model ends in a %s. Leave out one of "
+                "the two.",
+                type(loss).__name__,
+                activation,
+            )
 
 
 def _check_evaluation(given: Mapping[str, Any], args: TrainingArguments) -> None:

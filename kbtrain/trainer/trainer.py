@@ -28,6 +28,7 @@ from kbtrain.model.bound_model import BoundModel
 from kbtrain.model.losses.keras_losses import resolve_loss
 from kbtrain.model.losses.pairing import check_loss_weights
 from kbtrain.plan.plan import Plan
+from kbtrain.report.ending import held_step
 from kbtrain.report.record import RunRecord
 from kbtrain.report.recorder import RecordCallback
 from kbtrain.tracing.captured import CapturedValues
@@ -240,6 +241,9 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
     ) -> dict[str, Any]:
         """Evaluate, log the result and return it.
 
+        Where the model holds the weights of an earlier update than the last, such as the best, the
+        log has the number of that update as ``weights_step``, and curves leave the entry out.
+
         Args:
             eval_dataset: Data to use instead of ``self.eval_dataset``, or the name of one of its
                 sets. A dict of named data sets is evaluated one by one (``eval_{name}_{metric}``).
@@ -262,8 +266,10 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         with measured(self.backend, metric_key_prefix, self.args.skip_memory_metrics) as memory:
             output = self._evaluate(loader, metric_key_prefix, not loss_only, False, ignore_keys)
         output.metrics.update(memory, epoch=self.state.epoch)
+        step = held_step(self)
+        elsewhere = {} if step in (None, self.state.global_step) else {"weights_step": step}
         with self.uploading():
-            self.log(output.metrics)
+            self.log(output.metrics | elsewhere)
             self.fire("on_evaluate", metrics=output.metrics)
         return Results(output.metrics)
 

@@ -20,3 +20,14 @@ def innermost_optimizer(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def ends_in(layer: Any, activation: str) -> bool:
+    """Whether the last layer of a model applies an activation, such as ``"softmax"``."""
+    while inner := getattr(layer, "layers", None):
+        layer = inner[-1]
+    if isinstance(layer, keras.layers.Softmax):
+        return activation == "softmax"
+    applied = layer if isinstance(layer, keras.layers.Activation) else None
+    function = getattr(applied or layer, "activation", None)
+    return function is getattr(keras.activations, activation)

@@ -167,3 +167,16 @@ def test_the_best_row_is_bold():
         "",
         "The best row is in bold.",
     ]
+
+
+def test_an_evaluation_of_the_best_weights_is_no_point_of_the_curves(best_first):
+    trainer, folder = best_first
+    before = len(trainer.record.logs)
+    loss = trainer.evaluate()["eval_loss"]
+    (entry,) = [log for log in trainer.state.log_history if "weights_step" in log]
+    assert (entry["weights_step"], entry["step"], entry["eval_loss"]) == (2, 4, loss)
+    assert len(trainer.record.logs) == before
+    best = next(log for log in trainer.record.logs if log["step"] == 2 and "eval_loss" in log)
+    assert loss == pytest.approx(best["eval_loss"], rel=1e-5)
+    rows = re.findall(r"^\| \S*\d.*$", results_table(trainer.state.log_history, 2), re.MULTILINE)
+    assert len(rows) == 2

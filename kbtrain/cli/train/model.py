@@ -17,6 +17,7 @@ import numpy as np
 from kbtrain.cli.train.data import Data
 from kbtrain.cli.train.settings import Place, Settings
 from kbtrain.errors import first_lines
+from kbtrain.utils.layers import ends_in
 from kbtrain.utils.packages.optional_imports import require
 from kbtrain.utils.packages.tensorflow_import import not_imported
 
@@ -109,7 +110,7 @@ def make_loss(settings: Settings, data: Data, model: keras.Model) -> Any:
         return loss
     if data.task == "regression":
         return keras.losses.MeanSquaredError()
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=not _ends_in(model, "softmax"))
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=not ends_in(model, "softmax"))
 
 
 def make_list(
@@ -158,17 +159,7 @@ def _with_logits(given: Any, model: keras.Model) -> Any:
     if "from_logits" not in inspect.signature(kind).parameters:
         return given
     last = "sigmoid" if kind.__name__.startswith("Binary") else "softmax"
-    return {kind.__name__: {"from_logits": not _ends_in(model, last)} | (arguments or {})}
-
-
-def _ends_in(layer: Any, activation: str) -> bool:
-    while inner := getattr(layer, "layers", None):
-        layer = inner[-1]
-    if isinstance(layer, keras.layers.Softmax):
-        return activation == "softmax"
-    applied = layer if isinstance(layer, keras.layers.Activation) else None
-    function = getattr(applied or layer, "activation", None)
-    return function is getattr(keras.activations, activation)
+    return {kind.__name__: {"from_logits": not ends_in(model, last)} | (arguments or {})}
 
 
 def _made(settings: Settings, place: Place, given: Any, *modules: Any) -> Any:

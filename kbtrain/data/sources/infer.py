@@ -58,6 +58,11 @@ def as_source(data: Any, *, name: str = "train_dataset", label_names: LabelNames
 
 def _infer(data: Any, name: str, label_names: LabelNames) -> Source:
     kind = type(data)
+    if isinstance(data, tuple) and data and data[0] is None:
+        raise DataError(
+            f"{name} is (x, y) or (x, y, sample_weight), and x, the inputs, cannot be None. "
+            "Received: a tuple that begins with None"
+        )
     if (
         isinstance(data, (tuple, Mapping))
         or has_array(data)

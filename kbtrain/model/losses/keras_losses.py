@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kbtrain.errors import ConfigurationError, DataError, first_lines
+from kbtrain.errors import ConfigurationError, DataError, KbtrainError, first_lines
 from kbtrain.model.losses.pairs import (
     IGNORE_INDEX,
     LossPair,
@@ -184,7 +184,7 @@ def keras_loss_pair(loss: Any, y: Any, outputs: Any, sample_weight: Any = None) 
     mask = get_keras_mask(outputs)
     losses = _unreduced(loss, y, outputs)
     own_mask = get_keras_mask(losses)
-    losses = as_float(losses)
+    losses = as_float(_checked(losses, loss))
     if not len(losses.shape):
         if sample_weight is None:
             return as_pair(losses, size)
@@ -229,14 +229,35 @@ def _unreduced(loss: Any, y: Any, outputs: Any) -> Any:
     except Exception as error:
         origin = getattr(loss, "fn", type(loss)) if is_object else loss
         if not _module(origin).startswith("keras."):
+            if not isinstance(error, KbtrainError):
+                error.add_note(
+                    f"Raised by the loss {name_of(loss)} for labels {_shape(y)} and model outputs "
+                    f"{_shape(outputs)}. It is called as loss(y_true, y_pred)."
+                )
             raise  # a custom loss: the user should see the original error
-        shapes = [
-            f"{keras.backend.standardize_dtype(t.dtype)}{list(t.shape)}" for t in (y, outputs)
-        ]
         raise DataError(
-            f"The loss {name_of(loss)} does not fit labels {shapes[0]} and model outputs "
-            f"{shapes[1]}. Keras says: {first_lines(error)}"
+            f"The loss {name_of(loss)} does not fit labels {_shape(y)} and model outputs "
+            f"{_shape(outputs)}. Keras says: {first_lines(error)}"
         ) from None
+
+
+def _shape(tree: Any) -> str:
+    """The dtype and shape of a tensor, or the kind of another structure."""
+    if not ops.is_tensor(tree):
+        return describe(tree)
+    return f"{keras.backend.standardize_dtype(tree.dtype)}{list(tree.shape)}"
+
+
+def _checked(losses: Any, loss: Any) -> Any:
+    """What a loss has returned, if it is a tensor; 0 is accepted as a term that trains nothing."""
+    constant = isinstance(losses, int | float) and losses == 0
+    if ops.is_tensor(losses) or constant:
+        return losses
+    raise ConfigurationError(
+        f"The loss {name_of(loss)} must return a tensor: a loss for each element, or their mean, "
+        "computed from y_pred with keras.ops. Values of Python and NumPy do not depend on the "
+        f"weights, so nothing would be trained. Received: {losses!r:.80}."
+    )
 
 
 def same_rank(labels: Any, outputs: Any) -> tuple[Any, Any]:

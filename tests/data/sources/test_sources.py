@@ -392,3 +392,8 @@ def test_the_package_imports_neither_keras_nor_a_framework():
             for name in names:
                 top = name.partition(".")[0]
                 assert top in allowed, f"{file.name} imports {name}"
+
+
+def test_data_without_inputs_is_refused():
+    with pytest.raises(DataError, match=r"train_dataset is \(x, y\).*cannot be None"):
+        as_source((None, np.arange(4)))

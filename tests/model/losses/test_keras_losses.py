@@ -4,6 +4,7 @@ The expected numbers are those of plain Keras on the same labels and outputs.
 """
 
 import inspect
+import re
 
 import keras
 import numpy as np
@@ -198,3 +199,36 @@ def test_labels_that_keras_does_not_take_are_named():
     y, outputs = ops.zeros((6, 3)), ops.zeros((6, 4))
     with pytest.raises(DataError, match=r"float32\[6, 3\] and model outputs float32\[6, 4\]"):
         keras_loss_pair(resolve_loss("mse"), y, outputs)
+
+
+@pytest.mark.parametrize("value", [None, 0.5, np.float32(0.5), "0.5"], ids=repr)
+def test_a_loss_that_is_no_tensor_is_refused(tmp_path, value):
+    data = {"train_dataset": make_data(8), "loss": lambda y_true, y_pred: value}
+    trainer = Trainer(linear_model(), arguments(tmp_path, max_steps=1), **data)
+    with pytest.raises(ConfigurationError, match="must return a tensor.*nothing would be trained"):
+        trainer.fit()
+
+
+def test_an_error_of_a_loss_is_the_users_own_and_names_the_loss(tmp_path):
+    def one_argument(outputs):
+        return ops.mean(outputs)
+
+    data = {"train_dataset": make_data(8), "loss": one_argument}
+    trainer = Trainer(linear_model(), arguments(tmp_path, max_steps=1), **data)
+    with pytest.raises(TypeError, match="takes 1 positional argument") as caught:
+        trainer.fit()
+    assert "Exception encountered" not in str(caught.value)
+    notes = " ".join(caught.value.__notes__)
+    assert re.search(r"loss one_argument for labels float32\[.*\] and model outputs", notes)
+    assert "loss(y_true, y_pred)" in notes
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_where_a_loss_expects_logits_are_warned_about(tmp_path, caplog, activation):
+    kind = {"softmax": "SparseCategoricalCrossentropy", "sigmoid": "BinaryCrossentropy"}[activation]
+    loss = getattr(keras.losses, kind)(from_logits=True)
+    for last, warned in ((None, False), (activation, True)):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation=last)])
+        caplog.clear()
+        Trainer(model, arguments(tmp_path), train_dataset=make_data(8), loss=loss)
+        assert (f"{kind}(from_logits=True) expects logits" in caplog.text) is warned

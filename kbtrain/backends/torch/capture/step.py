@@ -29,7 +29,7 @@ from kbtrain.backends.torch.capture.program import (
     no_collection,
     same_random_state,
 )
-from kbtrain.backends.torch.capture.trace import Unrecorded, record
+from kbtrain.backends.torch.capture.trace import Unrecorded, quiet_fakes, record
 from kbtrain.errors import causes, first_lines, user_line
 from kbtrain.utils.fallback import report
 from kbtrain.utils.packages.keras_private import held_values
@@ -163,6 +163,7 @@ def record_step(
     return recorded, outputs[0], collectives
 
 
+@quiet_fakes()
 def _recorded(step: Callable[..., Any], examples: list[torch.Tensor]) -> Any:
     """The graph of a step, recorded by ``make_fx`` if ``record`` does not support it."""
     try:

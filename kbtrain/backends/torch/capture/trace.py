@@ -8,8 +8,10 @@ reads a value needs none of this. Such a step is recorded here; for others an er
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +45,17 @@ class Record(torch.nn.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.graph = Graph()
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """PyTorch logs two tracebacks for an error that is raised as well, and explained elsewhere."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def record(fn: Callable[..., Sequence[Any]], examples: Sequence[torch.Tensor]) -> Record:
