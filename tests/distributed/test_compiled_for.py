@@ -37,6 +37,6 @@ def test_the_program_is_that_of_a_hand_written_step(row, compared):
     native, own = compared[row]["native"], compared[row]["kbtrain"]
     assert own["host_transfers"] == 0
     assert own["new"] - native["new"] <= 2048  # a few scalars; all state is in place
-    # The loop over the updates of a call, and the numbers that each gives.
-    assert own["kernels"] <= native["kernels"] + 40
+    # The flag of a run that has halted, and the numbers that each update gives.
+    assert own["kernels"] <= native["kernels"] + 20
     assert own["copies"] <= native["copies"] + 8
