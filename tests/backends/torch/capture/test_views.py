@@ -133,3 +133,42 @@ def test_numbers_do_not_depend_on_how_kernels_lay_out_their_results(torch, value
     results = values_of(fn, *found, shift=shift)
     for result, other in zip([*results, found[3]], [*expected, wanted[3]], strict=True):
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-6)
+
+
+def test_arguments_visited_for_an_update_grow_linearly_with_its_tensors(torch, monkeypatch):
+    """A fused update takes lists of all tensors; they are not rebuilt for each gradient."""
+    views = importlib.import_module("kbtrain.backends.torch.capture.views")
+    aten, visits = torch.ops.aten, []
+    map_arg, replace = torch.fx.map_arg, torch.fx.Node.replace_input_with
+
+    def counted_map(args, function):
+        return map_arg(args, lambda node: (visits.append(node), function(node))[1])
+
+    def counted_replace(node, old, new):
+        visits.extend(node.all_input_nodes)
+        replace(node, old, new)
+
+    monkeypatch.setattr(torch.fx, "map_arg", counted_map)
+    monkeypatch.setattr(torch.fx.Node, "replace_input_with", counted_replace)
+
+    def visited(tensors):
+        graph, lists = torch.fx.Graph(), []
+        for _ in range(5):
+            lists.append([graph.placeholder("x") for _ in range(tensors)])
+        lists[1] = [graph.call_function(aten.neg.default, (x,)) for x in lists[1]]
+        for node in graph.nodes:
+            node.meta["val"] = torch.empty(3, device="meta")
+        weights, gradients, first, second, steps = lists
+        update = graph.call_function(
+            aten._fused_adamw_.default, (weights, gradients, first, second, [], steps)
+        )
+        graph.output(())
+        visits.clear()
+        views.allow_other_strides(graph)
+        graph.lint()
+        assert [g.target for g in update.args[1]] == [aten.contiguous.default] * tensors
+        assert [g.args[0] for g in update.args[1]] == gradients
+        assert [update.args[i] for i in (0, 2, 3, 5)] == [weights, first, second, steps]
+        return len(visits)
+
+    assert visited(60) <= 20 * visited(3)
