@@ -281,6 +281,7 @@ PARTS: dict[str, Callable[[], dict[str, float]]] = {
     "first": first_step,
     "logging": logging_cost,
     "checkpoint": checkpoint_stall,
+    "checkpoint50": lambda: one_checkpoint_stall(1180),
     "memory": peak_memory,
     "long": lambda: long_run(100_000),
     "longest": lambda: long_run(1_000_000),
@@ -289,7 +290,7 @@ PARTS: dict[str, Callable[[], dict[str, float]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [part for part in PARTS if part != "longest"]  # minutes
+    usual = [part for part in PARTS if part not in ("longest", "checkpoint50")]
     parser.add_argument("parts", nargs="*", default=usual, metavar="PART", help=str([*PARTS]))
     parser.add_argument("--json", help="write all figures to this file")
     options = parser.parse_args()

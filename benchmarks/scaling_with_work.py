@@ -3,10 +3,10 @@
     KERAS_BACKEND=jax python benchmarks/scaling_with_work.py --json out.json
     KERAS_BACKEND=torch python benchmarks/scaling_with_work.py variables --up-to 10000
 
-All models are tiny, so that what is left is the cost of kbtrain, of Keras and of compiling. Times are
-processor time of the whole process (all threads), which other processes hardly disturb. Each line ends with
-the exponent of a power law fitted to all sizes, and of one through the two largest: 0 is flat, 1
-linear. Where Keras does the same work its time stands beside it.
+All models are tiny, so that what is left is the cost of kbtrain, of Keras and of compiling. Times
+are processor time of all threads of the process, which other processes disturb less than wall time.
+Each line ends with the exponent of a power law fitted to all sizes, and of one through the two
+largest: 0 is flat, 1 linear. Where Keras does the same work its time stands beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -44,9 +43,9 @@ def exponent(seconds: dict[int, float]) -> float:
     return float(centered @ (times - times.mean()) / (centered @ centered))
 
 
-def timed(run: Callable[[], Any]) -> float:
+def timed(run: Callable[..., Any], *given: Any, **named: Any) -> float:
     start = clock()
-    run()
+    run(*given, **named)
     return clock() - start
 
 
@@ -109,9 +108,7 @@ def of_log(sizes: list[int]) -> Found:
 def run_with_logs(updates: int, every: int) -> dict[int, float]:
     marks = Marks(first=every)
     with tempfile.TemporaryDirectory() as folder:
-        given = arguments(
-            folder, max_steps=updates, logging_strategy="steps", logging_steps=every
-        )
+        given = arguments(folder, max_steps=updates, logging_strategy="steps", logging_steps=every)
         Trainer(chain(1), given, train_dataset=rows(400), loss="mse", callbacks=[marks]).fit()
     return marks.per_update()
 
@@ -127,20 +124,16 @@ def of_checkpoints(sizes: list[int]) -> Found:
             for step in range(2, size + 1):
                 copied(first, Path(folder, f"checkpoint-{step}"))
             store = CheckpointStore(folder)
-            store.load(first)
-            state = store.resolve(str(first))
-            assert state is not None
-            arrays, documents = state.arrays, state.documents
-
-            def save(step: int, store: Any = store, parts: Any = (arrays, documents)) -> None:
-                store.save(step, *parts)
-
-            found["save"][size] = timed(lambda: save(size + 1))  # noqa: B023
+            held = store.resolve(str(first))  # continues the run that wrote all of them
+            if held is None:
+                raise SystemExit(f"{first} is damaged.")
+            content = held.arrays, held.documents
+            found["save"][size] = timed(store.save, size + 1, *content)
             # The first rotation of a run reads who wrote each; later ones know.
-            found["first rotation"][size] = timed(lambda: store.rotate(size))
-            save(size + 2)
-            found["later rotation"][size] = timed(lambda: store.rotate(size))
-            found["finding the newest"][size] = timed(lambda: CheckpointStore(folder).resolve(True))
+            found["first rotation"][size] = timed(store.rotate, size)
+            store.save(size + 2, *content)
+            found["later rotation"][size] = timed(store.rotate, size)
+            found["finding the newest"][size] = timed(CheckpointStore(folder).resolve, True)
     return found
 
 
@@ -166,36 +159,26 @@ def fit(folder: str, updates: int, model: Any = None, **more: Any) -> Trainer:
 
 
 def of_variables(sizes: list[int]) -> Found:
-    """Building, the first update, later ones, a save and a resume of models of many layers."""
+    """Building, the first update, a save and a resume of models of many layers."""
     found: Found = defaultdict(dict)
     for size in sizes:
         start = clock()
         model = chain(size)
         found["Keras builds the model"][size] = clock() - start
         model.compile(optimizer="adamw", loss="mse")
-        x, y = rows(4)
-        found["keras fit: first update"][size] = timed(lambda: model.fit(x, y, verbose=0))  # noqa: B023
+        found["keras fit: first update"][size] = timed(model.fit, *rows(4), verbose=0)
+        model = chain(size)
+        given: dict[str, Any] = {"train_dataset": rows(8), "loss": "mse"}
         with tempfile.TemporaryDirectory() as folder:
-            model = chain(size)
             start = clock()
-            given = arguments(folder, max_steps=1)
-            trainer = Trainer(model, given, train_dataset=rows(8), loss="mse")
+            trainer = Trainer(model, arguments(folder, max_steps=1), **given)
             found["Trainer(...)"][size] = clock() - start
             found["first update"][size] = timed(trainer.fit)
-            more = {"save_strategy": "steps", "save_steps": 1}
-            saving = Trainer(
-                model, arguments(folder, max_steps=1, **more), train_dataset=rows(8), loss="mse"
-            )
-            again = timed(saving.fit)
-            found["a run of one update and a save"][size] = again
+            saves = arguments(folder, max_steps=1, save_strategy="steps", save_steps=1)
+            found["an update and a save"][size] = timed(Trainer(model, saves, **given).fit)
             path = str(Path(folder, "checkpoint-1"))
-            resumed = Trainer(
-                model, arguments(folder, max_steps=1), train_dataset=rows(8), loss="mse"
-            )
-            found["resume from it, no update"][size] = timed(
-                lambda: resumed.fit(resume_from_checkpoint=path)  # noqa: B023
-            )
-            shutil.rmtree(path)
+            resumed = Trainer(model, arguments(folder, max_steps=1), **given)
+            found["resume, no update"][size] = timed(resumed.fit, resume_from_checkpoint=path)
     return found
 
 
@@ -215,7 +198,9 @@ def of_columns(sizes: list[int]) -> Found:
     return found
 
 
-def updates_of(folder: str, model: Any, data: Any, count: int, *callbacks: Any) -> tuple[float, float]:
+def updates_of(
+    folder: str, model: Any, data: Any, count: int, *callbacks: Any
+) -> tuple[float, float]:
     """Seconds of ``fit`` to the first update, and of a later one."""
 
     class Ends(TrainerCallback):
@@ -224,12 +209,13 @@ def updates_of(folder: str, model: Any, data: Any, count: int, *callbacks: Any) 
 
     times: list[float] = []
     given = arguments(
-        folder, max_steps=2 * count + 1, logging_strategy="steps", logging_steps=count,
+        folder,
+        max_steps=2 * count + 1,
+        logging_strategy="steps",
+        logging_steps=count,
         logging_first_step=True,
     )
-    trainer = Trainer(
-        model, given, train_dataset=data, loss="mse", callbacks=[*callbacks, Ends()]
-    )
+    trainer = Trainer(model, given, train_dataset=data, loss="mse", callbacks=[*callbacks, Ends()])
     start = clock()
     trainer.fit()
     return times[0] - start, (times[2] - times[1]) / count
