@@ -228,8 +228,8 @@ def run(part: Part, tree: Path, backend: str, wall: bool) -> Ratios:
         clock = "yes" if wall else "no"
         command = [sys.executable, "-c", RUN, clock, (HERE / script).as_posix(), *arguments]
         command += ["--json"] * (script != "compare.py") + [str(result)]
-        given: Any = {"env": environment, "cwd": folder, "timeout": 1800}
-        done = subprocess.run(command, capture_output=True, text=True, **given)
+        given: Any = {"env": environment, "cwd": folder, "text": True}
+        done = subprocess.run(command, capture_output=True, timeout=1800, **given)
         if done.returncode:
             lines = (done.stdout + done.stderr).splitlines()[-15:]
             raise SystemExit("\n".join([f"{script} failed on {backend}, {tree}:", *lines]))

@@ -170,9 +170,7 @@ def _read_contiguous(graph: Graph, node: Node, sources: list[Node]) -> None:
     with graph.inserting_before(node):
         dense = {source: _call(graph, aten.contiguous.default, source) for source in sources}
     # All at once: an update has a list of every gradient, which each replacement would copy.
-    node.args, node.kwargs = torch.fx.map_arg(
-        (node.args, node.kwargs), lambda n: dense.get(n, n)
-    )
+    node.args, node.kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: dense.get(n, n))
 
 
 def copy_where_needed(graph: Graph) -> None:
