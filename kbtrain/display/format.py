@@ -235,6 +235,8 @@ def ending_rows(ending: RunEnding) -> list[Row]:
     updates = f"{ending.step:,}{of} updates" if of else plural(ending.step, "update")
     skipped = f", {ending.skipped:,} of them skipped as not finite" if ending.skipped else ""
     done = f"{updates}{skipped}, {_epochs_in_words(ending.epoch)}"
+    if ending.first_step:
+        done += f"; {ending.step - ending.first_step:,} of them now"
     rows = [("trained", f"{done}, in {duration(ending.seconds)}{_compiling(ending)}")]
     if ending.best_step is not None and ending.best_value is not None:
         rows.append(("best", _best(ending)))

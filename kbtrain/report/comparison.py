@@ -10,9 +10,8 @@ from kbtrain.report.curves import charts_of, draw, series
 from kbtrain.report.page import NO_SETTINGS, PARTS, document, with_speed
 from kbtrain.report.record import RunRecord
 from kbtrain.report.sources import defaults
-from kbtrain.report.summary import summarize
+from kbtrain.report.summary import summarize, took
 from kbtrain.utils.html import Html, element, escaped, joined, number, setting, table
-from kbtrain.utils.readable import duration
 
 RTOL = 1e-5
 """Relative difference of two losses up to which they count as equal but for rounding."""
@@ -189,7 +188,7 @@ def _results(records: Sequence[RunRecord]) -> Html:
         ["last eval_loss", *(_last(record, "eval_loss") for record in records)],
     ]
     endings = [record.ending or {} for record in records]
-    rows.append(["duration", *(duration(e.get("seconds")) for e in endings)])
+    rows.append(["duration", *(took(e) for e in endings)])
     rows.append(["samples per second", *(number(e.get("samples_per_second")) for e in endings)])
     for key, name in PARTS.items():
         shares = [(e.get("shares") or {}).get(key) for e in endings]

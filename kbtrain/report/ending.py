@@ -43,6 +43,7 @@ class RunEnding(JsonDataclass):
         weights_step: The update whose checkpoint, if there is one, holds these weights; None if
             none does.
         seconds: Duration of the call.
+        first_step: Updates done before the call, by the sessions that it continues.
         compile_seconds: Duration of the calls of the step that were compiled first, most of it
             compiling.
         samples_per_second: Training speed without compiling, evaluating and saving.
@@ -83,6 +84,7 @@ class RunEnding(JsonDataclass):
     resume_longer: str = "more epochs"
     error: str | None = None
     skipped: int = 0
+    first_step: int = 0
     weights_step: int | None = None
 
 
@@ -125,6 +127,7 @@ def ending_of(trainer: Any, error: BaseException | None) -> RunEnding:
         resume_longer=longer(args),
         error=None if failure is None else _described(failure),
         skipped=0 if run is None else run.progress.skipped,
+        first_step=0 if run is None else run.first_step,
         weights_step=held_step(trainer),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,17 @@ def _status(record: RunRecord) -> tuple[str, str]:
             return "unknown", text
         return "unknown", f"How it ended is not recorded. Last known: {progress(record)}."
     reason = str(ending.get("reason") or "ended")
-    took = duration(ending.get("seconds"))
-    text = f"{reason[:1].upper()}{reason[1:]}. {progress(record)}, {took}."
+    text = f"{reason[:1].upper()}{reason[1:]}. {progress(record)}, {took(ending)}."
     if ending.get("error"):
         return "failed", text
     return ("completed" if ending.get("completed") else "stopped"), text
+
+
+def took(ending: Mapping[str, Any]) -> str:
+    """How long the last call of ``fit`` took, and from which update if it continued a run."""
+    first = ending.get("first_step")
+    since = f" since update {number(first)}" if first else ""
+    return f"{duration(ending.get('seconds'))}{since}"
 
 
 def progress(record: RunRecord) -> str:

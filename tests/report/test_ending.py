@@ -20,7 +20,7 @@ from kbtrain import (
 from kbtrain.display.format import ending_rows
 from kbtrain.report.ending import RunEnding
 from kbtrain.report.record import RunRecord
-from kbtrain.report.summary import commands
+from kbtrain.report.summary import commands, took
 
 
 class Ending(TrainerCallback):
@@ -140,6 +140,15 @@ def test_nothing_to_do(tmp_path):
     assert ending.step == 4
     assert ending.resume_command or ending.resume_change == "the same call of fit() again"
     assert ending.samples_per_second is None
+    assert "1 epoch; 0 of them now, in " in dict(ending_rows(ending))["trained"]
+
+
+def test_a_resumed_run_says_which_of_the_updates_are_its_own(tmp_path):
+    run(tmp_path, [StopAt(3)], **SAVING)
+    ending = run(tmp_path, resume=True, **SAVING)
+    assert (ending.first_step, ending.step) == (3, 4)
+    assert "4 updates, 1 epoch; 1 of them now, in " in dict(ending_rows(ending))["trained"]
+    assert took(ending.to_dict()).endswith("since update 3")
 
 
 def test_terminate_on_nan_at_the_first_update(tmp_path):
