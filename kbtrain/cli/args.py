@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> int:
     elsewhere = {**RENAMED, **DROPPED, **NOT_YET}
     for name in names:
         if name not in fields and name not in elsewhere:
-            raise ConfigurationError(explain_unknown(name, None, [*fields, *elsewhere], ""))
+            raise ConfigurationError(explain_unknown(name, None, [*fields], "", [*elsewhere]))
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     for name in names or fields:
         if name in fields:

@@ -240,7 +240,11 @@ def mentioned(text: str) -> list[str]:
 
 
 def explain_unknown(
-    name: str, value: Any, known: Sequence[str], received: str | None = None
+    name: str,
+    value: Any,
+    known: Sequence[str],
+    received: str | None = None,
+    others: Sequence[str] = (),
 ) -> str:
     """Explain to a user that an argument does not exist.
 
@@ -249,6 +253,7 @@ def explain_unknown(
         value: The value given under that name.
         known: The names that exist.
         received: What to say of the value; by default that it was received.
+        others: Names to suggest where none that exists is close.
 
     Returns:
         What happened and what to write instead.
@@ -263,6 +268,10 @@ def explain_unknown(
     ):
         if name in table:
             return f"`{name}` {said}.{received} {reason(name, value)}"
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = (
+        difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        or [field for field in known if len(name) > 3 and name in field][:8]
+        or difflib.get_close_matches(name, others, n=3, cutoff=0.6)
+    )
     meant = f"Did you mean {' or '.join(close)}?" if close else f"It has: {', '.join(known)}."
     return f"TrainingArguments has no argument `{name}`.{received} {meant}"

@@ -201,7 +201,12 @@ class Repository:
     def _explained(self, what: str, error: Exception) -> HubError:
         if isinstance(error, ConfigurationError):
             return HubError(str(error))
-        return HubError(f"Could not {what} {self.name} on the Hub: {self._described(error)}")
+        advice = ""
+        if _status(error) is None and _is_connection(error):
+            advice = " Check the network, or the address in HF_ENDPOINT, and call it again."
+        return HubError(
+            f"Could not {what} {self.name} on the Hub: {self._described(error)}{advice}"
+        )
 
     def _described(self, error: BaseException) -> str:
         """What happened, without the token, which a server may have repeated."""
@@ -230,6 +235,11 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later: connections, time-outs, an overloaded server."""
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
+    return _is_connection(error)
+
+
+def _is_connection(error: BaseException) -> bool:
+    """Whether the server was not reached, or did not answer in time."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
     offline = "OfflineModeIsEnabled" in kinds
     return not offline and bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})

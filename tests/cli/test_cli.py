@@ -85,7 +85,10 @@ def test_env_reports_a_backend_that_fails(capsys, monkeypatch):
         (["nothing"], 2, "no command 'nothing'. It has: train"),
         (["repport"], 2, "Did you mean report?"),
         (["args", "warmup_stps"], 2, "Did you mean warmup_steps"),
-        (["args", "evaluation_stratgy"], 2, "Did you mean evaluation_strategy"),
+        (["args", "evaluation_stratgy"], 2, "Did you mean eval_strategy"),
+        (["args", "push_to_hub_tokn"], 2, "Did you mean push_to_hub"),
+        (["args", "batch"], 2, "Did you mean per_device_train_batch_size"),
+        (["args", "zzz"], 2, "has no argument `zzz`. It has: output_dir, num_train_epochs, "),
     ],
 )
 def test_exit_status_and_message_of_a_command(capsys, words, status, said):

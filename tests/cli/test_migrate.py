@@ -312,3 +312,19 @@ def test_a_folder_or_a_missing_script_is_told(tmp_path, capsys):
     assert "is a folder. Name one script" in capsys.readouterr().err
     assert main(["migrate", str(tmp_path / "no.py")]) == 2
     assert "There is no script" in capsys.readouterr().err
+
+
+@pytest.mark.neutral
+def test_what_is_done_is_told_and_left_to_nobody(tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\nfrom transformers import TrainingArguments\n"
+        "args = TrainingArguments('runs', overwrite_output_dir=True)\n"
+        "data = torch.ones(3)\ntrainer.train(resume_from_checkpoint=True)\n"
+    )
+    assert main(["migrate", str(script)]) == 0
+    said = capsys.readouterr().err
+    assert f"{script}:3: overwrite_output_dir is left out. " in said
+    assert "torch (used in line 4) is for PyTorch alone, but for a Dataset" in said
+    assert f"{script}:5: resume_from_checkpoint=True is an error where there is no" in said
+    assert f"{script}: 2 places to change with --write, 2 to decide yourself" in said

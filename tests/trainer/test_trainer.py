@@ -396,7 +396,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         trainer.create_model_card,
         lambda: trainer.save_metrics("eval", {"a": 1}),
     ):
-        with pytest.raises(OutputError, match=r"Could not write .*out.*Choose another folder"):
+        with pytest.raises(OutputError, match=r"Could not write .*out.*choose another output_dir"):
             write()
 
 

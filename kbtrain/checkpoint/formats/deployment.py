@@ -13,6 +13,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ def write_transformers(model: keras.Model, target: Path) -> None:
 
 def _attempt(format: str, action: Callable[[], None]) -> None:
     backend = keras.config.backend()
-    elsewhere = "" if format == "transformers" else _ELSEWHERE
     said = io.StringIO()  # converters print graphs
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said):
@@ -83,22 +83,46 @@ def _attempt(format: str, action: Callable[[], None]) -> None:
     except ImportError as error:
         raise ConfigurationError(
             f"Exporting as {format} on {backend} needs a package that is not installed: "
-            f"{_sentence(error)} The extras 'onnx' and 'safetensors' of kbtrain have what most "
-            "formats need."
+            f"{_sentence(error)}{_advice(format, backend, True)}"
         ) from error
     except (OSError, MemoryError, OutputError):
         raise
     except Exception as error:  # converters raise all kinds of errors
         raise ConfigurationError(
             f"This model cannot be exported as {format} on {backend}: {type(error).__name__}: "
-            f"{_sentence(error)}{elsewhere}"
+            f"{_sentence(error)}{_advice(format, backend, False)}"
         ) from error
 
 
-_ELSEWHERE = (
-    " Shapes of fixed sizes may help: input_signature=[keras.InputSpec(shape=..., dtype=...)]. "
-    "With KERAS_BACKEND=tensorflow Keras' own formats, SavedModel, ONNX and TFLite can be written, "
-    "also of this model: from a checkpoint, or from a .keras file."
+def _advice(format: str, backend: str, missing: bool) -> str:
+    """What to do about a failed export, after its error.
+
+    Args:
+        format: The format.
+        backend: The backend in use.
+        missing: Whether the error is that of a package that cannot be imported.
+    """
+    if format in ("saved_model", "litert") and backend != "tensorflow":
+        return f" {_ON_TENSORFLOW}"
+    packages = ("onnx", *_CONVERTERS.get(backend, ()))
+    if format == "onnx" and backend in _CONVERTERS and not all(map(find_spec, packages)):
+        return " Install what it needs: pip install 'kbtrain[onnx]'."
+    if format == "transformers":
+        return " Install what it needs: pip install 'kbtrain[safetensors]'." if missing else ""
+    shapes = (
+        "Shapes of fixed sizes may help: input_signature=[keras.InputSpec(shape=..., dtype=...)]."
+    )
+    if missing:
+        return ""
+    return f" {shapes}" if backend == "tensorflow" else f" {shapes} {_ON_TENSORFLOW}"
+
+
+_CONVERTERS = {"torch": ("onnxscript",), "tensorflow": ("tf2onnx",)}
+"""What Keras needs besides ``onnx``, all in the extra of that name; JAX's is not on that list."""
+
+_ON_TENSORFLOW = (
+    "TensorFlow can write it: run the same command with KERAS_BACKEND=tensorflow, from a "
+    "checkpoint or a .keras file."
 )
 
 

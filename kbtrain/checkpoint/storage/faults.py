@@ -152,13 +152,10 @@ def explain_failure(directory: Path, what: Path, error: OSError) -> CheckpointEr
     text = f"Could not write {what.name} in {what.parent}: {reason} (errno {error.errno})."
     if what != directory:
         text += " The partial checkpoint was removed; earlier checkpoints are untouched."
-    space = filesystem.describe_space(what.parent)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in filesystem.NO_SPACE:
+        space = filesystem.describe_space(what.parent)
         return CheckpointError(f"{text} {space} {_size_of_checkpoints(directory)}")
-    return CheckpointError(
-        f"{text} {space} Make {directory} a folder that this process can write to, or choose "
-        "another output_dir."
-    )
+    return CheckpointError(f"{text} {filesystem.what_to_do(directory, error)}")
 
 
 def _size_of_checkpoints(directory: Path) -> str:

@@ -42,8 +42,10 @@ def run(words: Sequence[str]) -> int:
         line = note.new_line if options.write else note.line
         print(f"{path}:{line}: {note.text}", file=sys.stderr)
     changed = "changed" if options.write else "to change with --write"
-    what = f"{done.changes} places {changed}" if done.changes else "nothing to change"
-    print(f"{path}: {what}, {len(done.notes)} to decide yourself", file=sys.stderr)
+    places = f"{done.changes} place{'s' if done.changes > 1 else ''} {changed}"
+    what = places if done.changes else "nothing to change"
+    open_notes = sum(not note.done for note in done.notes)
+    print(f"{path}: {what}, {open_notes} to decide yourself", file=sys.stderr)
     return 0
 
 

@@ -14,7 +14,7 @@ RENAMED_CLASSES = {"Seq2SeqTrainer": "Trainer", "Seq2SeqTrainingArguments": "Tra
 """Classes that are part of another one here."""
 
 FRAMEWORK_CODE = {
-    "torch": "for PyTorch alone",
+    "torch": "for PyTorch alone, but for a Dataset: the Trainer takes one on every backend",
     "torchvision": "for PyTorch alone",
     "accelerate": "of Accelerate, which kbtrain does not use",
     "deepspeed": "of DeepSpeed, which takes PyTorch modules",

@@ -36,21 +36,27 @@ _CHANNELS = (
     "pixel_values of Transformers are (channels, height, width); models of Keras expect "
     "(height, width, channels), or the setting keras.config.set_image_data_format."
 )
+_RESUMES = (
+    'resume_from_checkpoint=True is an error where there is no checkpoint; "auto" starts a new run '
+    "then."
+)
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something that a person has to decide.
+    """Something that a person has to decide, or to know.
 
     Attributes:
         line: Its line in the script.
         new_line: Its line in the changed script.
         text: What it is.
+        done: Whether the script is changed already, so that there is nothing to decide.
     """
 
     line: int
     new_line: int
     text: str
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ def migrate(text: str, name: str = "<script>") -> Migration:
     script.visit(tree)
     script.finish()
     edits, notes = script.edits, script.notes
-    found = [Note(line, edits.new_line(line), said) for said, line in notes.items()]
+    found = [
+        Note(line, edits.new_line(line), said, said in script.done) for said, line in notes.items()
+    ]
     return Migration(edits.apply(), script.changes, sorted(found, key=lambda note: note.line))
 
 
@@ -106,6 +114,7 @@ class _Script(ast.NodeVisitor):
         self.imports = Imports()
         self.changes = 0
         self.notes: dict[str, int] = {}
+        self.done: set[str] = set()
         self.used: dict[str, list[int]] = {}
         # Variables by what they hold. Scripts give these names to function parameters, too.
         self.args, self.trainers, self.models = {"training_args"}, {"trainer"}, {"model"}
@@ -158,9 +167,11 @@ class _Script(ast.NodeVisitor):
             and is_model(node.attr)
         )
 
-    def note(self, node: Any, text: str) -> None:
-        """Leave something to a person; the same thing only once."""
+    def note(self, node: Any, text: str, done: bool = False) -> None:
+        """Leave something to a person, or say what was done; the same thing only once."""
         self.notes.setdefault(text, node.lineno)
+        if done:
+            self.done.add(text)
 
     # --- statements -----------------------------------------------------------------------------
 
@@ -279,6 +290,8 @@ class _Script(ast.NodeVisitor):
             value = keyword.value
             if keyword.arg == "return_tensors" and getattr(value, "value", "np") == "pt":
                 self.note(keyword, 'return_tensors="np" gives arrays that every backend takes.')
+            if keyword.arg == "resume_from_checkpoint" and getattr(value, "value", 0) is True:
+                self.note(keyword, _RESUMES)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "save_pretrained":
             owner = node.func.value
             if _name(owner) in self.models or getattr(owner, "attr", "") == "model":
@@ -316,7 +329,7 @@ class _Script(ast.NodeVisitor):
                 self.changes += 1
             elif name in DROPPED and not is_inactive(name, value):
                 gone.add(index)
-                self.note(keyword, f"{name} is left out. {DROPPED[name]}")
+                self.note(keyword, f"{name} is left out. {DROPPED[name]}", done=True)
                 self.changes += 1
             elif name in NOT_YET:
                 self.note(keyword, f"{name}: {NOT_YET[name]}")
@@ -407,7 +420,8 @@ class _Script(ast.NodeVisitor):
         """Say where other frameworks are used, and import kbtrain where it is used by name."""
         for package, lines in self.used.items():
             listed = ", ".join(map(str, dict.fromkeys(lines)))
-            text = f"{package} (used in lines {listed}) is {FRAMEWORK_CODE[package]}."
+            where = f"line{'s' if ',' in listed else ''} {listed}"
+            text = f"{package} (used in {where}) is {FRAMEWORK_CODE[package]}."
             self.notes.setdefault(text, lines[0])
         for name in sorted(self.by_module):
             start = self.edits.start(self.imports.modules[name])

@@ -7,6 +7,7 @@ turn it into an error with advice for the user.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -248,6 +249,29 @@ def tree_size(path: Path) -> int:
                 found = os.lstat(os.path.join(folder, name))
                 total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room: the disk is full, or a quota or limit is reached."""
+
+
+def what_to_do(folder: Path, error: OSError) -> str:
+    """Say what a user can do about an error of writing, other than free space.
+
+    Args:
+        folder: The folder that was to be written to.
+        error: The error.
+    """
+    taken = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), None)
+    if taken is not None and not taken.is_dir():
+        return f"{taken} is not a folder: choose another output_dir, or rename or delete that file."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"Choose another output_dir, or make {taken or folder} writable for this user."
+    if error.errno == errno.EROFS:
+        return "That disk can only be read: choose another output_dir."
+    if taken != folder:
+        return f"No folder can be made in {taken}: choose another output_dir."
+    return f"Choose another output_dir, or make {folder} a folder that this process can write to."
 
 
 def describe_space(directory: Path) -> str:

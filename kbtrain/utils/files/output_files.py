@@ -24,11 +24,11 @@ def explained(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        space = filesystem.describe_space(path.parent)
-        raise OutputError(
-            f"Could not write {path}: {error.strerror or error}. {space}{' ' if space else ''}"
-            "Choose another folder (output_dir), or make this one writable."
-        ) from error
+        if error.errno in filesystem.NO_SPACE:
+            advice = filesystem.describe_space(path.parent) + " Free space, or choose another disk."
+        else:
+            advice = filesystem.what_to_do(path.parent, error)
+        raise OutputError(f"Could not write {path}: {error.strerror or error}. {advice}") from error
 
 
 @contextmanager

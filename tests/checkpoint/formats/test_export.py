@@ -179,24 +179,36 @@ def test_mistakes(tmp_path, target, options, message):
 
 
 @pytest.mark.neutral
+@pytest.mark.parametrize("backend", ["torch", "tensorflow"])
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("name", "installed", "error", "message"),
     [
-        (ImportError("You need x2onnx"), "needs a package that is not installed: You need x2onnx"),
-        (ValueError("no such op\ngraph\n" * 99), r"as onnx on .*: ValueError: no such op\. "),
+        (
+            "a.onnx",
+            False,
+            ImportError("Get tf2onnx"),
+            r"not installed: Get tf2onnx\. .*'kbtrain\[o",
+        ),
+        ("a.onnx", False, ValueError("No onnx!"), r"No onnx! Install .*'kbtrain\[onnx\]'"),
+        ("a.onnx", True, ValueError("no such op\ngraph\n" * 99), r"op\. Shapes of fixed sizes"),
+        ("a.tflite", True, ImportError("Get lite"), "a package that is not installed: Get lite"),
     ],
 )
-def test_what_a_converter_cannot_do_is_said_in_words(tmp_path, monkeypatch, error, message):
+def test_what_a_converter_cannot_do_is_said_in_words(
+    tmp_path, monkeypatch, name, installed, error, message, backend
+):
     def fails(*args, **options):
         Path(args[0]).write_bytes(b"half")
         raise error
 
     model = network()
     monkeypatch.setattr(model, "export", fails)
+    monkeypatch.setattr(deployment, "find_spec", lambda package: installed or None)
+    monkeypatch.setattr("keras.config.backend", lambda: backend)
     with pytest.raises(ConfigurationError, match=message) as info:
-        export(model, tmp_path / "a.onnx")
-    elsewhere = "With KERAS_BACKEND=tensorflow Keras' own formats" in str(info.value)
-    assert elsewhere == isinstance(error, ValueError)
+        export(model, tmp_path / name)
+    elsewhere = "the same command with KERAS_BACKEND=tensorflow" in str(info.value)
+    assert elsewhere == (backend == "torch" and installed)
     assert len(str(info.value)) < 600
     assert list(tmp_path.iterdir()) == []
 
