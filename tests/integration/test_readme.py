@@ -68,6 +68,14 @@ def test_commands_name_files_and_extras_that_exist():
     assert test.strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_the_page_about_installing_has_every_extra():
+    section = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    listed = set(re.findall(r"`([\w-]+)`", rows))
+    assert set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) <= listed
+
+
 def test_links_lead_to_files_from_anywhere():
     """The README is also the page of the package, where a relative link leads nowhere."""
     (repository,) = re.findall(r'^Source = "(.*)"$', PYPROJECT, re.MULTILINE)

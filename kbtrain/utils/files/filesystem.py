@@ -268,7 +268,10 @@ def what_to_do(folder: Path, error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"Choose another output_dir, or make {taken or folder} writable for this user."
     if error.errno == errno.EROFS:
-        return "That disk can only be read: choose another output_dir."
+        return (
+            "That disk can only be read: choose another output_dir, or make this one a folder that "
+            "this process can write to."
+        )
     if taken != folder:
         return f"No folder can be made in {taken}: choose another output_dir."
     return f"Choose another output_dir, or make {folder} a folder that this process can write to."
