@@ -241,8 +241,7 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
     ) -> dict[str, Any]:
         """Evaluate, log the result and return it.
 
-        Where the model holds the weights of an earlier update than the last, such as the best, the
-        log has the number of that update as ``weights_step``, and curves leave the entry out.
+        Where the model holds an earlier update's weights, the log has its number, ``weights_step``.
 
         Args:
             eval_dataset: Data to use instead of ``self.eval_dataset``, or the name of one of its
@@ -255,10 +254,9 @@ class Trainer(KnownNames, RunArtifacts, TrainerBase):
         if is_named_datasets(data):
             results = Results()
             # Passed only if set: a subclass may override `evaluate` without this argument.
-            keys: dict[str, Any] = {} if ignore_keys is None else {"ignore_keys": ignore_keys}
-            for name, one in data.items():
-                prefix = f"{metric_key_prefix}_{name}"
-                results |= self.evaluate(one, metric_key_prefix=prefix, **keys)
+            own: dict[str, Any] = {} if ignore_keys is None else {"ignore_keys": ignore_keys}
+            for key, one in data.items():
+                results |= self.evaluate(one, metric_key_prefix=f"{metric_key_prefix}_{key}", **own)
             return results
         loss_only = self.args.prediction_loss_only or self.compute_metrics is None
         loader = self.get_eval_dataloader(eval_dataset)
