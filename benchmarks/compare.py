@@ -281,6 +281,8 @@ def main() -> None:
     for tree in trees:
         if not (tree / "kbtrain").is_dir():
             parser.error(f"{tree} has no folder kbtrain")
+    if len(trees) == 1 and not options.record and not BASELINE.exists():
+        parser.error("there is no baseline.json to compare with: --record writes one")
     before = read_baseline() if len(trees) == 1 and BASELINE.exists() else {}
     found, ratios = {}, dict(before) if options.record else {}
     for backend in options.backends:

@@ -53,6 +53,14 @@ def test_a_recorded_baseline_is_read_back(compare, tmp_path):
     assert compare.read_baseline(path) == ratios
 
 
+def test_the_recorded_baseline_holds_ratios_of_known_backends(compare):
+    baseline = compare.read_baseline()
+    assert set(baseline) <= set(compare.BACKENDS)
+    assert baseline
+    for ratios in baseline.values():
+        assert all(figure.median > 0 and figure.spread >= 0 for figure in ratios.values())
+
+
 def test_benchmarks_become_ratios_to_the_other_contenders(compare):
     steps = {"mlp": {"kbtrain": [1.0, 3.0], "loop": [2.0, 4.0], "keras fit": [10.0, 10.0]}}
     assert compare.train_step_ratios({"seconds_per_step": steps}) == {
