@@ -203,7 +203,7 @@ class Repository:
             return HubError(str(error))
         advice = ""
         if _status(error) is None and _is_connection(error):
-            advice = " Check the network, or the address in HF_ENDPOINT, and call it again."
+            advice = " Check the network, or the address in HF_ENDPOINT, then try again."
         return HubError(
             f"Could not {what} {self.name} on the Hub: {self._described(error)}{advice}"
         )
