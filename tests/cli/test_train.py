@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import types
 from pathlib import Path
 
 import keras
@@ -188,47 +187,6 @@ def test_images_are_prepared_as_an_application_wants_them(here):
     np.testing.assert_allclose(image, pixels * 2 - 1, atol=1e-6)
 
 
-class Classifier:
-    """Stands for KerasHub's, whose tokenizers need TensorFlow."""
-
-    @classmethod
-    def from_preset(cls, name, num_classes):
-        self = cls()
-        if name != "tiny":
-            raise ValueError(f"Unknown preset: {name}")
-        self.input = {"token_ids": keras.Input((None,), name="token_ids", dtype="int32")}
-        pooled = keras.ops.mean(keras.layers.Embedding(5, 2)(self.input["token_ids"]), axis=1)
-        self.output = keras.layers.Dense(num_classes)(pooled)
-        return self
-
-    @property
-    def preprocessor(self):
-        return self
-
-    def __call__(self, texts):
-        assert self.sequence_length == 7
-        return {"token_ids": [[len(text) % 5] * 7 for text in texts]}
-
-    def save_to_preset(self, folder):
-        write(Path(folder) / "preprocessor.json", "{}")
-
-
-@pytest.mark.neutral
-def test_a_preset_makes_its_own_tokens_and_is_saved_with_its_preprocessor(
-    here, tmp_path, monkeypatch, capsys
-):
-    hub = types.SimpleNamespace(models=types.SimpleNamespace(TextClassifier=Classifier))
-    monkeypatch.setitem(sys.modules, "keras_hub", hub)
-    words = ["train", str(CONFIGS / "docstrings.yaml"), "--args.output_dir", str(tmp_path), *QUICK]
-    words += ["--model.layers", "null", "--data.vocabulary", "null", "--data.length", "7"]
-    words += ["--model.preset"]
-    assert main([*words, "tiny"]) == 0
-    assert (tmp_path / "preprocessor.json").exists()
-    assert not (tmp_path / "tokenizer.json").exists()
-    assert main([*words, "large"]) == 2
-    assert "--model.preset: large: Unknown preset: large" in capsys.readouterr().err
-
-
 @pytest.mark.cross
 def test_a_data_set_of_hugging_face_on_disk(tmp_path, monkeypatch, capsys):
     import datasets
@@ -284,7 +242,7 @@ args:
         (LAYERS, "function: my_models:no", "line 5, model.function: 'my_models:no' cannot"),
         (LAYERS, "function: my_models:not_a_model", "must give a keras.Model. Received: dict"),
         (LAYERS, "application: Mobile", "keras.applications has no 'Mobile'. It has:"),
-        (LAYERS, "preset: bert", "line 5, model.preset: is for texts"),
+        (LAYERS, "preset: bert", "line 5, model.preset: is for texts, whose column"),
         ("model:", "model:\n  file: a.keras", "line 4, model: takes one of layers, file"),
         ("learning_rate: 1e-3", "learning_rate: -1", "line 8, args.learning_rate: `learning_rate`"),
         ("learning_rate: 1e-3", "warmup_ratio: 0.1", "line 8, args.warmup_ratio: `warmup_ratio`"),

@@ -31,7 +31,8 @@ class Data:
 
     Attributes:
         task: "classification", "regression" or "language_modeling".
-        kind: "features", "tokens", "images" or "strings" (for a preset's own preprocessing).
+        kind: "features", "tokens", "images" or "strings" (for a preset's own preprocessing: arrays
+            of texts with labels, or a plain text, whose ``outputs`` are 0 until it is loaded).
         shape: Shape of a sample.
         sets: Name -> data set.
         outputs: Classes, targets, or tokens to choose from.
@@ -39,7 +40,8 @@ class Data:
         classes: Names of the classes.
         features: Names of the columns.
         tokenizer: The tokenizer, if one was made.
-        preprocessor: That of a preset.
+        preset: The model of a preset, as KerasHub has it.
+        preprocessor: That of the preset.
         prepared_by: The function that images go through first.
         standardized: Mean and variance of the features, if the model scales them.
     """
@@ -53,6 +55,7 @@ class Data:
     classes: list[Any] | None = None
     features: list[str] | None = None
     tokenizer: Any = None
+    preset: Any = None
     preprocessor: Any = None
     prepared_by: str | None = None
     standardized: dict[str, Any] | None = None
@@ -296,17 +299,38 @@ def _plain_text(settings: Settings, given: list[str]) -> Data:
     if fraction := settings.data.eval_fraction:
         cut = int(len(parts["train"]) * (1 - fraction))
         parts["eval"], parts["train"] = parts["train"][cut:], parts["train"][:cut]
+    if settings.model.preset is not None:  # it has tokens of its own
+        texts = {name: part.decode("utf-8", errors="replace") for name, part in parts.items()}
+        return Data("language_modeling", "strings", (length,), texts, 0)
     sets = {}
     for name, part in parts.items():
-        count = (len(part) - 1) // length
-        if count < 1:
-            where = name if name in given else "eval_fraction"
-            raise settings.error(
-                ("data", where), f"{len(part)} bytes are less than one sample of {length} + 1."
-            )
-        ids = np.frombuffer(part, np.uint8)[: count * length + 1].astype("int32")
-        sets[name] = (ids[:-1].reshape(count, length), ids[1:].reshape(count, length))
+        ids, where = np.frombuffer(part, np.uint8), name if name in given else "eval_fraction"
+        sets[name] = successors(settings, where, ids, length, "bytes")
     return Data("language_modeling", "tokens", (length,), sets, 256, 256)
+
+
+def successors(
+    settings: Settings, where: str, ids: np.ndarray, length: int, unit: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of a text for a causal language model, and for each token the one that follows.
+
+    Args:
+        settings: The settings.
+        where: The setting of section data that the text comes from.
+        ids: The tokens of the text.
+        length: Tokens of a sample.
+        unit: What they are.
+
+    Returns:
+        Two arrays ``(samples, length)``; the last tokens that do not fill a sample are left out.
+    """
+    count = (len(ids) - 1) // length
+    if count < 1:
+        raise settings.error(
+            ("data", where), f"{len(ids)} {unit} are less than one sample of {length} + 1."
+        )
+    ids = ids[: count * length + 1].astype("int32")
+    return ids[:-1].reshape(count, length), ids[1:].reshape(count, length)
 
 
 def _images(settings: Settings, given: list[str], prepare: Callable[[Any], Any]) -> Data:

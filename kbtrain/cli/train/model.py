@@ -15,10 +15,10 @@ import keras
 import numpy as np
 
 from kbtrain.cli.train.data import Data
+from kbtrain.cli.train.presets import from_preset
 from kbtrain.cli.train.settings import Place, Settings
 from kbtrain.errors import first_lines
 from kbtrain.utils.layers import ends_in
-from kbtrain.utils.packages.optional_imports import require
 from kbtrain.utils.packages.tensorflow_import import not_imported
 
 _SOURCES = ("layers", "file", "function", "application", "preset")
@@ -37,13 +37,6 @@ def check_model(settings: Settings) -> str:
         raise settings.error(("model",), f"takes one of {listed}. Received: {received}.")
     if settings.model.arguments and given[0] in ("layers", "file"):
         raise settings.error(("model", "arguments"), f"is not for model.{given[0]}.")
-    if given[0] == "preset" and settings.data.text is None:
-        raise settings.error(
-            ("model", "preset"),
-            "is for texts with labels: name their column, data.text. For images there is "
-            "model.application; any other model of KerasHub comes from a function of yours, "
-            "model.function.",
-        )
     return given[0]
 
 
@@ -56,7 +49,7 @@ def image_preparation(settings: Settings) -> Callable[[Any], Any]:
 
 
 def make_model(settings: Settings, data: Data) -> keras.Model:
-    """Build the model; texts for a preset are replaced by the tokens that it takes.
+    """Build the model; data for a preset are replaced by what its preprocessor makes of them.
 
     Raises:
         ConfigurationError: It cannot be built, or its outputs do not fit the data.
@@ -67,7 +60,7 @@ def make_model(settings: Settings, data: Data) -> keras.Model:
         "file": _from_file,
         "function": _from_function,
         "application": _from_application,
-        "preset": _from_preset,
+        "preset": from_preset,
     }[source](settings, data)
     if not isinstance(model, keras.Model):
         received = f"Received: {type(model).__name__}."
@@ -320,23 +313,3 @@ def _from_application(settings: Settings, data: Data) -> Any:
     if arguments["weights"] is None:
         return model
     return keras.Model(model.input, keras.layers.Dense(data.outputs)(model.output))
-
-
-def _from_preset(settings: Settings, data: Data) -> Any:
-    """A classifier of KerasHub; its preprocessor makes tokens of the texts, once."""
-    place = ("model", "preset")
-    hub = require("keras_hub", "keras-hub", "A preset")
-    try:
-        classifier = hub.models.TextClassifier.from_preset(
-            str(settings.model.preset), num_classes=data.outputs, **(settings.model.arguments or {})
-        )
-        if "length" in settings.get("data"):
-            classifier.preprocessor.sequence_length = settings.data.length
-        for name, (texts, labels) in data.sets.items():
-            x = classifier.preprocessor(texts.tolist())
-            data.sets[name] = ({n: np.asarray(part) for n, part in x.items()}, labels)
-    except (ValueError, ImportError, OSError, TypeError) as problem:
-        raise settings.error(place, f"{settings.model.preset}: {first_lines(problem)}") from None
-    data.kind, data.preprocessor = "tokens", classifier.preprocessor
-    # A classifier comes compiled, with an optimizer that would override the arguments.
-    return keras.Model(classifier.input, classifier.output)

@@ -57,10 +57,15 @@ def train(settings: Settings, dry_run: bool) -> None:
         metrics = trainer.predict(data.sets["test"]).metrics
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
+    if data.preset is not None and trainer.is_world_process_zero():
+        # With the weights of the model, whose layers are its own.
+        data.preset.save_to_preset(str(Path(settings.args.output_folder) / "preset"))
     saved, report = trainer.save_model(), trainer.report()
     if trainer.is_world_process_zero():
         folder = settings.args.output_dir  # it may be an address, whose files are uploaded
         print(f"model   {folder}/{saved.name}\nreport  {folder}/{report.name}")
+        if data.preset is not None:
+            print(f"preset  {folder}/preset")
 
 
 def _check_folder(trainer: Trainer, data: Data, resume: Any) -> None:

@@ -61,7 +61,9 @@ class ModelSettings:
         "input_shape, num_outputs and vocabulary_size, if it has them, are filled in."
     )
     application: str | None = _setting("A model of keras.applications, such as MobileNetV2.")
-    preset: str | None = _setting("A preset of KerasHub for texts: its name, or a folder.")
+    preset: str | None = _setting(
+        "A preset of KerasHub, for texts or images: its name or a folder."
+    )
     arguments: dict[str, Any] | None = _setting("Keyword arguments of any but layers and file.")
 
 
