@@ -37,7 +37,7 @@ from kbtrain.evaluation.gather import (
 )
 from kbtrain.evaluation.loss_totals import Totals, losses_of_batches
 from kbtrain.evaluation.results import EvalLoopOutput
-from kbtrain.model.losses.label_check import LabelCheck
+from kbtrain.model.losses.label_check import BatchCheck
 from kbtrain.model.metrics import MetricSet
 from kbtrain.utils.machine.processes import current
 from kbtrain.utils.timing import speed
@@ -117,7 +117,7 @@ class Evaluation:
         before_batches: Called before each call to the device.
         on_batches: Called after each call to the device with the number of its batches.
         every_batch: Whether to run every batch in a separate call.
-        label_check: Validates the labels, or None.
+        checks: Validate the data.
         pin: Whether to copy batches to the device from page-locked memory.
     """
 
@@ -129,10 +129,10 @@ class Evaluation:
         before_batches: Callable[[], None],
         on_batches: Callable[[int], None],
         every_batch: bool,
-        label_check: LabelCheck | None = None,
+        checks: Sequence[BatchCheck] = (),
         pin: bool = False,
     ) -> None:
-        self._label_check, self._pin = label_check, pin
+        self._checks, self._pin = checks, pin
         self._backend, self._step, self._spec = backend, step, spec
         self._before_batches, self._on_batches = before_batches, on_batches
         self._every_batch = every_batch
@@ -251,8 +251,8 @@ class Evaluation:
         begin = time.perf_counter()
         distributed.at(f"batch {self._batches} of an evaluation")
         ((_, rows),) = block.chunks[0].items()
-        if self._label_check is not None:
-            self._label_check(rows, block.updates, ("batch",), self._batches)
+        for check in self._checks:
+            check(rows, block.updates, ("batch",), self._batches)
         measure = self._step.block_length.is_worth_measuring(signature(rows))
         tensors = self._backend.to_device(without_none(rows), self._pin)
         first = 0

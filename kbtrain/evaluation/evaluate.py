@@ -130,7 +130,7 @@ def evaluate(
             every_batch=host.any_of(
                 backend, {"batch": trainer.callback_handler.need_every_batch()}
             )["batch"],
-            label_check=bound.label_check if with_loss else None,
+            checks=bound.checks(with_labels=with_loss),
             pin=args.dataloader_pin_memory,
         )
         try:

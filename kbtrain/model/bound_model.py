@@ -15,8 +15,9 @@ from kbtrain.model import build as building
 from kbtrain.model import precision
 from kbtrain.model.custom_steps import ModelMetrics
 from kbtrain.model.forward import ComputeLoss, ForwardPass, output_names
+from kbtrain.model.id_check import IdCheck
 from kbtrain.model.losses.keras_losses import is_summed, resolve_loss
-from kbtrain.model.losses.label_check import LabelCheck
+from kbtrain.model.losses.label_check import BatchCheck, LabelCheck
 from kbtrain.model.losses.label_smoothing import smoothed
 from kbtrain.model.losses.output_losses import adds_losses
 from kbtrain.model.losses.pairing import Outputs, mapped
@@ -54,7 +55,6 @@ class BoundModel:
         custom_compute_loss: See the argument.
         has_given_metrics: Whether metrics were passed to the Trainer.
         forward: The forward pass; None until ``build``.
-        label_check: Validates labels on the host; None without labels or if they are not checked.
     """
 
     def __init__(
@@ -130,7 +130,9 @@ class BoundModel:
         # Only where integer labels reach ``loss`` unchanged.
         self._checks_labels = not (has_loss_func or custom_compute_loss or any(self.overridden))
         self._output_shapes: Any = None
-        self.label_check: LabelCheck | None = None
+        self._checks_ids = not (custom_compute_loss or any(self.overridden))
+        self._id_check: IdCheck | None = None
+        self._label_check: LabelCheck | None = None
         self.forward: ForwardPass | None = None
 
     @property
@@ -181,11 +183,13 @@ class BoundModel:
                 batch_size=states_batch_size(self.model),
             )
             self._build_by_code(self.forward, batch)
+        if self._checks_ids and self._output_shapes is not None:
+            self._id_check = IdCheck(self.model, names)
         # Metrics need labels, which the first batch lacks if it belongs to a prediction.
         labels = unpack(batch, names).y
         has_labels = labels is not None
         if self._checks_labels and has_labels and self._output_shapes is not None:
-            self.label_check = LabelCheck(
+            self._label_check = LabelCheck(
                 self.loss, labels, self._output_shapes, output_names(self.model), names
             )
         metrics = self.evaluation_metrics
@@ -195,6 +199,11 @@ class BoundModel:
                 building.build_metrics(metrics, self.forward, batch)
             self._metrics_built = True
         return self.forward
+
+    def checks(self, with_labels: bool = True) -> list[BatchCheck]:
+        """The checks of the data on the host, as far as the model is built."""
+        found = [self._id_check, self._label_check if with_labels else None]
+        return [check for check in found if check is not None]
 
     def _has_terms(self) -> bool:
         """Whether the loss may have several terms, each with its own count."""

@@ -228,7 +228,7 @@ def prepare(trainer: TrainerBase, checkpoint: Checkpoint | None) -> Run:
     return Run(
         explain=explain,
         is_compiled=step.has_traced,
-        label_check=bound.label_check,
+        checks=bound.checks(),
         trainable_at_start=trainable_at_start,
         backend=trainer.backend,
         plan=plan,

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from kbtrain.data.block_length import BlockLength
 from kbtrain.distributed import host
 from kbtrain.distributed.same_data import checked
 from kbtrain.errors import NonFiniteError, OutOfMemoryError, first_lines
-from kbtrain.model.losses.label_check import LabelCheck
+from kbtrain.model.losses.label_check import BatchCheck
 from kbtrain.model.metrics import MetricSet
 from kbtrain.model.trainable_flags import TrainableFlags
 from kbtrain.utils.timing import StepTimes, speed
@@ -66,7 +66,7 @@ class Run:
         is_compiled: Whether a block runs without being compiled first.
         explain: Describes the first non-finite value of an update, given the chunks of its block
             and its index there; None for no description.
-        label_check: Validates the labels of the first epoch, or None.
+        checks: Validate the data of the first epoch.
         newest_only: Whether a log has the extras of its newest update instead of their means, as
             a custom step returns means itself.
         running_loss: Whether the loss of an update is the mean of all since the last log.
@@ -103,7 +103,7 @@ class Run:
     pin: bool = False
     is_compiled: Callable[[Block], bool] = lambda block: True
     explain: Callable[[Any, int], str] | None = None
-    label_check: LabelCheck | None = None
+    checks: Sequence[BatchCheck] = ()
     newest_only: bool = False
     running_loss: bool = False
     trainable_at_start: TrainableFlags | None = None
@@ -173,8 +173,7 @@ class Run:
         """Launch the updates of a block without waiting for them."""
         start, compiles = time.perf_counter(), not self.is_compiled(block)
         distributed.at(f"update {self.state.global_step + 1}")
-        if self.label_check is not None:
-            self._check_labels(self.label_check, block)
+        self._check_data(block)
         try:
             with self.times.of("compute"):
                 chunks = self.backend.to_device(without_none(block.chunks), self.pin)
@@ -214,10 +213,11 @@ class Run:
         elif len(self._pending) >= MAX_PENDING:
             self.read(keep=RUN_AHEAD)
 
-    def _check_labels(self, check: LabelCheck, block: Block) -> None:
-        for chunk in block.chunks:
-            for kind, batches in chunk.items():
-                axes = ("update",) if kind == "single" else ("update", "micro-batch")
+    def _check_data(self, block: Block) -> None:
+        parts = [part for chunk in block.chunks for part in chunk.items()] if self.checks else []
+        for kind, batches in parts:
+            axes = ("update",) if kind == "single" else ("update", "micro-batch")
+            for check in self.checks:
                 check(batches, block.updates, axes, self.state.global_step + 1)
 
     def end_epoch(self, stopped: bool) -> None:
@@ -225,7 +225,7 @@ class Run:
         length = self.plan.batches_per_epoch
         if not stopped or (length is not None and self.progress.batch >= length):
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
-            self.label_check = None
+            self.checks = ()
             if length is None and not self.plan.max_steps:
                 self.state.epoch = float(self.progress.epoch)
 

@@ -5,7 +5,7 @@ Without it JAX silently computes wrong numbers, and the others raise an error fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from kbtrain.errors import DataError
 from kbtrain.model.losses.keras_losses import is_sparse, may_be_sparse, resolve_crossentropy
 from kbtrain.model.losses.pairing import Outputs
 from kbtrain.model.losses.pairs import IGNORE_INDEX
+
+BatchCheck = Callable[[Any, int, Sequence[str], int], None]
+"""A check of the data of several batches, called like a ``LabelCheck``."""
 
 
 class LabelCheck:
@@ -99,14 +102,28 @@ def _weighed(weights: Any, like: np.ndarray) -> Any:
     return (weights != 0).reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
 
 
+def first_place(
+    values: np.ndarray, wrong: np.ndarray, axes: Sequence[str], first: int
+) -> tuple[Any, str]:
+    """The first wrong value, and where it is.
+
+    Args:
+        values: The data of several batches.
+        wrong: Which of them are wrong.
+        axes: Names of the leading axes.
+        first: Number of the first entry along the first axis.
+    """
+    place = [int(i) for i in np.argwhere(wrong)[0]]
+    value = values[tuple(place)]
+    place[0] += first
+    named = [*axes, "row", "position"]
+    return value, ", ".join(f"{name} {i}" for name, i in zip(named, place, strict=False))
+
+
 def _complain(
     labels: np.ndarray, wrong: np.ndarray, classes: int, key: Any, axes: Sequence[str], first: int
 ) -> None:
-    place = [int(i) for i in np.argwhere(wrong)[0]]
-    label = labels[tuple(place)]
-    place[0] += first
-    named = [*axes, "row", "position"]
-    where = ", ".join(f"{name} {i}" for name, i in zip(named, place, strict=False))
+    label, where = first_place(labels, wrong, axes, first)
     right = labels[~wrong]
     if label == classes and not (right == 0).any():
         hint = "If the labels begin at 1, subtract 1."
