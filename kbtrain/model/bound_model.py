@@ -183,7 +183,7 @@ class BoundModel:
                 batch_size=states_batch_size(self.model),
             )
             self._build_by_code(self.forward, batch)
-        if self._checks_ids and self._output_shapes is not None:
+        if self._checks_ids and self._id_check is None and self._output_shapes is not None:
             self._id_check = IdCheck(self.model, names)
         # Metrics need labels, which the first batch lacks if it belongs to a prediction.
         labels = unpack(batch, names).y

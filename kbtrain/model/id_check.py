@@ -13,7 +13,7 @@ import numpy as np
 
 from kbtrain.data import LabelNames, unpack
 from kbtrain.errors import DataError
-from kbtrain.model.losses.label_check import first_place
+from kbtrain.model.losses.label_check import first_place, outside
 
 
 class IdCheck:
@@ -52,12 +52,12 @@ class IdCheck:
         x = unpack(batches, self._label_names).x
         for i, layer, rows in self._tables:
             ids = self._array(x, i)
-            if ids is None or ids.dtype.kind not in "iuf" or not ids[:count].size:
+            if ids is None or ids.dtype.kind not in "iuf":
                 continue
             ids = ids[:count]
-            if ids.min() >= 0 and ids.max() < rows:
+            wrong = outside(ids, rows)
+            if wrong is None:
                 continue
-            wrong = ~((ids >= 0) & (ids < rows))
             value, where = first_place(ids, wrong, axes, first)
             raise DataError(
                 f"A token id is outside the table of the layer {layer!r}: its input_dim is {rows}, "

@@ -315,7 +315,7 @@ def test_a_folder_or_a_missing_script_is_told(tmp_path, capsys):
 
 
 @pytest.mark.neutral
-def test_what_is_done_is_told_and_left_to_nobody(tmp_path, capsys):
+def test_what_is_done_is_told_and_not_counted_as_to_be_decided(tmp_path, capsys):
     script = tmp_path / "train.py"
     script.write_text(
         "import torch\nfrom transformers import TrainingArguments\n"

@@ -361,7 +361,7 @@ def test_a_watcher_listens_only_where_the_others_come_from(tmp_path):
         assert processes[1].stdout.readline() == "127.0.0.1\n"
     with listen_at("127.0.0.1") as one, listen_at("192.0.2.1") as anywhere:
         assert one.getsockname()[0] == "127.0.0.1"
-        assert anywhere.getsockname()[0] in ("::", "0.0.0.0")  # that address is nobody's
+        assert anywhere.getsockname()[0] in ("::", "0.0.0.0")  # no interface has that address
 
 
 def test_an_exception_before_the_channel_is_there_ends_the_process_at_once(tmp_path):

@@ -33,7 +33,8 @@ def from_preset(settings: Settings, data: Data) -> keras.Model:
             "other model of KerasHub comes from a function of yours, model.function.",
         )
     hub = require("keras_hub", "keras-hub", "A preset")
-    build = _images if data.kind == "images" else _texts if data.outputs else _plain_text
+    of_text = _plain_text if data.task == "language_modeling" else _texts
+    build = _images if data.kind == "images" else of_text
     try:
         task = build(hub, settings, data)
     except ConfigurationError:

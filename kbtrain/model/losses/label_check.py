@@ -83,9 +83,10 @@ class LabelCheck:
             if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iuf":
                 continue
             labels = labels[:count]
-            if labels.min() >= 0 and labels.max() < classes:
+            wrong = outside(labels, classes)
+            if wrong is None:
                 continue
-            wrong = ~((labels >= 0) & (labels < classes)) & (labels != ignored)
+            wrong &= labels != ignored
             if labels.dtype.kind == "i":
                 wrong &= labels != IGNORE_INDEX
             wrong &= _weighed(weighed.get(i) if nested else weights, wrong)
@@ -100,6 +101,13 @@ def _weighed(weights: Any, like: np.ndarray) -> Any:
         return True
     weights = weights[: len(like)]
     return (weights != 0).reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
+
+
+def outside(values: np.ndarray, size: int) -> np.ndarray | None:
+    """Mask of the values that are not in ``[0, size)``; None, without making one, if all are."""
+    if not values.size or (values.min() >= 0 and values.max() < size):
+        return None
+    return ~((values >= 0) & (values < size))
 
 
 def first_place(

@@ -252,7 +252,7 @@ def tree_size(path: Path) -> int:
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where there is no room: the disk is full, or a quota or limit is reached."""
+"""Error numbers of a full disk, of an exceeded quota, and of the limit for the size of a file."""
 
 
 def what_to_do(folder: Path, error: OSError) -> str:
